@@ -1,0 +1,156 @@
+"""Which kernel runs, why, and how to force one.
+
+`TABLE` is the whole story: the first row whose predicate accepts the device, dtype and widths
+runs. A backend asked for by name, in code or by the environment variable MOESTRO_BACKEND, runs or
+raises; it is never replaced by another. To add a kernel, write its functions and add a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moestro.errors import BackendError
+from moestro.kernels import reference, torch_grouped
+
+ENVIRONMENT = "MOESTRO_BACKEND"
+
+
+class Verdict(NamedTuple):
+    """Whether a backend can run something, and the reason to show to a person."""
+
+    ok: bool
+    reason: str
+
+
+class Backend(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: what a person types to force it.
+        supports: (device type, dtype, widths of every matrix) → Verdict.
+        grouped_mm: see `reference.grouped_mm`.
+        expert_ffn: see `reference.expert_ffn`.
+        row_multiple: (rows, experts, dtype) → what each group is padded to a multiple of.
+    """
+
+    name: str
+    supports: Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
+    grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
+    expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
+    row_multiple: Callable[[int, int, torch.dtype], int]
+
+
+class Row(NamedTuple):
+    """One line of `moestro doctor`."""
+
+    name: str
+    ok: bool
+    reason: str
+    chosen: bool
+
+
+def _unpadded(rows: int, experts: int, dtype: torch.dtype) -> int:
+    return 1
+
+
+def _few_shapes(rows: int, experts: int, dtype: torch.dtype) -> int:
+    """Pad bf16 groups so that routing's ever-new group sizes become few distinct GEMM shapes.
+
+    oneDNN compiles a kernel for every new shape of a bf16 GEMM (milliseconds each). A power of two
+    near an eighth of the mean group, 16 to 128, costs about 6 % more rows. Other dtypes go to a
+    library that compiles nothing.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or rows < 16 * experts:
+        return 1
+    eighth = rows // experts // 8
+    return max(16, min(128, 1 << max(eighth.bit_length() - 1, 0)))
+
+
+def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
+    if not hasattr(F, "grouped_mm"):
+        return Verdict(False, f"torch {torch.__version__} has no grouped_mm; install torch>=2.10")
+    if device != "cuda":
+        return Verdict(False, "slower than segments off CUDA, where it is a loop over all experts")
+    if not torch.cuda.is_available():
+        return Verdict(False, "no CUDA device on this machine")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return Verdict(False, "needs compute capability 8.0 or newer")
+    return _torch_layout(dtype, widths)
+
+
+def _torch_layout(dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
+    """What `torch.nn.functional.grouped_mm` needs of dtype and widths, on any device."""
+    if dtype != torch.bfloat16:
+        return Verdict(False, f"fast for bfloat16 only, not {dtype}")
+    odd = [width for width in widths if width % 8]
+    if odd:
+        return Verdict(False, f"widths must be multiples of 8 (16 bytes); given {odd}")
+    return Verdict(True, "CUDA with bfloat16")
+
+
+def _anywhere(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
+    return Verdict(True, "any device and dtype")
+
+
+TABLE: tuple[Backend, ...] = (
+    Backend(
+        "torch",
+        _supports_torch,
+        torch_grouped.torch_grouped_mm,
+        torch_grouped.torch_expert_ffn,
+        _unpadded,
+    ),
+    Backend(
+        "segments",
+        _anywhere,
+        torch_grouped.segments_grouped_mm,
+        torch_grouped.segments_expert_ffn,
+        _few_shapes,
+    ),
+    Backend("reference", _anywhere, reference.grouped_mm, reference.expert_ffn, _unpadded),
+)
+
+
+def choose(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> Backend:
+    """The backend that runs.
+
+    Args:
+        name: a row's name, or "auto": what MOESTRO_BACKEND says, else the first that can run.
+        device: device type, such as "cpu".
+        dtype: the dtype computed in.
+        widths: D and the experts' hidden widths.
+
+    Raises:
+        BackendError: the name is unknown, or that backend cannot run this.
+    """
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT, "auto")
+    if name == "auto":
+        return next(row for row in TABLE if row.supports(device, dtype, widths).ok)
+    named = [row for row in TABLE if row.name == name]
+    if not named:
+        known = ", ".join(row.name for row in TABLE)
+        raise BackendError(f"unknown kernel backend {name!r}; known: auto, {known}")
+    verdict = named[0].supports(device, dtype, widths)
+    if not verdict.ok:
+        raise BackendError(
+            f"kernel backend {name!r} was asked for and cannot run on {device}: {verdict.reason}. "
+            f"Choose another (unset {ENVIRONMENT}, or use 'auto'); `moestro doctor` lists them"
+        )
+    return named[0]
+
+
+def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """The table as this machine sees it, for `moestro doctor`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = choose("auto", device, dtype).name
+    except BackendError:
+        chosen = ""
+    return [Row(row.name, *row.supports(device, dtype, ()), row.name == chosen) for row in TABLE]

@@ -1,0 +1,105 @@
+"""The definition of every op, in the most obvious PyTorch; every fast path is tested against it.
+
+Letters: R rows grouped by expert, E experts, D width, F hidden width, H = 2F (gated) or F (plain),
+O/I out and in of a matrix, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GATED = ("swiglu", "geglu")
+PLAIN = ("relu", "gelu")
+
+
+def activate(hidden_RH: Tensor, activation: str) -> Tensor:
+    """Apply an expert's non-linearity.
+
+    Args:
+        hidden_RH: [R, 2F] for the gated kinds, gate columns first, then up; [R, F] for the plain.
+        activation: swiglu (SiLU(gate) · up), geglu (GELU(gate) · up), relu, gelu.
+            Gated: Shazeer 2020, "GLU Variants Improve Transformer". GELU is the exact one.
+
+    Returns:
+        [R, F].
+    """
+    if activation in GATED:
+        gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
+        act_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
+        return act_RF * up_RF
+    return F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
+
+
+def grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """Multiply each row by its expert's matrix: `y[r] = w[e] @ x[r]` for r in group e.
+
+    Args:
+        x_RI: rows, grouped by expert; their dtype is the one computed in.
+        w_EOI: one matrix per expert; cast to the rows' dtype.
+        offsets_E: int64, end of each group (group e is offsets[e-1] to offsets[e]).
+
+    Returns:
+        y_RO in the rows' dtype; rows past the last offset are zero and never read.
+    """
+    y_RO = []
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        w_OI = w_EOI[expert].to(x_RI.dtype)
+        y_RO += [w_OI @ x_RI[row] for row in range(start, end)]
+        start = end
+    out_features = w_EOI.shape[1]
+    tail_RO = x_RI.new_zeros(x_RI.shape[0] - start, out_features)
+    return torch.cat([torch.stack(y_RO), tail_RO]) if y_RO else tail_RO
+
+
+def expert_ffn(
+    x_RD: Tensor, up_EHD: Tensor, down_EDF: Tensor, offsets_E: Tensor, activation: str
+) -> Tensor:
+    """The feed-forward network of each row's expert: `down[e] @ act(up[e] @ x)`.
+
+    Args:
+        x_RD: rows, grouped by expert.
+        up_EHD: `gate_up [E, 2F, D]` of gated experts (gate rows first), `up [E, F, D]` of plain.
+        down_EDF: down projections.
+        offsets_E: int64, end of each group.
+        activation: see `activate`.
+
+    Returns:
+        y_RD in the rows' dtype; rows past the last offset are zero and never read.
+    """
+    hidden_RH = grouped_mm(x_RD, up_EHD, offsets_E)
+    return grouped_mm(activate(hidden_RH, activation), down_EDF, offsets_E)
+
+
+def mixture(
+    x_TD: Tensor,
+    tokens_R: Tensor,
+    experts_R: Tensor,
+    weights_R: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> Tensor:
+    """The whole mixture, one assignment at a time: what dispatch, experts and combine must equal.
+
+    Args:
+        x_TD: tokens.
+        tokens_R: int64, token of each assignment (dropped assignments left out).
+        experts_R: int64, expert of each assignment.
+        weights_R: fp32, weight of each assignment.
+        up_EHD: see `expert_ffn`.
+        down_EDF: see `expert_ffn`.
+        activation: see `activate`.
+
+    Returns:
+        y_TD in the tokens' dtype, summed in at least fp32.
+    """
+    sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    y_TD = [torch.zeros_like(x_D, dtype=sum_dtype) for x_D in x_TD]
+    for token, expert, weight in zip(tokens_R.tolist(), experts_R.tolist(), weights_R, strict=True):
+        hidden_1H = (up_EHD[expert].to(x_TD.dtype) @ x_TD[token])[None]
+        out_D = down_EDF[expert].to(x_TD.dtype) @ activate(hidden_1H, activation)[0]
+        y_TD[token] = y_TD[token] + weight * out_D.to(sum_dtype)
+    return torch.stack(y_TD).to(x_TD.dtype) if y_TD else torch.zeros_like(x_TD)

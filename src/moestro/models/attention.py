@@ -1,0 +1,133 @@
+"""Grouped-query attention with rotary positions and a rolling key/value cache.
+
+Letters: B batch, S new positions, P positions attended to, D width, H heads, G key/value heads,
+A width of one head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.config import ModelConfig
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of S positions, [S, A], for `rotate`."""
+
+    cos_SA: Tensor
+    sin_SA: Tensor
+
+
+def rotary(start: int, length: int, cfg: ModelConfig, device: torch.device) -> Rotary:
+    """Angles position · θ^(-2i/A) of positions start … start+length-1 (Su et al. 2021, eq. 15)."""
+    half = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float64) / cfg.head_dim
+    positions_S = torch.arange(start, start + length, device=device, dtype=torch.float64)
+    angles = positions_S[:, None] * cfg.attention.rope_theta**-half
+    angles_SA = torch.cat([angles, angles], dim=-1)
+    return Rotary(angles_SA.cos().float(), angles_SA.sin().float())
+
+
+def rotate(x_BSHA: Tensor, angles: Rotary) -> Tensor:
+    """Rotate the pairs (i, i + A/2) of each head by its position's angles."""
+    cos_SA, sin_SA = angles.cos_SA.to(x_BSHA.dtype), angles.sin_SA.to(x_BSHA.dtype)
+    first, second = x_BSHA.chunk(2, dim=-1)
+    turned_BSHA = torch.cat([-second, first], dim=-1)
+    return x_BSHA * cos_SA[:, None] + turned_BSHA * sin_SA[:, None]
+
+
+class LayerCache:
+    """Keys and values of one layer's last `context` positions; memory stays bounded."""
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+        self.keys_BPGA: Tensor | None = None
+        self.values_BPGA: Tensor | None = None
+
+    def extend(self, keys_BSGA: Tensor, values_BSGA: Tensor) -> tuple[Tensor, Tensor]:
+        """Append S positions; returns all that the new ones may look at, oldest first."""
+        if self.keys_BPGA is not None and self.values_BPGA is not None:
+            keys_BSGA = torch.cat([self.keys_BPGA, keys_BSGA], dim=1)
+            values_BSGA = torch.cat([self.values_BPGA, values_BSGA], dim=1)
+        self.keys_BPGA = keys_BSGA[:, -self.context :]
+        self.values_BPGA = values_BSGA[:, -self.context :]
+        return keys_BSGA, values_BSGA
+
+
+class KVCache:
+    """One `LayerCache` per layer, and how many positions have passed."""
+
+    def __init__(self, num_layers: int, context: int) -> None:
+        self.layers = [LayerCache(context) for _ in range(num_layers)]
+        self.position = 0
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the last `context` positions."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = cfg.attention.num_heads, cfg.num_kv_heads
+        self.head_dim, self.context = cfg.head_dim, cfg.attention.context
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(cfg.dim, width, bias=False)
+        self.out = nn.Linear(self.num_heads * self.head_dim, cfg.dim, bias=False)
+        self.q_norm = self.k_norm = None
+        if cfg.attention.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=cfg.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=cfg.norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: Rotary,
+        valid_BS: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend. [B, S, D] → [B, S, D].
+
+        Args:
+            x_BSD: normalised hidden states.
+            angles: of the S new positions.
+            valid_BS: bool, False for padding keys; not together with a cache.
+            cache: keys and values of earlier positions; extended in place.
+        """
+        batch, length, _ = x_BSD.shape
+        heads, groups = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_BSD).view(batch, length, heads + 2 * groups, self.head_dim)
+        q_BSHA, k_BSGA, v_BSGA = qkv.split([heads, groups, groups], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHA = self.q_norm(q_BSHA).to(v_BSGA.dtype)
+            k_BSGA = self.k_norm(k_BSGA).to(v_BSGA.dtype)
+        q_BSHA, k_BSGA = rotate(q_BSHA, angles), rotate(k_BSGA, angles)
+        if cache is not None:
+            k_BSGA, v_BSGA = cache.extend(k_BSGA, v_BSGA)
+        mask = self._mask(length, k_BSGA.shape[1], valid_BS, x_BSD.device)
+        y_BHSA = F.scaled_dot_product_attention(
+            q_BSHA.transpose(1, 2),
+            k_BSGA.transpose(1, 2),
+            v_BSGA.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=groups != heads,
+        )
+        out: Tensor = self.out(y_BHSA.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def _mask(
+        self, length: int, span: int, valid_BS: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """Which of `span` positions each of the last `length` sees; None for plain causal."""
+        if valid_BS is None and length == span <= self.context:
+            return None
+        query_S = torch.arange(span - length, span, device=device)
+        distance_SP = query_S[:, None] - torch.arange(span, device=device)
+        seen_SP = (distance_SP >= 0) & (distance_SP < self.context)
+        if valid_BS is None:
+            return seen_SP
+        # A padding query still sees itself: a row without any key would be NaN.
+        seen_BSP = (seen_SP & valid_BS[:, None, :]) | (distance_SP == 0)
+        return seen_BSP[:, None]

@@ -1,0 +1,232 @@
+"""Checkpoints on disk: whole or not there at all, every byte verified, every key accounted for.
+
+A checkpoint is a folder with a manifest of sizes and SHA-256 sums. It is written under another
+name, flushed, read back and then renamed, so a crash at any moment leaves the old one untouched.
+Only safetensors and JSON are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moestro.config import ModelConfig
+from moestro.errors import CheckpointError, ConfigError
+from moestro.models.decoder import Decoder
+from moestro.settings import load_settings
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+UNFINISHED = ".unfinished-"
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write a folder so that `target` is either complete and verified, or untouched.
+
+    Yields:
+        An empty folder beside `target` to write into. When the block ends, a manifest is added,
+        everything is flushed to disk and read back, and the folder is renamed to `target`. When
+        the block raises, the folder is removed.
+
+    Raises:
+        CheckpointError: what was read back differs from what was written, or target exists.
+        OSError: the disk is full or the place cannot be written.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; remove it or choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f"{UNFINISHED}{target.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+        write_json(folder / MANIFEST, {"files": files})
+        for path in folder.iterdir():
+            _flush(path)
+        _flush(folder)
+        verify_folder(folder)
+        folder.rename(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people and programs: indented, with a final newline."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON that belongs to a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def verify_folder(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing, truncated or altered.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: it has no {MANIFEST}. "
+            "Give a run's folder, or one of its checkpoints"
+        )
+    files = read_json(folder / MANIFEST).get("files", {})
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks the file {name}; use another checkpoint")
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes instead of {written['bytes']}: it is truncated or "
+                "altered; use another checkpoint"
+            )
+        if _fingerprint(path) != written:
+            raise CheckpointError(
+                f"{path} does not match its checksum: it was altered after it was saved; "
+                "use another checkpoint"
+            )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; unfinished ones are not among them."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest good one of a run.
+
+    Raises:
+        CheckpointError: there is none, or none is whole; says what is wrong with each.
+    """
+    if (path / MANIFEST).is_file():
+        verify_folder(path)
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run's folder or a checkpoint's")
+    troubles = []
+    for folder in reversed(checkpoints(path)):
+        try:
+            verify_folder(folder)
+        except CheckpointError as error:
+            troubles.append(str(error))
+        else:
+            return folder
+    if troubles:
+        raise CheckpointError(f"no checkpoint in {path} is whole: {'; '.join(troubles)}")
+    raise CheckpointError(f"{path} holds no checkpoint; give a run's folder or a checkpoint's")
+
+
+def save_model(model: Decoder, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` into an existing folder."""
+    write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; of names that share memory only the first is kept."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        unique[name] = tensor.detach().contiguous()
+    save_file(unique, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or something else than safetensors.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read {path} as safetensors: {error}. Only safetensors is read, never pickle"
+        ) from None
+
+
+def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Decoder:
+    """Load a model in evaluation mode.
+
+    Args:
+        path: a run's folder (its newest good checkpoint is taken) or a checkpoint's.
+        device: where to put it.
+        backend: a kernel's name, or "auto".
+
+    Raises:
+        CheckpointError: it is incomplete or altered, or a key or shape does not fit.
+    """
+    folder = newest_checkpoint(path)
+    try:
+        cfg = load_settings(ModelConfig, folder / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    model = Decoder(cfg, backend)
+    load_weights(model, folder)
+    return model.to(device).eval()
+
+
+def load_weights(model: Decoder, folder: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same settings.
+
+    Raises:
+        CheckpointError: a key is missing or unknown, or a shape differs; all are named.
+    """
+    tensors = read_tensors(folder / WEIGHTS)
+    if model.cfg.tie_embeddings and "embed.weight" in tensors:
+        tensors.setdefault("head.weight", tensors["embed.weight"])
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit: {', '.join(sorted(problems))}")
+    with torch.no_grad():
+        model.load_state_dict(tensors)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""Group tokens by expert, put them back, and say who must wait when an expert is full.
+
+Letters: T tokens, D width, E experts, K experts per token, R rows, A assignments of a Routing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moestro.moe.routing import Plan, Routing
+
+
+def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
+    """C = ceil(factor · T · K / E), the most rows an expert takes (Fedus et al. 2021, eq. 3)."""
+    return math.ceil(factor * num_tokens * top_k / num_experts)
+
+
+def limit(routing: Routing, rows: int, priority: str) -> Routing:
+    """Keep at most `rows` assignments per expert; the others are dropped, and say so.
+
+    Args:
+        routing: token choice, before any drop.
+        rows: C.
+        priority: "arrival": first choices before second choices, then in the order of the tokens
+            (Lepikhin et al. 2020, GShard §2.2); "router": highest weight first (batch prioritised
+            routing, Riquelme et al. 2021).
+
+    Returns:
+        The routing with `kept_R`. Padding takes no room and does not count as dropped.
+    """
+    experts_R = routing.experts_R
+    if routing.valid_T is not None:
+        # Padding queues for an expert that does not exist.
+        padding_R = ~routing.valid_T[routing.tokens_R]
+        experts_R = experts_R.masked_fill(padding_R, routing.num_experts)
+    if priority == "router":
+        queue_R = routing.weights_R.detach().argsort(descending=True, stable=True)
+    else:
+        ranks_R = torch.arange(len(experts_R), device=experts_R.device)
+        queue_R = (ranks_R % routing.top_k).argsort(stable=True)
+    order_R = queue_R[experts_R[queue_R].argsort(stable=True)]
+    counts_E = torch.bincount(experts_R, minlength=routing.num_experts + 1)
+    starts_E = counts_E.cumsum(0) - counts_E
+    places_R = torch.arange(len(order_R), device=order_R.device) - starts_E[experts_R[order_R]]
+    kept_R = torch.empty_like(order_R, dtype=torch.bool)
+    kept_R[order_R] = (places_R < rows) & (experts_R[order_R] < routing.num_experts)
+    return routing._replace(kept_R=kept_R)
+
+
+def make_plan(routing: Routing, row_multiple: int = 1) -> Plan:
+    """Group the kept assignments by expert.
+
+    Args:
+        routing: any router's.
+        row_multiple: each group is padded with zero rows to a multiple of this.
+    """
+    experts_A, num_experts = routing.experts_R, routing.num_experts
+    if routing.kept_R is not None:
+        experts_A = experts_A.masked_fill(~routing.kept_R, num_experts)
+    order_A = experts_A.argsort(stable=True)
+    counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
+    room_E = (counts_E + row_multiple - 1) // row_multiple * row_multiple
+    offsets_E = room_E.cumsum(0)
+    num_rows = len(order_A)
+    if row_multiple > 1 or routing.kept_R is not None:
+        num_rows = int(offsets_E[-1])
+        order_A = order_A[: int(counts_E.sum())]
+    # Row of each sorted assignment: its own rank, moved by the padding of the groups before it.
+    shift_E = (offsets_E - room_E) - (counts_E.cumsum(0) - counts_E)
+    rows_A = torch.full_like(experts_A, num_rows)
+    sorted_rows_A = torch.arange(len(order_A), device=order_A.device) + shift_E[experts_A[order_A]]
+    rows_A[order_A] = sorted_rows_A
+    tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=order_A.device)
+    tokens_R[sorted_rows_A] = routing.tokens_R[order_A]
+    padding_P = _padding(sorted_rows_A, num_rows)
+    slots_TK, rows_TK, complete = _by_token(routing, rows_A, num_rows)
+    return Plan(tokens_R, padding_P, slots_TK, rows_TK, offsets_E, counts_E, complete)
+
+
+def _padding(used_rows_A: Tensor, num_rows: int) -> Tensor:
+    """Row numbers that no assignment uses."""
+    if len(used_rows_A) == num_rows:
+        return used_rows_A[:0]
+    free_R = torch.ones(num_rows, dtype=torch.bool, device=used_rows_A.device)
+    free_R[used_rows_A] = False
+    return free_R.nonzero().squeeze(1)
+
+
+def _by_token(routing: Routing, rows_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor, bool]:
+    """slots_TK, rows_TK and whether every place is filled; see `Plan`."""
+    if routing.top_k:
+        slots_TK = torch.arange(len(rows_A), device=rows_A.device).view(-1, routing.top_k)
+        return slots_TK, rows_A.view(-1, routing.top_k), routing.kept_R is None
+    empty = len(rows_A)
+    order_A = routing.tokens_R.argsort(stable=True)
+    counts_T = torch.bincount(routing.tokens_R, minlength=routing.num_tokens)
+    starts_T = counts_T.cumsum(0) - counts_T
+    most = int(counts_T.max()) if empty else 0
+    tokens_A = routing.tokens_R[order_A]
+    place_A = torch.arange(empty, device=rows_A.device) - starts_T[tokens_A]
+    slots_TK = torch.full((routing.num_tokens, most), empty, device=rows_A.device)
+    slots_TK[tokens_A, place_A] = order_A
+    rows_TK = torch.cat([rows_A, rows_A.new_tensor([num_rows])])[slots_TK]
+    return slots_TK, rows_TK, False
+
+
+def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
+    """Copy each token to its rows. [T, D] → [R, D], grouped by expert; padding rows are zero."""
+    rows_RD: Tensor = _Dispatch.apply(x_TD, plan)
+    return rows_RD
+
+
+def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
+    """Weighted sum of each token's rows. [R, D] → [T, D] in the rows' dtype.
+
+    The sum runs over K in a fixed order, in at least fp32, so that the result does not depend on
+    what else is in the batch. A token without a row gets zero.
+
+    Args:
+        rows_RD: outputs of the experts.
+        weights_A: the Routing's weights, in its order.
+        plan: what `make_plan` returned.
+    """
+    y_TD: Tensor = _Combine.apply(rows_RD, weights_A, plan)
+    return y_TD
+
+
+def _gather_sum(rows_RD: Tensor, weights_TK: Tensor | None, plan: Plan) -> Tensor:
+    """Σ_k weight · row over each token's places, in at least fp32; empty places add nothing."""
+    num_tokens, places = plan.rows_TK.shape
+    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+    sum_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
+    if len(rows_RD) == 0:
+        return sum_TD
+    for k in range(places):
+        rows_T = plan.rows_TK[:, k]
+        if plan.complete:
+            picked_TD = rows_RD.index_select(0, rows_T)
+        else:
+            empty_T = rows_T == len(rows_RD)
+            picked_TD = rows_RD.index_select(0, rows_T.masked_fill(empty_T, 0))
+            picked_TD.masked_fill_(empty_T[:, None], 0)
+        if weights_TK is None:
+            sum_TD += picked_TD
+        else:
+            sum_TD.addcmul_(picked_TD.to(dtype), weights_TK[:, k, None].to(dtype))
+    return sum_TD
+
+
+class _Dispatch(torch.autograd.Function):
+    """Gather forward; the backward sums each token's rows instead of scattering into it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan, ctx.num_tokens = plan, len(x_TD)
+        rows_RD = x_TD.index_select(0, plan.tokens_R)
+        return rows_RD.index_fill_(0, plan.padding_P, 0) if len(plan.padding_P) else rows_RD
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return _gather_sum(grad_RD, None, ctx.plan).to(grad_RD.dtype), None
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted gather-sum forward; the backward works row by row, in the order of the experts."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_A)
+        ctx.plan = plan
+        padded_A = torch.cat([weights_A, weights_A.new_zeros(1)])
+        return _gather_sum(rows_RD, padded_A[plan.slots_TK], plan).to(rows_RD.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_RD, weights_A = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        num_rows = len(rows_RD)
+        filled_TK = plan.rows_TK < num_rows
+        rows_A, slots_A = plan.rows_TK[filled_TK], plan.slots_TK[filled_TK]
+        weights_R = weights_A.new_zeros(num_rows).index_copy_(0, rows_A, weights_A[slots_A])
+        grad_rows_RD = grad_TD.index_select(0, plan.tokens_R)
+        dots_R = (grad_rows_RD.to(weights_A.dtype) * rows_RD).sum(-1)
+        grad_weights_A = torch.zeros_like(weights_A).index_copy_(0, slots_A, dots_R[rows_A])
+        return grad_rows_RD.mul_(weights_R[:, None]), grad_weights_A, None

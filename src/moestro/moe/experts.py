@@ -1,0 +1,102 @@
+"""Stacked expert weights, and the plain feed-forward network that is a mixture of one.
+
+`up [E, 2F, D]` (gated: gate rows first, then up) or `[E, F, D]` (plain), `down [E, D, F]`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.kernels import backends, reference
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on, else the tensor's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class Experts(nn.Module):
+    """E feed-forward networks with stacked weights.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: swiglu, geglu (gated), relu or gelu (plain).
+        dropout: probability of zeroing an expert's hidden units in training
+            ("expert dropout", Fedus et al. 2021, §4.2).
+        init_scale: s; weights start truncated normal with σ = sqrt(s / fan-in).
+        backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "swiglu",
+        dropout: float = 0.0,
+        init_scale: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout = activation, dropout
+        self.init_scale, self.backend = init_scale, backend
+        width = 2 * hidden_dim if activation in reference.GATED else hidden_dim
+        self.gate_up = nn.Parameter(torch.empty(num_experts, width, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal at two σ, σ = sqrt(s / fan-in) (Fedus et al. 2021, §2.4)."""
+        for weight in (self.gate_up, self.down):
+            std = math.sqrt(self.init_scale / weight.shape[-1])
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+    def kernel(self, device: str, dtype: torch.dtype) -> backends.Backend:
+        """The backend that computes this layer on `device` in `dtype`."""
+        widths = (self.gate_up.shape[2], self.gate_up.shape[1], self.down.shape[2])
+        return backends.choose(self.backend, device, dtype, widths)
+
+    def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Run each row through its expert.
+
+        Args:
+            rows_RD: rows grouped by expert, in the dtype to compute in.
+            offsets_E: int64, end of each expert's group.
+
+        Returns:
+            [R, D] in the rows' dtype.
+        """
+        kernel = self.kernel(rows_RD.device.type, rows_RD.dtype)
+        if not (self.training and self.dropout):
+            return kernel.expert_ffn(rows_RD, self.gate_up, self.down, offsets_E, self.activation)
+        hidden_RH = kernel.grouped_mm(rows_RD, self.gate_up, offsets_E)
+        act_RF = F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
+        return kernel.grouped_mm(act_RF, self.down, offsets_E)
+
+    def extra_repr(self) -> str:
+        """Shapes, for print(model)."""
+        num_experts, dim, hidden_dim = self.down.shape
+        return f"{num_experts} × ({dim} → {hidden_dim} → {dim}), {self.activation}"
+
+
+class FeedForward(Experts):
+    """A dense feed-forward network: one expert that takes every row, by the same kernels."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: str = "swiglu", backend: str = "auto"
+    ) -> None:
+        super().__init__(1, dim, hidden_dim, activation, backend=backend)
+
+    def forward(self, x_TD: Tensor, offsets_E: Tensor | None = None) -> Tensor:
+        """[T, D] to [T, D]; the offsets are not needed."""
+        all_rows_E = torch.tensor([len(x_TD)], device=x_TD.device)
+        return super().forward(x_TD.to(compute_dtype(x_TD)), all_rows_E)

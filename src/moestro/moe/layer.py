@@ -1,0 +1,128 @@
+"""MoE = router + dispatch + experts + combine (+ shared expert): one feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moestro.config import MoEConfig
+from moestro.errors import ShapeError
+from moestro.moe import dispatch
+from moestro.moe.experts import Experts, FeedForward, compute_dtype
+from moestro.moe.routers import build_router
+from moestro.moe.routing import Routing
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer in the place of a feed-forward network.
+
+    Example:
+        >>> import torch
+        >>> from moestro import MoE, MoEConfig
+        >>> layer = MoE(MoEConfig(dim=16, hidden_dim=32, num_experts=4, top_k=2))
+        >>> y, routing = layer(torch.randn(3, 5, 16))
+        >>> y.shape, routing.experts_TK().shape
+        (torch.Size([3, 5, 16]), torch.Size([15, 2]))
+    """
+
+    def __init__(self, cfg: MoEConfig, backend: str = "auto") -> None:
+        """Build the layer.
+
+        Args:
+            cfg: its settings.
+            backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
+        """
+        super().__init__()
+        self.cfg = cfg
+        self.router = build_router(cfg)
+        self.experts = Experts(
+            cfg.num_experts,
+            cfg.dim,
+            cfg.hidden_dim,
+            cfg.activation,
+            cfg.expert_dropout,
+            cfg.init_scale,
+            backend,
+        )
+        self.shared: FeedForward | None = None
+        self.shared_gate: nn.Linear | None = None
+        if cfg.shared is not None:
+            self.shared = FeedForward(cfg.dim, cfg.shared.hidden_dim, cfg.activation, backend)
+            if cfg.shared.gate:
+                self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
+
+    def forward(
+        self, x: Tensor, *, token_ids: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Send each token to its experts and add up what they return.
+
+        Args:
+            x: [..., D]; leading dimensions are flattened to T tokens.
+            token_ids: int64 [...], only for the hash router.
+            valid: bool [...], False for padding, which is computed but never counted.
+
+        Returns:
+            (y like x, the Routing of the T tokens).
+
+        Raises:
+            ShapeError: a shape or dtype does not fit.
+        """
+        self._check(x, token_ids, valid)
+        x_TD = x.reshape(-1, self.cfg.dim)
+        valid_T = None if valid is None else valid.reshape(-1)
+        ids_T = None if token_ids is None else token_ids.reshape(-1)
+
+        routing = self._limit(self.router(x_TD, ids_T, valid_T))
+        y_TD = self._mix(x_TD.to(compute_dtype(x_TD)), routing)
+        if self.shared is not None:
+            y_TD = y_TD + self._shared(x_TD)
+        return y_TD.reshape(x.shape), routing
+
+    def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Dispatch → experts → combine."""
+        kernel = self.experts.kernel(x_TD.device.type, x_TD.dtype)
+        multiple = kernel.row_multiple(len(routing.experts_R), routing.num_experts, x_TD.dtype)
+        plan = dispatch.make_plan(routing, multiple)
+        rows_RD = dispatch.dispatch(x_TD, plan)
+        rows_RD = self.experts(rows_RD, plan.offsets_E)
+        return dispatch.combine(rows_RD, routing.weights_R, plan)
+
+    def _limit(self, routing: Routing) -> Routing:
+        """Drop what is over capacity, where one is set."""
+        cfg = self.cfg.capacity
+        if cfg is None:
+            return routing
+        factor = cfg.factor if self.training else cfg.eval_factor
+        tokens = routing.num_tokens
+        if routing.valid_T is not None:
+            tokens = int(routing.valid_T.sum())
+        rows = dispatch.capacity(factor, tokens, self.cfg.top_k, self.cfg.num_experts)
+        return dispatch.limit(routing, rows, cfg.priority)
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        """The shared expert's output, scaled by its gate where it has one."""
+        assert self.shared is not None
+        y_TD: Tensor = self.shared(x_TD)
+        if self.shared_gate is not None:
+            y_TD = y_TD * torch.sigmoid(self.shared_gate(x_TD).float()).to(y_TD.dtype)
+        return y_TD
+
+    def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
+        if x.shape[-1:] != (self.cfg.dim,):
+            raise ShapeError(
+                f"the layer takes [..., {self.cfg.dim}]; given {list(x.shape)}. "
+                "Set MoEConfig.dim to the width of your tokens"
+            )
+        weights = self.experts.down.dtype
+        if compute_dtype(x) == x.dtype != weights:
+            raise ShapeError(
+                f"x is {x.dtype} but the experts are {weights}; convert one of them, "
+                "or run under torch.autocast"
+            )
+        for name, value in (("token_ids", token_ids), ("valid", valid)):
+            if value is not None and value.shape != x.shape[:-1]:
+                raise ShapeError(
+                    f"{name} has shape {list(value.shape)}; x needs {list(x.shape[:-1])}"
+                )
+        if valid is not None and valid.dtype != torch.bool:
+            raise ShapeError(f"valid is {valid.dtype}; it must be bool, False for padding")

@@ -1,0 +1,298 @@
+"""Routers: who goes where, and with what weight.
+
+Each maps tokens to a `Routing`, in fp32 whatever the model's dtype. To add one: a class with this
+`forward`, a name in `RouterConfig.kind`, a line in `ROUTERS`.
+
+Letters: T tokens, D width, E experts, K experts per token, C tokens per expert.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.config import MoEConfig
+from moestro.errors import ShapeError
+from moestro.moe.routing import Routing
+
+
+class Router(nn.Module):
+    """Base: a linear map to one logit per expert, and the ways in which routers differ from it."""
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4)."""
+        std = math.sqrt(self.cfg.init_scale / self.cfg.dim)
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """fp32 logits [T, E]; training adds input jitter where set.
+
+        Jitter multiplies the input by U(1-ε, 1+ε) (Fedus et al. 2021, Table 11).
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.to(_router_dtype(x_TD))
+            jitter = self.cfg.router.jitter
+            if self.training and jitter:
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+            return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """Route T tokens; see each router.
+
+        Args:
+            x_TD: tokens.
+            token_ids_T: int64 ids of the tokens; only the hash router needs them.
+            valid_T: bool, False for padding; None where all are real.
+        """
+        raise NotImplementedError  # every router in ROUTERS has its own
+
+
+class TopKRouter(Router):
+    """Token choice by softmax or sigmoid score: the routers of most models.
+
+    softmax, K = 1, weight kept: Switch Transformer (Fedus et al. 2021, eq. 2). softmax, K = 2,
+    renormalised: Mixtral (Jiang et al. 2024, §2.1), the same as a softmax over the top-K logits.
+    sigmoid with a selection bias, groups and scale: DeepSeek-V3 (2024, eq. 12-16); the bias
+    chooses and is never part of a weight (Wang et al. 2024, "Auxiliary-loss-free").
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__(cfg)
+        bias_E = torch.zeros(cfg.num_experts) if cfg.router.selection_bias else None
+        self.register_buffer("bias", bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the bias with the module, but keep it fp32: its steps of 1e-3 die in bf16."""
+        bias_E = self.bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
+            self.bias = bias_E.to(self.bias.device)
+        return self
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """See `Router.forward`."""
+        router = self.cfg.router
+        logits_TE = self.logits(x_TD)
+        if router.kind == "sigmoid":
+            scores_TE = logits_TE.sigmoid()
+            # Exactly scores / scores.sum(): no epsilon that a router could learn to exploit.
+            probs_TE = F.logsigmoid(logits_TE).softmax(-1)
+        else:
+            scores_TE = probs_TE = logits_TE.softmax(-1)
+        experts_TK = self._select(scores_TE.detach())
+        weights_TK = scores_TE.gather(-1, experts_TK)
+        if _renormalize(self.cfg):
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return _token_choice(experts_TK, weights_TK * router.scale, logits_TE, probs_TE, valid_T)
+
+    def _select(self, scores_TE: Tensor) -> Tensor:
+        """The K experts of each token, best first, within its best groups. int64 [T, K]."""
+        router = self.cfg.router
+        choice_TE = scores_TE if self.bias is None else scores_TE + self.bias
+        if router.num_groups > 1:
+            choice_TE = choice_TE.masked_fill(~self._allowed(choice_TE), -math.inf)
+        return choice_TE.topk(self.cfg.top_k, dim=-1).indices
+
+    def _allowed(self, choice_TE: Tensor) -> Tensor:
+        """Group-limited selection: experts of the top groups only (DeepSeek-V2 §2.1.2, V3 §2.1.2).
+
+        A group's score is its best expert's (V2) or the sum of its two best (V3). bool [T, E].
+        """
+        router = self.cfg.router
+        size = self.cfg.num_experts // router.num_groups
+        grouped_TNP = choice_TE.view(-1, router.num_groups, size)
+        best = min(2, size) if router.group_score == "top2" else 1
+        group_scores_TN = grouped_TNP.topk(best, dim=-1).values.sum(-1)
+        chosen_TG = group_scores_TN.topk(router.top_groups, dim=-1).indices
+        allowed_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool).scatter(
+            -1, chosen_TG, True
+        )
+        return allowed_TN.repeat_interleave(size, dim=-1)
+
+
+class NoisyTopKRouter(Router):
+    """Top-K of noisy logits (Shazeer et al. 2017, eq. 3-5), noise in training only.
+
+    H = x·W_g + N(0, 1) · softplus(x·W_n); the weights are the softmax over the K kept. Both
+    matrices start at zero, so that all experts start alike.
+    """
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__(cfg)
+        self.noise = nn.Parameter(torch.zeros(cfg.num_experts, cfg.dim))
+
+    def reset_parameters(self) -> None:
+        """Zero, as in the paper's appendix A."""
+        nn.init.zeros_(self.weight)
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """See `Router.forward`."""
+        logits_TE = self.logits(x_TD)
+        noisy_TE, load_TE = logits_TE, None
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.training:
+                x32_TD = x_TD.to(logits_TE.dtype)
+                std_TE = F.softplus(F.linear(x32_TD, self.noise.to(x32_TD.dtype))) + 1e-9
+                noisy_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
+                load_TE = _chance_of_choice(logits_TE, noisy_TE, std_TE, self.cfg.top_k)
+            probs_TE = noisy_TE.softmax(-1)
+            weights_TK, experts_TK = probs_TE.topk(self.cfg.top_k, dim=-1)
+            if _renormalize(self.cfg):
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK * self.cfg.router.scale
+        routing = _token_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T)
+        return routing._replace(load_TE=load_TE)
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes its C = ceil(T·K/E) best tokens (Zhou et al. 2022, §3.2).
+
+    Perfectly balanced, and not causal: whether a token is taken depends on later tokens, so a
+    language model trained with it sees the future (Wang et al. 2024 bound the leak).
+    """
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__(cfg)
+        warnings.warn(
+            "expert_choice routing is not causal: an autoregressive model trained with it sees "
+            "later tokens, and generates worse than its training loss says",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """See `Router.forward`. Padding tokens are never chosen."""
+        logits_TE = self.logits(x_TD)
+        probs_TE = logits_TE.softmax(-1)
+        bids_TE, num_tokens = probs_TE, len(x_TD)
+        if valid_T is not None:
+            bids_TE = probs_TE.masked_fill(~valid_T[:, None], -1.0)
+            num_tokens = int(valid_T.sum())
+        capacity = math.ceil(num_tokens * self.cfg.top_k / self.cfg.num_experts)
+        weights_CE, tokens_CE = bids_TE.topk(min(capacity, num_tokens), dim=0)
+        experts_CE = torch.arange(self.cfg.num_experts, device=x_TD.device).expand_as(tokens_CE)
+        return Routing(
+            tokens_CE.flatten(),
+            experts_CE.flatten(),
+            weights_CE.flatten() * self.cfg.router.scale,
+            logits_TE,
+            probs_TE,
+            top_k=0,
+            valid_T=valid_T,
+        )
+
+
+class HashRouter(nn.Module):
+    """Experts by a fixed hash of the token's id (Roller et al. 2021): nothing is learned.
+
+    The K experts of an id lie E // K apart, each with weight 1 / K. Logits are all zero, the
+    distribution is uniform over the experts chosen.
+    """
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """See `Router.forward`.
+
+        Raises:
+            ShapeError: no token ids were given.
+        """
+        if token_ids_T is None:
+            raise ShapeError("the hash router routes by token id: call the layer with token_ids=")
+        num_experts, top_k = self.cfg.num_experts, self.cfg.top_k
+        # Knuth's multiplicative hash, its high bits.
+        first_T = ((token_ids_T * 2_654_435_761) % 2**32 >> 12) % num_experts
+        steps_K = torch.arange(top_k, device=x_TD.device) * (num_experts // top_k)
+        experts_TK = (first_T[:, None] + steps_K) % num_experts
+        zeros_TE = torch.zeros(
+            len(x_TD), num_experts, dtype=_router_dtype(x_TD), device=x_TD.device
+        )
+        weights_TK = torch.full(experts_TK.shape, 1 / top_k, device=x_TD.device).to(zeros_TE)
+        probs_TE = zeros_TE.scatter(-1, experts_TK, 1 / top_k)
+        weights_TK = weights_TK * self.cfg.router.scale
+        return _token_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T)
+
+
+ROUTERS: dict[str, Any] = {
+    "softmax": TopKRouter,
+    "sigmoid": TopKRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "hash": HashRouter,
+}
+
+
+def build_router(cfg: MoEConfig) -> Router | HashRouter:
+    """The router that `cfg.router.kind` names."""
+    router: Router | HashRouter = ROUTERS[cfg.router.kind](cfg)
+    return router
+
+
+def _router_dtype(x_TD: Tensor) -> torch.dtype:
+    """fp32 for every model dtype; fp64 stays, so that gradcheck can pass through."""
+    return torch.promote_types(x_TD.dtype, torch.float32)
+
+
+def _renormalize(cfg: MoEConfig) -> bool:
+    chosen = cfg.router.renormalize
+    return cfg.top_k > 1 if chosen is None else chosen
+
+
+def _token_choice(
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    valid_T: Tensor | None,
+) -> Routing:
+    """Flatten K choices per token into a Routing, token by token, first choice first."""
+    num_tokens, top_k = experts_TK.shape
+    tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
+    return Routing(
+        tokens_R,
+        experts_TK.flatten(),
+        weights_TK.flatten(),
+        logits_TE,
+        probs_TE,
+        top_k=top_k,
+        valid_T=valid_T,
+    )
+
+
+def _chance_of_choice(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
+    """P(token picks expert) if only that expert's noise were drawn again (Shazeer 2017, eq. 8-9).
+
+    Φ((clean logit - the K-th highest noisy logit of the others) / std). [T, E].
+    """
+    if top_k == logits_TE.shape[1]:
+        return torch.ones_like(logits_TE)
+    best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
+    chosen_TE = noisy_TE > best_TK[:, -1:]
+    threshold_TE = torch.where(chosen_TE, best_TK[:, -1:], best_TK[:, -2:-1])
+    return torch.special.ndtr((logits_TE - threshold_TE) / std_TE)

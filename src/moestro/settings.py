@@ -1,0 +1,132 @@
+"""The base of every settings class: strict in, strict out, and readable when it refuses.
+
+Read from TOML or JSON, overridden by `a.b=value` assignments; an unknown name is an error that
+suggests the nearest known one. No tensor here: it imports without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moestro.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, and a name it does not know is an error.
+
+    Raises:
+        ConfigError: one line per problem, each with the field, the value and what is allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load_settings(
+    kind: type[AnySettings], path: Path | None = None, overrides: Sequence[str] = ()
+) -> AnySettings:
+    """Read settings from a TOML or JSON file and apply `a.b=value` overrides.
+
+    Args:
+        kind: The settings class to build, usually `RunConfig`.
+        path: A .toml or .json file; None starts from the defaults.
+        overrides: Assignments such as `model.dim=256`, each value in TOML syntax; a value that is
+            not valid TOML is taken as a plain string.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name or value in it is not allowed.
+    """
+    values = _read(path) if path is not None else {}
+    for assignment in overrides:
+        _assign(values, assignment)
+    return kind(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; settings are a table of names")
+    return values
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    """Put one `a.b=value` into the nested `values`."""
+    name, equals, text = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes NAME=VALUE such as model.dim=256; given: {assignment!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    level = values
+    for key in keys[:-1]:
+        inner = level.get(key)
+        level[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        level = level[key]
+    level[keys[-1]] = None if value == "none" else value
+
+
+def _explain(kind: type[Settings], error: ValidationError) -> str:
+    """Turn pydantic's report into one line per problem, written for a person."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown(kind, problem["loc"]))
+        elif problem["type"] == "value_error":
+            message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+            lines.append(f"{where}: {message}" if where else message)
+        elif problem["type"] == "missing":
+            lines.append(f"{where} is required and was not given")
+        else:
+            lines.append(f"{where} = {problem['input']!r} is not allowed: {problem['msg'].lower()}")
+    return "; ".join(lines)
+
+
+def _unknown(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
+    """Name an unknown setting, and the nearest one that exists at its level."""
+    level: type[BaseModel] = kind
+    for part in loc[:-1]:
+        field = level.model_fields.get(str(part))
+        inner = _settings_class(field.annotation) if field else None
+        if inner is None:
+            break
+        level = inner
+    known = sorted(level.model_fields)
+    name = ".".join(str(part) for part in loc)
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown setting {name}: {hint}"
+
+
+def _settings_class(annotation: Any) -> type[Settings] | None:
+    """The settings class inside an annotation such as `MoEConfig | None`."""
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Settings):
+            return candidate
+    return None
