@@ -99,7 +99,7 @@ class _GroupedMM(torch.autograd.Function):
         return _clear_tail(mm(x_RI.contiguous(), w_EOI.to(x_RI.dtype), offsets_E), offsets_E)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         x_RI, w_EOI, offsets_E = ctx.saved_tensors
         grad_RO = grad_RO.contiguous()
@@ -134,7 +134,7 @@ class _ExpertFFN(torch.autograd.Function):
         return _clear_tail(mm(act_RF, down_EDF.to(x_RD.dtype), offsets_E), offsets_E)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, up_EHD, down_EDF, offsets_E, hidden_RH = ctx.saved_tensors
         mm, wgrad = ctx.mm, ctx.wgrad

@@ -162,7 +162,7 @@ class _Dispatch(torch.autograd.Function):
         return rows_RD.index_fill_(0, plan.padding_P, 0) if len(plan.padding_P) else rows_RD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return _gather_sum(grad_RD, None, ctx.plan).to(grad_RD.dtype), None
 
@@ -178,7 +178,7 @@ class _Combine(torch.autograd.Function):
         return _gather_sum(rows_RD, padded_A[plan.slots_TK], plan).to(rows_RD.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_RD, weights_A = ctx.saved_tensors
         plan: Plan = ctx.plan

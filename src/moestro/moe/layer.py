@@ -114,7 +114,7 @@ class MoE(nn.Module):
                 "Set MoEConfig.dim to the width of your tokens"
             )
         weights = self.experts.down.dtype
-        if compute_dtype(x) == x.dtype != weights:
+        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
             raise ShapeError(
                 f"x is {x.dtype} but the experts are {weights}; convert one of them, "
                 "or run under torch.autocast"

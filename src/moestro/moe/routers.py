@@ -295,4 +295,5 @@ def _chance_of_choice(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k
     best_TK = noisy_TE.topk(top_k + 1, dim=-1).values
     chosen_TE = noisy_TE > best_TK[:, -1:]
     threshold_TE = torch.where(chosen_TE, best_TK[:, -1:], best_TK[:, -2:-1])
-    return torch.special.ndtr((logits_TE - threshold_TE) / std_TE)
+    chance_TE: Tensor = torch.special.ndtr((logits_TE - threshold_TE) / std_TE)
+    return chance_TE

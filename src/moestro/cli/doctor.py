@@ -1,0 +1,176 @@
+"""`moestro doctor`: what this machine is, what it can run, and which choices follow from that."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXTRAS = {
+    "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
+    "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
+}
+CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
+GIB = 2**30
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what this machine can run, and why.
+
+    Python, torch, the processor and its memory, the number type that training takes when it is
+    left to choose, the kernel backends with the reason for each, and the optional packages. The
+    environment variable MOESTRO_BACKEND forces one backend.
+    """
+    facts = _facts()
+    typer.echo(json.dumps(facts, indent=2) if as_json else _text(facts))
+
+
+def _facts() -> dict[str, Any]:
+    """Everything the verb prints; sizes in bytes."""
+    import torch
+
+    from moestro.errors import BackendError
+    from moestro.kernels.backends import ENVIRONMENT, choose, table
+
+    problem = None
+    try:
+        choose("auto", "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    except BackendError as error:
+        problem = str(error)
+    features = _cpu_features()
+    cuda = _cuda()
+    dtype, reason = _default_dtype(features, cuda)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "memory_bytes": _memory_bytes(),
+            "features": features,
+        },
+        "cuda": cuda,
+        "dtype": {"default": dtype, "reason": reason},
+        "backends": [row._asdict() for row in table()],
+        "forced_backend": os.environ.get(ENVIRONMENT) or None,
+        "problem": problem,
+        "extras": {
+            name: {"found": find_spec(name) is not None, "for": purpose, "install": install}
+            for name, (purpose, install) in EXTRAS.items()
+        },
+    }
+
+
+def _default_dtype(features: dict[str, bool], cuda: dict[str, Any] | None) -> tuple[str, str]:
+    """The number type that training takes where `train.dtype` is auto, and why."""
+    import torch
+
+    from moestro.train.distributed import pick_dtype
+
+    dtype = pick_dtype("auto", torch.device("cuda" if cuda else "cpu"))
+    name = str(dtype).removeprefix("torch.")
+    if cuda:
+        return name, "CUDA devices compute bfloat16" if cuda["bfloat16"] else "CUDA, by emulation"
+    if features["amx_bf16"]:
+        return name, "the processor has AMX tiles, which multiply bfloat16"
+    if features["avx512_bf16"]:
+        return name, "the processor has AVX-512 instructions for bfloat16"
+    return name, "the processor has neither AMX nor AVX-512 instructions for bfloat16"
+
+
+def _cpu_features() -> dict[str, bool]:
+    """Processor features that decide which number types are fast."""
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return {name: bool(known.get(name, False)) for name in CPU_FEATURES}
+
+
+def _cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    """Memory this process may use: the machine's, or the container's limit where that is lower."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _cuda() -> dict[str, Any] | None:
+    """The first CUDA device; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "devices": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    """The facts as aligned lines."""
+    cpu, cuda, dtype = facts["cpu"], facts["cuda"], facts["dtype"]
+    memory = f"{cpu['memory_bytes'] / GIB:.1f} GiB" if cpu["memory_bytes"] else "unknown"
+    features = ", ".join(name for name, on in cpu["features"].items() if on) or "none of note"
+    device = "none"
+    if cuda:
+        device = (
+            f"{cuda['name']} (capability {cuda['capability']}, "
+            f"{cuda['memory_bytes'] / GIB:.1f} GiB), {cuda['devices']} in all"
+        )
+    lines = [
+        f"python      {facts['python']} ({sys.platform})",
+        f"torch       {facts['torch']}",
+        f"processor   {cpu['name']}",
+        f"cores       {cpu['cores']}, torch uses {cpu['torch_threads']} threads",
+        f"memory      {memory}",
+        f"features    {features}",
+        f"CUDA        {device}",
+        f"dtype       {dtype['default']}: {dtype['reason']}",
+        "",
+        _backends_title(facts["forced_backend"]),
+    ]
+    width = max((len(row["name"]) for row in facts["backends"]), default=0)
+    for row in facts["backends"]:
+        mark = "→" if row["chosen"] else " "
+        state = "yes" if row["ok"] else "no "
+        lines.append(f"{mark} {row['name']:<{width}}  {state}  {row['reason']}")
+    if facts["problem"]:
+        lines.append(f"  none can run: {facts['problem']}")
+    lines += ["", "optional packages"]
+    for name, extra in facts["extras"].items():
+        state = "found" if extra["found"] else f"not found; {extra['install']}"
+        lines.append(f"  {name:<12}  {extra['for']}: {state}")
+    return "\n".join(lines)
+
+
+def _backends_title(forced: str | None) -> str:
+    how = f"forced by MOESTRO_BACKEND={forced}" if forced else "MOESTRO_BACKEND=NAME forces one"
+    return f"kernel backends (→ is the one in use; {how})"

@@ -1,0 +1,130 @@
+"""The `moestro` command: finds the verb, loads only its file, and turns errors into exit codes.
+
+    0    done                       2    something the user can fix: input, settings, options
+    1    the run itself failed      130  Ctrl-C
+
+`MOESTRO_DEBUG=1` prints the traceback of an expected error too.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from moestro import __version__
+from moestro.errors import MoestroError, TrainingError
+
+VERBS = {
+    "train": "Train a language model on text, as a mixture or dense.",
+    "compare": "Train a mixture and its dense twin side by side, and say which learnt more.",
+    "generate": "Continue a prompt with a trained model.",
+    "probe": "Measure which expert does what, over labelled text.",
+    "doctor": "Show what this machine can run, and why.",
+}
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        args: The words after `moestro`; None takes the process's own.
+    """
+    words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
+    try:
+        command = typer.main.get_command(_app(words))
+        code = command.main(words, prog_name="moestro", standalone_mode=False)
+        sys.stdout.flush()
+    except TyperException as error:
+        return _report(_usage_message(error), BAD_INPUT)
+    except MoestroError as error:
+        return _report(str(error), FAILED if isinstance(error, TrainingError) else BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _reader_left()
+    except OSError as error:
+        return _report(str(error), FAILED)
+    except SystemExit as leaving:  # a reader that closed the pipe, seen by typer first
+        return leaving.code if isinstance(leaving.code, int) else FAILED
+    return code if isinstance(code, int) else 0
+
+
+def _app(words: Sequence[str]) -> typer.Typer:
+    """All verbs for `--help`; only the one that `words` name is loaded from its file."""
+    app = typer.Typer(
+        name="moestro",
+        help="Build, train, look inside and run mixture-of-experts language models.",
+        epilog="`moestro VERB --help` explains one verb.",
+        rich_markup_mode=None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_options)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for verb, summary in VERBS.items():
+        app.command(verb, short_help=summary)(_load(verb) if verb == chosen else _unloaded)
+    return app
+
+
+def _load(verb: str) -> Callable[..., object]:
+    function: Callable[..., object] = getattr(import_module(f"moestro.cli.{verb}"), verb)
+    return function
+
+
+def _unloaded() -> None:
+    """Stand for a verb that this command line does not use."""
+
+
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=lambda on: _version(on), help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that come before a verb."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moestro {__version__}")
+        raise typer.Exit
+
+
+def _usage_message(error: TyperException) -> str:
+    """One sentence for a wrong option or verb, with the nearest name where there is one."""
+    message = error.format_message().strip()
+    near = getattr(error, "possibilities", None)
+    if near:
+        message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "moestro"
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{message[:1].lower()}{message[1:]}{end} See `{where} --help`."
+
+
+def _report(message: str, code: int) -> int:
+    if os.environ.get("MOESTRO_DEBUG"):
+        traceback.print_exc()
+    typer.echo(f"moestro: error: {message}", err=True)
+    return code
+
+
+def _reader_left() -> int:
+    """Point stdout away, so that the interpreter's last flush does not complain either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED

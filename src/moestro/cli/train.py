@@ -1,0 +1,184 @@
+"""`moestro train`: train a language model on text, watch it, save it, go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moestro.config import RunConfig
+    from moestro.train.data import Corpus
+    from moestro.train.distributed import Ranks
+    from moestro.train.loop import Result
+
+ConfigPath = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON; default: built in.")
+]
+OutPath = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="One setting, as in train.steps=200; repeat."),
+]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        metavar="PATH",
+        help="File, folder or glob to train on; repeat. Default: the "
+        "text every Python installation has.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def train(
+    config: ConfigPath = None,
+    out: OutPath = None,
+    assignments: Assignments = None,
+    source: Sources = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a language model on text, as a mixture of experts or dense.
+
+    Progress goes to stderr, the result to stdout. Ctrl-C finishes the step and saves; --resume
+    goes on from there. Under torchrun the batch is shared by all processes.
+    """
+    from moestro.errors import ConfigError
+    from moestro.train.distributed import joined, pick_device, ranks_from
+
+    if resume and out is None:
+        raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
+    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    cfg = _settings(config, folder, assignments or [], source or [], resume)
+    device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
+    with joined(device) as ranks:
+        cfg, result = _train(cfg, folder, resume, ranks)
+    if ranks.writes:
+        if as_json:
+            typer.echo(json.dumps(_as_json(folder, result)))
+        else:
+            _print_result(folder, cfg, result)
+        if result.stopped_by:
+            _print_resume(folder, result)
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _settings(
+    config: Path | None, folder: Path, assignments: list[str], sources: list[str], resume: bool
+) -> RunConfig:
+    """The run's settings: from the file, else on resume from the run itself, else the defaults."""
+    from moestro.config import RunConfig
+    from moestro.settings import load_settings
+    from moestro.train.state import SETTINGS_NAME
+
+    saved = folder / SETTINGS_NAME
+    if config is None and resume and saved.exists():
+        config = saved
+    if sources:
+        assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
+    return load_settings(RunConfig, config, assignments)
+
+
+def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[RunConfig, Result]:
+    from moestro.train.loop import Trainer
+    from moestro.train.progress import ProgressDisplay
+
+    corpus = _corpus(cfg, folder, resume, ranks)
+    needed = corpus.tokenizer.vocab_size
+    if cfg.model.vocab_size < needed:
+        _say(ranks, f"model.vocab_size = {needed}, as the tokenizer {corpus.tokenizer.name} needs")
+        model = cfg.model.model_copy(update={"vocab_size": needed})
+        cfg = cfg.model_copy(update={"model": model})
+    for text in (_describe(cfg, corpus), *corpus.notes):
+        _say(ranks, text)
+    if not ranks.writes:
+        return cfg, Trainer(cfg, folder, corpus, ranks=ranks).train(resume)
+    with ProgressDisplay(str(folder)) as progress:
+        return cfg, Trainer(cfg, folder, corpus, progress, ranks).train(resume)
+
+
+def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
+    """Prepare the text in the run's folder: one process writes it, the others read it then."""
+    from moestro.train.data import prepare
+    from moestro.train.state import claim_folder
+
+    if ranks.writes:
+        claim_folder(folder, resume)
+        corpus = prepare(cfg.data, folder / "data")
+    ranks.wait()
+    return corpus if ranks.writes else prepare(cfg.data, folder / "data")
+
+
+def _describe(cfg: RunConfig, corpus: Corpus) -> str:
+    """Two lines on what is about to happen."""
+    from moestro.models.count import count
+
+    parameters = count(cfg.model)
+    moe = cfg.model.moe
+    kind = f"{moe.num_experts} experts, {moe.top_k} per token" if moe else "dense"
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
+    domains = ", ".join(f"{name} {n:,}" for name, n in corpus.domain_tokens.items())
+    return (
+        f"model: {kind}; {parameters.total:,} parameters, {parameters.active:,} active per token\n"
+        f"text: {corpus.num_train_tokens:,} tokens ({domains}); training on {tokens:,}"
+    )
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.writes:
+        typer.echo(text, err=True)
+
+
+def _as_json(folder: Path, result: Result) -> dict[str, Any]:
+    last = result.history[-1]._asdict() if result.history else None
+    return {
+        "run": str(folder),
+        "checkpoint": str(result.checkpoint),
+        "step": result.step,
+        "stopped_by": signal.Signals(result.stopped_by).name if result.stopped_by else None,
+        "evaluation": last,
+    }
+
+
+def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
+    from moestro.train.progress import duration
+
+    typer.echo(f"trained {result.step} of {cfg.train.steps} steps")
+    if result.history:
+        last = result.history[-1]
+        typer.echo(
+            f"held-out bits per byte after step {last.step} ({last.tokens:,} tokens, "
+            f"{duration(last.seconds)}, {last.train_flops:.3g} FLOPs): "
+            f"{last.bits_per_byte['all']:.4f}"
+        )
+        for domain, value in last.bits_per_byte.items():
+            if domain != "all":
+                typer.echo(f"  {domain:<20} {value:.4f}")
+    typer.echo(f"checkpoint: {result.checkpoint}")
+    if not result.stopped_by:
+        run = shlex.quote(str(folder))
+        typer.echo(f'next:\n  moestro generate {run} "The "\n  moestro probe {run}')
+
+
+def _print_resume(folder: Path, result: Result) -> None:
+    name = signal.Signals(result.stopped_by).name
+    typer.echo(
+        f"stopped by {name} after step {result.step}; go on with: "
+        f"moestro train --resume --out {shlex.quote(str(folder))}",
+        err=True,
+    )

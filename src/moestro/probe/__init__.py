@@ -1,0 +1,1 @@
+"""Looking inside a trained mixture: record its routing over labelled text, measure, draw."""

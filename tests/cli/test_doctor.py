@@ -1,0 +1,71 @@
+import json
+import platform
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from moestro.cli.main import main
+from moestro.kernels import backends
+
+
+def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert main(["doctor", "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOESTRO_BACKEND", raising=False)
+
+
+def test_json_says_what_python_and_torch_say(capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys)
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["backends"] == [row._asdict() for row in backends.table()]
+    assert found["problem"] is None
+    assert (found["cuda"] is not None) == torch.cuda.is_available()
+
+
+def test_text_shows_every_backend_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for row in backends.table():
+        line = next(line for line in out.splitlines() if line[2:].startswith(f"{row.name} "))
+        assert row.reason in line
+        assert line.startswith("→") == row.chosen
+        assert (" yes " in line) == row.ok
+    assert torch.__version__ in out
+    assert "MOESTRO_BACKEND" in out
+
+
+def test_extras_come_with_their_install_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for name, extra in (("transformers", "hf"), ("tensorboard", "tensorboard")):
+        line = next(line for line in out.splitlines() if line.strip().startswith(name))
+        if find_spec(name):
+            assert line.endswith("found")
+        else:
+            assert f"pip install 'moestro[{extra}]'" in line
+
+
+def test_a_forced_backend_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOESTRO_BACKEND", "reference")
+    found = facts(capsys)
+    assert found["forced_backend"] == "reference"
+    assert [row["name"] for row in found["backends"] if row["chosen"]] == ["reference"]  # type: ignore[attr-defined]
+
+
+def test_a_forced_backend_that_does_not_exist_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOESTRO_BACKEND", "torhc")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "none can run: unknown kernel backend 'torhc'" in out
+    assert "→" not in out.split("one in use", 1)[1]

@@ -1,0 +1,155 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moestro.cli.main import main
+from moestro.train.metrics import read_metrics
+
+TINY = [
+    "model.dim=16",
+    "model.num_layers=2",
+    "model.attention={num_heads = 2, context = 16}",
+    "model.moe={hidden_dim = 16, num_experts = 4}",
+    "data.seq_len=16",
+    "data.held_out=0.2",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.eval_every=3",
+    "train.eval_tokens=64",
+    "train.save_every=3",
+    "train.dtype=float32",
+    "train.runtime.device=cpu",
+]
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Arguments of a tiny run in tmp_path/run; more settings are appended."""
+    for domain in ("one", "two"):
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for number in range(6):
+            text = f"{domain} {number} " * 60
+            (tmp_path / "text" / domain / f"{number}.txt").write_text(text)
+
+    def make(*more, out="run"):
+        settings = [word for value in TINY for word in ("--set", value)]
+        source = ["--source", str(tmp_path / "text")]
+        return ["train", "--out", str(tmp_path / out), *source, *settings, *more]
+
+    return make
+
+
+def test_a_run_says_what_it_reached_and_what_to_do_next(words, tmp_path, capsys):
+    assert main(words()) == 0
+    out, err = capsys.readouterr()
+    assert "held-out bits per byte after step 6" in out
+    assert {line.split()[0] for line in out.splitlines()} >= {"one", "two"}
+    assert f"moestro generate {tmp_path / 'run'}" in out
+    assert f"moestro probe {tmp_path / 'run'}" in out
+    assert "4 experts, 2 per token" in err
+    assert "step 6/6" in err
+
+
+def test_json_is_one_object_on_stdout(words, tmp_path, capsys):
+    assert main(words("--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == str(tmp_path / "run")
+    assert found["checkpoint"].endswith("step-000006")
+    assert (found["step"], found["stopped_by"]) == (6, None)
+    assert found["evaluation"]["bits_per_byte"].keys() == {"all", "one", "two"}
+
+
+def test_settings_come_from_a_file_and_set_overrides_it(words, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("[train]\nseed = 7\nsteps = 99\n")
+    assert main(words("--config", str(tmp_path / "run.toml"), "--json")) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["train"]["seed"], saved["train"]["steps"]) == (7, 6)
+    assert json.loads(capsys.readouterr().out)["step"] == 6
+
+
+def test_the_vocabulary_follows_the_tokenizer(words, tmp_path, capsys):
+    assert main(words("--set", "data.tokenizer=bpe:300", "--set", "train.steps=1")) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    vocab_size = saved["model"]["vocab_size"]
+    assert vocab_size > 256
+    assert f"model.vocab_size = {vocab_size}" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_folder_needs_resume(words, tmp_path, capsys):
+    assert main(words("--set", "train.steps=1")) == 0
+    capsys.readouterr()
+    assert main(words("--set", "train.steps=1")) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--set", "optim.lr=9"]) == 2
+    assert "optim.lr = 9.0 (saved: 0.002)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "optim.lrr=1"], "did you mean lr?"),
+        (["--set", "model.moe.top_k=9"], "only 4 experts"),
+        (["--set", "train.runtime.device=toaster"], "is no device"),
+        (["--source", "nowhere.txt"], "no such file or folder"),
+        (["--config", "nowhere.toml"], "cannot read the settings file"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_run(words, tmp_path, capsys, more, message):
+    assert main(words(*more)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unwritable_place_is_bad_input(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(words(out="file/run")) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_resume_needs_a_folder(capsys):
+    assert main(["train", "--resume"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_exits_with_1(words, tmp_path, capsys):
+    assert main(words("--set", "optim.lr=1e30", "--set", "optim.warmup=0")) == 1
+    err = capsys.readouterr().err
+    assert "is not finite" in err
+    assert "good checkpoint" in err
+
+
+def test_ctrl_c_saves_and_another_process_goes_on(words, tmp_path, capsys):
+    many = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moestro", *words(*many)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and read_metrics(metrics)):
+            assert child.poll() is None, child.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130, err
+    assert f"moestro train --resume --out {tmp_path / 'run'}" in err
+    steps = len(read_metrics(metrics))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
+    assert f"trained {steps} of 100000 steps" in out
