@@ -1,4 +1,4 @@
-"""The fast paths in plain torch: one GEMM per hit expert on contiguous rows, or torch's grouped_mm.
+"""The fast paths in plain torch: one GEMM per run of hit experts, or torch's own grouped_mm.
 
 Own autograd, so that: weights stay in their dtype while rows decide the dtype computed in, weight
 gradients are written once (a zero-token expert gets zeros), the gated hidden rows are the only
@@ -7,8 +7,8 @@ large tensor kept, and gradients of any stride are accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +17,46 @@ from torch.nn import functional as F
 
 from moestro.kernels import activations
 
-# Each takes contiguous rows grouped by expert, and weights in the rows' dtype.
+# Each takes contiguous rows grouped by expert; `Forward` casts the weights to the rows' dtype.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 WeightGrad = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
-def _groups(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(expert, start, end) of every expert that has rows."""
-    start = 0
+class Run(NamedTuple):
+    """Neighbouring experts with equally many rows: one batched product serves them all."""
+
+    experts: slice
+    rows: slice
+    count: int
+
+
+def runs(offsets_E: Tensor) -> list[Run]:
+    """Cut the experts that have rows into the longest runs of equal groups."""
+    found: list[Run] = []
+    start = size = 0
     for expert, end in enumerate(offsets_E.tolist()):
-        if end > start:
-            yield expert, start, end
+        last, size_before, size = found[-1] if found else None, size, end - start
+        if size and last is not None and size == size_before:
+            found[-1] = Run(
+                slice(last.experts.start, expert + 1), slice(last.rows.start, end), last.count + 1
+            )
+        elif size:
+            found.append(Run(slice(expert, expert + 1), slice(start, end), 1))
         start = end
+    return found
 
 
 def segments_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`reference.grouped_mm` without autograd: one GEMM per hit expert. Leaves tail rows unset."""
+    """`reference.grouped_mm` without autograd: one GEMM per run. Leaves tail rows unset.
+
+    A batched GEMM gives each thread matrices of its own, where a single one makes all threads
+    pack the same weights; in bf16 on two cores that is twice as fast.
+    """
     y_RO = x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
-    for expert, start, end in _groups(offsets_E):
-        torch.mm(x_RI[start:end], w_EOI[expert].t(), out=y_RO[start:end])
+    for run in runs(offsets_E):
+        w_NIO = w_EOI[run.experts].to(x_RI.dtype).transpose(1, 2)
+        x_NRI = x_RI[run.rows].view(run.count, -1, x_RI.shape[1])
+        torch.bmm(x_NRI, w_NIO, out=y_RO[run.rows].view(run.count, -1, y_RO.shape[1]))
     return y_RO
 
 
@@ -46,23 +67,24 @@ def segments_weight_grad(
     grad_EOI = torch.empty(
         len(offsets_E), grad_RO.shape[1], x_RI.shape[1], dtype=dtype, device=x_RI.device
     )
-    hit = set()
-    for expert, start, end in _groups(offsets_E):
-        hit.add(expert)
-        grad_rows_OR, x_rows_RI = grad_RO[start:end].t(), x_RI[start:end]
+    done = 0
+    for run in runs(offsets_E):
+        grad_EOI[done : run.experts.start].zero_()
+        done = run.experts.stop
+        grad_NOR = grad_RO[run.rows].view(run.count, -1, grad_RO.shape[1]).transpose(1, 2)
+        x_NRI = x_RI[run.rows].view(run.count, -1, x_RI.shape[1])
         if dtype == x_RI.dtype:
-            torch.mm(grad_rows_OR, x_rows_RI, out=grad_EOI[expert])
+            torch.bmm(grad_NOR, x_NRI, out=grad_EOI[run.experts])
         else:
-            grad_EOI[expert].copy_(torch.mm(grad_rows_OR, x_rows_RI))
-    for expert in range(len(offsets_E)):
-        if expert not in hit:
-            grad_EOI[expert].zero_()
+            grad_EOI[run.experts].copy_(torch.bmm(grad_NOR, x_NRI))
+    grad_EOI[done:].zero_()
     return grad_EOI
 
 
 def torch_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """`reference.grouped_mm` by torch's own op, without autograd. Leaves tail rows unset."""
-    return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=offsets_E.to(torch.int32))
+    w_EIO = w_EOI.to(x_RI.dtype).transpose(1, 2)
+    return F.grouped_mm(x_RI, w_EIO, offs=offsets_E.to(torch.int32))
 
 
 def torch_weight_grad(
@@ -96,7 +118,7 @@ class _GroupedMM(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_RI, w_EOI, offsets_E)
         ctx.mm, ctx.wgrad = mm, wgrad
-        return _clear_tail(mm(x_RI.contiguous(), w_EOI.to(x_RI.dtype), offsets_E), offsets_E)
+        return _clear_tail(mm(x_RI.contiguous(), w_EOI, offsets_E), offsets_E)
 
     @staticmethod
     @once_differentiable
@@ -105,8 +127,7 @@ class _GroupedMM(torch.autograd.Function):
         grad_RO = grad_RO.contiguous()
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            w_EIO = w_EOI.to(x_RI.dtype).transpose(1, 2)
-            grad_x = _clear_tail(ctx.mm(grad_RO, w_EIO, offsets_E), offsets_E)
+            grad_x = _clear_tail(ctx.mm(grad_RO, w_EOI.transpose(1, 2), offsets_E), offsets_E)
         if ctx.needs_input_grad[1]:
             grad_w = ctx.wgrad(grad_RO, x_RI.contiguous(), offsets_E, w_EOI.dtype)
         return grad_x, grad_w, None, None, None
@@ -127,11 +148,11 @@ class _ExpertFFN(torch.autograd.Function):
         wgrad: WeightGrad,
     ) -> Tensor:
         x_RD = x_RD.contiguous()
-        hidden_RH = mm(x_RD, up_EHD.to(x_RD.dtype), offsets_E)
+        hidden_RH = mm(x_RD, up_EHD, offsets_E)
         act_RF = activations.forward(hidden_RH, activation)
         ctx.save_for_backward(x_RD, up_EHD, down_EDF, offsets_E, hidden_RH)
         ctx.activation, ctx.mm, ctx.wgrad = activation, mm, wgrad
-        return _clear_tail(mm(act_RF, down_EDF.to(x_RD.dtype), offsets_E), offsets_E)
+        return _clear_tail(mm(act_RF, down_EDF, offsets_E), offsets_E)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +160,7 @@ class _ExpertFFN(torch.autograd.Function):
         x_RD, up_EHD, down_EDF, offsets_E, hidden_RH = ctx.saved_tensors
         mm, wgrad = ctx.mm, ctx.wgrad
         grad_RD = grad_RD.contiguous()
-        grad_act_RF = mm(grad_RD, down_EDF.to(x_RD.dtype).transpose(1, 2), offsets_E)
+        grad_act_RF = mm(grad_RD, down_EDF.transpose(1, 2), offsets_E)
         grad_hidden_RH, act_RF = activations.backward(grad_act_RF, hidden_RH, ctx.activation)
         grad_x = grad_up = grad_down = None
         if ctx.needs_input_grad[2]:
@@ -147,13 +168,13 @@ class _ExpertFFN(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_up = wgrad(grad_hidden_RH, x_RD, offsets_E, up_EHD.dtype)
         if ctx.needs_input_grad[0]:
-            up_EDH = up_EHD.to(x_RD.dtype).transpose(1, 2)
-            grad_x = _clear_tail(mm(grad_hidden_RH, up_EDH, offsets_E), offsets_E)
+            grad_x = mm(grad_hidden_RH, up_EHD.transpose(1, 2), offsets_E)
+            _clear_tail(grad_x, offsets_E)
         return grad_x, grad_up, grad_down, None, None, None, None
 
 
 def segments_grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`reference.grouped_mm`, one GEMM per hit expert."""
+    """`reference.grouped_mm`, one GEMM per run of hit experts."""
     y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, offsets_E, segments_mm, segments_weight_grad)
     return y_RO
 
@@ -161,7 +182,7 @@ def segments_grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tenso
 def segments_expert_ffn(
     x_RD: Tensor, up_EHD: Tensor, down_EDF: Tensor, offsets_E: Tensor, activation: str
 ) -> Tensor:
-    """`reference.expert_ffn`, one GEMM per hit expert."""
+    """`reference.expert_ffn`, one GEMM per run of hit experts."""
     y_RD: Tensor = _ExpertFFN.apply(
         x_RD, up_EHD, down_EDF, offsets_E, activation, segments_mm, segments_weight_grad
     )

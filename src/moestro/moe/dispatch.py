@@ -6,6 +6,7 @@ Letters: T tokens, D width, E experts, K experts per token, R rows, A assignment
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,22 +53,23 @@ def limit(routing: Routing, rows: int, priority: str) -> Routing:
     return routing._replace(kept_R=kept_R)
 
 
-def make_plan(routing: Routing, row_multiple: int = 1) -> Plan:
+def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Group the kept assignments by expert.
 
     Args:
         routing: any router's.
-        row_multiple: each group is padded with zero rows to a multiple of this.
+        rooms: rows of each expert (int64 [E]) → rows to give it, none fewer; the difference
+            becomes zero rows. None gives each what it has.
     """
     experts_A, num_experts = routing.experts_R, routing.num_experts
     if routing.kept_R is not None:
         experts_A = experts_A.masked_fill(~routing.kept_R, num_experts)
     order_A = experts_A.argsort(stable=True)
     counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
-    room_E = (counts_E + row_multiple - 1) // row_multiple * row_multiple
+    room_E = counts_E if rooms is None else rooms(counts_E)
     offsets_E = room_E.cumsum(0)
     num_rows = len(order_A)
-    if row_multiple > 1 or routing.kept_R is not None:
+    if room_E is not counts_E or routing.kept_R is not None:
         num_rows = int(offsets_E[-1])
         order_A = order_A[: int(counts_E.sum())]
     # Row of each sorted assignment: its own rank, moved by the padding of the groups before it.
@@ -134,7 +136,7 @@ def _gather_sum(rows_RD: Tensor, weights_TK: Tensor | None, plan: Plan) -> Tenso
     """Σ_k weight · row over each token's places, in at least fp32; empty places add nothing."""
     num_tokens, places = plan.rows_TK.shape
     dtype = torch.promote_types(rows_RD.dtype, torch.float32)
-    sum_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
+    sum_TD = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=dtype)
     if len(rows_RD) == 0:
         return sum_TD
     for k in range(places):
@@ -145,8 +147,9 @@ def _gather_sum(rows_RD: Tensor, weights_TK: Tensor | None, plan: Plan) -> Tenso
             empty_T = rows_T == len(rows_RD)
             picked_TD = rows_RD.index_select(0, rows_T.masked_fill(empty_T, 0))
             picked_TD.masked_fill_(empty_T[:, None], 0)
+        # Cast first: an operation on two dtypes at once is several times slower on CPU.
         if weights_TK is None:
-            sum_TD += picked_TD
+            sum_TD.add_(picked_TD.to(dtype))
         else:
             sum_TD.addcmul_(picked_TD.to(dtype), weights_TK[:, k, None].to(dtype))
     return sum_TD
@@ -186,7 +189,7 @@ class _Combine(torch.autograd.Function):
         filled_TK = plan.rows_TK < num_rows
         rows_A, slots_A = plan.rows_TK[filled_TK], plan.slots_TK[filled_TK]
         weights_R = weights_A.new_zeros(num_rows).index_copy_(0, rows_A, weights_A[slots_A])
-        grad_rows_RD = grad_TD.index_select(0, plan.tokens_R)
-        dots_R = (grad_rows_RD.to(weights_A.dtype) * rows_RD).sum(-1)
+        grad_rows_RD = grad_TD.index_select(0, plan.tokens_R).to(weights_A.dtype)
+        dots_R = (grad_rows_RD * rows_RD.to(weights_A.dtype)).sum(-1)
         grad_weights_A = torch.zeros_like(weights_A).index_copy_(0, slots_A, dots_R[rows_A])
-        return grad_rows_RD.mul_(weights_R[:, None]), grad_weights_A, None
+        return grad_rows_RD.mul_(weights_R[:, None]).to(rows_RD.dtype), grad_weights_A, None

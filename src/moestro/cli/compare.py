@@ -1,0 +1,186 @@
+"""`moestro compare`: train a mixture and its dense twin on the same text and say who won."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moestro.cli.train import AsJson, Assignments, ConfigPath, OutPath, Sources
+
+if TYPE_CHECKING:
+    from moestro.config import RunConfig
+    from moestro.train.compare import Curve, Entry
+    from moestro.train.data import Corpus
+
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Choose train.steps so that all runs together take about this long here; "
+        "default: what the settings say.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each model, with seeds counted up.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the comparison in --out, with its settings.")
+]
+
+SETTINGS_NAME = "compare-settings.json"
+
+
+def compare(
+    config: ConfigPath = None,
+    out: OutPath = None,
+    assignments: Assignments = None,
+    source: Sources = None,
+    minutes: Minutes = None,
+    seeds: Seeds = 1,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a mixture and its dense twin on the same text, and say what the mixture saved.
+
+    The twin has the same active parameters per token, so both cost the same compute. Progress
+    goes to stderr, the result to stdout; the run folder gets compare.json and compare.png.
+    """
+    from moestro.errors import ConfigError
+    from moestro.models.checkpoint import write_json
+    from moestro.train.compare import as_json as to_json
+    from moestro.train.compare import plan
+    from moestro.train.figures import comparison_figure
+
+    if resume and out is None:
+        raise ConfigError("--resume needs --out FOLDER, the folder of the comparison to go on with")
+    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    cfg, corpus, seeds = _open(folder, config, assignments or [], source or [], seeds, resume)
+    if not resume:
+        cfg = _settle(cfg, corpus, folder, seeds, minutes)
+        write_json(folder / SETTINGS_NAME, {"seeds": seeds, "run": cfg.model_dump(mode="json")})
+    curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, seeds)]
+    result = to_json(cfg, curves)
+    write_json(folder / "compare.json", result)
+    comparison_figure(curves, folder / "compare.png")
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    _print(cfg, curves)
+    typer.echo(result["sentence"])
+    typer.echo(f"written: {folder / 'compare.json'}, {folder / 'compare.png'}")
+
+
+def _open(
+    folder: Path,
+    config: Path | None,
+    assignments: list[str],
+    sources: list[str],
+    seeds: int,
+    resume: bool,
+) -> tuple[RunConfig, Corpus, int]:
+    """Settings and text: from the command line, or on resume from the comparison's folder."""
+    from moestro.config import RunConfig
+    from moestro.errors import ConfigError
+    from moestro.models.checkpoint import read_json
+    from moestro.settings import load_settings
+    from moestro.train.data import prepare
+
+    saved = folder / SETTINGS_NAME
+    if resume:
+        if config or assignments or sources:
+            raise ConfigError("--resume takes the saved settings; leave the other options out")
+        if not saved.is_file():
+            raise ConfigError(f"{folder} holds no comparison to go on with: no {SETTINGS_NAME}")
+        values = read_json(saved)
+        cfg, seeds = RunConfig(**values["run"]), int(values["seeds"])
+    else:
+        if saved.exists():
+            raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
+        if sources:
+            assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
+        cfg = load_settings(RunConfig, config, assignments)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from None
+    return cfg, prepare(cfg.data, folder / "data"), seeds
+
+
+def _settle(
+    cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float | None
+) -> RunConfig:
+    """Fit the vocabulary to the tokenizer, and the steps to the minutes."""
+    from moestro.train.compare import fit_to, plan
+
+    vocab_size = max(cfg.model.vocab_size, corpus.tokenizer.vocab_size)
+    cfg = cfg.model_copy(
+        update={"model": cfg.model.model_copy(update={"vocab_size": vocab_size})}
+    )
+    plan(cfg, folder, seeds)  # refuses a dense model before anything is timed
+    for note in corpus.notes:
+        typer.echo(note, err=True)
+    if minutes is not None:
+        typer.echo("timing a few steps of each model …", err=True)
+        cfg = fit_to(cfg, corpus, folder, seeds, minutes)
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
+    typer.echo(
+        f"{cfg.train.steps} steps of {cfg.train.batch_size} × {cfg.data.seq_len} tokens for each "
+        f"run ({tokens:,} of {corpus.num_train_tokens:,} training tokens)",
+        err=True,
+    )
+    return cfg
+
+
+def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
+    """Train one run to its end, or read it where it has been trained already."""
+    from moestro.train.compare import Curve, done
+    from moestro.train.loop import Trainer, history
+    from moestro.train.metrics import METRICS_NAME, read_metrics
+    from moestro.train.progress import ProgressDisplay
+    from moestro.train.state import newest_or_none
+
+    if done(entry):
+        return Curve(entry.kind, entry.seed, history(read_metrics(entry.folder / METRICS_NAME)))
+    title = {"moe": "mixture of experts", "dense": "dense twin"}[entry.kind]
+    with ProgressDisplay(f"{title}, seed {entry.seed}: {entry.folder}") as progress:
+        trainer = Trainer(entry.cfg, entry.folder, corpus, progress)
+        result = trainer.train(resume=newest_or_none(entry.folder) is not None)
+    if result.stopped_by:
+        typer.echo(
+            f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}; "
+            f"go on with: moestro compare --resume --out {folder}",
+            err=True,
+        )
+        raise typer.Exit(128 + result.stopped_by)
+    return Curve(entry.kind, entry.seed, result.history)
+
+
+def _print(cfg: RunConfig, curves: list[Curve]) -> None:
+    """The table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moestro.models.count import count
+    from moestro.models.twin import dense_twin
+    from moestro.train.compare import mean_and_spread
+
+    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
+    table = Table("", "mixture", "dense twin", title="held-out bits per byte after the same tokens")
+    counts = [count(model) for model in models.values()]
+    table.add_row("parameters", *(f"{c.total:,}" for c in counts))
+    table.add_row("active per token", *(f"{c.active:,}" for c in counts))
+    flops = [c.train_flops(cfg.data.seq_len) / 1e6 for c in counts]
+    table.add_row("training MFLOP per token", *(f"{f:.2f}" for f in flops))
+    finals = [[c.final for c in curves if c.kind == kind] for kind in models]
+    speeds = [[p.tokens / p.seconds for p in points] for points in finals]
+    table.add_row("tokens/s", *(f"{mean_and_spread(s)[0]:,.0f}" for s in speeds))
+    for name in finals[0][0].bits_per_byte:
+        cells = []
+        for points in finals:
+            mean, spread = mean_and_spread([p.bits_per_byte[name] for p in points])
+            cells.append(f"{mean:.4f}" if len(points) == 1 else f"{mean:.4f} ± {spread:.4f}")
+        table.add_row(name, *cells, style="bold" if name == "all" else "")
+    Console().print(table)

@@ -1,0 +1,225 @@
+"""A mixture against its dense twin: same text, same order, same tokens, same compute per token.
+
+Each run is an ordinary run folder below the comparison's; what was measured is in compare.json.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from moestro.config import RunConfig
+from moestro.errors import ConfigError
+from moestro.models.count import count
+from moestro.models.twin import dense_twin
+from moestro.train import state
+from moestro.train.data import Corpus
+from moestro.train.evaluate import ALL
+from moestro.train.loop import Point, Trainer
+
+Kind = Literal["moe", "dense"]
+CALIBRATION_STEPS = 8
+# Share of the given minutes that is planned for: speed drifts, saving and figures take time.
+PLANNED_SHARE = 0.9
+
+
+class Entry(NamedTuple):
+    """One run of the comparison: its kind, seed, folder and settings."""
+
+    kind: Kind
+    seed: int
+    folder: Path
+    cfg: RunConfig
+
+
+class Curve(NamedTuple):
+    """What one run measured: its evaluations, oldest first."""
+
+    kind: Kind
+    seed: int
+    points: list[Point]
+
+    @property
+    def final(self) -> Point:
+        """The last evaluation."""
+        return self.points[-1]
+
+
+class Verdict(NamedTuple):
+    """What the mixture of one seed needed to reach its twin's final held-out loss.
+
+    Attributes:
+        seed: of both runs.
+        moe_bpb: the mixture's final held-out bits per byte.
+        dense_bpb: the twin's.
+        compute: share of the twin's training FLOPs at which the mixture reached dense_bpb,
+            interpolated between its evaluations; None if it never did.
+        time: the same for the seconds spent in training steps.
+    """
+
+    seed: int
+    moe_bpb: float
+    dense_bpb: float
+    compute: float | None
+    time: float | None
+
+
+def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
+    """The runs of a comparison, in the order in which they are trained.
+
+    Raises:
+        ConfigError: the settings describe a dense model.
+    """
+    if cfg.model.moe is None:
+        raise ConfigError(
+            "nothing to compare: the settings have no mixture; set model.moe.hidden_dim, for one"
+        )
+    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
+    entries = []
+    for seed in range(cfg.train.seed, cfg.train.seed + seeds):
+        train = cfg.train.model_copy(update={"seed": seed})
+        for kind in ("moe", "dense"):
+            name = kind if seeds == 1 else f"{kind}-seed{seed}"
+            run = cfg.model_copy(update={"model": models[kind], "train": train})
+            entries.append(Entry(kind, seed, folder / name, run))  # type: ignore[arg-type]
+    return entries
+
+
+def fit_to(
+    cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float
+) -> RunConfig:
+    """Set `train.steps` (and how often to evaluate) so that all runs together take `minutes`.
+
+    A few steps of each model are timed on this machine, so the number of steps, and with it the
+    result, depends on its speed.
+    """
+    seconds = 0.0
+    for entry in plan(cfg, folder, 1):
+        seconds += Trainer(entry.cfg, entry.folder, corpus).time_steps(CALIBRATION_STEPS)
+    evaluations = 20
+    step_tokens = cfg.train.batch_size * cfg.data.seq_len
+    # An evaluation runs forward only: a third of a step's work for each of its tokens.
+    evaluation_steps = evaluations * cfg.train.eval_tokens / step_tokens / 3
+    budget_s = PLANNED_SHARE * 60 * minutes / seeds
+    steps = int(budget_s / seconds - evaluation_steps)
+    steps = max(evaluations, steps - steps % evaluations)
+    every = steps // evaluations
+    train = cfg.train.model_copy(
+        update={"steps": steps, "eval_every": every, "save_every": 5 * every}
+    )
+    return cfg.model_copy(update={"train": train})
+
+
+def done(entry: Entry) -> bool:
+    """Whether this run has been trained to its last step."""
+    checkpoint = state.newest_or_none(entry.folder)
+    if checkpoint is None:
+        return False
+    return checkpoint == state.checkpoint_folder(entry.folder, entry.cfg.train.steps)
+
+
+def judge(curves: list[Curve]) -> list[Verdict]:
+    """Compare the two curves of each seed."""
+    verdicts = []
+    for moe, dense in _pairs(curves):
+        goal = dense.final.bits_per_byte[ALL]
+        flops = crossing(moe.points, goal, lambda point: point.train_flops)
+        seconds = crossing(moe.points, goal, lambda point: point.seconds)
+        verdicts.append(
+            Verdict(
+                moe.seed,
+                moe.final.bits_per_byte[ALL],
+                goal,
+                None if flops is None else flops / dense.final.train_flops,
+                None if seconds is None else seconds / dense.final.seconds,
+            )
+        )
+    return verdicts
+
+
+def crossing(
+    points: list[Point], goal_bpb: float, cost: Callable[[Point], float]
+) -> float | None:
+    """The cost at which a curve first gets down to `goal_bpb`; None if it never does.
+
+    Between two evaluations the curve is taken as a straight line; before the first one nothing
+    is known, so a curve that starts below the goal is given its first evaluation's cost.
+    """
+    previous: Point | None = None
+    for point in points:
+        here = point.bits_per_byte[ALL]
+        if here <= goal_bpb:
+            if previous is None:
+                return cost(point)
+            before = previous.bits_per_byte[ALL]
+            share = (before - goal_bpb) / (before - here)
+            return cost(previous) + share * (cost(point) - cost(previous))
+        previous = point
+    return None
+
+
+def sentence(verdicts: list[Verdict]) -> str:
+    """The one sentence that matters, whichever way it falls."""
+    reached = [v.compute for v in verdicts if v.compute is not None]
+    moe = statistics.fmean(v.moe_bpb for v in verdicts)
+    dense = statistics.fmean(v.dense_bpb for v in verdicts)
+    ends = f"the mixture ended at {moe:.4f} bits per byte, the dense twin at {dense:.4f}"
+    if len(verdicts) == 1 and reached:
+        return (
+            f"The mixture needed {reached[0]:.0%} of the dense twin's training compute to reach "
+            f"the twin's final held-out loss; {ends}."
+        )
+    if len(verdicts) == 1:
+        return f"The mixture did not reach the dense twin's final held-out loss: {ends}."
+    if len(reached) == len(verdicts):
+        return (
+            f"Over {len(verdicts)} seeds the mixture needed {statistics.fmean(reached):.0%} "
+            f"({min(reached):.0%} to {max(reached):.0%}) of the dense twin's training compute to "
+            f"reach the twin's final held-out loss; on average {ends}."
+        )
+    return (
+        f"With {len(reached)} of {len(verdicts)} seeds the mixture reached the dense twin's final "
+        f"held-out loss within the same compute; on average {ends}."
+    )
+
+
+def as_json(cfg: RunConfig, curves: list[Curve]) -> dict[str, Any]:
+    """Everything that was measured, for compare.json and --json."""
+    verdicts = judge(curves)
+    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
+    return {
+        "sentence": sentence(verdicts),
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+        "models": {
+            kind: {
+                **count(model)._asdict(),
+                "train_flops_per_token": count(model).train_flops(cfg.data.seq_len),
+            }
+            for kind, model in models.items()
+        },
+        "curves": [
+            {
+                "kind": curve.kind,
+                "seed": curve.seed,
+                "points": [point._asdict() for point in curve.points],
+            }
+            for curve in curves
+        ],
+        "settings": cfg.model_dump(mode="json"),
+    }
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter NaN for a single value."""
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), spread
+
+
+def _pairs(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
+    dense = {curve.seed: curve for curve in curves if curve.kind == "dense"}
+    for curve in curves:
+        if curve.kind == "moe" and curve.seed in dense:
+            yield curve, dense[curve.seed]

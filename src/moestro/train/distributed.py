@@ -1,0 +1,141 @@
+"""Data parallelism: which rank this process is, and sums over all ranks.
+
+torchrun starts the processes and tells each its place through the environment. Alone, every call
+here does nothing, so that the loop reads the same with one process or many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moestro.errors import ConfigError
+
+
+class Ranks(NamedTuple):
+    """This process's place among those that train together.
+
+    Attributes:
+        rank: Number of this process, 0 for the one that writes.
+        world: How many processes there are.
+        local_rank: Number of this process on its machine, which picks its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process saves, prints and logs."""
+        return self.rank == 0
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Replace `x` (any shape) by its sum over all ranks, and return it."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def ranks_from(environment: Mapping[str, str]) -> Ranks:
+    """Read the place that torchrun gave this process; alone where it gave none.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is missing or no whole number.
+    """
+    if "WORLD_SIZE" not in environment:
+        return ALONE
+    try:
+        world = int(environment["WORLD_SIZE"])
+        rank = int(environment.get("RANK", "0" if world == 1 else ""))
+        return Ranks(rank, world, int(environment.get("LOCAL_RANK", str(rank))))
+    except ValueError:
+        given = {k: environment.get(k) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        raise ConfigError(
+            f"the environment says {given}; start several processes with "
+            "`torchrun --nproc-per-node N -m moestro train …`, which sets all three"
+        ) from None
+
+
+@contextmanager
+def joined(device: torch.device, environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+    """Join the other processes for as long as the block runs: nccl on CUDA, gloo elsewhere.
+
+    Args:
+        device: What this process computes on.
+        environment: Where torchrun's variables are; the process's own if left out.
+    """
+    ranks = ranks_from(os.environ if environment is None else environment)
+    if ranks.world == 1:
+        yield ranks
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """Turn the setting `train.runtime.device` into a device that is here.
+
+    Args:
+        name: 'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', …
+        ranks: On CUDA without a number, each process takes the GPU of its local rank.
+
+    Raises:
+        ConfigError: the name means no device, or one that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"train.runtime.device = {name!r} is no device; use auto, cpu, cuda or cuda:NUMBER"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"train.runtime.device = {name!r} is not supported; use auto, cpu, cuda or cuda:NUMBER"
+        )
+    if device.type != "cuda":
+        return device
+    index = ranks.local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.runtime.device = {name!r} needs CUDA device {index}, but "
+            f"{torch.cuda.device_count()} are here; use cpu, or fewer processes per machine"
+        )
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn the setting `train.dtype` into what matrices are multiplied in.
+
+    'auto' is bfloat16 where the hardware has instructions for it (CUDA; a CPU with AMX or
+    AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM as a polite request: finish the step, save, and leave."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is kept in `signal`; a second Ctrl-C aborts.
+
+    Outside the main thread Python allows no handlers, and entering changes nothing.
+
+    Attributes:
+        signal: Number of the signal that asked to stop, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {which: signal.signal(which, self._ask) for which in STOPPING}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for which, handler in self._previous.items():
+            signal.signal(which, handler)
+
+    def _ask(self, which: int, frame: FrameType | None) -> None:
+        if self.signal and which == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or which

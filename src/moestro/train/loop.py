@@ -1,0 +1,371 @@
+"""The training loop: one class that takes a run from its first step, or its last save, to its end.
+
+It prints nothing and reads no command line: the corpus, the folder and the display are given to
+it, so that a command, a comparison or a notebook can drive it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moestro.config import RunConfig
+from moestro.errors import ConfigError, TrainingError
+from moestro.models.checkpoint import load_model
+from moestro.models.count import count
+from moestro.models.decoder import Decoder, DecoderOutput
+from moestro.moe.balance import update_bias
+from moestro.train import state
+from moestro.train.data import Corpus, HeldOut
+from moestro.train.diagnose import first_bad_gradient, first_bad_value
+from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
+from moestro.train.evaluate import evaluate
+from moestro.train.health import CollapseWatch, LayerHealth, Tally
+from moestro.train.interrupt import StopRequest
+from moestro.train.metrics import METRICS_NAME, MetricsLog, read_metrics
+from moestro.train.objective import Objective
+from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
+from moestro.train.progress import ProgressDisplay
+
+
+class Point(NamedTuple):
+    """One held-out evaluation of a run.
+
+    Attributes:
+        step: Steps done.
+        tokens: Tokens trained on.
+        seconds: Seconds spent in the steps, evaluation and saving not counted.
+        train_flops: Floating-point operations of those steps, counted from the settings.
+        bits_per_byte: By domain, and `all`.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    train_flops: float
+    bits_per_byte: dict[str, float]
+
+
+class Result(NamedTuple):
+    """What a run reached.
+
+    Attributes:
+        step: Steps done, less than asked for if it was stopped.
+        checkpoint: Folder of the last checkpoint.
+        history: Every evaluation, oldest first; those before a resume included.
+        stopped_by: Number of the signal that ended it, or 0 if it came to its end.
+    """
+
+    step: int
+    checkpoint: Path
+    history: list[Point]
+    stopped_by: int = 0
+
+
+class Measured(NamedTuple):
+    """The numbers of one step, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    balance: dict[str, float]
+    layers: list[LayerHealth]
+    seconds: float
+    stop: bool
+
+
+class Trainer:
+    """One run: a model, its optimizer, and a folder with everything that was measured and saved.
+
+    Args:
+        cfg: The settings, with `model.vocab_size` at least the tokenizer's.
+        folder: The run's folder; made if missing.
+        corpus: What to train on.
+        progress: Where to show it, already entered; None shows nothing.
+        ranks: This process's place among several; alone if left out.
+
+    Attributes:
+        model: The model, once `train` has begun.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        corpus: Corpus,
+        progress: ProgressDisplay | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        _check(cfg, corpus, ranks)
+        self.cfg, self.folder, self.corpus, self.ranks = cfg, folder, corpus, ranks
+        self.progress = progress if ranks.writes else None
+        self.device = pick_device(cfg.train.runtime.device, ranks)
+        self.dtype = pick_dtype(cfg.train.dtype, self.device)
+        self.model: Decoder
+        self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
+        self._step_flops = self._step_tokens * count(cfg.model).train_flops(cfg.data.seq_len)
+        self._objective = Objective(cfg.balance, ranks)
+
+    def train(self, resume: bool = False) -> Result:
+        """Train to the last step, saving and evaluating on the way.
+
+        SIGINT and SIGTERM end it after the step at hand, with a checkpoint.
+
+        Args:
+            resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.
+
+        Raises:
+            ConfigError: the folder holds a run already, or settings differ from the saved ones.
+            CheckpointError: there are checkpoints to resume from, and all are damaged.
+            TrainingError: the loss or a gradient is not finite, or nothing can be written.
+        """
+        checkpoint = self._open(resume)
+        self._build(checkpoint)
+        held_out = self.corpus.held_out(self.cfg.train.eval_tokens)
+        log = self._open_log()
+        try:
+            with StopRequest() as stop:
+                return self._run(stop, held_out, log, checkpoint)
+        finally:
+            if log is not None:
+                log.close()
+
+    def _open(self, resume: bool) -> Path | None:
+        """Prepare the folder on the writing rank; every rank gets the checkpoint to go on from."""
+        if self.ranks.writes:
+            checkpoint = state.open_run(self.folder, self.cfg, resume)
+        self.ranks.wait()
+        return checkpoint if self.ranks.writes else state.newest_or_none(self.folder)
+
+    def _build(self, checkpoint: Path | None) -> None:
+        """Make or load model, optimizer and routing watch, and wrap the model's forward."""
+        cfg, runtime = self.cfg, self.cfg.train.runtime
+        if checkpoint is None:
+            torch.manual_seed(cfg.train.seed)
+            self.model = Decoder(cfg.model, runtime.backend).to(self.device)
+        else:
+            self.model = load_model(checkpoint, str(self.device), runtime.backend)
+        self.model.train()
+        self.model.checkpoint_activations = runtime.checkpoint_activations
+        self._optimizer = make_optimizer(self.model, cfg.optim)
+        moe, num_mixtures = cfg.model.moe, len(self.model.mixtures())
+        self._num_experts = moe.num_experts if moe is not None else 0
+        self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
+        self._step, self._seconds, self._checkpoint = 0, 0.0, checkpoint
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        forward: nn.Module = self.model
+        if runtime.compile:
+            forward.compile()
+        if self.ranks.world > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=device_ids)
+        self._forward = forward
+
+    def _restore(self, checkpoint: Path) -> None:
+        numbers = state.restore(checkpoint, self.model, self._optimizer, self.corpus.fingerprint)
+        self._step, self._seconds = numbers.step, numbers.seconds
+        self._watch.window_WLE = numbers.window_WLE
+        self._watch.collapsed = set(numbers.collapsed)
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.ranks.writes:
+            return None
+        return MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
+
+    def _run(
+        self,
+        stop: StopRequest,
+        held_out: Mapping[str, HeldOut],
+        log: MetricsLog | None,
+        checkpoint: Path | None,
+    ) -> Result:
+        cfg = self.cfg.train
+        stopping = False
+        while self._step < cfg.steps and not stopping:
+            measured = self._one_step(self._step, stop)
+            stopping = measured.stop
+            record = self._record(measured)
+            last = self._step == cfg.steps
+            if last or self._step % cfg.eval_every == 0:
+                record["bits_per_byte"] = evaluate(
+                    self.model, held_out, self._eval_batch(), self.dtype, self.ranks
+                )
+            if log is not None:
+                log.write(record)
+            if self.progress is not None:
+                self.progress.update(record, cfg.steps)
+                for message in record.get("warnings", ()):
+                    self.progress.warn(f"step {self._step}: {message}")
+            if last or stopping or self._step % cfg.save_every == 0:
+                checkpoint = self._save()
+        assert checkpoint is not None  # at least one step ran, or it was resumed at the end
+        # Another rank may have got the signal that ended this one's loop.
+        signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
+        return Result(self._step, checkpoint, self._history(), signal_number)
+
+    def _one_step(self, step: int, stop: StopRequest) -> Measured:
+        """Forward, backward and update for one step; nothing is updated if a number is bad."""
+        started_s = time.perf_counter()
+        cfg = self.cfg
+        batch_BS = self._batch(step)
+        tally = Tally(len(self.model.mixtures()), self._num_experts, self.device)
+        names, sums_P = self._backward(step, batch_BS, tally)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        asked = sums_P.new_tensor([float(stop.signal != 0)])
+        shared = self.ranks.sum_(torch.cat([sums_P, asked]))
+        tally.reduce(self.ranks)
+        # The step's only copy from the device.
+        numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
+        grad_norm, means = numbers[0], [x / self.ranks.world for x in numbers[1 : len(names) + 1]]
+        if not all(map(math.isfinite, (grad_norm, *means))):
+            raise self._not_finite(step, batch_BS, dict(zip(names, means, strict=True)))
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
+        set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if cfg.balance.bias_rate:
+            for moe, counts_E in zip(self.model.mixtures(), tally.counts_LE, strict=True):
+                update_bias(cast(Tensor, moe.router.bias), counts_E, cfg.balance.bias_rate)
+        self._step = step + 1
+        seconds = time.perf_counter() - started_s
+        self._seconds += seconds
+        parts = dict(zip(names, means, strict=True))
+        loss = parts.pop("loss")
+        layers = tally.unpack(numbers[len(names) + 2 :])
+        self._counts_LE = tally.counts_LE
+        return Measured(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
+
+    def _backward(self, step: int, batch_BS: Tensor, tally: Tally) -> tuple[list[str], Tensor]:
+        """Gradients of all micro-batches; the loss's parts, float64, as their means."""
+        self._seed_noise(step)
+        self._objective.restart()
+        micro_batches = batch_BS.chunk(self.cfg.train.accumulate)
+        sums: dict[str, Tensor] = {}
+        for number, micro_BS in enumerate(micro_batches, 1):
+            with self._sync(last=number == len(micro_batches)):
+                output = self._predict(micro_BS)
+                tally.add(output.routings)
+                loss = self._objective(output, micro_BS[:, 1:])
+                torch.autograd.backward(loss.total / len(micro_batches))
+            for name, part in loss.parts.items():
+                sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
+        return list(sums), torch.stack(list(sums.values()))
+
+    def _predict(self, micro_BS: Tensor) -> DecoderOutput:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            output: DecoderOutput = self._forward(micro_BS[:, :-1])
+        return output
+
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients travel between ranks with a step's last micro-batch only."""
+        if last or not isinstance(self._forward, DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[None] = self._forward.no_sync()
+        return context
+
+    def _seed_noise(self, step: int) -> None:
+        """Make dropout and jitter a function of seed, step and rank: nothing to save."""
+        place = step * self.ranks.world + self.ranks.rank
+        torch.manual_seed((self.cfg.train.seed * 1_000_000_007 + place + 1) % 2**63)
+
+    def _batch(self, step: int) -> Tensor:
+        rank, world = self.ranks.rank, self.ranks.world
+        batch_BS = self.corpus.batch(step, self.cfg.train.batch_size, rank, world)
+        return batch_BS.to(self.device, non_blocking=True)
+
+    def _eval_batch(self) -> int:
+        return max(1, self.cfg.train.batch_size // self.cfg.train.accumulate // self.ranks.world)
+
+    def _not_finite(self, step: int, batch_BS: Tensor, parts: dict[str, float]) -> TrainingError:
+        """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
+        bad = [name for name, value in parts.items() if not math.isfinite(value)]
+        found = first_bad_gradient(self.model) or "the norm of all gradients"
+        if bad:
+            self._seed_noise(step)
+            micro_BS = batch_BS.chunk(self.cfg.train.accumulate)[0]
+            value = first_bad_value(self.model, lambda: self.model(micro_BS[:, :-1]))
+            found = value or f"the {'loss' if bad[0] == 'loss' else f'{bad[0]} balance loss'}"
+        return TrainingError(
+            f"step {step + 1}: {found} is not finite. Nothing of this step was kept. "
+            f"{state.describe_last_good(self.folder)} Lower optim.lr, or lengthen optim.warmup"
+            f"{', or set train.dtype = float32' if self.dtype == torch.bfloat16 else ''}"
+        )
+
+    def _record(self, measured: Measured) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        cfg = self.cfg
+        record: dict[str, Any] = {
+            "step": self._step,
+            "tokens": self._step * self._step_tokens,
+            "step_tokens": self._step_tokens,
+            "seconds": self._seconds,
+            "train_flops": self._step * self._step_flops,
+            "loss": measured.loss,
+            "lr": learning_rate(self._step - 1, cfg.train.steps, cfg.optim),
+            "grad_norm": measured.grad_norm,
+            "tokens_per_s": self._step_tokens / measured.seconds,
+            "balance": measured.balance,
+            "layers": [
+                {"layer": number, **health._asdict()}
+                for number, health in zip(self.model.moe_layers, measured.layers, strict=True)
+            ],
+        }
+        if warnings := self._watch.observe(self._step, self._counts_LE.cpu()):
+            record["warnings"] = warnings
+        return record
+
+    def _save(self) -> Path:
+        """Save on the writing rank while the others wait."""
+        numbers = state.Numbers(
+            self._step,
+            self._seconds,
+            tuple(sorted(self._watch.collapsed)),
+            self._watch.window_WLE,
+            self.corpus.fingerprint,
+        )
+        target = state.checkpoint_folder(self.folder, self._step)
+        if self.ranks.writes:
+            state.save(
+                self.folder, self.cfg, self.model, self._optimizer, self.corpus.tokenizer, numbers
+            )
+            if self.progress is not None:
+                self.progress.note(f"saved {target}")
+        self.ranks.wait()
+        return target
+
+    def _history(self) -> list[Point]:
+        """Every evaluation that metrics.jsonl holds."""
+        return history(read_metrics(self.folder / METRICS_NAME))
+
+
+def history(records: Sequence[dict[str, Any]]) -> list[Point]:
+    """The evaluations among metrics records, oldest first."""
+    return [
+        Point(r["step"], r["tokens"], r["seconds"], r["train_flops"], r["bits_per_byte"])
+        for r in records
+        if "bits_per_byte" in r
+    ]
+
+
+def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:
+    pieces = cfg.train.accumulate * ranks.world
+    if cfg.train.batch_size % pieces:
+        raise ConfigError(
+            f"train.batch_size {cfg.train.batch_size} does not split into {cfg.train.accumulate} "
+            f"micro-batches on each of {ranks.world} processes; use a multiple of {pieces}"
+        )
+    if cfg.model.vocab_size < corpus.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {cfg.model.vocab_size}, but the tokenizer "
+            f"{corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens; "
+            f"set model.vocab_size = {corpus.tokenizer.vocab_size}"
+        )

@@ -1,0 +1,98 @@
+"""What training minimises: cross entropy, plus the balance losses of every mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from moestro.config import BalanceConfig
+from moestro.models.decoder import DecoderOutput
+from moestro.moe import balance
+from moestro.moe.routing import Routing
+from moestro.train.distributed import ALONE, Ranks
+
+Term = Callable[[int, Routing], Tensor]
+
+
+class Loss(NamedTuple):
+    """One micro-batch's loss.
+
+    Attributes:
+        total: What to differentiate: cross entropy + sum over layers of weighted balance losses.
+        parts: Detached scalars by name: `loss` is the cross entropy in nats per token; each
+            balance loss is unweighted and a mean over layers, so 1 is perfect for `switch`.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective:
+    """The loss of a step's micro-batches; make a fresh one (or `restart`) for each step.
+
+    With the scope `global`, the Switch loss takes its fractions from the assignments of all ranks
+    and of the step's micro-batches so far, and its probabilities from the micro-batch at hand.
+    """
+
+    def __init__(self, cfg: BalanceConfig, ranks: Ranks = ALONE) -> None:
+        self.cfg = cfg
+        self._ranks = ranks
+        self._counts_LE: Tensor | None = None
+
+    def restart(self) -> None:
+        """Forget the counts of the micro-batches so far: a new step begins."""
+        self._counts_LE = None
+
+    def __call__(self, output: DecoderOutput, targets_BS: Tensor) -> Loss:
+        """The loss of one micro-batch of B sequences, in fp32."""
+        total = cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
+        parts = {"loss": total.detach()}
+        if output.routings:
+            for name, weight, term in self._terms(output.routings, targets_BS.shape[0]):
+                values_L = torch.stack([term(i, r) for i, r in enumerate(output.routings)])
+                total = total + weight * values_L.sum()
+                parts[name] = values_L.detach().mean()
+        return Loss(total, parts)
+
+    def _terms(
+        self, routings: Sequence[Routing], num_sequences: int
+    ) -> list[tuple[str, float, Term]]:
+        """Name, weight and function of each balance loss that is on."""
+        cfg = self.cfg
+        switch: Term = _switch
+        if cfg.switch and cfg.scope == "global":
+            switch = partial(_global_switch, self._count(routings))
+        elif cfg.scope == "sequence":
+            switch = partial(_sequence_switch, num_sequences)
+        terms: list[tuple[str, float, Term]] = [
+            ("switch", cfg.switch, switch),
+            ("importance", cfg.importance, lambda _, routing: balance.importance_loss(routing)),
+            ("load", cfg.load, lambda _, routing: balance.load_loss(routing)),
+            ("z", cfg.z, lambda _, routing: balance.z_loss(routing)),
+        ]
+        return [term for term in terms if term[1]]
+
+    def _count(self, routings: Sequence[Routing]) -> Tensor:
+        """Counts of this step so far, over all ranks, this micro-batch included: [L, E]."""
+        counts_LE = self._ranks.sum_(torch.stack([r.counts_E() for r in routings]))
+        if self._counts_LE is not None:
+            counts_LE = counts_LE + self._counts_LE
+        self._counts_LE = counts_LE
+        return counts_LE
+
+
+def _switch(_: int, routing: Routing) -> Tensor:
+    return balance.switch_loss(routing)
+
+
+def _global_switch(counts_LE: Tensor, layer: int, routing: Routing) -> Tensor:
+    return balance.switch_loss(routing, counts_LE[layer])
+
+
+def _sequence_switch(num_sequences: int, _: int, routing: Routing) -> Tensor:
+    return balance.sequence_loss(routing, num_sequences)

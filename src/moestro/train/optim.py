@@ -1,0 +1,82 @@
+"""AdamW with its parameter groups, and the learning rate of each step.
+
+Weight decay pulls on matrices only: the weights of linear layers, routers and experts. Norms,
+biases, gates of one row and the token embedding (also where it is tied to the output) are free.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from moestro.config import OptimConfig
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW over all trainable parameters of `model`, fused where torch has it.
+
+    Args:
+        model: The model, already on its device.
+        cfg: Learning rate, betas and weight decay; the schedule is `learning_rate`'s.
+    """
+    decayed, free = split_parameters(model)
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": cfg.weight_decay},
+        {"params": list(free.values()), "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused)
+
+
+def split_parameters(
+    model: nn.Module,
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Split the trainable parameters by name into those that decay and those that do not."""
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: dict[str, nn.Parameter] = {}
+    free: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
+            group = decayed if matrix and id(parameter) not in embeddings else free
+            group[name] = parameter
+    return decayed, free
+
+
+def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
+    """Learning rate of step number `step` (from 0) of `steps`.
+
+    Warm-up rises in a line and reaches `lr` at its last step. Cosine then falls to
+    `final_lr * lr` at the last step of all; wsd stays at `lr` and falls there in a line over the
+    last `decay` share of the steps.
+    """
+    warmup_steps = round(cfg.warmup * steps)
+    if step < warmup_steps:
+        return cfg.lr * (step + 1) / warmup_steps
+    if cfg.schedule == "cosine":
+        fall = _share(step, warmup_steps, steps)
+        height = 0.5 * (1.0 + math.cos(math.pi * fall))
+    else:
+        decay_steps = max(1, round(cfg.decay * steps))
+        height = 1.0 - _share(step, max(warmup_steps, steps - decay_steps) - 1, steps)
+    return cfg.lr * (cfg.final_lr + (1.0 - cfg.final_lr) * height)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def _share(step: int, start: int, steps: int) -> float:
+    """How far `step` has come from `start` (0) to the last step (1)."""
+    return min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))

@@ -1,0 +1,344 @@
+"""Everything a run needs to go on, saved and read back: only safetensors and JSON, never pickle.
+
+    checkpoints/step-000500/
+        config.json, model.safetensors     the model, loadable on its own
+        tokenizer files                    what turns text into its tokens
+        run.json                           the settings of the run
+        optimizer.safetensors              AdamW's state by parameter name
+        trainer.safetensors, trainer.json  step, seconds, the routing watch, the text's fingerprint
+        manifest.json                      size and sha256 of every file
+
+Noise (dropout, jitter) needs no saved generator: its seed is a function of the run's seed, the
+step and the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moestro.config import RunConfig
+from moestro.errors import CheckpointError, ConfigError, MoestroError, TrainingError
+from moestro.models.checkpoint import (
+    UNFINISHED,
+    atomic_folder,
+    newest_checkpoint,
+    read_tensors,
+    save_model,
+    verify_folder,
+    write_json,
+)
+from moestro.models.decoder import Decoder
+from moestro.text import Tokenizer
+from moestro.train.metrics import METRICS_NAME
+
+CHECKPOINTS = "checkpoints"
+SETTINGS_NAME = "config.json"
+FORMAT = 1
+# These change when something is looked at or written, or how fast, never what is learned.
+MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
+MAY_DIFFER_UNDER = "train.runtime."
+_STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+class Numbers(NamedTuple):
+    """The loop's own state at the end of a step.
+
+    Attributes:
+        step: Steps done.
+        seconds: Seconds spent in them, evaluation and saving not counted.
+        collapsed: Mixtures whose collapse has been reported.
+        window_WLE: int64, the routing watch's counts of the last steps.
+        corpus: Fingerprint of the text.
+    """
+
+    step: int
+    seconds: float
+    collapsed: tuple[int, ...]
+    window_WLE: Tensor
+    corpus: str
+
+
+def save(
+    run: Path,
+    cfg: RunConfig,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    numbers: Numbers,
+) -> Path:
+    """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
+    """
+    target = checkpoint_folder(run, numbers.step)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(target)
+        with atomic_folder(target) as folder:
+            save_model(model, folder)
+            tokenizer.save(folder)
+            write_json(folder / "run.json", cfg.model_dump(mode="json"))
+            save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+            save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
+            write_json(folder / "trainer.json", _as_json(numbers, cfg))
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise TrainingError(
+            f"could not save the checkpoint of step {numbers.step} in {target.parent}: {error}. "
+            f"{describe_last_good(run)} Make room there, or make it writable"
+        ) from error
+    prune(run, numbers.step, cfg.train.keep)
+    return target
+
+
+def restore(
+    checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer, corpus: str
+) -> Numbers:
+    """Read everything but the model from a verified checkpoint, into `optimizer` and Numbers.
+
+    Raises:
+        ConfigError: the text is not the one that the run was trained on.
+        CheckpointError: a file is missing or does not fit the model.
+    """
+    try:
+        values = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        window_WLE = read_tensors(checkpoint / "trainer.safetensors")["window"].clone()
+        tensors = read_tensors(checkpoint / "optimizer.safetensors")
+        numbers = Numbers(
+            step=int(values["step"]),
+            seconds=float(values["seconds"]),
+            collapsed=tuple(values["collapsed"]),
+            window_WLE=window_WLE,
+            corpus=str(values["corpus"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error!r}; use an older checkpoint of the run"
+        ) from None
+    if numbers.corpus != corpus:
+        raise ConfigError(
+            f"the text is not the one that {checkpoint} was trained on (fingerprint {corpus}, "
+            f"saved {numbers.corpus}); put the files back, or start a new run in another folder"
+        )
+    load_optimizer_tensors(model, optimizer, tensors)
+    return numbers
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as `{parameter name}.{exp_avg | exp_avg_sq | step}`, contiguous on the CPU."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put `optimizer_tensors` back, on each parameter's device.
+
+    Raises:
+        CheckpointError: a tensor belongs to no parameter, or has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim and value.shape != parameter.shape):
+            raise CheckpointError(
+                f"the optimizer's tensor {full_name} {list(value.shape)} fits no parameter of "
+                "the model; the checkpoint was made by another model"
+            )
+        # A copy: what was read may still be mapped from the checkpoint's file.
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
+    """The RunConfig saved in a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or no valid settings.
+    """
+    path = folder / name
+    try:
+        return RunConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read the settings {path}: {error}") from None
+
+
+def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None:
+    """Refuse to go on with settings that would make it another run.
+
+    Raises:
+        ConfigError: names every setting that differs, with both values.
+    """
+    old, new = (_flat(cfg.model_dump(mode="json")) for cfg in (saved, given))
+    differing = [
+        f"{name} = {new.get(name)!r} (saved: {old.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if new.get(name) != old.get(name)
+        and name not in MAY_DIFFER
+        and not name.startswith(MAY_DIFFER_UNDER)
+    ]
+    if differing:
+        raise ConfigError(
+            f"--resume goes on with the settings of {checkpoint}; these differ: "
+            f"{'; '.join(differing)}. Set them back, or start a new run in another folder "
+            f"(free to change: {', '.join(MAY_DIFFER)}, {MAY_DIFFER_UNDER}*)"
+        )
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder already holds a run, finished or not."""
+    return any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, CHECKPOINTS))
+
+
+def claim_folder(run: Path, resume: bool) -> None:
+    """Make sure that a folder may be used for this run, and exists.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is off, holds none and `resume` is on, or cannot
+            be made.
+    """
+    if holds_run(run) and not resume:
+        raise ConfigError(
+            f"{run} already holds a run; add --resume to go on with it, or choose another folder "
+            "with --out"
+        )
+    if resume and not holds_run(run):
+        raise ConfigError(
+            f"{run} holds no run to go on with; check --out, or leave --resume out to start one"
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
+    """Make a run folder ready: check that it may be used, write the settings, clear leftovers.
+
+    Returns:
+        The newest good checkpoint to go on from; None to begin at step 0, also where a resumed
+        run was stopped before its first checkpoint.
+
+    Raises:
+        ConfigError: as `claim_folder`, or the run was made with other settings.
+        CheckpointError: it holds checkpoints, and all of them are damaged.
+    """
+    claim_folder(run, resume)
+    checkpoint = newest_or_none(run)
+    if checkpoint is not None:
+        check_settings(read_settings(checkpoint), cfg, checkpoint)
+    elif (run / SETTINGS_NAME).exists():
+        check_settings(read_settings(run, SETTINGS_NAME), cfg, run)
+    try:
+        (run / CHECKPOINTS).mkdir(exist_ok=True)
+        clear_leftovers(run)
+        fresh = run / f"{SETTINGS_NAME}.tmp"
+        write_json(fresh, cfg.model_dump(mode="json"))
+        fresh.replace(run / SETTINGS_NAME)
+    except OSError as error:
+        raise _unwritable(run, error) from None
+    return checkpoint
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / f"step-{step:06d}"
+
+
+def newest_or_none(run: Path) -> Path | None:
+    """The newest good checkpoint of a run; None if it has not saved any yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    return newest_checkpoint(run) if step_folders(run) else None
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """Checkpoint folders of a run by step, oldest first; good or not."""
+    folder = run / CHECKPOINTS
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def prune(run: Path, step: int, keep: int) -> None:
+    """Delete the oldest checkpoints up to `step`, which was just verified, beyond `keep`."""
+    upto = [path for number, path in step_folders(run).items() if number <= step]
+    for path in upto[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove the temporary folders that killed saves left behind."""
+    for path in (run / CHECKPOINTS).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def describe_last_good(run: Path) -> str:
+    """One sentence that names the newest good checkpoint, or says that there is none."""
+    try:
+        return f"The last good checkpoint is {newest_checkpoint(run)}."
+    except MoestroError:
+        return "There is no good checkpoint yet."
+
+
+def _unwritable(run: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write to {run}: {error.strerror}; choose another folder with --out, or change "
+        "its permissions"
+    )
+
+
+def _make_room(target: Path) -> None:
+    """Remove a damaged checkpoint of the same step, which a resumed run has gone behind."""
+    if target.exists():
+        try:
+            verify_folder(target)
+        except CheckpointError:
+            shutil.rmtree(target)
+
+
+def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": numbers.step,
+        "tokens": numbers.step * cfg.train.batch_size * cfg.data.seq_len,
+        "seconds": numbers.seconds,
+        "collapsed": list(numbers.collapsed),
+        "corpus": numbers.corpus,
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict of dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

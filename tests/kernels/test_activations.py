@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from moestro.kernels import activations, reference
+
+KINDS = ("swiglu", "geglu", "relu", "gelu")
+# One rounding to bf16 or fp32 per elementwise step, at most four steps.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("activation", KINDS)
+def test_forward_and_backward_equal_the_definition(activation, rows, dtype):
+    hidden_RH = (3 * torch.randn(rows, 10)).to(dtype)
+    before_RH = hidden_RH.clone()
+    exact_RH = hidden_RH.double().clone().requires_grad_()
+    exact_RF = reference.activate(exact_RH, activation)
+    grad_RF = torch.randn_like(exact_RF).to(dtype)
+    (expected_RH,) = torch.autograd.grad(exact_RF, exact_RH, grad_RF.double())
+
+    act_RF = activations.forward(hidden_RH, activation)
+    grad_RH, again_RF = activations.backward(grad_RF, hidden_RH, activation)
+
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    assert act_RF.dtype == grad_RH.dtype == again_RF.dtype == dtype
+    torch.testing.assert_close(act_RF.double(), exact_RF.detach(), **tolerance)
+    torch.testing.assert_close(again_RF.double(), exact_RF.detach(), **tolerance)
+    torch.testing.assert_close(grad_RH.double(), expected_RH, **tolerance)
+    assert torch.equal(hidden_RH, before_RH), "the hidden rows were overwritten"

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from moestro.errors import BackendError
+from moestro.kernels import backends
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_backend(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, FP32, BF16])
+def test_cpu_gets_segments(dtype):
+    assert backends.choose("auto", "cpu", dtype, (256, 512)).name == "segments"
+
+
+@pytest.mark.parametrize("name", ["segments", "reference"])
+def test_forced_by_name(name):
+    assert backends.choose(name, "cpu", FP32).name == name
+
+
+def test_forced_by_environment(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
+    assert backends.choose("auto", "cpu", FP32).name == "reference"
+    # What the code names wins over the environment.
+    assert backends.choose("segments", "cpu", FP32).name == "segments"
+
+
+def test_unknown_name_lists_the_known(monkeypatch):
+    with pytest.raises(BackendError, match=r"'sgements'.*auto.*segments.*reference"):
+        backends.choose("sgements", "cpu", FP32)
+    monkeypatch.setenv(backends.ENVIRONMENT, "nonsense")
+    with pytest.raises(BackendError, match="nonsense"):
+        backends.choose("auto", "cpu", FP32)
+
+
+def test_a_named_backend_that_cannot_run_raises_with_its_reason(monkeypatch):
+    verdict = next(row for row in backends.TABLE if row.name == "torch").supports("cpu", BF16, (8,))
+    assert not verdict.ok
+    with pytest.raises(BackendError) as caught:
+        backends.choose("torch", "cpu", BF16, (8,))
+    assert verdict.reason in str(caught.value)
+    monkeypatch.setenv(backends.ENVIRONMENT, "torch")
+    with pytest.raises(BackendError, match=backends.ENVIRONMENT):
+        backends.choose("auto", "cpu", BF16, (8,))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "name"),
+    [
+        ((9, 0), BF16, (256, 512), "torch"),
+        ((9, 0), FP32, (256, 512), "segments"),
+        ((9, 0), BF16, (256, 500), "segments"),
+        ((7, 5), BF16, (256, 512), "segments"),
+    ],
+)
+def test_the_choice_on_cuda(monkeypatch, capability, dtype, widths, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert backends.choose("auto", "cuda", dtype, widths).name == name
+
+
+def test_unaligned_widths_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(BackendError, match=r"multiples of 8.*\[500\]"):
+        backends.choose("torch", "cuda", BF16, (256, 500))
+
+
+def test_table_names_every_row_with_a_reason(monkeypatch):
+    rows = backends.table("cpu", FP32)
+    assert [row.name for row in rows] == [row.name for row in backends.TABLE]
+    assert all(row.reason for row in rows)
+    assert [row.name for row in rows if row.chosen] == ["segments"]
+    assert all(row.ok for row in rows if row.chosen)
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
+    assert [row.name for row in backends.table("cpu") if row.chosen] == ["reference"]
+    monkeypatch.setenv(backends.ENVIRONMENT, "nonsense")
+    assert not any(row.chosen for row in backends.table("cpu"))
+
+
+@pytest.mark.parametrize("backend", backends.TABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("rows", [0, 1, 63, 512, 8192])
+@pytest.mark.parametrize("dtype", [torch.float64, FP32, BF16])
+def test_padding_is_a_small_cost(backend, rows, dtype):
+    experts = 8
+    multiple = backend.row_multiple(rows, experts, dtype)
+    assert multiple >= 1
+    if multiple > 1:
+        # Half a multiple per expert on average.
+        assert experts * multiple / 2 <= 0.5 * rows

@@ -1,0 +1,82 @@
+"""The definitions themselves, against scalar arithmetic and tensors worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from moestro.kernels import reference
+
+
+def phi(x: float) -> float:
+    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [
+        ("swiglu", lambda gate, up: gate / (1 + math.exp(-gate)) * up),
+        ("geglu", lambda gate, up: gate * phi(gate) * up),
+        ("relu", lambda gate, up: max(gate, 0.0)),
+        ("gelu", lambda gate, up: gate * phi(gate)),
+    ],
+)
+def test_activations_by_their_formulas(activation, formula):
+    gate, up = [-2.0, -0.5, 0.0, 0.7, 3.0], [1.0, -2.0, 5.0, 0.3, -0.1]
+    gated = activation in reference.GATED
+    hidden_RH = torch.tensor([gate + up if gated else gate], dtype=torch.float64)
+    expected = [formula(g, u) for g, u in zip(gate, up, strict=True)]
+    assert reference.activate(hidden_RH, activation)[0].tolist() == pytest.approx(expected)
+
+
+def test_grouped_mm_by_hand():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [math.nan, math.nan]])
+    w = torch.tensor([[[1.0, 0.0]], [[7.0, 7.0]], [[0.0, 10.0]]])
+    # Expert 0 has row 0, expert 1 nothing, expert 2 rows 1 and 2; row 3 belongs to nobody.
+    y = reference.grouped_mm(x, w, torch.tensor([1, 1, 3]))
+    assert y.tolist() == [[1.0], [40.0], [60.0], [0.0]]
+
+
+def test_expert_ffn_by_hand():
+    gate, up, down = 2.0, 3.0, 5.0
+    x = torch.tensor([[1.5]], dtype=torch.float64)
+    up_EHD = torch.tensor([[[gate], [up]]], dtype=torch.float64)
+    down_EDF = torch.tensor([[[down]]], dtype=torch.float64)
+    y = reference.expert_ffn(x, up_EHD, down_EDF, torch.tensor([1]), "swiglu")
+    silu = 3.0 / (1 + math.exp(-3.0))
+    assert y.item() == pytest.approx(down * silu * 4.5)
+
+
+def test_mixture_by_hand():
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    up_EHD = torch.tensor([[[1.0]], [[10.0]]])
+    down_EDF = torch.ones(2, 1, 1)
+    tokens_R, experts_R = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1])
+    weights_R = torch.tensor([0.25, 0.75, 0.5])
+    y = reference.mixture(x, tokens_R, experts_R, weights_R, up_EHD, down_EDF, "relu")
+    assert y.tolist() == [[0.25 + 7.5], [0.0], [15.0]]
+
+
+def test_mixture_of_no_tokens():
+    y = reference.mixture(
+        torch.zeros(0, 4),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0),
+        torch.zeros(2, 6, 4),
+        torch.zeros(2, 4, 3),
+        "swiglu",
+    )
+    assert y.shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_rows_every_gradient_is_zero_rather_than_missing(rows):
+    """A rank whose experts get no token must still take part in the backward."""
+    x = torch.randn(rows, 4, requires_grad=True)
+    w = torch.randn(2, 3, 4, requires_grad=True)
+    reference.grouped_mm(x, w, torch.tensor([0, 0])).sum().backward()
+    assert w.grad is not None
+    assert not w.grad.any()
+    assert x.grad is not None
+    assert not x.grad.any()

@@ -1,0 +1,172 @@
+"""The house rules that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src" / "moestro"
+SOURCES = sorted(SRC.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# A room may import rooms of a lower level, and itself; rooms of one level never each other.
+LEVELS = {
+    "errors": 0,
+    "settings": 1,
+    "config": 2,
+    "text": 2,
+    "kernels": 3,
+    "moe": 4,
+    "models": 5,
+    "train": 6,
+    "infer": 6,
+    "probe": 6,
+    "plan": 6,
+    "cli": 7,
+    "serve": 7,
+    "__main__": 8,
+}
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that the file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{short(path)}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("moestro.")}
+    return found & set(LEVELS)
+
+
+def test_the_walk_finds_the_files():
+    assert len(SOURCES) > 20
+    assert "kernels" in imported_rooms(SRC / "moe" / "experts.py")
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=short)
+def test_files_are_at_most_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_functions_are_at_most_60_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_every_file_says_what_lives_there(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text, "no docstring"
+    assert text.split("\n\n")[0].rstrip().endswith((".", ":"))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "__init__.py"], ids=short)
+def test_imports_run_one_way(path):
+    own = room(path)
+    for other in imported_rooms(path) - {own}:
+        assert LEVELS[other] < LEVELS[own], f"{own} must not import {other}"
+
+
+def test_every_room_has_a_level():
+    rooms = {room(path) for path in SOURCES} - {"__init__"}
+    assert rooms <= set(LEVELS), "give the new room its place in LEVELS"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_imports_are_at_the_top(path):
+    """Only cli/ imports inside functions, for a quick --help."""
+    if room(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            names = {alias.name for n in inner for alias in n.names}
+            # Optional extras may be imported where they are used.
+            assert names <= {"SummaryWriter"}, f"{node.name} imports {names}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_names_of_files(path):
+    assert path.stem not in {"utils", "util", "common", "helpers", "helper", "misc"}
+    if not path.stem.startswith("__"):
+        assert path.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_no_pickle_is_read_or_written(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not forbidden & {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in forbidden
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}
+    assert "allow_pickle=True" not in text
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room(p) != "cli"], ids=short)
+def test_only_the_command_line_prints(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", ["moestro", "moestro.config", "moestro.settings"])
+def test_importing_settings_does_not_import_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=False)
+    assert done.returncode == 0
+
+
+def test_public_names_exist():
+    import moestro
+
+    assert set(moestro.__all__) <= set(dir(moestro))
+    for name in moestro.__all__:
+        assert getattr(moestro, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = moestro.no_such_name
+
+
+def test_no_path_of_one_machine():
+    places = re.compile(r"(/work/|/home/\w|/root/|/Users/)")
+    for path in [*SOURCES, *TESTS, *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]:
+        if path != Path(__file__):
+            assert not places.search(path.read_text()), short(path)
+
+
+def test_readme_tree_is_the_tree():
+    """Every file of src is named in the README's tree, and every name there exists."""
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md yet")
+    blocks = re.findall(r"```[^\n]*\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    trees = [block for block in blocks if "src/moestro/" in block and "├" in block]
+    if not trees:
+        pytest.skip("README.md has no tree")
+    files = {path.name for path in SOURCES if not path.name.startswith("__")}
+    named = set(re.findall(r"[\w.-]+\.py\b", trees[0]))
+    assert files <= named, f"not in the README's tree: {sorted(files - named)}"
+    everywhere = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert named <= everywhere, f"in the README's tree only: {sorted(named - everywhere)}"

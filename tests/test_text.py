@@ -1,0 +1,173 @@
+"""Tokenizers: round trips, streams, and what they refuse."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moestro.errors import DataError
+from moestro.text import (
+    ByteTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    build_tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+    train_bpe,
+)
+
+SAMPLE = ["the cat sat on the mat. Ünïcödé, 漢字 and 🎻🎻\n" * 20, "def f(x):\n    return x\n" * 20]
+BPE = train_bpe(SAMPLE, 300)
+BOTH = pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+texts = st.text(st.characters(codec="utf-8"))
+
+
+@BOTH
+@given(text=texts)
+def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= number < tokenizer.vocab_size for number in ids)
+    assert "\0" in text or tokenizer.end_of_text not in ids
+
+
+@given(text=texts)
+def test_bytes_are_utf8(text: str) -> None:
+    assert bytes(ByteTokenizer().encode(text)) == text.encode()
+
+
+@BOTH
+@given(text=texts)
+def test_stream_of_text(tokenizer: Tokenizer, text: str) -> None:
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(number) for number in tokenizer.encode(text)]
+    assert "".join(pieces) + decoder.flush() == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@BOTH
+@given(data=st.data())
+def test_stream_of_anything_equals_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    top = tokenizer.vocab_size - 1
+    ids = data.draw(st.lists(st.integers(0, top) | st.integers(min(top, 0xC0), top), max_size=120))
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(number) for number in ids]
+    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
+    assert decoder.flush() == ""
+
+
+def test_stream_holds_a_character_back() -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    assert [decoder.push(number) for number in "a漢b".encode()] == ["a", "", "", "漢", "b"]
+    decoder.push(0xE6)
+    assert decoder.flush() == "\ufffd"
+
+
+def test_bpe_shortens_and_knows_its_name() -> None:
+    assert len(BPE.encode(SAMPLE[0])) < len(SAMPLE[0].encode()) / 2
+    assert BPE.name == "bpe:300"
+    assert 257 < BPE.vocab_size <= 300
+
+
+def test_bpe_of_little_text_says_its_real_size() -> None:
+    assert train_bpe(["ab"], 1000).vocab_size < 300
+
+
+def test_a_special_token_spelled_out_is_plain_text() -> None:
+    text = "before <|end_of_text|> after"
+    assert BPE.end_of_text not in BPE.encode(text)
+    assert BPE.decode(BPE.encode(text)) == text
+    assert BPE.decode([BPE.end_of_text]) == ""
+
+
+@BOTH
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.name, again.vocab_size, again.end_of_text) == (
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.end_of_text,
+    )
+    assert again.encode(SAMPLE[0]) == tokenizer.encode(SAMPLE[0])
+
+
+def test_any_tokenizer_json(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 9}, "?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<|endoftext|>"])
+    inner.enable_truncation(1)
+    inner.enable_padding(length=5)
+    path = tmp_path / "tokenizer.json"
+    inner.save(str(path))
+    found = tokenizer_file(path)
+    assert found.name == "file"
+    assert found.encode("a b a") == [0, 1, 0]
+    assert found.vocab_size == max(9, found.end_of_text) + 1  # ids may have gaps
+    assert load_tokenizer(tmp_path).end_of_text == found.end_of_text
+    found.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("b") == [1]
+    assert build_tokenizer(str(path), []).encode("b a") == [1, 0]
+
+
+def test_a_tokenizer_json_without_an_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
+    with pytest.raises(DataError, match=r"no token that ends a document.*added_tokens"):
+        tokenizer_file(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bpe:abc", r"'abc' is not a whole number.*bpe:1024"),
+        ("bpe:", "is not a whole number"),
+        ("bpe:-5", "is not a whole number"),
+        ("bpe:²", "is not a whole number"),
+        ("bpe:256", r"256 is too small.*257"),
+        ("words", r"'words' is not 'bytes'.*tokenizer\.json"),
+    ],
+)
+def test_bad_settings(setting: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_tokenizer(setting)
+
+
+def test_small_bpe_is_refused_in_training_too() -> None:
+    with pytest.raises(DataError, match="too small"):
+        train_bpe(["text"], 100)
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="not a tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "moestro_tokenizer.json").write_text("[]")
+    with pytest.raises(DataError, match="write the tokenizer again"):
+        load_tokenizer(tmp_path)
+
+
+@BOTH
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"character 2 .* U\+D800"):
+        tokenizer.encode("ab\ud800")
+
+
+@BOTH
+def test_ids_of_another_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
+    for bad in ([0, tokenizer.vocab_size], [-1]):
+        with pytest.raises(DataError, match="another vocabulary"):
+            tokenizer.decode(bad)
+
+
+def test_import_without_torch() -> None:
+    code = "import sys, moestro.text; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

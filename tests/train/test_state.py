@@ -1,0 +1,238 @@
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from moestro.config import OptimConfig
+from moestro.errors import CheckpointError, ConfigError, TrainingError
+from moestro.models.checkpoint import load_model, newest_checkpoint, read_tensors
+from moestro.models.decoder import Decoder
+from moestro.train import state
+from moestro.train.loop import Trainer
+from moestro.train.optim import make_optimizer
+
+
+def step_names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def finished(tiny_settings, tiny_corpus, tmp_path):
+    """A finished run of six steps: (settings, folder)."""
+    Trainer(tiny_settings(), tmp_path / "run", tiny_corpus).train()
+    return tiny_settings(), tmp_path / "run"
+
+
+def test_a_checkpoint_holds_what_its_docstring_lists_and_no_pickle(finished):
+    cfg, run = finished
+    files = {path.name for path in (run / "checkpoints" / "step-000006").iterdir()}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "moestro_tokenizer.json",
+        "run.json",
+        "optimizer.safetensors",
+        "trainer.safetensors",
+        "trainer.json",
+        "manifest.json",
+    }
+    assert state.read_settings(run / "checkpoints" / "step-000006") == cfg
+    values = json.loads((run / "checkpoints" / "step-000006" / "trainer.json").read_text())
+    assert (values["step"], values["tokens"]) == (6, 6 * 4 * 16)
+
+
+def test_optimizer_state_comes_back_bitwise(tiny_settings):
+    cfg = tiny_settings().model
+
+    def fresh():
+        torch.manual_seed(0)
+        model = Decoder(cfg)
+        return model, make_optimizer(model, OptimConfig())
+
+    def step(model, optimizer):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+        optimizer.step()
+
+    model, optimizer = fresh()
+    step(model, optimizer)
+    tensors = {k: v.clone() for k, v in state.optimizer_tensors(model, optimizer).items()}
+    other, restored = fresh()
+    other.load_state_dict(model.state_dict())
+    state.load_optimizer_tensors(other, restored, tensors)
+    step(model, optimizer)
+    step(other, restored)
+    for left, right in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right)
+    with pytest.raises(CheckpointError, match="fits no parameter"):
+        state.load_optimizer_tensors(other, restored, {"nothing.exp_avg": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_only_the_newest_are_kept(tiny_settings, tiny_corpus, tmp_path, keep, left):
+    cfg = tiny_settings(train={"save_every": 1, "keep": keep})
+    Trainer(cfg, tmp_path / "run", tiny_corpus).train()
+    assert step_names(tmp_path / "run") == [f"step-{step:06d}" for step in left]
+
+
+def test_settings_that_change_the_run_are_all_named(finished, tiny_settings, tiny_corpus):
+    _, run = finished
+    other = tiny_settings(
+        {"top_k": 1}, optim={"lr": 0.5}, train={"steps": 9, "save_every": 2, "keep": 5}
+    )
+    with pytest.raises(ConfigError) as caught:
+        Trainer(other, run, tiny_corpus).train(resume=True)
+    message = str(caught.value)
+    assert "optim.lr = 0.5 (saved: 0.002)" in message
+    assert "model.moe.top_k = 1 (saved: 2)" in message
+    assert "train.steps = 9 (saved: 6)" in message
+    differing = message.partition("these differ:")[2].partition("Set them back")[0]
+    assert "keep" not in differing
+    assert "save_every" not in differing
+
+
+def test_settings_that_do_not_may_differ(finished, tiny_settings, tiny_corpus):
+    _, run = finished
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    runtime = {"device": "cpu", "checkpoint_activations": True}
+    changes = {"save_every": 1, "keep": 3, "eval_every": 1, "eval_tokens": 64, "runtime": runtime}
+    Trainer(tiny_settings(train=changes), run, tiny_corpus).train(resume=True)
+    assert step_names(run) == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_a_folder_with_a_run_needs_resume(finished, tiny_corpus):
+    cfg, run = finished
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="add --resume"):
+        Trainer(cfg, run, tiny_corpus).train()
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_needs_a_folder_with_a_run(tiny_settings, tiny_corpus, tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        Trainer(tiny_settings(), tmp_path / "nothing", tiny_corpus).train(resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tiny_settings, tiny_corpus, tmp_path
+):
+    cfg = tiny_settings()
+    state.open_run(tmp_path / "run", cfg, resume=False)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    result = Trainer(cfg, tmp_path / "run", tiny_corpus).train(resume=True)
+    assert result.step == 6
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 6
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        state.open_run(tmp_path / "run", tiny_settings(optim={"lr": 1.0}), resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_a_config_error(tiny_settings, tiny_corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        Trainer(tiny_settings(), tmp_path / "file" / "run", tiny_corpus).train()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(finished, tiny_corpus):
+    cfg, run = finished
+    newest = run / "checkpoints" / "step-000006"
+    whole = {k: v.clone() for k, v in read_tensors(newest / "model.safetensors").items()}
+    (newest / "model.safetensors").write_bytes(b"torn")
+    result = Trainer(cfg, run, tiny_corpus).train(resume=True)
+    assert result.checkpoint == newest
+    again = read_tensors(newest / "model.safetensors")
+    assert all(torch.equal(whole[name], value) for name, value in again.items())
+
+
+def test_with_all_checkpoints_damaged_nothing_is_touched(finished, tiny_corpus):
+    cfg, run = finished
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "optimizer.safetensors").write_bytes(b"torn")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        Trainer(cfg, run, tiny_corpus).train(resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert len(step_names(run)) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")]
+)
+def test_a_full_disk_costs_no_good_checkpoint(
+    tiny_settings, tiny_corpus, tmp_path, monkeypatch, error
+):
+    run, real, calls = tmp_path / "run", state.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:
+            path.write_bytes(b"half")
+            raise error
+        real(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    cfg = tiny_settings(train={"keep": 1})
+    with pytest.raises(TrainingError, match="No space left") as caught:
+        Trainer(cfg, run, tiny_corpus).train()
+    assert str(run / "checkpoints" / "step-000003") in str(caught.value)
+    assert step_names(run) == ["step-000003"]
+    load_model(run)
+    monkeypatch.undo()
+    assert Trainer(cfg, run, tiny_corpus).train(resume=True).step == 6
+
+
+KILLED_MID_SAVE = """
+import sys, time
+from pathlib import Path
+from moestro.train import state
+from moestro.train.data import Corpus
+from moestro.train.loop import Trainer
+
+run, data = Path(sys.argv[1]), Path(sys.argv[2])
+real = state.save_model
+
+def slow(model, folder):
+    real(model, folder)
+    if "000006" in folder.name:
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        (run / "writing").touch()
+        time.sleep(60)
+
+state.save_model = slow
+cfg = state.read_settings(run.parent, "settings.json")
+Trainer(cfg, run, Corpus(data)).train()
+"""
+
+
+def test_a_process_killed_while_saving_loses_nothing(
+    tiny_settings, tiny_corpus, tiny_data_folder, tmp_path
+):
+    cfg, run = tiny_settings(train={"keep": 1}), tmp_path / "run"
+    (tmp_path / "settings.json").write_text(cfg.model_dump_json())
+    child = subprocess.Popen([sys.executable, "-c", KILLED_MID_SAVE, run, tiny_data_folder])
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "writing").exists():
+            assert child.poll() is None, "the run ended before its second save"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert len(step_names(run)) == 2, "the killed save should have left something behind"
+    assert newest_checkpoint(run).name == "step-000003"
+    load_model(run)
+    result = Trainer(cfg, run, tiny_corpus).train(resume=True)
+    assert step_names(run) == ["step-000006"]
+    Trainer(cfg, tmp_path / "straight", tiny_corpus).train()
+    straight = read_tensors(tmp_path / "straight/checkpoints/step-000006/model.safetensors")
+    resumed = read_tensors(result.checkpoint / "model.safetensors")
+    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
