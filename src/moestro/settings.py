@@ -46,7 +46,7 @@ def load_settings(
         kind: The settings class to build, usually `RunConfig`.
         path: A .toml or .json file; None starts from the defaults.
         overrides: Assignments such as `model.dim=256`, each value in TOML syntax; a value that is
-            not valid TOML is taken as a plain string.
+            not valid TOML is taken as a plain string, and `null` unsets (`model.moe=null`).
 
     Raises:
         ConfigError: the file cannot be read, or a name or value in it is not allowed.
@@ -87,7 +87,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         inner = level.get(key)
         level[key] = dict(inner) if isinstance(inner, Mapping) else {}
         level = level[key]
-    level[keys[-1]] = None if value == "none" else value
+    level[keys[-1]] = None if value == "null" else value
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:

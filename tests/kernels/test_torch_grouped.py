@@ -30,6 +30,8 @@ SHAPES = {
     "first and last empty": ((0, 5, 2, 0), 0),
     "all rows to one": ((0, 0, 7, 0), 0),
     "a single expert": ((7,), 0),
+    "equal neighbours": ((4, 4, 4), 0),
+    "equal neighbours around an empty expert": ((3, 3, 0, 3, 3, 3, 5, 0), 3),
     "63": ((20, 1, 0, 41, 1), 0),
     "63 and a tail": ((20, 1, 0, 41, 1), 5),
     "tail after an empty expert": ((3, 4, 0), 2),

@@ -12,8 +12,8 @@ from moestro.moe.routers import build_router
 
 
 def noisy_router(tiny, num_experts=5, top_k=2, **router):
-    made = build_router(tiny(num_experts=num_experts, top_k=top_k, router={
-        "kind": "noisy_top_k", **router}))
+    settings = {"kind": "noisy_top_k", **router}
+    made = build_router(tiny(num_experts=num_experts, top_k=top_k, router=settings))
     nn.init.normal_(made.weight)
     nn.init.normal_(made.noise)
     return made
@@ -66,31 +66,100 @@ def test_noise_has_the_papers_width(tiny):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5])
-def test_load_is_the_chance_of_being_picked_under_fresh_noise(tiny, top_k):
-    """Shazeer 2017 eq. 8-9, computed one (token, expert) at a time from the noisy logits."""
+def test_load_by_its_scalar_formula(tiny, top_k):
+    """Shazeer 2017 eq. 8-9 one (token, expert) at a time, the noise drawn again."""
     router = noisy_router(tiny, top_k=top_k, renormalize=False).double().train()
     x_TD = torch.randn(20, 8, dtype=torch.float64)
-    routing = router(x_TD)
-    std_TE = nn.functional.softplus(x_TD @ router.noise.T)
-    log_probs_TE = routing.probs_TE.detach().log()
-    # Redraw the same noise: the router takes one normal number per (token, expert).
+    torch.manual_seed(7)
+    load_TE = router(x_TD).load_TE.tolist()
+    torch.manual_seed(7)
+    noise_TE = torch.randn(20, 5, dtype=torch.float64).tolist()
     for token in range(20):
         clean = (router.weight @ x_TD[token]).tolist()
-        shifted = log_probs_TE[token].tolist()
+        std = nn.functional.softplus(router.noise @ x_TD[token]).tolist()
+        noisy = [c + n * s for c, n, s in zip(clean, noise_TE[token], std, strict=True)]
         for expert in range(5):
-            others = sorted((shifted[e] for e in range(5) if e != expert), reverse=True)
-            if top_k == 5:
-                expected = 1.0
-            else:
-                # The threshold in the shifted scale; `offset` moves the clean logit there too.
-                offset = shift_of(routing, token, torch.tensor(clean), std_TE[token])
-                gap = clean[expert] - (others[top_k - 1] + offset)
-                expected = 0.5 * (1 + math.erf(gap / float(std_TE[token, expert]) / math.sqrt(2)))
-            actual = float(routing.load_TE[token, expert])
-            assert actual == pytest.approx(expected, abs=1e-6)
+            others = sorted((noisy[e] for e in range(5) if e != expert), reverse=True)
+            expected = 1.0
+            if top_k < 5:
+                gap = (clean[expert] - others[top_k - 1]) / std[expert]
+                expected = 0.5 * (1 + math.erf(gap / math.sqrt(2)))
+            assert load_TE[token][expert] == pytest.approx(expected, abs=1e-6)
 
 
-def shift_of(routing, token, clean_E, std_E):
-    """logsumexp of the noisy logits of a token, found by drawing the noise again."""
-    torch.manual_seed(0)
-    raise NotImplementedError
+def test_mean_load_is_the_frequency_of_being_picked(tiny):
+    """The law of total probability: no formula of the paper is used here."""
+    router = noisy_router(tiny).train()
+    num_tokens = 40_000
+    routing = router(torch.randn(1, 8).expand(num_tokens, 8))
+    frequency_E = routing.counts_E() / num_tokens
+    torch.testing.assert_close(routing.load_TE.detach().mean(0), frequency_E, rtol=0, atol=0.01)
+
+
+def test_load_reaches_both_matrices(tiny):
+    router = noisy_router(tiny).train()
+    router(torch.randn(9, 8)).load_TE[:, 0].sum().backward()
+    assert router.weight.grad.abs().max() > 0
+    assert router.noise.grad.abs().max() > 0
+
+
+def test_expert_choice_warns_that_it_sees_the_future(tiny):
+    with pytest.warns(UserWarning, match="not causal"):
+        build_router(tiny(router={"kind": "expert_choice"}))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(12, 4, 2), (7, 4, 2), (1, 4, 1)])
+def test_expert_choice_takes_each_experts_best_tokens(tiny, num_tokens, num_experts, top_k):
+    router = expert_choice_router(tiny, num_experts=num_experts, top_k=top_k)
+    x_TD = torch.randn(num_tokens, 8)
+    routing = router(x_TD)
+    rows = min(math.ceil(num_tokens * top_k / num_experts), num_tokens)
+    probs_TE = (x_TD.double() @ router.weight.detach().double().T).softmax(-1)
+    assert routing.counts_E().tolist() == [rows] * num_experts
+    for expert in range(num_experts):
+        mine_R = routing.experts_R == expert
+        order = sorted(range(num_tokens), key=lambda t: -float(probs_TE[t, expert]))
+        assert set(routing.tokens_R[mine_R].tolist()) == set(order[:rows])
+        for token, weight in zip(
+            routing.tokens_R[mine_R].tolist(), routing.weights_R[mine_R].tolist(), strict=True
+        ):
+            assert weight == pytest.approx(float(probs_TE[token, expert]), rel=1e-5)
+    assert routing.top_k == 0
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 5, 12])
+def test_expert_choice_never_takes_padding(tiny, num_real):
+    router = expert_choice_router(tiny)
+    x_TD = torch.randn(12, 8)
+    valid_T = torch.zeros(12, dtype=torch.bool)
+    valid_T[torch.randperm(12)[:num_real]] = True
+    routing = router(x_TD, valid_T=valid_T)
+    assert valid_T[routing.tokens_R].all()
+    assert routing.counts_E().tolist() == [math.ceil(num_real / 2)] * 4
+    # Padding changes nothing for the real tokens.
+    alone = router(x_TD[valid_T])
+    assert torch.equal(valid_T.nonzero().flatten()[alone.tokens_R], routing.tokens_R)
+    torch.testing.assert_close(alone.weights_R, routing.weights_R)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (4, 2), (5, 2), (7, 3), (8, 8)])
+def test_hash(tiny, num_experts, top_k):
+    made = build_router(tiny(num_experts=num_experts, top_k=top_k, router={"kind": "hash"}))
+    ids_T = torch.cat([torch.arange(500), torch.tensor([2**31 - 1])])
+    routing = made(torch.randn(501, 8), ids_T)
+    again = made(torch.randn(501, 8), ids_T)
+    assert torch.equal(routing.experts_R, again.experts_R), "depends on more than the id"
+    assert all(len(set(experts)) == top_k for experts in routing.experts_TK().tolist())
+    assert routing.experts_R.min() >= 0
+    assert routing.experts_R.max() < num_experts
+    assert routing.weights_R.tolist() == pytest.approx([1 / top_k] * 501 * top_k)
+    torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(501))
+    # 501 ids over the experts: no expert far from its share.
+    share_E = routing.counts_E() / (501 * top_k)
+    assert (share_E * num_experts - 1).abs().max() < 0.35
+    assert not list(made.parameters())
+
+
+def test_hash_needs_ids(tiny):
+    with pytest.raises(ShapeError, match="token_ids"):
+        build_router(tiny(router={"kind": "hash"}))(torch.randn(3, 8))

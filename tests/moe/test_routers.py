@@ -102,9 +102,7 @@ def test_the_bias_chooses_and_never_weighs(tiny, kind):
     assert (pushed.experts_TK()[:, 0] == 5).all()
     assert not torch.equal(pushed.experts_R, plain.experts_R)
     scores_TE = plain.logits_TE.sigmoid() if kind == "sigmoid" else plain.probs_TE
-    torch.testing.assert_close(
-        pushed.weights_R, scores_TE.gather(1, pushed.experts_TK()).flatten()
-    )
+    torch.testing.assert_close(pushed.weights_R, scores_TE.gather(1, pushed.experts_TK()).flatten())
     assert torch.equal(pushed.probs_TE, plain.probs_TE)
     assert not any(name == "bias" for name, _ in router.named_parameters())
     assert "bias" in router.state_dict()

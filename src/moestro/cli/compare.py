@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moestro.cli.train import AsJson, Assignments, ConfigPath, OutPath, Sources
+from moestro.cli.train import DEMO, AsJson, Assignments, ConfigPath, OutPath, Sources
 
 if TYPE_CHECKING:
     from moestro.config import RunConfig
@@ -101,7 +101,7 @@ def _open(
             raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
         if sources:
             assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
-        cfg = load_settings(RunConfig, config, assignments)
+        cfg = load_settings(RunConfig, config or DEMO, assignments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

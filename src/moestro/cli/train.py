@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import moestro
+
 if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.train.data import Corpus
     from moestro.train.distributed import Ranks
     from moestro.train.loop import Result
 
+DEMO = Path(moestro.__file__).with_name("demo.toml")
+
 ConfigPath = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON; default: built in.")
+    Path | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON; default: the demo's.")
 ]
 OutPath = Annotated[
     Path | None,
@@ -89,6 +93,8 @@ def _settings(
     saved = folder / SETTINGS_NAME
     if config is None and resume and saved.exists():
         config = saved
+    if config is None:
+        config = DEMO
     if sources:
         assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
     return load_settings(RunConfig, config, assignments)

@@ -7,6 +7,7 @@ it, so that a command, a comparison or a notebook can drive it.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -136,6 +137,19 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+
+    def time_steps(self, number: int) -> float:
+        """Median seconds of a training step on this machine; nothing is written or kept.
+
+        Args:
+            number: Steps to run; the first half, in which kernels are compiled, is not counted.
+        """
+        self._build(None)
+        with StopRequest() as stop:
+            seconds = [self._one_step(step, stop).seconds for step in range(number)]
+        if stop.signal:
+            raise KeyboardInterrupt
+        return statistics.median(seconds[number // 2 :])
 
     def _open(self, resume: bool) -> Path | None:
         """Prepare the folder on the writing rank; every rank gets the checkpoint to go on from."""

@@ -1,0 +1,58 @@
+# Each verb sets up what it needs; `make` alone lists them.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+DEMO ?= runs/demo
+
+.DEFAULT_GOAL := help
+
+help: ## list these verbs
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# The CPU build of torch is enough for everything here but `make gpu`.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a minute or two the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
+	@touch $(STAMP)
+
+install: $(STAMP) ## create .venv with everything
+
+demo: $(STAMP) ## train a mixture and its dense twin, look inside, talk to it (10 minutes)
+	@rm -rf $(DEMO)
+	@$(BIN)/moestro compare --minutes 6 --out $(DEMO)
+	@$(BIN)/moestro probe $(DEMO)/moe --out $(DEMO)/probe
+	@echo; echo "A sample of the mixture, each token coloured by its first expert:"
+	@$(BIN)/moestro generate $(DEMO)/moe "def " --max-tokens 300 --temperature 0.7 --seed 1 --show-experts
+	@echo; echo "Figures: $(DEMO)/compare.png and $(DEMO)/probe/*.png"
+	@echo "Try: $(BIN)/moestro generate $(DEMO)/moe \"What is \" --max-tokens 200"
+
+test: $(STAMP) ## the whole test suite
+	@$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	@$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+format: $(STAMP) ## let ruff rewrite
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(STAMP) ## the CPU benchmarks, tables and benchmarks/results/*.json
+	@$(BIN)/python benchmarks/train_step.py
+	@$(BIN)/python benchmarks/train_step.py --dtype float32
+	@$(BIN)/python benchmarks/layer_scaling.py
+	@$(BIN)/python benchmarks/step_memory.py
+
+gpu: $(STAMP) ## GPU tests and benchmarks; needs a CUDA build of torch in .venv
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/gpu_layer.py
+
+clean: ## remove caches and .venv; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+
+.PHONY: help install demo test lint types check format bench gpu clean

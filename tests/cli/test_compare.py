@@ -1,0 +1,88 @@
+"""`moestro compare` end to end on a tiny mixture, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moestro.cli.main import main
+
+TINY = [
+    "--set", "model.dim=16", "--set", "model.num_layers=1", "--set", "model.moe.hidden_dim=8",
+    "--set", "model.moe.num_experts=4", "--set", "data.seq_len=16",
+    "--set", "data.domain_bytes=20_000", "--set", "train.batch_size=4", "--set", "train.steps=6",
+    "--set", "train.eval_every=2", "--set", "train.eval_tokens=300",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    for domain in ("one", "two"):
+        for number in range(6):
+            path = tmp_path / "text" / domain / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{domain} {number} " * 60)
+    return str(tmp_path / "text")
+
+
+def test_compare_trains_both_and_says_what_it_measured(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "compare.json").read_text())
+    assert {curve["kind"] for curve in result["curves"]} == {"moe", "dense"}
+    for curve in result["curves"]:
+        assert [point["step"] for point in curve["points"]] == [2, 4, 6]
+        assert set(curve["points"][0]["bits_per_byte"]) == {"all", "one", "two"}
+    assert (out / "compare.png").is_file()
+
+
+def test_resume_reads_what_is_done_and_gives_the_same_result(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["compare", "--out", str(out), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == first
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "nowhere"], "no comparison to go on with"),
+        (["--out", "x", "--set", "model.moe=null"], "nothing to compare"),
+        (["--out", "x", "--set", "model.moe.top_k=99"], "only 16 experts"),
+        (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),
+        (["--out", "x", "--seeds", "0"], "seeds"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_a_folder_with_a_comparison_is_not_overwritten(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "--out", str(out), "--source", text, *TINY]) == 0
+    before = (out / "compare.json").read_bytes()
+    capsys.readouterr()
+    assert main(["compare", "--out", str(out), "--source", text, *TINY]) == 2
+    assert "holds a comparison already" in capsys.readouterr().err
+    assert (out / "compare.json").read_bytes() == before

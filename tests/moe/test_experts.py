@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from moestro.kernels import reference
+from moestro.moe.experts import Experts, FeedForward, compute_dtype
+
+KINDS = ("swiglu", "geglu", "relu", "gelu")
+
+
+@pytest.mark.parametrize("activation", KINDS)
+def test_layout_of_the_weights(activation):
+    experts = Experts(3, 8, 5, activation)
+    width = 10 if activation in ("swiglu", "geglu") else 5
+    shapes = {name: tuple(p.shape) for name, p in experts.state_dict().items()}
+    assert shapes == {"gate_up": (3, width, 8), "down": (3, 8, 5)}
+
+
+@pytest.mark.parametrize("activation", KINDS)
+def test_equal_the_definition(activation):
+    experts = Experts(3, 8, 5, activation)
+    rows_RD, offsets_E = torch.randn(9, 8), torch.tensor([4, 4, 9])
+    weights = (experts.gate_up, experts.down)
+    expected = reference.expert_ffn(rows_RD, *weights, offsets_E, activation)
+    torch.testing.assert_close(experts(rows_RD, offsets_E), expected)
+
+
+def test_gate_rows_come_first():
+    experts = Experts(1, 2, 1, "swiglu").double()
+    with torch.no_grad():
+        experts.gate_up.copy_(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
+        experts.down.fill_(1)
+    x_RD = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
+    expected = torch.nn.functional.silu(torch.tensor(2.0, dtype=torch.float64)) * 3
+    torch.testing.assert_close(experts(x_RD, torch.tensor([1])), expected.expand(1, 2))
+
+
+def test_a_feed_forward_network_is_a_mixture_of_one():
+    dense = FeedForward(8, 5, "geglu")
+    x_TD = torch.randn(7, 8)
+    gate_TF, up_TF = (x_TD @ dense.gate_up[0].T).chunk(2, -1)
+    expected = (torch.nn.functional.gelu(gate_TF) * up_TF) @ dense.down[0].T
+    torch.testing.assert_close(dense(x_TD), expected)
+    assert dense(x_TD[:0]).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("scale", "std"), [(1.0, 0.1), (0.1, 0.1 / 10**0.5)])
+def test_initial_scale(scale, std):
+    experts = Experts(4, 100, 400, init_scale=scale)
+    assert experts.gate_up.std().item() == pytest.approx(0.88 * std, rel=0.05)
+    assert experts.down.std().item() == pytest.approx(0.88 * std / 2, rel=0.05)
+
+
+def test_dropout_zeroes_hidden_units_in_training_only():
+    """ReLU experts of ones: the output counts the hidden units kept, rescaled to the mean."""
+    experts = Experts(2, 1, 1000, "relu", dropout=0.4)
+    with torch.no_grad():
+        experts.gate_up.fill_(1)
+        experts.down.fill_(1)
+    rows_RD, offsets_E = torch.ones(50, 1), torch.tensor([20, 50])
+    assert (experts.eval()(rows_RD, offsets_E) == 1000).all()
+    kept_R = experts.train()(rows_RD, offsets_E)[:, 0] * 0.6
+    assert kept_R.mean().item() == pytest.approx(600, rel=0.02)
+    assert kept_R.std() > 5
+    assert Experts(2, 1, 4, dropout=0.0).train()(rows_RD, offsets_E).isfinite().all()
+
+
+def test_compute_dtype():
+    x = torch.zeros(1)
+    assert compute_dtype(x) == torch.float32
+    assert compute_dtype(x.double()) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(x) == torch.bfloat16

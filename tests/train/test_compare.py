@@ -1,0 +1,105 @@
+"""A comparison judges what was measured, whichever way it falls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moestro.config import RunConfig
+from moestro.errors import ConfigError
+from moestro.models.count import count
+from moestro.train import compare
+from moestro.train.compare import Curve, crossing, judge, plan, sentence
+from moestro.train.figures import comparison_figure
+from moestro.train.loop import Point
+
+
+def points(*bits: float, flops: float = 100.0, seconds: float = 10.0) -> list[Point]:
+    return [
+        Point(n, 10 * n, seconds * n, flops * n, {"all": value, "code": value})
+        for n, value in enumerate(bits, 1)
+    ]
+
+
+def curves(moe: list[float], dense: list[float], seed: int = 0) -> list[Curve]:
+    return [Curve("moe", seed, points(*moe)), Curve("dense", seed, points(*dense, seconds=5.0))]
+
+
+def test_crossing_is_interpolated_between_two_evaluations() -> None:
+    assert crossing(points(5.0, 4.0, 2.0), 3.0, lambda p: p.train_flops) == pytest.approx(250.0)
+    assert crossing(points(5.0, 4.0, 2.0), 4.0, lambda p: p.seconds) == pytest.approx(20.0)
+
+
+def test_crossing_knows_never_and_from_the_start() -> None:
+    assert crossing(points(5.0, 4.0), 3.9, lambda p: p.seconds) is None
+    assert crossing(points(3.0, 2.0), 3.5, lambda p: p.seconds) == 10.0
+
+
+def test_the_first_crossing_counts_even_if_the_curve_rises_again() -> None:
+    assert crossing(points(5.0, 3.0, 4.0, 2.0), 3.5, lambda p: p.step) == pytest.approx(1.75)
+
+
+def test_verdict_is_a_share_of_the_twins_whole_cost() -> None:
+    (verdict,) = judge(curves([5.0, 3.0, 2.0, 1.0], [5.0, 4.0, 3.5, 3.0]))
+    assert verdict.compute == pytest.approx(2 / 4)
+    assert verdict.time == pytest.approx(20 / 20)
+    assert "needed 50% of the dense twin's training compute" in sentence([verdict])
+
+
+def test_a_mixture_that_loses_is_reported_as_such() -> None:
+    verdicts = judge(curves([5.0, 4.0], [5.0, 3.0]))
+    assert verdicts[0].compute is None
+    assert sentence(verdicts).startswith("The mixture did not reach")
+    assert "4.0000" in sentence(verdicts)
+
+
+def test_seeds_are_paired_and_summed_up() -> None:
+    runs = curves([5.0, 3.0], [5.0, 3.0], seed=0) + curves([5.0, 2.0], [5.0, 3.5], seed=1)
+    verdicts = judge(runs)
+    assert [v.seed for v in verdicts] == [0, 1]
+    assert [v.compute for v in verdicts] == pytest.approx([1.0, 0.75])
+    assert "Over 2 seeds the mixture needed 88% (75% to 100%)" in sentence(verdicts)
+    lost = judge(curves([5.0, 3.0], [5.0, 3.0]) + curves([5.0, 4.0], [5.0, 3.5], seed=1))
+    assert sentence(lost).startswith("With 1 of 2 seeds")
+
+
+def mixture() -> RunConfig:
+    return RunConfig(
+        model={"dim": 16, "num_layers": 2, "moe": {"hidden_dim": 8, "num_experts": 4}},
+        data={"seq_len": 16},
+        train={"steps": 10, "seed": 3},
+    )
+
+
+def test_plan_gives_both_models_the_same_seed_text_and_cost(tmp_path: Path) -> None:
+    entries = plan(mixture(), tmp_path, seeds=2)
+    assert [(e.kind, e.seed) for e in entries] == [
+        ("moe", 3), ("dense", 3), ("moe", 4), ("dense", 4)
+    ]  # fmt: skip
+    assert len({e.folder for e in entries}) == 4
+    moe, dense = entries[0].cfg, entries[1].cfg
+    assert moe.data == dense.data
+    assert moe.train == dense.train
+    active = [count(run.model).active for run in (moe, dense)]
+    assert active[0] == pytest.approx(active[1], rel=0.02)
+
+
+def test_a_dense_model_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        plan(RunConfig(), tmp_path, seeds=1)
+
+
+def test_json_holds_every_point_and_the_counted_compute() -> None:
+    cfg = mixture()
+    result = compare.as_json(cfg, curves([5.0, 3.0], [5.0, 4.0]))
+    assert result["verdicts"][0]["moe_bpb"] == 3.0
+    assert [len(curve["points"]) for curve in result["curves"]] == [2, 2]
+    model = count(cfg.model)
+    assert result["models"]["moe"]["train_flops_per_token"] == model.train_flops(16)
+
+
+def test_figure_is_a_png(tmp_path: Path) -> None:
+    path = tmp_path / "compare.png"
+    comparison_figure(curves([5.0, 3.0, 2.0], [5.0, 4.0, 3.0]), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
