@@ -20,6 +20,7 @@ from moestro.config import BalanceConfig, ModelConfig
 from moestro.models.decoder import Decoder
 from moestro.models.twin import dense_twin
 from moestro.moe import balance
+from moestro.train.memory import keep_freed_memory
 
 BATCH, LENGTH = 16, 256
 CONFIG = ModelConfig(
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--without-transformers", action="store_true")
     args = parser.parse_args()
+    keep_freed_memory()  # as `moestro train` does; it serves every model here alike
     dtype = getattr(torch, args.dtype)
     models = {"moestro MoE": ours(CONFIG), "dense twin": ours(dense_twin(CONFIG))}
     if not args.without_transformers:

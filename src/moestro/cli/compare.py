@@ -53,7 +53,9 @@ def compare(
     from moestro.train.compare import as_json as to_json
     from moestro.train.compare import plan
     from moestro.train.figures import comparison_figure
+    from moestro.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the comparison to go on with")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")

@@ -63,7 +63,9 @@ def train(
     """
     from moestro.errors import ConfigError
     from moestro.train.distributed import joined, pick_device, ranks_from
+    from moestro.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
