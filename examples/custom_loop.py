@@ -13,7 +13,7 @@ from moestro import Decoder, ModelConfig
 from moestro.moe.balance import sequence_loss, update_bias, z_loss
 
 LENGTH, BATCH, STEPS = 128, 8, 60
-# DeepSeek-V3's u is 1e-3 over many thousands of steps; 60 steps need larger ones.
+# The paper's u is 1e-3 (Wang et al. 2024), for many thousands of steps; 60 need larger ones.
 BIAS_RATE, SEQUENCE, Z = 2e-2, 1e-4, 1e-3
 CFG = ModelConfig(
     dim=64,

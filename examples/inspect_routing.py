@@ -14,9 +14,7 @@ from moestro import Decoder, ModelConfig
 from moestro.moe.balance import switch_loss
 
 SENTENCE = "def wrap(self, text):  # The text is split into 3 lines, at most 70 wide."
-CFG = ModelConfig(
-    dim=64, num_layers=2, moe={"hidden_dim": 64, "num_experts": 4, "top_k": 2}
-)  # fmt: skip
+CFG = ModelConfig(dim=64, num_layers=2, moe={"hidden_dim": 64, "num_experts": 4, "top_k": 2})
 
 
 def train_a_little(model, text, steps=60, length=128, batch=8):

@@ -23,13 +23,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
         self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-        # Was: self.ffn = nn.Sequential(nn.Linear(DIM, 256), nn.GELU(), nn.Linear(256, DIM))
+        # Here stood a feed-forward network: linear to 256, GELU, linear back.
         self.ffn = MoE(MoEConfig(dim=DIM, hidden_dim=64, num_experts=8, top_k=2))
 
     def forward(self, x, mask):
+        """[B, S, D] to ([B, S, D], the mixture's Routing)."""
         normed = self.norm1(x)
         x = x + self.attention(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
-        y, routing = self.ffn(self.norm2(x))  # Was: y = self.ffn(self.norm2(x))
+        y, routing = self.ffn(self.norm2(x))  # it was: y = ...
         return x + y, routing
 
 
@@ -43,6 +44,7 @@ class Model(nn.Module):
         self.head = nn.Linear(DIM, 256)
 
     def forward(self, tokens):
+        """[B, S] ids to ([B, S, 256] logits, one Routing per block)."""
         length = tokens.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool).triu(1)
         x = self.embed(tokens) + self.position(torch.arange(length))

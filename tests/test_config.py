@@ -170,8 +170,10 @@ def test_overrides_reach_deep_and_take_toml_values():
 
 
 def test_an_override_can_unset():
-    cfg = load_settings(RunConfig, None, ["model.moe.hidden_dim=8", "model.moe=none"])
+    overrides = ["model.moe.hidden_dim=8", "model.moe=null", "data.domains=none"]
+    cfg = load_settings(RunConfig, None, overrides)
     assert cfg.model.moe is None
+    assert cfg.data.domains == "none"
 
 
 @pytest.mark.parametrize("assignment", ["model.dim", "=3", "model..dim=3", ""])

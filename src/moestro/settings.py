@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moestro.errors import ConfigError
+
+UNKNOWN = "unknown setting "
 
 
 class Settings(BaseModel):
@@ -99,12 +102,22 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             lines.append(_unknown(kind, problem["loc"]))
         elif problem["type"] == "value_error":
             message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-            lines.append(f"{where}: {message}" if where else message)
+            lines.append(_within(where, message))
         elif problem["type"] == "missing":
             lines.append(f"{where} is required and was not given")
         else:
             lines.append(f"{where} = {problem['input']!r} is not allowed: {problem['msg'].lower()}")
     return "; ".join(lines)
+
+
+def _within(where: str, message: str) -> str:
+    """Say where a message of an inner settings class comes from."""
+    if not where:
+        return message
+    if message.startswith(UNKNOWN):
+        return message.replace(UNKNOWN, f"{UNKNOWN}{where}.", 1)
+    deeper = re.match(r"[\w.]+: ", message)
+    return f"{where}.{message}" if deeper else f"{where}: {message}"
 
 
 def _unknown(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
@@ -120,7 +133,7 @@ def _unknown(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
     name = ".".join(str(part) for part in loc)
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-    return f"unknown setting {name}: {hint}"
+    return f"{UNKNOWN}{name}: {hint}"
 
 
 def _settings_class(annotation: Any) -> type[Settings] | None:

@@ -245,3 +245,11 @@ def test_arrival_priority_by_hand():
     assert limit(routing, 1, "arrival").kept_R.tolist() == [True, False, True, False]
     assert limit(routing, 1, "router").kept_R.tolist() == [False, True, False, True]
     assert math.isclose(capacity(1.0, 2, 2, 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "num_tokens", "rows"), [(1.1, 100, 11), (1.25, 8, 1), (1.0, 101, 11), (1.2, 50, 6)]
+)
+def test_capacity_does_not_round_a_whole_number_up(factor, num_tokens, rows):
+    """1.1 * 100 / 10 is 11, though floating point makes it 11.000000000000002."""
+    assert capacity(factor, num_tokens, 1, 10) == rows

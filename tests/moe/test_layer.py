@@ -1,5 +1,6 @@
 """The whole layer against one assignment at a time: values and all gradients."""
 
+import copy
 import warnings
 
 import pytest
@@ -152,7 +153,7 @@ def test_no_token_and_one_token(tiny, router, num_tokens, dtype, backend):
     assert y_TD.dtype == dtype
     (y_TD.sum() + balance.switch_loss(routing) + balance.z_loss(routing)).backward()
     assert x_TD.grad.isfinite().all()
-    for name, parameter in layer.experts.named_parameters():
+    for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, f"{name}: a rank without tokens would hang the others"
         assert parameter.grad.isfinite().all()
 
@@ -340,6 +341,33 @@ def test_bf16_padding_of_groups_changes_nothing(tiny, counts):
     for left, right in zip(*results, strict=True):
         scale = right.abs().max().item()
         assert (left - right).abs().max() <= 0.03 * scale
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_routing_keeps_its_promises(tiny, router, training):
+    layer = layer_of(tiny, **ROUTERS[router]).train(training).bfloat16()
+    x_TD = torch.randn(20, 8).bfloat16()
+    _, routing = layer(x_TD, token_ids=ids_of(x_TD))
+    rows = 20 * layer.cfg.top_k
+    floats = (routing.weights_R, routing.logits_TE, routing.probs_TE)
+    assert all(tensor.dtype == torch.float32 for tensor in floats)
+    assert routing.tokens_R.dtype == routing.experts_R.dtype == torch.int64
+    assert len(routing.tokens_R) == len(routing.experts_R) == len(routing.weights_R) == rows
+    torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(20))
+    assert (routing.weights_R > 0).all()
+    pairs = set(zip(routing.tokens_R.tolist(), routing.experts_R.tolist(), strict=True))
+    assert len(pairs) == rows, "a token went to the same expert twice"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_copies_and_inference_mode(tiny, router):
+    layer = layer_of(tiny, **ROUTERS[router]).eval()
+    x_TD = torch.randn(20, 8).double()
+    expected, _ = layer(x_TD, token_ids=ids_of(x_TD))
+    with torch.inference_mode():
+        actual, _ = copy.deepcopy(layer)(x_TD, token_ids=ids_of(x_TD))
+    assert torch.equal(actual, expected)
 
 
 def test_state_dict_layout(tiny):

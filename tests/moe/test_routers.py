@@ -92,6 +92,17 @@ def test_sigmoid(tiny, top_k, renormalize):
         assert routing.probs_TE[token].tolist() == pytest.approx(shares, rel=1e-5)
 
 
+@pytest.mark.parametrize("level", [-30.0, -60.0, -95.0])
+def test_sigmoid_weights_sum_to_the_scale_however_small_the_scores(tiny, level):
+    """A router that pushes all its logits down must not be able to switch its layer off."""
+    router = router_of(tiny, kind="sigmoid", scale=2.5)
+    x_TD = torch.ones(3, 8)
+    with torch.no_grad():
+        router.weight.mul_(0.1).add_(level / 8)
+    weights_TK = router(x_TD).weights_R.view(3, 2)
+    assert weights_TK.sum(-1).tolist() == pytest.approx([2.5] * 3, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_the_bias_chooses_and_never_weighs(tiny, kind):
     router = router_of(tiny, kind=kind, selection_bias=True, renormalize=False)

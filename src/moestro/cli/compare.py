@@ -118,9 +118,7 @@ def _settle(
     from moestro.train.compare import fit_to, plan
 
     vocab_size = max(cfg.model.vocab_size, corpus.tokenizer.vocab_size)
-    cfg = cfg.model_copy(
-        update={"model": cfg.model.model_copy(update={"vocab_size": vocab_size})}
-    )
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": vocab_size})})
     plan(cfg, folder, seeds)  # refuses a dense model before anything is timed
     for note in corpus.notes:
         typer.echo(note, err=True)

@@ -1,7 +1,7 @@
 """The definition of every op, in the most obvious PyTorch; every fast path is tested against it.
 
 Letters: R rows grouped by expert, E experts, D width, F hidden width, H = 2F (gated) or F (plain),
-O/I out and in of a matrix, T tokens.
+O/I out and in of a matrix, T tokens, B batch, S sequence, A width of one attention head.
 """
 
 from __future__ import annotations
@@ -103,3 +103,37 @@ def mixture(
         out_D = down_EDF[expert].to(x_TD.dtype) @ activate(hidden_1H, activation)[0]
         y_TD[token] = y_TD[token] + weight * out_D.to(sum_dtype)
     return torch.stack(y_TD).to(x_TD.dtype) if y_TD else torch.zeros_like(x_TD)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Divide by the root mean square of the last dimension (Zhang and Sennrich 2019, eq. 4).
+
+    x / sqrt(mean(x²) + eps) · weight.
+
+    Args:
+        x_TD: [..., D], any dtype; computed in at least fp32.
+        weight_D: gain.
+        eps: added to the mean square.
+        dtype: of the result.
+    """
+    x32_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    mean_square_T1 = x32_TD.square().mean(-1, keepdim=True)
+    return (x32_TD / torch.sqrt(mean_square_T1 + eps) * weight_D).to(dtype)
+
+
+def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
+    """Rotary positions: turn each pair (i, i + A/2) of a head by its angle (Su et al. 2021, §3.2).
+
+    Args:
+        x_BSHA: queries or keys, A even.
+        cos_SA: cosines of the A/2 angles of each position, [S, A/2].
+        sin_SA: their sines.
+
+    Returns:
+        Like x, computed in its dtype.
+    """
+    cos_S1A, sin_S1A = cos_SA[:, None].to(x_BSHA.dtype), sin_SA[:, None].to(x_BSHA.dtype)
+    first, second = x_BSHA.chunk(2, dim=-1)
+    return torch.cat(
+        [first * cos_S1A - second * sin_S1A, second * cos_S1A + first * sin_S1A], dim=-1
+    )

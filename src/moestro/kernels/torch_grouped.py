@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     experts: slice
     rows: slice
-    count: int
+    num_experts: int
 
 
 def runs(offsets_E: Tensor) -> list[Run]:
@@ -38,7 +38,9 @@ def runs(offsets_E: Tensor) -> list[Run]:
         last, size_before, size = found[-1] if found else None, size, end - start
         if size and last is not None and size == size_before:
             found[-1] = Run(
-                slice(last.experts.start, expert + 1), slice(last.rows.start, end), last.count + 1
+                slice(last.experts.start, expert + 1),
+                slice(last.rows.start, end),
+                last.num_experts + 1,
             )
         elif size:
             found.append(Run(slice(expert, expert + 1), slice(start, end), 1))
@@ -55,8 +57,8 @@ def segments_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     y_RO = x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
     for run in runs(offsets_E):
         w_NIO = w_EOI[run.experts].to(x_RI.dtype).transpose(1, 2)
-        x_NRI = x_RI[run.rows].view(run.count, -1, x_RI.shape[1])
-        torch.bmm(x_NRI, w_NIO, out=y_RO[run.rows].view(run.count, -1, y_RO.shape[1]))
+        x_NRI = x_RI[run.rows].view(run.num_experts, -1, x_RI.shape[1])
+        torch.bmm(x_NRI, w_NIO, out=y_RO[run.rows].view(run.num_experts, -1, y_RO.shape[1]))
     return y_RO
 
 
@@ -71,8 +73,8 @@ def segments_weight_grad(
     for run in runs(offsets_E):
         grad_EOI[done : run.experts.start].zero_()
         done = run.experts.stop
-        grad_NOR = grad_RO[run.rows].view(run.count, -1, grad_RO.shape[1]).transpose(1, 2)
-        x_NRI = x_RI[run.rows].view(run.count, -1, x_RI.shape[1])
+        grad_NOR = grad_RO[run.rows].view(run.num_experts, -1, grad_RO.shape[1]).transpose(1, 2)
+        x_NRI = x_RI[run.rows].view(run.num_experts, -1, x_RI.shape[1])
         if dtype == x_RI.dtype:
             torch.bmm(grad_NOR, x_NRI, out=grad_EOI[run.experts])
         else:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.config import ModelConfig
+from moestro.kernels import pointwise
+from moestro.moe.experts import compute_dtype
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of S positions, [S, A], for `rotate`."""
+    """Cosines and sines of S positions, [S, A/2], for `pointwise.rotate`."""
 
     cos_SA: Tensor
     sin_SA: Tensor
@@ -24,19 +26,23 @@ class Rotary(NamedTuple):
 
 def rotary(start: int, length: int, cfg: ModelConfig, device: torch.device) -> Rotary:
     """Angles position · θ^(-2i/A) of positions start … start+length-1 (Su et al. 2021, eq. 15)."""
-    half = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float64) / cfg.head_dim
+    share_A = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float64) / cfg.head_dim
     positions_S = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    angles = positions_S[:, None] * cfg.attention.rope_theta**-half
-    angles_SA = torch.cat([angles, angles], dim=-1)
+    angles_SA = positions_S[:, None] * cfg.attention.rope_theta**-share_A
     return Rotary(angles_SA.cos().float(), angles_SA.sin().float())
 
 
-def rotate(x_BSHA: Tensor, angles: Rotary) -> Tensor:
-    """Rotate the pairs (i, i + A/2) of each head by its position's angles."""
-    cos_SA, sin_SA = angles.cos_SA.to(x_BSHA.dtype), angles.sin_SA.to(x_BSHA.dtype)
-    first, second = x_BSHA.chunk(2, dim=-1)
-    turned_BSHA = torch.cat([-second, first], dim=-1)
-    return x_BSHA * cos_SA[:, None] + turned_BSHA * sin_SA[:, None]
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; computes in fp32 and returns the dtype that the next layer takes."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        return pointwise.rms_norm(x_TD, self.weight, self.eps, compute_dtype(x_TD))
 
 
 class LayerCache:
@@ -77,8 +83,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.num_heads * self.head_dim, cfg.dim, bias=False)
         self.q_norm = self.k_norm = None
         if cfg.attention.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=cfg.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=cfg.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps)
 
     def forward(
         self,
@@ -100,9 +106,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BSD).view(batch, length, heads + 2 * groups, self.head_dim)
         q_BSHA, k_BSGA, v_BSGA = qkv.split([heads, groups, groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSHA = self.q_norm(q_BSHA).to(v_BSGA.dtype)
-            k_BSGA = self.k_norm(k_BSGA).to(v_BSGA.dtype)
-        q_BSHA, k_BSGA = rotate(q_BSHA, angles), rotate(k_BSGA, angles)
+            q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
+        q_BSHA, k_BSGA = pointwise.rotate(q_BSHA, *angles), pointwise.rotate(k_BSGA, *angles)
         if cache is not None:
             k_BSGA, v_BSGA = cache.extend(k_BSGA, v_BSGA)
         mask = self._mask(length, k_BSGA.shape[1], valid_BS, x_BSD.device)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro.config import ModelConfig
 from moestro.errors import ShapeError
-from moestro.models.attention import Attention, KVCache, LayerCache, Rotary, rotary
-from moestro.moe.experts import FeedForward, compute_dtype
+from moestro.models.attention import Attention, KVCache, LayerCache, RMSNorm, Rotary, rotary
+from moestro.moe.experts import FeedForward
 from moestro.moe.layer import MoE
 from moestro.moe.routing import Routing
 
@@ -32,9 +32,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attention = Attention(cfg)
-        self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn: MoE | FeedForward
         if cfg.moe is not None and cfg.is_moe_layer(layer):
             self.ffn = MoE(cfg.moe, backend)
@@ -50,10 +50,9 @@ class Block(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
-        dtype = compute_dtype(x_BSD)
-        normed_BSD = self.attention_norm(x_BSD).to(dtype)
+        normed_BSD = self.attention_norm(x_BSD)
         x_BSD = x_BSD + self.attention(normed_BSD, angles, valid_BS, cache)
-        normed_BSD = self.ffn_norm(x_BSD).to(dtype)
+        normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
             y_BSD, routing = self.ffn(normed_BSD, token_ids=tokens_BS, valid=valid_BS)
             return x_BSD + y_BSD, routing
@@ -81,7 +80,7 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, n, backend) for n in range(cfg.num_layers))
-        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +81,7 @@ class MoE(nn.Module):
     def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Dispatch → experts → combine."""
         kernel = self.experts.kernel(x_TD.device.type, x_TD.dtype)
-        plan = dispatch.make_plan(routing, partial(kernel.rooms, dtype=x_TD.dtype))
+        plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
         rows_RD = dispatch.dispatch(x_TD, plan)
         rows_RD = self.experts(rows_RD, plan.offsets_E)
         return dispatch.combine(rows_RD, routing.weights_R, plan)

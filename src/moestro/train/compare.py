@@ -84,13 +84,11 @@ def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
         for kind in ("moe", "dense"):
             name = kind if seeds == 1 else f"{kind}-seed{seed}"
             run = cfg.model_copy(update={"model": models[kind], "train": train})
-            entries.append(Entry(kind, seed, folder / name, run))  # type: ignore[arg-type]
+            entries.append(Entry(kind, seed, folder / name, run))
     return entries
 
 
-def fit_to(
-    cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float
-) -> RunConfig:
+def fit_to(cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float) -> RunConfig:
     """Set `train.steps` (and how often to evaluate) so that all runs together take `minutes`.
 
     A few steps of each model are timed on this machine, so the number of steps, and with it the
@@ -141,9 +139,7 @@ def judge(curves: list[Curve]) -> list[Verdict]:
     return verdicts
 
 
-def crossing(
-    points: list[Point], goal_bpb: float, cost: Callable[[Point], float]
-) -> float | None:
+def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float]) -> float | None:
     """The cost at which a curve first gets down to `goal_bpb`; None if it never does.
 
     Between two evaluations the curve is taken as a straight line; before the first one nothing

@@ -1,0 +1,289 @@
+"""The decoder against its blocks written out in plain PyTorch, its cache, and its masks."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moestro import Decoder, ModelConfig
+from moestro.errors import ShapeError
+from moestro.kernels import reference
+from moestro.moe import balance
+
+MOE = {"hidden_dim": 12, "num_experts": 4, "top_k": 2}
+SIZES = {
+    "vocab_size": 30,
+    "dim": 16,
+    "num_layers": 3,
+    "dense": {"hidden_dim": 20},
+    "attention": {"num_heads": 4, "context": 32},
+}
+VARIANTS = {
+    "dense": {},
+    "mixture": {"moe": MOE},
+    "untied": {"moe": MOE, "tie_embeddings": False},
+    "every second": {"moe": MOE, "moe_every": 2, "num_layers": 4},
+    "dense first": {"moe": MOE, "dense_first": 1},
+    "shared and GQA": {
+        "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "context": 32},
+    },
+    "sliding window": {"moe": MOE, "attention": {"num_heads": 4, "context": 4}},
+    "sigmoid, plain experts": {
+        "moe": {**MOE, "activation": "relu", "router": {"kind": "sigmoid", "scale": 2.5}},
+        "dense_first": 1,
+        "dense": {"hidden_dim": 20, "activation": "gelu"},
+    },
+    "hash": {"moe": {**MOE, "router": {"kind": "hash"}}},
+}
+
+
+def model_of(variant, dtype=torch.float64):
+    return Decoder(ModelConfig(**{**SIZES, **VARIANTS[variant]})).to(dtype)
+
+
+def rms_norm(x, module, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight
+
+
+def plain_attention(module, cfg, x_BSD):
+    """Dense [S, S] scores, softmax, and interleaved complex rotation."""
+    batch, length, _ = x_BSD.shape
+    heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
+    qkv = F.linear(x_BSD, module.qkv.weight).view(batch, length, heads + 2 * groups, width)
+    q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + groups], qkv[:, :, heads + groups :]
+    if cfg.attention.qk_norm:
+        q, k = rms_norm(q, module.q_norm, cfg.norm_eps), rms_norm(k, module.k_norm, cfg.norm_eps)
+    frequencies = cfg.attention.rope_theta ** (-torch.arange(0, width, 2).double() / width)
+    turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
+
+    def turn(x):
+        pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    k, v = (t.repeat_interleave(heads // groups, dim=2) for t in (turn(k), v))
+    scores = torch.einsum("bshd,bphd->bhsp", turn(q), k) / width**0.5
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < cfg.attention.context)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    mixed = torch.einsum("bhsp,bphd->bshd", weights, v).flatten(2)
+    return mixed @ module.out.weight.T
+
+
+def plain_ffn(weights, x_TD, activation):
+    hidden = reference.activate(x_TD @ weights.gate_up[0].T, activation)
+    return hidden @ weights.down[0].T
+
+
+def plain_decoder(model, tokens_BS):
+    """Logits, and (experts, weights) chosen by each mixture layer, in float64."""
+    cfg, eps = model.cfg, model.cfg.norm_eps
+    x = model.embed.weight[tokens_BS]
+    for n, block in enumerate(model.blocks):
+        x = x + plain_attention(block.attention, cfg, rms_norm(x, block.attention_norm, eps))
+        h_TD = rms_norm(x, block.ffn_norm, eps).flatten(0, 1)
+        if not cfg.is_moe_layer(n):
+            x = x + plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
+            continue
+        _, routing = block.ffn(h_TD, token_ids=tokens_BS.flatten())
+        y_TD = reference.mixture(
+            h_TD,
+            routing.tokens_R,
+            routing.experts_R,
+            routing.weights_R,
+            block.ffn.experts.gate_up,
+            block.ffn.experts.down,
+            cfg.moe.activation,
+        )
+        if cfg.moe.shared:
+            gate_T1 = (h_TD @ block.ffn.shared_gate.weight.T).sigmoid()
+            y_TD = y_TD + gate_T1 * plain_ffn(block.ffn.shared, h_TD, cfg.moe.activation)
+        x = x + y_TD.view_as(x)
+    head = model.embed.weight if cfg.tie_embeddings else model.head.weight
+    return rms_norm(x, model.norm, eps) @ head.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_its_blocks_written_out(variant):
+    model = model_of(variant)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    tokens_BS = torch.randint(0, 30, (2, 9))
+    expected = plain_decoder(model, tokens_BS)
+    actual = model(tokens_BS)
+    # Rotary angles and the shared gate are fp32.
+    torch.testing.assert_close(actual.logits, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(expected)
+    parameters = dict(model.named_parameters())
+    left = torch.autograd.grad(actual.logits, parameters.values(), grad, allow_unused=True)
+    right = torch.autograd.grad(expected, parameters.values(), grad, allow_unused=True)
+    for name, ours, plain in zip(parameters, left, right, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"),
+    [
+        ("dense", ()),
+        ("mixture", (0, 1, 2)),
+        ("every second", (1, 3)),
+        ("dense first", (1, 2)),
+    ],
+)
+def test_one_routing_per_mixture_layer(variant, layers):
+    model = model_of(variant)
+    output = model(torch.randint(0, 30, (2, 5)))
+    assert model.moe_layers == layers
+    assert len(output.routings) == len(model.mixtures()) == len(layers)
+    assert all(routing.num_tokens == 10 for routing in output.routings)
+    assert output.logits.shape == (2, 5, 30)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 4, 2], [12], [1, 11]], ids=str)
+def test_the_cache_gives_what_the_whole_text_gives(variant, chunks):
+    """The sliding window's context is 4: most of these texts are longer."""
+    model = model_of(variant).eval()
+    tokens_BS = torch.randint(0, 30, (2, 12))
+    expected = model(tokens_BS).logits
+    cache = model.new_cache(2)
+    parts = [model(part, cache=cache).logits for part in tokens_BS.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-6, atol=1e-6)
+    assert cache.position == 12
+
+
+def test_any_number_of_tokens_may_pass_the_context():
+    """Far beyond it, only the last positions matter: layers · (context - 1) + 1 of them."""
+    model = model_of("sliding window").eval()
+    tokens_BS = torch.randint(0, 30, (1, 60))
+    cache = model.new_cache()
+    for position in range(60):
+        last = model(tokens_BS[:, position : position + 1], cache=cache).logits[:, -1]
+    torch.testing.assert_close(last, model(tokens_BS).logits[:, -1], rtol=1e-6, atol=1e-6)
+    tokens_BS[:, : 60 - (3 * 3 + 1)] = 7
+    torch.testing.assert_close(last, model(tokens_BS).logits[:, -1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_position_sees_the_future(variant):
+    model = model_of(variant).eval()
+    tokens_BS = torch.randint(0, 30, (1, 10))
+    before = model(tokens_BS).logits
+    tokens_BS[0, 6:] = (tokens_BS[0, 6:] + 1) % 30
+    torch.testing.assert_close(model(tokens_BS).logits[:, :6], before[:, :6])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_does_not_change_real_tokens(variant, side):
+    model = model_of(variant).eval()
+    tokens_BS = torch.randint(0, 30, (2, 6))
+    padding_BS = torch.randint(0, 30, (2, 3))
+    valid_BS = torch.ones(2, 9, dtype=torch.bool)
+    if side == "left":
+        padded_BS, real = torch.cat([padding_BS, tokens_BS], 1), slice(3, 9)
+        valid_BS[:, :3] = False
+    else:
+        padded_BS, real = torch.cat([tokens_BS, padding_BS], 1), slice(0, 6)
+        valid_BS[:, 6:] = False
+    plain, padded = model(tokens_BS), model(padded_BS, valid_BS=valid_BS)
+    assert padded.logits.isfinite().all()
+    torch.testing.assert_close(padded.logits[:, real], plain.logits, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(padded.routings, plain.routings, strict=True):
+        assert torch.equal(ours.counts_E(), theirs.counts_E())
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MOE,
+        {**MOE, "capacity": {"factor": 0.8}},
+        {**MOE, "router": {"kind": "noisy_top_k"}},
+        {**MOE, "router": {"jitter": 0.1}, "expert_dropout": 0.3},
+    ],
+    ids=["plain", "capacity", "noisy", "dropout"],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_activations_give_the_same_step(moe, autocast):
+    """Loss, every gradient and every Routing; nothing is counted twice."""
+    model = Decoder(ModelConfig(**{**SIZES, "moe": moe})).train()
+    tokens_BS = torch.randint(0, 30, (3, 8))
+    results = []
+    for recompute in (False, True):
+        model.checkpoint_activations = recompute
+        model.zero_grad()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, routings = model(tokens_BS)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), tokens_BS.flatten())
+            loss = loss + sum(balance.switch_loss(r) + balance.z_loss(r) for r in routings)
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        fields = [t for r in routings for t in r if isinstance(t, torch.Tensor)]
+        counts = [r.counts_E() for r in routings]
+        results.append([loss, *gradients, *fields, *counts])
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_tied_embeddings_are_one_tensor():
+    tied, untied = model_of("mixture"), model_of("untied")
+    assert tied.head.weight is tied.embed.weight
+    assert untied.head.weight is not untied.embed.weight
+
+
+def test_the_untrained_model_knows_nothing():
+    """At the start the loss lies near log V, so that the first steps do not undo a bias."""
+    model = Decoder(ModelConfig(vocab_size=256, dim=64, moe=MOE))
+    tokens_BS = torch.randint(0, 256, (4, 64))
+    logits = model(tokens_BS).logits
+    targets_T = torch.randint(0, 256, (256,))
+    loss = F.cross_entropy(logits.flatten(0, 1), targets_T).item()
+    assert abs(loss - torch.tensor(256.0).log().item()) < 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype):
+    model = model_of("shared and GQA", dtype)
+    tokens_BS = torch.randint(0, 30, (2, 9))
+    output = model(tokens_BS)
+    assert output.logits.dtype == dtype
+    assert all(r.logits_TE.dtype == torch.float32 for r in output.routings)
+    exact = model_of("shared and GQA", torch.float64)
+    exact.load_state_dict(model.state_dict())
+    expected = exact(tokens_BS).logits
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    assert (output.logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_bad_input():
+    model = model_of("mixture")
+    with pytest.raises(ShapeError, match=r"\[B, S\].*float32"):
+        model(torch.zeros(2, 3))
+    with pytest.raises(ShapeError, match=r"\[3\]"):
+        model(torch.zeros(3, dtype=torch.int64))
+    valid_BS = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ShapeError, match="not both"):
+        model(torch.zeros(1, 3).long(), valid_BS=valid_BS, cache=model.new_cache())
+
+
+@pytest.mark.parametrize("variant", ["dense", "mixture"])
+@pytest.mark.parametrize(
+    "valid_BS",
+    [torch.ones(2, 4, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool), torch.ones(2, 5)],
+    ids=["short", "one for all", "float"],
+)
+def test_a_mask_that_does_not_fit(variant, valid_BS):
+    with pytest.raises(ShapeError, match="valid"):
+        model_of(variant)(torch.zeros(2, 5).long(), valid_BS=valid_BS)
+
+
+def test_expert_choice_can_be_built_and_warns():
+    cfg = ModelConfig(**{**SIZES, "moe": {**MOE, "router": {"kind": "expert_choice"}}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Decoder(cfg)
+    assert caught
+    assert model(torch.randint(0, 30, (2, 5))).logits.isfinite().all()
