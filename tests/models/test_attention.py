@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.config import ModelConfig
-from moestro.models.attention import Attention, KVCache, rotary, rotate
+from moestro.kernels.pointwise import rotate
+from moestro.models.attention import Attention, KVCache, rotary
 
 
 def cfg_of(dim=16, **attention):
@@ -94,18 +95,18 @@ def test_rotation_keeps_lengths_and_depends_on_distance(position, shift):
 
     def score(query_at, key_at):
         angles = [rotary(at, 1, cfg, q.device) for at in (query_at, key_at)]
-        return (rotate(q, angles[0]) * rotate(k, angles[1])).sum()
+        return (rotate(q, *angles[0]) * rotate(k, *angles[1])).sum()
 
     near, far = score(position + 3, position), score(position + shift + 3, position + shift)
     torch.testing.assert_close(near, far, rtol=1e-3, atol=2e-3)
-    turned = rotate(q, rotary(position, 1, cfg, q.device))
+    turned = rotate(q, *rotary(position, 1, cfg, q.device))
     torch.testing.assert_close(turned.norm(), q.norm())
 
 
 def test_far_positions_keep_their_precision():
     """fp32 angles at position 100 000 would be off by 0.004; these come from fp64."""
     angles = rotary(100_000, 1, cfg_of(), torch.device("cpu"))
-    exact = [math.cos(100_000 * 10_000.0 ** (-i / 4)) for i in (0, 2)] * 2
+    exact = [math.cos(100_000 * 10_000.0 ** (-i / 4)) for i in (0, 2)]
     assert angles.cos_SA[0].tolist() == pytest.approx(exact, abs=1e-6)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from moestro.moe.routing import Plan, Routing
 
 def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
     """C = ceil(factor · T · K / E), the most rows an expert takes (Fedus et al. 2021, eq. 3)."""
-    return math.ceil(factor * num_tokens * top_k / num_experts)
+    # As the decimal that was typed: 1.1 · 100 / 10 is 11, but 11.000000000000002 in floats.
+    return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
 
 
 def limit(routing: Routing, rows: int, priority: str) -> Routing:
@@ -132,26 +134,37 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
     return y_TD
 
 
+def _pick(rows_RD: Tensor, plan: Plan, place: int) -> Tensor:
+    """The row at one place of every token, in at least fp32; zero where the place is empty.
+
+    Casting first matters: an operation on two dtypes at once is several times slower on CPU.
+    """
+    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+    rows_T = plan.rows_TK[:, place]
+    if plan.complete:
+        return rows_RD.index_select(0, rows_T).to(dtype)
+    empty_T = rows_T == len(rows_RD)
+    picked_TD = rows_RD.index_select(0, rows_T.masked_fill(empty_T, 0)).to(dtype)
+    return picked_TD.masked_fill_(empty_T[:, None], 0)
+
+
 def _gather_sum(rows_RD: Tensor, weights_TK: Tensor | None, plan: Plan) -> Tensor:
     """Σ_k weight · row over each token's places, in at least fp32; empty places add nothing."""
     num_tokens, places = plan.rows_TK.shape
-    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
-    sum_TD = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=dtype)
-    if len(rows_RD) == 0:
-        return sum_TD
-    for k in range(places):
-        rows_T = plan.rows_TK[:, k]
-        if plan.complete:
-            picked_TD = rows_RD.index_select(0, rows_T)
-        else:
-            empty_T = rows_T == len(rows_RD)
-            picked_TD = rows_RD.index_select(0, rows_T.masked_fill(empty_T, 0))
-            picked_TD.masked_fill_(empty_T[:, None], 0)
-        # Cast first: an operation on two dtypes at once is several times slower on CPU.
+    sum_TD: Tensor | None = None
+    for k in range(places if len(rows_RD) else 0):
+        picked_TD = _pick(rows_RD, plan, k)
         if weights_TK is None:
-            sum_TD.add_(picked_TD.to(dtype))
+            sum_TD = picked_TD if sum_TD is None else sum_TD.add_(picked_TD)
         else:
-            sum_TD.addcmul_(picked_TD.to(dtype), weights_TK[:, k, None].to(dtype))
+            weight_T1 = weights_TK[:, k, None].to(picked_TD.dtype)
+            if sum_TD is None:
+                sum_TD = picked_TD.mul_(weight_T1)
+            else:
+                sum_TD.addcmul_(picked_TD, weight_T1)
+    if sum_TD is None:
+        dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+        return rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=dtype)
     return sum_TD
 
 
@@ -171,25 +184,39 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted gather-sum forward; the backward works row by row, in the order of the experts."""
+    """Weighted gather-sum forward; the backward weights per token, then gathers into the rows."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(rows_RD, weights_A)
-        ctx.plan = plan
         padded_A = torch.cat([weights_A, weights_A.new_zeros(1)])
-        return _gather_sum(rows_RD, padded_A[plan.slots_TK], plan).to(rows_RD.dtype)
+        weights_TK = padded_A[plan.slots_TK]
+        ctx.save_for_backward(rows_RD, weights_TK)
+        ctx.plan, ctx.num_assignments = plan, len(weights_A)
+        return _gather_sum(rows_RD, weights_TK, plan).to(rows_RD.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows_RD, weights_A = ctx.saved_tensors
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, weights_TK = ctx.saved_tensors
         plan: Plan = ctx.plan
-        num_rows = len(rows_RD)
-        filled_TK = plan.rows_TK < num_rows
-        rows_A, slots_A = plan.rows_TK[filled_TK], plan.slots_TK[filled_TK]
-        weights_R = weights_A.new_zeros(num_rows).index_copy_(0, rows_A, weights_A[slots_A])
-        grad_rows_RD = grad_TD.index_select(0, plan.tokens_R).to(weights_A.dtype)
-        dots_R = (grad_rows_RD * rows_RD.to(weights_A.dtype)).sum(-1)
-        grad_weights_A = torch.zeros_like(weights_A).index_copy_(0, slots_A, dots_R[rows_A])
-        return grad_rows_RD.mul_(weights_R[:, None]).to(rows_RD.dtype), grad_weights_A, None
+        num_tokens, places = weights_TK.shape
+        if not len(rows_RD) or not places:
+            return torch.zeros_like(rows_RD), weights_TK.new_zeros(ctx.num_assignments), None
+        grad32_TD = grad_TD.to(weights_TK.dtype)
+        dots_TK = torch.empty_like(weights_TK)
+        scaled_KTD = rows_RD.new_empty(places, num_tokens, rows_RD.shape[1])
+        for k in range(places):
+            picked_TD = _pick(rows_RD, plan, k).to(weights_TK.dtype)
+            torch.sum(picked_TD.mul_(grad32_TD), dim=-1, out=dots_TK[:, k])
+            torch.mul(grad32_TD, weights_TK[:, k, None], out=picked_TD)
+            scaled_KTD[k].copy_(picked_TD)
+        filled_TK = plan.rows_TK < len(rows_RD)
+        source_R = plan.tokens_R.new_zeros(len(rows_RD))
+        order_TK = torch.arange(num_tokens * places, device=rows_RD.device).view(places, -1).t()
+        source_R[plan.rows_TK[filled_TK]] = order_TK[filled_TK]
+        grad_rows_RD = scaled_KTD.flatten(0, 1).index_select(0, source_R)
+        if len(plan.padding_P):
+            grad_rows_RD.index_fill_(0, plan.padding_P, 0)
+        grad_weights_A = weights_TK.new_zeros(ctx.num_assignments)
+        grad_weights_A[plan.slots_TK[filled_TK]] = dots_TK[filled_TK]
+        return grad_rows_RD, grad_weights_A, None
