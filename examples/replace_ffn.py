@@ -28,8 +28,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         """[B, S, D] to ([B, S, D], the mixture's Routing)."""
-        normed = self.norm1(x)
-        x = x + self.attention(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
         y, routing = self.ffn(self.norm2(x))  # it was: y = ...
         return x + y, routing
 
@@ -44,10 +44,9 @@ class Model(nn.Module):
         self.head = nn.Linear(DIM, 256)
 
     def forward(self, tokens):
-        """[B, S] ids to ([B, S, 256] logits, one Routing per block)."""
-        length = tokens.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).triu(1)
-        x = self.embed(tokens) + self.position(torch.arange(length))
+        """[B, LENGTH] ids to ([B, LENGTH, 256] logits, one Routing per block)."""
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        x = self.embed(tokens) + self.position(torch.arange(LENGTH))
         routings = []
         for block in self.blocks:
             x, routing = block(x, mask)

@@ -63,7 +63,7 @@ def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Pad bf16 groups to few distinct sizes, and neighbours to the same size where it is cheap.
 
     oneDNN compiles a kernel for every new shape of a 16-bit GEMM (milliseconds each), and routing
-    makes new group sizes at every step: sizes become multiples of a power of two near a sixteenth
+    makes new group sizes at every step: sizes become multiples of a power of two near an eighth
     of the mean group, 16 to 128. Neighbours of one size share a batched GEMM, which is faster by
     more than the rows that this wastes, at most a sixth of each run. Other dtypes go to a library
     that compiles nothing and gains nothing from batches.
@@ -71,20 +71,21 @@ def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
     counts = counts_E.tolist()
     if dtype not in (torch.bfloat16, torch.float16) or sum(counts) < 16 * len(counts):
         return counts_E
-    sixteenth = max(1, sum(counts) // len(counts) // 16)
-    unit = max(16, min(128, 1 << (sixteenth.bit_length() - 1)))
+    eighth = max(1, sum(counts) // len(counts) // 8)
+    unit = max(16, min(128, 1 << (eighth.bit_length() - 1)))
     rooms = [-(-count // unit) * unit for count in counts]
     start = 0
     while start < len(rooms):
-        end, total, most = start + 1, rooms[start], rooms[start]
-        while end < len(rooms) and rooms[end] and most:
-            total, most = total + rooms[end], max(most, rooms[end])
-            if most * (end + 1 - start) > total * 7 // 6:
-                break
-            end += 1
-        rooms[start:end] = [max(rooms[start:end])] * (end - start)
-        start = end
+        run = next(r for n in torch_grouped.LENGTHS if _cheap(r := rooms[start : start + n], n))
+        rooms[start : start + len(run)] = [max(run)] * len(run)
+        start += len(run)
     return counts_E.new_tensor(rooms)
+
+
+def _cheap(run: list[int], length: int) -> bool:
+    """Whether padding all groups of a run to its largest adds at most a sixth to its rows."""
+    whole = len(run) == length and (length == 1 or all(run))
+    return whole and 6 * (max(run) * length - sum(run)) <= sum(run)
 
 
 def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:

@@ -49,8 +49,9 @@ def grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
         w_OI = w_EOI[expert].to(x_RI.dtype)
         y_RO += [w_OI @ x_RI[row] for row in range(start, end)]
         start = end
-    out_features = w_EOI.shape[1]
-    tail_RO = x_RI.new_zeros(x_RI.shape[0] - start, out_features)
+    # Sums of nothing: without a row the gradients are zero instead of missing.
+    zero = x_RI[:0].sum() + w_EOI[:0].sum().to(x_RI.dtype)
+    tail_RO = x_RI.new_zeros(x_RI.shape[0] - start, w_EOI.shape[1]) + zero
     return torch.cat([torch.stack(y_RO), tail_RO]) if y_RO else tail_RO
 
 

@@ -22,6 +22,10 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 WeightGrad = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
+# Experts of one batched product: powers of two, so that few distinct shapes come up.
+LENGTHS = (8, 4, 2, 1)
+
+
 class Run(NamedTuple):
     """Neighbouring experts with equally many rows: one batched product serves them all."""
 
@@ -31,20 +35,18 @@ class Run(NamedTuple):
 
 
 def runs(offsets_E: Tensor) -> list[Run]:
-    """Cut the experts that have rows into the longest runs of equal groups."""
+    """Cut the experts that have rows into runs of equal groups, each as long as `LENGTHS` has."""
+    ends = offsets_E.tolist()
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     found: list[Run] = []
-    start = size = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        last, size_before, size = found[-1] if found else None, size, end - start
-        if size and last is not None and size == size_before:
-            found[-1] = Run(
-                slice(last.experts.start, expert + 1),
-                slice(last.rows.start, end),
-                last.num_experts + 1,
-            )
-        elif size:
-            found.append(Run(slice(expert, expert + 1), slice(start, end), 1))
-        start = end
+    expert = row = 0
+    while expert < len(sizes):
+        size = sizes[expert]
+        length = next(n for n in LENGTHS if sizes[expert : expert + n] == [size] * n)
+        if size:
+            experts, rows = slice(expert, expert + length), slice(row, row + length * size)
+            found.append(Run(experts, rows, length))
+        expert, row = expert + length, row + length * size
     return found
 
 

@@ -91,16 +91,19 @@ class TopKRouter(Router):
         """See `Router.forward`."""
         router = self.cfg.router
         logits_TE = self.logits(x_TD)
+        # A softmax of logarithms divides scores by their sum without an epsilon, which a router
+        # could learn to exploit by pushing all its scores towards zero.
         if router.kind == "sigmoid":
-            scores_TE = logits_TE.sigmoid()
-            # Exactly scores / scores.sum(): no epsilon that a router could learn to exploit.
-            probs_TE = F.logsigmoid(logits_TE).softmax(-1)
+            scores_TE, logs_TE = logits_TE.sigmoid(), F.logsigmoid(logits_TE)
+            probs_TE = logs_TE.softmax(-1)
         else:
             scores_TE = probs_TE = logits_TE.softmax(-1)
+            logs_TE = logits_TE
         experts_TK = self._select(scores_TE.detach())
-        weights_TK = scores_TE.gather(-1, experts_TK)
         if _renormalize(self.cfg):
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+            weights_TK = logs_TE.gather(-1, experts_TK).softmax(-1)
+        else:
+            weights_TK = scores_TE.gather(-1, experts_TK)
         return _token_choice(experts_TK, weights_TK * router.scale, logits_TE, probs_TE, valid_T)
 
     def _select(self, scores_TE: Tensor) -> Tensor:
