@@ -230,7 +230,7 @@ class DataConfig(Settings):
 
 
 class BalanceConfig(Settings):
-    """What keeps the experts evenly used. Each loss is 1 at perfect balance, times this."""
+    """What keeps the experts evenly used: the weight of each loss, summed over the layers."""
 
     switch: Coefficient = 0.01
     scope: Literal["micro", "sequence", "global"] = Field(

@@ -1,48 +1,15 @@
-"""The CUDA backend against the definition computed in float64 on the CPU; run by `make gpu`."""
+"""What only a CUDA device can show beside the kernels' parity; run by `make gpu`."""
 
 import pytest
 import torch
 
 from moestro import MoE, MoEConfig
-from moestro.kernels import backends, reference
+from moestro.kernels import backends
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-# bf16 has 8 bits of mantissa; two products and their sums in fp32 lie between input and output.
-TOLERANCE = {"atol": 2e-2, "rtol": 2e-2}
-COUNTS = [(5, 0, 40, 19), (0, 0, 64, 0), (1, 0, 0, 0), (63, 7, 1, 130)]
-
-
-@pytest.mark.parametrize("backend", ["torch", "segments"])
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu", "gelu"])
-def test_expert_ffn_equals_the_definition(backend, counts, activation):
-    torch.manual_seed(0)
-    rows, dim, hidden = sum(counts), 32, 24
-    width = 2 * hidden if activation in reference.GATED else hidden
-    inputs = [
-        torch.randn(rows, dim),
-        torch.randn(len(counts), width, dim) / dim**0.5,
-        torch.randn(len(counts), dim, hidden) / hidden**0.5,
-    ]
-    grad = torch.randn(rows, dim).bfloat16()
-    offsets = torch.tensor(counts).cumsum(0)
-    kernel = backends.choose(backend, "cuda", torch.bfloat16, (dim, width, hidden))
-    results = []
-    for device, dtype, ffn in (
-        ("cpu", torch.float64, reference.expert_ffn),
-        ("cuda", torch.bfloat16, kernel.expert_ffn),
-    ):
-        leaves = [x.bfloat16().to(device, dtype).requires_grad_() for x in inputs]
-        y = ffn(*leaves, offsets.to(device), activation)
-        y.backward(grad.to(device, dtype))
-        results.append([y, *(leaf.grad for leaf in leaves)])
-    for slow, fast in zip(*results, strict=True):
-        assert torch.isfinite(fast).all()
-        torch.testing.assert_close(fast.cpu().double(), slow.double(), **TOLERANCE)
 
 
 def test_the_cuda_backend_is_chosen_and_says_why_it_refuses():

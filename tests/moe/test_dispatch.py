@@ -143,6 +143,19 @@ def test_padding_rows_change_nothing(routing, multiple):
         torch.testing.assert_close(left, right, rtol=1e-13, atol=1e-13)
 
 
+@given(routings(), st.sampled_from([2, 8]))
+def test_rows_that_nobody_reads_get_no_gradient(routing, multiple):
+    """Experts with a bias would learn from them."""
+    plan = plan_of(routing, multiple)
+    rows_RD = torch.randn(len(plan.tokens_R), 3, dtype=torch.float64, requires_grad=True)
+    y_TD = combine(rows_RD, routing.weights_R, plan)
+    (grad_RD,) = torch.autograd.grad(y_TD, rows_RD, torch.ones_like(y_TD))
+    assert not grad_RD[plan.padding_P].any()
+    read_R = torch.ones(len(rows_RD), dtype=torch.bool).index_fill_(0, plan.padding_P, False)
+    assert read_R.sum() == kept(routing).sum()
+    assert grad_RD[read_R].ne(0).all()
+
+
 @given(routings())
 def test_rooms_may_differ_between_experts(routing):
     x_TD = torch.randn(routing.num_tokens, 3, dtype=torch.float64)

@@ -58,8 +58,9 @@ class LayerCache:
         if self.keys_BPGA is not None and self.values_BPGA is not None:
             keys_BSGA = torch.cat([self.keys_BPGA, keys_BSGA], dim=1)
             values_BSGA = torch.cat([self.values_BPGA, values_BSGA], dim=1)
-        self.keys_BPGA = keys_BSGA[:, -self.context :]
-        self.values_BPGA = values_BSGA[:, -self.context :]
+        # A copy: a view would keep the whole prompt alive.
+        self.keys_BPGA = keys_BSGA[:, -self.context :].clone()
+        self.values_BPGA = values_BSGA[:, -self.context :].clone()
         return keys_BSGA, values_BSGA
 
 

@@ -94,8 +94,7 @@ def verify_folder(folder: Path) -> None:
             f"{folder} is not a complete checkpoint: it has no {MANIFEST}. "
             "Give a run's folder, or one of its checkpoints"
         )
-    files = read_json(folder / MANIFEST).get("files", {})
-    for name, written in files.items():
+    for name, written in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks the file {name}; use another checkpoint")
@@ -112,9 +111,30 @@ def verify_folder(folder: Path) -> None:
             )
 
 
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, by name."""
+    content = read_json(folder / MANIFEST)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(map(_is_record, files.values())):
+        raise CheckpointError(
+            f"{folder / MANIFEST} does not list the checkpoint's files with their sizes and "
+            "checksums: it was altered; use another checkpoint"
+        )
+    return files
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("bytes"), int)
+        and isinstance(value.get("sha256"), str)
+    )
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; unfinished ones are not among them."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    folders = [path for path in run.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -148,13 +168,14 @@ def save_model(model: Decoder, folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; of names that share memory only the first is kept."""
-    seen: set[int] = set()
+    """Write tensors as safetensors; of names for the same tensor only the first is kept."""
+    seen: set[object] = set()
     unique = {}
     for name, tensor in tensors.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(place)
         unique[name] = tensor.detach().contiguous()
     save_file(unique, path)
 
@@ -195,14 +216,19 @@ def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Decode
 
 
 def load_weights(model: Decoder, folder: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same settings.
+    """Copy a checkpoint's weights into a model of the same settings, which takes their dtype.
 
     Raises:
         CheckpointError: a key is missing or unknown, or a shape differs; all are named.
     """
     tensors = read_tensors(folder / WEIGHTS)
     if model.cfg.tie_embeddings and "embed.weight" in tensors:
-        tensors.setdefault("head.weight", tensors["embed.weight"])
+        head = tensors.setdefault("head.weight", tensors["embed.weight"])
+        if not torch.equal(head, tensors["embed.weight"]):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} holds a head.weight that differs from embed.weight, but the "
+                "settings tie them; set tie_embeddings = false"
+            )
     own = model.state_dict()
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
     problems += [f"unknown {name}" for name in tensors.keys() - own.keys()]
@@ -213,8 +239,8 @@ def load_weights(model: Decoder, folder: Path) -> None:
     ]
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit: {', '.join(sorted(problems))}")
-    with torch.no_grad():
-        model.load_state_dict(tensors)
+    model.to(tensors["embed.weight"].dtype)
+    model.load_state_dict(tensors)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

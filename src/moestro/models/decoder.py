@@ -39,7 +39,9 @@ class Block(nn.Module):
         if cfg.moe is not None and cfg.is_moe_layer(layer):
             self.ffn = MoE(cfg.moe, backend)
         else:
-            self.ffn = FeedForward(cfg.dim, cfg.dense.hidden_dim, cfg.dense.activation, backend)
+            self.ffn = FeedForward(
+                cfg.dim, cfg.dense.hidden_dim, cfg.dense.activation, backend=backend
+            )
 
     def forward(
         self,
@@ -131,6 +133,13 @@ class Decoder(nn.Module):
             raise ShapeError(
                 f"the decoder takes int64 ids [B, S]; given {tokens_BS.dtype} "
                 f"{list(tokens_BS.shape)}"
+            )
+        if valid_BS is not None and (
+            valid_BS.shape != tokens_BS.shape or valid_BS.dtype != torch.bool
+        ):
+            raise ShapeError(
+                f"valid_BS must be bool {list(tokens_BS.shape)}, False for padding; given "
+                f"{valid_BS.dtype} {list(valid_BS.shape)}"
             )
         if valid_BS is not None and cache is not None:
             raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")

@@ -1,7 +1,7 @@
-"""What keeps experts evenly used: pure functions of a Routing, each 1 (or 0) at perfect balance.
+"""What keeps experts evenly used: pure functions of one layer's Routing.
 
-Padding tokens never count. transformers' `load_balancing_loss_func` equals K at balance, so a
-coefficient tuned for it is multiplied by K to mean the same here.
+At perfect balance the Switch loss is 1 whatever K, importance and load are 0. Padding tokens never
+count. docs/design/0002-numerics.md converts other projects' coefficients.
 
 Letters: T tokens, E experts, K experts per token, N sequences.
 """

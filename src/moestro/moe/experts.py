@@ -92,9 +92,14 @@ class FeedForward(Experts):
     """A dense feed-forward network: one expert that takes every row, by the same kernels."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, activation: str = "swiglu", backend: str = "auto"
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "swiglu",
+        init_scale: float = 1.0,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(1, dim, hidden_dim, activation, backend=backend)
+        super().__init__(1, dim, hidden_dim, activation, init_scale=init_scale, backend=backend)
 
     def forward(self, x_TD: Tensor, offsets_E: Tensor | None = None) -> Tensor:
         """[T, D] to [T, D]; the offsets are not needed."""

@@ -47,7 +47,9 @@ class MoE(nn.Module):
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if cfg.shared is not None:
-            self.shared = FeedForward(cfg.dim, cfg.shared.hidden_dim, cfg.activation, backend)
+            self.shared = FeedForward(
+                cfg.dim, cfg.shared.hidden_dim, cfg.activation, cfg.init_scale, backend
+            )
             if cfg.shared.gate:
                 self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
 
