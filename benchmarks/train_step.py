@@ -58,7 +58,9 @@ def step_of(
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             loss = loss_of(ids_BS)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if norm > 1.0:  # as the trainer does
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
         adam.step()
         adam.zero_grad()
 

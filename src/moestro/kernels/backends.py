@@ -36,13 +36,14 @@ class Backend(NamedTuple):
         supports: (device type, dtype, widths of every matrix) → Verdict.
         grouped_mm: see `reference.grouped_mm`.
         expert_ffn: see `reference.expert_ffn`.
-        rooms: (rows of each expert, dtype) → rows to give it, padding included.
+        rooms: (rows of each expert, dtype) → rows to give it, padding included. Groups are laid
+            out by falling room where the two differ, else in the order of the experts.
     """
 
     name: str
     supports: Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
-    grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
-    expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
+    grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, str, Tensor | None], Tensor]
     rooms: Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -60,26 +61,29 @@ def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pad bf16 groups to few distinct sizes, and neighbours to the same size where it is cheap.
+    """Pad 16-bit groups to few distinct sizes, and groups of similar size to the same one.
 
     oneDNN compiles a kernel for every new shape of a 16-bit GEMM (milliseconds each), and routing
     makes new group sizes at every step: sizes become multiples of a power of two near an eighth
-    of the mean group, 16 to 128. Neighbours of one size share a batched GEMM, which is faster by
-    more than the rows that this wastes, at most a sixth of each run. Other dtypes go to a library
-    that compiles nothing and gains nothing from batches.
+    of the mean group, 16 to 128. Groups of one size share a batched GEMM, which is faster by more
+    than the rows that this wastes, at most a sixth of each run. Other dtypes go to a library that
+    compiles nothing and gains nothing from batches.
     """
     counts = counts_E.tolist()
     if dtype not in (torch.bfloat16, torch.float16) or sum(counts) < 16 * len(counts):
         return counts_E
     eighth = max(1, sum(counts) // len(counts) // 8)
     unit = max(16, min(128, 1 << (eighth.bit_length() - 1)))
-    rooms = [-(-count // unit) * unit for count in counts]
+    order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
+    rooms = [-(-counts[expert] // unit) * unit for expert in order]
     start = 0
     while start < len(rooms):
         run = next(r for n in torch_grouped.LENGTHS if _cheap(r := rooms[start : start + n], n))
         rooms[start : start + len(run)] = [max(run)] * len(run)
         start += len(run)
-    return counts_E.new_tensor(rooms)
+    return counts_E.new_empty(len(rooms)).index_copy_(
+        0, counts_E.new_tensor(order), counts_E.new_tensor(rooms)
+    )
 
 
 def _cheap(run: list[int], length: int) -> bool:

@@ -28,12 +28,15 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
-        grad32_TD = grad_TD.to(scale_T1.dtype)
-        normed_TD = x_TD.to(scale_T1.dtype) * scale_T1
-        product_TD = grad32_TD * normed_TD
-        grad_weight_D = product_TD.sum(dim=tuple(range(x_TD.dim() - 1))).to(weight_D.dtype)
-        mean_T1 = product_TD.mul_(weight_D).mean(dim=-1, keepdim=True)
-        grad_x_TD = (grad32_TD * weight_D).sub_(normed_TD.mul_(mean_T1)).mul_(scale_T1)
+        x32_TD, weight32_D = x_TD.to(scale_T1.dtype), weight_D.to(scale_T1.dtype)
+        width = x_TD.shape[-1]
+        scaled_TD = grad_TD.to(scale_T1.dtype) * scale_T1
+        # The two sums over products of gradient and input are matrix-vector products.
+        product_TD = (scaled_TD * x32_TD).view(-1, width)
+        grad_weight_D = product_TD.sum(0).to(weight_D.dtype)
+        slope_T1 = torch.mv(product_TD, weight32_D).view_as(scale_T1)
+        slope_T1.mul_(scale_T1.square()).div_(-width)
+        grad_x_TD = scaled_TD.mul_(weight32_D).addcmul_(x32_TD, slope_T1)
         return grad_x_TD.to(x_TD.dtype), grad_weight_D, None, None
 
 
@@ -44,14 +47,17 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
 
 
 def _turn(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + A/2) by the angles; cos and sin as [S, A/2]."""
-    half = x_BSHA.shape[-1] // 2
-    cos_S1A, sin_S1A = cos_SA[:, None], sin_SA[:, None]
-    first, second = x_BSHA[..., :half], x_BSHA[..., half:]
-    y_BSHA = torch.empty_like(x_BSHA, memory_format=torch.contiguous_format)
-    torch.mul(first, cos_S1A, out=y_BSHA[..., :half]).addcmul_(second, sin_S1A, value=-1)
-    torch.mul(second, cos_S1A, out=y_BSHA[..., half:]).addcmul_(first, sin_S1A)
-    return y_BSHA
+    """Rotate the pairs (i, i + A/2) by the angles; cos and sin as [S, A/2].
+
+    x · cos + swap(x) · (-sin, sin), with tables as wide as all heads: long rows are what makes
+    16-bit arithmetic on CPU fast.
+    """
+    heads, width = x_BSHA.shape[2:]
+    first, second = x_BSHA[..., : width // 2], x_BSHA[..., width // 2 :]
+    swapped_BSHA = torch.cat([second, first], dim=-1)
+    cos_SHA = torch.cat([cos_SA, cos_SA], dim=-1)[:, None].repeat(1, heads, 1)
+    sin_SHA = torch.cat([-sin_SA, sin_SA], dim=-1)[:, None].repeat(1, heads, 1)
+    return (x_BSHA * cos_SHA).addcmul_(swapped_BSHA, sin_SHA)
 
 
 class _Rotate(torch.autograd.Function):

@@ -32,20 +32,24 @@ def activate(hidden_RH: Tensor, activation: str) -> Tensor:
     return F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
 
 
-def grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """Multiply each row by its expert's matrix: `y[r] = w[e] @ x[r]` for r in group e.
+def grouped_mm(
+    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+) -> Tensor:
+    """Multiply each row by its expert's matrix: `y[r] = w[e] @ x[r]` for r in the group of e.
 
     Args:
         x_RI: rows, grouped by expert; their dtype is the one computed in.
         w_EOI: one matrix per expert; cast to the rows' dtype.
-        offsets_E: int64, end of each group (group e is offsets[e-1] to offsets[e]).
+        offsets_E: int64, end of each group (group g is offsets[g-1] to offsets[g]).
+        experts_E: int64, expert of each group; None: group e is expert e's.
 
     Returns:
         y_RO in the rows' dtype; rows past the last offset are zero and never read.
     """
     y_RO = []
     start = 0
-    for expert, end in enumerate(offsets_E.tolist()):
+    order = range(len(offsets_E)) if experts_E is None else experts_E.tolist()
+    for expert, end in zip(order, offsets_E.tolist(), strict=True):
         w_OI = w_EOI[expert].to(x_RI.dtype)
         y_RO += [w_OI @ x_RI[row] for row in range(start, end)]
         start = end
@@ -56,7 +60,12 @@ def grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def expert_ffn(
-    x_RD: Tensor, up_EHD: Tensor, down_EDF: Tensor, offsets_E: Tensor, activation: str
+    x_RD: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    offsets_E: Tensor,
+    activation: str,
+    experts_E: Tensor | None = None,
 ) -> Tensor:
     """The feed-forward network of each row's expert: `down[e] @ act(up[e] @ x)`.
 
@@ -66,12 +75,13 @@ def expert_ffn(
         down_EDF: down projections.
         offsets_E: int64, end of each group.
         activation: see `activate`.
+        experts_E: int64, expert of each group; None: group e is expert e's.
 
     Returns:
         y_RD in the rows' dtype; rows past the last offset are zero and never read.
     """
-    hidden_RH = grouped_mm(x_RD, up_EHD, offsets_E)
-    return grouped_mm(activate(hidden_RH, activation), down_EDF, offsets_E)
+    hidden_RH = grouped_mm(x_RD, up_EHD, offsets_E, experts_E)
+    return grouped_mm(activate(hidden_RH, activation), down_EDF, offsets_E, experts_E)
 
 
 def mixture(

@@ -17,124 +17,165 @@ from torch.nn import functional as F
 
 from moestro.kernels import activations
 
-# Each takes contiguous rows grouped by expert; `Forward` casts the weights to the rows' dtype.
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-WeightGrad = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-
-
-# Experts of one batched product: powers of two, so that few distinct shapes come up.
+# Longest row of experts in one batched product; powers of two, so that few shapes come up.
 LENGTHS = (8, 4, 2, 1)
 
 
+class Groups(NamedTuple):
+    """The end of each group of rows, and whose it is (None: group e is expert e's)."""
+
+    offsets_E: Tensor
+    experts_E: Tensor | None
+
+
 class Run(NamedTuple):
-    """Neighbouring experts with equally many rows: one batched product serves them all."""
+    """Groups of equal size, side by side: one batched product serves all their experts."""
 
-    experts: slice
+    experts: list[int]
     rows: slice
-    num_experts: int
 
 
-def runs(offsets_E: Tensor) -> list[Run]:
-    """Cut the experts that have rows into runs of equal groups, each as long as `LENGTHS` has."""
-    ends = offsets_E.tolist()
+class Backend(NamedTuple):
+    """The two products that the autograd functions below are made of, neither with autograd.
+
+    Attributes:
+        mm: (rows [R, I], weights [E, O, I], groups, back) → [R, O], or with `back` from [R, O] to
+            [R, I]. Casts the weights to the rows' dtype. Rows past the last group are left unset.
+        weight_grad: (grad [R, O], rows [R, I], groups, dtype) → [E, O, I] in `dtype`.
+    """
+
+    mm: Callable[[Tensor, Tensor, Groups, bool], Tensor]
+    weight_grad: Callable[[Tensor, Tensor, Groups, torch.dtype], Tensor]
+
+
+def runs(groups: Groups) -> list[Run]:
+    """Cut the groups that have rows into runs of equal size, each as long as `LENGTHS` has."""
+    ends = groups.offsets_E.tolist()
+    order = range(len(ends)) if groups.experts_E is None else groups.experts_E.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     found: list[Run] = []
-    expert = row = 0
-    while expert < len(sizes):
-        size = sizes[expert]
-        length = next(n for n in LENGTHS if sizes[expert : expert + n] == [size] * n)
+    at = row = 0
+    while at < len(sizes):
+        size = sizes[at]
+        length = next(n for n in LENGTHS if sizes[at : at + n] == [size] * n)
         if size:
-            experts, rows = slice(expert, expert + length), slice(row, row + length * size)
-            found.append(Run(experts, rows, length))
-        expert, row = expert + length, row + length * size
+            found.append(Run(list(order[at : at + length]), slice(row, row + length * size)))
+        at, row = at + length, row + length * size
     return found
 
 
-def segments_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`reference.grouped_mm` without autograd: one GEMM per run. Leaves tail rows unset.
+def _take(w_EOI: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
+    """The weights of some experts in `dtype`, without a copy where they lie as they are needed."""
+    first = experts[0]
+    if experts == list(range(first, first + len(experts))):
+        return w_EOI[first : first + len(experts)].to(dtype)
+    w_NOI = w_EOI.new_empty(len(experts), *w_EOI.shape[1:], dtype=dtype)
+    for place, expert in enumerate(experts):
+        w_NOI[place].copy_(w_EOI[expert])
+    return w_NOI
 
-    A batched GEMM gives each thread matrices of its own, where a single one makes all threads
-    pack the same weights; in bf16 on two cores that is twice as fast.
+
+def segments_mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
+    """One product per run; see `Backend.mm`.
+
+    A batched product gives each thread matrices of its own, where a single one makes all threads
+    pack the same weights; in 16 bits on two cores that is twice as fast. Alone, a plain product
+    beats a batch of one.
     """
-    y_RO = x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
-    for run in runs(offsets_E):
-        w_NIO = w_EOI[run.experts].to(x_RI.dtype).transpose(1, 2)
-        x_NRI = x_RI[run.rows].view(run.num_experts, -1, x_RI.shape[1])
-        torch.bmm(x_NRI, w_NIO, out=y_RO[run.rows].view(run.num_experts, -1, y_RO.shape[1]))
+    y_RO = x_RI.new_empty(x_RI.shape[0], w_EOI.shape[2 if back else 1])
+    for run in runs(groups):
+        w_NIO = _take(w_EOI, run.experts, x_RI.dtype)
+        if not back:
+            w_NIO = w_NIO.transpose(1, 2)
+        x_PI, y_PO, count = x_RI[run.rows], y_RO[run.rows], len(run.experts)
+        if count == 1:
+            torch.mm(x_PI, w_NIO[0], out=y_PO)
+        else:
+            x_NPI, y_NPO = (z.view(count, -1, z.shape[1]) for z in (x_PI, y_PO))
+            torch.bmm(x_NPI, w_NIO, out=y_NPO)
     return y_RO
 
 
 def segments_weight_grad(
-    grad_RO: Tensor, x_RI: Tensor, offsets_E: Tensor, dtype: torch.dtype
+    grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype
 ) -> Tensor:
-    """`grad_w[e] = grad[rows of e].T @ x[rows of e]`, [E, O, I] in `dtype`; zeros where no rows."""
-    grad_EOI = torch.empty(
-        len(offsets_E), grad_RO.shape[1], x_RI.shape[1], dtype=dtype, device=x_RI.device
-    )
-    done = 0
-    for run in runs(offsets_E):
-        grad_EOI[done : run.experts.start].zero_()
-        done = run.experts.stop
-        grad_NOR = grad_RO[run.rows].view(run.num_experts, -1, grad_RO.shape[1]).transpose(1, 2)
-        x_NRI = x_RI[run.rows].view(run.num_experts, -1, x_RI.shape[1])
-        if dtype == x_RI.dtype:
-            torch.bmm(grad_NOR, x_NRI, out=grad_EOI[run.experts])
+    """`grad_w[e] = grad[rows of e].T @ x[rows of e]`; zeros where an expert has no rows."""
+    num_experts = len(groups.offsets_E)
+    grad_EOI = x_RI.new_empty(num_experts, grad_RO.shape[1], x_RI.shape[1], dtype=dtype)
+    idle = set(range(num_experts))
+    for run in runs(groups):
+        idle -= set(run.experts)
+        count = len(run.experts)
+        grad_NPO, x_NPI = (z[run.rows].view(count, -1, z.shape[1]) for z in (grad_RO, x_RI))
+        if count == 1:
+            grad_NOI = torch.mm(grad_NPO[0].t(), x_NPI[0])[None]
         else:
-            grad_EOI[run.experts].copy_(torch.bmm(grad_NOR, x_NRI))
-    grad_EOI[done:].zero_()
+            grad_NOI = torch.bmm(grad_NPO.transpose(1, 2), x_NPI)
+        for place, expert in enumerate(run.experts):
+            grad_EOI[expert].copy_(grad_NOI[place])
+    for expert in idle:
+        grad_EOI[expert].zero_()
     return grad_EOI
 
 
-def torch_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`reference.grouped_mm` by torch's own op, without autograd. Leaves tail rows unset."""
-    w_EIO = w_EOI.to(x_RI.dtype).transpose(1, 2)
-    return F.grouped_mm(x_RI, w_EIO, offs=offsets_E.to(torch.int32))
+def torch_mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
+    """`torch.nn.functional.grouped_mm`; see `Backend.mm`."""
+    if groups.experts_E is not None:
+        w_EOI = w_EOI[groups.experts_E]
+    w_EIO = w_EOI.to(x_RI.dtype)
+    offs = groups.offsets_E.to(torch.int32)
+    return F.grouped_mm(x_RI, w_EIO if back else w_EIO.transpose(1, 2), offs=offs)
 
 
-def torch_weight_grad(
-    grad_RO: Tensor, x_RI: Tensor, offsets_E: Tensor, dtype: torch.dtype
-) -> Tensor:
+def torch_weight_grad(grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
     """`segments_weight_grad` by torch's own op.
 
     The result of a group without rows is written over with zeros: some builds leave it unset.
     """
-    offs = offsets_E.to(torch.int32)
+    offs = groups.offsets_E.to(torch.int32)
     grad_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=offs)
     counts_E = torch.diff(offs, prepend=offs.new_zeros(1))
-    return grad_EOI.masked_fill_((counts_E == 0)[:, None, None], 0).to(dtype)
+    grad_EOI = grad_EOI.masked_fill_((counts_E == 0)[:, None, None], 0).to(dtype)
+    if groups.experts_E is None:
+        return grad_EOI
+    return torch.empty_like(grad_EOI).index_copy_(0, groups.experts_E, grad_EOI)
 
 
-def _clear_tail(y_RO: Tensor, offsets_E: Tensor) -> Tensor:
+SEGMENTS = Backend(segments_mm, segments_weight_grad)
+TORCH = Backend(torch_mm, torch_weight_grad)
+
+
+def _clear_tail(y_RO: Tensor, groups: Groups) -> Tensor:
     """Zero the rows past the last offset; on a GPU without reading the offset back."""
     if y_RO.device.type == "cpu":
-        y_RO[int(offsets_E[-1]) :].zero_()
+        y_RO[int(groups.offsets_E[-1]) :].zero_()
         return y_RO
     rows_R = torch.arange(y_RO.shape[0], device=y_RO.device)
-    return y_RO.masked_fill_((rows_R >= offsets_E[-1])[:, None], 0)
+    return y_RO.masked_fill_((rows_R >= groups.offsets_E[-1])[:, None], 0)
 
 
 class _GroupedMM(torch.autograd.Function):
     """One grouped matrix product with its gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, mm: Forward, wgrad: WeightGrad
-    ) -> Tensor:
-        ctx.save_for_backward(x_RI, w_EOI, offsets_E)
-        ctx.mm, ctx.wgrad = mm, wgrad
-        return _clear_tail(mm(x_RI.contiguous(), w_EOI, offsets_E), offsets_E)
+    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, groups: Groups, by: Backend) -> Tensor:
+        x_RI = x_RI.contiguous()
+        ctx.save_for_backward(x_RI, w_EOI)
+        ctx.groups, ctx.by = groups, by
+        return _clear_tail(by.mm(x_RI, w_EOI, groups, False), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
-        x_RI, w_EOI, offsets_E = ctx.saved_tensors
+        x_RI, w_EOI = ctx.saved_tensors
+        groups, by = ctx.groups, ctx.by
         grad_RO = grad_RO.contiguous()
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = _clear_tail(ctx.mm(grad_RO, w_EOI.transpose(1, 2), offsets_E), offsets_E)
+            grad_x = _clear_tail(by.mm(grad_RO, w_EOI, groups, True), groups)
         if ctx.needs_input_grad[1]:
-            grad_w = ctx.wgrad(grad_RO, x_RI.contiguous(), offsets_E, w_EOI.dtype)
-        return grad_x, grad_w, None, None, None
+            grad_w = by.weight_grad(grad_RO, x_RI, groups, w_EOI.dtype)
+        return grad_x, grad_w, None, None
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -146,64 +187,74 @@ class _ExpertFFN(torch.autograd.Function):
         x_RD: Tensor,
         up_EHD: Tensor,
         down_EDF: Tensor,
-        offsets_E: Tensor,
         activation: str,
-        mm: Forward,
-        wgrad: WeightGrad,
+        groups: Groups,
+        by: Backend,
     ) -> Tensor:
         x_RD = x_RD.contiguous()
-        hidden_RH = mm(x_RD, up_EHD, offsets_E)
+        hidden_RH = by.mm(x_RD, up_EHD, groups, False)
         act_RF = activations.forward(hidden_RH, activation)
-        ctx.save_for_backward(x_RD, up_EHD, down_EDF, offsets_E, hidden_RH)
-        ctx.activation, ctx.mm, ctx.wgrad = activation, mm, wgrad
-        return _clear_tail(mm(act_RF, down_EDF, offsets_E), offsets_E)
+        ctx.save_for_backward(x_RD, up_EHD, down_EDF, hidden_RH)
+        ctx.activation, ctx.groups, ctx.by = activation, groups, by
+        return _clear_tail(by.mm(act_RF, down_EDF, groups, False), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, up_EHD, down_EDF, offsets_E, hidden_RH = ctx.saved_tensors
-        mm, wgrad = ctx.mm, ctx.wgrad
+        x_RD, up_EHD, down_EDF, hidden_RH = ctx.saved_tensors
+        groups, by = ctx.groups, ctx.by
         grad_RD = grad_RD.contiguous()
-        grad_act_RF = mm(grad_RD, down_EDF.transpose(1, 2), offsets_E)
+        grad_act_RF = by.mm(grad_RD, down_EDF, groups, True)
         grad_hidden_RH, act_RF = activations.backward(grad_act_RF, hidden_RH, ctx.activation)
         grad_x = grad_up = grad_down = None
         if ctx.needs_input_grad[2]:
-            grad_down = wgrad(grad_RD, act_RF, offsets_E, down_EDF.dtype)
+            grad_down = by.weight_grad(grad_RD, act_RF, groups, down_EDF.dtype)
         if ctx.needs_input_grad[1]:
-            grad_up = wgrad(grad_hidden_RH, x_RD, offsets_E, up_EHD.dtype)
+            grad_up = by.weight_grad(grad_hidden_RH, x_RD, groups, up_EHD.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = mm(grad_hidden_RH, up_EHD.transpose(1, 2), offsets_E)
-            _clear_tail(grad_x, offsets_E)
-        return grad_x, grad_up, grad_down, None, None, None, None
+            grad_x = _clear_tail(by.mm(grad_hidden_RH, up_EHD, groups, True), groups)
+        return grad_x, grad_up, grad_down, None, None, None
 
 
-def segments_grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """`reference.grouped_mm`, one GEMM per run of hit experts."""
-    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, offsets_E, segments_mm, segments_weight_grad)
+def segments_grouped_mm(
+    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+) -> Tensor:
+    """`reference.grouped_mm`, one product per run of hit experts."""
+    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, Groups(offsets_E, experts_E), SEGMENTS)
     return y_RO
 
 
 def segments_expert_ffn(
-    x_RD: Tensor, up_EHD: Tensor, down_EDF: Tensor, offsets_E: Tensor, activation: str
+    x_RD: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    offsets_E: Tensor,
+    activation: str,
+    experts_E: Tensor | None = None,
 ) -> Tensor:
-    """`reference.expert_ffn`, one GEMM per run of hit experts."""
-    y_RD: Tensor = _ExpertFFN.apply(
-        x_RD, up_EHD, down_EDF, offsets_E, activation, segments_mm, segments_weight_grad
-    )
+    """`reference.expert_ffn`, one product per run of hit experts."""
+    groups = Groups(offsets_E, experts_E)
+    y_RD: Tensor = _ExpertFFN.apply(x_RD, up_EHD, down_EDF, activation, groups, SEGMENTS)
     return y_RD
 
 
-def torch_grouped_mm(x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+def torch_grouped_mm(
+    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+) -> Tensor:
     """`reference.grouped_mm` by `torch.nn.functional.grouped_mm`."""
-    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, offsets_E, torch_mm, torch_weight_grad)
+    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, Groups(offsets_E, experts_E), TORCH)
     return y_RO
 
 
 def torch_expert_ffn(
-    x_RD: Tensor, up_EHD: Tensor, down_EDF: Tensor, offsets_E: Tensor, activation: str
+    x_RD: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    offsets_E: Tensor,
+    activation: str,
+    experts_E: Tensor | None = None,
 ) -> Tensor:
     """`reference.expert_ffn` by `torch.nn.functional.grouped_mm`."""
-    y_RD: Tensor = _ExpertFFN.apply(
-        x_RD, up_EHD, down_EDF, offsets_E, activation, torch_mm, torch_weight_grad
-    )
+    groups = Groups(offsets_E, experts_E)
+    y_RD: Tensor = _ExpertFFN.apply(x_RD, up_EHD, down_EDF, activation, groups, TORCH)
     return y_RD

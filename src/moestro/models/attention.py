@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.config import ModelConfig
-from moestro.kernels import pointwise
+from moestro.kernels import attention, pointwise
 from moestro.moe.experts import compute_dtype
 
 
@@ -105,21 +105,22 @@ class Attention(nn.Module):
         batch, length, _ = x_BSD.shape
         heads, groups = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_BSD).view(batch, length, heads + 2 * groups, self.head_dim)
-        q_BSHA, k_BSGA, v_BSGA = qkv.split([heads, groups, groups], dim=2)
+        qk, v_BSGA = torch.split(qkv, [heads + groups, groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
-        q_BSHA, k_BSGA = pointwise.rotate(q_BSHA, *angles), pointwise.rotate(k_BSGA, *angles)
+            q_BSHA, k_BSGA = torch.split(qk, [heads, groups], dim=2)
+            qk = torch.cat([self.q_norm(q_BSHA), self.k_norm(k_BSGA)], dim=2)
+        turned = pointwise.rotate(qk, *angles)
+        q_BSHA, k_BSGA = torch.split(turned, [heads, groups], dim=2)
         if cache is not None:
             k_BSGA, v_BSGA = cache.extend(k_BSGA, v_BSGA)
+        q_BHSA, k_BGSA, v_BGSA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         mask = self._mask(length, k_BSGA.shape[1], valid_BS, x_BSD.device)
-        y_BHSA = F.scaled_dot_product_attention(
-            q_BSHA.transpose(1, 2),
-            k_BSGA.transpose(1, 2),
-            v_BSGA.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=groups != heads,
-        )
+        if mask is None:
+            y_BHSA = attention.causal(q_BHSA, k_BGSA, v_BGSA)
+        else:
+            y_BHSA = F.scaled_dot_product_attention(
+                q_BHSA, k_BGSA, v_BGSA, attn_mask=mask, enable_gqa=groups != heads
+            )
         out: Tensor = self.out(y_BHSA.transpose(1, 2).reshape(batch, length, -1))
         return out
 

@@ -61,7 +61,8 @@ def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None)
     Args:
         routing: any router's.
         rooms: rows of each expert (int64 [E]) → rows to give it, none fewer; the difference
-            becomes zero rows. None gives each what it has.
+            becomes zero rows, and groups then lie in the order of falling room. None gives each
+            what it has, in the order of the experts.
     """
     experts_A, num_experts = routing.experts_R, routing.num_experts
     if routing.kept_R is not None:
@@ -69,13 +70,18 @@ def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None)
     order_A = experts_A.argsort(stable=True)
     counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
     room_E = counts_E if rooms is None else rooms(counts_E)
-    offsets_E = room_E.cumsum(0)
+    padded = room_E is not counts_E
+    groups_E = room_E.argsort(descending=True, stable=True) if padded else None
+    offsets_E = (room_E if groups_E is None else room_E[groups_E]).cumsum(0)
+    starts_E = offsets_E - (room_E if groups_E is None else room_E[groups_E])
+    if groups_E is not None:
+        starts_E = torch.empty_like(starts_E).index_copy_(0, groups_E, starts_E)
     num_rows = len(order_A)
-    if room_E is not counts_E or routing.kept_R is not None:
+    if padded or routing.kept_R is not None:
         num_rows = int(offsets_E[-1])
         order_A = order_A[: int(counts_E.sum())]
-    # Row of each sorted assignment: its own rank, moved by the padding of the groups before it.
-    shift_E = (offsets_E - room_E) - (counts_E.cumsum(0) - counts_E)
+    # Row of each sorted assignment: its rank within its expert, from the start of the group.
+    shift_E = starts_E - (counts_E.cumsum(0) - counts_E)
     rows_A = torch.full_like(experts_A, num_rows)
     sorted_rows_A = torch.arange(len(order_A), device=order_A.device) + shift_E[experts_A[order_A]]
     rows_A[order_A] = sorted_rows_A
@@ -83,7 +89,7 @@ def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None)
     tokens_R[sorted_rows_A] = routing.tokens_R[order_A]
     padding_P = _padding(sorted_rows_A, num_rows)
     slots_TK, rows_TK, complete = _by_token(routing, rows_A, num_rows)
-    return Plan(tokens_R, padding_P, slots_TK, rows_TK, offsets_E, counts_E, complete)
+    return Plan(tokens_R, padding_P, slots_TK, rows_TK, offsets_E, groups_E, counts_E, complete)
 
 
 def _padding(used_rows_A: Tensor, num_rows: int) -> Tensor:

@@ -65,22 +65,27 @@ class Experts(nn.Module):
         widths = (self.gate_up.shape[2], self.gate_up.shape[1], self.down.shape[2])
         return backends.choose(self.backend, device, dtype, widths)
 
-    def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+    ) -> Tensor:
         """Run each row through its expert.
 
         Args:
             rows_RD: rows grouped by expert, in the dtype to compute in.
-            offsets_E: int64, end of each expert's group.
+            offsets_E: int64, end of each group.
+            experts_E: int64, expert of each group; None: group e is expert e's.
 
         Returns:
             [R, D] in the rows' dtype.
         """
         kernel = self.kernel(rows_RD.device.type, rows_RD.dtype)
         if not (self.training and self.dropout):
-            return kernel.expert_ffn(rows_RD, self.gate_up, self.down, offsets_E, self.activation)
-        hidden_RH = kernel.grouped_mm(rows_RD, self.gate_up, offsets_E)
+            return kernel.expert_ffn(
+                rows_RD, self.gate_up, self.down, offsets_E, self.activation, experts_E
+            )
+        hidden_RH = kernel.grouped_mm(rows_RD, self.gate_up, offsets_E, experts_E)
         act_RF = F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
-        return kernel.grouped_mm(act_RF, self.down, offsets_E)
+        return kernel.grouped_mm(act_RF, self.down, offsets_E, experts_E)
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
@@ -101,7 +106,9 @@ class FeedForward(Experts):
     ) -> None:
         super().__init__(1, dim, hidden_dim, activation, init_scale=init_scale, backend=backend)
 
-    def forward(self, x_TD: Tensor, offsets_E: Tensor | None = None) -> Tensor:
-        """[T, D] to [T, D]; the offsets are not needed."""
+    def forward(
+        self, x_TD: Tensor, offsets_E: Tensor | None = None, experts_E: Tensor | None = None
+    ) -> Tensor:
+        """[T, D] to [T, D]; there is one group, so neither offsets nor experts are needed."""
         all_rows_E = torch.tensor([len(x_TD)], device=x_TD.device)
         return super().forward(x_TD.to(compute_dtype(x_TD)), all_rows_E)

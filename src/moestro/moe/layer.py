@@ -85,7 +85,7 @@ class MoE(nn.Module):
         kernel = self.experts.kernel(x_TD.device.type, x_TD.dtype)
         plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
         rows_RD = dispatch.dispatch(x_TD, plan)
-        rows_RD = self.experts(rows_RD, plan.offsets_E)
+        rows_RD = self.experts(rows_RD, plan.offsets_E, plan.experts_E)
         return dispatch.combine(rows_RD, routing.weights_R, plan)
 
     def _limit(self, routing: Routing) -> Routing:

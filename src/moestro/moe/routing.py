@@ -92,8 +92,9 @@ class Plan(NamedTuple):
         slots_TK: int64, the assignments of each token in their order in the Routing, as indices
             into it; the number of assignments marks an empty place (dropped, or fewer than K).
         rows_TK: int64, the row each of them went to; R marks an empty place.
-        offsets_E: int64, end of each expert's group, padding included; the last is R.
-        counts_E: int64, real rows of each group.
+        offsets_E: int64, end of each group, padding included; the last is R.
+        experts_E: int64, expert of each group; None: group e is expert e's.
+        counts_E: int64, real rows of each expert.
         complete: every place of slots_TK is filled.
     """
 
@@ -102,5 +103,6 @@ class Plan(NamedTuple):
     slots_TK: Tensor
     rows_TK: Tensor
     offsets_E: Tensor
+    experts_E: Tensor | None
     counts_E: Tensor
     complete: bool

@@ -242,7 +242,8 @@ class Trainer:
         grad_norm, means = numbers[0], [x / self.ranks.world for x in numbers[1 : len(names) + 1]]
         if not all(map(math.isfinite, (grad_norm, *means))):
             raise self._not_finite(step, batch_BS, dict(zip(names, means, strict=True)))
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
+        if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
