@@ -48,17 +48,20 @@ def test_groups_in_any_order_equal_the_definition(sizes, dtype, kernel):
                 )
 
 
-def test_runs_are_powers_of_two_of_equal_groups():
+def test_short_runs_are_cut_into_single_groups():
     order = torch.tensor([5, 3, 0, 1, 2, 4, 6])
     groups = Groups(torch.tensor([4, 8, 12, 14, 14, 16, 18]), order)
     assert runs(groups) == [
-        Run([5, 3], slice(0, 8)),
+        Run([5], slice(0, 4)),
+        Run([3], slice(4, 8)),
         Run([0], slice(8, 12)),
         Run([1], slice(12, 14)),
-        Run([4, 6], slice(14, 18)),
+        Run([4], slice(14, 16)),
+        Run([6], slice(16, 18)),
     ]
 
 
 def test_runs_without_an_order_name_the_experts_in_turn():
     groups = Groups(torch.tensor([2, 4, 6, 8, 10, 12, 14, 16, 18]), None)
-    assert [run.experts for run in runs(groups)] == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]
+    assert [run.experts for run in runs(groups)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [run.rows for run in runs(groups)] == [slice(0, 8), slice(8, 16), slice(16, 18)]

@@ -96,6 +96,32 @@ def test_rotate_by_complex_numbers():
         torch.testing.assert_close(y_BSHA, expected_BSHA)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (7, 24)], ids=str)
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_fp32_linear(shape, x_dtype, weight_dtype):
+    x_TI = torch.randn(shape).to(x_dtype).requires_grad_()
+    w_OI = torch.randn(5, shape[1]).to(weight_dtype).requires_grad_()
+    y_TO = pointwise.fp32_linear(x_TI, w_OI)
+    grad_TO = torch.randn(shape[0], 5).to(y_TO.dtype)
+    y_TO.backward(grad_TO)
+    assert y_TO.dtype == torch.promote_types(x_dtype, torch.float32)
+    assert (x_TI.grad.dtype, w_OI.grad.dtype) == (x_dtype, weight_dtype)
+    expected = exactly(reference.fp32_linear, (x_TI, w_OI), grad_TO)
+    dtypes = (y_TO.dtype, x_dtype, weight_dtype)
+    results = (y_TO.detach(), x_TI.grad, w_OI.grad)
+    for actual, exact, dtype in zip(results, expected, dtypes, strict=True):
+        close(actual, exact, dtype)
+
+
 def test_gradcheck():
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight_D = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -103,6 +129,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda x, w: pointwise.rms_norm(x, w, 1e-3, torch.float64), (x, weight_D)
     )
+    w_OI = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    x_TI = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pointwise.fp32_linear, (x_TI, w_OI))
     assert torch.autograd.gradcheck(
         lambda x: pointwise.rotate(x, angles_SA.cos(), angles_SA.sin()), (x,)
     )

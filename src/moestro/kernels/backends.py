@@ -7,6 +7,7 @@ raises; it is never replaced by another. To add a kernel, write its functions an
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -61,35 +62,25 @@ def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pad 16-bit groups to few distinct sizes, and groups of similar size to the same one.
+    """Pad 16-bit groups to one of few sizes, a quarter of an octave apart.
 
-    oneDNN compiles a kernel for every new shape of a 16-bit GEMM (milliseconds each), and routing
-    makes new group sizes at every step: sizes become multiples of a power of two near an eighth
-    of the mean group, 16 to 128. Groups of one size share a batched GEMM, which is faster by more
-    than the rows that this wastes, at most a sixth of each run. Other dtypes go to a library that
-    compiles nothing and gains nothing from batches.
+    oneDNN compiles a kernel for every new shape of a 16-bit GEMM (milliseconds and half a megabyte
+    each), and routing makes new group sizes at every step. Powers of two lie in the middle between
+    two sizes, so that a balanced layer usually has a single size, and groups of one size share a
+    batched GEMM. This adds about a tenth to the rows. Other dtypes go to a library that compiles nothing.
     """
     counts = counts_E.tolist()
     if dtype not in (torch.bfloat16, torch.float16) or sum(counts) < 16 * len(counts):
         return counts_E
-    eighth = max(1, sum(counts) // len(counts) // 8)
-    unit = max(16, min(128, 1 << (eighth.bit_length() - 1)))
-    order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
-    rooms = [-(-counts[expert] // unit) * unit for expert in order]
-    start = 0
-    while start < len(rooms):
-        run = next(r for n in torch_grouped.LENGTHS if _cheap(r := rooms[start : start + n], n))
-        rooms[start : start + len(run)] = [max(run)] * len(run)
-        start += len(run)
-    return counts_E.new_empty(len(rooms)).index_copy_(
-        0, counts_E.new_tensor(order), counts_E.new_tensor(rooms)
-    )
+    return counts_E.new_tensor([_size_above(count) for count in counts])
 
 
-def _cheap(run: list[int], length: int) -> bool:
-    """Whether padding all groups of a run to its largest adds at most a sixth to its rows."""
-    whole = len(run) == length and (length == 1 or all(run))
-    return whole and 6 * (max(run) * length - sum(run)) <= sum(run)
+def _size_above(count: int) -> int:
+    """The smallest size of the scale that holds `count` rows, a multiple of 16."""
+    if count == 0:
+        return 0
+    step = math.ceil(4 * math.log2(count) - 0.5)
+    return max(math.ceil(2 ** ((step + 0.5) / 4) / 16), math.ceil(count / 16)) * 16
 
 
 def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:

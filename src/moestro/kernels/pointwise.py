@@ -1,6 +1,7 @@
-"""RMS norm and rotary positions with their own backward: a third of the passes over memory.
+"""RMS norm, rotary positions and the router's product with their own backward.
 
-The definitions are `reference.rms_norm` and `reference.rotate`.
+They pass over memory less often and keep less than autograd would. The definitions are
+`reference.rms_norm`, `reference.rotate` and `reference.fp32_linear`.
 """
 
 from __future__ import annotations
@@ -79,3 +80,27 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """`reference.rotate`."""
     y_BSHA: Tensor = _Rotate.apply(x_BSHA, cos_SA.to(x_BSHA.dtype), sin_SA.to(x_BSHA.dtype))
     return y_BSHA
+
+
+class _Fp32Linear(torch.autograd.Function):
+    """Keeps the input as it came, not its fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, w_OI)
+        dtype = torch.promote_types(x_TI.dtype, torch.float32)
+        return torch.mm(x_TI.to(dtype), w_OI.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
+        x_TI, w_OI = ctx.saved_tensors
+        grad_x_TI = torch.mm(grad_TO, w_OI.to(grad_TO.dtype)).to(x_TI.dtype)
+        grad_w_OI = torch.mm(grad_TO.t(), x_TI.to(grad_TO.dtype)).to(w_OI.dtype)
+        return grad_x_TI, grad_w_OI
+
+
+def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """`reference.fp32_linear`."""
+    y_TO: Tensor = _Fp32Linear.apply(x_TI, w_OI)
+    return y_TO

@@ -148,3 +148,17 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     return torch.cat(
         [first * cos_S1A - second * sin_S1A, second * cos_S1A + first * sin_S1A], dim=-1
     )
+
+
+def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """Multiply x · wᵀ in at least fp32, whatever the dtypes of both: the product of a router.
+
+    Args:
+        x_TI: [T, I].
+        w_OI: [O, I].
+
+    Returns:
+        [T, O], fp32 (fp64 where x is).
+    """
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    return F.linear(x_TI.to(dtype), w_OI.to(dtype))

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from moestro.kernels import activations
 
-# Longest row of experts in one batched product; powers of two, so that few shapes come up.
-LENGTHS = (8, 4, 2, 1)
+# Experts of one batched product: few lengths, since each is a shape to compile a kernel for.
+LENGTHS = (4, 1)
 
 
 class Groups(NamedTuple):

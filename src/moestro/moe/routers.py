@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
+from moestro.kernels import pointwise
 from moestro.moe.routing import Routing
 
 
@@ -42,11 +43,11 @@ class Router(nn.Module):
         Jitter multiplies the input by U(1-ε, 1+ε) (Fedus et al. 2021, Table 11).
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.to(_router_dtype(x_TD))
             jitter = self.cfg.router.jitter
             if self.training and jitter:
+                x_TD = x_TD.to(_router_dtype(x_TD))
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-            return F.linear(x_TD, self.weight.to(x_TD.dtype))
+            return pointwise.fp32_linear(x_TD, self.weight)
 
     def forward(
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
