@@ -19,8 +19,8 @@ def test_forward_and_backward_equal_the_definition(activation, rows, dtype):
     grad_RF = torch.randn_like(exact_RF).to(dtype)
     (expected_RH,) = torch.autograd.grad(exact_RF, exact_RH, grad_RF.double())
 
-    act_RF = activations.forward(hidden_RH, activation)
-    grad_RH, again_RF = activations.backward(grad_RF, hidden_RH, activation)
+    act_RF, kept_RF = activations.forward(hidden_RH, activation)
+    grad_RH, again_RF = activations.backward(grad_RF, hidden_RH, kept_RF, activation)
 
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     assert act_RF.dtype == grad_RH.dtype == again_RF.dtype == dtype

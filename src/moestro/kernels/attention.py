@@ -25,15 +25,17 @@ class _ShortCausal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_NSA: Tensor, k_NSA: Tensor, v_NSA: Tensor) -> Tensor:
         length = q_NSA.shape[1]
-        y_NSA = torch.empty_like(q_NSA)
-        future_SS = q_NSA.new_full((length, length), -math.inf).triu_(1)
         ctx.scale = q_NSA.shape[2] ** -0.5
+        q_NSA = q_NSA * ctx.scale
+        y_NSA = torch.empty_like(q_NSA)
+        future_QQ = q_NSA.new_full((BLOCK, BLOCK), -math.inf).triu_(1)
         probs = []
         for start in range(0, length, BLOCK):
             end = min(start + BLOCK, length)
             keys_NAP = k_NSA[:, :end].transpose(1, 2)
-            scores_NQP = torch.bmm(q_NSA[:, start:end], keys_NAP).mul_(ctx.scale)
-            probs.append(scores_NQP.add_(future_SS[start:end, :end]).softmax(-1))
+            scores_NQP = torch.bmm(q_NSA[:, start:end], keys_NAP)
+            scores_NQP[:, :, start:].add_(future_QQ[: end - start, : end - start])
+            probs.append(scores_NQP.softmax(-1))
             y_NSA[:, start:end] = torch.bmm(probs[-1], v_NSA[:, :end])
         ctx.save_for_backward(q_NSA, k_NSA, v_NSA, *probs)
         return y_NSA
@@ -51,10 +53,10 @@ class _ShortCausal(torch.autograd.Function):
             grad_NQP = torch.bmm(grad_NQA, v_NSA[:, seen].transpose(1, 2))
             grad_NQP = torch.ops.aten._softmax_backward_data(
                 grad_NQP, probs_NQP, -1, probs_NQP.dtype
-            ).mul_(ctx.scale)
+            )
             grad_q[:, rows] = torch.bmm(grad_NQP, k_NSA[:, seen])
             grad_k[:, seen] += torch.bmm(grad_NQP.transpose(1, 2), q_NSA[:, rows])
-        return grad_q, grad_k, grad_v
+        return grad_q.mul_(ctx.scale), grad_k, grad_v
 
 
 def short_causal(q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor) -> Tensor:

@@ -62,12 +62,13 @@ def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pad 16-bit groups to one of few sizes, a quarter of an octave apart.
+    """Pad 16-bit groups to one of few sizes, an eighth of an octave apart.
 
     oneDNN compiles a kernel for every new shape of a 16-bit GEMM (milliseconds and half a megabyte
     each), and routing makes new group sizes at every step. Powers of two lie in the middle between
     two sizes, so that a balanced layer usually has a single size, and groups of one size share a
-    batched GEMM. This adds about a tenth to the rows. Other dtypes go to a library that compiles nothing.
+    batched GEMM. This adds about a twentieth to the rows. Other dtypes go to a library that
+    compiles nothing.
     """
     counts = counts_E.tolist()
     if dtype not in (torch.bfloat16, torch.float16) or sum(counts) < 16 * len(counts):
@@ -79,8 +80,8 @@ def _size_above(count: int) -> int:
     """The smallest size of the scale that holds `count` rows, a multiple of 16."""
     if count == 0:
         return 0
-    step = math.ceil(4 * math.log2(count) - 0.5)
-    return max(math.ceil(2 ** ((step + 0.5) / 4) / 16), math.ceil(count / 16)) * 16
+    step = math.ceil(8 * math.log2(count) - 0.5)
+    return max(math.ceil(2 ** ((step + 0.5) / 8) / 16), math.ceil(count / 16)) * 16
 
 
 def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:

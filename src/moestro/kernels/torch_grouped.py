@@ -179,7 +179,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """up → activation → down, keeping only the rows and the hidden rows for the backward."""
+    """up → activation → down, keeping the rows, the hidden rows and the bent gate."""
 
     @staticmethod
     def forward(
@@ -193,19 +193,21 @@ class _ExpertFFN(torch.autograd.Function):
     ) -> Tensor:
         x_RD = x_RD.contiguous()
         hidden_RH = by.mm(x_RD, up_EHD, groups, False)
-        act_RF = activations.forward(hidden_RH, activation)
-        ctx.save_for_backward(x_RD, up_EHD, down_EDF, hidden_RH)
+        act_RF, kept_RF = activations.forward(hidden_RH, activation)
+        ctx.save_for_backward(x_RD, up_EHD, down_EDF, hidden_RH, kept_RF)
         ctx.activation, ctx.groups, ctx.by = activation, groups, by
         return _clear_tail(by.mm(act_RF, down_EDF, groups, False), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, up_EHD, down_EDF, hidden_RH = ctx.saved_tensors
+        x_RD, up_EHD, down_EDF, hidden_RH, kept_RF = ctx.saved_tensors
         groups, by = ctx.groups, ctx.by
         grad_RD = grad_RD.contiguous()
         grad_act_RF = by.mm(grad_RD, down_EDF, groups, True)
-        grad_hidden_RH, act_RF = activations.backward(grad_act_RF, hidden_RH, ctx.activation)
+        grad_hidden_RH, act_RF = activations.backward(
+            grad_act_RF, hidden_RH, kept_RF, ctx.activation
+        )
         grad_x = grad_up = grad_down = None
         if ctx.needs_input_grad[2]:
             grad_down = by.weight_grad(grad_RD, act_RF, groups, down_EDF.dtype)
