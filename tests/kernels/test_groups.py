@@ -32,8 +32,8 @@ def test_groups_in_any_order_equal_the_definition(sizes, dtype, kernel):
     if kernel == "torch" and dtype == torch.float64:
         pytest.skip("torch's grouped_mm has no float64")
     fast = {
-        "segments": torch_grouped.segments_expert_ffn,
-        "torch": torch_grouped.torch_expert_ffn,
+        "segments": torch_grouped.SEGMENTS.expert_ffn,
+        "torch": torch_grouped.TORCH.expert_ffn,
     }[kernel]
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(len(sizes)))
     for weight_dtype in {dtype, torch.promote_types(dtype, torch.float32)}:

@@ -11,8 +11,8 @@ from moestro.kernels import reference, torch_grouped
 # roundings between the input and an outermost gradient (hidden, activated, gradient of hidden).
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
-SEGMENTS = (torch_grouped.segments_grouped_mm, torch_grouped.segments_expert_ffn)
-TORCH = (torch_grouped.torch_grouped_mm, torch_grouped.torch_expert_ffn)
+SEGMENTS = (torch_grouped.SEGMENTS.grouped_mm, torch_grouped.SEGMENTS.expert_ffn)
+TORCH = (torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn)
 BACKENDS = [
     pytest.param(SEGMENTS, torch.float64, id="segments-fp64"),
     pytest.param(SEGMENTS, torch.float32, id="segments-fp32"),
@@ -158,7 +158,7 @@ def test_gradcheck_of_segments(shape, activation):
     x_RD = x_RD.nan_to_num(0.5)
     leaves = [t.detach().clone().requires_grad_() for t in (x_RD, up_EHD, down_EDF)]
     assert torch.autograd.gradcheck(
-        lambda *tensors: torch_grouped.segments_expert_ffn(*tensors, offsets_E, activation),
+        lambda *tensors: torch_grouped.SEGMENTS.expert_ffn(*tensors, offsets_E, activation),
         leaves,
         fast_mode=True,
     )
@@ -169,7 +169,7 @@ def test_gradcheck_of_grouped_mm():
     w_EOI = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
     offsets_E = torch.tensor([2, 2, 5])
     assert torch.autograd.gradcheck(
-        lambda x, w: torch_grouped.segments_grouped_mm(x, w, offsets_E), (x_RI, w_EOI)
+        lambda x, w: torch_grouped.SEGMENTS.grouped_mm(x, w, offsets_E), (x_RI, w_EOI)
     )
 
 
@@ -210,7 +210,7 @@ def test_gradients_accumulate(backend, dtype):
 def test_double_backward_is_refused_rather_than_wrong():
     x = torch.randn(3, 4, requires_grad=True)
     w = torch.randn(1, 4, 4, requires_grad=True)
-    y = torch_grouped.segments_grouped_mm(x, w, torch.tensor([3]))
+    y = torch_grouped.SEGMENTS.grouped_mm(x, w, torch.tensor([3]))
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -35,8 +35,8 @@ class Run(NamedTuple):
     rows: slice
 
 
-class Backend(NamedTuple):
-    """The two products that the autograd functions below are made of, neither with autograd.
+class Products(NamedTuple):
+    """The two products that everything here is made of, neither with autograd.
 
     Attributes:
         mm: (rows [R, I], weights [E, O, I], groups, back) → [R, O], or with `back` from [R, O] to
@@ -46,6 +46,27 @@ class Backend(NamedTuple):
 
     mm: Callable[[Tensor, Tensor, Groups, bool], Tensor]
     weight_grad: Callable[[Tensor, Tensor, Groups, torch.dtype], Tensor]
+
+    def grouped_mm(
+        self, x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+    ) -> Tensor:
+        """`reference.grouped_mm` by these products."""
+        y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, Groups(offsets_E, experts_E), self)
+        return y_RO
+
+    def expert_ffn(
+        self,
+        x_RD: Tensor,
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        offsets_E: Tensor,
+        activation: str,
+        experts_E: Tensor | None = None,
+    ) -> Tensor:
+        """`reference.expert_ffn` by these products."""
+        groups = Groups(offsets_E, experts_E)
+        y_RD: Tensor = _ExpertFFN.apply(x_RD, up_EHD, down_EDF, activation, groups, self)
+        return y_RD
 
 
 def runs(groups: Groups) -> list[Run]:
@@ -76,7 +97,7 @@ def _take(w_EOI: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def segments_mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
-    """One product per run; see `Backend.mm`.
+    """One product per run; see `Products.mm`.
 
     A batched product gives each thread matrices of its own, where a single one makes all threads
     pack the same weights; in 16 bits on two cores that is twice as fast. Alone, a plain product
@@ -119,7 +140,7 @@ def segments_weight_grad(
 
 
 def torch_mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
-    """`torch.nn.functional.grouped_mm`; see `Backend.mm`."""
+    """`torch.nn.functional.grouped_mm`; see `Products.mm`."""
     if groups.experts_E is not None:
         w_EOI = w_EOI[groups.experts_E]
     w_EIO = w_EOI.to(x_RI.dtype)
@@ -141,8 +162,9 @@ def torch_weight_grad(grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torc
     return torch.empty_like(grad_EOI).index_copy_(0, groups.experts_E, grad_EOI)
 
 
-SEGMENTS = Backend(segments_mm, segments_weight_grad)
-TORCH = Backend(torch_mm, torch_weight_grad)
+# One product per run of hit experts; `torch.nn.functional.grouped_mm`.
+SEGMENTS = Products(segments_mm, segments_weight_grad)
+TORCH = Products(torch_mm, torch_weight_grad)
 
 
 def _clear_tail(y_RO: Tensor, groups: Groups) -> Tensor:
@@ -158,7 +180,7 @@ class _GroupedMM(torch.autograd.Function):
     """One grouped matrix product with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, groups: Groups, by: Backend) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, groups: Groups, by: Products) -> Tensor:
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, w_EOI)
         ctx.groups, ctx.by = groups, by
@@ -189,7 +211,7 @@ class _ExpertFFN(torch.autograd.Function):
         down_EDF: Tensor,
         activation: str,
         groups: Groups,
-        by: Backend,
+        by: Products,
     ) -> Tensor:
         x_RD = x_RD.contiguous()
         hidden_RH = by.mm(x_RD, up_EHD, groups, False)
@@ -216,47 +238,3 @@ class _ExpertFFN(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _clear_tail(by.mm(grad_hidden_RH, up_EHD, groups, True), groups)
         return grad_x, grad_up, grad_down, None, None, None
-
-
-def segments_grouped_mm(
-    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
-) -> Tensor:
-    """`reference.grouped_mm`, one product per run of hit experts."""
-    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, Groups(offsets_E, experts_E), SEGMENTS)
-    return y_RO
-
-
-def segments_expert_ffn(
-    x_RD: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    experts_E: Tensor | None = None,
-) -> Tensor:
-    """`reference.expert_ffn`, one product per run of hit experts."""
-    groups = Groups(offsets_E, experts_E)
-    y_RD: Tensor = _ExpertFFN.apply(x_RD, up_EHD, down_EDF, activation, groups, SEGMENTS)
-    return y_RD
-
-
-def torch_grouped_mm(
-    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
-) -> Tensor:
-    """`reference.grouped_mm` by `torch.nn.functional.grouped_mm`."""
-    y_RO: Tensor = _GroupedMM.apply(x_RI, w_EOI, Groups(offsets_E, experts_E), TORCH)
-    return y_RO
-
-
-def torch_expert_ffn(
-    x_RD: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    experts_E: Tensor | None = None,
-) -> Tensor:
-    """`reference.expert_ffn` by `torch.nn.functional.grouped_mm`."""
-    groups = Groups(offsets_E, experts_E)
-    y_RD: Tensor = _ExpertFFN.apply(x_RD, up_EHD, down_EDF, activation, groups, TORCH)
-    return y_RD
