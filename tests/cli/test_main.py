@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -193,3 +194,17 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=30) == 1
+
+
+def test_a_warning_is_one_line_without_source(
+    doctor_is: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn() -> None:
+        """Stand for a verb that warns."""
+        warnings.warn("experts are bored", UserWarning, stacklevel=1)
+
+    doctor_is(warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["doctor"]) == 0
+    assert capsys.readouterr().err == "moestro: warning: experts are bored\n"

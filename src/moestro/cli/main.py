@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated
@@ -43,8 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     try:
-        command = typer.main.get_command(_app(words))
-        code = command.main(words, prog_name="moestro", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command = typer.main.get_command(_app(words))
+            code = command.main(words, prog_name="moestro", standalone_mode=False)
         sys.stdout.flush()
     except TyperException as error:
         return _report(_usage_message(error), BAD_INPUT)
@@ -115,6 +118,11 @@ def _usage_message(error: TyperException) -> str:
     where = context.command_path if context else "moestro"
     end = "" if message.endswith((".", "?")) else "."
     return f"{message[:1].lower()}{message[1:]}{end} See `{where} --help`."
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line for a person, without file and line of the code that gave it."""
+    typer.echo(f"moestro: warning: {message}", err=True)
 
 
 def _report(message: str, code: int) -> int:
