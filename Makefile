@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
-DEMO ?= runs/demo
+DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 

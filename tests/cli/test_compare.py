@@ -56,6 +56,8 @@ def test_resume_reads_what_is_done_and_gives_the_same_result(
     [
         (["--resume"], "--resume needs --out"),
         (["--resume", "--out", "nowhere"], "no comparison to go on with"),
+        (["--resume", "--out", "nowhere", "--seeds", "4"], "takes the saved settings"),
+        (["--resume", "--out", "nowhere", "--minutes", "4"], "takes the saved settings"),
         (["--out", "x", "--set", "model.moe=null"], "nothing to compare"),
         (["--out", "x", "--set", "model.moe.top_k=99"], "only 16 experts"),
         (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),
@@ -86,3 +88,21 @@ def test_a_folder_with_a_comparison_is_not_overwritten(
     assert main(["compare", "--out", str(out), "--source", text, *TINY]) == 2
     assert "holds a comparison already" in capsys.readouterr().err
     assert (out / "compare.json").read_bytes() == before
+
+
+def test_a_run_of_train_is_not_overwritten(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--out", str(run), "--source", text, *TINY]) == 0
+    before = {path.name: path.read_bytes() for path in (run / "data").iterdir()}
+    capsys.readouterr()
+    assert main(["compare", "--out", str(run), "--source", text, *TINY]) == 2
+    assert "holds a run of moestro train" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (run / "data").iterdir()} == before
+
+
+def test_altered_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "compare-settings.json").write_text("{}")
+    assert main(["compare", "--resume", "--out", str(tmp_path)]) == 2
+    assert "was altered" in capsys.readouterr().err

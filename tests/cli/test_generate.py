@@ -183,6 +183,7 @@ def test_each_expert_has_its_own_readable_colour() -> None:
         (["--top-p", "0"], "top_p"),
         (["--stop", ""], "empty string"),
         (["--device", "warp"], "--device warp cannot be used here"),
+        (["--device", "meta"], "--device meta cannot be used here"),
     ],
 )
 def test_bad_options(

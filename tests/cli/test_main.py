@@ -208,3 +208,16 @@ def test_a_warning_is_one_line_without_source(
         warnings.simplefilter("always")
         assert main(["doctor"]) == 0
     assert capsys.readouterr().err == "moestro: warning: experts are bored\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 8 TB")])
+def test_too_little_memory_is_one_sentence(
+    doctor_is: Install, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail() -> None:
+        """Stand for a verb that asks for too much."""
+        raise error
+
+    doctor_is(fail)
+    assert main(["doctor"]) == 1
+    assert "not enough memory" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,3 +154,33 @@ def test_ctrl_c_saves_and_another_process_goes_on(words, tmp_path, capsys):
     steps = len(read_metrics(metrics))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
     assert f"trained {steps} of 100000 steps" in out
+
+
+def held_text(run):
+    return {path.name: path.read_bytes() for path in (run / "data").iterdir()}
+
+
+def test_a_refused_resume_leaves_the_text_alone(words, tmp_path, capsys):
+    assert main(words()) == 0
+    before = held_text(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("something else " * 200)
+    assert main(words("--resume", "--source", str(tmp_path / "other"))) == 2
+    assert "these differ: data.sources" in capsys.readouterr().err
+    assert held_text(tmp_path / "run") == before
+
+
+def test_a_run_goes_on_when_its_sources_are_gone(words, tmp_path, capsys):
+    assert main(words()) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    shutil.rmtree(tmp_path / "text")
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert "trained 6 of 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--out", ""], ["--source", ""]])
+def test_an_empty_name_is_not_the_current_folder(more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *more]) == 2
+    assert "an empty one was given" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -151,6 +151,7 @@ def test_strides_and_inputs_left_alone():
         for grad in (
             torch.ones(()).expand(2, 3, 2, 8),
             torch.randn(8, 2, 3, 2).permute(1, 2, 3, 0),
+            torch.randn(2, 3, 2, 8).transpose(0, 2).contiguous().transpose(0, 2),
         ):
             left = torch.autograd.grad(function(part), part, grad)
             right = torch.autograd.grad(function(whole), whole, grad.contiguous())

@@ -290,3 +290,30 @@ def test_another_text_is_refused_on_resume(tiny_settings, tiny_corpus, tiny_text
     other = prepare(data, tmp_path / "tokens")
     with pytest.raises(ConfigError, match="the text is not the one"):
         Trainer(cfg, tmp_path / "run", other).train(resume=True)
+
+
+@pytest.mark.parametrize("evaluate_first", [True, False])
+def test_weights_that_an_update_ruined_are_never_saved(
+    tiny_settings, tiny_corpus, tmp_path, evaluate_first
+):
+    """The loss and the gradients were finite; the update was not."""
+    every = 1 if evaluate_first else 100
+    cfg = tiny_settings(
+        optim={"lr": 1e38, "warmup": 0.0}, train={"save_every": 1, "eval_every": every}
+    )
+    with pytest.raises(TrainingError, match=r"step \d+: the .* is not finite"):
+        Trainer(cfg, tmp_path, tiny_corpus).train()
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        weights = read_tensors(folder / "model.safetensors")
+        assert all(torch.isfinite(value).all() for value in weights.values()), folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about graph breaks
+def test_a_compiled_run_learns_the_same(tiny_settings, tiny_corpus, tmp_path):
+    finals = []
+    for compiled in (False, True):
+        cfg = tiny_settings(train={"steps": 2, "runtime": {"compile": compiled, "device": "cpu"}})
+        result = Trainer(cfg, tmp_path / str(compiled), tiny_corpus).train()
+        finals.append(result.history[-1].bits_per_byte["all"])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-4)

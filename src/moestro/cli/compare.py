@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moestro.cli.train import DEMO, AsJson, Assignments, ConfigPath, OutPath, Sources
+from moestro.cli.train import (
+    DEMO,
+    AsJson,
+    Assignments,
+    ConfigPath,
+    OutPath,
+    Sources,
+    check_words,
+)
 
 if TYPE_CHECKING:
     from moestro.config import RunConfig
@@ -25,7 +33,9 @@ Minutes = Annotated[
         "default: what the settings say.",
     ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="Runs of each model, with seeds counted up.")]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, help="Runs of each model, with seeds counted up; default 1.")
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the comparison in --out, with its settings.")
 ]
@@ -39,7 +49,7 @@ def compare(
     assignments: Assignments = None,
     source: Sources = None,
     minutes: Minutes = None,
-    seeds: Seeds = 1,
+    seeds: Seeds = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,11 +66,19 @@ def compare(
     from moestro.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    if resume and out is None:
-        raise ConfigError("--resume needs --out FOLDER, the folder of the comparison to go on with")
+    check_words(out, source)
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    cfg, corpus, seeds = _open(folder, config, assignments or [], source or [], seeds, resume)
-    if not resume:
+    if resume:
+        if out is None:
+            raise ConfigError(
+                "--resume needs --out FOLDER, the folder of the comparison to go on with"
+            )
+        if config or assignments or source or seeds or minutes:
+            raise ConfigError("--resume takes the saved settings; leave the other options out")
+        cfg, corpus, seeds = _reopen(folder)
+    else:
+        seeds = seeds or 1
+        cfg, corpus = _open(folder, config, assignments or [], source or [])
         cfg = _settle(cfg, corpus, folder, seeds, minutes)
         write_json(folder / SETTINGS_NAME, {"seeds": seeds, "run": cfg.model_dump(mode="json")})
     curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, seeds)]
@@ -76,39 +94,48 @@ def compare(
 
 
 def _open(
-    folder: Path,
-    config: Path | None,
-    assignments: list[str],
-    sources: list[str],
-    seeds: int,
-    resume: bool,
-) -> tuple[RunConfig, Corpus, int]:
-    """Settings and text: from the command line, or on resume from the comparison's folder."""
+    folder: Path, config: Path | None, assignments: list[str], sources: list[str]
+) -> tuple[RunConfig, Corpus]:
+    """Settings and text of a new comparison, in a folder that holds nothing of the kind."""
     from moestro.config import RunConfig
     from moestro.errors import ConfigError
-    from moestro.models.checkpoint import read_json
     from moestro.settings import load_settings
     from moestro.train.data import prepare
+    from moestro.train.state import holds_run
 
-    saved = folder / SETTINGS_NAME
-    if resume:
-        if config or assignments or sources:
-            raise ConfigError("--resume takes the saved settings; leave the other options out")
-        if not saved.is_file():
-            raise ConfigError(f"{folder} holds no comparison to go on with: no {SETTINGS_NAME}")
-        values = read_json(saved)
-        cfg, seeds = RunConfig(**values["run"]), int(values["seeds"])
-    else:
-        if saved.exists():
-            raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
-        if sources:
-            assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
-        cfg = load_settings(RunConfig, config or DEMO, assignments)
+    if (folder / SETTINGS_NAME).exists():
+        raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
+    if holds_run(folder):
+        raise ConfigError(f"{folder} holds a run of moestro train; choose another --out")
+    if sources:
+        assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
+    cfg = load_settings(RunConfig, config or DEMO, assignments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from None
-    return cfg, prepare(cfg.data, folder / "data"), seeds
+    return cfg, prepare(cfg.data, folder / "data")
+
+
+def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
+    """Settings, text and seeds of a comparison to go on with."""
+    from moestro.config import RunConfig
+    from moestro.errors import CheckpointError, ConfigError
+    from moestro.models.checkpoint import read_json
+    from moestro.train.compare import plan
+    from moestro.train.state import corpus_of, newest_or_none
+
+    saved = folder / SETTINGS_NAME
+    if not saved.is_file():
+        raise ConfigError(f"{folder} holds no comparison to go on with: no {SETTINGS_NAME}")
+    try:
+        values = read_json(saved)
+        cfg, seeds = RunConfig(**values["run"]), int(values["seeds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{saved} was altered: {error}; start another comparison") from None
+    saves = [newest_or_none(entry.folder) for entry in plan(cfg, folder, seeds)]
+    checkpoint = next((save for save in saves if save is not None), None)
+    return cfg, corpus_of(folder / "data", cfg.data, checkpoint), seeds
 
 
 def _settle(

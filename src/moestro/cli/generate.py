@@ -141,12 +141,14 @@ def _load(path: Path, device: str) -> tuple[Decoder, Tokenizer]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        usable = torch.zeros(1, device=device).item() == 0
     except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
         raise ConfigError(
             f"--device {device} cannot be used here; choose auto, cpu, or cuda on a machine "
             "where `moestro doctor` shows a CUDA device"
-        ) from None
+        )
     folder = newest_checkpoint(path)
     return load_model(folder, device), load_tokenizer(folder)
 

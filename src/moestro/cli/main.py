@@ -59,6 +59,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _reader_left()
     except OSError as error:
         return _report(str(error), FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _report(
+            "not enough memory for these sizes; lower train.batch_size or the model's widths, "
+            "or raise train.accumulate",
+            FAILED,
+        )
     except SystemExit as leaving:  # a reader that closed the pipe, seen by typer first
         return leaving.code if isinstance(leaving.code, int) else FAILED
     return code if isinstance(code, int) else 0
@@ -118,6 +126,12 @@ def _usage_message(error: TyperException) -> str:
     where = context.command_path if context else "moestro"
     end = "" if message.endswith((".", "?")) else "."
     return f"{message[:1].lower()}{message[1:]}{end} See `{where} --help`."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether numpy, torch on CPU or torch on CUDA could not allocate."""
+    said = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -230,11 +230,13 @@ def _text(
 def _corpus(checkpoint: Path, data: Path, sources: tuple[str, ...], stack: ExitStack) -> Corpus:
     """The text that the run held out, or other `sources` split as the run split its own."""
     from moestro.train.data import Corpus, prepare
-    from moestro.train.state import read_settings
+    from moestro.train.state import corpus_fingerprint, read_settings
 
     if not sources:
         with suppress(DataError):
-            return Corpus(data)  # as the run left it, whatever became of its sources since
+            corpus = Corpus(data)  # as the run left it, whatever became of its sources since
+            if corpus_fingerprint(checkpoint) in (None, corpus.fingerprint):
+                return corpus
     cfg = read_settings(checkpoint).data
     if cfg.tokenizer != "bytes":  # the one that the model learnt with, not one trained anew
         cfg = cfg.model_copy(update={"tokenizer": str(checkpoint / "tokenizer.json")})

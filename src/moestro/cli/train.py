@@ -66,6 +66,7 @@ def train(
     from moestro.train.memory import keep_freed_memory
 
     keep_freed_memory()
+    check_words(out, source)
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -82,6 +83,18 @@ def train(
             _print_resume(folder, result)
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
+
+
+def check_words(out: Path | None, sources: list[str] | None) -> None:
+    """Refuse an empty --out or --source, which would mean the current folder.
+
+    Raises:
+        ConfigError: one of them is empty.
+    """
+    from moestro.errors import ConfigError
+
+    if (out is not None and out == Path()) or "" in (sources or []):
+        raise ConfigError("--out and --source need a name; an empty one was given")
 
 
 def _settings(
@@ -122,14 +135,15 @@ def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[Ru
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
-    from moestro.train.data import prepare
-    from moestro.train.state import claim_folder
+    from moestro.train.state import claim_folder, corpus_of, newest_or_none
 
     if ranks.writes:
         claim_folder(folder, resume)
-        corpus = prepare(cfg.data, folder / "data")
+    checkpoint = newest_or_none(folder) if resume else None
+    if ranks.writes:
+        corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     ranks.wait()
-    return corpus if ranks.writes else prepare(cfg.data, folder / "data")
+    return corpus if ranks.writes else corpus_of(folder / "data", cfg.data, checkpoint)
 
 
 def _describe(cfg: RunConfig, corpus: Corpus) -> str:

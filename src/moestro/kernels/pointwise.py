@@ -33,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
         width = x_TD.shape[-1]
         scaled_TD = grad_TD.to(scale_T1.dtype) * scale_T1
         # The two sums over products of gradient and input are matrix-vector products.
-        product_TD = (scaled_TD * x32_TD).view(-1, width)
+        product_TD = (scaled_TD * x32_TD).reshape(-1, width)
         grad_weight_D = product_TD.sum(0).to(weight_D.dtype)
         slope_T1 = torch.mv(product_TD, weight32_D).view_as(scale_T1)
         slope_T1.mul_(scale_T1.square()).div_(-width)

@@ -209,9 +209,7 @@ class Trainer:
             record = self._record(measured)
             last = self._step == cfg.steps
             if last or self._step % cfg.eval_every == 0:
-                record["bits_per_byte"] = evaluate(
-                    self.model, held_out, self._eval_batch(), self.dtype, self.ranks
-                )
+                record["bits_per_byte"] = self._evaluate(held_out)
             if log is not None:
                 log.write(record)
             if self.progress is not None:
@@ -224,6 +222,12 @@ class Trainer:
         # Another rank may have got the signal that ended this one's loop.
         signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
         return Result(self._step, checkpoint, self._history(), signal_number)
+
+    def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
+        bits = evaluate(self.model, held_out, self._eval_batch(), self.dtype, self.ranks)
+        if not all(map(math.isfinite, bits.values())):
+            raise self._stopped(self._step, "the loss on held-out text")
+        return bits
 
     def _one_step(self, step: int, stop: StopRequest) -> Measured:
         """Forward, backward and update for one step; nothing is updated if a number is bad."""
@@ -309,8 +313,11 @@ class Trainer:
             micro_BS = batch_BS.chunk(self.cfg.train.accumulate)[0]
             value = first_bad_value(self.model, lambda: self.model(micro_BS[:, :-1]))
             found = value or f"the {'loss' if bad[0] == 'loss' else f'{bad[0]} balance loss'}"
+        return self._stopped(step + 1, found)
+
+    def _stopped(self, step: int, found: str) -> TrainingError:
         return TrainingError(
-            f"step {step + 1}: {found} is not finite. Nothing of this step was kept. "
+            f"step {step}: {found} is not finite. Nothing of this step was kept. "
             f"{state.describe_last_good(self.folder)} Lower optim.lr, or lengthen optim.warmup"
             f"{', or set train.dtype = float32' if self.dtype == torch.bfloat16 else ''}"
         )
@@ -339,7 +346,10 @@ class Trainer:
         return record
 
     def _save(self) -> Path:
-        """Save on the writing rank while the others wait."""
+        """Save on the writing rank while the others wait; weights that went bad are not saved."""
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise self._stopped(self._step, f"the weight {name} after the update")
         numbers = state.Numbers(
             self._step,
             self._seconds,

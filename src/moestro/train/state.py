@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +28,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moestro.config import RunConfig
-from moestro.errors import CheckpointError, ConfigError, MoestroError, TrainingError
+from moestro.config import DataConfig, RunConfig
+from moestro.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoestroError,
+    TrainingError,
+)
 from moestro.models.checkpoint import (
     UNFINISHED,
     atomic_folder,
     newest_checkpoint,
+    read_json,
     read_tensors,
     save_model,
     verify_folder,
@@ -40,6 +48,7 @@ from moestro.models.checkpoint import (
 )
 from moestro.models.decoder import Decoder
 from moestro.text import Tokenizer
+from moestro.train.data import Corpus, prepare
 from moestro.train.metrics import METRICS_NAME
 
 CHECKPOINTS = "checkpoints"
@@ -201,6 +210,35 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
             f"{'; '.join(differing)}. Set them back, or start a new run in another folder "
             f"(free to change: {', '.join(MAY_DIFFER)}, {MAY_DIFFER_UNDER}*)"
         )
+
+
+def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
+    """The text that a run goes on with: as the run left it, else prepared from its sources.
+
+    Args:
+        data: The folder of the tokens.
+        cfg: Where they come from.
+        checkpoint: To go on from; None for a run without one.
+
+    Raises:
+        ConfigError: `cfg` is not what the checkpoint was trained with; nothing is written then.
+        DataError: the sources cannot be read.
+    """
+    if checkpoint is None:
+        return prepare(cfg, data)
+    saved = read_settings(checkpoint)
+    check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
+    with suppress(DataError):
+        corpus = Corpus(data)
+        if corpus.fingerprint == corpus_fingerprint(checkpoint):
+            return corpus
+    return prepare(cfg, data)
+
+
+def corpus_fingerprint(checkpoint: Path) -> str | None:
+    """The fingerprint of the text that a checkpoint was trained on; None for a bare model."""
+    path = checkpoint / "trainer.json"
+    return str(read_json(path).get("corpus")) if path.exists() else None
 
 
 def holds_run(run: Path) -> bool:
