@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -131,9 +132,12 @@ def test_one_domain_and_expert_choice_leave_out_what_cannot_be_said(tmp_path, ca
         run = write_run(tmp_path / "run", texts, router={"kind": "expert_choice"})
     (tmp_path / "one").mkdir()
     (texts / "animals").rename(tmp_path / "one" / "animals")
-    with pytest.warns(UserWarning, match="causal"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         assert main(["probe", str(run), "--source", str(tmp_path / "one")]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    shown = " ".join(captured.out.split())
+    assert "moestro: warning: expert_choice routing is not causal" in captured.err
     found = json.loads((run / "probe" / "probe.json").read_text())
     assert found["repetition"] is None
     assert found["specialisation"] is None
