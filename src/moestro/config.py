@@ -236,7 +236,7 @@ class BalanceConfig(Settings):
     scope: Literal["micro", "sequence", "global"] = Field(
         "micro",
         description="Over what the Switch loss counts: a micro-batch, each sequence, or "
-        "all micro-batches and ranks of a step.",
+        "the micro-batches of a step so far, of all ranks.",
     )
     importance: Coefficient = 0.0
     load: Coefficient = Field(0.0, description="Smooth load CV²; needs the noisy_top_k router.")
