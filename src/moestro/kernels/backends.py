@@ -70,8 +70,10 @@ def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
     batched GEMM. This adds about a twentieth to the rows. Other dtypes go to a library that
     compiles nothing.
     """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return counts_E
     counts = counts_E.tolist()
-    if dtype not in (torch.bfloat16, torch.float16) or sum(counts) < 16 * len(counts):
+    if sum(counts) < 16 * len(counts):
         return counts_E
     return counts_E.new_tensor([_size_above(count) for count in counts])
 

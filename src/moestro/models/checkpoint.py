@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from moestro.errors import CheckpointError, ConfigError
 from moestro.models.decoder import Decoder
 from moestro.settings import load_settings
 
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 UNFINISHED = ".unfinished-"
+_STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 @contextmanager
@@ -131,10 +134,20 @@ def _is_record(value: Any) -> bool:
     )
 
 
+def step_folders(run: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run by step, oldest first; good or not, but all finished."""
+    folder = run / CHECKPOINTS
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; unfinished ones are not among them."""
-    folders = [path for path in run.glob("checkpoints/step-*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name[5:]))
+    """The checkpoint folders of a run, oldest first."""
+    return list(step_folders(run).values())
 
 
 def newest_checkpoint(path: Path) -> Path:

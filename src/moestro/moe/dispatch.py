@@ -72,9 +72,10 @@ def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None)
     room_E = counts_E if rooms is None else rooms(counts_E)
     padded = room_E is not counts_E
     groups_E = room_E.argsort(descending=True, stable=True) if padded else None
-    offsets_E = (room_E if groups_E is None else room_E[groups_E]).cumsum(0)
-    starts_E = offsets_E - (room_E if groups_E is None else room_E[groups_E])
-    if groups_E is not None:
+    sizes_E = room_E if groups_E is None else room_E[groups_E]
+    offsets_E = sizes_E.cumsum(0)
+    starts_E = offsets_E - sizes_E
+    if groups_E is not None:  # from the order of the groups to that of the experts
         starts_E = torch.empty_like(starts_E).index_copy_(0, groups_E, starts_E)
     num_rows = len(order_A)
     if padded or routing.kept_R is not None:

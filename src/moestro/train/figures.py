@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from moestro.train.compare import Curve
 from moestro.train.evaluate import ALL
 
 # Okabe and Ito's blue and vermilion: apart for every kind of colour vision.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "moe": {"color": "#0072B2", "marker": "o", "label": "mixture of experts"},
     "dense": {"color": "#D55E00", "marker": "s", "label": "dense twin"},
 }
@@ -44,7 +45,7 @@ def _line(axes: Axes, curve: Curve, cost: list[float], bits: list[float]) -> Non
     style = dict(STYLES[curve.kind])
     if axes.lines and any(line.get_label() == style["label"] for line in axes.lines):
         style["label"] = "_again"
-    axes.plot(cost, bits, ms=3.5, lw=1.6, **style)  # type: ignore[arg-type]
+    axes.plot(cost, bits, ms=3.5, lw=1.6, **style)
 
 
 def _zoom(axes: Axes, curves: list[Curve]) -> None:

@@ -15,7 +15,6 @@ step and the rank.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -37,12 +36,14 @@ from moestro.errors import (
     TrainingError,
 )
 from moestro.models.checkpoint import (
+    CHECKPOINTS,
     UNFINISHED,
     atomic_folder,
     newest_checkpoint,
     read_json,
     read_tensors,
     save_model,
+    step_folders,
     verify_folder,
     write_json,
 )
@@ -51,13 +52,11 @@ from moestro.text import Tokenizer
 from moestro.train.data import Corpus, prepare
 from moestro.train.metrics import METRICS_NAME
 
-CHECKPOINTS = "checkpoints"
 SETTINGS_NAME = "config.json"
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
 MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
 MAY_DIFFER_UNDER = "train.runtime."
-_STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 class Numbers(NamedTuple):
@@ -310,17 +309,6 @@ def newest_or_none(run: Path) -> Path | None:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
     return newest_checkpoint(run) if step_folders(run) else None
-
-
-def step_folders(run: Path) -> dict[int, Path]:
-    """Checkpoint folders of a run by step, oldest first; good or not."""
-    folder = run / CHECKPOINTS
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
 
 
 def prune(run: Path, step: int, keep: int) -> None:
