@@ -25,7 +25,7 @@ from moestro.train.memory import keep_freed_memory
 BATCH, LENGTH = 16, 256
 CONFIG = ModelConfig(
     dim=256, num_layers=6, moe={"hidden_dim": 512, "num_experts": 8, "top_k": 2},
-    attention={"num_heads": 8}, tie_embeddings=False,
+    attention={"num_heads": 8}, head={"tied": False},
 )  # fmt: skip
 
 

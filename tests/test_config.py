@@ -24,7 +24,7 @@ def subclasses(kind):
 
 
 def test_settings_classes_are_small():
-    ours = [kind for kind in subclasses(Settings) if kind.__module__ == "moestro.config"]
+    ours = [kind for kind in subclasses(Settings) if kind.__module__.startswith("moestro.config")]
     assert len(ours) > 8
     for kind in ours:
         assert len(kind.model_fields) <= 10, kind.__name__
@@ -52,7 +52,7 @@ def test_settings_survive_json():
         ({"num_experts": 0}, ["num_experts", "0"]),
         ({"dim": -1}, ["dim", "-1"]),
         ({"activation": "swigl"}, ["activation", "swigl", "swiglu"]),
-        ({"expert_dropout": 1.0}, ["expert_dropout", "1.0"]),
+        ({"experts": {"dropout": 1.0}}, ["experts.dropout", "1.0"]),
         ({"init_scale": float("nan")}, ["init_scale"]),
         ({"init_scale": float("inf")}, ["init_scale"]),
         ({"topk": 2}, ["topk", "top_k"]),

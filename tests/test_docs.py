@@ -188,15 +188,15 @@ def test_figures_are_drawn_from_what_the_package_counts():
             num_layers=32,
             attention={"num_heads": 32, "num_kv_heads": 8},
             moe={"hidden_dim": 14_336, "num_experts": 8, "top_k": 2},
-            tie_embeddings=False,
+            head={"tied": False},
         ),
         "Qwen3-30B-A3B (128, 8)": ModelConfig(
             vocab_size=151_936,
             dim=2048,
             num_layers=48,
-            attention={"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": True},
+            attention={"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
             moe={"hidden_dim": 768, "num_experts": 128, "top_k": 8},
-            tie_embeddings=False,
+            head={"tied": False},
         ),
     }
     for name, cfg in shapes.items():

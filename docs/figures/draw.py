@@ -44,7 +44,7 @@ def dense(dim: int, layers: int, heads: int, hidden: int) -> tuple[int, int]:
         num_layers=layers,
         dense=DenseConfig(hidden_dim=hidden),
         attention=AttentionConfig(num_heads=heads, num_kv_heads=8, head_dim=128),
-        tie_embeddings=False,
+        head={"tied": False},
     )
     return count(cfg).total, count(cfg).active
 

@@ -31,7 +31,7 @@ def saved(folder: Path, *, moe: bool) -> Path:
         attention={"num_heads": 2, "context": 16},
         moe={"hidden_dim": 16, "num_experts": 4, "top_k": 2} if moe else None,
         dense_first=1 if moe else 0,
-        tie_embeddings=False,
+        head={"tied": False},
     )
     model = Decoder(cfg)
     # The end of text gets logit 0, so that greedy text, some logit being positive, never ends.

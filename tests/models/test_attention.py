@@ -31,7 +31,7 @@ def rms(x_A, weight_A, eps):
 
 def attention_by_loop(module, cfg, x_SD, valid_S=None):
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
-    theta, context = cfg.attention.rope_theta, cfg.attention.context
+    theta, context = cfg.attention.positions.theta, cfg.attention.context
     projected = x_SD @ module.qkv.weight.T
     q, k, v = projected.split([heads * width, groups * width, groups * width], dim=1)
     rows = []
@@ -40,16 +40,16 @@ def attention_by_loop(module, cfg, x_SD, valid_S=None):
         for h in range(heads):
             g = h // (heads // groups)
             query = q[s, h * width : (h + 1) * width]
-            if cfg.attention.qk_norm:
-                query = rms(query, module.q_norm.weight, cfg.norm_eps)
+            if cfg.attention.qk_norm == "head":
+                query = rms(query, module.q_norm.weight, cfg.norm.eps)
             query = turn(query, s, theta)
             scores, values = [], []
             for p in range(max(0, s - context + 1), s + 1):
                 if valid_S is not None and not valid_S[p] and p != s:
                     continue
                 key = k[p, g * width : (g + 1) * width]
-                if cfg.attention.qk_norm:
-                    key = rms(key, module.k_norm.weight, cfg.norm_eps)
+                if cfg.attention.qk_norm == "head":
+                    key = rms(key, module.k_norm.weight, cfg.norm.eps)
                 scores.append(query @ turn(key, p, theta) / math.sqrt(width))
                 values.append(v[p, g * width : (g + 1) * width])
             exps = (torch.stack(scores) - max(scores)).exp()
@@ -63,9 +63,9 @@ def attention_by_loop(module, cfg, x_SD, valid_S=None):
     [
         {},
         {"num_kv_heads": 2},
-        {"num_kv_heads": 1, "qk_norm": True},
-        {"qk_norm": True, "head_dim": 6},
-        {"rope_theta": 50.0},
+        {"num_kv_heads": 1, "qk_norm": "head"},
+        {"qk_norm": "head", "head_dim": 6},
+        {"positions": {"theta": 50.0}},
         {"context": 3},
         {"context": 1, "num_kv_heads": 2},
     ],
@@ -74,7 +74,7 @@ def attention_by_loop(module, cfg, x_SD, valid_S=None):
 def test_equals_the_loop(attention, padded):
     cfg = cfg_of(**attention)
     module = Attention(cfg).double()
-    if cfg.attention.qk_norm:
+    if cfg.attention.qk_norm == "head":
         torch.nn.init.normal_(module.q_norm.weight)
         torch.nn.init.normal_(module.k_norm.weight)
     x_BSD = torch.randn(2, 9, 16, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_the_cache_stays_bounded():
 
 
 def test_layout_of_the_weights():
-    module = Attention(cfg_of(dim=24, num_kv_heads=2, qk_norm=True, head_dim=8))
+    module = Attention(cfg_of(dim=24, num_kv_heads=2, qk_norm="head", head_dim=8))
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     assert shapes == {
         "qkv.weight": ((4 + 2 + 2) * 8, 24),

@@ -69,7 +69,7 @@ def rewrite(folder, change):
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_round_trip(tmp_path, tie_embeddings):
-    model = new_model(tie_embeddings=tie_embeddings).eval()
+    model = new_model(head={"tied": tie_embeddings}).eval()
     loaded = load_model(save(model, tmp_path / "model"))
     assert loaded.cfg == model.cfg
     assert not loaded.training
@@ -167,8 +167,8 @@ def test_settings_that_do_not_fit(tmp_path, change, words):
 
 
 def test_an_untied_head_is_not_poured_into_a_tied_embedding(tmp_path):
-    folder = save(new_model(tie_embeddings=False), tmp_path / "model")
-    rewrite(folder, lambda _, cfg: cfg.update(tie_embeddings=True))
+    folder = save(new_model(head={"tied": False}), tmp_path / "model")
+    rewrite(folder, lambda _, cfg: cfg.update(head={"tied": True}))
     with pytest.raises(CheckpointError, match=r"head\.weight"):
         load_model(folder)
 

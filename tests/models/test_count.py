@@ -44,12 +44,12 @@ def model_settings(draw, mixture=None):
             "num_heads": heads,
             "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
             "head_dim": draw(st.sampled_from([None, 6])),
-            "qk_norm": draw(st.booleans()),
+            "qk_norm": draw(st.sampled_from(["none", "head"])),
         },
         moe=moe if has_mixture else None,
         moe_every=draw(st.integers(1, num_layers)),
         dense_first=0,
-        tie_embeddings=draw(st.booleans()),
+        head={"tied": draw(st.booleans())},
     )
 
 
@@ -104,7 +104,7 @@ def test_mixtral_8x7b():
         num_layers=32,
         attention={"num_heads": 32, "num_kv_heads": 8},
         moe={"hidden_dim": 14_336, "num_experts": 8, "top_k": 2},
-        tie_embeddings=False,
+        head={"tied": False},
     )
     assert count(mixtral).total == 46_702_792_704
     assert count(mixtral).active == 12_879_925_248
@@ -116,9 +116,9 @@ def test_qwen3_30b_a3b():
         vocab_size=151_936,
         dim=2048,
         num_layers=48,
-        attention={"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": True},
+        attention={"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
         moe={"hidden_dim": 768, "num_experts": 128, "top_k": 8},
-        tie_embeddings=False,
+        head={"tied": False},
     )
     assert count(qwen).total == 30_532_122_624
     assert count(qwen).active == 3_353_032_704

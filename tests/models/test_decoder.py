@@ -22,12 +22,12 @@ SIZES = {
 VARIANTS = {
     "dense": {},
     "mixture": {"moe": MOE},
-    "untied": {"moe": MOE, "tie_embeddings": False},
+    "untied": {"moe": MOE, "head": {"tied": False}},
     "every second": {"moe": MOE, "moe_every": 2, "num_layers": 4},
     "dense first": {"moe": MOE, "dense_first": 1},
     "shared and GQA": {
         "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
-        "attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "context": 32},
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": "head", "context": 32},
     },
     "sliding window": {"moe": MOE, "attention": {"num_heads": 4, "context": 4}},
     "sigmoid, plain experts": {
@@ -53,9 +53,9 @@ def plain_attention(module, cfg, x_BSD):
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
     qkv = F.linear(x_BSD, module.qkv.weight).view(batch, length, heads + 2 * groups, width)
     q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + groups], qkv[:, :, heads + groups :]
-    if cfg.attention.qk_norm:
-        q, k = rms_norm(q, module.q_norm, cfg.norm_eps), rms_norm(k, module.k_norm, cfg.norm_eps)
-    frequencies = cfg.attention.rope_theta ** (-torch.arange(0, width, 2).double() / width)
+    if cfg.attention.qk_norm == "head":
+        q, k = rms_norm(q, module.q_norm, cfg.norm.eps), rms_norm(k, module.k_norm, cfg.norm.eps)
+    frequencies = cfg.attention.positions.theta ** (-torch.arange(0, width, 2).double() / width)
     turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
 
     def turn(x):
@@ -78,7 +78,7 @@ def plain_ffn(weights, x_TD, activation):
 
 def plain_decoder(model, tokens_BS):
     """Logits, and (experts, weights) chosen by each mixture layer, in float64."""
-    cfg, eps = model.cfg, model.cfg.norm_eps
+    cfg, eps = model.cfg, model.cfg.norm.eps
     x = model.embed.weight[tokens_BS]
     for n, block in enumerate(model.blocks):
         x = x + plain_attention(block.attention, cfg, rms_norm(x, block.attention_norm, eps))
@@ -100,7 +100,7 @@ def plain_decoder(model, tokens_BS):
             gate_T1 = (h_TD @ block.ffn.shared_gate.weight.T).sigmoid()
             y_TD = y_TD + gate_T1 * plain_ffn(block.ffn.shared, h_TD, cfg.moe.activation)
         x = x + y_TD.view_as(x)
-    head = model.embed.weight if cfg.tie_embeddings else model.head.weight
+    head = model.embed.weight if cfg.head.tied else model.head.weight
     return rms_norm(x, model.norm, eps) @ head.T
 
 
@@ -201,7 +201,7 @@ def test_padding_does_not_change_real_tokens(variant, side):
         MOE,
         {**MOE, "capacity": {"factor": 0.8}},
         {**MOE, "router": {"kind": "noisy_top_k"}},
-        {**MOE, "router": {"jitter": 0.1}, "expert_dropout": 0.3},
+        {**MOE, "router": {"jitter": 0.1}, "experts": {"dropout": 0.3}},
     ],
     ids=["plain", "capacity", "noisy", "dropout"],
 )

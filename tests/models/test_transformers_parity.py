@@ -43,7 +43,7 @@ def pair():
         num_layers=2,
         attention={"num_heads": 4, "num_kv_heads": 2, "context": 64},
         moe={"hidden_dim": 24, "num_experts": 4, "top_k": 2},
-        tie_embeddings=False,
+        head={"tied": False},
     )
     ours = Decoder(cfg).eval()
     ours.load_state_dict(convert({k: v.detach() for k, v in theirs.state_dict().items()}))

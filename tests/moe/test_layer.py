@@ -238,7 +238,7 @@ def test_a_dropped_token_passes_nothing_but_the_shared_expert(tiny):
 
 
 def test_expert_dropout_only_in_training(tiny):
-    layer = MoE(tiny(expert_dropout=0.5))
+    layer = MoE(tiny(experts={"dropout": 0.5}))
     x_TD = torch.randn(9, 8)
     assert torch.equal(layer.eval()(x_TD)[0], layer(x_TD)[0])
     assert not torch.equal(layer.train()(x_TD)[0], layer(x_TD)[0])

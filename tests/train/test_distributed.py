@@ -53,7 +53,7 @@ def two(tiny_settings, plain, tiny_corpus, tiny_data_folder, tmp_path_factory):
     """A folder with what two gloo processes trained: `plain`, and `noisy` with a resume."""
     root = tmp_path_factory.mktemp("two")
     noisy = tiny_settings(
-        {"router": {"jitter": 0.1}, "expert_dropout": 0.2},
+        {"router": {"jitter": 0.1}, "experts": {"dropout": 0.2}},
         train={"steps": 3, "batch_size": 8, "accumulate": 2, "save_every": 2},
         balance={"scope": "global"},
     )

@@ -16,7 +16,7 @@ from moestro.train.progress import ProgressDisplay
 TIMES = ("seconds", "tokens_per_s")
 NOISY = {
     "router": {"jitter": 0.1, "selection_bias": True},
-    "expert_dropout": 0.2,
+    "experts": {"dropout": 0.2},
     "capacity": {"factor": 1.0},
 }
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_equals_a_straight_one_bitwise(tiny_settings, tiny_corpus,
 def test_noise_differs_between_steps_and_seeds(tiny_settings, tiny_corpus, tmp_path):
     losses = []
     for seed in (0, 1):
-        cfg = tiny_settings({"expert_dropout": 0.5}, train={"seed": seed, "steps": 2})
+        cfg = tiny_settings({"experts": {"dropout": 0.5}}, train={"seed": seed, "steps": 2})
         Trainer(cfg, tmp_path / str(seed), tiny_corpus).train()
         losses += [record["loss"] for record in records(tmp_path / str(seed))]
     assert len(set(losses)) == 4

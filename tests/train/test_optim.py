@@ -50,7 +50,7 @@ def test_without_warmup_the_first_step_has_the_full_rate():
 
 def tiny() -> Decoder:
     moe = {"hidden_dim": 8, "num_experts": 4, "shared": {"hidden_dim": 8, "gate": True}}
-    attention = {"num_heads": 2, "context": 8, "qk_norm": True}
+    attention = {"num_heads": 2, "context": 8, "qk_norm": "head"}
     return Decoder(ModelConfig(dim=16, num_layers=2, dense_first=1, moe=moe, attention=attention))
 
 

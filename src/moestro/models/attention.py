@@ -28,7 +28,7 @@ def rotary(start: int, length: int, cfg: ModelConfig, device: torch.device) -> R
     """Angles position · θ^(-2i/A) of positions start … start+length-1 (Su et al. 2021, eq. 15)."""
     share_A = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float64) / cfg.head_dim
     positions_S = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    angles_SA = positions_S[:, None] * cfg.attention.rope_theta**-share_A
+    angles_SA = positions_S[:, None] * cfg.attention.positions.theta**-share_A
     return Rotary(angles_SA.cos().float(), angles_SA.sin().float())
 
 
@@ -83,9 +83,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.dim, width, bias=False)
         self.out = nn.Linear(self.num_heads * self.head_dim, cfg.dim, bias=False)
         self.q_norm = self.k_norm = None
-        if cfg.attention.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps)
+        if cfg.attention.qk_norm == "head":
+            self.q_norm = RMSNorm(self.head_dim, cfg.norm.eps)
+            self.k_norm = RMSNorm(self.head_dim, cfg.norm.eps)
 
     def forward(
         self,

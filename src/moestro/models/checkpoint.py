@@ -235,12 +235,12 @@ def load_weights(model: Decoder, folder: Path) -> None:
         CheckpointError: a key is missing or unknown, or a shape differs; all are named.
     """
     tensors = read_tensors(folder / WEIGHTS)
-    if model.cfg.tie_embeddings and "embed.weight" in tensors:
+    if model.cfg.head.tied and "embed.weight" in tensors:
         head = tensors.setdefault("head.weight", tensors["embed.weight"])
         if not torch.equal(head, tensors["embed.weight"]):
             raise CheckpointError(
                 f"{folder / WEIGHTS} holds a head.weight that differs from embed.weight, but the "
-                "settings tie them; set tie_embeddings = false"
+                "settings tie them; set head.tied = false"
             )
     own = model.state_dict()
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]

@@ -57,7 +57,7 @@ def count(cfg: ModelConfig) -> Count:
     """Count a decoder. `total` equals the parameters of `Decoder(cfg)` exactly."""
     heads, groups, head_dim = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
     attention = cfg.dim * head_dim * (2 * heads + 2 * groups)
-    norms = 2 * cfg.dim + (2 * head_dim if cfg.attention.qk_norm else 0)
+    norms = 2 * cfg.dim + (2 * head_dim if cfg.attention.qk_norm == "head" else 0)
     dense = matrices(cfg.dense.activation) * cfg.dim * cfg.dense.hidden_dim
     total = active = 0
     for layer in range(cfg.num_layers):
@@ -67,7 +67,7 @@ def count(cfg: ModelConfig) -> Count:
         active += attention + ffn_active
     embedding = cfg.vocab_size * cfg.dim
     every_norm = cfg.num_layers * norms + cfg.dim
-    embeddings = embedding if cfg.tie_embeddings else 2 * embedding
+    embeddings = embedding if cfg.head.tied else 2 * embedding
     return Count(
         total=total + every_norm + embeddings,
         active=active + every_norm + embeddings,

@@ -32,9 +32,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm.eps)
         self.attention = Attention(cfg)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm.eps)
         self.ffn: MoE | FeedForward
         if cfg.moe is not None and cfg.is_moe_layer(layer):
             self.ffn = MoE(cfg.moe, backend)
@@ -82,9 +82,9 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, n, backend) for n in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.norm = RMSNorm(cfg.dim, cfg.norm.eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        if cfg.tie_embeddings:
+        if cfg.head.tied:
             self.head.weight = self.embed.weight
         self.moe_layers = tuple(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
         self.reset_parameters()
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
     def reset_parameters(self) -> None:
         """Embeddings N(0, 1/D); what writes to the residual stream shrunk by sqrt(2L) (GPT-2)."""
         nn.init.normal_(self.embed.weight, std=self.cfg.dim**-0.5)
-        if not self.cfg.tie_embeddings:
+        if not self.cfg.head.tied:
             nn.init.normal_(self.head.weight, std=self.cfg.dim**-0.5)
         shrink = 1 / math.sqrt(2 * self.cfg.num_layers)
         for module in self.modules():

@@ -40,7 +40,7 @@ class MoE(nn.Module):
             cfg.dim,
             cfg.hidden_dim,
             cfg.activation,
-            cfg.expert_dropout,
+            cfg.experts.dropout,
             cfg.init_scale,
             backend,
         )

@@ -1,0 +1,38 @@
+"""The settings of each component: frozen, nested, one default in one place."""
+
+from moestro.config.attention import (
+    AttentionConfig,
+    LatentConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RelativeConfig,
+    RopeConfig,
+    WindowConfig,
+    YarnScaling,
+)
+from moestro.config.mixture import (
+    CapacityConfig,
+    DenseConfig,
+    ExpertsConfig,
+    MoEConfig,
+    RouterConfig,
+    SharedConfig,
+)
+from moestro.config.model import EncDecConfig, HeadConfig, ModelConfig, NetworkConfig, NormConfig
+from moestro.config.run import (
+    BalanceConfig,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DenseConfig",
+    "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LinearScaling",
+    "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig",
+    "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
+    "SharedConfig", "TrainConfig", "WindowConfig", "YarnScaling",
+]  # fmt: skip

@@ -1,0 +1,163 @@
+"""Settings of attention: heads, positions, windows, and the latent kind of DeepSeek-V2."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from moestro.config.number import Positive, PositiveFloat
+from moestro.settings import Settings
+
+
+class LinearScaling(Settings):
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: PositiveFloat
+
+
+class Llama3Scaling(Settings):
+    """Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_context: Positive
+
+
+class YarnScaling(Settings):
+    """Frequencies blended by how often they turn, and attention sharpened (Peng et al. 2023)."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: PositiveFloat
+    original_context: Positive
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = Field(
+        None, description="Cosines and sines are multiplied by it; unset: 0.1 · ln(factor) + 1."
+    )
+    mscale: float | None = Field(None, description="DeepSeek's m in 0.1 · m · ln(factor) + 1.")
+    mscale_all_dim: float | None = Field(
+        None, description="The same for all of a head: it scales the attention scores (squared)."
+    )
+    truncate: bool = Field(True, description="Round the borders of the blend to whole dimensions.")
+
+
+class LongRopeScaling(Settings):
+    """A divisor for each frequency, one list within the original context and one beyond it."""
+
+    kind: Literal["longrope"] = "longrope"
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_context: Positive
+    short_scale: PositiveFloat = Field(1.0, description="Of cosines and sines within it.")
+    long_scale: PositiveFloat = Field(1.0, description="Of cosines and sines beyond it.")
+
+
+RopeScaling = Annotated[
+    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling, Field(discriminator="kind")
+]
+
+
+class RopeConfig(Settings):
+    """Rotary positions (Su et al. 2021)."""
+
+    kind: Literal["rope"] = "rope"
+    theta: PositiveFloat = Field(10_000.0, description="Base of the rotary angles.")
+    scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
+
+
+class RelativeConfig(Settings):
+    """A learned bias per head and bucket of distances (Raffel et al. 2020, T5).
+
+    As in T5, the scores are not divided by the square root of the head's width.
+    """
+
+    kind: Literal["relative"] = "relative"
+    buckets: Annotated[int, Field(ge=4)] = 32
+    max_distance: Positive = 128
+    shared: bool = Field(False, description="One table for all layers (T5) or one in each (GLaM).")
+
+
+def _kind(value: Any) -> str:
+    given = value.get("kind", "rope") if isinstance(value, dict) else getattr(value, "kind", "rope")
+    return str(given)
+
+
+Positions = Annotated[
+    Annotated[RopeConfig, Tag("rope")] | Annotated[RelativeConfig, Tag("relative")],
+    Discriminator(_kind),
+]
+
+
+class WindowConfig(Settings):
+    """Layers that look back on a few tokens only."""
+
+    size: Positive = Field(description="Tokens a position sees, itself included.")
+    full_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Every n-th layer sees everything all the same; 0: none does."
+    )
+
+
+class LatentConfig(Settings):
+    """Multi-head latent attention (DeepSeek-V2, §2.1): keys and values from one small vector."""
+
+    q_rank: Positive | None = Field(None, description="Width of the queries' vector; unset: none.")
+    kv_rank: Positive = Field(description="Width of the vector that the cache keeps.")
+    nope_dim: Positive = Field(description="Width of a head's part without positions.")
+    rope_dim: Positive = Field(description="Width of its rotary part; the keys share one.")
+    value_dim: Positive = Field(description="Width of a head's values.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim is {self.rope_dim}; rotary positions need an even number")
+        return self
+
+
+class AttentionConfig(Settings):
+    """Attention of a decoder, or of both sides of an encoder-decoder."""
+
+    num_heads: Positive = Field(4, description="H, query heads.")
+    num_kv_heads: Positive | None = Field(None, description="G; unset: as many as num_heads.")
+    head_dim: Positive | None = Field(None, description="A; unset: dim / num_heads.")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        "none", description="RMSNorm of queries and keys: of each head, or of all together (OLMoE)."
+    )
+    bias: Literal["none", "qkv", "all"] = Field("none", description="Which projections have one.")
+    window: WindowConfig | None = None
+    sinks: bool = Field(
+        False, description="A learned score per head that takes attention from all keys (gpt-oss)."
+    )
+    positions: Positions = RopeConfig()
+    latent: LatentConfig | None = Field(
+        None,
+        description="DeepSeek's latent attention; num_kv_heads and head_dim then mean nothing.",
+    )
+    context: Positive = Field(256, description="Most tokens a position looks back on.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} heads do not share {self.num_kv_heads} key/value heads evenly"
+            )
+        rope = isinstance(self.positions, RopeConfig)
+        if self.head_dim is not None and self.head_dim % 2 and rope:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.latent is not None:
+            self._check_latent()
+        return self
+
+    def _check_latent(self) -> None:
+        for name in ("num_kv_heads", "head_dim", "window"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"latent attention has no {name}; leave it out")
+        plain = self.qk_norm == "none" and self.bias == "none" and not self.sinks
+        if not plain or not isinstance(self.positions, RopeConfig):
+            raise ValueError(
+                "latent attention has rotary positions, and neither qk_norm, bias nor sinks; "
+                "leave them out"
+            )

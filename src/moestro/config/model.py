@@ -1,0 +1,145 @@
+"""Settings of a whole model: a decoder, or an encoder-decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moestro.config.attention import AttentionConfig, RelativeConfig, RopeConfig
+from moestro.config.mixture import DenseConfig, MoEConfig
+from moestro.config.number import Positive, PositiveFloat
+from moestro.settings import Settings
+
+
+class NormConfig(Settings):
+    """The norm before each sublayer and at the end."""
+
+    kind: Literal["rms", "layer"] = Field(
+        "rms", description="RMSNorm, or LayerNorm with a bias (Phi-3.5-MoE)."
+    )
+    eps: PositiveFloat = Field(1e-6, description="Added to the mean square, or to the variance.")
+
+
+class HeadConfig(Settings):
+    """From the last hidden state to the logits."""
+
+    tied: bool = Field(True, description="Use the input embedding's matrix.")
+    bias: bool = False
+    scale: PositiveFloat = Field(
+        1.0, description="The hidden state is multiplied by it (T5's tied head: 1 / sqrt(dim))."
+    )
+
+
+class NetworkConfig(Settings):
+    """What decoders and encoder-decoders have in common."""
+
+    vocab_size: Positive = Field(
+        256, description="V. Training raises it to what the tokenizer needs."
+    )
+    dim: Positive = Field(128, description="D, the width of the model.")
+    dense: DenseConfig = DenseConfig()
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig | None = None
+    moe_every: Positive = Field(1, description="Every n-th layer is a mixture.")
+    norm: NormConfig = NormConfig()
+    head: HeadConfig = HeadConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_dim(cls, values: Any) -> Any:
+        """`moe.dim` follows `dim` when it is left out."""
+        if isinstance(values, Mapping) and isinstance(values.get("moe"), Mapping):
+            default_dim = cls.model_fields["dim"].default
+            moe = {"dim": values.get("dim", default_dim), **values["moe"]}
+            return {**values, "moe": moe}
+        return values
+
+    @model_validator(mode="after")
+    def _widths(self) -> Self:
+        if self.moe is not None and self.moe.dim != self.dim:
+            raise ValueError(
+                f"moe.dim is {self.moe.dim} but the model's dim is {self.dim}; "
+                "leave moe.dim out, or set both to the same width"
+            )
+        attention = self.attention
+        if attention.latent is None and attention.head_dim is None:
+            odd = isinstance(attention.positions, RopeConfig) and self.head_dim % 2
+            if self.dim % attention.num_heads or odd:
+                raise ValueError(
+                    f"dim {self.dim} over {attention.num_heads} heads is not an even whole number "
+                    "per head; change one of them, or set attention.head_dim"
+                )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """A, the width of one attention head; without meaning for latent attention."""
+        return self.attention.head_dim or self.dim // self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, the number of key/value heads."""
+        return self.attention.num_kv_heads or self.attention.num_heads
+
+
+class ModelConfig(NetworkConfig):
+    """A decoder language model; `moe` unset is a dense one."""
+
+    num_layers: Positive = Field(4, description="L, transformer blocks.")
+    dense_first: Annotated[int, Field(ge=0)] = Field(0, description="First layers kept dense.")
+
+    @model_validator(mode="after")
+    def _some_mixture(self) -> Self:
+        if self.moe is not None and not any(map(self.is_moe_layer, range(self.num_layers))):
+            raise ValueError(
+                f"no layer is a mixture: num_layers {self.num_layers}, dense_first "
+                f"{self.dense_first}, moe_every {self.moe_every}; lower one of the last two"
+            )
+        return self
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) holds a mixture."""
+        return (
+            self.moe is not None and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
+        )
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
+        window = self.attention.window
+        if window is None or (window.full_every and (layer + 1) % window.full_every == 0):
+            return None
+        return window.size
+
+
+class EncDecConfig(NetworkConfig):
+    """An encoder-decoder language model (T5, Switch Transformer)."""
+
+    attention: AttentionConfig = AttentionConfig(positions=RelativeConfig(shared=True))
+    encoder_layers: Positive = Field(4, description="Transformer blocks of the encoder.")
+    decoder_layers: Positive = Field(4, description="Transformer blocks of the decoder.")
+
+    @model_validator(mode="after")
+    def _t5(self) -> Self:
+        attention = self.attention
+        plain = attention.latent is None and attention.window is None and not attention.sinks
+        if not plain or attention.qk_norm != "none" or attention.bias != "none":
+            raise ValueError(
+                "an encoder-decoder's attention has neither latent, window, sinks, qk_norm nor "
+                "bias; leave them out"
+            )
+        if not isinstance(attention.positions, RelativeConfig) or not attention.positions.shared:
+            raise ValueError(
+                'an encoder-decoder has positions = {kind = "relative", shared = true}'
+            )
+        shortest = min(self.encoder_layers, self.decoder_layers)
+        if self.moe is not None and not any(map(self.is_moe_layer, range(shortest))):
+            raise ValueError(
+                f"no layer is a mixture: {shortest} layers, moe_every {self.moe_every}; lower it"
+            )
+        return self
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) of either side holds a mixture."""
+        return self.moe is not None and (layer + 1) % self.moe_every == 0

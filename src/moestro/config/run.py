@@ -1,0 +1,132 @@
+"""Settings of a run: text, balance, optimiser, training, and all of them together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moestro.config.model import ModelConfig
+from moestro.config.number import Coefficient, Fraction, Positive
+from moestro.settings import Settings
+
+
+class DataConfig(Settings):
+    """What text to read, how to cut it, what to hold out."""
+
+    sources: tuple[str, ...] = Field(
+        ("builtin",),
+        description="Files, folders or globs; 'builtin' is text every Python installation has.",
+    )
+    domains: Literal["folder", "file", "field", "none"] = Field(
+        "folder", description="Where a document's label comes from."
+    )
+    text_field: str = "text"
+    domain_field: str = "domain"
+    tokenizer: str = Field(
+        "bytes", description="'bytes', 'bpe:SIZE' (trained on the text), or a tokenizer.json."
+    )
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="Share of the documents kept for evaluation."
+    )
+    domain_bytes: Positive | None = Field(
+        None, description="Most bytes taken of one domain, so that none drowns the others."
+    )
+    seed: int = 0
+
+
+class BalanceConfig(Settings):
+    """What keeps the experts evenly used: the weight of each loss, summed over the layers."""
+
+    switch: Coefficient = 0.01
+    scope: Literal["micro", "sequence", "global"] = Field(
+        "micro",
+        description="Over what the Switch loss counts: a micro-batch, each sequence, or "
+        "the micro-batches of a step so far, of all ranks.",
+    )
+    importance: Coefficient = 0.0
+    load: Coefficient = Field(0.0, description="Smooth load CV²; needs the noisy_top_k router.")
+    z: Coefficient = 0.001
+    bias_rate: Coefficient = Field(
+        0.0, description="u of the loss-free bias update; needs router.selection_bias."
+    )
+
+
+class OptimConfig(Settings):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 2e-3
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.05, description="Share of the steps spent warming up."
+    )
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.2, description="Share of the steps spent decaying (wsd only)."
+    )
+    final_lr: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.1, description="Learning rate at the end, as a share of lr."
+    )
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Coefficient = 0.1
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class RuntimeConfig(Settings):
+    """Choices that change speed or output, never the settings of the experiment."""
+
+    device: str = "auto"
+    backend: str = Field("auto", description="Kernel backend; `moestro doctor` lists them.")
+    compile: bool = False
+    checkpoint_activations: bool = False
+    tensorboard: bool = False
+
+
+class TrainConfig(Settings):
+    """How long to train, in what precision, and what to save."""
+
+    steps: Positive = 500
+    batch_size: Positive = Field(16, description="Sequences per step, over all ranks.")
+    accumulate: Positive = Field(1, description="Micro-batches per step.")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    eval_every: Positive = 100
+    eval_tokens: Positive = 65_536
+    save_every: Positive = 250
+    keep: Positive = Field(2, description="Checkpoints kept; the newest good one always is.")
+    seed: int = 0
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+class RunConfig(Settings):
+    """Everything that describes one run; saved beside every checkpoint."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    balance: BalanceConfig = BalanceConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.seq_len > self.model.attention.context:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}, but model.attention.context is only "
+                f"{self.model.attention.context}; raise the context or shorten the sequences"
+            )
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not split into "
+                f"{self.train.accumulate} micro-batches"
+            )
+        router = self.model.moe.router if self.model.moe else None
+        if router and self.balance.bias_rate and not router.selection_bias:
+            raise ValueError(
+                "balance.bias_rate is set, but the router has no bias; "
+                "set model.moe.router.selection_bias = true"
+            )
+        if router and self.balance.load and router.kind != "noisy_top_k":
+            raise ValueError(
+                f"balance.load needs the noisy_top_k router, not {router.kind}; "
+                "set it to 0 or change model.moe.router.kind"
+            )
+        return self
