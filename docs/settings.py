@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from moestro.config import MoEConfig, RunConfig
-from moestro.settings import Settings
+from moestro.settings import Settings, settings_classes
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -32,17 +32,8 @@ MEANINGS = {
     "MoEConfig.num_experts": "E, experts of a layer.",
     "MoEConfig.top_k": "K, experts that one token passes.",
     "MoEConfig.activation": "The experts' non-linearity; swiglu and geglu have a gate.",
-    "MoEConfig.expert_dropout": "Chance of zeroing an expert's hidden unit in training.",
-    "AttentionConfig.num_heads": "H, query heads.",
-    "AttentionConfig.qk_norm": "Normalise each query and key head (RMSNorm).",
-    "AttentionConfig.rope_theta": "Base of the rotary angles.",
     "DenseConfig.hidden_dim": "Its hidden width.",
     "DenseConfig.activation": "Its non-linearity.",
-    "ModelConfig.vocab_size": "V. Training raises it to what the tokenizer needs.",
-    "ModelConfig.dim": "D, the width of the model.",
-    "ModelConfig.num_layers": "L, transformer blocks.",
-    "ModelConfig.tie_embeddings": "One matrix for the input embedding and the output head.",
-    "ModelConfig.norm_eps": "Added to the mean square in every RMSNorm.",
     "DataConfig.text_field": "The field of a .jsonl line that holds the text.",
     "DataConfig.domain_field": 'The field that holds the label, with domains = "field".',
     "DataConfig.seq_len": "S, tokens of one training sequence.",
@@ -86,22 +77,16 @@ In Python the same names are classes: `RunConfig(train={"steps": 200})`.
 """
 
 
-def settings_class(annotation: object) -> type[Settings] | None:
-    """The settings class in an annotation such as `MoEConfig | None`; None for plain values."""
-    for kind in (annotation, *typing.get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            return kind
-    return None
-
-
 def tables(kind: type[Settings], path: str) -> Iterator[tuple[str, type[Settings], bool]]:
     """(dotted path, class, may be unset) of every nested settings class, in order."""
     for name, field in kind.model_fields.items():
-        inner = settings_class(field.annotation)
-        if inner is not None:
+        inner = settings_classes(field.annotation)
+        for each in inner:
             here = f"{path}.{name}" if path else name
-            yield here, inner, field.default is None
-            yield from tables(inner, here)
+            if len(inner) > 1:
+                here += f" ({each.model_fields['kind'].default})"
+            yield here, each, field.default is None
+            yield from tables(each, here)
 
 
 def values_of(annotation: object) -> str:
@@ -148,6 +133,8 @@ def default_of(kind: type[Settings], name: str, field: FieldInfo) -> str:
 
 def meaning(kind: type[Settings], name: str, field: FieldInfo) -> str:
     """Its description, or the line above."""
+    if name == "kind" and len(typing.get_args(field.annotation)) == 1:
+        return "Says which kind this is."
     return field.description or MEANINGS[f"{kind.__name__}.{name}"]
 
 
@@ -162,7 +149,7 @@ def section(path: str, kind: type[Settings], may_be_unset: bool) -> str:
         f"| `{name}` | {values_of(field.annotation)}{limits(field.metadata)} | "
         f"{default_of(kind, name, field)} | {meaning(kind, name, field)} |"
         for name, field in kind.model_fields.items()
-        if settings_class(field.annotation) is None
+        if not settings_classes(field.annotation)
     ]
     head = ["| setting | values | default | meaning |", "|---|---|---|---|"]
     return "\n".join([f"## {path}", "", about, "", *head, *rows, ""])

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -97,7 +97,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     """Turn pydantic's report into one line per problem, written for a person."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(_names(kind, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             lines.append(_unknown(kind, problem["loc"]))
         elif problem["type"] == "value_error":
@@ -105,9 +105,31 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             lines.append(_within(where, message))
         elif problem["type"] == "missing":
             lines.append(f"{where} is required and was not given")
+        elif problem["type"] == "union_tag_invalid":
+            given, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+            lines.append(f"{where}.kind = {given!r} is not allowed: choose one of {allowed}")
         else:
             lines.append(f"{where} = {problem['input']!r} is not allowed: {problem['msg'].lower()}")
     return "; ".join(lines)
+
+
+def _names(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
+    """The names a person would write: without the tags that pydantic adds to a choice."""
+    names: list[str] = []
+    classes: list[type[Settings]] = [kind]
+    for part in loc:
+        if len(classes) > 1:  # part is the tag of one of them
+            classes = [each for each in classes if _tag(each) == part] or classes[:1]
+            continue
+        field = classes[0].model_fields.get(str(part)) if classes else None
+        classes = settings_classes(field.annotation) if field else []
+        names.append(str(part))
+    return names
+
+
+def _tag(kind: type[Settings]) -> Any:
+    field = kind.model_fields.get("kind")
+    return field.default if field else None
 
 
 def _within(where: str, message: str) -> str:
@@ -116,30 +138,30 @@ def _within(where: str, message: str) -> str:
         return message
     if message.startswith(UNKNOWN):
         return message.replace(UNKNOWN, f"{UNKNOWN}{where}.", 1)
-    deeper = re.match(r"[\w.]+: ", message)
-    return f"{where}.{message}" if deeper else f"{where}: {message}"
+    parts = message.split("; ")
+    if all(re.match(r"[\w.]+(: | = | is required)", part) for part in parts):
+        return "; ".join(f"{where}.{part}" for part in parts)
+    return f"{where}: {message}"
 
 
 def _unknown(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
     """Name an unknown setting, and the nearest one that exists at its level."""
-    level: type[BaseModel] = kind
+    level: type[Settings] = kind
     for part in loc[:-1]:
         field = level.model_fields.get(str(part))
-        inner = _settings_class(field.annotation) if field else None
-        if inner is None:
+        inner = settings_classes(field.annotation) if field else []
+        if not inner:
             break
-        level = inner
+        level = inner[0]
     known = sorted(level.model_fields)
-    name = ".".join(str(part) for part in loc)
+    name = ".".join(_names(kind, loc))
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"{UNKNOWN}{name}: {hint}"
 
 
-def _settings_class(annotation: Any) -> type[Settings] | None:
-    """The settings class inside an annotation such as `MoEConfig | None`."""
-    candidates = (annotation, *getattr(annotation, "__args__", ()))
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, Settings):
-            return candidate
-    return None
+def settings_classes(annotation: Any) -> list[type[Settings]]:
+    """The settings classes inside an annotation such as `MoEConfig | None`, in its order."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Settings) else []
+    return [kind for inner in get_args(annotation) for kind in settings_classes(inner)]

@@ -14,27 +14,33 @@ class LinearScaling(Settings):
     """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
 
     kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
+    factor: PositiveFloat = Field(description="How many times longer the context becomes.")
 
 
 class Llama3Scaling(Settings):
     """Low frequencies divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
 
     kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_context: Positive
+    factor: PositiveFloat = Field(description="Divides the low frequencies.")
+    low_freq_factor: PositiveFloat = Field(
+        1.0, description="Frequencies that turn fewer times than this within it are low."
+    )
+    high_freq_factor: PositiveFloat = Field(4.0, description="Those that turn more often are high.")
+    original_context: Positive = Field(description="The context it was first trained with.")
 
 
 class YarnScaling(Settings):
     """Frequencies blended by how often they turn, and attention sharpened (Peng et al. 2023)."""
 
     kind: Literal["yarn"] = "yarn"
-    factor: PositiveFloat
-    original_context: Positive
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
+    factor: PositiveFloat = Field(description="How many times longer the context becomes.")
+    original_context: Positive = Field(description="The context it was first trained with.")
+    beta_fast: PositiveFloat = Field(
+        32.0, description="Frequencies that turn more often within it are kept."
+    )
+    beta_slow: PositiveFloat = Field(
+        1.0, description="Those that turn less often are divided by factor."
+    )
     attention_factor: PositiveFloat | None = Field(
         None, description="Cosines and sines are multiplied by it; unset: 0.1 · ln(factor) + 1."
     )
@@ -49,9 +55,9 @@ class LongRopeScaling(Settings):
     """A divisor for each frequency, one list within the original context and one beyond it."""
 
     kind: Literal["longrope"] = "longrope"
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    original_context: Positive
+    short_factor: tuple[float, ...] = Field(description="Divisors within the original context.")
+    long_factor: tuple[float, ...] = Field(description="Divisors beyond it.")
+    original_context: Positive = Field(description="The context it was first trained with.")
     short_scale: PositiveFloat = Field(1.0, description="Of cosines and sines within it.")
     long_scale: PositiveFloat = Field(1.0, description="Of cosines and sines beyond it.")
 
@@ -76,8 +82,8 @@ class RelativeConfig(Settings):
     """
 
     kind: Literal["relative"] = "relative"
-    buckets: Annotated[int, Field(ge=4)] = 32
-    max_distance: Positive = 128
+    buckets: Annotated[int, Field(ge=4)] = Field(32, description="Entries of the table per head.")
+    max_distance: Positive = Field(128, description="From here on all distances share one bucket.")
     shared: bool = Field(False, description="One table for all layers (T5) or one in each (GLaM).")
 
 

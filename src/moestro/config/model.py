@@ -26,7 +26,7 @@ class HeadConfig(Settings):
     """From the last hidden state to the logits."""
 
     tied: bool = Field(True, description="Use the input embedding's matrix.")
-    bias: bool = False
+    bias: bool = Field(False, description="One per entry of the vocabulary.")
     scale: PositiveFloat = Field(
         1.0, description="The hidden state is multiplied by it (T5's tied head: 1 / sqrt(dim))."
     )
