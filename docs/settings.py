@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from moestro.config import MoEConfig, RunConfig
+from moestro.config import EncDecConfig, ModelConfig, MoEConfig, RunConfig
 from moestro.settings import Settings, settings_classes
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -70,8 +70,9 @@ A run's settings come from a TOML or JSON file (`moestro train --config run.toml
 from `--set NAME=VALUE`, as in `moestro train --set train.steps=200`. What a file leaves out has the
 default below. Without `--config`, `moestro train` and `moestro compare` start from
 [demo.toml](../src/moestro/demo.toml), which sets some of them otherwise. `--set model.moe=null`
-unsets a table. A name that does not exist is an error, and the message names the nearest one that
-does. The settings as used are saved in the run's folder and in every checkpoint.
+unsets a table. A `model` that sets `encoder_layers` or `decoder_layers` is an encoder-decoder. A
+name that does not exist is an error, and the message names the nearest one that does. The settings
+as used are saved in the run's folder and in every checkpoint.
 
 In Python the same names are classes: `RunConfig(train={"steps": 200})`.
 """
@@ -83,10 +84,17 @@ def tables(kind: type[Settings], path: str) -> Iterator[tuple[str, type[Settings
         inner = settings_classes(field.annotation)
         for each in inner:
             here = f"{path}.{name}" if path else name
-            if len(inner) > 1:
-                here += f" ({each.model_fields['kind'].default})"
-            yield here, each, field.default is None
-            yield from tables(each, here)
+            title = f"{here} ({tag_of(each)})" if len(inner) > 1 else here
+            yield title, each, field.default is None
+            if each is not EncDecConfig:  # its tables are a decoder's
+                yield from tables(each, here if each is ModelConfig else title)
+
+
+def tag_of(kind: type[Settings]) -> str:
+    """What tells one of several classes from the others, for a heading."""
+    if kind in (ModelConfig, EncDecConfig):
+        return "decoder" if kind is ModelConfig else "encoder-decoder"
+    return str(kind.model_fields["kind"].default)
 
 
 def values_of(annotation: object) -> str:

@@ -14,6 +14,10 @@ settings.load_profile("moestro")
 
 torch.set_num_threads(1)
 
+# torch lists what makes tensors when a default device is first used; the poisoned ones are none.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def _poisoned(make):
     """The tensor maker `make`, filling what it makes for moestro with a value nobody wants."""

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, streams, and what they refuse."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,91 @@ def test_any_tokenizer_json(tmp_path: Path) -> None:
     found.save(tmp_path)
     assert load_tokenizer(tmp_path).encode("b") == [1]
     assert build_tokenizer(str(path), []).encode("b a") == [1, 0]
+
+
+def with_ends(folder: Path, special: list[str], **files: dict[str, object]) -> Tokenizer:
+    """The tokenizer of a folder with these special tokens, ids from 3, and these JSON files."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(special)
+    inner.save(str(folder / "tokenizer.json"))
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return load_tokenizer(folder)
+
+
+TURN, DOCUMENT = "<|im_end|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("special", "files", "end", "ends"),
+    [
+        ([DOCUMENT], {}, 3, {3}),
+        ([TURN, DOCUMENT], {"generation_config": {"eos_token_id": [3, 4]}}, 4, {3, 4}),
+        ([TURN, DOCUMENT], {"config": {"eos_token_id": 3}}, 3, {3}),
+        (["<x>", "<y>"], {"config": {"eos_token_id": 4}}, 4, {4}),
+        (["<x>", "<y>"], {"tokenizer_config": {"eos_token": {"content": "<y>"}}}, 4, {4}),
+        (["<x>", "<y>"], {"tokenizer_config": {"eos_token": "<x>"}}, 3, {3}),
+        (
+            ["<x>", "<y>", "<z>"],
+            {"config": {"eos_token_id": [5]}, "generation_config": {"eos_token_id": 3}},
+            3,
+            {3, 5},
+        ),
+        ([DOCUMENT], {"config": {"eos_token_id": None}}, 3, {3}),
+        # Nothing is said of a token that is not there, but that no text can end with it.
+        ([DOCUMENT], {"config": {"eos_token_id": 99}}, 3, {3, 99}),
+    ],
+)
+def test_the_ends_that_a_checkpoint_states(
+    tmp_path: Path, special: list[str], files: dict, end: int, ends: set[int]
+) -> None:
+    found = with_ends(tmp_path, special, **files)
+    assert (found.end_of_text, found.ends) == (end, ends)
+    (tmp_path / "saved").mkdir()
+    found.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.end_of_text, again.ends) == (end, ends)
+    assert build_tokenizer(str(tmp_path), []).ends == ends
+
+
+@pytest.mark.parametrize("bad", ["</s>", [1, "2"], -1, True, 1.0])
+def test_ends_that_are_no_numbers_are_refused(tmp_path: Path, bad: object) -> None:
+    with pytest.raises(DataError, match=r"config\.json: eos_token_id is .* a token's number"):
+        with_ends(tmp_path, [DOCUMENT], config={"eos_token_id": bad})
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_files_beside_a_tokenizer_are_refused(tmp_path: Path, content: str) -> None:
+    with_ends(tmp_path, [DOCUMENT])
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"generation_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_prompts_may_spell_special_tokens_and_documents_not() -> None:
+    text = "the <|end_of_text|> cat"
+    prompt = BPE.encode_prompt(text)
+    assert prompt == [*BPE.encode("the "), BPE.end_of_text, *BPE.encode(" cat")]
+    assert BPE.encode_prompt(text, templated=True) == prompt
+    assert BPE.end_of_text not in BPE.encode(text)
+    assert ByteTokenizer().encode_prompt(text) == list(text.encode())
+    with pytest.raises(DataError, match="surrogate"):
+        BPE.encode_prompt("\ud800")
+
+
+def test_a_prompt_gets_what_the_post_processor_adds(tmp_path: Path) -> None:
+    with_ends(tmp_path, ["<s>", "</s>"])
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 3)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert found.encode_prompt("a b") == [3, 0, 1]
+    assert found.encode_prompt("") == [3]
+    assert found.encode_prompt("<s> b", templated=True) == [3, 1]
+    assert found.encode("a b") == [0, 1]
 
 
 def test_a_tokenizer_json_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -54,10 +54,15 @@ def load_settings(
     Raises:
         ConfigError: the file cannot be read, or a name or value in it is not allowed.
     """
+    return kind(**read_values(path, overrides))
+
+
+def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a file and overrides state, nested, before any of it is checked; as `load_settings`."""
     values = _read(path) if path is not None else {}
     for assignment in overrides:
         _assign(values, assignment)
-    return kind(**values)
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

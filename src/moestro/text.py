@@ -1,14 +1,17 @@
 """Tokenizers: bytes, a trained byte-level BPE, any tokenizer.json; and decoding as a stream.
 
-The byte tokenizer needs nothing on disk and is the default. Nothing here imports torch.
+The byte tokenizer needs nothing on disk and is the default. A document and a prompt are encoded
+differently: a document that spells a special token out gets its characters, a prompt the special
+token, and what else the tokenizer.json puts around a text. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -19,11 +22,14 @@ END_OF_TEXT = "<|end_of_text|>"
 # What published tokenizers call the token that ends a document, best guess first.
 KNOWN_ENDS = (
     END_OF_TEXT, "<|endoftext|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eot_id|>",
-    "<|im_end|>", "[SEP]",
+    "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]",
 )  # fmt: skip
 SMALLEST_BPE = 257
 NOTE_FILE = "moestro_tokenizer.json"
 HF_FILE = "tokenizer.json"
+# Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
+END_FILES = ("generation_config.json", "config.json")
+HF_SETTINGS = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"
 
 
@@ -34,14 +40,23 @@ class Tokenizer(Protocol):
         name: "bytes", "bpe:SIZE" or "file".
         vocab_size: Ids are in [0, vocab_size).
         end_of_text: The id that ends a document.
+        ends: Every id that ends a generated text; `end_of_text` is one of them.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
+    ends: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no `end_of_text` among them unless the text holds a NUL."""
+
+    def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
+        """Token ids of a prompt, in which special tokens may be spelled out.
+
+        A `templated` prompt spells all of them; any other also gets those that the tokenizer puts
+        around a text, such as one for its beginning.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -56,6 +71,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     end_of_text = 0
+    ends = frozenset({0})
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text` in UTF-8.
@@ -64,6 +80,10 @@ class ByteTokenizer:
             DataError: the text holds half of a surrogate pair.
         """
         return list(utf8(text))
+
+    def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
+        """As `encode`: the only special token is the NUL byte."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the bytes `ids`; what is not UTF-8 becomes U+FFFD.
@@ -82,16 +102,28 @@ class ByteTokenizer:
 class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library: a BPE trained here, or a tokenizer.json."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, name: str, end_of_text: int) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        name: str,
+        end_of_text: int,
+        ends: Iterable[int] = (),
+    ) -> None:
         self.name = name
         self.end_of_text = end_of_text
+        self.ends = frozenset({end_of_text, *ends})
         # Some published vocabularies have gaps, so the number of entries is not enough.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.no_truncation()
         inner.no_padding()
-        # A document that spells a special token out gets its characters, not the special id.
-        inner.encode_special_tokens = True
         self._inner = inner
+
+    @cached_property
+    def _for_documents(self) -> tokenizers.Tokenizer:
+        """The same, but a text that spells a special token out gets its characters."""
+        twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        twin.encode_special_tokens = True
+        return twin
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without the special tokens that a template would add.
@@ -100,7 +132,16 @@ class SubwordTokenizer:
             DataError: the text holds half of a surrogate pair.
         """
         utf8(text)
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        return list(self._for_documents.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
+        """Token ids of a prompt; what is put around it is tokenizer.json's post-processor's choice.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair.
+        """
+        utf8(text)
+        return list(self._inner.encode(text, add_special_tokens=not templated).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out; what is not UTF-8 becomes U+FFFD.
@@ -112,7 +153,7 @@ class SubwordTokenizer:
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, and a note with its name and end-of-text id."""
+        """Write tokenizer.json, and a note with its name and the ids that end a text."""
         self._inner.save(str(folder / HF_FILE))
         _write_note(folder, self)
 
@@ -182,8 +223,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def tokenizer_file(path: Path) -> Tokenizer:
     """Read any tokenizer.json.
 
+    The tokens that end a text are those named in the folder's generation_config.json, config.json
+    and tokenizer_config.json, each of which may be missing; without any, one with a known name.
+
     Raises:
-        DataError: it cannot be read, or no token in it is known to end a document.
+        DataError: a file cannot be read, or no token is known to end a document.
     """
     inner = _read_hf(path)
     special = {
@@ -191,18 +235,23 @@ def tokenizer_file(path: Path) -> Tokenizer:
         for number, token in inner.get_added_tokens_decoder().items()
         if token.special
     }
-    for known in KNOWN_ENDS:
-        if known in special:
-            return SubwordTokenizer(inner, "file", special[known])
-    raise DataError(
-        f"{path} has no token that ends a document: known are {', '.join(KNOWN_ENDS)}, its special "
-        f"tokens are {', '.join(sorted(special)) or 'none'}; add one of the known to its "
-        "added_tokens as a special token"
-    )
+    known = [special[name] for name in KNOWN_ENDS if name in special]
+    stated = _stated_ends(path.parent, inner)
+    # A chat model states several: the end of a turn too. That of a document has a known name.
+    choice = [number for number in known if number in stated]
+    choice = choice or [number for number in stated if inner.id_to_token(number)] or known
+    if not choice:
+        raise DataError(
+            f"{path} has no token that ends a document: none is stated as eos_token_id beside it, "
+            f"known are {', '.join(KNOWN_ENDS)}, its special tokens are "
+            f"{', '.join(sorted(special)) or 'none'}; state one, or add one of the known to its "
+            "added_tokens as a special token"
+        )
+    return SubwordTokenizer(inner, "file", choice[0], stated)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read what a tokenizer's `save` wrote, or a folder with just a tokenizer.json.
+    """Read what a tokenizer's `save` wrote, or the tokenizer.json of a published checkpoint.
 
     Raises:
         DataError: there is no tokenizer in the folder, or it is damaged.
@@ -215,28 +264,29 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         values = json.loads(note.read_text(encoding="utf-8"))
         name, end_of_text = str(values["name"]), int(values["end_of_text"])
+        ends = [int(number) for number in values.get("ends", ())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{note} cannot be read ({error}); write the tokenizer again") from None
     if name == ByteTokenizer.name:
         return ByteTokenizer()
-    return SubwordTokenizer(_read_hf(folder / HF_FILE), name, end_of_text)
+    return SubwordTokenizer(_read_hf(folder / HF_FILE), name, end_of_text, ends)
 
 
 def check_tokenizer(setting: str) -> None:
     """Refuse a bad `data.tokenizer` before any text is read.
 
     Raises:
-        DataError: it is neither 'bytes', 'bpe:SIZE' with a size that works, nor a file.
+        DataError: it is neither 'bytes', 'bpe:SIZE' with a size that works, nor there on disk.
     """
     if setting == ByteTokenizer.name:
         return
     if setting.startswith("bpe:"):
         size = setting.removeprefix("bpe:")
         _check_bpe_size(int(size) if size.isascii() and size.isdigit() else None, size)
-    elif not Path(setting).expanduser().is_file():
+    elif not Path(setting).expanduser().exists():
         raise DataError(
             f"tokenizer {setting!r} is not 'bytes', 'bpe:SIZE' (such as bpe:1024), or an existing "
-            "tokenizer.json; give one of these"
+            "tokenizer.json or folder that holds one; give one of these"
         )
 
 
@@ -251,7 +301,8 @@ def build_tokenizer(setting: str, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     if setting.startswith("bpe:"):
         return train_bpe(texts, int(setting.removeprefix("bpe:")))
-    return tokenizer_file(Path(setting).expanduser())
+    path = Path(setting).expanduser()
+    return load_tokenizer(path) if path.is_dir() else tokenizer_file(path)
 
 
 def utf8(text: str) -> bytes:
@@ -299,6 +350,41 @@ def _read_hf(path: Path) -> tokenizers.Tokenizer:
         ) from None
 
 
+def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
+    """Ids that the files beside a tokenizer.json call the end of a text, the likeliest first."""
+    found: list[int] = []
+    for name in END_FILES:
+        value = _optional_json(folder / name).get("eos_token_id")
+        numbers = value if isinstance(value, list) else [value] if value is not None else []
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise DataError(
+                f"{folder / name}: eos_token_id is {value!r}; it is a token's number, or a list "
+                "of them"
+            )
+        found += numbers
+    token = _optional_json(folder / HF_SETTINGS).get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    number = inner.token_to_id(content) if isinstance(content, str) else None
+    return list(dict.fromkeys([*found, *([] if number is None else [number])]))
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
+    return values
+
+
 def _write_note(folder: Path, tokenizer: Tokenizer) -> None:
-    values = {"name": tokenizer.name, "end_of_text": tokenizer.end_of_text}
+    values = {
+        "name": tokenizer.name,
+        "end_of_text": tokenizer.end_of_text,
+        "ends": sorted(tokenizer.ends),
+    }
     (folder / NOTE_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -210,3 +210,14 @@ def test_the_summary_claims_no_more_than_the_noise_allows() -> None:
     assert "more than shuffled in 0 and less in 0 of 4" in text
     whole = recording._replace(block_N=np.repeat([0, 1], 12))
     assert "Of left, right only one document" in summary(measure(whole, draws=9))
+
+
+def test_a_published_model_is_probed_where_one_stands(
+    published, tmp_path, texts, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(published.iterdir())
+    found = probe_json(capsys, published, "--source", texts, "--tokens", 600)
+    assert found["domains"] == ["animals", "numbers", "shouts"]
+    assert (tmp_path / "probe-tiny" / "probe.json").is_file()
+    assert sorted(published.iterdir()) == before

@@ -5,10 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
 
 from moestro.cli.main import main
+from moestro.config import EncDecConfig
+from moestro.models.checkpoint import atomic_folder, load_model, save_model
+from moestro.models.encdec import EncDec
+from moestro.models.pretrained import read_pretrained
+from moestro.text import ByteTokenizer, load_tokenizer
 from moestro.train.metrics import read_metrics
 
 TINY = [
@@ -184,3 +192,132 @@ def test_an_empty_name_is_not_the_current_folder(more, tmp_path, monkeypatch, ca
     assert main(["train", *more]) == 2
     assert "an empty one was given" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def start(tmp_path, init, *more, out="run"):
+    """Words of a tiny run that begins from a checkpoint; the model is left to it."""
+    rest = [value for value in TINY if not value.startswith("model.")]
+    settings = [word for value in rest for word in ("--set", value)]
+    source = ["--source", str(tmp_path / "text"), "--init", str(init)]
+    return ["train", "--out", str(tmp_path / out), *source, *settings, *more]
+
+
+def weights(folder):
+    return load_model(folder).state_dict()
+
+
+def equal(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
+
+
+def test_a_published_checkpoint_goes_on_and_back(words, published, tmp_path, capsys):
+    init = shutil.copytree(published, tmp_path / "init")
+    assert main(start(tmp_path, init, "--set", "train.keep=9")) == 0
+    run = tmp_path / "run"
+    first, last = (run / "checkpoints" / f"step-00000{step}" for step in (0, 6))
+    theirs = read_pretrained(init).model.state_dict()
+    assert equal(weights(first), theirs)
+    assert not equal(weights(last), theirs)
+    data = load_tokenizer(run / "data")
+    assert data.vocab_size == load_tokenizer(init).vocab_size
+    # The folder that it began from may go, and the prepared text too.
+    shutil.rmtree(init)
+    reference = weights(last)
+    for number in (3, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-00000{number}")
+    shutil.rmtree(run / "data")
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert equal(weights(last), reference)
+    capsys.readouterr()
+    back = tmp_path / "back"
+    assert main(["convert", str(run), str(back), "--to", "hf"]) == 0
+    config = json.loads((published / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text()) == config
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (published / name).read_bytes()
+    assert equal(read_pretrained(back).model.state_dict(), reference)
+    assert main(["generate", str(run), "hi", "--chat", "--max-tokens", "2"]) == 0
+
+
+def test_a_run_goes_on_in_another_run(words, tmp_path, capsys):
+    assert main(words("--set", "data.tokenizer=bpe:300", "--set", "train.steps=3")) == 0
+    assert main(start(tmp_path, tmp_path / "run", "--set", "train.steps=3", out="next")) == 0
+    old, new = (tmp_path / name / "checkpoints" / "step-00000" for name in ("run", "next"))
+    assert equal(weights(Path(f"{new}0")), weights(Path(f"{old}3")))
+    assert load_tokenizer(tmp_path / "next" / "data").name == "bpe:300"
+    assert main(words("--set", "train.steps=1", out="bytes")) == 0
+    assert main(start(tmp_path, tmp_path / "bytes", "--set", "train.steps=1", out="more")) == 0
+    saved = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert saved["data"]["tokenizer"] == "bytes"
+
+
+def test_an_encoder_decoder_goes_on(words, tmp_path):
+    positions = {"kind": "relative", "shared": True}
+    cfg = EncDecConfig(
+        vocab_size=300, dim=16, encoder_layers=1, decoder_layers=1,
+        attention={"num_heads": 2, "context": 16, "positions": positions},
+    )  # fmt: skip
+    with atomic_folder(tmp_path / "init") as inside:
+        save_model(EncDec(cfg), inside)
+        ByteTokenizer().save(inside)
+    assert main(start(tmp_path, tmp_path / "init", "--set", "train.steps=2")) == 0
+    first = tmp_path / "run" / "checkpoints" / "step-000000"
+    assert equal(weights(first), weights(tmp_path / "init"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "model.dim=32"], "model.dim = 32 (there: 16)"),
+        (["--set", "model.moe.top_k=1"], "model.moe.top_k = 1 (there: 2)"),
+        (["--set", "model.rope=1"], "model.rope = 1 (there: None)"),
+        (["--set", "model=3"], "model is 3"),
+        (["--set", "data.tokenizer=bytes"], "leave data.tokenizer out"),
+        (["--set", "data.seq_len=128"], "model.attention.context is only 64"),
+        (["--resume"], "leave --init out"),
+        (["--init", "{tmp}/nowhere"], "nowhere does not exist"),
+        (["--init", "{tmp}/text"], "holds no checkpoint"),
+        (["--config", "{tmp}/own.toml"], "model.num_layers = 9 (there: 2)"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused(
+    words, published, tmp_path, capsys, more, message
+):
+    (tmp_path / "own.toml").write_text("[model]\nnum_layers = 9\ndim = 16\n")
+    more = [word.format(tmp=tmp_path) if "{tmp}" in word else word for word in more]
+    assert main(start(tmp_path, published, *more)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_agree_with_the_checkpoint_are_fine(words, published, tmp_path):
+    more = ["--set", "model.dim=16", "--set", "model.moe.top_k=2", "--set", "train.steps=1"]
+    assert main(start(tmp_path, published, *more)) == 0
+
+
+def test_a_vocabulary_too_small_for_its_tokenizer_is_refused(words, published, tmp_path, capsys):
+    init = shutil.copytree(published, tmp_path / "init")
+    inner = tokenizers.Tokenizer.from_file(str(init / "tokenizer.json"))
+    inner.add_special_tokens(["<more>"])
+    inner.save(str(init / "tokenizer.json"))
+    assert main(start(tmp_path, init)) == 2
+    assert "a vocabulary of 260, its tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_before_its_first_save_starts_anew(words, published, tmp_path, capsys):
+    """Such a run must never go on from random weights."""
+    run = tmp_path / "run"
+    assert main(start(tmp_path, published, "--source", "nowhere")) == 2
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(run)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    (run / "checkpoints").mkdir()
+    assert main(words("--resume")) == 2
+    assert "start again with --init" in capsys.readouterr().err
+    (run / "checkpoints").rmdir()
+    assert main(words("--set", "train.steps=1")) == 0
+    assert not (run / "init").exists()
+    assert not (run / "checkpoints" / "step-000001" / "hf_config.json").exists()

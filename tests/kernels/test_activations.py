@@ -3,7 +3,7 @@ import torch
 
 from moestro.kernels import activations, reference
 
-KINDS = ("swiglu", "geglu", "relu", "gelu")
+KINDS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
 # One rounding to bf16 or fp32 per elementwise step, at most four steps.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -28,3 +28,17 @@ def test_forward_and_backward_equal_the_definition(activation, rows, dtype):
     torch.testing.assert_close(again_RF.double(), exact_RF.detach(), **tolerance)
     torch.testing.assert_close(grad_RH.double(), expected_RH, **tolerance)
     assert torch.equal(hidden_RH, before_RH), "the hidden rows were overwritten"
+
+
+def test_nothing_flows_back_through_a_cut_input():
+    """Gate above 7, gate below -7 (never cut), up beyond ±7, and both exactly at the cut."""
+    gate, up = [8.0, -8.0, 1.0, 1.0, 7.0, 9.0], [1.0, 1.0, 7.5, -7.5, -7.0, 9.0]
+    hidden_RH = torch.tensor([gate + up], dtype=torch.float64)
+    leaf_RH = hidden_RH.clone().requires_grad_()
+    reference.activate(leaf_RH, "clamped_swiglu").sum().backward()
+    _, kept_RF = activations.forward(hidden_RH, "clamped_swiglu")
+    ones_RF = torch.ones_like(kept_RF)
+    grad_RH, _ = activations.backward(ones_RF, hidden_RH, kept_RF, "clamped_swiglu")
+    torch.testing.assert_close(grad_RH, leaf_RH.grad)
+    flows = [False, True, True, True, True, False, True, True, False, False, True, False]
+    assert (grad_RH[0] != 0).tolist() == flows

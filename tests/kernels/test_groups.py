@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moestro.kernels import reference, torch_grouped
-from moestro.kernels.torch_grouped import Groups, Run, runs
+from moestro.kernels.torch_grouped import Groups, Run
 
 # bf16 keeps 8 bits of mantissa and is rounded twice on the way.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -51,7 +51,7 @@ def test_groups_in_any_order_equal_the_definition(sizes, dtype, kernel):
 def test_short_runs_are_cut_into_single_groups():
     order = torch.tensor([5, 3, 0, 1, 2, 4, 6])
     groups = Groups(torch.tensor([4, 8, 12, 14, 14, 16, 18]), order)
-    assert runs(groups) == [
+    assert groups.runs == [
         Run([5], slice(0, 4)),
         Run([3], slice(4, 8)),
         Run([0], slice(8, 12)),
@@ -63,5 +63,5 @@ def test_short_runs_are_cut_into_single_groups():
 
 def test_runs_without_an_order_name_the_experts_in_turn():
     groups = Groups(torch.tensor([2, 4, 6, 8, 10, 12, 14, 16, 18]), None)
-    assert [run.experts for run in runs(groups)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert [run.rows for run in runs(groups)] == [slice(0, 8), slice(8, 16), slice(16, 18)]
+    assert [run.experts for run in groups.runs] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [run.rows for run in groups.runs] == [slice(0, 8), slice(8, 16), slice(16, 18)]

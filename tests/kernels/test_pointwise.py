@@ -137,6 +137,25 @@ def test_gradcheck():
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_few_numbers_without_gradients_equal_the_definition(dtype):
+    """The way of one token when generating text."""
+    x_BSHA, weight_A, w_OA = torch.randn(1, 1, 3, 8), torch.rand(8) + 0.5, torch.randn(5, 8)
+    x_BSHA, w_OA = x_BSHA.to(dtype), w_OA.to(dtype)
+    angles_SA = torch.randn(1, 4)
+    turn = (angles_SA.cos(), angles_SA.sin())
+    exact_BSHA, exact_OA = x_BSHA.double(), w_OA.double()
+    with torch.no_grad():
+        normed = pointwise.rms_norm(x_BSHA, weight_A, 1e-3, dtype)
+        turned = pointwise.rotate(x_BSHA, *turn)
+        logits = pointwise.fp32_linear(x_BSHA[0, 0], w_OA)
+    assert normed.dtype == turned.dtype == dtype
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    close(normed, reference.rms_norm(exact_BSHA, weight_A, 1e-3, torch.float64), dtype)
+    close(turned, reference.rotate(exact_BSHA, *turn), dtype)
+    close(logits, reference.fp32_linear(exact_BSHA[0, 0], exact_OA), logits.dtype)
+
+
 def test_strides_and_inputs_left_alone():
     """Slices of a wider projection, and gradients that are expanded or transposed."""
     wide = torch.randn(2, 3, 5, 8)

@@ -12,17 +12,23 @@ def phi(x: float) -> float:
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
+def clamped(gate: float, up: float) -> float:
+    gate, up = min(gate, 7.0), max(-7.0, min(up, 7.0))
+    return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
+
+
 @pytest.mark.parametrize(
     ("activation", "formula"),
     [
         ("swiglu", lambda gate, up: gate / (1 + math.exp(-gate)) * up),
         ("geglu", lambda gate, up: gate * phi(gate) * up),
+        ("clamped_swiglu", lambda gate, up: clamped(gate, up)),
         ("relu", lambda gate, up: max(gate, 0.0)),
         ("gelu", lambda gate, up: gate * phi(gate)),
     ],
 )
 def test_activations_by_their_formulas(activation, formula):
-    gate, up = [-2.0, -0.5, 0.0, 0.7, 3.0], [1.0, -2.0, 5.0, 0.3, -0.1]
+    gate, up = [-9.0, -2.0, -0.5, 0.0, 0.7, 9.0], [1.0, 1.0, -2.0, 8.0, 7.5, -9.0]
     gated = activation in reference.GATED
     hidden_RH = torch.tensor([gate + up if gated else gate], dtype=torch.float64)
     expected = [formula(g, u) for g, u in zip(gate, up, strict=True)]
@@ -55,6 +61,18 @@ def test_mixture_by_hand():
     weights_R = torch.tensor([0.25, 0.75, 0.5])
     y = reference.mixture(x, tokens_R, experts_R, weights_R, up_EHD, down_EDF, "relu")
     assert y.tolist() == [[0.25 + 7.5], [0.0], [15.0]]
+
+
+def test_biases_by_hand():
+    """The down bias is part of what the weight multiplies; a row of nobody gets none."""
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    weights = (torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([[[2.0]], [[3.0]]]))
+    biases = reference.Biases(torch.tensor([[-1.5], [5.0]]), torch.tensor([[100.0], [200.0]]))
+    y = reference.expert_ffn(x, *weights, torch.tensor([1, 2]), "relu", None, biases)
+    assert y.tolist() == [[100.0], [275.0], [0.0]]
+    who = (torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]), torch.tensor([0.25, 0.5, 2.0]))
+    y = reference.mixture(x, *who, *weights, "relu", biases)
+    assert y.tolist() == [[25.0 + 122.5], [0.0], [2 * 305.0]]
 
 
 def test_mixture_of_no_tokens():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moestro.kernels import reference, torch_grouped
+from moestro.kernels.reference import Biases
 
 # Relative error allowed, measured against the largest value of the compared tensor. Each backend
 # computes in `dtype` with fp32 accumulation or better, so what is left is rounding of the inputs'
@@ -36,7 +37,7 @@ SHAPES = {
     "63 and a tail": ((20, 1, 0, 41, 1), 5),
     "tail after an empty expert": ((3, 4, 0), 2),
 }
-ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
 D, F = 16, 24
 
 
@@ -95,6 +96,51 @@ def test_expert_ffn(backend, dtype, shape, activation):
     assert not actual[1][end:].any()
 
 
+def biased(expert_ffn):
+    """`expert_ffn` with its biases among the first inputs, as `run` and `exact` want them."""
+    return lambda x, up, down, up_EH, down_ED, offsets_E, activation, experts_E=None: expert_ffn(
+        x, up, down, offsets_E, activation, experts_E, Biases(up_EH, down_ED)
+    )
+
+
+def with_biases(inputs, dtype):
+    _, up_EHD, down_EDF = inputs
+    return [*inputs, *(torch.randn(w.shape[:2]).to(dtype) for w in (up_EHD, down_EDF))]
+
+
+# No ReLU: in bf16 a sum of product and bias near 0 may round to the other side of its kink.
+@pytest.mark.parametrize("activation", ["clamped_swiglu", "gelu"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_expert_ffn_with_biases(backend, dtype, shape, activation):
+    *inputs, offsets_E, grad_RD = make_case(shape, activation, dtype)
+    inputs = with_biases(inputs, dtype)
+    order = torch.randperm(len(offsets_E))
+    for rest in ((offsets_E, activation), (offsets_E, activation, order)):
+        actual = run(biased(backend[1]), inputs, grad_RD, *rest)
+        expected = exact(biased(reference.expert_ffn), inputs, grad_RD, *rest)
+        assert all(tensor.dtype == dtype for tensor in actual)
+        assert_same(actual, expected, dtype)
+        end = int(offsets_E[-1])
+        assert not actual[0][end:].any()
+        assert not actual[1][end:].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_grouped_mm_with_a_bias(backend, dtype, shape):
+    x_RD, up_EHD, _, offsets_E, _ = make_case(shape, "swiglu", dtype)
+    grad_RH = torch.randn(len(x_RD), up_EHD.shape[1]).to(dtype)
+    grad_RH[int(offsets_E[-1]) :] = float("nan")
+    inputs = [x_RD, up_EHD, torch.randn(up_EHD.shape[:2]).to(dtype)]
+
+    def by(grouped_mm):
+        return lambda x, w, bias, offsets_E: grouped_mm(x, w, offsets_E, None, bias)
+
+    actual = run(by(backend[0]), inputs, grad_RH, offsets_E)
+    assert_same(actual, exact(by(reference.grouped_mm), inputs, grad_RH, offsets_E), dtype)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_grouped_mm(backend, dtype, shape):
@@ -120,6 +166,12 @@ def test_bf16_rows_with_fp32_weights_give_fp32_weight_gradients(backend, shape):
     inputs[1:] = [weight.bfloat16() for weight in inputs[1:]]
     expected = exact(reference.expert_ffn, inputs, grad_RD, offsets_E, "swiglu")
     assert_same([y, grad_x, grad_up, grad_down], expected, torch.bfloat16)
+    inputs = with_biases(inputs, torch.float32)
+    actual = run(biased(backend[1]), inputs, grad_RD, offsets_E, "swiglu")
+    assert [grad.dtype for grad in actual[4:]] == [torch.float32] * 2
+    inputs[3:] = [bias.bfloat16() for bias in inputs[3:]]
+    expected = exact(biased(reference.expert_ffn), inputs, grad_RD, offsets_E, "swiglu")
+    assert_same(actual, expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
@@ -156,12 +208,15 @@ def test_gradcheck_of_segments(shape, activation):
     # ReLU has no derivative at 0: no hidden unit may lie within gradcheck's step of it.
     x_RD, up_EHD, down_EDF = x_RD[:, :4], up_EHD[:, ::6, :4], down_EDF[:, :4, ::6]
     x_RD = x_RD.nan_to_num(0.5)
-    leaves = [t.detach().clone().requires_grad_() for t in (x_RD, up_EHD, down_EDF)]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: torch_grouped.SEGMENTS.expert_ffn(*tensors, offsets_E, activation),
-        leaves,
-        fast_mode=True,
-    )
+    inputs = with_biases((x_RD, up_EHD, down_EDF), torch.float64)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    plain = torch_grouped.SEGMENTS.expert_ffn
+    for ffn, count in ((plain, 3), (biased(plain), 5)):
+        assert torch.autograd.gradcheck(
+            lambda *tensors, ffn=ffn: ffn(*tensors, offsets_E, activation),
+            leaves[:count],
+            fast_mode=True,
+        )
 
 
 def test_gradcheck_of_grouped_mm():
@@ -174,13 +229,14 @@ def test_gradcheck_of_grouped_mm():
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize("wanted", [0, 1, 2])
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3, 4])
 def test_only_the_gradients_asked_for(backend, dtype, wanted):
     *inputs, offsets_E, grad_RD = make_case("63 and a tail", "swiglu", dtype)
-    expected = run(backend[1], inputs, grad_RD, offsets_E, "swiglu")[1 + wanted]
+    inputs = with_biases(inputs, dtype)
+    expected = run(biased(backend[1]), inputs, grad_RD, offsets_E, "swiglu")[1 + wanted]
     leaves = [tensor.clone() for tensor in inputs]
     leaves[wanted].requires_grad_()
-    backend[1](*leaves, offsets_E, "swiglu").backward(grad_RD)
+    biased(backend[1])(*leaves, offsets_E, "swiglu").backward(grad_RD)
     assert torch.equal(leaves[wanted].grad, expected)
     assert all(leaf.grad is None for n, leaf in enumerate(leaves) if n != wanted)
 
@@ -207,6 +263,36 @@ def test_gradients_accumulate(backend, dtype):
         torch.testing.assert_close(leaf.grad, 2 * grad)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [F, 8192])
+def test_a_single_experts_rows(width, dtype, weight_dtype, rows):
+    """Both sides of `SMALL`, where 16-bit products change their way."""
+    assert (width * D > torch_grouped.SMALL) == (width != F)
+    x_PD = torch.randn(rows, D).to(dtype)
+    up_EHD = (torch.randn(3, 2 * width, D) / D**0.5).to(weight_dtype)
+    down_EDF = (torch.randn(3, D, width) / width**0.5).to(weight_dtype)
+    biases = Biases(*(torch.randn(w.shape[:2]).to(weight_dtype) for w in (up_EHD, down_EDF)))
+    offsets_E = torch.tensor([0, rows, rows])
+    for biases_or_none in (None, biases):
+        y_PD = torch_grouped.single_ffn(x_PD, 1, up_EHD, down_EDF, "swiglu", biases_or_none)
+        exact_PD = torch_grouped.SEGMENTS.expert_ffn(
+            x_PD.double(), up_EHD, down_EDF, offsets_E, "swiglu", None, biases_or_none
+        )
+        assert y_PD.dtype == dtype
+        assert_same([y_PD], [exact_PD], dtype)
+
+
 def test_double_backward_is_refused_rather_than_wrong():
     x = torch.randn(3, 4, requires_grad=True)
     w = torch.randn(1, 4, 4, requires_grad=True)
@@ -223,8 +309,12 @@ def test_double_backward_is_refused_rather_than_wrong():
 def test_expert_ffn_on_cuda(backend, shape, activation):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    *inputs, offsets_E, grad_RD = make_case(shape, activation, torch.bfloat16)
-    expected = exact(reference.expert_ffn, inputs, grad_RD, offsets_E, activation)
-    inputs = [tensor.cuda() for tensor in inputs]
-    actual = run(backend[1], inputs, grad_RD.cuda(), offsets_E.cuda(), activation)
-    assert_same([tensor.cpu() for tensor in actual], expected, torch.bfloat16)
+    *plain, offsets_E, grad_RD = make_case(shape, activation, torch.bfloat16)
+    cases = [(lambda ffn: ffn, plain)]
+    if activation != "relu":
+        cases.append((biased, with_biases(plain, torch.bfloat16)))
+    for form, inputs in cases:
+        expected = exact(form(reference.expert_ffn), inputs, grad_RD, offsets_E, activation)
+        inputs = [tensor.cuda() for tensor in inputs]
+        actual = run(form(backend[1]), inputs, grad_RD.cuda(), offsets_E.cuda(), activation)
+        assert_same([tensor.cpu() for tensor in actual], expected, torch.bfloat16)

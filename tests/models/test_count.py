@@ -4,139 +4,239 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moestro.config import ModelConfig
+from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
-from moestro.models.count import count
+from moestro.models.count import Span, count
 from moestro.models.decoder import Decoder
+from moestro.models.encdec import EncDec
 from moestro.models.twin import dense_twin
 
-ACTIVATIONS = st.sampled_from(["swiglu", "geglu", "relu", "gelu"])
+ACTIVATIONS = st.sampled_from(["swiglu", "geglu", "clamped_swiglu", "relu", "gelu"])
+TOKEN_CHOICE = ["softmax", "sigmoid", "noisy_top_k", "sparsemixer", "hash"]
 
 
 @st.composite
-def model_settings(draw, mixture=None):
-    """Any small model; `mixture` True or False forces one or none."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    num_experts = draw(st.integers(1, 6))
-    num_layers = draw(st.integers(1, 4))
-    kind = draw(st.sampled_from(["softmax", "sigmoid", "noisy_top_k", "expert_choice", "hash"]))
+def mixtures(draw, kinds=(*TOKEN_CHOICE, "expert_choice")):
+    """Settings of any small mixture."""
+    kind = draw(st.sampled_from(kinds))
+    num_experts = draw(st.integers(2 if kind == "sparsemixer" else 1, 6))
+    scored = kind in ("softmax", "sigmoid")
     shared = {"hidden_dim": draw(st.integers(1, 9)), "gate": draw(st.booleans())}
-    moe = {
+    return {
         "hidden_dim": draw(st.integers(1, 9)),
         "num_experts": num_experts,
-        "top_k": draw(st.integers(1, num_experts)),
+        "top_k": 2 if kind == "sparsemixer" else draw(st.integers(1, num_experts)),
         "activation": draw(ACTIVATIONS),
-        "router": {"kind": kind},
+        "router": {
+            "kind": kind,
+            "jitter": 0.01 if kind == "sparsemixer" else 0.0,
+            "bias": kind != "hash" and draw(st.booleans()),
+            "selection_bias": scored and draw(st.booleans()),
+        },
+        "experts": {"bias": draw(st.booleans())},
         "shared": draw(st.sampled_from([None, shared])),
     }
-    has_mixture = draw(st.booleans()) if mixture is None else mixture
+
+
+@st.composite
+def attentions(draw):
+    """Settings of any small attention of a decoder."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    if draw(st.booleans()) and draw(st.booleans()):
+        # Of a rank below half of nope + value the module computes no keys: other FLOPs.
+        ranks = {"q_rank": draw(st.sampled_from([None, 5])), "kv_rank": draw(st.integers(4, 9))}
+        dims = {"nope_dim": draw(st.integers(1, 2)), "value_dim": draw(st.integers(5, 6))}
+        return {"num_heads": heads, "latent": {**ranks, **dims, "rope_dim": 4}}
+    relative = {"kind": "relative", "buckets": 8, "shared": draw(st.booleans())}
+    window = {"size": draw(st.integers(1, 9)), "full_every": draw(st.integers(0, 3))}
+    return {
+        "num_heads": heads,
+        "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
+        "head_dim": draw(st.sampled_from([None, 6])),
+        "qk_norm": draw(st.sampled_from(["none", "head", "full"])),
+        "bias": draw(st.sampled_from(["none", "qkv", "all"])),
+        "sinks": draw(st.booleans()),
+        "positions": draw(st.sampled_from([{"kind": "rope"}, relative])),
+        "window": draw(st.sampled_from([None, window])),
+    }
+
+
+def networks(draw, moe):
+    """Settings that decoders and encoder-decoders share."""
+    return {
+        "vocab_size": draw(st.integers(1, 50)),
+        "dim": 8 * draw(st.integers(1, 3)),
+        "dense": {"hidden_dim": draw(st.integers(1, 30)), "activation": draw(ACTIVATIONS)},
+        "moe": moe,
+        "norm": {"kind": draw(st.sampled_from(["rms", "layer"]))},
+        "head": {"tied": draw(st.booleans()), "bias": draw(st.booleans())},
+    }
+
+
+@st.composite
+def decoders(draw, moe=None):
+    """Any small decoder."""
+    num_layers = draw(st.integers(1, 4))
+    every = draw(st.integers(1, num_layers))
+    last = num_layers // every * every
     return ModelConfig(
-        vocab_size=draw(st.integers(1, 50)),
-        dim=8 * draw(st.integers(1, 3)),
+        **networks(draw, draw(mixtures()) if moe is None else draw(moe)),
         num_layers=num_layers,
-        dense={"hidden_dim": draw(st.integers(1, 30)), "activation": draw(ACTIVATIONS)},
+        moe_every=every,
+        dense_first=draw(st.integers(0, last - 1)),
+        attention=draw(attentions()),
+    )
+
+
+@st.composite
+def encdecs(draw, moe=None):
+    """Any small encoder-decoder."""
+    encoder, decoder = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads = draw(st.sampled_from([1, 2, 4]))
+    return EncDecConfig(
+        **networks(draw, draw(mixtures()) if moe is None else draw(moe)),
+        encoder_layers=encoder,
+        decoder_layers=decoder,
+        moe_every=draw(st.integers(1, min(encoder, decoder))),
         attention={
             "num_heads": heads,
             "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
             "head_dim": draw(st.sampled_from([None, 6])),
-            "qk_norm": draw(st.sampled_from(["none", "head"])),
+            "positions": {"kind": "relative", "buckets": 8, "shared": True},
         },
-        moe=moe if has_mixture else None,
-        moe_every=draw(st.integers(1, num_layers)),
-        dense_first=0,
-        head={"tied": draw(st.booleans())},
     )
 
 
-def build(cfg):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Decoder(cfg)
+NO_MIXTURE = st.none()
+MODELS = st.one_of(decoders(), encdecs(), decoders(NO_MIXTURE), encdecs(NO_MIXTURE))
 
 
-@settings(max_examples=60)
-@given(model_settings())
+def build(cfg, device="cpu", backend="auto"):
+    kind = EncDec if isinstance(cfg, EncDecConfig) else Decoder
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")  # expert choice warns that it sees the future
+        return kind(cfg, backend)
+
+
+def held(model):
+    """Parameters of a module, and its routers' selection biases."""
+    biases = [b for name, b in model.named_buffers() if name.endswith("router.bias")]
+    return sum(x.numel() for x in (*model.parameters(), *biases))
+
+
+@settings(max_examples=150)
+@given(MODELS)
 def test_total_and_active_parameters(cfg):
     """Active: the parameters of the same model if it had only K experts (router as it is)."""
-    model = build(cfg)
-    assert count(cfg).total == sum(p.numel() for p in model.parameters())
-    idle = 0
-    for layer in model.mixtures():
-        share = 1 - cfg.moe.top_k / cfg.moe.num_experts
-        idle += share * sum(p.numel() for p in layer.experts.parameters())
-    assert count(cfg).active == pytest.approx(count(cfg).total - idle)
+    model, cost = build(cfg, "meta"), count(cfg)
+    assert cost.total == held(model)
+    experts = sum(p.numel() for layer in model.mixtures() for p in layer.experts.parameters())
+    assert cost.expert == experts
+    active = experts * cfg.moe.top_k // cfg.moe.num_experts if experts else 0
+    assert cost.active == cost.total - experts + active
 
 
-@settings(max_examples=10)
-@given(model_settings(mixture=False), st.integers(1, 40))
-def test_flops_of_a_dense_model(cfg, seq_len):
+@settings(max_examples=30)
+@given(MODELS)
+def test_conventions_of_published_figures(cfg):
+    model, cost = build(cfg, "meta"), count(cfg)
+    table = model.embed.weight.numel()
+    assert cost.parameters() == (cost.total, cost.active)
+    if cfg.head.tied:
+        assert cost.parameters("output") == (cost.total, cost.active)
+        assert cost.parameters("none") == (cost.total - table, cost.active - table)
+    else:
+        assert cost.parameters("output") == (cost.total - table, cost.active - table)
+        assert cost.parameters("none") == (cost.total - 2 * table, cost.active - 2 * table)
+
+
+def forward(model, cfg, seq_len):
+    tokens = torch.zeros(2, seq_len, dtype=torch.int64)
+    model(tokens, tokens) if isinstance(cfg, EncDecConfig) else model(tokens)
+
+
+def mv_flops(matrix, vector, *, out_shape=None, **_):
+    return 2 * matrix[0] * matrix[1]
+
+
+TOKEN_CHOICE_MODELS = st.one_of(
+    decoders(NO_MIXTURE), encdecs(NO_MIXTURE), decoders(mixtures(TOKEN_CHOICE)),
+    encdecs(mixtures(TOKEN_CHOICE)),
+)  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(TOKEN_CHOICE_MODELS, st.integers(1, 20))
+def test_flops(cfg, seq_len):
     """The plain attention that torch counts computes the whole S x S square of scores.
 
-    A causal one needs the diagonal and what lies below: (S + 1) / 2 positions per token, which is
-    what `forward_flops` takes. Everything else must agree exactly.
+    A causal one needs part of it only, which `Span.positions` tells (tested below). Everything
+    else must agree exactly. In training, since a noisy router's second matrix serves there alone.
+    Latent attention runs with values as wide as keys, zeros after them: only such are compared.
+    Kernels by their definition, row by row, and gradients on: faster paths use what torch does not
+    count.
     """
-    model = build(cfg).eval()
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(2, seq_len, dtype=torch.int64))
-    counted = counter.get_total_flops() / (2 * seq_len)
+    latent = cfg.attention.latent
+    assume(latent is None or latent.value_dim == latent.nope_dim + latent.rope_dim)
+    model = build(cfg, backend="reference")
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        forward(model, cfg, seq_len)
     cost = count(cfg)
-    assert counted == 2 * cost.matmul + cost.attention * seq_len
-    above_the_diagonal = cost.attention * (seq_len - 1) / 2
-    assert cost.forward_flops(seq_len) == counted - above_the_diagonal
+    assert counter.get_total_flops() == 2 * seq_len * (2 * cost.matmul + cost.attention * seq_len)
 
 
-@given(model_settings(mixture=True), st.integers(1, 500))
+@given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)))
+def test_positions_attended_to(seq_len, window):
+    """Position p, from 1, sees min(p, window) positions; an encoder's sees all."""
+    seen = [min(p, window or p) for p in range(1, seq_len + 1)]
+    causal = Span(1, window, causal=True)
+    assert causal.positions(seq_len) == pytest.approx(sum(seen) / seq_len)
+    assert Span(1, None, causal=False).positions(seq_len) == seq_len
+
+
+def test_latent_attention_scores_by_keys_and_sums_values():
+    """One layer of DeepSeek-V3: scores over nope + rope = 192 numbers, sums over 128."""
+    latent = {"kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    cfg = ModelConfig(num_layers=1, attention={"num_heads": 128, "latent": latent})
+    assert count(cfg).attention == 2 * 128 * 192 + 2 * 128 * 128
+
+
+def test_each_layer_has_its_own_window():
+    """gpt-oss's pattern: windowed, full, windowed, full. No layer sees beyond the context."""
+    attention = {"num_heads": 2, "window": {"size": 4, "full_every": 2}, "context": 16}
+    cfg = ModelConfig(dim=16, num_layers=4, attention=attention)
+    assert set(count(cfg).spans) == {Span(2 * 4 * 16, 4, True), Span(2 * 4 * 16, 16, True)}
+    scores = count(cfg).forward_flops(64) - 2 * count(cfg).matmul
+    in_window = 2 * 4 * 16 * (10 + 60 * 4) / 64
+    in_context = 2 * 4 * 16 * (16 * 17 / 2 + 48 * 16) / 64
+    assert scores == in_window + in_context
+
+
+@given(MODELS, st.integers(1, 500))
 def test_training_costs_three_forward_passes(cfg, seq_len):
     assert count(cfg).train_flops(seq_len) == 3 * count(cfg).forward_flops(seq_len)
 
 
-def test_mixtral_8x7b():
-    """The published checkpoint's 46,702,792,704 parameters, 12,879,925,248 of them active."""
-    mixtral = ModelConfig(
-        vocab_size=32_000,
-        dim=4096,
-        num_layers=32,
-        attention={"num_heads": 32, "num_kv_heads": 8},
-        moe={"hidden_dim": 14_336, "num_experts": 8, "top_k": 2},
-        head={"tied": False},
-    )
-    assert count(mixtral).total == 46_702_792_704
-    assert count(mixtral).active == 12_879_925_248
-
-
-def test_qwen3_30b_a3b():
-    """30,532,122,624 parameters, 3,353,032,704 active: QK-norm per head, wide attention."""
-    qwen = ModelConfig(
-        vocab_size=151_936,
-        dim=2048,
-        num_layers=48,
-        attention={"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "qk_norm": "head"},
-        moe={"hidden_dim": 768, "num_experts": 128, "top_k": 8},
-        head={"tied": False},
-    )
-    assert count(qwen).total == 30_532_122_624
-    assert count(qwen).active == 3_353_032_704
-
-
 @settings(max_examples=60)
-@given(model_settings(mixture=True))
-def test_the_twin_has_the_same_active_parameters(cfg):
-    twin = dense_twin(cfg)
+@given(st.one_of(decoders(), encdecs()), st.sampled_from(["active", "total"]))
+def test_the_twin_has_as_many_parameters(cfg, of):
+    twin = dense_twin(cfg, of)
     assert twin.moe is None
-    matrices = 3 if cfg.moe.activation in ("swiglu", "geglu") else 2
-    column = cfg.num_layers * matrices * cfg.dim
-    assert (
-        count(twin).total == count(twin).active == sum(p.numel() for p in build(twin).parameters())
-    )
+    assert count(twin).total == count(twin).active == held(build(twin, "meta"))
+    matrices = 3 if cfg.moe.activation in ("swiglu", "geglu", "clamped_swiglu") else 2
+    layers = cfg.num_layers if isinstance(cfg, ModelConfig) else 0
+    if isinstance(cfg, EncDecConfig):
+        layers = cfg.encoder_layers + cfg.decoder_layers
+    column = layers * matrices * cfg.dim
     # Rounded to whole columns; a network has at least one.
     if twin.dense.hidden_dim > 1:
-        assert abs(count(twin).active - count(cfg).active) <= column / 2
+        assert abs(count(twin).total - getattr(count(cfg), of)) <= column / 2
     assert twin.model_copy(update={"moe": cfg.moe, "dense": cfg.dense}) == cfg
     assert twin.dense.activation == cfg.moe.activation
 

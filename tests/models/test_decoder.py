@@ -9,15 +9,20 @@ from torch.nn import functional as F
 from moestro import Decoder, ModelConfig
 from moestro.errors import ShapeError
 from moestro.kernels import reference
+from moestro.models.relative import bucket
+from moestro.models.rotary import rotary
 from moestro.moe import balance
 
 MOE = {"hidden_dim": 12, "num_experts": 4, "top_k": 2}
+HEADS = {"num_heads": 4, "context": 32}
+RELATIVE = {"kind": "relative", "buckets": 8, "max_distance": 6}
+LATENT = {"q_rank": 7, "kv_rank": 6, "nope_dim": 5, "rope_dim": 4, "value_dim": 3}
 SIZES = {
     "vocab_size": 30,
     "dim": 16,
     "num_layers": 3,
     "dense": {"hidden_dim": 20},
-    "attention": {"num_heads": 4, "context": 32},
+    "attention": HEADS,
 }
 VARIANTS = {
     "dense": {},
@@ -27,7 +32,7 @@ VARIANTS = {
     "dense first": {"moe": MOE, "dense_first": 1},
     "shared and GQA": {
         "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
-        "attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": "head", "context": 32},
+        "attention": {**HEADS, "num_kv_heads": 2, "qk_norm": "head"},
     },
     "sliding window": {"moe": MOE, "attention": {"num_heads": 4, "context": 4}},
     "sigmoid, plain experts": {
@@ -36,6 +41,32 @@ VARIANTS = {
         "dense": {"hidden_dim": 20, "activation": "gelu"},
     },
     "hash": {"moe": {**MOE, "router": {"kind": "hash"}}},
+    "alternating windows, sinks, biases": {
+        "moe": MOE,
+        "attention": {
+            **HEADS,
+            "num_kv_heads": 2,
+            "bias": "all",
+            "sinks": True,
+            "window": {"size": 4, "full_every": 2},
+        },
+    },
+    "layer norm, head bias": {
+        "norm": {"kind": "layer", "eps": 0.1},
+        "head": {"tied": False, "bias": True},
+        "attention": {**HEADS, "bias": "qkv"},
+    },
+    "norm of all heads": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}},
+    "relative": {"attention": {**HEADS, "positions": RELATIVE}, "head": {"scale": 0.25}},
+    "relative, shared, windows": {
+        "attention": {
+            **HEADS,
+            "context": 8,
+            "window": {"size": 5, "full_every": 3},
+            "positions": {**RELATIVE, "shared": True},
+        }
+    },
+    "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
 }
 
 
@@ -43,32 +74,54 @@ def model_of(variant, dtype=torch.float64):
     return Decoder(ModelConfig(**{**SIZES, **VARIANTS[variant]})).to(dtype)
 
 
-def rms_norm(x, module, eps):
+def plain_norm(x, module, eps):
+    if hasattr(module, "bias"):
+        x = x - x.mean(-1, keepdim=True)
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight + module.bias
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight
 
 
-def plain_attention(module, cfg, x_BSD):
-    """Dense [S, S] scores, softmax, and interleaved complex rotation."""
-    batch, length, _ = x_BSD.shape
+def plain_heads(module, cfg, x_BSD):
+    """Queries, keys, values [B, S, H or G, A], normalised where they are."""
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
-    qkv = F.linear(x_BSD, module.qkv.weight).view(batch, length, heads + 2 * groups, width)
-    q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + groups], qkv[:, :, heads + groups :]
+    qkv = F.linear(x_BSD, module.qkv.weight, module.qkv.bias)
+    parts = qkv.split([heads * width, groups * width, groups * width], dim=-1)
+    if cfg.attention.qk_norm == "full":
+        norms = (module.q_norm, module.k_norm)
+        normed = [plain_norm(x, n, cfg.norm.eps) for x, n in zip(parts, norms, strict=False)]
+        parts = [*normed, parts[2]]
+    q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
     if cfg.attention.qk_norm == "head":
-        q, k = rms_norm(q, module.q_norm, cfg.norm.eps), rms_norm(k, module.k_norm, cfg.norm.eps)
-    frequencies = cfg.attention.positions.theta ** (-torch.arange(0, width, 2).double() / width)
-    turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
+        q, k = (plain_norm(x, n, cfg.norm.eps) for x, n in ((q, module.q_norm), (k, module.k_norm)))
+    return q, k, v
 
-    def turn(x):
-        pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
-        return torch.cat([pairs.real, pairs.imag], -1)
 
-    k, v = (t.repeat_interleave(heads // groups, dim=2) for t in (turn(k), v))
-    scores = torch.einsum("bshd,bphd->bhsp", turn(q), k) / width**0.5
+def plain_attention(module, cfg, x_BSD, layer, shared):
+    """Dense [S, S] scores, softmax, and rotation by complex numbers."""
+    settings, length, width = cfg.attention, x_BSD.shape[1], cfg.head_dim
+    q, k, v = plain_heads(module, cfg, x_BSD)
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (distance >= 0) & (distance < cfg.attention.context)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    mixed = torch.einsum("bhsp,bphd->bshd", weights, v).flatten(2)
-    return mixed @ module.out.weight.T
+    bias, scale = 0, width**-0.5
+    if settings.positions.kind == "relative":
+        own = bucket(-distance, 8, 6, bidirectional=False)
+        bias, scale = (shared or module.relative).weight[own].permute(2, 0, 1), 1
+    else:
+        frequencies = settings.positions.theta ** (-torch.arange(0, width, 2).double() / width)
+        turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
+
+        def turn(x):
+            pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
+            return torch.cat([pairs.real, pairs.imag], -1)
+
+        q, k = turn(q), turn(k)
+    k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
+    scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
+    seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    sinks = module.sinks[:, None, None] if settings.sinks else torch.tensor(-torch.inf)
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
+    mixed = torch.einsum("bhsp,bphd->bshd", (scores - total).exp(), v).flatten(2)
+    return F.linear(mixed, module.out.weight, module.out.bias)
 
 
 def plain_ffn(weights, x_TD, activation):
@@ -81,8 +134,12 @@ def plain_decoder(model, tokens_BS):
     cfg, eps = model.cfg, model.cfg.norm.eps
     x = model.embed.weight[tokens_BS]
     for n, block in enumerate(model.blocks):
-        x = x + plain_attention(block.attention, cfg, rms_norm(x, block.attention_norm, eps))
-        h_TD = rms_norm(x, block.ffn_norm, eps).flatten(0, 1)
+        h = plain_norm(x, block.attention_norm, eps)
+        if cfg.attention.latent:  # It has its own tests.
+            x = x + block.attention(h, rotary(0, x.shape[1], cfg, x.device, x.dtype))
+        else:
+            x = x + plain_attention(block.attention, cfg, h, n, model.relative)
+        h_TD = plain_norm(x, block.ffn_norm, eps).flatten(0, 1)
         if not cfg.is_moe_layer(n):
             x = x + plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
             continue
@@ -101,19 +158,21 @@ def plain_decoder(model, tokens_BS):
             y_TD = y_TD + gate_T1 * plain_ffn(block.ffn.shared, h_TD, cfg.moe.activation)
         x = x + y_TD.view_as(x)
     head = model.embed.weight if cfg.head.tied else model.head.weight
-    return rms_norm(x, model.norm, eps) @ head.T
+    return F.linear(plain_norm(x, model.norm, eps) * cfg.head.scale, head, model.head.bias)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_its_blocks_written_out(variant):
     model = model_of(variant)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "sinks" in name or "relative" in name:
+            torch.nn.init.normal_(parameter)
     tokens_BS = torch.randint(0, 30, (2, 9))
     expected = plain_decoder(model, tokens_BS)
     actual = model(tokens_BS)
-    # Rotary angles and the shared gate are fp32.
+    # The shared gate is fp32.
     torch.testing.assert_close(actual.logits, expected, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(expected)
     parameters = dict(model.named_parameters())
@@ -152,6 +211,17 @@ def test_the_cache_gives_what_the_whole_text_gives(variant, chunks):
     parts = [model(part, cache=cache).logits for part in tokens_BS.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-6, atol=1e-6)
     assert cache.position == 12
+
+
+@pytest.mark.parametrize("name", ["alternating windows, sinks, biases", "latent", "relative"])
+def test_16_bits_through_the_cache(name):
+    model = model_of(name, torch.bfloat16).eval()
+    tokens_BS = torch.randint(0, 30, (2, 12))
+    with torch.inference_mode():
+        expected, cache = model(tokens_BS).logits, model.new_cache(2)
+        parts = [model(part, cache=cache).logits for part in tokens_BS.split(1, dim=1)]
+    error = (torch.cat(parts, 1) - expected).abs().max()
+    assert error < 0.1 * expected.abs().max()
 
 
 def test_any_number_of_tokens_may_pass_the_context():
@@ -287,3 +357,29 @@ def test_expert_choice_can_be_built_and_warns():
         model = Decoder(cfg)
     assert caught
     assert model(torch.randint(0, 30, (2, 5))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_is_built_on_the_meta_device(variant):
+    """For counting: all names and shapes, and no memory."""
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**{**SIZES, **VARIANTS[variant]}))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes == {n: t.shape for n, t in model_of(variant).state_dict().items()}
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_names_beside_the_layers():
+    names = {name for name, _ in model_of("relative, shared, windows").named_parameters()}
+    assert {name for name in names if "blocks" not in name} == {
+        "embed.weight",
+        "relative.weight",
+        "norm.weight",
+    }
+    names = {name for name, _ in model_of("layer norm, head bias").named_parameters()}
+    assert {name for name in names if "blocks.0" in name or "blocks" not in name} == {
+        *("embed.weight", "head.weight", "head.bias", "norm.weight", "norm.bias"),
+        *(f"blocks.0.{n}_norm.{kind}" for n in ("attention", "ffn") for kind in ("weight", "bias")),
+        *(f"blocks.0.attention.{n}" for n in ("qkv.weight", "qkv.bias", "out.weight")),
+        *(f"blocks.0.ffn.{n}" for n in ("gate_up", "down")),
+    }

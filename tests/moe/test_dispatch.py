@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moestro.errors import ShapeError
 from moestro.moe.dispatch import capacity, combine, dispatch, limit, make_plan
 from moestro.moe.routing import Routing
 
@@ -228,19 +229,20 @@ def test_capacity_formula(factor, num_tokens, top_k, num_experts):
     assert isinstance(rows, int)
 
 
-def keep_by_loop(routing, rows, priority):
-    """The queue, one assignment at a time."""
+def keep_by_loop(routing, rows, priority, length=100):
+    """The queue, one assignment at a time; each sequence of `length` tokens has its own room."""
     queue = list(range(len(routing.experts_R)))
     if priority == "arrival":
         queue.sort(key=lambda n: (n % routing.top_k, int(routing.tokens_R[n])))
     else:
         queue.sort(key=lambda n: -float(routing.weights_R[n]))
-    room = [rows] * routing.num_experts
+    room = {}
     keep = [False] * len(queue)
     for n in queue:
         real = routing.valid_T is None or bool(routing.valid_T[routing.tokens_R[n]])
-        if real and room[routing.experts_R[n]] > 0:
-            room[routing.experts_R[n]] -= 1
+        key = (int(routing.tokens_R[n]) // length, int(routing.experts_R[n]))
+        if real and room.setdefault(key, rows) > 0:
+            room[key] -= 1
             keep[n] = True
     return keep
 
@@ -256,6 +258,39 @@ def test_capacity_by_a_slow_loop(routing, rows, priority):
     assert limited.dropped() == (wanted_E - rows).clamp(min=0).sum()
     assert torch.equal(make_plan(limited).counts_E, counts_E)
     assert torch.equal(wanted_E, routing.counts_E()), "counts are before drops"
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(0, 6),
+    st.integers(0, 4),
+    st.sampled_from(["arrival", "router"]),
+    st.booleans(),
+)
+def test_capacity_of_each_sequence_by_a_slow_loop(num_sequences, length, rows, priority, padded):
+    torch.manual_seed(num_sequences + 10 * length)
+    num_tokens = num_sequences * length
+    probs_TE = torch.rand(num_tokens, 3, dtype=torch.float64).softmax(-1)
+    weights_TK, experts_TK = probs_TE.topk(2)
+    routing = Routing(
+        torch.arange(num_tokens).repeat_interleave(2),
+        experts_TK.flatten(),
+        weights_TK.flatten(),
+        probs_TE.log(),
+        probs_TE,
+        2,
+        torch.rand(num_tokens) < 0.7 if padded else None,
+    )
+    limited = limit(routing, rows, priority, num_sequences)
+    assert limited.kept_R.tolist() == keep_by_loop(routing, rows, priority, max(length, 1))
+
+
+@pytest.mark.parametrize("num_sequences", [0, 2])
+def test_tokens_that_do_not_split_into_sequences(num_sequences):
+    probs_TE = torch.full((3, 2), 0.5)
+    routing = Routing(torch.arange(3), torch.zeros(3).long(), torch.ones(3), probs_TE, probs_TE, 1)
+    with pytest.raises(ShapeError, match=f"3 tokens do not split into {num_sequences} sequences"):
+        limit(routing, 1, "arrival", num_sequences)
 
 
 def test_arrival_priority_by_hand():

@@ -4,15 +4,20 @@ import torch
 from moestro.kernels import reference
 from moestro.moe.experts import Experts, FeedForward, compute_dtype
 
-KINDS = ("swiglu", "geglu", "relu", "gelu")
+KINDS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
 
 
 @pytest.mark.parametrize("activation", KINDS)
 def test_layout_of_the_weights(activation):
     experts = Experts(3, 8, 5, activation)
-    width = 10 if activation in ("swiglu", "geglu") else 5
+    width = 5 if activation in ("relu", "gelu") else 10
+    plain = {"gate_up": (3, width, 8), "down": (3, 8, 5)}
+    assert {name: tuple(p.shape) for name, p in experts.state_dict().items()} == plain
+    experts = Experts(3, 8, 5, activation, bias=True)
     shapes = {name: tuple(p.shape) for name, p in experts.state_dict().items()}
-    assert shapes == {"gate_up": (3, width, 8), "down": (3, 8, 5)}
+    assert shapes == plain | {"gate_up_bias": (3, width), "down_bias": (3, 8)}
+    assert not experts.gate_up_bias.any()
+    assert not experts.down_bias.any()
 
 
 @pytest.mark.parametrize("activation", KINDS)
@@ -62,6 +67,24 @@ def test_dropout_zeroes_hidden_units_in_training_only():
     assert kept_R.mean().item() == pytest.approx(600, rel=0.02)
     assert kept_R.std() > 5
     assert Experts(2, 1, 4, dropout=0.0).train()(rows_RD, offsets_E).isfinite().all()
+
+
+def test_dropout_keeps_the_biases():
+    """ReLU experts without matrices: only the up bias is dropped, the down bias stays."""
+    experts = Experts(2, 1, 1000, "relu", dropout=0.4, bias=True)
+    with torch.no_grad():
+        experts.gate_up.fill_(0)
+        experts.gate_up_bias.copy_(torch.tensor([[1.0], [2.0]]).expand(2, 1000))
+        experts.down.fill_(1)
+        experts.down_bias.copy_(torch.tensor([[5000.0], [7000.0]]))
+    rows_RD, offsets_E = torch.ones(50, 1), torch.tensor([20, 50])
+    y_R = experts.train()(rows_RD, offsets_E)[:, 0]
+    assert y_R[:20].mean().item() == pytest.approx(6000, rel=0.01)
+    assert y_R[20:].mean().item() == pytest.approx(9000, rel=0.01)
+    assert y_R[:20].std() > 5
+    y_R.sum().backward()
+    assert experts.down_bias.grad.flatten().tolist() == [20, 30]
+    assert experts.gate_up_bias.grad.sum(-1).tolist() == pytest.approx([20e3, 30e3], rel=0.02)
 
 
 def test_compute_dtype():

@@ -27,7 +27,9 @@ ROUTERS = {
             "scale": 2.5,
         },
     },
-    "noisy": {"router": {"kind": "noisy_top_k"}},
+    "gpt-oss": {"top_k": 3, "router": {"bias": True}},
+    "phi": {"router": {"kind": "sparsemixer", "jitter": 0.6}},
+    "noisy": {"router": {"kind": "noisy_top_k", "bias": True}},
     "expert choice": {"router": {"kind": "expert_choice"}},
     "hash": {"router": {"kind": "hash"}},
 }
@@ -35,9 +37,10 @@ EXTRAS = {
     "plain": {},
     "shared": {"shared": {"hidden_dim": 6}},
     "gated shared": {"shared": {"hidden_dim": 6, "gate": True}},
+    "biases": {"experts": {"bias": True}, "activation": "clamped_swiglu"},
 }
 CAPACITY = {"capacity": {"factor": 0.6, "eval_factor": 0.7}}
-ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
 
 
 def layer_of(tiny, backend="auto", **changes):
@@ -66,6 +69,7 @@ def mixture_by_definition(layer, x_TD, routing):
         layer.experts.gate_up,
         layer.experts.down,
         cfg.activation,
+        layer.experts.biases,
     )
     if layer.shared is not None:
         hidden = reference.activate(x_TD @ layer.shared.gate_up[0].T, cfg.activation)
@@ -116,10 +120,10 @@ def test_activations(tiny, activation):
     torch.testing.assert_close(y_TD, mixture_by_definition(layer, x_TD, routing))
 
 
-@pytest.mark.parametrize("router", ["switch", "mixtral", "deepseek"])
+@pytest.mark.parametrize("router", ["switch", "mixtral", "deepseek", "gpt-oss", "phi"])
 def test_gradcheck_through_router_experts_and_losses(tiny, router):
     """Tokens far from any tie: a choice must not change within gradcheck's step."""
-    layer = layer_of(tiny, dim=4, hidden_dim=3, **ROUTERS[router])
+    layer = layer_of(tiny, dim=4, hidden_dim=3, experts={"bias": True}, **ROUTERS[router])
     names, weights = zip(*layer.named_parameters(), strict=True)
     x_TD = torch.randn(6, 4, dtype=torch.float64)
 

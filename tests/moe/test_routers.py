@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moestro.errors import ConfigError
 from moestro.moe.routers import build_router
 
 
@@ -228,3 +229,42 @@ def test_initial_scale(tiny, scale, std):
     weight = build_router(tiny(dim=100, num_experts=100, init_scale=scale)).weight
     assert weight.std().item() == pytest.approx(0.88 * std, rel=0.05)
     assert weight.abs().max() <= 2 * std
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sparsemixer", "expert_choice"])
+@pytest.mark.filterwarnings("ignore:expert_choice")
+def test_the_learned_bias_joins_the_logits(tiny, kind):
+    jitter = 0.01 if kind == "sparsemixer" else 0.0
+    router = router_of(tiny, kind=kind, bias=True, jitter=jitter).bfloat16().eval()
+    assert not router.logit_bias.any()
+    assert "logit_bias" in dict(router.named_parameters())
+    nn.init.normal_(router.logit_bias)
+    x_TD = torch.randn(9, 8, dtype=torch.bfloat16)
+    routing = router(x_TD)
+    expected_TE = x_TD.double() @ router.weight.double().T + router.logit_bias.double()
+    # fp32 in a bf16 model, like the product.
+    torch.testing.assert_close(routing.logits_TE.double(), expected_TE, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(9))
+    routing.logits_TE.sum().backward()
+    assert router.logit_bias.grad.tolist() == [9.0] * 8
+    router.reset_parameters()
+    assert not router.logit_bias.any()
+
+
+def test_learned_and_selection_bias_are_two_things(tiny):
+    router = router_of(tiny, kind="sigmoid", bias=True, selection_bias=True)
+    assert set(router.state_dict()) == {"weight", "logit_bias", "bias"}
+    plain = router(torch.zeros(1, 8))
+    nn.init.constant_(router.logit_bias, 1.0)
+    assert torch.equal(plain.logits_TE + 1, router(torch.zeros(1, 8)).logits_TE)
+
+
+def test_a_router_without_logits_refuses_a_bias(tiny):
+    with pytest.raises(ConfigError, match="no logits to add a bias to; leave bias off"):
+        tiny(router={"kind": "hash", "bias": True})
+
+
+def test_sparsemixers_jitter_never_moves_the_input(tiny):
+    router = router_of(tiny, kind="sparsemixer", jitter=0.3).train()
+    x_TD = torch.randn(50, 8)
+    assert torch.equal(router(x_TD).logits_TE, router.eval()(x_TD).logits_TE)

@@ -143,8 +143,10 @@ def _settle(
 ) -> RunConfig:
     """Fit the vocabulary to the tokenizer, and the steps to the minutes."""
     from moestro.train.compare import fit_to, plan
+    from moestro.train.task import vocabulary
 
-    vocab_size = max(cfg.model.vocab_size, corpus.tokenizer.vocab_size)
+    needed = vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
+    vocab_size = max(cfg.model.vocab_size, needed)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": vocab_size})})
     plan(cfg, folder, seeds)  # refuses a dense model before anything is timed
     for note in corpus.notes:

@@ -13,25 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from moestro.cli.opening import Device, Dtype, ModelName, open_shown, pick_device
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moestro.infer.engine import Piece
-    from moestro.models.decoder import Decoder
+    from moestro.infer.engine import Piece, Prompt
+    from moestro.infer.sampling import SamplingConfig
+    from moestro.models.build import Model
     from moestro.text import Tokenizer
 
 # Control characters would move the cursor or recolour the terminal; each has a picture instead.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
-
-RunPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run folder, or one checkpoint in it.")
-]
 PromptText = Annotated[
     str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="The prompt is a message; write it in the model's chat template."),
+]
+System = Annotated[
+    str | None, typer.Option(help="With --chat: what the model is told before the message.")
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default 256.")]
 Temperature = Annotated[
@@ -63,12 +68,13 @@ Layer = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def generate(
-    path: RunPath,
+    path: ModelName,
     prompt: PromptText = "",
+    chat: Chat = False,
+    system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -79,15 +85,20 @@ def generate(
     layer: Layer = None,
     as_json: AsJson = False,
     device: Device = "auto",
+    dtype: Dtype = None,
 ) -> None:
-    """Continue a prompt with a trained model.
+    """Continue a prompt with a trained model, or answer it with --chat.
+
+    The tokenizer and the chat template are the checkpoint's own; special tokens may be spelled out
+    in a prompt. An encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
 
     Only the continuation goes to stdout; what there is to say about it goes to stderr. Without
     colour (a pipe, or NO_COLOR set) --show-experts prints the expert's number in brackets
     wherever the expert changes.
     """
-    from moestro.infer.engine import encode_prompt, stream
     from moestro.infer.sampling import SamplingConfig
+    from moestro.models.hub import find_checkpoint
+    from moestro.text import load_tokenizer
 
     given: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -100,23 +111,23 @@ def generate(
     sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
     if layer is not None and not show_experts:
         raise ConfigError("--layer chooses what --show-experts shows; add --show-experts")
-    text = _read_prompt(prompt)
-    model, tokenizer = _load(path, device)
-    column = _column(model.moe_layers, layer) if show_experts else None
-    encoded = encode_prompt(tokenizer, text, model.cfg.attention.context)
-    if encoded.dropped:
-        typer.echo(
-            f"moestro: the prompt is {len(encoded.tokens) + encoded.dropped} tokens long, the "
-            f"model's context {len(encoded.tokens)}; the first {encoded.dropped} are left out",
-            err=True,
-        )
-    pieces = stream(model, tokenizer, text, sampling)
+    if system is not None and not chat:
+        raise ConfigError("--system is a part of a conversation; add --chat")
+    text, place = _read_prompt(prompt), pick_device(device)
+    folder = find_checkpoint(path)
+    tokenizer = load_tokenizer(folder)
+    start = _conversation(folder, tokenizer, text, system) if chat else text
+    model = open_shown(folder, place, dtype).model
+    layers = _chosen_layers(model)
+    column = _column(layers, layer) if show_experts else None
+    prepared, pieces = _start(model, tokenizer, start, sampling)
+    _say_dropped(prepared, model)
     if as_json:
-        typer.echo(json.dumps(_collect(pieces, model.moe_layers, encoded.dropped)))
+        typer.echo(json.dumps(_collect(pieces, layers, prepared.dropped)))
     elif column is None:
         _print_plain(pieces)
     else:
-        _print_experts(pieces, model, column)
+        _print_experts(pieces, model, layers[column], column)
 
 
 def _read_prompt(prompt: str) -> str:
@@ -131,26 +142,55 @@ def _read_prompt(prompt: str) -> str:
         ) from None
 
 
-def _load(path: Path, device: str) -> tuple[Decoder, Tokenizer]:
-    """The newest checkpoint under `path` and its tokenizer, ready to generate."""
-    import torch
+def _conversation(
+    folder: Path, tokenizer: Tokenizer, message: str, system: str | None
+) -> list[int]:
+    """The tokens of a conversation of one message, up to where the model's reply begins."""
+    from moestro.chat import load_chat
 
-    from moestro.models.checkpoint import load_model, newest_checkpoint
-    from moestro.text import load_tokenizer
+    if not message:
+        raise ConfigError("--chat needs a message; give it after the model's name")
+    messages = [{"role": "user", "content": message}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return tokenizer.encode_prompt(load_chat(folder).render(messages), templated=True)
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        usable = torch.zeros(1, device=device).item() == 0
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise ConfigError(
-            f"--device {device} cannot be used here; choose auto, cpu, or cuda on a machine "
-            "where `moestro doctor` shows a CUDA device"
+
+def _start(
+    model: Model, tokenizer: Tokenizer, prompt: str | list[int], sampling: SamplingConfig
+) -> tuple[Prompt, Iterator[Piece]]:
+    """The prompt as the model gets it, and the text that it will write."""
+    from moestro.infer import engine, text_to_text
+    from moestro.models.encdec import EncDec
+
+    context = model.cfg.attention.context
+    if isinstance(model, EncDec):
+        source = text_to_text.encode_source(tokenizer, prompt, context, model.cfg.vocab_size)
+        return source, text_to_text.stream(model, tokenizer, prompt, sampling)
+    encoded = engine.encode_prompt(tokenizer, prompt, context)
+    return encoded, engine.stream(model, tokenizer, prompt, sampling)
+
+
+def _chosen_layers(model: Model) -> tuple[int, ...]:
+    """Layer numbers of the mixtures that a generated token meets: a decoder's own."""
+    from moestro.models.encdec import EncDec
+
+    if not isinstance(model, EncDec):
+        return model.moe_layers
+    return tuple(n for n in model.moe_layers if n >= model.cfg.encoder_layers)
+
+
+def _say_dropped(prompt: Prompt, model: Model) -> None:
+    """Say which tokens of a prompt are left out because the context is full."""
+    from moestro.models.encdec import EncDec
+
+    kept, which = len(prompt.tokens), "last" if isinstance(model, EncDec) else "first"
+    if prompt.dropped:
+        typer.echo(
+            f"moestro: the prompt is {kept + prompt.dropped} tokens long, the model's context "
+            f"{kept}; the {which} {prompt.dropped} are left out",
+            err=True,
         )
-    folder = newest_checkpoint(path)
-    return load_model(folder, device), load_tokenizer(folder)
 
 
 def _column(moe_layers: tuple[int, ...], layer: int | None) -> int:
@@ -194,7 +234,7 @@ def _print_plain(pieces: Iterator[Piece]) -> None:
         sys.stdout.flush()
 
 
-def _print_experts(pieces: Iterator[Piece], model: Decoder, column: int) -> None:
+def _print_experts(pieces: Iterator[Piece], model: Model, layer: int, column: int) -> None:
     """Text with each token marked by its first expert in one layer, and a legend at the end."""
     from rich.console import Console
 
@@ -212,7 +252,7 @@ def _print_experts(pieces: Iterator[Piece], model: Decoder, column: int) -> None
                 last = expert
     finally:
         console.print()
-        paint.legend(model.moe_layers[column], counts)
+        paint.legend(layer, counts)
 
 
 class _Paint(NamedTuple):

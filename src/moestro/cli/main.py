@@ -28,6 +28,8 @@ VERBS = {
     "compare": "Train a mixture and its dense twin side by side, and say which learnt more.",
     "generate": "Continue a prompt with a trained model.",
     "probe": "Measure which expert does what, over labelled text.",
+    "convert": "Write a checkpoint in another layout or number type.",
+    "plan": "Say what a model costs before anything is loaded.",
     "doctor": "Show what this machine can run, and why.",
 }
 

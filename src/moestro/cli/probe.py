@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from moestro.errors import DataError, MoestroError
+from moestro.cli.opening import ModelName, open_shown, pick_device
+from moestro.errors import ConfigError, DataError, MoestroError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from moestro.probe.measure import Findings, Floats, Repetition, Specialisation
     from moestro.train.data import Corpus
 
-RunPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run folder, or one checkpoint in it.")
-]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder for the figures and probe.json; default: probe in the run folder."),
+    typer.Option(
+        help="Folder for the figures and probe.json; default: probe in the run folder, "
+        "probe-NAME here for a published model."
+    ),
 ]
 Tokens = Annotated[
     int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
@@ -71,7 +72,7 @@ class Probed(NamedTuple):
 
 
 def probe(
-    path: RunPath,
+    path: ModelName,
     out: Out = None,
     tokens: Tokens = 65_536,
     source: Source = None,
@@ -85,10 +86,7 @@ def probe(
     alone would give, entropy of the router, and how often neighbouring tokens share an expert.
     Figures (PNG) and probe.json go to the folder --out.
     """
-    from rich.console import Console
-
-    with Console(stderr=True).status("probing held-out text"):
-        probed = run(path, out, tokens, tuple(source or ()), layer, seed)
+    probed = run(path, out, tokens, tuple(source or ()), layer, seed)
     if as_json:
         typer.echo((probed.folder / "probe.json").read_text(encoding="utf-8").rstrip())
     else:
@@ -96,33 +94,39 @@ def probe(
 
 
 def run(
-    path: Path,
+    path: str | Path,
     out: Path | None = None,
     tokens: int = 65_536,
     sources: tuple[str, ...] = (),
     layer: int | None = None,
     seed: int = 0,
 ) -> Probed:
-    """Probe the newest checkpoint under `path` and write figures and probe.json.
+    """Probe the checkpoint that `path` means, and write figures and probe.json.
 
     Raises:
         MoestroError: no checkpoint or text, a dense model, a layer that is no mixture, or a
             folder that cannot be written.
     """
-    import torch
+    from rich.console import Console
 
-    from moestro.models.checkpoint import load_model, newest_checkpoint
+    from moestro.models.decoder import Decoder
+    from moestro.models.hub import find_checkpoint
+    from moestro.models.pretrained import is_pretrained
     from moestro.probe.figures import layer_index, save_figures
     from moestro.probe.measure import measure, to_json
     from moestro.probe.record import record
 
-    checkpoint = newest_checkpoint(path)
-    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else path
-    folder = _make_folder(out or home / "probe")
-    model = load_model(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    windows, blocks = _text(checkpoint, home / "data", sources, tokens)
-    recording = record(model, windows, blocks=blocks)
-    findings = measure(recording, seed=seed)
+    checkpoint = find_checkpoint(path)
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    # A published checkpoint is not ours to write into; it may lie in a cache.
+    beside = Path(f"probe-{Path(path).name}") if is_pretrained(checkpoint) else home / "probe"
+    folder = _make_folder(out or beside)
+    model = open_shown(checkpoint, pick_device("auto")).model
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"{checkpoint} is an encoder-decoder; probe reads decoders only")
+    windows, blocks = _text(checkpoint, home, sources, tokens, model.cfg.attention.context)
+    with Console(stderr=True).status("probing held-out text"):
+        findings = measure(record(model, windows, blocks=blocks), seed=seed)
     if layer is not None:
         layer_index(findings, layer)
     figures = tuple(file.name for file in save_figures(findings, folder, layer))
@@ -205,7 +209,7 @@ def _repeated(found: Repetition) -> str:
 
 
 def _text(
-    checkpoint: Path, data: Path, sources: tuple[str, ...], tokens: int
+    checkpoint: Path, home: Path, sources: tuple[str, ...], tokens: int, context: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Held-out windows by domain, and for each window the number of its document."""
     import torch
@@ -213,7 +217,7 @@ def _text(
     from moestro.probe.record import document_blocks
 
     with ExitStack() as stack:
-        corpus = _corpus(checkpoint, data, sources, stack)
+        corpus = _corpus(checkpoint, home / "data", sources, context, stack)
         pool = corpus.held_out(POOL * tokens)
         wanted = max(1, tokens // len(pool) // corpus.seq_len)
         windows, blocks = {}, {}
@@ -227,8 +231,11 @@ def _text(
     return windows, blocks
 
 
-def _corpus(checkpoint: Path, data: Path, sources: tuple[str, ...], stack: ExitStack) -> Corpus:
+def _corpus(
+    checkpoint: Path, data: Path, sources: tuple[str, ...], context: int, stack: ExitStack
+) -> Corpus:
     """The text that the run held out, or other `sources` split as the run split its own."""
+    from moestro.config import DataConfig
     from moestro.train.data import Corpus, prepare
     from moestro.train.state import corpus_fingerprint, read_settings
 
@@ -237,9 +244,12 @@ def _corpus(checkpoint: Path, data: Path, sources: tuple[str, ...], stack: ExitS
             corpus = Corpus(data)  # as the run left it, whatever became of its sources since
             if corpus_fingerprint(checkpoint) in (None, corpus.fingerprint):
                 return corpus
-    cfg = read_settings(checkpoint).data
-    if cfg.tokenizer != "bytes":  # the one that the model learnt with, not one trained anew
-        cfg = cfg.model_copy(update={"tokenizer": str(checkpoint / "tokenizer.json")})
+    own = str(checkpoint)  # its tokenizer is the one that it learnt with, not one trained anew
+    if (checkpoint / "run.json").exists():
+        cfg = read_settings(checkpoint).data
+        cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})
+    else:
+        cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
     if sources:
         by = "field" if cfg.domains == "field" else "folder"
         # The run did not train on it as far as can be known: half of it is plenty to choose from.

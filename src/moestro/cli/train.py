@@ -45,6 +45,14 @@ Sources = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Begin from these weights: a run, a checkpoint, a folder in Hugging Face's layout or "
+        "org/model. The model's settings and tokenizer come from there.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -53,6 +61,7 @@ def train(
     out: OutPath = None,
     assignments: Assignments = None,
     source: Sources = None,
+    init: Init = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,6 +71,7 @@ def train(
     goes on from there. Under torchrun the batch is shared by all processes.
     """
     from moestro.errors import ConfigError
+    from moestro.models.hub import find_checkpoint
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
 
@@ -69,11 +79,16 @@ def train(
     check_words(out, source)
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
+    if resume and init is not None:
+        raise ConfigError("--resume goes on from the run's own weights; leave --init out")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    cfg = _settings(config, folder, assignments or [], source or [], resume)
+    begin = None if init is None else find_checkpoint(init)
+    cfg = _settings(config, folder, assignments or [], source or [], resume, begin)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
     with joined(device) as ranks:
-        cfg, result = _train(cfg, folder, resume, ranks)
+        if begin is not None:
+            _begin(cfg, folder, begin, ranks)
+        cfg, result = _train(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
         if as_json:
             typer.echo(json.dumps(_as_json(folder, result)))
@@ -98,29 +113,50 @@ def check_words(out: Path | None, sources: list[str] | None) -> None:
 
 
 def _settings(
-    config: Path | None, folder: Path, assignments: list[str], sources: list[str], resume: bool
+    config: Path | None,
+    folder: Path,
+    assignments: list[str],
+    sources: list[str],
+    resume: bool,
+    begin: Path | None,
 ) -> RunConfig:
     """The run's settings: from the file, else on resume from the run itself, else the defaults."""
     from moestro.config import RunConfig
     from moestro.settings import load_settings
+    from moestro.train.initial import initial_settings
     from moestro.train.state import SETTINGS_NAME
 
     saved = folder / SETTINGS_NAME
     if config is None and resume and saved.exists():
         config = saved
-    if config is None:
-        config = DEMO
     if sources:
         assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
-    return load_settings(RunConfig, config, assignments)
+    if begin is not None:
+        return initial_settings(begin, folder, DEMO, config, assignments)
+    return load_settings(RunConfig, config or DEMO, assignments)
+
+
+def _begin(cfg: RunConfig, folder: Path, begin: Path, ranks: Ranks) -> None:
+    """Save the weights to begin from as the run's step 0; one process does, the others wait."""
+    from moestro.cli.opening import open_shown
+    from moestro.train.initial import keep_origin, save_step_zero
+    from moestro.train.state import claim_folder, corpus_of
+
+    if ranks.writes:
+        claim_folder(folder, resume=False)
+        model = open_shown(begin, dtype="fp32").model
+        keep_origin(begin, folder)
+        save_step_zero(folder, cfg, model, corpus_of(folder / "data", cfg.data, None))
+    ranks.wait()
 
 
 def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[RunConfig, Result]:
     from moestro.train.loop import Trainer
     from moestro.train.progress import ProgressDisplay
+    from moestro.train.task import vocabulary
 
     corpus = _corpus(cfg, folder, resume, ranks)
-    needed = corpus.tokenizer.vocab_size
+    needed = vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
     if cfg.model.vocab_size < needed:
         _say(ranks, f"model.vocab_size = {needed}, as the tokenizer {corpus.tokenizer.name} needs")
         model = cfg.model.model_copy(update={"vocab_size": needed})

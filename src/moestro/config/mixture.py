@@ -49,6 +49,8 @@ class RouterConfig(Settings):
                 f"selection_bias works with the kinds softmax and sigmoid, not {self.kind}; "
                 "turn it off or change kind"
             )
+        if self.bias and self.kind == "hash":
+            raise ValueError("the hash router has no logits to add a bias to; leave bias off")
         if self.num_groups > 1 and not chosen_by_score:
             raise ValueError(
                 f"num_groups > 1 works with the kinds softmax and sigmoid, not {self.kind}"
@@ -111,6 +113,11 @@ class MoEConfig(Settings):
         router = self.router
         if router.kind == "sparsemixer" and self.top_k != 2:
             raise ValueError(f"sparsemixer chooses 2 experts; top_k is {self.top_k}, set it to 2")
+        if router.kind == "sparsemixer" and router.jitter == 0:
+            raise ValueError(
+                "sparsemixer compares logits within 2 · jitter; with jitter = 0 every weight is 1 "
+                "and the router learns nothing; set jitter, as to 0.01"
+            )
         if router.renormalize and self.top_k == 1 and router.kind in ("softmax", "noisy_top_k"):
             raise ValueError(
                 "renormalize with top_k = 1 makes every weight the constant 1, so the router gets "
@@ -129,6 +136,12 @@ class MoEConfig(Settings):
         if router.kind == "expert_choice" and self.capacity is not None:
             raise ValueError("expert_choice fills every expert exactly; leave capacity unset")
         return self
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the K weights are divided by their sum: `router.renormalize`, or its default."""
+        chosen = self.router.renormalize
+        return self.top_k > 1 if chosen is None else chosen
 
 
 class DenseConfig(Settings):

@@ -114,7 +114,10 @@ class ModelConfig(NetworkConfig):
 
 
 class EncDecConfig(NetworkConfig):
-    """An encoder-decoder language model (T5, Switch Transformer)."""
+    """An encoder-decoder language model (T5, Switch Transformer); it learns to fill hidden spans.
+
+    A run's `model` is one when it sets `encoder_layers` or `decoder_layers`.
+    """
 
     attention: AttentionConfig = AttentionConfig(positions=RelativeConfig(shared=True))
     encoder_layers: Positive = Field(4, description="Transformer blocks of the encoder.")

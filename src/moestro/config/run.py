@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from moestro.config.model import ModelConfig
+from moestro.config.model import EncDecConfig, ModelConfig
 from moestro.config.number import Coefficient, Fraction, Positive
 from moestro.settings import Settings
 
@@ -24,7 +24,8 @@ class DataConfig(Settings):
     text_field: str = "text"
     domain_field: str = "domain"
     tokenizer: str = Field(
-        "bytes", description="'bytes', 'bpe:SIZE' (trained on the text), or a tokenizer.json."
+        "bytes",
+        description="'bytes', 'bpe:SIZE' (trained on the text), a tokenizer.json, or its folder.",
     )
     seq_len: Annotated[int, Field(ge=2)] = 256
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -97,10 +98,25 @@ class TrainConfig(Settings):
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-class RunConfig(Settings):
-    """Everything that describes one run; saved beside every checkpoint."""
+def _kind(value: Any) -> str:
+    names = value if isinstance(value, dict) else type(value).model_fields
+    two_sided = "encoder_layers" in names or "decoder_layers" in names
+    return "encoder-decoder" if two_sided else "decoder"
 
-    model: ModelConfig = ModelConfig()
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag("decoder")] | Annotated[EncDecConfig, Tag("encoder-decoder")],
+    Discriminator(_kind),
+]
+
+
+class RunConfig(Settings):
+    """Everything that describes one run; saved beside every checkpoint.
+
+    Its `model` is an encoder-decoder when it sets `encoder_layers` or `decoder_layers`.
+    """
+
+    model: AnyModel = ModelConfig()
     data: DataConfig = DataConfig()
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()

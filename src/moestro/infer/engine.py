@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from moestro.errors import MoestroError
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
-from moestro.models.attention import KVCache
+from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder, DecoderOutput
+from moestro.models.encdec import EncDec, EncDecOutput
 from moestro.moe.routing import Routing
 from moestro.text import StreamDecoder, Tokenizer
 
 Finish = Literal["stop", "length", "end_of_text"]
+Step = Callable[[Sequence[int]], DecoderOutput | EncDecOutput]
 
 
 class Piece(NamedTuple):
@@ -48,17 +50,18 @@ class Prompt(NamedTuple):
     dropped: int
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, context: int) -> Prompt:
-    """Turn text into at most `context` tokens, keeping the last ones.
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], context: int) -> Prompt:
+    """Turn text, or its tokens, into at most `context` tokens, keeping the last ones.
 
     An empty prompt becomes the end-of-text token, after which a new document begins.
     """
-    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+    tokens = tokens or [tokenizer.end_of_text]
     return Prompt(tokens[-context:], max(0, len(tokens) - context))
 
 
 def stream(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
+    model: Decoder, tokenizer: Tokenizer, prompt: str | Sequence[int], sampling: SamplingConfig
 ) -> Iterator[Piece]:
     """Continue a prompt, yielding each token as soon as its text is certain.
 
@@ -68,7 +71,7 @@ def stream(
     Args:
         model: In eval mode.
         tokenizer: The one that the model was trained with.
-        prompt: Text of any length; see `encode_prompt` for what is kept of it.
+        prompt: Text of any length, or its tokens; see `encode_prompt` for what is kept of it.
         sampling: How to choose tokens and when to stop.
 
     Yields:
@@ -79,6 +82,18 @@ def stream(
         MoestroError: the model is in training mode, has no room for the tokenizer's vocabulary, or
             its logits allow no choice.
     """
+    check_ready(model, tokenizer)
+    tokens, _ = encode_prompt(tokenizer, prompt, model.cfg.attention.context)
+    cache = model.new_cache(1)
+    yield from generate(lambda new: _forward(model, new, cache), tokens, tokenizer, sampling)
+
+
+def check_ready(model: Decoder | EncDec, tokenizer: Tokenizer) -> None:
+    """Refuse to generate with a model in training mode, or too small for the tokenizer.
+
+    Raises:
+        MoestroError: it is one of them.
+    """
     if model.training:
         raise MoestroError("the model is in training mode; call model.eval() before generating")
     if model.cfg.vocab_size < tokenizer.vocab_size:
@@ -86,31 +101,56 @@ def stream(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model only "
             f"{model.cfg.vocab_size}; use the tokenizer that the model was trained with"
         )
+
+
+def generate(
+    step: Step,
+    start: Sequence[int],
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    marks: Mapping[int, str] | None = None,
+) -> Iterator[Piece]:
+    """Choose token after token until one ends the text; see `stream` for what is yielded.
+
+    Args:
+        step: Passes tokens through the model, which remembers those before them.
+        start: What the model reads before the first token that is chosen.
+        tokenizer: The one that the model was trained with.
+        sampling: How to choose tokens and when to stop.
+        marks: Text of tokens that are none of the tokenizer's, or no text to it.
+    """
     gate = _StopGate(sampling.stop)
-    for piece in _tokens(model, tokenizer, prompt, sampling):
+    for piece in _tokens(step, start, tokenizer, sampling, marks or {}):
         yield from gate.push(piece)
         if gate.stopped:
             return
 
 
 def _tokens(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
+    step: Step,
+    start: Sequence[int],
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    marks: Mapping[int, str],
 ) -> Iterator[Piece]:
     """Every generated token with its text, before any thought of stop strings."""
     decoder = StreamDecoder(tokenizer)
     generator = new_generator(sampling)
-    cache = model.new_cache(1)
-    tokens, _ = encode_prompt(tokenizer, prompt, model.cfg.attention.context)
-    output = _forward(model, tokens, cache)
+    # A vocabulary padded to a round number has ids that mean nothing.
+    size = max([tokenizer.vocab_size, *(token + 1 for token in marks)])
+    nameless = [token for token in range(tokenizer.vocab_size, size) if token not in marks]
+    output = step(start)
     for number in range(1, sampling.max_tokens + 1):
-        # A vocabulary padded to a round number has ids that mean nothing.
-        logits_BV = output.logits[:, -1, : tokenizer.vocab_size]
+        logits_BV = output.logits[:, -1, :size]
+        if nameless:
+            nameless_N = torch.tensor(nameless, device=logits_BV.device)
+            logits_BV = logits_BV.index_fill(1, nameless_N, -torch.inf)
         token = int(next_tokens(logits_BV, sampling, [generator]))
-        if token == tokenizer.end_of_text:
+        if token in tokenizer.ends:
             yield Piece(decoder.flush(), token, (), "end_of_text")
             return
-        text = decoder.push(token)
-        output = _forward(model, [token], cache)
+        text = decoder.flush() + marks[token] if token in marks else decoder.push(token)
+        output = step([token])
         experts = tuple(first_expert(routing) for routing in output.routings)
         last = number == sampling.max_tokens
         yield Piece(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.kernels.reference import CLAMP, STEEPNESS
+
 _aten = torch.ops.aten
 
 
@@ -23,9 +25,22 @@ def forward(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if activation in ("relu", "gelu"):
         act_RF = F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
         return act_RF, act_RF
-    gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
-    bent_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
+    gate_RF, up_RF = _halves(hidden_RH, activation)
+    if activation == "clamped_swiglu":
+        # gate · sigmoid(s · gate) is SiLU(s · gate) / s.
+        bent_RF = F.silu(gate_RF * STEEPNESS).div_(STEEPNESS)
+    else:
+        bent_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
     return bent_RF * up_RF, bent_RF
+
+
+def _halves(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """What is bent, and what multiplies it."""
+    half = hidden_RH.shape[1] // 2
+    gate_RF, up_RF = hidden_RH[:, :half], hidden_RH[:, half:]
+    if activation == "clamped_swiglu":
+        return gate_RF.clamp(max=CLAMP), up_RF.clamp(-CLAMP, CLAMP).add_(1)
+    return gate_RF, up_RF
 
 
 def backward(
@@ -47,14 +62,18 @@ def backward(
     if activation == "gelu":
         return _aten.gelu_backward(grad_RF, hidden_RH), kept_RF
     half = hidden_RH.shape[1] // 2
-    gate_RF, up_RF = hidden_RH[:, :half], hidden_RH[:, half:]
+    gate_RF, up_RF = _halves(hidden_RH, activation)
     grad_RH = torch.empty_like(hidden_RH)
     grad_gate_RF, grad_up_RF = grad_RH[:, :half], grad_RH[:, half:]
     torch.mul(grad_RF, kept_RF, out=grad_up_RF)
     through_RF = grad_RF * up_RF
-    if activation == "swiglu":
-        _aten.silu_backward.grad_input(through_RF, gate_RF, grad_input=grad_gate_RF)
-    else:
+    if activation == "geglu":
         _aten.gelu_backward.grad_input(through_RF, gate_RF, grad_input=grad_gate_RF)
+    else:
+        steep_RF = gate_RF if activation == "swiglu" else gate_RF * STEEPNESS
+        _aten.silu_backward.grad_input(through_RF, steep_RF, grad_input=grad_gate_RF)
+    if activation == "clamped_swiglu":  # nothing flows back through what was cut
+        grad_gate_RF.masked_fill_(hidden_RH[:, :half] > CLAMP, 0)
+        grad_up_RF.masked_fill_(hidden_RH[:, half:].abs() > CLAMP, 0)
     # The product's memory is free again, and saves asking for more.
     return grad_RH, torch.mul(kept_RF, up_RF, out=through_RF)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moestro.errors import BackendError
 from moestro.kernels import reference, torch_grouped
+from moestro.kernels.reference import Biases
 
 ENVIRONMENT = "MOESTRO_BACKEND"
 
@@ -37,14 +38,19 @@ class Backend(NamedTuple):
         supports: (device type, dtype, widths of every matrix) → Verdict.
         grouped_mm: see `reference.grouped_mm`.
         expert_ffn: see `reference.expert_ffn`.
+        single_ffn: the network of one expert on a few rows, where no gradients are wanted; see
+            `torch_grouped.single_ffn`. None: grouping is as good for few rows.
         rooms: (rows of each expert, dtype) → rows to give it, padding included. Groups are laid
             out by falling room where the two differ, else in the order of the experts.
     """
 
     name: str
     supports: Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
-    grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    expert_ffn: Callable[[Tensor, Tensor, Tensor, Tensor, str, Tensor | None], Tensor]
+    grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    expert_ffn: Callable[
+        [Tensor, Tensor, Tensor, Tensor, str, Tensor | None, Biases | None], Tensor
+    ]
+    single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None
     rooms: Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -118,6 +124,7 @@ TABLE: tuple[Backend, ...] = (
         _supports_torch,
         torch_grouped.TORCH.grouped_mm,
         torch_grouped.TORCH.expert_ffn,
+        None,
         _no_padding,
     ),
     Backend(
@@ -125,9 +132,10 @@ TABLE: tuple[Backend, ...] = (
         _anywhere,
         torch_grouped.SEGMENTS.grouped_mm,
         torch_grouped.SEGMENTS.expert_ffn,
+        torch_grouped.single_ffn,
         _few_sizes,
     ),
-    Backend("reference", _anywhere, reference.grouped_mm, reference.expert_ffn, _no_padding),
+    Backend("reference", _anywhere, reference.grouped_mm, reference.expert_ffn, None, _no_padding),
 )
 
 

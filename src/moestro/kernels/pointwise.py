@@ -1,7 +1,8 @@
 """RMS norm, rotary positions and the router's product with their own backward.
 
 They pass over memory less often and keep less than autograd would. The definitions are
-`reference.rms_norm`, `reference.rotate` and `reference.fp32_linear`.
+`reference.rms_norm`, `reference.rotate` and `reference.fp32_linear`; one token's numbers, as when
+generating text, go through few plain ops instead, since there each call costs more than its work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moestro.kernels import reference
+
+# Up to so many numbers, and without gradients, the fewest calls win.
+SMALL = 2**14
+
+
+def _small(x: Tensor) -> bool:
+    return x.numel() <= SMALL and not torch.is_grad_enabled()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -43,6 +54,10 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`reference.rms_norm`."""
+    if _small(x_TD):
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        shape = weight_D.shape
+        return F.rms_norm(x_TD.to(wide), shape, weight_D.to(wide), eps).to(dtype)
     y_TD: Tensor = _RMSNorm.apply(x_TD, weight_D, eps, dtype)
     return y_TD
 
@@ -78,6 +93,8 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """`reference.rotate`."""
+    if _small(x_BSHA):
+        return reference.rotate(x_BSHA, cos_SA, sin_SA)
     y_BSHA: Tensor = _Rotate.apply(x_BSHA, cos_SA.to(x_BSHA.dtype), sin_SA.to(x_BSHA.dtype))
     return y_BSHA
 
@@ -102,5 +119,7 @@ class _Fp32Linear(torch.autograd.Function):
 
 def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     """`reference.fp32_linear`."""
+    if _small(x_TI):
+        return reference.fp32_linear(x_TI, w_OI)
     y_TO: Tensor = _Fp32Linear.apply(x_TI, w_OI)
     return y_TO

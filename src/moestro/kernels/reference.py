@@ -6,12 +6,25 @@ O/I out and in of a matrix, T tokens, B batch, S sequence, A width of one attent
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "clamped_swiglu")
 PLAIN = ("relu", "gelu")
+
+# Of clamped_swiglu: where its inputs are cut, and how steep its sigmoid is.
+CLAMP = 7.0
+STEEPNESS = 1.702
+
+
+class Biases(NamedTuple):
+    """What each expert adds after its two products; cast to the rows' dtype."""
+
+    up_EH: Tensor
+    down_ED: Tensor
 
 
 def activate(hidden_RH: Tensor, activation: str) -> Tensor:
@@ -21,27 +34,37 @@ def activate(hidden_RH: Tensor, activation: str) -> Tensor:
         hidden_RH: [R, 2F] for the gated kinds, gate columns first, then up; [R, F] for the plain.
         activation: swiglu (SiLU(gate) · up), geglu (GELU(gate) · up), relu, gelu.
             Gated: Shazeer 2020, "GLU Variants Improve Transformer". GELU is the exact one.
+            clamped_swiglu: gate · sigmoid(1.702 · gate) · (up + 1) of a gate cut above 7 and an
+            up cut at ±7 (gpt-oss 2025, its reference code).
 
     Returns:
         [R, F].
     """
     if activation in GATED:
         gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
+        if activation == "clamped_swiglu":
+            gate_RF, up_RF = gate_RF.clamp(max=CLAMP), up_RF.clamp(-CLAMP, CLAMP)
+            return gate_RF * torch.sigmoid(STEEPNESS * gate_RF) * (up_RF + 1)
         act_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
         return act_RF * up_RF
     return F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
 
 
 def grouped_mm(
-    x_RI: Tensor, w_EOI: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
+    x_RI: Tensor,
+    w_EOI: Tensor,
+    offsets_E: Tensor,
+    experts_E: Tensor | None = None,
+    bias_EO: Tensor | None = None,
 ) -> Tensor:
-    """Multiply each row by its expert's matrix: `y[r] = w[e] @ x[r]` for r in the group of e.
+    """Multiply each row by its expert's matrix: `y[r] = w[e] @ x[r] + b[e]`, r in the group of e.
 
     Args:
         x_RI: rows, grouped by expert; their dtype is the one computed in.
         w_EOI: one matrix per expert; cast to the rows' dtype.
         offsets_E: int64, end of each group (group g is offsets[g-1] to offsets[g]).
         experts_E: int64, expert of each group; None: group e is expert e's.
+        bias_EO: what each expert adds; cast to the rows' dtype. None: nothing.
 
     Returns:
         y_RO in the rows' dtype; rows past the last offset are zero and never read.
@@ -51,10 +74,13 @@ def grouped_mm(
     order = range(len(offsets_E)) if experts_E is None else experts_E.tolist()
     for expert, end in zip(order, offsets_E.tolist(), strict=True):
         w_OI = w_EOI[expert].to(x_RI.dtype)
-        y_RO += [w_OI @ x_RI[row] for row in range(start, end)]
+        b_O = 0 if bias_EO is None else bias_EO[expert].to(x_RI.dtype)
+        y_RO += [w_OI @ x_RI[row] + b_O for row in range(start, end)]
         start = end
     # Sums of nothing: without a row the gradients are zero instead of missing.
     zero = x_RI[:0].sum() + w_EOI[:0].sum().to(x_RI.dtype)
+    if bias_EO is not None:
+        zero = zero + bias_EO[:0].sum().to(x_RI.dtype)
     tail_RO = x_RI.new_zeros(x_RI.shape[0] - start, w_EOI.shape[1]) + zero
     return torch.cat([torch.stack(y_RO), tail_RO]) if y_RO else tail_RO
 
@@ -66,8 +92,9 @@ def expert_ffn(
     offsets_E: Tensor,
     activation: str,
     experts_E: Tensor | None = None,
+    biases: Biases | None = None,
 ) -> Tensor:
-    """The feed-forward network of each row's expert: `down[e] @ act(up[e] @ x)`.
+    """The feed-forward network of each row's expert: `down[e] @ act(up[e] @ x)`, with its biases.
 
     Args:
         x_RD: rows, grouped by expert.
@@ -76,12 +103,14 @@ def expert_ffn(
         offsets_E: int64, end of each group.
         activation: see `activate`.
         experts_E: int64, expert of each group; None: group e is expert e's.
+        biases: of the experts that have them.
 
     Returns:
         y_RD in the rows' dtype; rows past the last offset are zero and never read.
     """
-    hidden_RH = grouped_mm(x_RD, up_EHD, offsets_E, experts_E)
-    return grouped_mm(activate(hidden_RH, activation), down_EDF, offsets_E, experts_E)
+    up_EH, down_ED = biases or (None, None)
+    hidden_RH = grouped_mm(x_RD, up_EHD, offsets_E, experts_E, up_EH)
+    return grouped_mm(activate(hidden_RH, activation), down_EDF, offsets_E, experts_E, down_ED)
 
 
 def mixture(
@@ -92,6 +121,7 @@ def mixture(
     up_EHD: Tensor,
     down_EDF: Tensor,
     activation: str,
+    biases: Biases | None = None,
 ) -> Tensor:
     """The whole mixture, one assignment at a time: what dispatch, experts and combine must equal.
 
@@ -103,6 +133,8 @@ def mixture(
         up_EHD: see `expert_ffn`.
         down_EDF: see `expert_ffn`.
         activation: see `activate`.
+        biases: of the experts that have them; the down bias is part of an expert's output, so
+            the weight multiplies it too.
 
     Returns:
         y_TD in the tokens' dtype, summed in at least fp32.
@@ -110,8 +142,12 @@ def mixture(
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = [torch.zeros_like(x_D, dtype=sum_dtype) for x_D in x_TD]
     for token, expert, weight in zip(tokens_R.tolist(), experts_R.tolist(), weights_R, strict=True):
-        hidden_1H = (up_EHD[expert].to(x_TD.dtype) @ x_TD[token])[None]
-        out_D = down_EDF[expert].to(x_TD.dtype) @ activate(hidden_1H, activation)[0]
+        hidden_H = up_EHD[expert].to(x_TD.dtype) @ x_TD[token]
+        if biases is not None:
+            hidden_H = hidden_H + biases.up_EH[expert].to(x_TD.dtype)
+        out_D = down_EDF[expert].to(x_TD.dtype) @ activate(hidden_H[None], activation)[0]
+        if biases is not None:
+            out_D = out_D + biases.down_ED[expert].to(x_TD.dtype)
         y_TD[token] = y_TD[token] + weight * out_D.to(sum_dtype)
     return torch.stack(y_TD).to(x_TD.dtype) if y_TD else torch.zeros_like(x_TD)
 

@@ -22,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moestro.config import ModelConfig
+from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
-from moestro.models.decoder import Decoder
+from moestro.models.build import Model, build_model
+from moestro.models.materialize import materialize, without_memory
+from moestro.models.shards import Stored, open_file, read, read_into
 from moestro.settings import load_settings
 
 CHECKPOINTS = "checkpoints"
@@ -174,7 +176,7 @@ def newest_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint; give a run's folder or a checkpoint's")
 
 
-def save_model(model: Decoder, folder: Path) -> None:
+def save_model(model: Model, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` into an existing folder."""
     write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
     save_tensors(model.state_dict(), folder / WEIGHTS)
@@ -207,7 +209,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Decoder:
+def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Model:
     """Load a model in evaluation mode.
 
     Args:
@@ -219,41 +221,65 @@ def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Decode
         CheckpointError: it is incomplete or altered, or a key or shape does not fit.
     """
     folder = newest_checkpoint(path)
-    try:
-        cfg = load_settings(ModelConfig, folder / CONFIG)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    model = Decoder(cfg, backend)
+    cfg = read_own_config(folder / CONFIG)
+    stored = open_file(folder / WEIGHTS)
+    with without_memory():
+        model = build_model(cfg, backend)
+    _check_fit(model, folder, stored)
+    materialize(model, stored["embed.weight"].dtype, device)
     load_weights(model, folder)
-    return model.to(device).eval()
+    return model.eval()
 
 
-def load_weights(model: Decoder, folder: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same settings, which takes their dtype.
+def read_own_config(path: Path) -> ModelConfig | EncDecConfig:
+    """The model's settings in a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is missing, or holds no valid settings.
+    """
+    values = read_json(path)
+    try:
+        if isinstance(values, dict) and "encoder_layers" in values:
+            return load_settings(EncDecConfig, path)
+        return load_settings(ModelConfig, path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_weights(model: Model, folder: Path) -> None:
+    """Read a checkpoint's weights into a model of the same settings, which takes their dtype.
 
     Raises:
         CheckpointError: a key is missing or unknown, or a shape differs; all are named.
     """
-    tensors = read_tensors(folder / WEIGHTS)
-    if model.cfg.head.tied and "embed.weight" in tensors:
-        head = tensors.setdefault("head.weight", tensors["embed.weight"])
-        if not torch.equal(head, tensors["embed.weight"]):
-            raise CheckpointError(
-                f"{folder / WEIGHTS} holds a head.weight that differs from embed.weight, but the "
-                "settings tie them; set head.tied = false"
-            )
+    stored = open_file(folder / WEIGHTS)
+    _check_fit(model, folder, stored)
+    model.to(stored["embed.weight"].dtype)
+    head = stored.get("head.weight") if model.cfg.head.tied else None
     own = model.state_dict()
-    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+    for name, one in stored.items():
+        if one is not head:
+            read_into(one, own[name])
+    if head is not None and not torch.equal(read(head), own["embed.weight"].cpu()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds a head.weight that differs from embed.weight, but the "
+            "settings tie them; set head.tied = false"
+        )
+
+
+def _check_fit(model: Model, folder: Path, stored: dict[str, Stored]) -> None:
+    """Refuse a file whose keys or shapes are not the model's."""
+    own = model.state_dict()
+    wanted = own.keys() - ({"head.weight"} if model.cfg.head.tied else set())
+    problems = [f"missing {name}" for name in wanted - stored.keys()]
+    problems += [f"unknown {name}" for name in stored.keys() - own.keys()]
     problems += [
-        f"{name} is {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+        f"{name} is {list(stored[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & stored.keys()
+        if own[name].shape != stored[name].shape
     ]
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit: {', '.join(sorted(problems))}")
-    model.to(tensors["embed.weight"].dtype)
-    model.load_state_dict(tensors)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,35 +1,101 @@
-"""Parameters and FLOPs of a decoder, from its settings alone: arithmetic, no tensor.
+"""Parameters and FLOPs of a model, from its settings alone: arithmetic, no tensor.
 
 Letters: D width, F hidden width, E experts, K experts per token, H heads, G key/value heads,
-A head width, V vocabulary, S positions attended to.
+A head width, V vocabulary, S sequence length.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
-from moestro.config import ModelConfig, MoEConfig
+from moestro.config import (
+    EncDecConfig,
+    LatentConfig,
+    ModelConfig,
+    MoEConfig,
+    NetworkConfig,
+    RelativeConfig,
+)
+
+Embeddings = Literal["all", "output", "none"]
+
+
+class Span(NamedTuple):
+    """Attention of some layers: FLOPs per token and position, and how far a token attends.
+
+    Attributes:
+        flops: 2 for each multiplication of scores and sums, per token and position attended to.
+        window: most positions that a token attends to, itself included; None: no limit.
+        causal: positions up to the token's own, or (an encoder, cross attention) all S.
+    """
+
+    flops: int
+    window: int | None
+    causal: bool
+
+    def positions(self, seq_len: int) -> float:
+        """Positions attended to, averaged over the tokens of a sequence of `seq_len`."""
+        if not self.causal:
+            return float(seq_len)
+        reach = min(seq_len, self.window or seq_len)
+        return ((reach + 1) / 2 * reach + reach * (seq_len - reach)) / seq_len
 
 
 class Count(NamedTuple):
     """What a model costs.
 
+    A token of an encoder-decoder means one source token and one target token together, as in
+    Switch Transformer's tables: each matrix multiplies one of the two.
+
     Attributes:
-        total: all parameters.
+        total: all parameters, and the selection bias of loss-free routers, which is a buffer but
+            stands in the checkpoint and in the published figures (DeepSeek-V3).
         active: parameters that one token passes: K of E experts, and both embeddings.
         matmul: weights that multiply each token, head included and the lookup of the input
             embedding not: a token's forward pass takes 2 FLOPs for each.
-        attention: FLOPs of the attention scores and sums per token and position attended to.
+        input_embedding: parameters of the input embedding.
+        output_embedding: of the head's matrix; 0 when it is the input embedding's (tied).
+        expert: of all routed experts of all layers, their biases included.
+        spans: attention, layers of one kind together.
     """
 
     total: int
     active: int
     matmul: int
-    attention: int
+    input_embedding: int
+    output_embedding: int
+    expert: int
+    spans: tuple[Span, ...]
+
+    @property
+    def attention(self) -> int:
+        """FLOPs of the attention scores and sums per token and position attended to."""
+        return sum(span.flops for span in self.spans)
+
+    def parameters(self, embeddings: Embeddings = "all") -> tuple[int, int]:
+        """(total, active) under one of the conventions of published figures.
+
+        Args:
+            embeddings: which to count. "all" (Mixtral, Qwen, OLMoE); "output", without the input
+                embedding unless it is the head too (gpt-oss, DeepSeek-V2); "none" (scaling laws).
+        """
+        tied = self.output_embedding == 0
+        left_out = {
+            "all": 0,
+            "output": 0 if tied else self.input_embedding,
+            "none": self.input_embedding + self.output_embedding,
+        }[embeddings]
+        return self.total - left_out, self.active - left_out
 
     def forward_flops(self, seq_len: int) -> float:
-        """FLOPs per token of a forward pass over causal sequences of `seq_len`."""
-        return 2 * self.matmul + self.attention * (seq_len + 1) / 2
+        """FLOPs per token of a forward pass over sequences of `seq_len`.
+
+        A decoder's token attends to those before it, at most to its layer's window; an encoder's
+        and cross attention to all. Sources and targets of an encoder-decoder are equally long.
+        """
+        return 2 * self.matmul + sum(span.flops * span.positions(seq_len) for span in self.spans)
 
     def train_flops(self, seq_len: int) -> float:
         """FLOPs per token of a training step: the backward pass costs two forward passes."""
@@ -38,39 +104,129 @@ class Count(NamedTuple):
 
 def matrices(activation: str) -> int:
     """Matrices of one feed-forward network: gate, up and down, or up and down."""
-    return 3 if activation in ("swiglu", "geglu") else 2
+    return 3 if activation in ("swiglu", "geglu", "clamped_swiglu") else 2
 
 
-def _mixture(cfg: MoEConfig) -> tuple[int, int]:
-    """(total, active) parameters of one mixture layer; all of the active ones multiply."""
-    expert = matrices(cfg.activation) * cfg.dim * cfg.hidden_dim
+def count(cfg: ModelConfig | EncDecConfig) -> Count:
+    """Count a model. `total` equals what `Decoder(cfg)` or `EncDec(cfg)` holds, exactly."""
+    layers = _encdec(cfg) if isinstance(cfg, EncDecConfig) else _decoder(cfg)
+    embedding = cfg.vocab_size * cfg.dim
+    head = 0 if cfg.head.tied else embedding
+    body = _sum([*layers, _always(0, embedding + cfg.head.bias * cfg.vocab_size)])
+    return Count(
+        total=body.total + head,
+        active=body.active + head,
+        matmul=body.matmul + embedding,
+        input_embedding=embedding,
+        output_embedding=head,
+        expert=body.expert,
+        spans=_spans(cfg),
+    )
+
+
+class _Part(NamedTuple):
+    """Parameters of a part: all; those a token passes; those that multiply it; the experts'."""
+
+    total: int
+    active: int
+    matmul: int
+    expert: int = 0
+
+
+def _always(weights: int, other: int = 0) -> _Part:
+    """A part that every token passes; `other` are biases, norms and tables: no matrix product."""
+    return _Part(weights + other, weights + other, weights)
+
+
+def _sum(parts: Iterable[_Part]) -> _Part:
+    return _Part(*map(sum, zip(*parts, strict=True)))
+
+
+def _decoder(cfg: ModelConfig) -> list[_Part]:
+    parts = [_always(0, _norm(cfg) + _table(cfg, shared=True))]
+    for layer in range(cfg.num_layers):
+        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
+    return parts
+
+
+def _encdec(cfg: EncDecConfig) -> list[_Part]:
+    parts = [_always(0, 2 * (_norm(cfg) + _table(cfg, shared=True)))]
+    for layer in range(cfg.encoder_layers):
+        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
+    heads = cfg.attention.num_heads + cfg.num_kv_heads
+    cross = _always(2 * cfg.dim * heads * cfg.head_dim, _norm(cfg))
+    for layer in range(cfg.decoder_layers):
+        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
+        parts.append(cross)
+    return parts
+
+
+def _norm(cfg: NetworkConfig) -> int:
+    """One norm over D: a weight, and for LayerNorm a bias."""
+    return cfg.dim * (2 if cfg.norm.kind == "layer" else 1)
+
+
+def _table(cfg: NetworkConfig, shared: bool) -> int:
+    """A table of relative positions, [buckets, H], where there is one that is so `shared`."""
+    positions = cfg.attention.positions
+    if not isinstance(positions, RelativeConfig) or positions.shared != shared:
+        return 0
+    return positions.buckets * cfg.attention.num_heads
+
+
+def _attention(cfg: NetworkConfig) -> _Part:
+    """Self-attention of one layer."""
+    attention = cfg.attention
+    if attention.latent is not None:
+        return _latent(cfg.dim, attention.num_heads, attention.latent)
+    queries, keys = attention.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    other = _table(cfg, shared=False) + attention.sinks * attention.num_heads
+    other += (attention.bias != "none") * (queries + 2 * keys) + (attention.bias == "all") * cfg.dim
+    other += {"none": 0, "head": 2 * cfg.head_dim, "full": queries + keys}[attention.qk_norm]
+    return _always(cfg.dim * (2 * queries + 2 * keys), other)
+
+
+def _latent(dim: int, heads: int, cfg: LatentConfig) -> _Part:
+    """Multi-head latent attention, its matrices as they stand (none absorbed into another)."""
+    queries = heads * (cfg.nope_dim + cfg.rope_dim)
+    q = dim * queries if cfg.q_rank is None else cfg.q_rank * (dim + queries)
+    kv = dim * (cfg.kv_rank + cfg.rope_dim) + cfg.kv_rank * heads * (cfg.nope_dim + cfg.value_dim)
+    return _always(q + kv + heads * cfg.value_dim * dim, (cfg.q_rank or 0) + cfg.kv_rank)
+
+
+def _ffn(cfg: NetworkConfig, mixed: bool) -> _Part:
+    """The feed-forward network of one layer: a mixture or dense."""
+    if mixed and cfg.moe is not None:
+        return _mixture(cfg.moe)
+    return _always(matrices(cfg.dense.activation) * cfg.dim * cfg.dense.hidden_dim)
+
+
+def _mixture(cfg: MoEConfig) -> _Part:
+    layers = matrices(cfg.activation)
+    weights = layers * cfg.dim * cfg.hidden_dim
+    biases = cfg.experts.bias * ((layers - 1) * cfg.hidden_dim + cfg.dim)
     router = {"hash": 0, "noisy_top_k": 2}.get(cfg.router.kind, 1) * cfg.num_experts * cfg.dim
     shared = 0
     if cfg.shared is not None:
-        shared = matrices(cfg.activation) * cfg.dim * cfg.shared.hidden_dim
-        shared += cfg.dim * cfg.shared.gate
-    always = router + shared
-    return cfg.num_experts * expert + always, cfg.top_k * expert + always
-
-
-def count(cfg: ModelConfig) -> Count:
-    """Count a decoder. `total` equals the parameters of `Decoder(cfg)` exactly."""
-    heads, groups, head_dim = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
-    attention = cfg.dim * head_dim * (2 * heads + 2 * groups)
-    norms = 2 * cfg.dim + (2 * head_dim if cfg.attention.qk_norm == "head" else 0)
-    dense = matrices(cfg.dense.activation) * cfg.dim * cfg.dense.hidden_dim
-    total = active = 0
-    for layer in range(cfg.num_layers):
-        mixed = cfg.moe if cfg.is_moe_layer(layer) else None
-        ffn_total, ffn_active = _mixture(mixed) if mixed is not None else (dense, dense)
-        total += attention + ffn_total
-        active += attention + ffn_active
-    embedding = cfg.vocab_size * cfg.dim
-    every_norm = cfg.num_layers * norms + cfg.dim
-    embeddings = embedding if cfg.head.tied else 2 * embedding
-    return Count(
-        total=total + every_norm + embeddings,
-        active=active + every_norm + embeddings,
-        matmul=active + embedding,
-        attention=4 * cfg.num_layers * heads * head_dim,
+        shared = layers * cfg.dim * cfg.shared.hidden_dim + cfg.dim * cfg.shared.gate
+    always = _always(
+        router + shared, (cfg.router.bias + cfg.router.selection_bias) * cfg.num_experts
     )
+    experts, chosen = cfg.num_experts * (weights + biases), cfg.top_k * (weights + biases)
+    return _sum([always, _Part(experts, chosen, cfg.top_k * weights, expert=experts)])
+
+
+def _spans(cfg: ModelConfig | EncDecConfig) -> tuple[Span, ...]:
+    """The attention of every layer; a decoder's window never exceeds its context."""
+    attention = cfg.attention
+    per_head = 2 * cfg.head_dim
+    if attention.latent is not None:
+        latent = attention.latent
+        per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
+    flops = 2 * attention.num_heads * per_head
+    if isinstance(cfg, EncDecConfig):
+        both_ways, causal = (cfg.encoder_layers + cfg.decoder_layers), cfg.decoder_layers
+        return Span(flops * both_ways, None, False), Span(flops * causal, None, True)
+    context = attention.context
+    reach = Counter(min(context, cfg.window(n) or context) for n in range(cfg.num_layers))
+    return tuple(Span(flops * layers, window, True) for window, layers in reach.items())

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.config import ModelConfig
+from moestro.config import ModelConfig, RelativeConfig, RopeConfig
 from moestro.errors import ShapeError
-from moestro.models.attention import Attention, KVCache, LayerCache, RMSNorm, Rotary, rotary
-from moestro.moe.experts import FeedForward
+from moestro.models.attention import Attention, reach, relative_bias
+from moestro.models.cache import KVCache, LayerCache
+from moestro.models.latent import LatentAttention
+from moestro.models.linear import Linear
+from moestro.models.norms import norm_of
+from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
+from moestro.moe.experts import FeedForward, compute_dtype
 from moestro.moe.layer import MoE
 from moestro.moe.routing import Routing
 
@@ -27,14 +32,25 @@ class DecoderOutput(NamedTuple):
     routings: tuple[Routing, ...]
 
 
+class Positions(NamedTuple):
+    """What all layers know of the new positions: angles, or a bias that they share, or neither."""
+
+    angles: Rotary | None
+    bias_HSP: Tensor | None
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the latter dense or a mixture."""
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm.eps)
-        self.attention = Attention(cfg)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm.eps)
+        self.attention_norm = norm_of(cfg.norm, cfg.dim)
+        self.attention: Attention | LatentAttention
+        if cfg.attention.latent is None:
+            self.attention = Attention(cfg, layer)
+        else:
+            self.attention = LatentAttention(cfg)
+        self.ffn_norm = norm_of(cfg.norm, cfg.dim)
         self.ffn: MoE | FeedForward
         if cfg.moe is not None and cfg.is_moe_layer(layer):
             self.ffn = MoE(cfg.moe, backend)
@@ -46,14 +62,16 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        angles: Rotary,
+        positions: Positions,
         tokens_BS: Tensor,
         valid_BS: Tensor | None,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
         normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(normed_BSD, angles, valid_BS, cache)
+        x_BSD = x_BSD + self.attention(
+            normed_BSD, positions.angles, valid_BS, cache, positions.bias_HSP
+        )
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
             y_BSD, routing = self.ffn(normed_BSD, token_ids=tokens_BS, valid=valid_BS)
@@ -80,10 +98,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpoint_activations = False
+        positions, heads = cfg.attention.positions, cfg.attention.num_heads
+        if isinstance(positions, RopeConfig):
+            frequencies(positions, turning_width(cfg))  # Refuses lists of the wrong length.
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.relative = None
+        if isinstance(positions, RelativeConfig) and positions.shared:
+            self.relative = relative_bias(positions, heads)
         self.blocks = nn.ModuleList(Block(cfg, n, backend) for n in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm.eps)
-        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.norm = norm_of(cfg.norm, cfg.dim)
+        self.head = Linear(cfg.dim, cfg.vocab_size, bias=cfg.head.bias)
         if cfg.head.tied:
             self.head.weight = self.embed.weight
         self.moe_layers = tuple(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
@@ -94,11 +118,12 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=self.cfg.dim**-0.5)
         if not self.cfg.head.tied:
             nn.init.normal_(self.head.weight, std=self.cfg.dim**-0.5)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         shrink = 1 / math.sqrt(2 * self.cfg.num_layers)
         for module in self.modules():
-            if isinstance(module, Attention):
-                for linear in (module.qkv, module.out):
-                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if isinstance(module, Attention | LatentAttention):
+                module.reset_parameters()
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith(("attention.out.weight", ".down")):
@@ -109,8 +134,10 @@ class Decoder(nn.Module):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache that keeps the last `context` positions."""
-        return KVCache(self.cfg.num_layers, self.cfg.attention.context)
+        """An empty cache: each layer keeps the positions of its window, at most the context."""
+        rope = isinstance(self.cfg.attention.positions, RopeConfig)
+        limits = [reach(self.cfg, n) for n in range(self.cfg.num_layers)]
+        return KVCache(limits, RotaryTable(self.cfg) if rope else None)
 
     def forward(
         self,
@@ -127,36 +154,58 @@ class Decoder(nn.Module):
             cache: of the positions before these; extended in place.
 
         Raises:
-            ShapeError: ids are not [B, S] integers, or a mask comes with a cache.
+            ShapeError: ids are not [B, S] integers, a mask comes with a cache, or the cache holds
+                another batch.
         """
-        if tokens_BS.dim() != 2 or tokens_BS.is_floating_point():
-            raise ShapeError(
-                f"the decoder takes int64 ids [B, S]; given {tokens_BS.dtype} "
-                f"{list(tokens_BS.shape)}"
-            )
-        if valid_BS is not None and (
-            valid_BS.shape != tokens_BS.shape or valid_BS.dtype != torch.bool
-        ):
-            raise ShapeError(
-                f"valid_BS must be bool {list(tokens_BS.shape)}, False for padding; given "
-                f"{valid_BS.dtype} {list(valid_BS.shape)}"
-            )
-        if valid_BS is not None and cache is not None:
-            raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")
-        start = cache.position if cache is not None else 0
-        angles = rotary(start, tokens_BS.shape[1], self.cfg, tokens_BS.device)
+        self._check(tokens_BS, valid_BS, cache)
         x_BSD = self.embed(tokens_BS)
+        positions = self._positions(x_BSD, cache)
         routings = []
         for n, block in enumerate(self.blocks):
             layer_cache = cache.layers[n] if cache is not None else None
             if self.checkpoint_activations and self.training:
                 x_BSD, routing = checkpoint(
-                    block, x_BSD, angles, tokens_BS, valid_BS, layer_cache, use_reentrant=False
+                    block, x_BSD, positions, tokens_BS, valid_BS, layer_cache, use_reentrant=False
                 )
             else:
-                x_BSD, routing = block(x_BSD, angles, tokens_BS, valid_BS, layer_cache)
+                x_BSD, routing = block(x_BSD, positions, tokens_BS, valid_BS, layer_cache)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.position += tokens_BS.shape[1]
-        return DecoderOutput(self.head(self.norm(x_BSD)), tuple(routings))
+        x_BSD = self.norm(x_BSD)
+        if self.cfg.head.scale != 1:
+            x_BSD = x_BSD * self.cfg.head.scale
+        return DecoderOutput(self.head(x_BSD), tuple(routings))
+
+    def _positions(self, x_BSD: Tensor, cache: KVCache | None) -> Positions:
+        """Angles of the new positions, or their shared bias for every key that a layer may see."""
+        length = x_BSD.shape[1]
+        dtype = compute_dtype(x_BSD)
+        if cache is not None and cache.rotary is not None:
+            angles = cache.rotary.at(cache.position, length, x_BSD.device, dtype)
+            return Positions(angles, None)
+        if isinstance(self.cfg.attention.positions, RopeConfig):
+            return Positions(rotary(0, length, self.cfg, x_BSD.device, dtype), None)
+        if self.relative is None:
+            return Positions(None, None)
+        span = length
+        if cache is not None:
+            span += min(cache.position, max(layer.limit for layer in cache.layers) - 1)
+        return Positions(None, self.relative(range(span - length, span), range(span)))
+
+    def _check(self, tokens_BS: Tensor, valid_BS: Tensor | None, cache: KVCache | None) -> None:
+        if tokens_BS.dim() != 2 or tokens_BS.is_floating_point():
+            raise ShapeError(
+                f"the decoder takes int64 ids [B, S]; given {tokens_BS.dtype} "
+                f"{list(tokens_BS.shape)}"
+            )
+        if valid_BS is None:
+            return
+        if valid_BS.shape != tokens_BS.shape or valid_BS.dtype != torch.bool:
+            raise ShapeError(
+                f"valid_BS must be bool {list(tokens_BS.shape)}, False for padding; given "
+                f"{valid_BS.dtype} {list(valid_BS.shape)}"
+            )
+        if cache is not None:
+            raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")

@@ -1,18 +1,26 @@
-"""The dense twin of a mixture: the same model with the same active parameters per token."""
+"""The dense twin of a mixture: a model like it, of the same cost per token or the same size."""
 
 from __future__ import annotations
 
-from moestro.config import DenseConfig, ModelConfig
+from typing import Literal, TypeVar, cast
+
+from moestro.config import DenseConfig, EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count, matrices
 
+Model = TypeVar("Model", bound=ModelConfig | EncDecConfig)
 
-def dense_twin(cfg: ModelConfig) -> ModelConfig:
-    """The dense model whose every token costs what it costs in `cfg`.
+
+def dense_twin(cfg: Model, of: Literal["active", "total"] = "active") -> Model:
+    """The dense model whose every token costs what it costs in `cfg`, or one as large as it.
 
     Every layer gets one feed-forward network of the experts' activation, wide enough that the
-    active parameters (router and shared expert included) are the same up to rounding: to whole
+    parameters (router and shared expert included) are as many, up to rounding: to whole
     columns, or to multiples of 8 from 256 columns on, where odd widths would slow the twin down.
+
+    Args:
+        cfg: the mixture.
+        of: "active", or "total" for the dense model that is as large as the whole mixture.
 
     Raises:
         ConfigError: `cfg` has no mixture.
@@ -23,8 +31,13 @@ def dense_twin(cfg: ModelConfig) -> ModelConfig:
     narrow = cfg.model_copy(
         update={"moe": None, "dense": DenseConfig(hidden_dim=1, activation=activation)}
     )
-    column = cfg.num_layers * matrices(activation) * cfg.dim
-    exact = 1 + (count(cfg).active - count(narrow).active) / column
+    if isinstance(cfg, EncDecConfig):
+        layers = cfg.encoder_layers + cfg.decoder_layers
+    else:
+        layers = cfg.num_layers
+    missing = getattr(count(cfg), of) - count(narrow).total
+    exact = 1 + missing / (layers * matrices(activation) * cfg.dim)
     step = 8 if exact >= 256 else 1
     width = max(1, round(exact / step) * step)
-    return narrow.model_copy(update={"dense": DenseConfig(hidden_dim=width, activation=activation)})
+    dense = DenseConfig(hidden_dim=width, activation=activation)
+    return cast(Model, narrow.model_copy(update={"dense": dense}))

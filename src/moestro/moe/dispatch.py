@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro.errors import ShapeError
 from moestro.moe.routing import Plan, Routing
 
 
@@ -23,7 +24,7 @@ def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> in
     return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
 
 
-def limit(routing: Routing, rows: int, priority: str) -> Routing:
+def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) -> Routing:
     """Keep at most `rows` assignments per expert; the others are dropped, and say so.
 
     Args:
@@ -32,26 +33,35 @@ def limit(routing: Routing, rows: int, priority: str) -> Routing:
         priority: "arrival": first choices before second choices, then in the order of the tokens
             (Lepikhin et al. 2020, GShard §2.2); "router": highest weight first (batch prioritised
             routing, Riquelme et al. 2021).
+        num_sequences: N; each of the N sequences that the tokens are, one after another, fills
+            experts of its own.
 
     Returns:
         The routing with `kept_R`. Padding takes no room and does not count as dropped.
+
+    Raises:
+        ShapeError: the tokens do not split into N sequences.
     """
-    experts_R = routing.experts_R
+    if num_sequences < 1 or routing.num_tokens % num_sequences:
+        raise ShapeError(f"{routing.num_tokens} tokens do not split into {num_sequences} sequences")
+    length = max(routing.num_tokens // num_sequences, 1)
+    queues = num_sequences * routing.num_experts
+    queue_of_R = routing.tokens_R // length * routing.num_experts + routing.experts_R
     if routing.valid_T is not None:
         # Padding queues for an expert that does not exist.
-        padding_R = ~routing.valid_T[routing.tokens_R]
-        experts_R = experts_R.masked_fill(padding_R, routing.num_experts)
+        queue_of_R = queue_of_R.masked_fill(~routing.valid_T[routing.tokens_R], queues)
     if priority == "router":
-        queue_R = routing.weights_R.detach().argsort(descending=True, stable=True)
+        arrival_R = routing.weights_R.detach().argsort(descending=True, stable=True)
     else:
-        ranks_R = torch.arange(len(experts_R), device=experts_R.device)
-        queue_R = (ranks_R % routing.top_k).argsort(stable=True)
-    order_R = queue_R[experts_R[queue_R].argsort(stable=True)]
-    counts_E = torch.bincount(experts_R, minlength=routing.num_experts + 1)
-    starts_E = counts_E.cumsum(0) - counts_E
-    places_R = torch.arange(len(order_R), device=order_R.device) - starts_E[experts_R[order_R]]
+        ranks_R = torch.arange(len(queue_of_R), device=queue_of_R.device)
+        arrival_R = (ranks_R % routing.top_k).argsort(stable=True)
+    order_R = arrival_R[queue_of_R[arrival_R].argsort(stable=True)]
+    counts = torch.bincount(queue_of_R, minlength=queues + 1)
+    starts = counts.cumsum(0) - counts
+    queue_of_R = queue_of_R[order_R]
+    places_R = torch.arange(len(order_R), device=order_R.device) - starts[queue_of_R]
     kept_R = torch.empty_like(order_R, dtype=torch.bool)
-    kept_R[order_R] = (places_R < rows) & (experts_R[order_R] < routing.num_experts)
+    kept_R[order_R] = (places_R < rows) & (queue_of_R < queues)
     return routing._replace(kept_R=kept_R)
 
 
@@ -139,6 +149,39 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
     """
     y_TD: Tensor = _Combine.apply(rows_RD, weights_A, plan)
     return y_TD
+
+
+def mix_few(x_TD: Tensor, routing: Routing, single: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Dispatch, experts and combine of few tokens, without a plan and without gradients.
+
+    The same sum in the same order as `combine`'s. Each expert that is hit works once.
+
+    Args:
+        x_TD: tokens, in the dtype to compute in.
+        routing: token choice.
+        single: one expert: (rows [P, D], its number) → [P, D].
+
+    Returns:
+        y_TD in the tokens' dtype.
+    """
+    top_k, dtype = routing.top_k, torch.promote_types(x_TD.dtype, torch.float32)
+    kept_R = None if routing.kept_R is None else routing.kept_R.tolist()
+    rows_of: dict[int, list[int]] = {}
+    for row, expert in enumerate(routing.experts_R.tolist()):
+        if kept_R is None or kept_R[row]:
+            rows_of.setdefault(expert, []).append(row)
+    y_RD = x_TD.new_zeros(len(routing.experts_R), x_TD.shape[1], dtype=dtype)
+    for expert, rows in rows_of.items():
+        if len(rows) == 1:
+            token = rows[0] // top_k
+            y_RD[rows[0]] = single(x_TD[token : token + 1], expert)[0]
+        else:
+            y_RD[rows] = single(x_TD[[row // top_k for row in rows]], expert).to(dtype)
+    y_TKD = y_RD.mul_(routing.weights_R.to(dtype)[:, None]).view(-1, top_k, x_TD.shape[1])
+    y_TD = y_TKD[:, 0]
+    for k in range(1, top_k):
+        y_TD = y_TD + y_TKD[:, k]
+    return y_TD.to(x_TD.dtype)
 
 
 def _pick(rows_RD: Tensor, plan: Plan, place: int) -> Tensor:

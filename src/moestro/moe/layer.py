@@ -43,6 +43,7 @@ class MoE(nn.Module):
             cfg.experts.dropout,
             cfg.init_scale,
             backend,
+            cfg.experts.bias,
         )
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
@@ -59,7 +60,8 @@ class MoE(nn.Module):
         """Send each token to its experts and add up what they return.
 
         Args:
-            x: [..., D]; leading dimensions are flattened to T tokens.
+            x: [..., D]; leading dimensions are flattened to T tokens. Where there is more than
+                one, the first is that of the sequences (`capacity.per_sequence` counts in each).
             token_ids: int64 [...], only for the hash router.
             valid: bool [...], False for padding, which is computed but never counted.
 
@@ -74,25 +76,31 @@ class MoE(nn.Module):
         valid_T = None if valid is None else valid.reshape(-1)
         ids_T = None if token_ids is None else token_ids.reshape(-1)
 
-        routing = self._limit(self.router(x_TD, ids_T, valid_T))
+        num_sequences = len(x) if x.dim() > 2 else 1
+        routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
         y_TD = self._mix(x_TD.to(compute_dtype(x_TD)), routing)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.reshape(x.shape), routing
 
     def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Dispatch → experts → combine."""
+        """Dispatch → experts → combine; of few rows without gradients, expert by expert."""
+        single = self.experts.single(len(routing.experts_R), x_TD) if routing.top_k else None
+        if single is not None:
+            return dispatch.mix_few(x_TD, routing, single)
         kernel = self.experts.kernel(x_TD.device.type, x_TD.dtype)
         plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
         rows_RD = dispatch.dispatch(x_TD, plan)
         rows_RD = self.experts(rows_RD, plan.offsets_E, plan.experts_E)
         return dispatch.combine(rows_RD, routing.weights_R, plan)
 
-    def _limit(self, routing: Routing) -> Routing:
+    def _limit(self, routing: Routing, num_sequences: int) -> Routing:
         """Drop what is over capacity, where one is set."""
         cfg = self.cfg.capacity
         if cfg is None:
             return routing
+        if cfg.per_sequence is not None:
+            return dispatch.limit(routing, cfg.per_sequence, cfg.priority, max(num_sequences, 1))
         factor = cfg.factor if self.training else cfg.eval_factor
         tokens = routing.num_tokens
         if routing.valid_T is not None:

@@ -26,28 +26,35 @@ from moestro.moe.routing import Routing
 class Router(nn.Module):
     """Base: a linear map to one logit per expert, and the ways in which routers differ from it."""
 
+    logit_bias: nn.Parameter | None
+
     def __init__(self, cfg: MoEConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
+        self.logit_bias = nn.Parameter(torch.empty(cfg.num_experts)) if cfg.router.bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4)."""
+        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4); the bias zero."""
         std = math.sqrt(self.cfg.init_scale / self.cfg.dim)
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.logit_bias is not None:
+            nn.init.zeros_(self.logit_bias)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """fp32 logits [T, E]; training adds input jitter where set.
+    def logits(self, x_TD: Tensor, jitter: float) -> Tensor:
+        """fp32 logits [T, E] of the tokens, in training of jittered ones.
 
-        Jitter multiplies the input by U(1-ε, 1+ε) (Fedus et al. 2021, Table 11).
+        Jitter ε multiplies the input by U(1-ε, 1+ε) (Fedus et al. 2021, Table 11).
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            jitter = self.cfg.router.jitter
             if self.training and jitter:
                 x_TD = x_TD.to(_router_dtype(x_TD))
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-            return pointwise.fp32_linear(x_TD, self.weight)
+            logits_TE = pointwise.fp32_linear(x_TD, self.weight)
+            if self.logit_bias is not None:
+                logits_TE = logits_TE + self.logit_bias.to(logits_TE.dtype)
+            return logits_TE
 
     def forward(
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
@@ -91,7 +98,7 @@ class TopKRouter(Router):
     ) -> Routing:
         """See `Router.forward`."""
         router = self.cfg.router
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, router.jitter)
         # A softmax of logarithms divides scores by their sum without an epsilon, which a router
         # could learn to exploit by pushing all its scores towards zero.
         if router.kind == "sigmoid":
@@ -101,7 +108,7 @@ class TopKRouter(Router):
             scores_TE = probs_TE = logits_TE.softmax(-1)
             logs_TE = logits_TE
         experts_TK = self._select(scores_TE.detach())
-        if _renormalize(self.cfg):
+        if self.cfg.renormalizes:
             weights_TK = logs_TE.gather(-1, experts_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)
@@ -145,13 +152,14 @@ class NoisyTopKRouter(Router):
 
     def reset_parameters(self) -> None:
         """Zero, as in the paper's appendix A."""
-        nn.init.zeros_(self.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
     ) -> Routing:
         """See `Router.forward`."""
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, self.cfg.router.jitter)
         noisy_TE, load_TE = logits_TE, None
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training:
@@ -161,11 +169,51 @@ class NoisyTopKRouter(Router):
                 load_TE = _chance_of_choice(logits_TE, noisy_TE, std_TE, self.cfg.top_k)
             probs_TE = noisy_TE.softmax(-1)
             weights_TK, experts_TK = probs_TE.topk(self.cfg.top_k, dim=-1)
-            if _renormalize(self.cfg):
+            if self.cfg.renormalizes:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         weights_TK = weights_TK * self.cfg.router.scale
         routing = _token_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T)
         return routing._replace(load_TE=load_TE)
+
+
+class SparseMixerRouter(Router):
+    """Two experts, one after the other, each against its close rivals alone (Phi-3.5-MoE).
+
+    GRIN MoE, Liu et al. 2024, arXiv 2409.12136: the first expert is the best, its weight its share
+    of a softmax over the logits within a relative distance of 2 · `jitter`; the second likewise
+    among the others. The two weights need not sum to one.
+
+    This is the paper's routing at inference. In training it samples the experts and estimates the
+    gradient of the sampling (its SparseMixer-v2); here training makes the same choices, with the
+    plain gradient of the two softmaxes. `jitter` is the distance and never moves the input.
+    """
+
+    def forward(
+        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+    ) -> Routing:
+        """See `Router.forward`."""
+        logits_TE = self.logits(x_TD, jitter=0.0)
+        first_T1, first_weight_T1 = self._best(logits_TE, logits_TE)
+        others_TE = logits_TE.scatter(-1, first_T1, -math.inf)
+        second_T1, second_weight_T1 = self._best(logits_TE, others_TE)
+        experts_TK = torch.cat([first_T1, second_T1], dim=-1)
+        weights_TK = torch.cat([first_weight_T1, second_weight_T1], dim=-1)
+        if self.cfg.router.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK * self.cfg.router.scale
+        return _token_choice(experts_TK, weights_TK, logits_TE, logits_TE.softmax(-1), valid_T)
+
+    def _best(self, logits_TE: Tensor, open_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of the open experts, and its share among those near it.
+
+        An expert is near if (best - logit) / max(|logit|, best) ≤ 2 · jitter.
+        """
+        with torch.no_grad():
+            top_T1, expert_T1 = open_TE.max(-1, keepdim=True)
+            reach_TE = 2 * self.cfg.router.jitter * torch.maximum(logits_TE.abs(), top_T1)
+            far_TE = top_T1 - logits_TE > reach_TE
+        shares_TE = open_TE.masked_fill(far_TE, -math.inf).softmax(-1)
+        return expert_T1, shares_TE.gather(-1, expert_T1)
 
 
 class ExpertChoiceRouter(Router):
@@ -188,7 +236,7 @@ class ExpertChoiceRouter(Router):
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
     ) -> Routing:
         """See `Router.forward`. Padding tokens are never chosen."""
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, self.cfg.router.jitter)
         probs_TE = logits_TE.softmax(-1)
         bids_TE, num_tokens = probs_TE, len(x_TD)
         if valid_T is not None:
@@ -247,6 +295,7 @@ ROUTERS: dict[str, Any] = {
     "softmax": TopKRouter,
     "sigmoid": TopKRouter,
     "noisy_top_k": NoisyTopKRouter,
+    "sparsemixer": SparseMixerRouter,
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
 }
@@ -261,11 +310,6 @@ def build_router(cfg: MoEConfig) -> Router | HashRouter:
 def _router_dtype(x_TD: Tensor) -> torch.dtype:
     """fp32 for every model dtype; fp64 stays, so that gradcheck can pass through."""
     return torch.promote_types(x_TD.dtype, torch.float32)
-
-
-def _renormalize(cfg: MoEConfig) -> bool:
-    chosen = cfg.router.renormalize
-    return cfg.top_k > 1 if chosen is None else chosen
 
 
 def _token_choice(

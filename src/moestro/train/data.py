@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moestro.config import DataConfig
 from moestro.errors import DataError
-from moestro.text import Tokenizer, check_tokenizer, load_tokenizer
+from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 from moestro.train.corpus import source_state, stable_hash
 from moestro.train.tokenfiles import ENDS_FILE, HELD_FILE, TRAIN_FILE, write_token_files
 
@@ -232,6 +232,7 @@ def _permutation(length: int, *seed: object) -> NDArray[np.int64]:
 def _inputs(cfg: DataConfig) -> str:
     """Fingerprint of all that the token files are made from: settings, and the files' state."""
     tokenizer = Path(cfg.tokenizer).expanduser()
+    tokenizer = tokenizer / HF_FILE if tokenizer.is_dir() else tokenizer
     made_of = [
         FORMAT,
         cfg.model_dump(mode="json"),

@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.config import RunConfig
 from moestro.errors import ConfigError, TrainingError
+from moestro.models.build import Model, build_model
 from moestro.models.checkpoint import load_model
-from moestro.models.count import count
-from moestro.models.decoder import Decoder, DecoderOutput
+from moestro.models.decoder import DecoderOutput
+from moestro.models.encdec import EncDecOutput
 from moestro.moe.balance import update_bias
 from moestro.train import state
 from moestro.train.data import Corpus, HeldOut
@@ -35,6 +36,7 @@ from moestro.train.metrics import METRICS_NAME, MetricsLog, read_metrics
 from moestro.train.objective import Objective
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
+from moestro.train.task import Example, check_vocabulary, task_of, train_flops
 
 
 class Point(NamedTuple):
@@ -86,7 +88,7 @@ class Trainer:
     """One run: a model, its optimizer, and a folder with everything that was measured and saved.
 
     Args:
-        cfg: The settings, with `model.vocab_size` at least the tokenizer's.
+        cfg: The settings, with `model.vocab_size` at least `train.task.vocabulary`.
         folder: The run's folder; made if missing.
         corpus: What to train on.
         progress: Where to show it, already entered; None shows nothing.
@@ -109,9 +111,10 @@ class Trainer:
         self.progress = progress if ranks.writes else None
         self.device = pick_device(cfg.train.runtime.device, ranks)
         self.dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.model: Decoder
+        self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
-        self._step_flops = self._step_tokens * count(cfg.model).train_flops(cfg.data.seq_len)
+        self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+        self._task = task_of(cfg.model, corpus.tokenizer.end_of_text)
         self._objective = Objective(cfg.balance, ranks)
 
     def train(self, resume: bool = False) -> Result:
@@ -163,7 +166,7 @@ class Trainer:
         cfg, runtime = self.cfg, self.cfg.train.runtime
         if checkpoint is None:
             torch.manual_seed(cfg.train.seed)
-            self.model = Decoder(cfg.model, runtime.backend).to(self.device)
+            self.model = build_model(cfg.model, runtime.backend).to(self.device)
         else:
             self.model = load_model(checkpoint, str(self.device), runtime.backend)
         self.model.train()
@@ -224,7 +227,8 @@ class Trainer:
         return Result(self._step, checkpoint, self._history(), signal_number)
 
     def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
-        bits = evaluate(self.model, held_out, self._eval_batch(), self.dtype, self.ranks)
+        size = self._eval_batch()
+        bits = evaluate(self.model, held_out, size, self.dtype, self.ranks, self._task)
         if not all(map(math.isfinite, bits.values())):
             raise self._stopped(self._step, "the loss on held-out text")
         return bits
@@ -233,9 +237,9 @@ class Trainer:
         """Forward, backward and update for one step; nothing is updated if a number is bad."""
         started_s = time.perf_counter()
         cfg = self.cfg
-        batch_BS = self._batch(step)
+        batch = self._batch(step)
         tally = Tally(len(self.model.mixtures()), self._num_experts, self.device)
-        names, sums_P = self._backward(step, batch_BS, tally)
+        names, sums_P = self._backward(step, batch, tally)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         asked = sums_P.new_tensor([float(stop.signal != 0)])
@@ -245,7 +249,7 @@ class Trainer:
         numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
         grad_norm, means = numbers[0], [x / self.ranks.world for x in numbers[1 : len(names) + 1]]
         if not all(map(math.isfinite, (grad_norm, *means))):
-            raise self._not_finite(step, batch_BS, dict(zip(names, means, strict=True)))
+            raise self._not_finite(step, batch, dict(zip(names, means, strict=True)))
         if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
@@ -263,25 +267,25 @@ class Trainer:
         self._counts_LE = tally.counts_LE
         return Measured(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
 
-    def _backward(self, step: int, batch_BS: Tensor, tally: Tally) -> tuple[list[str], Tensor]:
+    def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
         """Gradients of all micro-batches; the loss's parts, float64, as their means."""
         self._seed_noise(step)
         self._objective.restart()
-        micro_batches = batch_BS.chunk(self.cfg.train.accumulate)
+        micro_batches = batch.chunk(self.cfg.train.accumulate)
         sums: dict[str, Tensor] = {}
-        for number, micro_BS in enumerate(micro_batches, 1):
+        for number, micro in enumerate(micro_batches, 1):
             with self._sync(last=number == len(micro_batches)):
-                output = self._predict(micro_BS)
+                output = self._predict(micro)
                 tally.add(output.routings)
-                loss = self._objective(output, micro_BS[:, 1:])
+                loss = self._objective(output, micro.targets)
                 torch.autograd.backward(loss.total / len(micro_batches))
             for name, part in loss.parts.items():
                 sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
         return list(sums), torch.stack(list(sums.values()))
 
-    def _predict(self, micro_BS: Tensor) -> DecoderOutput:
+    def _predict(self, micro: Example) -> DecoderOutput | EncDecOutput:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: DecoderOutput = self._forward(micro_BS[:, :-1])
+            output: DecoderOutput | EncDecOutput = self._forward(*micro.inputs)
         return output
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
@@ -296,22 +300,24 @@ class Trainer:
         place = step * self.ranks.world + self.ranks.rank
         torch.manual_seed((self.cfg.train.seed * 1_000_000_007 + place + 1) % 2**63)
 
-    def _batch(self, step: int) -> Tensor:
-        rank, world = self.ranks.rank, self.ranks.world
-        batch_BS = self.corpus.batch(step, self.cfg.train.batch_size, rank, world)
-        return batch_BS.to(self.device, non_blocking=True)
+    def _batch(self, step: int) -> Example:
+        rank, world, size = self.ranks.rank, self.ranks.world, self.cfg.train.batch_size
+        windows_BS = self.corpus.batch(step, size, rank, world)
+        first = step * size + rank * len(windows_BS)
+        places = [(self.cfg.train.seed, first + row) for row in range(len(windows_BS))]
+        return self._task.examples(windows_BS, places).to(self.device)
 
     def _eval_batch(self) -> int:
         return max(1, self.cfg.train.batch_size // self.cfg.train.accumulate // self.ranks.world)
 
-    def _not_finite(self, step: int, batch_BS: Tensor, parts: dict[str, float]) -> TrainingError:
+    def _not_finite(self, step: int, batch: Example, parts: dict[str, float]) -> TrainingError:
         """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         found = first_bad_gradient(self.model) or "the norm of all gradients"
         if bad:
             self._seed_noise(step)
-            micro_BS = batch_BS.chunk(self.cfg.train.accumulate)[0]
-            value = first_bad_value(self.model, lambda: self.model(micro_BS[:, :-1]))
+            inputs = batch.chunk(self.cfg.train.accumulate)[0].inputs
+            value = first_bad_value(self.model, lambda: self.model(*inputs))
             found = value or f"the {'loss' if bad[0] == 'loss' else f'{bad[0]} balance loss'}"
         return self._stopped(step + 1, found)
 
@@ -388,9 +394,4 @@ def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:
             f"train.batch_size {cfg.train.batch_size} does not split into {cfg.train.accumulate} "
             f"micro-batches on each of {ranks.world} processes; use a multiple of {pieces}"
         )
-    if cfg.model.vocab_size < corpus.tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {cfg.model.vocab_size}, but the tokenizer "
-            f"{corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens; "
-            f"set model.vocab_size = {corpus.tokenizer.vocab_size}"
-        )
+    check_vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)

@@ -4,6 +4,7 @@
         config.json, model.safetensors     the model, loadable on its own
         tokenizer files                    what turns text into its tokens
         run.json                           the settings of the run
+        hf_config.json and others          what came with the weights that the run began from
         optimizer.safetensors              AdamW's state by parameter name
         trainer.safetensors, trainer.json  step, seconds, the routing watch, the text's fingerprint
         manifest.json                      size and sha256 of every file
@@ -35,6 +36,7 @@ from moestro.errors import (
     MoestroError,
     TrainingError,
 )
+from moestro.models.build import Model
 from moestro.models.checkpoint import (
     CHECKPOINTS,
     UNFINISHED,
@@ -47,12 +49,14 @@ from moestro.models.checkpoint import (
     verify_folder,
     write_json,
 )
-from moestro.models.decoder import Decoder
+from moestro.models.companions import keep_companions
 from moestro.text import Tokenizer
 from moestro.train.data import Corpus, prepare
 from moestro.train.metrics import METRICS_NAME
 
 SETTINGS_NAME = "config.json"
+# In a run that began from a checkpoint: the files that came with its weights.
+ORIGIN = "init"
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
 MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
@@ -80,7 +84,7 @@ class Numbers(NamedTuple):
 def save(
     run: Path,
     cfg: RunConfig,
-    model: Decoder,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     numbers: Numbers,
@@ -100,6 +104,8 @@ def save(
         with atomic_folder(target) as folder:
             save_model(model, folder)
             tokenizer.save(folder)
+            if (run / ORIGIN).is_dir():
+                keep_companions(run / ORIGIN, folder)
             write_json(folder / "run.json", cfg.model_dump(mode="json"))
             save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
             save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
@@ -114,7 +120,7 @@ def save(
 
 
 def restore(
-    checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer, corpus: str
+    checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer, corpus: str
 ) -> Numbers:
     """Read everything but the model from a verified checkpoint, into `optimizer` and Numbers.
 
@@ -195,7 +201,7 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
     Raises:
         ConfigError: names every setting that differs, with both values.
     """
-    old, new = (_flat(cfg.model_dump(mode="json")) for cfg in (saved, given))
+    old, new = (dotted(cfg.model_dump(mode="json")) for cfg in (saved, given))
     differing = [
         f"{name} = {new.get(name)!r} (saved: {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
@@ -277,11 +283,19 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
         run was stopped before its first checkpoint.
 
     Raises:
-        ConfigError: as `claim_folder`, or the run was made with other settings.
+        ConfigError: as `claim_folder`, or the run was made with other settings, or was to begin
+            from weights and has lost them.
         CheckpointError: it holds checkpoints, and all of them are damaged.
     """
     claim_folder(run, resume)
     checkpoint = newest_or_none(run)
+    if resume and checkpoint is None and (run / ORIGIN).exists():
+        raise ConfigError(
+            f"{run} was to begin from a checkpoint's weights and has none saved, so it cannot go "
+            "on; remove it, and start again with --init"
+        )
+    if not resume:
+        shutil.rmtree(run / ORIGIN, ignore_errors=True)  # of a start that came to nothing
     if checkpoint is not None:
         check_settings(read_settings(checkpoint), cfg, checkpoint)
     elif (run / SETTINGS_NAME).exists():
@@ -359,12 +373,12 @@ def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one dict of dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

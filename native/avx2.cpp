@@ -1,0 +1,116 @@
+// The kernels for AVX2 with F16C: what nearly every x86 machine of the last ten years runs.
+#include "kernels.h"
+#include "moestro.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx2,f16c")
+
+namespace moestro {
+namespace {
+#include "elementwise.inc"
+
+// No fused multiply-add is needed: a product of two bf16 numbers is exact in fp32.
+template <int M>
+void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
+    for (int64_t part = 0; part < COLUMNS; part += 8) {  // 8 columns at a time
+        __m256 sum[M];
+        for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
+        for (int64_t k = 0; k < x.k; k += PAIRS) {
+            __m256 even[M], odd[M];
+            for (int m = 0; m < M; m++) even[m] = odd[m] = _mm256_setzero_ps();
+            for (int64_t i = 0; i < PAIRS; i += 2) {
+                const uint8_t *line = b.data + ((k + i) / 2 * COLUMNS + part) * 4;
+                __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
+                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+                for (int m = 0; m < M; m++) {
+                    const float *row = x.wide + (at + m) * x.k + k + i;
+                    even[m] = _mm256_add_ps(even[m], _mm256_mul_ps(_mm256_broadcast_ss(row), first));
+                    odd[m] = _mm256_add_ps(odd[m], _mm256_mul_ps(_mm256_broadcast_ss(row + 1), second));
+                }
+            }
+            for (int m = 0; m < M; m++) sum[m] = _mm256_add_ps(sum[m], _mm256_add_ps(even[m], odd[m]));
+        }
+        for (int m = 0; m < M; m++) _mm256_storeu_ps(out + (at + m) * ld + part, sum[m]);
+    }
+}
+
+// Sum of four products per column, exact: |w| · sign(a, w) stays within 16 bits.
+inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Nibbles are 0 to 15: no sign to move, and the offset of 8 is taken off with the group's sum.
+inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i a) {
+    __m256i pairs = _mm256_maddubs_epi16(w, a);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+inline __m256i four(const int8_t *bytes) {
+    int32_t value;
+    __builtin_memcpy(&value, bytes, 4);
+    return _mm256_set1_epi32(value);
+}
+
+template <int M, bool NIBBLES>
+void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (NIBBLES ? 2 : 1);
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int64_t part = 0; part < COLUMNS; part += 8) {
+        __m256 sum[M];
+        for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < groups; g++) {
+            const uint8_t *block = b.data + g * (64 + lines);
+            __m256i dot[M];
+            for (int m = 0; m < M; m++)
+                dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
+            for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
+                const uint8_t *line = block + 64 + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
+                __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
+                for (int m = 0; m < M; m++) {
+                    const int8_t *row = x.bytes + (at + m) * x.k + g * b.group + q * 4;
+                    if constexpr (NIBBLES) {
+                        dot[m] = dot4_nibbles(dot[m], _mm256_and_si256(w, low), four(row));
+                        __m256i upper = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+                        dot[m] = dot4_nibbles(dot[m], upper, four(row + 4));
+                    } else {
+                        dot[m] = dot4(dot[m], w, four(row));
+                    }
+                }
+            }
+            auto scales = reinterpret_cast<const __m128i *>(block + part * 2);
+            __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(scales));
+            for (int m = 0; m < M; m++) {
+                __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[(at + m) * groups + g]));
+                sum[m] = _mm256_add_ps(sum[m], _mm256_mul_ps(_mm256_cvtepi32_ps(dot[m]), both));
+            }
+        }
+        for (int m = 0; m < M; m++) _mm256_storeu_ps(out + (at + m) * ld + part, sum[m]);
+    }
+}
+
+template <int M>
+void some_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    if (b.kind == MOESTRO_BF16) bf16_rows<M>(b, x, at, out, ld);
+    if (b.kind == MOESTRO_INT8) byte_rows<M, false>(b, x, at, out, ld);
+    if (b.kind == MOESTRO_INT4) byte_rows<M, true>(b, x, at, out, ld);
+}
+
+void multiply(const Block &b, const Rows &x, float *out, int64_t ld) {
+    int64_t at = 0;
+    for (; at + 4 <= x.m; at += 4) some_rows<4>(b, x, at, out, ld);
+    if (at + 2 <= x.m) some_rows<2>(b, x, at, out, ld), at += 2;
+    if (at < x.m) some_rows<1>(b, x, at, out, ld);
+}
+
+}  // namespace
+
+const Kernels avx2 = {multiply, ELEMENTWISE};
+
+}  // namespace moestro
+#else
+namespace moestro { const Kernels avx2 = portable; }
+#endif

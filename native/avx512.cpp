@@ -1,0 +1,271 @@
+// The kernels for AVX-512 (F, BW, DQ, VL, VNNI), and for AMX beside it where an expert has rows
+// enough to fill its tiles.
+#include "kernels.h"
+#include "moestro.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,f16c")
+
+namespace moestro {
+namespace {
+#include "elementwise.inc"
+
+constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of a stream of weights
+
+template <int M>
+void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    const uint8_t *line = b.data;
+    for (int64_t k = 0; k < x.k; k += PAIRS) {
+        __m512 even[M][2], odd[M][2];
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < 2; h++) even[m][h] = odd[m][h] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < PAIRS; i += 2, line += 128) {
+            for (int h = 0; h < 2; h++) {
+                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+                __m512i pair = _mm512_loadu_si512(line + h * 64);
+                __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+                __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+                for (int m = 0; m < M; m++) {
+                    const float *row = x.wide + (at + m) * x.k + k + i;
+                    even[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(row[0]), first, even[m][h]);
+                    odd[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(row[1]), second, odd[m][h]);
+                }
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < 2; h++)
+                sum[m][h] = _mm512_add_ps(sum[m][h], _mm512_add_ps(even[m][h], odd[m][h]));
+    }
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
+}
+
+inline __m512i four(const int8_t *bytes) {
+    int32_t value;
+    __builtin_memcpy(&value, bytes, 4);
+    return _mm512_set1_epi32(value);
+}
+
+// Signed bytes become unsigned by adding 128, nibbles are 0 to 15; what that adds to a dot product
+// is a multiple of the row's sum over the group, taken off before the first product.
+template <int M, bool NIBBLES>
+void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    const int64_t groups = x.k / b.group;
+    const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(char(128));
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    const uint8_t *line = b.data;
+    for (int64_t g = 0; g < groups; g++) {
+        __m512 scale[2];
+        for (int h = 0; h < 2; h++)
+            scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32)));
+        _mm_prefetch(reinterpret_cast<const char *>(line + AHEAD), _MM_HINT_T0);
+        line += 64;
+        __m512i dot[M][2];
+        for (int m = 0; m < M; m++)
+            dot[m][0] = dot[m][1] = _mm512_set1_epi32((NIBBLES ? -8 : -128) * x.sums[(at + m) * groups + g]);
+        for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1, line += 128) {
+            for (int h = 0; h < 2; h++) {
+                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+                __m512i w = _mm512_loadu_si512(line + h * 64);
+                for (int m = 0; m < M; m++) {
+                    const int8_t *row = x.bytes + (at + m) * x.k + g * b.group + q * 4;
+                    if constexpr (NIBBLES) {
+                        dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], _mm512_and_si512(w, low), four(row));
+                        __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+                        dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], upper, four(row + 4));
+                    } else {
+                        dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], _mm512_xor_si512(w, flip), four(row));
+                    }
+                }
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            __m512 row_scale = _mm512_set1_ps(x.scales[(at + m) * groups + g]);
+            for (int h = 0; h < 2; h++) {
+                __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m][h]), _mm512_mul_ps(scale[h], row_scale));
+                sum[m][h] = _mm512_add_ps(sum[m][h], part);
+            }
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
+}
+
+template <int M>
+void some_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    if (b.kind == MOESTRO_BF16) bf16_rows<M>(b, x, at, out, ld);
+    if (b.kind == MOESTRO_INT8) byte_rows<M, false>(b, x, at, out, ld);
+    if (b.kind == MOESTRO_INT4) byte_rows<M, true>(b, x, at, out, ld);
+}
+
+void multiply(const Block &b, const Rows &x, float *out, int64_t ld) {
+    int64_t at = 0;
+    for (; at + 4 <= x.m; at += 4) some_rows<4>(b, x, at, out, ld);
+    if (at + 2 <= x.m) some_rows<2>(b, x, at, out, ld), at += 2;
+    if (at < x.m) some_rows<1>(b, x, at, out, ld);
+}
+
+// ---- AMX: tiles of 16 rows by 64 bytes. Tiles 0-3 collect (two by two), 4-5 rows, 6-7 weights.
+
+//
+// Own wrappers: those of some compilers do not say that they read memory.
+
+#define CONFIGURE(place) asm volatile("ldtilecfg %0" ::"m"(place) : "memory")
+#define ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
+#define LOAD(t, from, step) \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(int64_t(step)) : "memory")
+#define STORE(t, to, step) \
+    asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(int64_t(step)) : "memory")
+#define DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
+#define DOT_INT8(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {};
+    uint8_t rows[16] = {};
+};
+
+constexpr int64_t FEW = 8;  // rows below which tiles would be mostly empty
+
+// Tiles for `m` ≤ 32 rows and weights of `depth` lines (16 for bf16; a group's quads for bytes).
+void shape_tiles(int64_t m, int64_t depth) {
+    TileConfig config;
+    const int64_t rows[2] = {m < 16 ? m : 16, m > 16 ? m - 16 : 1};
+    for (int i = 0; i < 4; i++) config.columns[i] = 64, config.rows[i] = uint8_t(rows[i / 2]);
+    for (int i = 4; i < 6; i++) config.columns[i] = uint16_t(depth * 4), config.rows[i] = uint8_t(rows[i - 4]);
+    for (int i = 6; i < 8; i++) config.columns[i] = 64, config.rows[i] = uint8_t(depth);
+    CONFIGURE(config);
+}
+
+template <bool TWO>
+void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_t ld) {
+    ZERO(0);
+    ZERO(1);
+    if (TWO) {
+        ZERO(2);
+        ZERO(3);
+    }
+    const uint8_t *line = b.data;
+    for (int64_t at = 0; at < k; at += PAIRS, line += 16 * 128) {
+        LOAD(4, x + at, k * 2);
+        LOAD(6, line, 128);
+        LOAD(7, line + 64, 128);
+        DOT_BF16(0, 4, 6);
+        DOT_BF16(1, 4, 7);
+        if (TWO) {
+            LOAD(5, x + 16 * k + at, k * 2);
+            DOT_BF16(2, 5, 6);
+            DOT_BF16(3, 5, 7);
+        }
+    }
+    STORE(0, out, ld * 4);
+    STORE(1, out + 16, ld * 4);
+    if (TWO) {
+        STORE(2, out + 16 * ld, ld * 4);
+        STORE(3, out + 16 * ld + 16, ld * 4);
+    }
+}
+
+// One group of weights as signed bytes, 32 columns by `group` inputs.
+inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
+    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+    for (int64_t i = 0; i < group / 8; i++)
+        for (int h = 0; h < 2; h++) {
+            __m512i w = _mm512_loadu_si512(line + i * 128 + h * 64);
+            __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+            _mm512_store_si512(bytes + i * 256 + h * 64, _mm512_sub_epi8(_mm512_and_si512(w, low), eight));
+            _mm512_store_si512(bytes + i * 256 + 128 + h * 64, _mm512_sub_epi8(upper, eight));
+        }
+}
+
+template <bool TWO>
+void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld) {
+    alignas(64) int32_t dot[32 * 32];
+    alignas(64) float sum[32 * 32];
+    alignas(64) int8_t spread[64 * 32];
+    const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
+    for (int64_t i = 0; i < m * 32; i += 16) _mm512_store_ps(sum + i, _mm512_setzero_ps());
+    const uint8_t *line = b.data;
+    const int8_t *rows = x.bytes + at * x.k;
+    for (int64_t g = 0; g < groups; g++, line += 64 + lines) {
+        auto weights = reinterpret_cast<const int8_t *>(line + 64);
+        if (b.kind == MOESTRO_INT4) spread_nibbles(line + 64, b.group, spread), weights = spread;
+        ZERO(0);
+        ZERO(1);
+        LOAD(4, rows + g * b.group, x.k);
+        LOAD(6, weights, 128);
+        LOAD(7, weights + 64, 128);
+        DOT_INT8(0, 4, 6);
+        DOT_INT8(1, 4, 7);
+        if (TWO) {
+            ZERO(2);
+            ZERO(3);
+            LOAD(5, rows + 16 * x.k + g * b.group, x.k);
+            DOT_INT8(2, 5, 6);
+            DOT_INT8(3, 5, 7);
+        }
+        STORE(0, dot, 128);
+        STORE(1, dot + 16, 128);
+        if (TWO) {
+            STORE(2, dot + 16 * 32, 128);
+            STORE(3, dot + 16 * 32 + 16, 128);
+        }
+        __m512 scale[2];
+        for (int h = 0; h < 2; h++)
+            scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32)));
+        for (int64_t i = 0; i < m; i++) {
+            __m512 row_scale = _mm512_set1_ps(x.scales[(at + i) * groups + g]);
+            for (int h = 0; h < 2; h++) {
+                float *place = sum + i * 32 + h * 16;
+                __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(dot + i * 32 + h * 16));
+                __m512 part = _mm512_mul_ps(whole, _mm512_mul_ps(scale[h], row_scale));
+                _mm512_store_ps(place, _mm512_add_ps(_mm512_load_ps(place), part));
+            }
+        }
+    }
+    for (int64_t i = 0; i < m; i++)
+        for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + i * ld + h * 16, _mm512_load_ps(sum + i * 32 + h * 16));
+}
+
+void multiply_amx(const Block &b, const Rows &x, float *out, int64_t ld) {
+    if (x.m < FEW) return multiply(b, x, out, ld);
+    const bool bf16 = b.kind == MOESTRO_BF16;
+    int64_t shaped = 0;
+    for (int64_t at = 0; at < x.m; at += 32) {
+        const int64_t m = x.m - at < 32 ? x.m - at : 32;
+        if (m != shaped) shape_tiles(m, bf16 ? 16 : b.group / 4), shaped = m;
+        float *place = out + at * ld;
+        if (bf16) {
+            auto tiles = m > 16 ? bf16_tiles<true> : bf16_tiles<false>;
+            tiles(b, x.bits + at * x.k, x.k, place, ld);
+        } else {
+            auto tiles = m > 16 ? byte_tiles<true> : byte_tiles<false>;
+            tiles(b, x, at, m, place, ld);
+        }
+    }
+}
+
+}  // namespace
+
+bool amx_allowed() {
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+const Kernels avx512 = {multiply, ELEMENTWISE};
+const Kernels amx = {multiply_amx, ELEMENTWISE};
+
+}  // namespace moestro
+#else
+namespace moestro {
+bool amx_allowed() { return false; }
+const Kernels avx512 = portable, amx = portable;
+}
+#endif

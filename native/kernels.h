@@ -1,0 +1,65 @@
+// What each instruction set provides: the same functions, with the same bits as results.
+#pragma once
+#include <cstdint>
+
+namespace moestro {
+
+constexpr int64_t COLUMNS = 32;  // output columns of a block
+constexpr int64_t PAIRS = 32;    // inputs after which bf16 sums are folded, as an AMX tile does
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `wide`.
+// int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum for each group.
+struct Rows {
+    const uint16_t *bits = nullptr;
+    const float *wide = nullptr;
+    const int8_t *bytes = nullptr;
+    const float *scales = nullptr;  // [m, k / group]
+    const int32_t *sums = nullptr;  // [m, k / group]
+    int64_t k = 0;                  // padded inputs: the distance between rows
+    int64_t m = 0;
+};
+
+struct Block {
+    const uint8_t *data;
+    int32_t kind, group;
+};
+
+// out [m, 32] (distance `ld` between rows) = rows · block.
+using Multiply = void (*)(const Block &, const Rows &, float *out, int64_t ld);
+// Apply an activation: out[f] from up to 32 gate and up values (plain kinds read `gate` only).
+using Activate = void (*)(int32_t activation, const float *gate, const float *up, float *out, int64_t n);
+// fp32 [k] → bf16 bits and their fp32 values.
+using Round = void (*)(const float *x, int64_t k, uint16_t *bits, float *wide);
+// fp32 [k] → bytes, one scale and one sum per group.
+using Quantise = void (*)(const float *x, int64_t k, int64_t group, int8_t *bytes, float *scales, int32_t *sums);
+// y += w · x.
+using Add = void (*)(float w, const float *x, float *y, int64_t n);
+
+// Sum of products in one fixed order; `b` fp32 or bf16 bits.
+using Dot = float (*)(const float *a, const float *b, int64_t n);
+using DotBits = float (*)(const float *a, const uint16_t *b, int64_t n);
+using AddBits = void (*)(float w, const uint16_t *x, float *y, int64_t n);
+// x → e^(x - most); returns the sum.
+using Exponentials = float (*)(float *x, float most, int64_t n);
+// Some sum of all bytes, as fast as they can be read.
+using Read = uint64_t (*)(const void *data, int64_t bytes);
+
+struct Kernels {
+    Multiply multiply;
+    Activate activate;
+    Round round;
+    Quantise quantise;
+    Add add;
+    Dot dot;
+    DotBits dot_bits;
+    AddBits add_bits;
+    Exponentials exponentials;
+    Read read;
+};
+
+extern const Kernels portable, avx2, avx512, amx;
+bool amx_allowed();  // ask the system for AMX state
+
+}  // namespace moestro

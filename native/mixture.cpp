@@ -1,0 +1,184 @@
+// Rows are grouped by expert; each expert's blocks stream past its rows. The path and the number of
+// rows never change a bit of the result, so a token's output does not depend on its batch.
+#include "mixture.h"
+
+#include <algorithm>
+#include <mutex>
+
+namespace moestro {
+
+void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld) {
+    const int64_t blocks = blocks_of(w.n), bytes = block_bytes(w.kind, w.group, w.k), m = x.rows.m;
+    const int64_t slices = (m + SLICE - 1) / SLICE;
+    std::vector<float> part(size_t(std::min(m, SLICE) * COLUMNS));
+    int64_t from, to;
+    while (team.take(blocks * slices, 2, &from, &to))
+        for (; from < to; from++) {
+            const int64_t b = from % blocks, first = from / blocks * SLICE, rows = std::min(SLICE, m - first);
+            const int64_t n = std::min(COLUMNS, w.n - b * COLUMNS);
+            kernels().multiply(block_at(w.data, bytes, b, w.kind, w.group), x.part(first, rows), part.data(), COLUMNS);
+            for (int64_t i = 0; i < rows; i++) {
+                float *to_row = out + (first + i) * ld + b * COLUMNS;
+                for (int64_t c = 0; c < n; c++)
+                    to_row[c] = part[size_t(i * COLUMNS + c)] + (bias ? bias[b * COLUMNS + c] : 0.0f);
+            }
+        }
+    team.wait();
+}
+
+void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count) {
+    w_ = w, tokens_ = tokens, experts_ = experts, count_ = count;
+    std::vector<int64_t> ends(size_t(w.experts + 1));
+    for (int64_t a = 0; a < count; a++) ends[size_t(experts[a] + 1)]++;
+    for (int64_t e = 0; e < w.experts; e++) ends[size_t(e + 1)] += ends[size_t(e)];
+    tasks_.clear();
+    for (int64_t e = 0; e < w.experts; e++)
+        for (int64_t r = ends[size_t(e)]; r < ends[size_t(e + 1)]; r += SLICE)
+            tasks_.push_back({e, r, std::min(SLICE, ends[size_t(e + 1)] - r)});
+    order_.resize(size_t(count));
+    place_.resize(size_t(count));
+    for (int64_t a = 0; a < count; a++) {
+        place_[size_t(a)] = ends[size_t(experts[a])]++;
+        order_[size_t(place_[size_t(a)])] = a;
+    }
+    input_.shape(w.kind, w.group, count, w.dim);
+    hidden_.shape(w.kind, w.group, count, w.hidden);
+    up_ = up_buffer_.get<float>(count * hidden_.rows.k);
+    down_ = down_buffer_.get<float>(count * blocks_of(w.dim) * COLUMNS);
+}
+
+void Mixture::up(Team &, const Task &task, int64_t b, float *out) {
+    const int64_t halves = gated(w_.activation) ? 2 : 1, width = halves * COLUMNS;
+    auto slab = static_cast<const uint8_t *>(w_.data) + task.expert * w_.slab_bytes;
+    const int64_t bytes = block_bytes(w_.kind, w_.group, w_.dim), n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
+    const Rows rows = input_.part(task.first, task.rows);
+    for (int64_t i = 0; i < halves; i++)
+        kernels().multiply(block_at(slab, bytes, halves * b + i, w_.kind, w_.group), rows, out + i * COLUMNS, width);
+    const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
+    for (int64_t r = 0; r < task.rows; r++) {
+        float *line = out + r * width;
+        for (int64_t i = 0; bias && i < halves; i++)
+            for (int64_t c = 0; c < n; c++) line[i * COLUMNS + c] += bias[i * w_.hidden + c];
+        kernels().activate(w_.activation, line, line + COLUMNS, up_ + (task.first + r) * hidden_.rows.k + b * COLUMNS, n);
+    }
+}
+
+void Mixture::compute(Team &team) {
+    const int64_t up_blocks = blocks_of(w_.hidden), down_blocks = blocks_of(w_.dim), ld = down_blocks * COLUMNS;
+    const int64_t up_bytes = block_bytes(w_.kind, w_.group, w_.dim) * up_blocks * (gated(w_.activation) ? 2 : 1);
+    const int64_t down_bytes = block_bytes(w_.kind, w_.group, w_.hidden), k = hidden_.rows.k;
+    const auto tasks = int64_t(tasks_.size());
+    std::vector<float> out(size_t(SLICE * COLUMNS * 2));
+    int64_t from, to;
+    // Few rows: small pieces, so that no thread waits long. Many: pieces that reuse their rows.
+    const int64_t piece = count_ > 8 * tasks ? 8 : 2;
+    while (team.take(tasks * up_blocks, piece, &from, &to))
+        for (; from < to; from++) up(team, tasks_[size_t(from / up_blocks)], from % up_blocks, out.data());
+    team.wait();
+    while (team.take(count_, 1, &from, &to)) {
+        std::fill(up_ + from * k + w_.hidden, up_ + (from + 1) * k, 0.0f);
+        hidden_.set(from, up_ + from * k);
+    }
+    team.wait();
+    while (team.take(tasks * down_blocks, piece, &from, &to))
+        for (; from < to; from++) {
+            const Task &task = tasks_[size_t(from / down_blocks)];
+            const int64_t b = from % down_blocks;
+            auto slab = static_cast<const uint8_t *>(w_.data) + task.expert * w_.slab_bytes + up_bytes;
+            kernels().multiply(block_at(slab, down_bytes, b, w_.kind, w_.group), hidden_.part(task.first, task.rows),
+                               down_ + task.first * ld + b * COLUMNS, ld);
+        }
+    team.wait();
+}
+
+void Mixture::add(int64_t token, const float *weights, float *y) const {
+    const int64_t ld = blocks_of(w_.dim) * COLUMNS;
+    for (int64_t a = std::lower_bound(tokens_, tokens_ + count_, token) - tokens_; a < count_ && tokens_[a] == token; a++) {
+        const float *line = down_ + place_[size_t(a)] * ld;
+        if (w_.down_bias) kernels().add(weights[a], w_.down_bias + experts_[a] * w_.dim, y, w_.dim);
+        kernels().add(weights[a], line, y, w_.dim);
+    }
+}
+
+namespace {
+
+bool good(const moestro_experts *w, int32_t dtype) {
+    return w && w->data && valid(w->kind, w->group) && w->experts >= 1 && w->dim >= 1 && w->hidden >= 1 &&
+           (dtype == MOESTRO_F32 || dtype == MOESTRO_B16) && w->activation >= MOESTRO_SWIGLU && w->activation <= MOESTRO_GELU;
+}
+
+std::mutex workspace;  // one computation at a time uses the buffers
+
+}  // namespace
+}  // namespace moestro
+
+using namespace moestro;
+
+extern "C" {
+
+int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y, const float *bias) {
+    if (!w || !w->data || !valid(w->kind, w->group) || w->n < 1 || w->k < 1 || m < 0) return MOESTRO_EBAD;
+    if (dtype != MOESTRO_F32 && dtype != MOESTRO_B16) return MOESTRO_EBAD;
+    if (m == 0) return 0;
+    if (!x || !y) return MOESTRO_EBAD;
+    std::lock_guard<std::mutex> lock(workspace);
+    static Prepared input;
+    static Buffer result;
+    try {
+        input.shape(w->kind, w->group, m, w->k);
+        float *out = dtype == MOESTRO_F32 ? static_cast<float *>(y) : result.get<float>(m * w->n);
+        run(blocks_of(w->n), [&](Team &team, int) {
+            std::vector<float> row(size_t(input.rows.k));
+            int64_t from, to;
+            while (team.take(m, 1, &from, &to)) {
+                read_row(dtype, x, from, w->k, input.rows.k, row.data());
+                input.set(from, row.data());
+            }
+            team.wait();
+            multiply_all(team, *w, input, bias, out, w->n);
+            if (dtype == MOESTRO_F32) return;
+            while (team.take(m, 1, &from, &to)) write_row(dtype, y, from * w->n, out + from * w->n, w->n);
+        });
+    } catch (const std::bad_alloc &) {
+        return MOESTRO_EMEMORY;
+    }
+    return 0;
+}
+
+int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t, const int64_t *tokens,
+                        const int64_t *experts, const float *weights, int64_t assignments, void *y) {
+    if (!good(w, dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
+    if (t == 0) return 0;
+    if (!x || !y || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
+    for (int64_t a = 0; a < assignments; a++) {
+        if (experts[a] < 0 || experts[a] >= w->experts || tokens[a] < 0 || tokens[a] >= t) return MOESTRO_EBAD;
+        if (a && tokens[a] < tokens[a - 1]) return MOESTRO_EBAD;
+    }
+    std::lock_guard<std::mutex> lock(workspace);
+    static Mixture mixture;
+    try {
+        mixture.plan(*w, tokens, experts, assignments);
+        run(INT32_MAX, [&](Team &team, int) {
+            std::vector<float> row(size_t(std::max(mixture.padded(), w->dim)));
+            int64_t from, to;
+            while (team.take(assignments, 4, &from, &to))
+                for (; from < to; from++) {
+                    read_row(dtype, x, mixture.token(from), w->dim, mixture.padded(), row.data());
+                    mixture.set(from, row.data());
+                }
+            team.wait();
+            mixture.compute(team);
+            while (team.take(t, 4, &from, &to))
+                for (; from < to; from++) {
+                    std::fill(row.begin(), row.end(), 0.0f);
+                    mixture.add(from, weights, row.data());
+                    write_row(dtype, y, from * w->dim, row.data(), w->dim);
+                }
+        });
+    } catch (const std::bad_alloc &) {
+        return MOESTRO_EMEMORY;
+    }
+    return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,45 @@
+// A linear map and a mixture of experts as phases that a team of threads walks through.
+#pragma once
+#include <vector>
+
+#include "pool.h"
+#include "rows.h"
+
+namespace moestro {
+
+constexpr int64_t SLICE = 256;  // most rows of one task
+
+// out [m, n] (fp32, distance `ld`) = rows · wᵀ + bias; ends with a wait.
+void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld);
+
+class Mixture {
+public:
+    // By one thread: group the assignments by expert and make room. Throws std::bad_alloc.
+    void plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count);
+    // Fill row `row` of the input, padded() values; rows are grouped by expert.
+    int64_t padded() const { return input_.rows.k; }
+    int64_t token(int64_t row) const { return tokens_[order_[size_t(row)]]; }
+    int64_t rows() const { return count_; }
+    void set(int64_t row, const float *x) { input_.set(row, x); }
+    // All threads: gate and up, activation, down; ends with a wait.
+    void compute(Team &team);
+    // y [dim] += Σ weight · expert over the assignments of one token, in their order.
+    void add(int64_t token, const float *weights, float *y) const;
+
+private:
+    struct Task {
+        int64_t expert, first, rows;
+    };
+    void up(Team &team, const Task &task, int64_t block, float *out);
+
+    moestro_experts w_{};
+    const int64_t *tokens_ = nullptr, *experts_ = nullptr;
+    int64_t count_ = 0;
+    Prepared input_, hidden_;
+    Buffer up_buffer_, down_buffer_;
+    float *up_ = nullptr, *down_ = nullptr;
+    std::vector<int64_t> order_, place_;
+    std::vector<Task> tasks_;
+};
+
+}  // namespace moestro

@@ -1,0 +1,87 @@
+// Which path and which threads compute.
+#include "moestro.h"
+
+#include <atomic>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace moestro {
+namespace {
+
+const Kernels *const TABLE[] = {&portable, &avx2, &avx512, &amx};
+
+#if defined(__x86_64__)
+bool has_amx() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+    return (d & wanted) == wanted && amx_allowed();
+}
+#endif
+
+int best() {
+#if defined(__x86_64__)
+    static const int found = [] {
+        __builtin_cpu_init();
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return 0;
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni");
+        if (!wide) return 1;
+        return has_amx() ? 3 : 2;
+    }();
+    return found;
+#else
+    return 0;
+#endif
+}
+
+int path = -1;
+}  // namespace
+
+const Kernels &kernels() { return *TABLE[path < 0 ? best() : path]; }
+
+}  // namespace moestro
+
+using namespace moestro;
+
+extern "C" {
+
+int32_t moestro_abi(void) { return MOESTRO_ABI; }
+int32_t moestro_best_path(void) { return best(); }
+int32_t moestro_path(void) { return path < 0 ? best() : path; }
+
+int32_t moestro_use_path(int32_t wanted) {
+    if (wanted < -1 || wanted > best()) return MOESTRO_EPATH;
+    path = wanted;
+    return 0;
+}
+
+int32_t moestro_threads(void) { return threads(); }
+int32_t moestro_use_threads(int32_t count, void *team) { return use_threads(count, team) ? MOESTRO_EBAD : 0; }
+
+uint64_t moestro_read(const void *data, int64_t bytes) {
+    std::atomic<uint64_t> total{0};
+    const int64_t piece = 1 << 18, pieces = bytes / piece;
+    run(pieces, [&](Team &team, int) {
+        uint64_t sum = 0;
+        int64_t from, to;
+        while (team.take(pieces, 1, &from, &to))
+            sum += kernels().read(static_cast<const char *>(data) + from * piece, piece);
+        total += sum;
+    });
+    return total;
+}
+
+}  // extern "C"

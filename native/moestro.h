@@ -1,0 +1,127 @@
+/* The C interface of moestro's native CPU kernels: packed matrices, linear maps, whole experts.
+ *
+ * Letters: N outputs and K inputs of a matrix, M rows, T tokens, D width, F hidden width, E
+ * experts, A assignments (token, expert, weight), Q group length.
+ *
+ * Every path (AMX, AVX-512, AVX2, portable) gives the same bits, whatever the number of rows, the
+ * other rows and the number of threads: sums run in one fixed order.
+ *
+ * Functions return 0, or a negative MOESTRO_E... code; nothing is written then.
+ */
+#ifndef MOESTRO_H
+#define MOESTRO_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOESTRO_ABI 1
+#define MOESTRO_API __attribute__((visibility("default")))
+
+enum { MOESTRO_BF16 = 0, MOESTRO_INT8 = 1, MOESTRO_INT4 = 2 };   /* kinds of packed weights */
+enum { MOESTRO_F32 = 0, MOESTRO_B16 = 1 };                       /* dtypes of rows: fp32, bf16 */
+enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3 }; /* paths */
+enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
+enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
+
+/* A packed matrix: blocks of 32 output columns, each one stream of K inputs. */
+typedef struct {
+    const void *data;
+    int64_t n, k;     /* outputs, inputs (before padding) */
+    int32_t kind;     /* MOESTRO_BF16, _INT8 or _INT4 */
+    int32_t group;    /* Q: 32 or 64; ignored for bf16 */
+} moestro_matrix;
+
+/* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down. */
+typedef struct {
+    const void *data;
+    int64_t slab_bytes;      /* distance between experts */
+    int64_t experts, dim, hidden;
+    int32_t kind, group, activation, reserved;
+    const float *up_bias;    /* [E, 2F] or [E, F]; null: none */
+    const float *down_bias;  /* [E, D]; null: none */
+} moestro_experts;
+
+MOESTRO_API int32_t moestro_abi(void);
+/* The best path that this machine can run, and the one in use. */
+MOESTRO_API int32_t moestro_best_path(void);
+MOESTRO_API int32_t moestro_path(void);
+MOESTRO_API int32_t moestro_use_path(int32_t path);
+/* Threads to compute with. With `team`, another runtime's threads (the address of its
+ * GOMP_parallel) are used instead of own ones, so that two pools never compete. */
+MOESTRO_API int32_t moestro_threads(void);
+MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
+
+/* Bytes of a packed [n, k] matrix, a multiple of 64; of one expert's slab, a multiple of 4096. */
+MOESTRO_API int64_t moestro_matrix_bytes(int32_t kind, int32_t group, int64_t n, int64_t k);
+MOESTRO_API int64_t moestro_slab_bytes(int32_t kind, int32_t group, int32_t gated, int64_t dim, int64_t hidden);
+
+/* Pack rows [n, k] (fp32 or bf16, row stride in elements) at dst. `step` 2 leaves every other
+ * block free for a second matrix (gate and up). Input that is not finite is refused
+ * (EBAD), and so are sizes above 65504 for int8 and int4. */
+MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n,
+                     int64_t k, int64_t stride, void *dst, int64_t step);
+/* The fp32 matrix [n, k] that the packed one stands for. */
+MOESTRO_API int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k,
+                       int64_t step, float *dst);
+
+/* y [m, n] = x [m, k] · wᵀ + bias. x and y have the same dtype; bias fp32 or null. */
+MOESTRO_API int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y,
+                       const float *bias);
+
+/* y [t, dim] = Σ over a token's assignments, in their order, of weight · expert(x[token]).
+ * tokens must not fall; experts are in [0, E). A token without an assignment gets zero. */
+MOESTRO_API int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t,
+                        const int64_t *tokens, const int64_t *experts, const float *weights,
+                        int64_t assignments, void *y);
+
+/* One layer of a decoder. Pointers to fp32 may be null where the layer has no such part. */
+typedef struct {
+    const float *attention_norm, *ffn_norm;      /* [D] RMSNorm gains */
+    moestro_matrix qkv, out;                     /* [(H + 2G)·A, D], [D, H·A] */
+    const float *qkv_bias, *out_bias;
+    const float *q_norm, *k_norm;                /* [A], of each head */
+    const float *sinks;                          /* [H] */
+    int64_t window;                              /* positions seen, itself included; 0: all */
+    const float *router;                         /* [E, D]; null: a dense layer, experts.experts is 1 */
+    const float *logit_bias, *selection_bias;    /* [E] */
+    moestro_experts experts;
+    moestro_experts shared;                      /* data null: none */
+    const float *shared_gate;                    /* [D] */
+} moestro_layer;
+
+/* A decoder: grouped-query attention with rotary positions, RMSNorm, softmax or sigmoid router. */
+typedef struct {
+    int64_t layers, dim, heads, groups, head_dim, vocab;
+    int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_F32 or _B16 */
+    float router_scale, eps, score_scale, head_scale;
+    const moestro_layer *layer;
+    const float *norm;
+    moestro_matrix head;
+    const float *head_bias;
+} moestro_decoder;
+
+/* The past of one sequence: for each layer keys and values [capacity, G, A], position p at p modulo
+ * capacity. */
+typedef struct {
+    void *const *keys;
+    void *const *values;
+    const int64_t *capacity;
+    int64_t position;      /* of the new token */
+} moestro_past;
+
+/* One new token for each of b sequences. x [b, D] fp32 are their embeddings; cosines and sines
+ * [b, A/2]; logits [b, V] and the routing, experts and weights [layers, b, K], are written. */
+MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
+                     const float *sines, const moestro_past *past, float *logits,
+                     int64_t *experts, float *weights);
+
+/* Read `bytes` at `data` once with all threads; returns a sum so that nothing is optimised away. */
+MOESTRO_API uint64_t moestro_read(const void *data, int64_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

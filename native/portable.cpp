@@ -1,0 +1,80 @@
+// The kernels in plain C++: the definition of the native paths, and what any other CPU runs.
+#include <cstring>
+
+#include "kernels.h"
+#include "moestro.h"
+
+namespace moestro {
+namespace {
+#include "elementwise.inc"
+
+inline float half_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 1023u;
+    if (exponent == 0) {
+        float value = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24: exact
+        return sign ? -value : value;
+    }
+    return bits_to_float(sign | (exponent + 112u) << 23 | mantissa << 13);
+}
+
+void multiply_bf16(const Block &b, const Rows &x, float *out, int64_t ld) {
+    auto weights = reinterpret_cast<const uint16_t *>(b.data);
+    for (int64_t m = 0; m < x.m; m++) {
+        const float *row = x.wide + m * x.k;
+        float sum[COLUMNS] = {};
+        for (int64_t k = 0; k < x.k; k += PAIRS) {
+            float even[COLUMNS] = {}, odd[COLUMNS] = {};
+            for (int64_t i = 0; i < PAIRS; i += 2)
+                for (int64_t n = 0; n < COLUMNS; n++) {
+                    const uint16_t *pair = weights + ((k + i) / 2 * COLUMNS + n) * 2;
+                    even[n] = even[n] + row[k + i] * bits_to_float(uint32_t(pair[0]) << 16);
+                    odd[n] = odd[n] + row[k + i + 1] * bits_to_float(uint32_t(pair[1]) << 16);
+                }
+            for (int64_t n = 0; n < COLUMNS; n++) sum[n] = sum[n] + (even[n] + odd[n]);
+        }
+        memcpy(out + m * ld, sum, sizeof sum);
+    }
+}
+
+// Four weights of one column: quad `q` of a group.
+inline void quad(const Block &b, const uint8_t *lines, int64_t q, int64_t n, int32_t *w) {
+    if (b.kind == MOESTRO_INT8) {
+        auto at = reinterpret_cast<const int8_t *>(lines + (q * COLUMNS + n) * 4);
+        for (int i = 0; i < 4; i++) w[i] = at[i];
+    } else {
+        const uint8_t *at = lines + (q / 2 * COLUMNS + n) * 4;
+        for (int i = 0; i < 4; i++) w[i] = int32_t(q % 2 ? at[i] >> 4 : at[i] & 15) - 8;
+    }
+}
+
+void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
+    int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
+    for (int64_t m = 0; m < x.m; m++) {
+        float sum[COLUMNS] = {};
+        for (int64_t g = 0; g < groups; g++) {
+            const uint8_t *at = b.data + g * (64 + lines);
+            auto scales = reinterpret_cast<const uint16_t *>(at);
+            const int8_t *row = x.bytes + m * x.k + g * b.group;
+            float scale = x.scales[m * groups + g];
+            for (int64_t n = 0; n < COLUMNS; n++) {
+                int32_t dot = 0, w[4];
+                for (int64_t q = 0; q < b.group / 4; q++) {
+                    quad(b, at + 64, q, n, w);
+                    for (int i = 0; i < 4; i++) dot += w[i] * row[q * 4 + i];
+                }
+                sum[n] = sum[n] + float(dot) * (half_to_float(scales[n]) * scale);
+            }
+        }
+        memcpy(out + m * ld, sum, sizeof sum);
+    }
+}
+
+void multiply(const Block &b, const Rows &x, float *out, int64_t ld) {
+    b.kind == MOESTRO_BF16 ? multiply_bf16(b, x, out, ld) : multiply_bytes(b, x, out, ld);
+}
+
+}  // namespace
+
+const Kernels portable = {multiply, ELEMENTWISE};
+
+}  // namespace moestro

@@ -1,0 +1,262 @@
+// One token through a whole decoder in one call: what bounds it is reading the weights, so nothing
+// else may take time. Threads meet at the end of each phase; all sums run in one fixed order.
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "mixture.h"
+
+namespace moestro {
+namespace {
+
+struct Step {
+    const moestro_decoder &d;
+    const int64_t b;
+    const float *cosines, *sines;
+    const moestro_past *past;
+    int64_t *experts;
+    float *weights;
+
+    std::vector<float> x, qkv, mixed, added, logits_e;  // residual, projections, attention, update
+    std::vector<int64_t> tokens, shared_tokens, zeros;
+    std::vector<float> shared_weights;
+    Prepared rows;
+    Mixture routed, shared;
+
+    int64_t wide() const { return (d.heads + 2 * d.groups) * d.head_dim; }
+
+    Step(const moestro_decoder &decoder, int64_t batch) : d(decoder), b(batch) {
+        x.resize(size_t(b * d.dim));
+        added.resize(size_t(b * d.dim));
+        qkv.resize(size_t(b * wide()));
+        mixed.resize(size_t(b * d.heads * d.head_dim));
+        int64_t most = 1;
+        for (int64_t l = 0; l < d.layers; l++) most = std::max(most, d.layer[l].experts.experts);
+        logits_e.resize(size_t(b * most));
+        for (int64_t t = 0; t < b; t++) {
+            for (int64_t k = 0; k < d.top_k; k++) tokens.push_back(t);
+            shared_tokens.push_back(t);
+        }
+        zeros.assign(size_t(b), 0);
+        shared_weights.assign(size_t(b), 1.0f);
+    }
+
+    // x · gain / sqrt(mean(x²) + eps), zero from dim to `padded`.
+    void norm(const float *from, const float *gain, int64_t dim, int64_t padded, float *to) const {
+        const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + d.eps);
+        for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
+        std::fill(to + dim, to + padded, 0.0f);
+    }
+
+    void turn(float *head, const float *gain, int64_t t, std::vector<float> &spare) const {
+        const int64_t half = d.head_dim / 2;
+        if (gain) {
+            norm(head, gain, d.head_dim, d.head_dim, spare.data());
+            std::copy(spare.begin(), spare.begin() + d.head_dim, head);
+        }
+        const float *c = cosines + t * half, *s = sines + t * half;
+        for (int64_t i = 0; i < half; i++) {
+            const float first = head[i], second = head[i + half];
+            head[i] = first * c[i] - second * s[i];
+            head[i + half] = second * c[i] + first * s[i];
+        }
+    }
+
+    // Rotate a group's key and its queries, keep key and value, attend.
+    template <class T> void attend(int64_t l, int64_t t, int64_t g, std::vector<float> &spare) {
+        const moestro_layer &layer = d.layer[l];
+        const int64_t a = d.head_dim, each = d.heads / d.groups, capacity = past[t].capacity[l];
+        const int64_t position = past[t].position, window = layer.window ? layer.window : position + 1;
+        const int64_t seen = std::min({position + 1, window, capacity}), first = position + 1 - seen;
+        float *row = qkv.data() + t * wide(), *key = row + (d.heads + g) * a, *value = key + d.groups * a;
+        auto keys = static_cast<T *>(past[t].keys[l]), values = static_cast<T *>(past[t].values[l]);
+        spare.resize(size_t(std::max(seen, a)));
+        turn(key, layer.k_norm, t, spare);
+        const int64_t slot = (position % capacity * d.groups + g) * a;
+        keep(key, keys + slot, a);
+        keep(value, values + slot, a);
+        for (int64_t h = g * each; h < (g + 1) * each; h++) {
+            float *query = row + h * a, *out = mixed.data() + (t * d.heads + h) * a, most = -3e38f;
+            turn(query, layer.q_norm, t, spare);
+            for (int64_t p = 0; p < seen; p++) {
+                const T *at = keys + ((first + p) % capacity * d.groups + g) * a;
+                spare[size_t(p)] = dot(query, at, a) * d.score_scale;
+                most = std::max(most, spare[size_t(p)]);
+            }
+            if (layer.sinks) most = std::max(most, layer.sinks[h]);
+            float sum = kernels().exponentials(spare.data(), most, seen);
+            if (layer.sinks) {
+                float sink = layer.sinks[h];
+                sum = sum + kernels().exponentials(&sink, most, 1);
+            }
+            std::fill(out, out + a, 0.0f);
+            for (int64_t p = 0; p < seen; p++)
+                add(spare[size_t(p)] / sum, values + ((first + p) % capacity * d.groups + g) * a, out, a);
+        }
+    }
+    static float dot(const float *q, const float *k, int64_t n) { return kernels().dot(q, k, n); }
+    static float dot(const float *q, const uint16_t *k, int64_t n) { return kernels().dot_bits(q, k, n); }
+    static void add(float w, const float *v, float *y, int64_t n) { kernels().add(w, v, y, n); }
+    static void add(float w, const uint16_t *v, float *y, int64_t n) { kernels().add_bits(w, v, y, n); }
+    static void keep(const float *from, float *to, int64_t n) { std::copy(from, from + n, to); }
+    static void keep(const float *from, uint16_t *to, int64_t n) {
+        for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
+    }
+
+    // Choose a token's experts: best first; equal scores, lower number first.
+    void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
+        const int64_t count = layer.experts.experts;
+        std::vector<float> scores(logits_e.begin() + t * count, logits_e.begin() + (t + 1) * count);
+        const float most = *std::max_element(scores.begin(), scores.end());
+        if (d.sigmoid)
+            for (float &score : scores) { float e = -score; kernels().exponentials(&e, 0.0f, 1); score = 1.0f / (1.0f + e); }
+        else {
+            const float sum = kernels().exponentials(scores.data(), most, count);
+            for (float &score : scores) score = score / sum;
+        }
+        std::vector<float> wanted = scores;
+        for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
+        float sum = 0.0f;
+        for (int64_t k = 0; k < d.top_k; k++) {
+            const auto best = std::max_element(wanted.begin(), wanted.end());
+            to[k] = best - wanted.begin();
+            weight[k] = scores[size_t(to[k])];
+            sum = sum + weight[k];
+            *best = -INFINITY;
+        }
+        for (int64_t k = 0; k < d.top_k; k++) weight[k] = (d.renormalize ? weight[k] / sum : weight[k]) * d.router_scale;
+    }
+
+    void attention(Team &team, int64_t l, std::vector<float> &spare) {
+        const moestro_layer &layer = d.layer[l];
+        int64_t from, to;
+        if (team.take(1, 1, &from, &to)) rows.shape(layer.qkv.kind, layer.qkv.group, b, d.dim);
+        team.wait();
+        while (team.take(b, 1, &from, &to)) {
+            spare.resize(size_t(rows.rows.k));
+            norm(x.data() + from * d.dim, layer.attention_norm, d.dim, rows.rows.k, spare.data());
+            rows.set(from, spare.data());
+        }
+        team.wait();
+        multiply_all(team, layer.qkv, rows, layer.qkv_bias, qkv.data(), wide());
+        while (team.take(b * d.groups, 1, &from, &to)) {
+            if (d.cache_dtype == MOESTRO_F32) attend<float>(l, from / d.groups, from % d.groups, spare);
+            else attend<uint16_t>(l, from / d.groups, from % d.groups, spare);
+        }
+        team.wait();
+        const int64_t inner = d.heads * d.head_dim;
+        if (team.take(1, 1, &from, &to)) {
+            rows.shape(layer.out.kind, layer.out.group, b, inner);
+            spare.assign(size_t(rows.rows.k), 0.0f);
+            for (int64_t t = 0; t < b; t++) {
+                std::copy(mixed.begin() + t * inner, mixed.begin() + (t + 1) * inner, spare.begin());
+                rows.set(t, spare.data());
+            }
+        }
+        team.wait();
+        multiply_all(team, layer.out, rows, layer.out_bias, added.data(), d.dim);
+    }
+
+    void feed_forward(Team &team, int64_t l, std::vector<float> &spare) {
+        const moestro_layer &layer = d.layer[l];
+        int64_t from, to, *chosen = experts + l * b * d.top_k;
+        float *given = weights + l * b * d.top_k;
+        const bool mixture = layer.router != nullptr;
+        const int64_t count = layer.experts.experts;
+        // Every thread norms for itself what it routes; the sum with the residual is done once.
+        while (team.take(b, 1, &from, &to)) kernels().add(1.0f, added.data() + from * d.dim, x.data() + from * d.dim, d.dim);
+        team.wait();
+        std::vector<float> normed(size_t(b * d.dim));
+        for (int64_t t = 0; t < b; t++) norm(x.data() + t * d.dim, layer.ffn_norm, d.dim, d.dim, normed.data() + t * d.dim);
+        while (mixture && team.take(b * count, 4, &from, &to))
+            for (; from < to; from++)
+                logits_e[size_t(from)] = kernels().dot(normed.data() + from / count * d.dim, layer.router + from % count * d.dim, d.dim) +
+                                         (layer.logit_bias ? layer.logit_bias[from % count] : 0.0f);
+        team.wait();
+        if (team.take(1, 1, &from, &to)) {
+            for (int64_t t = 0; mixture && t < b; t++) choose(layer, t, chosen + t * d.top_k, given + t * d.top_k);
+            prepare(routed, layer.experts, mixture ? tokens : shared_tokens, mixture ? chosen : zeros.data(), normed, spare);
+            if (layer.shared.data) prepare(shared, layer.shared, shared_tokens, zeros.data(), normed, spare);
+            for (int64_t t = 0; layer.shared_gate && t < b; t++) {
+                float e = -kernels().dot(normed.data() + t * d.dim, layer.shared_gate, d.dim);
+                kernels().exponentials(&e, 0.0f, 1);
+                shared_weights[size_t(t)] = 1.0f / (1.0f + e);
+            }
+        }
+        team.wait();
+        routed.compute(team);
+        if (layer.shared.data) shared.compute(team);
+        while (team.take(b, 1, &from, &to)) {
+            routed.add(from, mixture ? given : ones(), x.data() + from * d.dim);
+            if (layer.shared.data) shared.add(from, layer.shared_gate ? shared_weights.data() : ones(), x.data() + from * d.dim);
+        }
+        team.wait();
+    }
+
+    const float *ones() const { return ones_.data(); }
+    std::vector<float> ones_;
+
+    void prepare(Mixture &mixture, const moestro_experts &w, const std::vector<int64_t> &of, const int64_t *chosen,
+                 const std::vector<float> &normed, std::vector<float> &spare) const {
+        mixture.plan(w, of.data(), chosen, int64_t(of.size()));
+        spare.assign(size_t(std::max(mixture.padded(), d.dim)), 0.0f);
+        for (int64_t r = 0; r < mixture.rows(); r++) {
+            const float *row = normed.data() + mixture.token(r) * d.dim;
+            std::copy(row, row + d.dim, spare.begin());
+            mixture.set(r, spare.data());
+        }
+    }
+
+    void predict(Team &team, float *logits, std::vector<float> &spare) {
+        int64_t from, to;
+        if (team.take(1, 1, &from, &to)) {
+            rows.shape(d.head.kind, d.head.group, b, d.dim);
+            spare.resize(size_t(rows.rows.k));
+            for (int64_t t = 0; t < b; t++) {
+                norm(x.data() + t * d.dim, d.norm, d.dim, rows.rows.k, spare.data());
+                for (int64_t i = 0; i < d.dim; i++) spare[size_t(i)] *= d.head_scale;
+                rows.set(t, spare.data());
+            }
+        }
+        team.wait();
+        multiply_all(team, d.head, rows, d.head_bias, logits, d.vocab);
+    }
+};
+
+bool good(const moestro_decoder *d, int64_t b) {
+    return d && d->layer && d->layers >= 1 && b >= 1 && d->groups >= 1 && d->heads % d->groups == 0 && d->head_dim % 2 == 0 &&
+           d->top_k >= 0 && d->norm && d->head.data && (d->cache_dtype == MOESTRO_F32 || d->cache_dtype == MOESTRO_B16);
+}
+
+std::mutex workspace;
+
+}  // namespace
+}  // namespace moestro
+
+using namespace moestro;
+
+extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines, const float *sines,
+                                const moestro_past *past, float *logits, int64_t *experts, float *weights) {
+    if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
+    for (int64_t t = 0; t < b; t++)
+        for (int64_t l = 0; l < d->layers; l++)
+            if (past[t].capacity[l] < 1 || past[t].position < 0) return MOESTRO_EBAD;
+    std::lock_guard<std::mutex> lock(workspace);
+    try {
+        Step step(*d, b);
+        step.cosines = cosines, step.sines = sines, step.past = past, step.experts = experts, step.weights = weights;
+        step.ones_.assign(size_t(b), 1.0f);
+        std::copy(x, x + b * d->dim, step.x.begin());
+        run(INT32_MAX, [&](Team &team, int) {
+            std::vector<float> spare;
+            for (int64_t l = 0; l < d->layers; l++) {
+                step.attention(team, l, spare);
+                step.feed_forward(team, l, spare);
+            }
+            step.predict(team, logits, spare);
+        });
+    } catch (const std::bad_alloc &) {
+        return MOESTRO_EMEMORY;
+    }
+    return 0;
+}

@@ -1,0 +1,177 @@
+"""Chat templates: messages to the text of a prompt, as the model's makers wrote it down.
+
+A template is a program in jinja2 that comes with the weights; sandbox.py runs it. It sees what
+transformers would show it: the messages, the special tokens by name, `raise_exception`,
+`strftime_now`, a `tojson` that escapes no HTML, `break` and `continue`.
+
+A message that spells a special token out has the same text as the template's own token, and
+becomes that token when the prompt is encoded; so it is in transformers. Who shows a model the text
+of strangers should look for such spellings first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+
+from moestro.errors import DataError
+from moestro.sandbox import RefusedError, pieces
+
+SETTINGS, TEMPLATE, MORE_TEMPLATES = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+# What tokenizer_config.json calls the tokens that a template may name.
+TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+# Characters; published ones have some 20 thousand at most.
+LONGEST_TEMPLATE = 2**18
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate(NamedTuple):
+    """A checkpoint's way to write a conversation as one text.
+
+    Attributes:
+        source: The template.
+        tokens: Special tokens by the name that the template knows them by, such as bos_token.
+    """
+
+    source: str
+    tokens: Mapping[str, str]
+
+    def render(
+        self, messages: Sequence[Message], *, reply: bool = True, **variables: object
+    ) -> str:
+        """The text of a conversation, special tokens spelled out.
+
+        Args:
+            messages: Each at least with `role` and `content`; plain data, as in JSON. A value of
+                None counts as not given.
+            reply: End with what begins the model's reply (`add_generation_prompt`).
+            variables: What else this template takes, such as `tools` or `enable_thinking`.
+
+        Raises:
+            DataError: the template refuses the messages, fails, or is not safe to run.
+        """
+        messages = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in _plain(messages)
+        ]
+        given = {"tools": None, "documents": None, **self.tokens, **_plain(variables)}
+        given |= {"messages": messages, "add_generation_prompt": reply}
+        try:
+            return "".join(pieces(self.source, given))
+        except RefusedError as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from None
+        except SecurityError as error:
+            raise DataError(f"the chat template is not safe to run: {error}") from None
+        except TemplateError as error:
+            line = getattr(error, "lineno", None)
+            where = f" in line {line}" if line else ""
+            raise DataError(
+                f"the chat template fails{where}: {error.message}; check the messages, or the "
+                "template"
+            ) from None
+        except Exception as error:  # a program of someone else's may fail in any way
+            raise DataError(
+                f"the chat template fails with {type(error).__name__}: {error}; check the "
+                "messages, or the template"
+            ) from None
+
+
+def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
+    """Read the chat template of a checkpoint's folder.
+
+    A file chat_template.jinja comes before the templates in tokenizer_config.json.
+
+    Raises:
+        DataError: there is none, none of that name, it is too long, or a file is damaged.
+    """
+    settings = _settings(folder / SETTINGS)
+    templates = _files(folder) or _listed(settings.get("chat_template"), folder / SETTINGS)
+    if not templates:
+        raise DataError(
+            f"{folder} has no chat template: neither {TEMPLATE} nor chat_template in {SETTINGS}; "
+            "it may be a base model: give it a plain prompt, without --chat"
+        )
+    if name not in templates:
+        raise DataError(
+            f"{folder} has no chat template {name!r}; it has {', '.join(sorted(templates))}"
+        )
+    source = templates[name]
+    if len(source) > LONGEST_TEMPLATE:
+        raise DataError(
+            f"the chat template of {folder} has {len(source):,} characters; at most "
+            f"{LONGEST_TEMPLATE:,} are read"
+        )
+    tokens = {}
+    for key in TOKENS:
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[key] = token
+    return ChatTemplate(source, tokens)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty without the file."""
+    if not path.exists():
+        return {}
+    values = json.loads(_read(path, "{}"))
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
+    return values
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Templates that have a file of their own, by name."""
+    found = {}
+    if (folder / TEMPLATE).exists():
+        found["default"] = _read(folder / TEMPLATE)
+    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        found[path.stem] = _read(path)
+    return found
+
+
+def _read(path: Path, json_of: str = "") -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if json_of:
+            json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
+    return text
+
+
+def _listed(value: Any, path: Path) -> dict[str, str]:
+    """The templates in tokenizer_config.json: none, one text, or a list of named ones."""
+    if value is None:
+        return {}
+    entries = [{"name": "default", "template": value}] if isinstance(value, str) else value
+    try:
+        found = {entry["name"]: entry["template"] for entry in entries}
+    except (TypeError, KeyError):
+        found = {"": None}
+    if not all(isinstance(text, str) for text in (*found, *found.values())):
+        raise DataError(
+            f"{path}: chat_template is neither a text nor a list of {{name, template}}; "
+            "fetch it again"
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A copy that is made of JSON's types alone, so that no object's method reaches a template."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"chat messages are plain data, as in JSON ({error})") from None

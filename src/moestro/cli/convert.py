@@ -1,0 +1,165 @@
+"""`moestro convert`: write a checkpoint in another layout, another number type, other shards."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moestro.cli.opening import Dtype, ModelName, open_shown, pick_dtype
+from moestro.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from moestro.models.pretrained import Pretrained
+
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The new folder.")]
+Layout = Annotated[
+    Literal["hf", "moestro"],
+    typer.Option("--to", help="Layout: Hugging Face's, or this project's own."),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="With --to hf: the model_type to write; default the one that the model came from, "
+        "or the only one that fits."
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
+]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def convert(
+    source: ModelName,
+    target: Target,
+    to: Layout,
+    dtype: Dtype = None,
+    family: Family = None,
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """Write a checkpoint in another layout, number type or size of shards.
+
+    Tokenizer, chat template and what the makers state for generation go with it. The target
+    appears whole or not at all, and nothing is overwritten.
+    """
+    from moestro.models.hub import find_checkpoint
+
+    pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
+    shard_bytes = parse_bytes(shard_size)
+    if family is not None and to != "hf":
+        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
+    _check_new(target)
+    folder = find_checkpoint(source)
+    opened = open_shown(folder, dtype=dtype)
+    with _whole(target) as fresh:
+        if to == "hf":
+            notes = _write_hf(opened, folder, fresh, family, shard_bytes)
+        else:
+            notes = _write_own(opened, folder, fresh)
+    for note in notes:
+        typer.echo(f"moestro: {note}", err=True)
+    typer.echo(_summary(opened, folder, target, to))
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that a person writes as 500MB, 5 GB or 2GiB.
+
+    Raises:
+        ConfigError: it is no number of bytes, or less than one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = match[2].upper() if match else ""
+    number = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
+    if number < 1:
+        raise ConfigError(
+            f"--shard-size {text!r} is no number of bytes; write it as 500MB, 5GB or 2GiB"
+        )
+    return number
+
+
+def _check_new(target: Path) -> None:
+    """Refuse a target that is there, or that cannot be made."""
+    if target == Path():
+        raise ConfigError("the target needs a name; an empty one was given")
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists already; choose a new name, nothing is overwritten")
+    above = next((path for path in target.absolute().parents if path.exists()), None)
+    if above is None or not above.is_dir():
+        raise ConfigError(f"cannot write to {target}: {above} is no folder; choose another place")
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A name beside the target to write a folder under, which becomes the target at the end."""
+    beside = target.with_name(f".converting-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        yield beside
+        beside.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
+            "written and has room"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_hf(
+    opened: Pretrained, source: Path, folder: Path, family: str | None, shard_bytes: int
+) -> list[str]:
+    """Write Hugging Face's layout; sentences on what a person should know about it."""
+    from moestro.models.companions import copy_companions
+    from moestro.models.pretrained import write_pretrained
+    from moestro.text import HF_FILE
+
+    same = family in (None, opened.family)
+    write_pretrained(
+        opened.model,
+        folder,
+        family=family,
+        hf_config=opened.hf_config if same else None,
+        shard_bytes=shard_bytes,
+    )
+    copied = copy_companions(source, folder)
+    if HF_FILE in copied:
+        return []
+    return [f"{source} has no {HF_FILE}, so other programs find no tokenizer in the new folder"]
+
+
+def _write_own(opened: Pretrained, source: Path, folder: Path) -> list[str]:
+    """Write this project's layout; sentences on what a person should know about it."""
+    from moestro.models.checkpoint import atomic_folder, save_model
+    from moestro.models.companions import TEMPLATES, keep_companions
+    from moestro.text import NOTE_FILE
+
+    with atomic_folder(folder) as inner:
+        save_model(opened.model, inner)
+        kept = keep_companions(source, inner)
+    notes = []
+    if NOTE_FILE not in kept:
+        notes.append(f"{source} has no tokenizer, so `moestro generate` needs one put there")
+    if (source / TEMPLATES).is_dir():
+        notes.append(f"{source / TEMPLATES} stays behind: one chat template is kept, the default")
+    return notes
+
+
+def _summary(opened: Pretrained, source: Path, target: Path, to: str) -> str:
+    """What was written, in one sentence."""
+    parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+    dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    layout = "Hugging Face's layout" if to == "hf" else "this project's layout"
+    return (
+        f"{target}: {parameters:,} parameters in {dtype}, {size / 1e6:,.1f} MB, {layout}, "
+        f"from {source}"
+    )

@@ -1,0 +1,372 @@
+"""`moestro plan`: what a model costs before anything is loaded, alone or beside others."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moestro.models.count import Embeddings
+    from moestro.plan.devices import Device
+    from moestro.plan.fit import Fit
+    from moestro.plan.report import Question, Report
+    from moestro.plan.subject import Subject
+
+
+MOST = 10**9
+
+
+class Convention(StrEnum):
+    """What the parameters count; published numbers differ."""
+
+    ALL = "all"
+    NO_INPUT_EMBEDDING = "no-input-embedding"
+    NON_EMBEDDING = "non-embedding"
+
+
+class Dtype(StrEnum):
+    """Of the weights in use."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4_EXPERTS = "int4-experts"
+    INT4 = "int4"
+
+
+class Parallel(StrEnum):
+    """How several ranks train together."""
+
+    DATA = "data"
+    FSDP = "fsdp"
+    EXPERT = "expert"
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A preset, a model's folder, a config.json, or a .toml of settings."),
+]
+Against = Annotated[
+    list[str] | None, typer.Option(help="Another model, side by side; may be repeated.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST, help="Tokens of a sequence; default 4096, or what the model can see."
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at once, on each device.")]
+Counted = Annotated[
+    Convention, typer.Option(help="Which embeddings count as parameters, total and active.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Say what fits into it, such as 24GiB; default: the device's.")
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", help="Bound the speed: h100, rtx4090, …, or 'this', measured."),
+]
+Price = Annotated[
+    float | None,
+    typer.Option(help="Its price in $; gives the cost per million tokens."),
+]
+Ranks = Annotated[int, typer.Option(min=1, max=MOST, help="Devices that train together.")]
+Kind = Annotated[Parallel | None, typer.Option(help="How they do; default data.")]
+FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]
+
+CONVENTIONS: dict[Convention, Embeddings] = {
+    Convention.ALL: "all",
+    Convention.NO_INPUT_EMBEDDING: "output",
+    Convention.NON_EMBEDDING: "none",
+}
+
+
+def plan(
+    model: Model = None,
+    against: Against = None,
+    context: Context = None,
+    batch: Batch = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights in use.")] = Dtype.BF16,
+    convention: Counted = Convention.ALL,
+    memory: Memory = None,
+    device: DeviceName = None,
+    price_per_hour: Price = None,
+    ranks: Ranks = 1,
+    parallel: Kind = None,
+    figure: FigurePath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+) -> None:
+    """Say what a model costs before anything is loaded.
+
+    Parameters, arithmetic, memory in use and in training, and on request what each rank holds and
+    sends, how fast a device can be at most, its price, and what fits. A mixture stands beside the
+    dense models of equal cost per token and of equal size. docs/planning.md has the formulas.
+    """
+    from moestro.errors import ConfigError
+    from moestro.plan.report import Question, report
+    from moestro.plan.report import as_json as to_json
+    from moestro.plan.sizes import parse_bytes
+
+    if list_presets:
+        _list(as_json)
+        return
+    if model is None:
+        raise ConfigError("name a model to plan for; `moestro plan --list` shows the presets")
+    subjects = [open_subject(name) for name in (model, *(against or ()))]
+    _check(subjects, device, price_per_hour, ranks, parallel)
+    question = Question(
+        context=context,
+        batch=batch,
+        dtype=dtype.value,
+        embeddings=CONVENTIONS[convention],
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        device=None if device is None else _device(device),
+        usd_per_hour=price_per_hour,
+        ranks=ranks,
+        parallel=(parallel or Parallel.DATA).value,
+    )
+    reports = [report(subject, question) for subject in subjects]
+    if figure is not None:
+        _draw(reports if against else [*reports, *reports[0].dense], figure)
+    if as_json:
+        typer.echo(json.dumps(to_json(question, reports)))
+        return
+    _print(reports, question)
+    if figure is not None:
+        typer.echo(f"written: {figure}")
+
+
+def _check(
+    subjects: list[Subject],
+    device: str | None,
+    price_per_hour: float | None,
+    ranks: int,
+    parallel: Parallel | None,
+) -> None:
+    """Refuse options that mean nothing without each other."""
+    from moestro.errors import ConfigError
+
+    if price_per_hour is not None and not 0 < price_per_hour < math.inf:
+        raise ConfigError(f"--price-per-hour is {price_per_hour}; it must be more than 0")
+    if price_per_hour is not None and device is None:
+        raise ConfigError("--price-per-hour is the price of a device; name it with --device")
+    if parallel is not None and ranks == 1:
+        raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
+    if parallel == Parallel.EXPERT and not any(s.counted.expert for s in subjects):
+        raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
+
+
+def open_subject(name: str) -> Subject:
+    """What a name on the command line means: a file or folder that is there, else a preset.
+
+    Raises:
+        ConfigError: it is neither, or its settings are not allowed.
+        CheckpointError: a folder's config.json cannot be read.
+    """
+    from moestro.errors import ConfigError
+    from moestro.plan.subject import from_file, from_preset, from_settings
+
+    path = Path(name)
+    if path.is_dir():
+        path = _config_in(path)
+    if not path.is_file():
+        if path.suffix in (".json", ".toml"):
+            raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
+        return from_preset(name)
+    if path.suffix == ".json" and _is_hugging_face(path):
+        from moestro.models.pretrained import read_config
+
+        described = read_config(path)
+        return from_settings(path.resolve().parent.name, described.cfg, str(path))
+    subject = from_file(path)
+    if path.name == "config.json":
+        return subject._replace(name=path.resolve().parent.name)
+    return subject
+
+
+def _config_in(folder: Path) -> Path:
+    """The settings in a model's folder, or in a run's newest checkpoint."""
+    from moestro.errors import ConfigError
+
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    saved = sorted(folder.glob("checkpoints/step-*/config.json"))
+    if not saved:
+        raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")
+    return saved[-1]
+
+
+def _is_hugging_face(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # said with its reason by whoever reads it
+    return isinstance(values, dict) and "model_type" in values
+
+
+def _device(name: str) -> Device:
+    """A device of the table, or this machine."""
+    from moestro.plan.devices import THIS, device
+
+    if name.lower() != THIS:
+        return device(name)
+    from moestro.plan.machine import measure
+
+    typer.echo("measuring this machine …", err=True)
+    return measure()
+
+
+def _draw(reports: list[Report], path: Path) -> None:
+    from moestro.errors import ConfigError
+    from moestro.plan.figure import figure
+
+    if path.suffix != ".png":
+        raise ConfigError(f"--figure writes a .png file, not {path.name}")
+    try:
+        figure(reports, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from None
+
+
+def _list(as_json: bool) -> None:
+    """All presets, with what they count."""
+    from rich.console import Console
+
+    from moestro.plan.presets import names
+    from moestro.plan.sizes import parameters_text
+    from moestro.plan.subject import from_preset
+
+    subjects = [from_preset(name) for name in names()]
+    if as_json:
+        facts = [
+            {
+                "name": s.name,
+                "rumour": s.rumour,
+                "total": s.counted.total,
+                "active": s.counted.active,
+                "source": s.source,
+                "note": s.note,
+            }
+            for s in subjects
+        ]
+        typer.echo(json.dumps({"presets": facts}))
+        return
+    table = _table("preset", "in all", "active")
+    for s in subjects:
+        sizes = (parameters_text(s.counted.total), parameters_text(s.counted.active))
+        table.add_row(s.title, *sizes)
+    Console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    """A light table: the first column to the left, numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="right" if place else "left",
+            vertical="bottom",
+            no_wrap=not place,
+            overflow="fold",
+        )
+    return table
+
+
+def _print(reports: list[Report], question: Question) -> None:
+    """Tables side by side, as many as the terminal is wide; then what fits, and the notes."""
+    from rich.console import Console
+
+    console = Console()
+    models = [*reports, *reports[0].dense] if len(reports) == 1 else reports
+    for start, stop in _columns(models, question, console.width):
+        _print_columns(models[start:stop], question, console)
+    if question.device is not None:
+        console.print(_device_text(question.device), highlight=False, markup=False)
+    # Beside others, and with a device's memory alone, the table's one line says enough.
+    for answer in reports if len(reports) == 1 or question.memory_bytes else ():
+        if answer.fit is not None:
+            _print_fit(answer, answer.fit, question, console)
+    for answer in reports:
+        if answer.note:
+            console.print(f"{answer.title}: {answer.note}", style="dim", highlight=False)
+
+
+def _device_text(device: Device) -> str:
+    from moestro.plan.sizes import bytes_text, number_text
+
+    return (
+        f"{device.name}: {bytes_text(device.memory_bytes)}, "
+        f"{number_text(device.bytes_per_s / 1e9)} GB/s, "
+        f"{number_text(device.flops_per_s / 1e12)} TFLOP/s ({device.source})"
+    )
+
+
+def _columns(models: list[Report], question: Question, width: int) -> list[tuple[int, int]]:
+    """Start and end of the models that fit side by side."""
+    from moestro.plan.rows import rows
+
+    found = rows(models, question)
+    label = max(len(row.label) + 2 * bool(row.cells) for row in found)
+    cell = max(len(text) for row in found for text in row.cells)
+    cell = max(cell, *(len(word) for model in models for word in model.title.split()))
+    most = max(1, (width - label) // (cell + 2))
+    return [(start, start + most) for start in range(0, len(models), most)]
+
+
+def _print_columns(models: list[Report], question: Question, console: Console) -> None:
+    from moestro.plan.rows import rows
+
+    table = _table("", *(model.title for model in models))
+    for row in rows(models, question):
+        if row.cells:
+            table.add_row(f"  {row.label}", *row.cells)
+        else:
+            table.add_row(f"[bold]{row.label}[/bold]")
+    console.print(table)
+
+
+def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -> None:
+    """What fits into the memory, and what would have to give."""
+    from moestro.plan.sizes import bytes_text
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    space = bytes_text(fit.memory_bytes)
+    say(f"{answer.title} in {space}:")
+    table = _table("weights", "needed", "fits", "longest context", "most sequences")
+    for row in fit.rows:
+        limits = (row.longest_context, row.largest_batch)
+        cells = ("–" if limit is None else f"{limit:,}" for limit in limits)
+        name = row.dtype.replace("-", " ")
+        table.add_row(name, bytes_text(row.need_bytes), "yes" if row.fits else "no", *cells)
+    console.print(table)
+    if fit.changes:
+        say(f"{question.dtype} does not fit; any one of these makes room:")
+        for change in fit.changes:
+            say(f"  {change.text}")
+    if fit.training is None:
+        return
+    if fit.training:
+        say("A training step fits.")
+    elif fit.training_checkpointed:
+        say("A training step fits with checkpointed activations.")
+    elif fit.fsdp_ranks is not None:
+        say(
+            f"A training step needs {fit.fsdp_ranks:,} such devices, fully sharded and with "
+            "checkpointed activations."
+        )
+    else:
+        say("A training step does not fit, whatever is sharded: its activations are too many.")

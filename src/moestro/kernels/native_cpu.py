@@ -1,0 +1,340 @@
+"""The native CPU kernels: found, loaded and called by their C interface (native/moestro.h).
+
+A wheel without the library is complete, only slower. All paths (amx, avx512, avx2, portable) give
+the same bits, whatever the number of rows, the other rows of the batch and the threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moestro.kernels
+from moestro.errors import BackendError, ShapeError
+from moestro.kernels.packing import (
+    COLUMNS,
+    KINDS,
+    PAGE,
+    Format,
+    PackedExperts,
+    PackedMatrix,
+    check_format,
+)
+
+LIBRARY = "libmoestro.so"
+PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
+THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
+PATHS = ("portable", "avx2", "avx512", "amx")
+ABI = 1
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Matrix(ctypes.Structure):
+    """`moestro_matrix`."""
+
+    _fields_ = (
+        ("data", _POINTER), ("n", _INT64), ("k", _INT64), ("kind", _INT32), ("group", _INT32),
+    )  # fmt: skip
+
+
+class _Experts(ctypes.Structure):
+    """`moestro_experts`."""
+
+    _fields_ = (
+        ("data", _POINTER), ("slab_bytes", _INT64), ("experts", _INT64), ("dim", _INT64),
+        ("hidden", _INT64), ("kind", _INT32), ("group", _INT32), ("activation", _INT32),
+        ("reserved", _INT32), ("up_bias", _POINTER), ("down_bias", _POINTER),
+    )  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "moestro_abi": (_INT32, ()),
+    "moestro_best_path": (_INT32, ()),
+    "moestro_path": (_INT32, ()),
+    "moestro_use_path": (_INT32, (_INT32,)),
+    "moestro_threads": (_INT32, ()),
+    "moestro_use_threads": (_INT32, (_INT32, _POINTER)),
+    "moestro_matrix_bytes": (_INT64, (_INT32, _INT32, _INT64, _INT64)),
+    "moestro_slab_bytes": (_INT64, (_INT32, _INT32, _INT32, _INT64, _INT64)),
+    "moestro_pack": (
+        _INT32, (_INT32, _INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64),
+    ),
+    "moestro_unpack": (_INT32, (_INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER)),
+    "moestro_linear": (_INT32, (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER)),
+    "moestro_mixture": (
+        _INT32,
+        (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+    ),
+    "moestro_read": (ctypes.c_uint64, (_POINTER, _INT64)),
+}  # fmt: skip
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        return (
+            "the native library was not built; install a C++ compiler (g++) and run "
+            "`pip install --force-reinstall --no-deps` for moestro again"
+        )
+    try:
+        library = ctypes.CDLL(str(found))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"the native library cannot be loaded ({error}); install moestro again"
+    if library.moestro_abi() != ABI:
+        return f"the native library is of version {library.moestro_abi()}, not {ABI}; install again"
+    library.moestro_use_threads(_threads_wanted(), _team())
+    return library
+
+
+def _threads_wanted() -> int:
+    given = os.environ.get(THREADS_VARIABLE, "")
+    return int(given) if given.isdigit() and int(given) else torch.get_num_threads()
+
+
+def _team() -> int | None:
+    """The address of torch's own GOMP_parallel: its threads compute, not twice as many."""
+    for place in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        return ctypes.cast(ctypes.CDLL(str(place)).GOMP_parallel, _POINTER).value
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        BackendError: there is none; says why and what to do. Or MOESTRO_NATIVE_PATH names a path
+            that does not exist or that this machine cannot run.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    forced = os.environ.get(PATH_VARIABLE, "")
+    if forced and forced not in PATHS:
+        raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
+    wanted = PATHS.index(forced) if forced else loaded.moestro_best_path()
+    if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
+        best = PATHS[loaded.moestro_best_path()]
+        raise BackendError(
+            f"{PATH_VARIABLE}={forced} was asked for, but the best this machine runs is {best}"
+        )
+    return loaded
+
+
+def available() -> str | None:
+    """None where the library can be used, else the reason."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def path() -> str:
+    """The path in use: amx, avx512, avx2 or portable."""
+    return PATHS[library().moestro_path()]
+
+
+def aligned(nbytes: int) -> Tensor:
+    """Uninitialised uint8 memory that starts on a page."""
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
+
+
+def matrix_bytes(rows: int, columns: int, format: Format) -> int:
+    """Bytes of a packed matrix."""
+    return int(library().moestro_matrix_bytes(*_code(format), rows, columns))
+
+
+def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> int:
+    """Bytes of one packed expert."""
+    gated = activation not in ("relu", "gelu")
+    return int(library().moestro_slab_bytes(*_code(format), gated, dim, hidden_dim))
+
+
+def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
+    """Pack one matrix.
+
+    Raises:
+        ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
+    """
+    check_format(format)
+    rows, columns = w_OI.shape
+    data = aligned(matrix_bytes(rows, columns, format))
+    _pack(w_OI, format, data.data_ptr(), 1)
+    return PackedMatrix(data, rows, columns, format)
+
+
+def pack_expert(
+    up_HD: Tensor, down_DF: Tensor, activation: str, format: Format, slab: Tensor
+) -> None:
+    """Pack one expert into its slab (uint8, `slab_bytes` long, on a multiple of 64 bytes).
+
+    Args:
+        up_HD: `gate_up` [2F, D] of a gated expert, gate first, or `up` [F, D].
+        down_DF: down projection.
+        activation: decides whether there is a gate.
+        format: of the slab.
+        slab: written to.
+
+    Raises:
+        ShapeError: see `pack_matrix`.
+    """
+    check_format(format)
+    dim, hidden = down_DF.shape
+    if slab.numel() != slab_bytes(dim, hidden, activation, format):
+        raise ShapeError(f"the slab has {slab.numel()} bytes, which does not fit the expert")
+    at, up_bytes = slab.data_ptr(), matrix_bytes(hidden, dim, format)
+    if activation in ("relu", "gelu"):
+        _pack(up_HD, format, at, 1)
+        _pack(down_DF, format, at + up_bytes, 1)
+        return
+    block = up_bytes // -(-hidden // COLUMNS)
+    _pack(up_HD[:hidden], format, at, 2)
+    _pack(up_HD[hidden:], format, at + block, 2)
+    _pack(down_DF, format, at + 2 * up_bytes, 1)
+
+
+def unpack_matrix(packed: PackedMatrix) -> Tensor:
+    """The fp32 matrix [rows, columns] that a packed one stands for."""
+    return _unpack(packed.data.data_ptr(), packed.rows, packed.columns, packed.format, 1)
+
+
+def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
+    """(up [H, D], down [D, F]) in fp32 of one expert."""
+    dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
+    at = packed.data.data_ptr() + expert * packed.slab_bytes
+    up_bytes = matrix_bytes(hidden, dim, format)
+    if packed.activation in ("relu", "gelu"):
+        up_HD = _unpack(at, hidden, dim, format, 1)
+        return up_HD, _unpack(at + up_bytes, dim, hidden, format, 1)
+    block = up_bytes // -(-hidden // COLUMNS)
+    gate_FD, up_FD = (_unpack(at + n * block, hidden, dim, format, 2) for n in (0, 1))
+    return torch.cat([gate_FD, up_FD]), _unpack(at + 2 * up_bytes, dim, hidden, format, 1)
+
+
+def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Multiply rows by a packed matrix: x · wᵀ + bias, [T, I] → [T, O] in x's dtype.
+
+    bf16 weights multiply x rounded to bf16; int8 and int4 weights multiply x rounded to 8 bits,
+    with a scale for each group. Sums are fp32, in a fixed order.
+
+    Raises:
+        ShapeError: x is not [T, I] in fp32 or bf16 on CPU.
+    """
+    x_TI = _rows(x_TI, packed.columns)
+    y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
+    matrix = _Matrix(packed.data.data_ptr(), packed.rows, packed.columns, *_code(packed.format))
+    bias = None if bias_O is None else bias_O.data_ptr()
+    _done(
+        library().moestro_linear(
+            ctypes.byref(matrix), _DTYPES[x_TI.dtype], x_TI.data_ptr(), len(x_TI), y_TO.data_ptr(),
+            bias,
+        )
+    )  # fmt: skip
+    return y_TO
+
+
+def mixture(
+    packed: PackedExperts, x_TD: Tensor, tokens_A: Tensor, experts_A: Tensor, weights_A: Tensor
+) -> Tensor:
+    """A whole mixture: gather, gate and up, activation, down, weighted sum in a fixed order.
+
+    The definition is `reference.mixture` over the unpacked weights, up to rounding.
+
+    Args:
+        packed: the experts.
+        x_TD: tokens, fp32 or bf16.
+        tokens_A: int64, token of each assignment, not falling.
+        experts_A: int64, its expert.
+        weights_A: fp32, its weight.
+
+    Returns:
+        y_TD in x's dtype; zero for a token without an assignment.
+
+    Raises:
+        ShapeError: a shape or dtype does not fit, or an index is out of range.
+    """
+    x_TD = _rows(x_TD, packed.dim)
+    y_TD = torch.empty_like(x_TD)
+    tokens_A, experts_A, weights_A = (
+        each.contiguous() for each in (tokens_A, experts_A, weights_A.float())
+    )
+    experts = _Experts(
+        packed.data.data_ptr(), packed.slab_bytes, packed.num_experts, packed.dim,
+        packed.hidden_dim, *_code(packed.format), ACTIVATIONS.index(packed.activation), 0,
+        *(None if each is None else each.data_ptr() for each in (packed.up_bias, packed.down_bias)),
+    )  # fmt: skip
+    _done(
+        library().moestro_mixture(
+            ctypes.byref(experts), _DTYPES[x_TD.dtype], x_TD.data_ptr(), len(x_TD),
+            tokens_A.data_ptr(), experts_A.data_ptr(), weights_A.data_ptr(), len(tokens_A),
+            y_TD.data_ptr(),
+        )
+    )  # fmt: skip
+    return y_TD
+
+
+def read(data: Tensor) -> int:
+    """Read memory once with all threads, as fast as it goes: what bandwidth is measured by."""
+    return int(library().moestro_read(data.data_ptr(), data.numel() * data.element_size()))
+
+
+def _code(format: Format) -> tuple[int, int]:
+    return KINDS.index(format.kind), format.group
+
+
+def _rows(x_TI: Tensor, columns: int) -> Tensor:
+    if x_TI.dim() != 2 or x_TI.shape[1] != columns or x_TI.dtype not in _DTYPES:
+        raise ShapeError(
+            f"packed weights take fp32 or bf16 rows [T, {columns}]; given {x_TI.dtype} "
+            f"{list(x_TI.shape)}"
+        )
+    if x_TI.device.type != "cpu":
+        raise ShapeError(f"packed weights compute on CPU; the rows are on {x_TI.device}")
+    return x_TI.detach().contiguous()
+
+
+def _pack(w_OI: Tensor, format: Format, address: int, step: int) -> None:
+    if w_OI.dim() != 2 or w_OI.dtype not in _DTYPES or w_OI.device.type != "cpu":
+        raise ShapeError(
+            f"what is packed is an fp32 or bf16 matrix on CPU; given {w_OI.dtype} "
+            f"{list(w_OI.shape)} on {w_OI.device}"
+        )
+    w_OI = w_OI.detach().contiguous()
+    code = library().moestro_pack(
+        *_code(format), _DTYPES[w_OI.dtype], w_OI.data_ptr(), *w_OI.shape, w_OI.shape[1],
+        address, step,
+    )  # fmt: skip
+    if code:
+        raise ShapeError(
+            "the weights hold NaN or infinity, or (for int8 and int4) a size above 65504; "
+            "they cannot be packed"
+        )
+
+
+def _unpack(address: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
+    w_OI = torch.empty(rows, columns)
+    _done(library().moestro_unpack(*_code(format), address, rows, columns, step, w_OI.data_ptr()))
+    return w_OI
+
+
+def _done(code: int) -> None:
+    if code == -2:
+        raise MemoryError("not enough memory for the native kernels' buffers")
+    if code:
+        raise ShapeError(
+            "the native kernel refused its arguments: an expert or token is out of range, or the "
+            "assignments are not in the order of their tokens"
+        )

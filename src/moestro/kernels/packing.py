@@ -1,0 +1,141 @@
+"""Packed weights: bf16, int8 and int4 in the layout that the native kernels stream.
+
+One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
+contiguous stream over its inputs. bf16: pairs of inputs, 32 outputs side by side, which is an AMX
+tile and a streaming AVX-512 line at once. int8 and int4: for each group of Q inputs the 32 scales
+(fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte holds input i of one
+quad in its low half and of the next quad in its high half, both plus 8. Outputs are padded to 32,
+inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate and up blocks in turn, then
+its down blocks, rounded up to whole pages of 4096 bytes.
+
+`quantise` is the definition; the native packer gives the same integers and scales bit by bit.
+Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moestro.errors import ShapeError
+
+KINDS = ("bfloat16", "int8", "int4")
+GROUPS = (32, 64)
+COLUMNS = 32
+PAGE = 4096
+
+
+class Format(NamedTuple):
+    """How weights are stored: a kind, and for int8 and int4 the length of a group."""
+
+    kind: str
+    group: int = 32
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales included."""
+        if self.kind == "bfloat16":
+            return 16.0
+        return (8 if self.kind == "int8" else 4) + 16 / self.group
+
+
+class PackedMatrix(NamedTuple):
+    """A packed matrix [rows, columns]; `data` is uint8 and starts on a multiple of 64 bytes."""
+
+    data: Tensor
+    rows: int
+    columns: int
+    format: Format
+
+
+class PackedExperts(NamedTuple):
+    """E packed experts in one page-aligned piece of memory, a slab each.
+
+    Attributes:
+        data: uint8 [E · slab_bytes].
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        activation: see `reference.activate`.
+        format: of all matrices.
+        up_bias: fp32 [E, 2F] (gate first) or [E, F]; None: none.
+        down_bias: fp32 [E, D]; None: none.
+    """
+
+    data: Tensor
+    num_experts: int
+    dim: int
+    hidden_dim: int
+    activation: str
+    format: Format
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes from one expert to the next."""
+        return self.data.numel() // self.num_experts
+
+
+def check_format(format: Format) -> None:
+    """Refuse a kind or group length that does not exist.
+
+    Raises:
+        ShapeError: says what there is.
+    """
+    if format.kind not in KINDS:
+        raise ShapeError(f"packed weights are {', '.join(KINDS)}; given {format.kind!r}")
+    if format.kind != "bfloat16" and format.group not in GROUPS:
+        raise ShapeError(f"groups have 32 or 64 inputs; given {format.group}")
+
+
+def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Integers and scales of a matrix whose I is a multiple of the group.
+
+    int8: scale = max|w| / 127, integers in [-127, 127]. int4: scale = m / -8 where m is the weight
+    of largest size, sign kept, so that m itself is -8 and all 16 integers from -8 to 7 are used.
+    The scale is rounded to fp16 before the integers are chosen.
+
+    Returns:
+        (int8 [O, I], fp16 [O, I / Q]).
+    """
+    w_OGQ = w_OI.float().unflatten(1, (-1, format.group))
+    sizes_OG = w_OGQ.abs()
+    if format.kind == "int8":
+        low, high = -127, 127
+        scales_OG = sizes_OG.amax(-1) / 127.0
+    else:
+        low, high = -8, 7
+        largest_OG1 = sizes_OG.argmax(-1, keepdim=True)
+        scales_OG = w_OGQ.gather(-1, largest_OG1).squeeze(-1) / -8.0
+    limit = torch.finfo(torch.float16).max
+    scales_OG = scales_OG.clamp(-limit, limit).half()
+    wide_OG = scales_OG.float()
+    inverse_OG = torch.where(wide_OG == 0, torch.zeros_like(wide_OG), 1.0 / wide_OG)
+    q_OGQ = (w_OGQ * inverse_OG[..., None]).round().clamp(low, high).to(torch.int8)
+    return q_OGQ.flatten(1), scales_OG
+
+
+def dequantise(q_OI: Tensor, scales_OG: Tensor) -> Tensor:
+    """The fp32 weights that integers and scales stand for."""
+    group = q_OI.shape[1] // scales_OG.shape[1]
+    return q_OI.float() * scales_OG.float().repeat_interleave(group, dim=1)
+
+
+def error_bound(w_OI: Tensor, format: Format) -> Tensor:
+    """Largest |w - packed w| of each weight's group, [O, ceil(I / Q)]; bf16: of each weight.
+
+    Half a step; for int4 a whole step, since +8 is missing and a weight nearly as large as the
+    largest, of the other sign, becomes 7. On top: 2^-11 of the range for the scale's own rounding,
+    and for scales below fp16's normal range its smallest step. bf16: 2^-8 of the weight.
+    """
+    if format.kind == "bfloat16":
+        return w_OI.abs().float() * 2.0**-8 + 1e-38
+    padded_OI = torch.nn.functional.pad(w_OI.float(), (0, -w_OI.shape[1] % format.group))
+    sizes_OG = padded_OI.unflatten(1, (-1, format.group)).abs().amax(-1)
+    steps, most = (0.5, 127) if format.kind == "int8" else (1.0, 8)
+    tiny = 2.0**-24
+    bound_OG: Tensor = sizes_OG / most * steps * (1 + 2.0**-9) + sizes_OG * 2.0**-11 + most * tiny
+    return bound_OG

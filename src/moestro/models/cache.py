@@ -1,0 +1,106 @@
+"""What decoding remembers: keys and values of each layer's last positions, in growing buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moestro.errors import ShapeError
+from moestro.models.rotary import RotaryTable
+
+
+class LayerCache:
+    """Tensors [..., P, A] of one layer's last positions, kept for as long as they can be seen.
+
+    Buffers grow by half and then slide, so a token copies a bounded number of positions however
+    long the text gets, and memory stays below 9/8 of `limit` (plus a few) positions.
+
+    Attributes:
+        limit: most positions that a query looks back on, its own included.
+        length: positions kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.length = 0
+        self._most = limit + limit // 8 + 16
+        self._start = 0
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Append S positions; returns all that the new ones may look at, oldest first.
+
+        Args:
+            new: one or more tensors [..., S, A] (keys and values, say), the same ones every time.
+
+        Returns:
+            Views [..., P, A] with P = min(earlier positions, limit - 1) + S: the last S are the new
+            ones. They hold until the next call.
+
+        Raises:
+            ShapeError: another batch than the one that the cache was filled with.
+        """
+        added = new[0].shape[-2]
+        if self._buffers and self._buffers[0].shape[:-2] != new[0].shape[:-2]:
+            raise ShapeError(
+                f"the cache holds a batch of {self._buffers[0].shape[0]}, and {new[0].shape[0]} "
+                "were given; use a new cache for another batch"
+            )
+        kept = min(self.length, self.limit - 1)
+        self._start += self.length - kept
+        total = kept + added
+        # Autograd keeps what it is given, so there nothing may be written in place.
+        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in new)
+        if tracked or total > self._most:
+            return self._joined(new, kept)
+        if not self._fits(total):
+            self._move(new, kept, total)
+        for buffer, tensor in zip(self._buffers, new, strict=True):
+            buffer.narrow(-2, self._start + kept, added).copy_(tensor)
+        self.length = total
+        return tuple(buffer.narrow(-2, self._start, total) for buffer in self._buffers)
+
+    def _fits(self, total: int) -> bool:
+        if not self._buffers or self._start + total > self._buffers[0].shape[-2]:
+            return False
+        # Tensors of inference mode cannot be written to outside it.
+        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+
+    def _move(self, new: Sequence[Tensor], kept: int, total: int) -> None:
+        """Bring what is kept to the front of larger buffers."""
+        room = min(self._most, total + total // 2 + 16)
+        buffers = []
+        for n, tensor in enumerate(new):
+            buffer = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
+            if kept:
+                old = self._buffers[n].narrow(-2, self._start, kept)
+                buffer.narrow(-2, 0, kept).copy_(old)
+            buffers.append(buffer)
+        self._buffers, self._start = tuple(buffers), 0
+
+    def _joined(self, new: Sequence[Tensor], kept: int) -> tuple[Tensor, ...]:
+        """Old and new in tensors of their own, of which the last `limit` are kept."""
+        whole = tuple(new)
+        if kept:
+            old = (buffer.narrow(-2, self._start, kept) for buffer in self._buffers)
+            whole = tuple(torch.cat(pair, dim=-2) for pair in zip(old, new, strict=True))
+        # A copy: a view would keep the whole prompt alive.
+        self._buffers = tuple(tensor[..., -self.limit :, :].clone() for tensor in whole)
+        self._start, self.length = 0, self._buffers[0].shape[-2]
+        return whole
+
+
+class KVCache:
+    """One `LayerCache` per layer, how many positions have passed, and the angles of the next.
+
+    Args:
+        limits: most positions that each layer looks back on.
+        rotary: angles, for models with rotary positions.
+    """
+
+    def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
+        self.layers = [LayerCache(limit) for limit in limits]
+        self.rotary = rotary
+        self.position = 0

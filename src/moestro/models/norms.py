@@ -1,0 +1,47 @@
+"""The norms before each sublayer, of queries and keys, and at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.config import NormConfig
+from moestro.kernels import pointwise
+from moestro.moe.experts import compute_dtype
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; computes in fp32 and returns the dtype that the next layer takes."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        return pointwise.rms_norm(x_TD, self.weight, self.eps, compute_dtype(x_TD))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a bias (Ba et al. 2016); dtypes as `RMSNorm`."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        # torch takes mean and variance of 16-bit numbers in fp32, but wants all of one dtype.
+        dtype = torch.promote_types(x_TD.dtype, self.weight.dtype)
+        weight_D, bias_D = self.weight.to(dtype), self.bias.to(dtype)
+        y_TD = F.layer_norm(x_TD.to(dtype), weight_D.shape, weight_D, bias_D, self.eps)
+        return y_TD.to(compute_dtype(x_TD))
+
+
+def norm_of(cfg: NormConfig, dim: int) -> RMSNorm | LayerNorm:
+    """The norm that the settings ask for, of width D = `dim`."""
+    return LayerNorm(dim, cfg.eps) if cfg.kind == "layer" else RMSNorm(dim, cfg.eps)

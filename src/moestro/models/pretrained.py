@@ -1,0 +1,209 @@
+"""Checkpoint folders in Hugging Face's layout: read into our models, and written back.
+
+Config and tensors go through their family's table. Everything in a folder is accounted for before
+a byte of a tensor is read: an unknown, missing, misshapen or surplus one is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moestro.errors import ConfigError
+from moestro.models.build import Model, build_model
+from moestro.models.checkpoint import (
+    CONFIG,
+    atomic_folder,
+    checkpoints,
+    load_model,
+    read_json,
+    write_json,
+)
+from moestro.models.families import FAMILIES
+from moestro.models.families.table import Config, Family
+from moestro.models.families.translate import to_fields, to_settings
+from moestro.models.materialize import materialize, without_memory
+from moestro.models.shards import open_folder, write_folder
+from moestro.models.transfer import Progress, find_sources, match, outgoing, pour
+
+HF_CONFIG = "hf_config.json"
+
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+
+class Described(NamedTuple):
+    """What a config.json says: our settings, its family's name, and its own fields."""
+
+    cfg: Config
+    family: str
+    hf_config: dict[str, Any]
+
+
+class Pretrained(NamedTuple):
+    """A model, and where it came from: its family and config.json, where it had them."""
+
+    model: Model
+    family: str | None
+    hf_config: dict[str, Any] | None
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder's config.json is of Hugging Face's layout: it names a model_type."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return False
+    fields = read_json(path)
+    return isinstance(fields, dict) and "model_type" in fields
+
+
+def read_config(path: Path) -> Described:
+    """Our settings for a checkpoint, without its weights.
+
+    Args:
+        path: the folder, or its config.json.
+
+    Raises:
+        CheckpointError: there is no readable config.json.
+        ConfigError: its model_type or a field is not known, or a value cannot be expressed.
+    """
+    path = path / CONFIG if path.is_dir() else path
+    fields = read_json(path)
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ConfigError(f"{path} names no model_type, so it is not of Hugging Face's layout")
+    family = _family(fields["model_type"], str(path))
+    try:
+        return Described(to_settings(family, fields), family.model_type, fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_pretrained(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> Pretrained:
+    """Load a checkpoint in evaluation mode; memory peaks at the model and one tensor.
+
+    Args:
+        folder: config.json and safetensors.
+        dtype: of the parameters; None: that of the checkpoint's embedding.
+        device: where they go.
+        backend: a kernel's name, or "auto".
+        progress: called with (bytes read so far, bytes in all) after each tensor.
+
+    Raises:
+        ConfigError: see `read_config`.
+        CheckpointError: a file is missing, truncated or pickle, or a tensor is missing, unknown,
+            or of another shape or dtype than its family has; names file and key.
+    """
+    described = read_config(folder)
+    family = FAMILIES[described.family]
+    sources = find_sources(open_folder(folder), described.hf_config)
+    with without_memory():
+        model = build_model(described.cfg, backend)
+    matched = match(folder, family, model, sources)
+    materialize(model, dtype or matched.dtype, device)
+    pour(matched, model, progress)
+    return Pretrained(model.eval(), family.model_type, described.hf_config)
+
+
+def write_pretrained(
+    model: Model,
+    folder: Path,
+    *,
+    family: str | None = None,
+    hf_config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that transformers loads: config.json and safetensors, whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: a new folder.
+        family: its model_type; None: that of `hf_config`, or the only one that fits.
+        hf_config: the config.json that the model came from. What it says beyond our settings stays.
+        dtype: of the parameters; None: as they are.
+        shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ConfigError: no family, several, or not the named one can express the model's settings.
+        CheckpointError: the folder exists, or what was read back differs.
+        OSError: the disk is full or the place cannot be written.
+    """
+    original = dict(hf_config or {})
+    name = family or original.get("model_type") or _only_family(model.cfg)
+    if original and original.get("model_type") != name:
+        raise ConfigError(
+            f"hf_config is of {original.get('model_type')!r}, but the model is to be written as "
+            f"{name!r}; leave hf_config out to change the family"
+        )
+    table = _family(name, "family")
+    fields = to_fields(table, model.cfg, original)
+    kind = dtype or model.embed.weight.dtype
+    says = [field for field in _DTYPE_FIELDS if field in fields] or ["dtype"]
+    fields |= dict.fromkeys(says, str(kind).removeprefix("torch."))
+    tensors = outgoing(table, model, dtype)
+    with atomic_folder(folder) as inner:
+        write_json(inner / CONFIG, fields)
+        write_folder(inner, tensors, shard_bytes)
+
+
+def open_model(
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Pretrained:
+    """Load a model from either layout: a run or checkpoint of ours, or Hugging Face's.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_pretrained` and `checkpoint.load_model`.
+    """
+    if is_pretrained(path):
+        return read_pretrained(path, dtype=dtype, device=device, backend=backend, progress=progress)
+    model = load_model(path, str(device), backend)
+    if dtype is not None:
+        model.to(dtype)
+    # The same in every checkpoint of a run.
+    places = (folder / HF_CONFIG for folder in (path, *checkpoints(path)))
+    found = next((place for place in places if place.is_file()), None)
+    fields = None if found is None else read_json(found)
+    return Pretrained(model, None if fields is None else fields.get("model_type"), fields)
+
+
+def _family(name: Any, where: str) -> Family:
+    if name not in FAMILIES:
+        raise ConfigError(f"{where}: model_type {name!r} is not known; known: {_names(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _only_family(cfg: Config) -> str:
+    """The one family that can express these settings."""
+    able = []
+    for name, family in FAMILIES.items():
+        try:
+            to_fields(family, cfg, {})
+        except ConfigError:
+            continue
+        able.append(name)
+    if len(able) == 1:
+        return able[0]
+    if able:
+        raise ConfigError(f"these settings fit {_names(able)}; choose one as the family")
+    raise ConfigError(
+        f"no family can express these settings; name one of {_names(FAMILIES)} to see what is in "
+        "the way, or save in this project's own layout"
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

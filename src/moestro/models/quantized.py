@@ -1,0 +1,211 @@
+"""Published checkpoints in fewer bits: how two tensors stand for one, and what numbers they mean.
+
+fp8 (DeepSeek-V3, §3.3): e4m3 values with one scale per block, usually of 128 × 128.
+MXFP4 (OCP Microscaling 1.0, §5.3-5.4; gpt-oss): two e2m1 values in a byte, the low half first, and
+a power of two for each 32 of them.
+
+Letters: E experts, O, I out and in of a matrix, N = I / 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moestro.errors import CheckpointError, ShapeError
+
+Shape = tuple[int, ...]
+
+# e2m1 has 1 sign, 2 exponent and 1 mantissa bit.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_GROUP = 32
+_GROUPS_AT_ONCE = 1 << 16
+
+
+class Scheme(NamedTuple):
+    """How a checkpoint stores one tensor as two, values and scales.
+
+    Attributes:
+        name: its `quant_method` in config.json.
+        values: what the key of the values adds to the key of the tensor.
+        scales: what the key of the scales adds to it.
+        shape: (shape of the values) → shape of the tensor.
+        dequantize: (values, scales, dtype) → the tensor, of the shape that a checkpoint which is
+            not quantised has.
+    """
+
+    name: str
+    values: str
+    scales: str
+    shape: Callable[[Shape], Shape]
+    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+def scheme(settings: Mapping[str, Any]) -> Scheme:
+    """The scheme that a `quantization_config` of config.json describes.
+
+    Raises:
+        CheckpointError: a method, format or field that is not known; names it.
+    """
+    method = settings.get("quant_method")
+    if method not in _FIELDS:
+        raise CheckpointError(
+            f"config.json says quant_method {method!r}; read are {', '.join(sorted(_FIELDS))}. "
+            "Use a checkpoint that is not quantised, or one in these"
+        )
+    unknown = sorted(settings.keys() - _FIELDS[method] - {"quant_method"})
+    if unknown:
+        raise CheckpointError(
+            f"quantization_config of config.json has unknown fields for {method}: "
+            f"{', '.join(unknown)}; known are {', '.join(sorted(_FIELDS[method]))}"
+        )
+    if method == "mxfp4":
+        return Scheme("mxfp4", "_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
+    block = settings.get("weight_block_size")
+    if not _is_block(block):
+        raise CheckpointError(
+            f"quantization_config of config.json has weight_block_size {block!r}; fp8 needs two "
+            "whole numbers such as [128, 128]"
+        )
+    if settings.get("fmt", "e4m3") != "e4m3":
+        raise CheckpointError(
+            f"quantization_config of config.json has fmt {settings['fmt']!r}; only e4m3 is read"
+        )
+
+    def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return from_fp8(values, scales, (block[0], block[1]), dtype)
+
+    return Scheme("fp8", "", "_scale_inv", lambda shape: shape, dequantize)
+
+
+def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
+    sides = value if isinstance(value, list | tuple) else ()
+    return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+
+
+# What each method may say of itself; which tensors are quantised is told by their keys.
+_FIELDS = {
+    "fp8": {
+        "activation_scheme", "dequantize", "fmt", "modules_to_not_convert", "scale_fmt",
+        "weight_block_size",
+    },
+    "mxfp4": {"dequantize", "modules_to_not_convert"},
+}  # fmt: skip
+
+
+def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
+    """The quantised tensors among a checkpoint's keys: key → (key of values, key of scales).
+
+    All other keys hold plain tensors.
+
+    Raises:
+        CheckpointError: scales without values, or values without scales; names the key.
+    """
+    names = set(keys)
+    found = {}
+    for key in sorted(names):
+        if key.endswith(method.scales):
+            name = key.removesuffix(method.scales)
+            if name + method.values not in names:
+                raise CheckpointError(f"the checkpoint has {key} but lacks {name + method.values}")
+            found[name] = (name + method.values, key)
+    if method.values:
+        lonely = {key for key in names if key.endswith(method.values)}
+        lonely -= {values for values, _ in found.values()}
+        if lonely:
+            key = min(lonely)
+            scales = key.removesuffix(method.values) + method.scales
+            raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
+    return found
+
+
+def from_fp8(
+    values_OI: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Values times the scale of their block, multiplied in fp32. [O, I].
+
+    Args:
+        values_OI: float8_e4m3fn.
+        scales: one number per block, [ceil(O / rows), ceil(I / columns)]; the last block of a row
+            or column may be a part of one.
+        block: its (rows, columns).
+        dtype: of the result.
+
+    Raises:
+        ShapeError: the values are of another dtype, or the scales do not fit them.
+    """
+    rows, columns = block
+    if values_OI.dtype != torch.float8_e4m3fn or values_OI.dim() != 2:
+        raise ShapeError(
+            f"fp8 values are float8_e4m3fn [O, I]; given {values_OI.dtype} {list(values_OI.shape)}"
+        )
+    height, width = values_OI.shape
+    expected = (-(-height // rows), -(-width // columns))
+    if scales.shape != expected:
+        raise ShapeError(
+            f"values {list(values_OI.shape)} in blocks of {rows} × {columns} take scales "
+            f"{list(expected)}; given {list(scales.shape)}"
+        )
+    every = torch.arange(256, dtype=torch.uint8, device=values_OI.device)
+    numbers = every.view(torch.float8_e4m3fn).float()
+    # A pair of bytes read as one number has its first byte in the low half.
+    table = torch.stack([numbers.repeat(256), numbers.repeat_interleave(256)], dim=1)
+    values_OI = values_OI.contiguous()
+    out_OI = torch.empty_like(values_OI, dtype=dtype)
+    wide = scales.float().repeat_interleave(columns, dim=1)[:, :width]
+    for scale_I, start in zip(wide, range(0, height, rows), strict=True):
+        out_OI[start : start + rows] = _numbers(values_OI[start : start + rows], table) * scale_I
+    return out_OI
+
+
+def _numbers(values: Tensor, table: Tensor) -> Tensor:
+    """fp8 as fp32, by a table of all pairs: torch takes five times as long on a CPU."""
+    if values.shape[-1] % 2:
+        return values.float()
+    return F.embedding(values.view(torch.int16).int() & 0xFFFF, table).flatten(-2)
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """e2m1 value · 2^(scale - 127); scale 255 is not a number. [..., N · 32].
+
+    Args:
+        blocks: uint8 [..., N, 16], two values in a byte.
+        scales: uint8 [..., N].
+        dtype: of the result; exact in bf16 and fp32 as long as the exponent fits.
+
+    Raises:
+        ShapeError: a dtype or shape does not fit.
+    """
+    fits = blocks.dim() >= 2 and (*scales.shape, _GROUP // 2) == tuple(blocks.shape)
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or not fits:
+        raise ShapeError(
+            "MXFP4 blocks are uint8 [..., N, 16] with uint8 scales [..., N]; given "
+            f"{blocks.dtype} {list(blocks.shape)} and {scales.dtype} {list(scales.shape)}"
+        )
+    exact = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
+    byte = torch.arange(256, device=blocks.device)
+    half = torch.tensor(_E2M1, dtype=exact, device=blocks.device)
+    twins = torch.stack([half[byte & 15], half[byte >> 4]], dim=1)
+    powers = torch.ldexp(torch.ones_like(byte, dtype=torch.float64), byte - 127).to(exact)
+    powers[255] = torch.nan
+    out = torch.empty(*scales.shape, _GROUP, dtype=dtype, device=blocks.device)
+    # Some at a time, so that what is needed on the way is small.
+    flat = (out.view(-1, _GROUP), blocks.reshape(-1, _GROUP // 2), scales.reshape(-1))
+    for part, block, scale in zip(*(torch.split(x, _GROUPS_AT_ONCE) for x in flat), strict=True):
+        numbers = F.embedding(block.int(), twins).flatten(-2)
+        part.copy_(numbers.mul_(powers[scale.int()][:, None]))
+    return out.flatten(-2)
+
+
+def _mxfp4_shape(shape: Shape) -> Shape:
+    """[E, O, N, 16] of the blocks → [E, I, O]: gpt-oss keeps plain experts transposed."""
+    *experts, out, groups, _ = shape
+    return (*experts, groups * _GROUP, out)
+
+
+def _mxfp4_experts(blocks_EON: Tensor, scales_EON: Tensor, dtype: torch.dtype) -> Tensor:
+    return from_mxfp4(blocks_EON, scales_EON, dtype).transpose(-1, -2)

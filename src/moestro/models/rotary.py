@@ -1,0 +1,202 @@
+"""Rotary positions: the angles by which queries and keys turn, and how they are stretched.
+
+Letters: S positions, A width of the part of a head that turns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moestro.config import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeConfig,
+    YarnScaling,
+)
+from moestro.errors import ConfigError
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of S positions, [S, A/2], for `pointwise.rotate`."""
+
+    cos_SA: Tensor
+    sin_SA: Tensor
+
+
+def turning_width(cfg: ModelConfig) -> int:
+    """A: the width of a head, or of the rotary part of a latent one."""
+    latent = cfg.attention.latent
+    return cfg.head_dim if latent is None else latent.rope_dim
+
+
+def frequencies(rope: RopeConfig, width: int, total: int = 0) -> Tensor:
+    """Radians per position of each pair, fp64 [A/2]: θ^(-2i/A), stretched.
+
+    Args:
+        rope: base and scaling.
+        width: A.
+        total: length of the text so far; only longrope depends on it.
+
+    Raises:
+        ConfigError: longrope's lists are not A/2 long.
+    """
+    base_A = rope.theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        return base_A / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(base_A, scaling)
+    if isinstance(scaling, YarnScaling):
+        return _yarn(base_A, rope.theta, scaling)
+    if isinstance(scaling, LongRopeScaling):
+        divisors = scaling.long_factor if _beyond(scaling, total) else scaling.short_factor
+        if len(divisors) != width // 2:
+            raise ConfigError(
+                f"attention.positions.scaling has {len(divisors)} factors; "
+                f"heads of width {width} turn {width // 2} pairs, so give {width // 2}"
+            )
+        return base_A / torch.tensor(divisors, dtype=torch.float64)
+    return base_A
+
+
+def magnitude(rope: RopeConfig, total: int = 0) -> float:
+    """What cosines and sines are multiplied by; `total` as in `frequencies`."""
+    scaling = rope.scaling
+    if isinstance(scaling, LongRopeScaling):
+        return scaling.long_scale if _beyond(scaling, total) else scaling.short_scale
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        both = (_mscale(scaling.factor, m) for m in (scaling.mscale, scaling.mscale_all_dim))
+        return next(both) / next(both)
+    return _mscale(scaling.factor, 1.0)
+
+
+def score_scale(rope: RopeConfig) -> float:
+    """What latent attention's scores are multiplied by: yarn's factor of all of a head, squared.
+
+    DeepSeek-V2's own addition: outside latent attention, `mscale_all_dim` only divides `magnitude`.
+    """
+    scaling = rope.scaling
+    if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return 1.0
+
+
+def _beyond(scaling: LongRopeScaling, total: int) -> bool:
+    """Whether longrope takes its long factors.
+
+    Decided for all positions of a forward by the length of the text at its end. Keys that a cache
+    holds keep the angles that they were given before the text grew beyond the original context.
+    """
+    return total > scaling.original_context
+
+
+def _mscale(factor: float, slope: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1
+
+
+def _llama3(base_A: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Pairs that turn rarely are divided by the factor, frequent ones are kept (Llama 3.1)."""
+    turns_A = scaling.original_context * base_A / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_A = ((turns_A - low) / (high - low)).clamp(0, 1)
+    return kept_A * base_A + (1 - kept_A) * base_A / scaling.factor
+
+
+def _yarn(base_A: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
+    """Like llama3, but the blend is linear in the pair's number (Peng et al. 2023, §3.2)."""
+    width = 2 * len(base_A)
+
+    def pair(turns: float) -> float:
+        """Number of the pair that turns so often within the original context."""
+        length = scaling.original_context / (2 * math.pi * turns)
+        return width * math.log(length) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001  # The border of both is then a step.
+    divided_A = ((torch.arange(len(base_A)) - low) / (high - low)).clamp(0, 1)
+    return (1 - divided_A) * base_A + divided_A * base_A / scaling.factor
+
+
+def rotary(
+    start: int,
+    length: int,
+    cfg: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Rotary:
+    """Angles position · frequency of positions start … start+length-1 (Su et al. 2021, eq. 15).
+
+    Computed in fp64: at position 100 000, fp32 would be off by 0.004.
+
+    Args:
+        start: first position.
+        length: S.
+        cfg: of a model with rotary positions.
+        device: of the result.
+        dtype: of the result.
+    """
+    rope, total = _rope_of(cfg), start + length
+    turns_A = frequencies(rope, turning_width(cfg), total).to(device)
+    positions_S = torch.arange(start, total, device=device, dtype=torch.float64)
+    angles_SA = positions_S[:, None] * turns_A
+    scale = magnitude(rope, total)
+    return Rotary((angles_SA.cos() * scale).to(dtype), (angles_SA.sin() * scale).to(dtype))
+
+
+def _rope_of(cfg: ModelConfig) -> RopeConfig:
+    assert isinstance(cfg.attention.positions, RopeConfig)
+    return cfg.attention.positions
+
+
+class RotaryTable:
+    """Angles computed a stretch ahead, so that decoding one token only takes a row of them.
+
+    Args:
+        cfg: of a model with rotary positions.
+    """
+
+    AHEAD = 256
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self.cfg = cfg
+        self._start = self._stop = 0
+        self._rows: Rotary | None = None
+
+    def at(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
+        """`rotary` of these positions."""
+        rows = self._rows
+        known = (
+            rows is not None
+            and self._start <= start
+            and start + length <= self._stop
+            and rows.cos_SA.dtype == dtype
+            and rows.cos_SA.device == device
+        )
+        if not known or rows is None:
+            rows = self._compute(start, length, device, dtype)
+        first = start - self._start
+        return Rotary(rows.cos_SA[first : first + length], rows.sin_SA[first : first + length])
+
+    def _compute(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
+        stop = start + length + self.AHEAD
+        scaling = _rope_of(self.cfg).scaling
+        if isinstance(scaling, LongRopeScaling) and start + length <= scaling.original_context:
+            # Beyond it, the angles are others.
+            stop = min(stop, scaling.original_context)
+        self._rows = rotary(start, stop - start, self.cfg, device, dtype)
+        self._start, self._stop = start, stop
+        return self._rows

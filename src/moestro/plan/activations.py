@@ -1,0 +1,163 @@
+"""Bytes that a training step keeps between its forward and its backward pass.
+
+The formula lists what this project's modules save with fp32 weights. Terms are numbers per token;
+those marked c are in the dtype computed in, the others in fp32.
+
+    attention          D · (1 + c)                  the norm's input and output
+                       c · (2H + 3G) · A + c · H·A  queries, keys, values; rotated; the sum
+                       H                            a logarithm for each head
+      with qk_norm     c · (H + 2G) · A             all three again, before the norm
+      relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
+      sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
+                       c · H · A                    the sum
+    dense network      D · (1 + c) + c · n · F      n = 3: gate, up, bent gate; 2 where not gated
+    mixture            D · (1 + c) + 2E             logits and probabilities of the router
+      each of K rows   c · (2D + n · F)             the token's copy, hidden units, the output
+    head               D · (1 + c) + V · (1 + c)    logits, and log-probabilities
+
+and, where c is bf16, one copy in bf16 of each matrix of attention and of the head. With
+checkpointing every layer keeps its input (D), and then either the copies or one layer at a time all
+of the above, whichever is more. Kept scores are those of blocks of 256 queries: P keys on average,
+which are copied b times in all.
+
+Letters: D width, F hidden width, E experts, K experts per token, H heads, G key/value heads,
+A head width, V vocabulary, S context.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moestro.config import (
+    AttentionConfig,
+    EncDecConfig,
+    LatentConfig,
+    ModelConfig,
+    NetworkConfig,
+    RelativeConfig,
+)
+from moestro.models.count import matrices
+
+FP32 = 4
+# Queries of one block where scores are kept; that of `moestro.kernels.attention`.
+ROWS = 256
+# Row numbers that dispatch keeps for each assignment: five int64, and its weight.
+PLAN_BYTES = 44
+
+
+class Seen(NamedTuple):
+    """Keys that a query's block sees, on average; and how often a key is in a block."""
+
+    keys: float
+    copies: float
+
+
+def activation_bytes(
+    cfg: ModelConfig | EncDecConfig, context: int, batch: int, number: int, checkpointed: bool
+) -> int:
+    """Bytes kept for B sequences of S tokens.
+
+    Args:
+        cfg: the model. An encoder-decoder reads S source and S target tokens for each sequence.
+        context: S.
+        batch: B.
+        number: bytes of one number in the dtype computed in: 4, or 2 for bfloat16.
+        checkpointed: with `train.runtime.checkpoint_activations`.
+    """
+    layers = _layers(cfg, context, number)
+    stacks = 2 if isinstance(cfg, EncDecConfig) else 1
+    end = stacks * _norm(cfg, number) + (FP32 + number) * cfg.vocab_size
+    copies = number * _projections(cfg) if number < FP32 else 0
+    tokens = batch * context
+    if not checkpointed:
+        return round(tokens * (sum(layers) + end)) + copies
+    # Copies last as long as the forward pass, and a layer is recomputed in the backward pass.
+    return round(tokens * (len(layers) * FP32 * cfg.dim + end) + max(tokens * max(layers), copies))
+
+
+def _layers(cfg: ModelConfig | EncDecConfig, context: int, number: int) -> list[float]:
+    """Bytes per token of each layer."""
+    if isinstance(cfg, ModelConfig):
+        seen = (_seen(context, cfg.window(layer)) for layer in range(cfg.num_layers))
+        return [_layer(cfg, layer, number, keys) for layer, keys in enumerate(seen)]
+    everything, heads = Seen(context, 1), cfg.attention.num_heads
+    cross = _norm(cfg, number) + number * 4 * heads * cfg.head_dim + FP32 * heads
+    encoder = [_layer(cfg, n, number, everything) for n in range(cfg.encoder_layers)]
+    decoder = [_layer(cfg, n, number, everything) + cross for n in range(cfg.decoder_layers)]
+    return encoder + decoder
+
+
+def _layer(cfg: ModelConfig | EncDecConfig, layer: int, number: int, seen: Seen) -> float:
+    network = _network(cfg, cfg.is_moe_layer(layer), number)
+    return 2 * _norm(cfg, number) + _attention(cfg, number, seen) + network
+
+
+def _seen(context: int, window: int | None) -> Seen:
+    """Of a causal layer, which takes its queries in blocks of `ROWS`."""
+    pairs = keys = 0
+    for start in range(0, context, ROWS):
+        end = min(start + ROWS, context)
+        visible = end - max(0, start + 1 - (window or context))
+        pairs, keys = pairs + visible * (end - start), keys + visible
+    return Seen(pairs / context, keys / context)
+
+
+def _norm(cfg: NetworkConfig, number: int) -> int:
+    """Its input, one scale, and its output, which is the input of what follows."""
+    return FP32 * (cfg.dim + 1) + number * cfg.dim
+
+
+def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
+    attention, heads, groups = cfg.attention, cfg.attention.num_heads, cfg.num_kv_heads
+    if attention.latent is not None:
+        return _latent(attention, attention.latent, number)
+    queries, keys = heads * cfg.head_dim, groups * cfg.head_dim
+    normed = 0
+    if attention.qk_norm != "none":
+        scales = heads + groups if attention.qk_norm == "head" else 2
+        normed = number * (queries + 2 * keys) + FP32 * scales
+    if attention.sinks:
+        scores = heads * seen.keys * (2 * FP32 + (number if number < FP32 else 0))
+        return normed + number * (2 * queries + 2 * keys * seen.copies) + scores
+    if isinstance(attention.positions, RelativeConfig):
+        kept = queries * (1 + 2 * seen.copies) + heads * seen.keys
+        return normed + FP32 * kept + number * queries
+    return normed + number * (3 * queries + 3 * keys) + FP32 * heads
+
+
+def _latent(attention: AttentionConfig, latent: LatentConfig, number: int) -> int:
+    """Both small vectors before and after their norms; full queries, keys, values and the sum."""
+    heads, small = attention.num_heads, latent.kv_rank + (latent.q_rank or 0)
+    wide = latent.nope_dim + latent.rope_dim
+    made = heads * wide + heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
+    turned = 2 * heads * wide
+    return number * (2 * small + made + turned + heads * latent.value_dim) + FP32 * heads
+
+
+def _network(cfg: NetworkConfig, mixed: bool, number: int) -> int:
+    """The feed-forward network of one layer."""
+    if not mixed or cfg.moe is None:
+        hidden = matrices(cfg.dense.activation) * cfg.dense.hidden_dim
+        return number * hidden
+    moe, kept = cfg.moe, matrices(cfg.moe.activation)
+    row = number * (2 * cfg.dim + kept * moe.hidden_dim) + PLAN_BYTES
+    shared = number * kept * moe.shared.hidden_dim if moe.shared is not None else 0
+    return FP32 * 2 * moe.num_experts + moe.top_k * row + shared
+
+
+def _projections(cfg: ModelConfig | EncDecConfig) -> int:
+    """Weights of the matrices that autocast copies: attention's and the head's."""
+    attention, heads = cfg.attention, cfg.attention.num_heads
+    head = cfg.vocab_size * cfg.dim
+    if attention.latent is not None and isinstance(cfg, ModelConfig):
+        latent = attention.latent
+        queries = heads * (latent.nope_dim + latent.rope_dim)
+        rank = latent.q_rank
+        q = cfg.dim * queries if rank is None else rank * (cfg.dim + queries)
+        kv = cfg.dim * (latent.kv_rank + latent.rope_dim)
+        kv += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+        return head + cfg.num_layers * (q + kv + heads * latent.value_dim * cfg.dim)
+    one = cfg.dim * cfg.head_dim * 2 * (heads + cfg.num_kv_heads)
+    if isinstance(cfg, ModelConfig):
+        return head + cfg.num_layers * one
+    return head + (cfg.encoder_layers + 2 * cfg.decoder_layers) * one

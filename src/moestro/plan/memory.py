@@ -1,0 +1,127 @@
+"""Bytes of weights, of the key/value cache and of a training step's state, from settings alone.
+
+Letters: B sequences, S context, D width, L layers, G key/value heads, A head width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from moestro.config import EncDecConfig, ModelConfig
+from moestro.models.count import Count
+
+# Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
+GROUP, SCALE_BITS = 32, 16
+
+
+class Bits(NamedTuple):
+    """Bits of one weight, scales included: in the embeddings and head, the experts, the rest."""
+
+    tables: float
+    experts: float
+    rest: float
+
+
+def _grouped(bits: int) -> float:
+    return bits + SCALE_BITS / GROUP
+
+
+DTYPES = {
+    "fp32": Bits(32, 32, 32),
+    "bf16": Bits(16, 16, 16),
+    "int8": Bits(16, _grouped(8), _grouped(8)),
+    "int4-experts": Bits(16, _grouped(4), 16),
+    "int4": Bits(16, _grouped(4), _grouped(4)),
+}
+"""From wide to narrow. Quantised models keep the embeddings, the head and the cache in bf16."""
+
+
+class Weights(NamedTuple):
+    """Bytes of a model's weights.
+
+    Attributes:
+        tables: input embedding, and the head where it is not the same matrix.
+        experts: all routed experts.
+        rest: attention, dense networks, shared experts, routers, norms.
+    """
+
+    tables: int
+    experts: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def weights(count: Count, dtype: str) -> Weights:
+    """Bytes of the weights in one of `DTYPES`."""
+    bits = DTYPES[dtype]
+    tables = count.input_embedding + count.output_embedding
+    rest = count.total - tables - count.expert
+    return Weights(
+        *(
+            math.ceil(number * wide / 8)
+            for number, wide in zip((tables, count.expert, rest), bits, strict=True)
+        )
+    )
+
+
+def dtypes(count: Count) -> list[str]:
+    """Names in `DTYPES` that mean something for a model: of experts only where it has some."""
+    return [name for name in DTYPES if count.expert or name != "int4-experts"]
+
+
+def number_bytes(dtype: str) -> int:
+    """Bytes of one number of the cache or of an activation: 4 for fp32 weights, else 2 (bf16)."""
+    return 4 if dtype == "fp32" else 2
+
+
+def cache_bytes(cfg: ModelConfig | EncDecConfig, context: int, batch: int, dtype: str) -> int:
+    """Keys and values of B sequences after S positions.
+
+    A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
+    window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
+    (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
+    layer of its decoder; its encoder keeps nothing.
+    """
+    attention = cfg.attention
+    width = 2 * cfg.num_kv_heads * cfg.head_dim
+    if isinstance(cfg, EncDecConfig):
+        positions = 2 * context * cfg.decoder_layers
+    else:
+        longest = min(context, attention.context)
+        windows = (cfg.window(layer) or longest for layer in range(cfg.num_layers))
+        positions = sum(min(longest, window) for window in windows)
+        if attention.latent is not None:
+            width = attention.latent.kv_rank + attention.latent.rope_dim
+    return batch * positions * width * number_bytes(dtype)
+
+
+class Training(NamedTuple):
+    """Bytes of a training step on one device, all of the model on it.
+
+    Attributes:
+        weights: fp32, as `moestro train` keeps them.
+        gradients: fp32.
+        optimizer: AdamW's two moments, fp32.
+        activations: kept for the backward pass; None where the settings are not known.
+        checkpointed: the same with `train.runtime.checkpoint_activations`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    checkpointed: int | None
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients and moments: 16 bytes for each parameter."""
+        return self.weights + self.gradients + self.optimizer
+
+
+STATE_BYTES = Training(weights=4, gradients=4, optimizer=8, activations=None, checkpointed=None)
+"""Of one parameter."""

@@ -1,0 +1,106 @@
+"""The field's models by name: their settings, where these come from, and what they count.
+
+The data is presets.toml beside this file. An entry may say `like = "other"` and give only what
+differs. A model that our settings cannot express has counts (`[name.count]`) in their place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moestro.config import EncDecConfig, ModelConfig
+from moestro.errors import ConfigError
+from moestro.models.count import Count, Span, count
+
+DATA = Path(__file__).with_name("presets.toml")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One model of the field.
+
+    Attributes:
+        name: lower case, as `moestro plan` takes it.
+        cfg: its settings; None where they cannot express it, or nobody outside knows them.
+        count: its parameters and FLOPs.
+        source: the paper and table, or the model card.
+        note: what is assumed, or not modelled.
+        family: `model_type` in the config.json of its published checkpoint, whether or not
+            `models.families` reads it; None without one.
+        rumour: nothing about it was ever confirmed; say so wherever it is shown.
+        illustrative: made up to illustrate a sentence, no model of the world.
+    """
+
+    name: str
+    cfg: ModelConfig | EncDecConfig | None
+    count: Count
+    source: str
+    note: str = ""
+    family: str | None = None
+    rumour: bool = False
+    illustrative: bool = False
+
+
+def names() -> list[str]:
+    """Every preset's name, in the order of presets.toml."""
+    return list(_entries())
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name; capitals do not matter, and `/` may stand for `-`.
+
+    Raises:
+        ConfigError: no preset has that name; the message has the nearest ones.
+    """
+    known = name.lower().replace("/", "-")
+    if known not in _entries():
+        near = difflib.get_close_matches(known, names(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+        raise ConfigError(f"there is no preset {name!r}; {hint}")
+    return _build(known)
+
+
+@cache
+def _entries() -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = tomllib.loads(DATA.read_text(encoding="utf-8"))
+    return entries
+
+
+@cache
+def _build(name: str) -> Preset:
+    entry = _resolved(name)
+    counts = entry.pop("count", None)
+    decoder, encdec = entry.pop("model", None), entry.pop("encdec", None)
+    cfg: ModelConfig | EncDecConfig | None = None
+    if decoder is not None:
+        cfg = ModelConfig(**decoder)
+    elif encdec is not None:
+        cfg = EncDecConfig(**encdec)
+    counted = count(cfg) if cfg is not None else _given(**counts)
+    return Preset(name, cfg, counted, **entry)
+
+
+def _resolved(name: str) -> dict[str, Any]:
+    """An entry with what it takes from the one that it is `like`."""
+    entry = dict(_entries()[name])
+    like = entry.pop("like", None)
+    return entry if like is None else _merged(_resolved(like), entry)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _given(attention: int = 0, **numbers: int) -> Count:
+    """A count from its numbers; `attention` as in `Count.attention`, every layer causal."""
+    return Count(**numbers, spans=(Span(attention, None, causal=True),))

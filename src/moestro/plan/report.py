@@ -1,0 +1,191 @@
+"""Everything that is said about one model, as values ready for JSON."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from moestro.config import EncDecConfig
+from moestro.models.count import Embeddings
+from moestro.plan.activations import activation_bytes
+from moestro.plan.bounds import Bound, bound
+from moestro.plan.devices import Device
+from moestro.plan.fit import Fit, fit
+from moestro.plan.memory import (
+    STATE_BYTES,
+    Training,
+    cache_bytes,
+    dtypes,
+    number_bytes,
+    weights,
+)
+from moestro.plan.parallel import Rank, rank
+from moestro.plan.subject import RUMOUR, Subject, dense_of_equal_cost, dense_of_equal_size
+from moestro.plan.work import decode, prefill
+
+USUAL_CONTEXT = 4096
+
+
+class Question(NamedTuple):
+    """What to plan for.
+
+    Attributes:
+        context: tokens of each sequence; None: 4096, or the model's context where that is less.
+        batch: sequences at once, on each device.
+        dtype: of the weights in use, one of `DTYPES`; training keeps fp32 weights whatever it is.
+        embeddings: which embeddings the parameters count; see `Count.parameters`.
+        device: to bound the speed on; None leaves speed out.
+        usd_per_hour: price of that device.
+        memory_bytes: to fit into; None takes the device's, if there is one.
+        ranks: that train together.
+        parallel: how, one of `parallel.KINDS`.
+    """
+
+    context: int | None = None
+    batch: int = 1
+    dtype: str = "bf16"
+    embeddings: Embeddings = "all"
+    device: Device | None = None
+    usd_per_hour: float | None = None
+    memory_bytes: int | None = None
+    ranks: int = 1
+    parallel: str = "data"
+
+
+class Report(NamedTuple):
+    """One model's cost; None where its settings are not known or nothing was asked.
+
+    Attributes:
+        name: of the model.
+        rumour: "RUMOUR" where nothing about it was ever confirmed, else None.
+        source: where its settings are from.
+        note: what is assumed, or not modelled.
+        context: tokens of each sequence, at most what the model can see.
+        total: parameters under the convention asked for.
+        active: those that one token passes.
+        forward_flops: per token, the mean over a sequence.
+        train_flops: per token, forward and backward.
+        weights_bytes: by dtype.
+        cache_bytes: of all sequences at once.
+        training: a step on one device.
+        rank: one rank of several; None for one alone.
+        prefill: bound on reading prompts.
+        decode: bound on writing.
+        fit: into the memory.
+        dense: the dense models of equal cost and of equal size; empty for a dense model.
+    """
+
+    name: str
+    rumour: str | None
+    source: str
+    note: str
+    context: int
+    total: int
+    active: int
+    forward_flops: float
+    train_flops: float
+    weights_bytes: dict[str, int]
+    cache_bytes: int | None
+    training: Training
+    rank: Rank | None
+    prefill: Bound | None
+    decode: Bound | None
+    fit: Fit | None
+    dense: tuple[Report, ...]
+
+    @property
+    def title(self) -> str:
+        """The name, with a mark on a rumour."""
+        return f"{self.name} ({self.rumour})" if self.rumour else self.name
+
+
+def report(subject: Subject, question: Question, with_dense: bool = True) -> Report:
+    """Answer a question about one model.
+
+    Args:
+        subject: the model.
+        question: what to plan for.
+        with_dense: answer it for the dense models of equal cost and equal size as well.
+
+    Raises:
+        ConfigError: the ranks do not suit the model.
+    """
+    cfg, counted = subject.cfg, subject.counted
+    context = context_of(subject, question.context)
+    batch, dtype = question.batch, question.dtype
+    total, active = counted.parameters(question.embeddings)
+    training = training_step(subject, context, batch, dtype)
+    shared = None
+    if question.ranks > 1:
+        tokens, number = context * batch, number_bytes(dtype)
+        shared = rank(cfg, counted, training, question.parallel, question.ranks, tokens, number)
+    reading = writing = fitting = None
+    if question.device is not None and cfg is not None:
+        at = (cfg, counted, context, batch, dtype)
+        reading = bound(prefill(*at), question.device, question.usd_per_hour)
+        writing = bound(decode(*at), question.device, question.usd_per_hour)
+    memory = question.memory_bytes or (question.device and question.device.memory_bytes)
+    if memory:
+        fitting = fit(cfg, counted, training, context, batch, dtype, memory)
+    models = (dense_of_equal_cost(subject), dense_of_equal_size(subject)) if with_dense else ()
+    return Report(
+        name=subject.name,
+        rumour=RUMOUR if subject.rumour else None,
+        source=subject.source,
+        note=subject.note,
+        context=context,
+        total=total,
+        active=active,
+        forward_flops=counted.forward_flops(context),
+        train_flops=counted.train_flops(context),
+        weights_bytes={name: weights(counted, name).total for name in dtypes(counted)},
+        cache_bytes=None if cfg is None else cache_bytes(cfg, context, batch, dtype),
+        training=training,
+        rank=shared,
+        prefill=reading,
+        decode=writing,
+        fit=fitting,
+        dense=tuple(report(m, question, with_dense=False) for m in models if m is not None),
+    )
+
+
+def context_of(subject: Subject, asked: int | None) -> int:
+    """Tokens of a sequence: what was asked for, and no more than a decoder looks back on."""
+    if subject.cfg is None:
+        return asked or USUAL_CONTEXT
+    longest = subject.cfg.attention.context
+    if asked is not None and isinstance(subject.cfg, EncDecConfig):
+        return asked
+    return min(asked or USUAL_CONTEXT, longest)
+
+
+def training_step(subject: Subject, context: int, batch: int, dtype: str) -> Training:
+    """Bytes of a training step on one device; see docs/planning.md."""
+    size, cfg = subject.counted.total, subject.cfg
+    kept = checkpointed = None
+    if cfg is not None:
+        number = number_bytes(dtype)
+        kept = activation_bytes(cfg, context, batch, number, checkpointed=False)
+        checkpointed = activation_bytes(cfg, context, batch, number, checkpointed=True)
+    return Training(
+        STATE_BYTES.weights * size,
+        STATE_BYTES.gradients * size,
+        STATE_BYTES.optimizer * size,
+        kept,
+        checkpointed,
+    )
+
+
+def as_json(question: Question, reports: list[Report]) -> dict[str, Any]:
+    """The question and the answers as one JSON object; sizes in bytes."""
+    return {"question": _plain(question), "models": [_plain(answer) for answer in reports]}
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as objects, all the way down."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,127 @@
+"""A run that begins from a checkpoint's weights: its step 0 is saved before it is trained.
+
+From then on it is a run like any other: it goes on from its own checkpoints, and needs the folder
+that it began from no more.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.errors import ConfigError
+from moestro.models.build import Model
+from moestro.models.checkpoint import CONFIG, read_own_config
+from moestro.models.companions import keep_companions
+from moestro.models.pretrained import is_pretrained, read_config
+from moestro.settings import read_values
+from moestro.text import ByteTokenizer, load_tokenizer
+from moestro.train import state
+from moestro.train.data import Corpus
+from moestro.train.health import CollapseWatch
+from moestro.train.optim import make_optimizer
+from moestro.train.task import vocabulary
+
+
+def initial_settings(
+    init: Path, run: Path, default: Path, config: Path | None, assignments: Sequence[str]
+) -> RunConfig:
+    """Settings of a run that begins from a checkpoint: its model and its tokenizer, the rest given.
+
+    Args:
+        init: The checkpoint's folder, of either layout.
+        run: The run's folder.
+        default: Settings where `config` is None; what they say about the model does not count.
+        config: The person's own settings.
+        assignments: `a.b=value` over them.
+
+    Raises:
+        ConfigError: they state another model or tokenizer, windows are longer than the model's
+            context, or its vocabulary is too small for the tokenizer.
+    """
+    model = read_config(init).cfg if is_pretrained(init) else read_own_config(init / CONFIG)
+    stated = read_values(config, assignments)
+    _check_stated(stated, model, init)
+    tokenizer = load_tokenizer(init)
+    values = read_values(config or default, assignments)
+    name = "bytes" if isinstance(tokenizer, ByteTokenizer) else str((run / state.ORIGIN).absolute())
+    values["model"] = model.model_dump(mode="json")
+    values["data"] = {**values.get("data", {}), "tokenizer": name}
+    cfg = RunConfig(**values)
+    needed = vocabulary(cfg.model, tokenizer, cfg.data.seq_len)
+    if cfg.model.vocab_size < needed:
+        raise ConfigError(
+            f"{init}: the model has a vocabulary of {cfg.model.vocab_size}, its tokenizer and "
+            f"windows of {cfg.data.seq_len} need {needed}; shorten data.seq_len if it is an "
+            "encoder-decoder, else give a folder whose tokenizer is the model's"
+        )
+    return cfg
+
+
+def keep_origin(init: Path, run: Path) -> None:
+    """Copy what comes with the weights into the run's folder, from where each checkpoint gets it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    folder = run / state.ORIGIN
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        keep_companions(init, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot copy the tokenizer's files to {folder}: {error.strerror or error}; choose "
+            "another folder with --out"
+        ) from None
+
+
+def save_step_zero(run: Path, cfg: RunConfig, model: Model, corpus: Corpus) -> Path:
+    """Write a run's first checkpoint, before any step.
+
+    Args:
+        run: The run's folder, claimed.
+        cfg: Its settings.
+        model: With the weights to begin from, in fp32.
+        corpus: What it will be trained on.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    moe = cfg.model.moe
+    watch = CollapseWatch(
+        len(model.mixtures()), moe.num_experts if moe else 0, moe.top_k if moe else 1
+    )
+    numbers = state.Numbers(0, 0.0, (), watch.window_WLE, corpus.fingerprint)
+    optimizer = make_optimizer(model, cfg.optim)
+    return state.save(run, cfg, model, optimizer, corpus.tokenizer, numbers)
+
+
+def _check_stated(stated: Mapping[str, Any], model: ModelConfig | EncDecConfig, init: Path) -> None:
+    """Refuse settings that name another model or tokenizer than the checkpoint has."""
+    given = stated.get("model", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"model is {given!r}, but it comes from {init}; leave it out")
+    own = state.dotted(model.model_dump(mode="json"), "model.")
+    differing = [
+        f"{name} = {value!r} (there: {own.get(name)!r})"
+        for name, value in state.dotted(given, "model.").items()
+        if name not in own or own[name] != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"the model comes from {init}; these settings differ: {'; '.join(differing)}. "
+            "Leave them out"
+        )
+    data = stated.get("data", {})
+    if isinstance(data, Mapping) and data.get("tokenizer") is not None:
+        raise ConfigError(
+            f"the tokenizer comes from {init}, with the model that was trained on its tokens; "
+            "leave data.tokenizer out"
+        )

@@ -1,0 +1,145 @@
+"""What a model learns from windows of text: the next token, or the spans that were hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moestro.config import EncDecConfig, ModelConfig
+from moestro.errors import ConfigError
+from moestro.models.count import count
+from moestro.models.encdec import START_TOKEN
+from moestro.text import Tokenizer
+from moestro.train.spans import corrupt, hidden
+
+AnyConfig = ModelConfig | EncDecConfig
+Place = tuple[object, ...]
+
+
+class Example(NamedTuple):
+    """A batch as the model takes it.
+
+    Attributes:
+        inputs: What its `forward` is called with, int64 [B, ·] each.
+        targets: int64 [B, T], what its logits [B, T, V] are to predict.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Example:
+        """The same on another device."""
+        inputs = tuple(tensor.to(device, non_blocking=True) for tensor in self.inputs)
+        return Example(inputs, self.targets.to(device, non_blocking=True))
+
+    def chunk(self, pieces: int) -> list[Example]:
+        """Cut into micro-batches of B / pieces rows."""
+        columns = zip(*(tensor.chunk(pieces) for tensor in self.inputs), strict=True)
+        targets = self.targets.chunk(pieces)
+        return [Example(*both) for both in zip(columns, targets, strict=True)]
+
+
+class NextToken:
+    """A decoder predicts each token of a window from those before it."""
+
+    def predicted(self, seq_len: int) -> int:
+        """Tokens of a window's text that its targets are worth: all but the first."""
+        return seq_len
+
+    def examples(self, windows_BS: Tensor, places: Sequence[Place]) -> Example:
+        """Windows of seq_len + 1 tokens [B, S+1], whatever their places."""
+        return Example((windows_BS[:, :-1],), windows_BS[:, 1:])
+
+
+class FillSpans:
+    """An encoder-decoder reads a window with spans hidden, and writes them; see `train.spans`.
+
+    Args:
+        vocab_size: The model's, whose last ids are the sentinels.
+        end: The id that ends source and target.
+    """
+
+    def __init__(self, vocab_size: int, end: int) -> None:
+        self._vocab_size, self._end = vocab_size, end
+
+    def predicted(self, seq_len: int) -> int:
+        """Tokens hidden; the targets' bits tell what they are and where each span ends."""
+        return hidden(seq_len).tokens
+
+    def examples(self, windows_BS: Tensor, places: Sequence[Place]) -> Example:
+        """Windows of seq_len + 1 tokens; the last is left out, since the next window has it.
+
+        Args:
+            windows_BS: int64 [B, S+1], on the CPU.
+            places: What each window's hidden spans are a function of.
+        """
+        pairs = [
+            corrupt(window_S, self._vocab_size, self._end, place)
+            for window_S, place in zip(windows_BS[:, :-1].numpy(), places, strict=True)
+        ]
+        source_BS = torch.from_numpy(np.stack([pair.source for pair in pairs]))
+        target_BT = torch.from_numpy(np.stack([pair.target for pair in pairs]))
+        before_BT = target_BT.roll(1, dims=1)
+        before_BT[:, 0] = START_TOKEN
+        return Example((source_BS, before_BT), target_BT)
+
+
+Task = NextToken | FillSpans
+NEXT_TOKEN = NextToken()
+
+
+def task_of(cfg: AnyConfig, end_of_text: int) -> Task:
+    """What a model of these settings learns."""
+    if isinstance(cfg, EncDecConfig):
+        return FillSpans(cfg.vocab_size, end_of_text)
+    return NEXT_TOKEN
+
+
+def vocabulary(cfg: AnyConfig, tokenizer: Tokenizer, seq_len: int) -> int:
+    """Ids that a model of these settings needs: the tokenizer's, and the sentinels."""
+    spans = hidden(seq_len).spans if isinstance(cfg, EncDecConfig) else 0
+    return tokenizer.vocab_size + spans
+
+
+def check_vocabulary(cfg: AnyConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """Refuse a model with too small a vocabulary.
+
+    Raises:
+        ConfigError: says how large it must be.
+    """
+    needed = vocabulary(cfg, tokenizer, seq_len)
+    if cfg.vocab_size < needed:
+        spans = needed - tokenizer.vocab_size
+        more = f", and each of {spans} hidden spans needs one" if spans else ""
+        raise ConfigError(
+            f"model.vocab_size is {cfg.vocab_size}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} tokens{more}; set model.vocab_size = {needed}"
+        )
+
+
+def train_flops(cfg: AnyConfig, seq_len: int) -> float:
+    """FLOPs of one window of text in training."""
+    if not isinstance(cfg, EncDecConfig):
+        return seq_len * count(cfg).train_flops(seq_len)
+    tokens, spans = hidden(seq_len)
+    return encdec_train_flops(cfg, seq_len - tokens + spans + 1, tokens + spans + 1)
+
+
+def encdec_train_flops(cfg: EncDecConfig, source: int, target: int) -> float:
+    """FLOPs of one pair of S = `source` and T = `target` tokens in training.
+
+    Counted as `moestro.models.count` does, but each side at its own length; the keys and values of
+    cross attention are the source's.
+    """
+    no_encoder = count(cfg.model_copy(update={"encoder_layers": 0}))
+    width = cfg.attention.num_heads * cfg.head_dim
+    cross = cfg.decoder_layers * 2 * cfg.dim * cfg.num_kv_heads * cfg.head_dim
+    matmul = (count(cfg).matmul - no_encoder.matmul + cross) * source
+    matmul += (no_encoder.matmul - cross) * target
+    seen = cfg.encoder_layers * source**2 + cfg.decoder_layers * target * source
+    seen_earlier = cfg.decoder_layers * target * (target + 1) / 2
+    return 3 * (2 * matmul + 4 * width * (seen + seen_earlier))

@@ -1,0 +1,232 @@
+"""`moestro plan`: what a model may be, what is printed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moestro.cli.main import main
+from moestro.config import EncDecConfig, ModelConfig
+from moestro.models.count import count
+from moestro.plan.devices import Device
+from moestro.plan.presets import names, preset
+
+MIXTRAL = 46_702_792_704
+SMALL = ModelConfig(dim=32, num_layers=2, moe={"hidden_dim": 16, "num_experts": 4, "top_k": 2})
+HUGGING_FACE = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 32_000,
+    "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]):
+    def run(*words: str) -> dict:
+        assert main(["plan", *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_json_object_for_a_preset(told) -> None:
+    answer = told("Mixtral-8x7B", "--context", "1024", "--batch", "3")
+    assert answer["question"]["batch"] == 3
+    (model,) = answer["models"]
+    assert (model["total"], model["active"]) == (MIXTRAL, 12_879_925_248)
+    assert model["weights_bytes"]["bf16"] == 2 * MIXTRAL
+    assert model["cache_bytes"] == 3 * 1024 * 32 * 2 * 8 * 128 * 2
+    assert [dense["name"] for dense in model["dense"]] == ["dense, equal cost", "dense, equal size"]
+
+
+def test_the_convention_is_an_argument(told) -> None:
+    totals = {
+        name: told("mixtral-8x7b", "--convention", name)["models"][0]["total"]
+        for name in ("all", "no-input-embedding", "non-embedding")
+    }
+    embedding = 32_000 * 4096
+    assert totals["all"] - totals["no-input-embedding"] == embedding
+    assert totals["all"] - totals["non-embedding"] == 2 * embedding
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "run", "json", "toml", "run toml", "encdec toml", "encdec model"]
+)
+def test_a_model_is_settings_anywhere(kind: str, tmp_path: Path, told) -> None:
+    cfg, path = SMALL, tmp_path / "mine"
+    path.mkdir()
+    if kind == "folder":
+        (path / "config.json").write_text(json.dumps(cfg.model_dump(mode="json")))
+    elif kind == "run":
+        for step, model in ((1, ModelConfig()), (12, cfg)):
+            folder = path / "checkpoints" / f"step-{step:06d}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(model.model_dump(mode="json")))
+    elif kind == "json":
+        path = path / "any.json"
+        path.write_text(json.dumps(cfg.model_dump(mode="json")))
+    else:
+        lines = ["dim = 32", "num_layers = 2", "[moe]", "hidden_dim = 16", "num_experts = 4"]
+        if kind == "run toml":
+            lines = ["[train]", "steps = 3", "[model]", *lines[:2], "[model.moe]", *lines[3:]]
+        if kind == "encdec toml":
+            lines = ["encoder_layers = 2", "decoder_layers = 2", *lines[:1], *lines[2:]]
+            moe = {"hidden_dim": 16, "num_experts": 4}
+            cfg = EncDecConfig(encoder_layers=2, decoder_layers=2, dim=32, moe=moe)
+        if kind == "encdec model":
+            lines = ["[model]", "decoder_layers = 2", "dim = 32"]
+            cfg = EncDecConfig(decoder_layers=2, dim=32)
+        path = path / "any.toml"
+        path.write_text("\n".join(lines))
+    assert told(str(path))["models"][0]["total"] == count(cfg).total
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral/config.json"])
+def test_a_hugging_face_folder(name: str, tmp_path: Path, told) -> None:
+    (tmp_path / "mistral").mkdir()
+    (tmp_path / "mistral" / "config.json").write_text(json.dumps(HUGGING_FACE))
+    (model,) = told(str(tmp_path / name))["models"]
+    assert (model["name"], model["total"]) == ("mistral", MIXTRAL)
+
+
+def test_side_by_side(told) -> None:
+    """The two sides of the field's best known comparison, from the command line."""
+    models = told("glam-64b-64e", "--against", "gpt-3", "--against", "t5-base")["models"]
+    assert [model["name"] for model in models] == ["glam-64b-64e", "gpt-3", "t5-base"]
+    flops = [model["forward_flops"] / 1e9 for model in models]
+    assert flops[:2] == [pytest.approx(180, rel=0.1), pytest.approx(350, rel=0.02)]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_table_is_as_wide_as_the_terminal(columns: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    others = [word for name in ("gpt-4-rumour", "gpt-3", "t5-base") for word in ("--against", name)]
+    out = said(
+        capsys, "mixtral-8x7b", *others, "--device", "rtx4090", "--price-per-hour", "0.4",
+        "--ranks", "8", "--parallel", "expert", "--convention", "no-input-embedding",
+        "--memory", "24GiB",
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert "gpt-4-rumour (RUMOUR)" in out
+    # No number is cut or wrapped: each row of cells starts with its label.
+    assert not [line for line in lines if line.startswith("   ") and line.strip()[:1].isdigit()]
+
+
+def test_a_mixture_stands_beside_its_dense_models(capsys) -> None:
+    out = said(capsys, "mixtral-8x7b")
+    assert "dense, equal cost" in out
+    row = next(line for line in out.splitlines() if line.strip().startswith("active per token"))
+    assert row.split()[-3:] == ["12.9B", "12.9B", "46.7B"]
+
+
+def test_what_fits_and_what_would_have_to_give(capsys) -> None:
+    out = said(capsys, "mixtral-8x7b", "--memory", "48GiB", "--context", "1000")
+    assert "mixtral-8x7b in 48.0 GiB" in out
+    assert "weights in int8" in out
+    assert "% of the experts in other memory" in out
+    assert "fully sharded" in " ".join(out.split())
+    assert "weights in" not in said(capsys, "mixtral-8x7b", "--memory", "1TiB").split("fits")[-1]
+
+
+def test_all_to_all_of_expert_parallelism(told) -> None:
+    (model,) = told("mixtral-8x7b", "--ranks", "8", "--parallel", "expert", "--context", "1024")[
+        "models"
+    ]
+    rows = 1024 * 2
+    assert model["rank"]["all_to_all_per_layer"] == 4 * rows * 4096 * 2 * 7 / 8
+    assert 4 * MIXTRAL / 8 < model["rank"]["weights"] < 4 * MIXTRAL / 6
+
+
+def test_this_machine_is_measured(monkeypatch, told) -> None:
+    from moestro.plan import machine
+
+    monkeypatch.setattr(machine, "measure", lambda: Device("this machine", 2**30, 1e9, 1e12, "x"))
+    answer = told("qwen3-0.6b", "--device", "this")
+    (model,) = answer["models"]
+    assert answer["question"]["device"]["name"] == "this machine"
+    assert model["decode"]["limit"] == "bandwidth"
+    assert model["decode"]["tokens_per_s"] == pytest.approx(1e9 / model["decode"]["read_bytes"])
+
+
+def test_the_list(capsys, told) -> None:
+    out = said(capsys, "--list")
+    assert all(name in out for name in names())
+    assert "gpt-4-rumour (RUMOUR)" in out
+    listed = {entry["name"]: entry for entry in told("--list")["presets"]}
+    assert set(listed) == set(names())
+    assert [name for name, entry in listed.items() if entry["rumour"]] == ["gpt-4-rumour"]
+    assert listed["mixtral-8x7b"]["total"] == preset("mixtral-8x7b").count.total
+
+
+def test_a_figure(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "plan.png"
+    out = said(capsys, "mixtral-8x7b", "--against", "gpt-4-rumour", "--figure", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "plan.png" in out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--list"),
+        (["mixtral-8x7"], "did you mean mixtral-8x7b"),
+        (["mixtral-8x7b", "--against", "nothing-like-it"], "no preset 'nothing-like-it'"),
+        (["nowhere.toml"], "there is no file nowhere.toml"),
+        (["."], "neither a config.json nor checkpoints"),
+        (["bad.toml"], "unknown setting dims: did you mean dim?"),
+        (["broken.toml"], "cannot read the settings of a model"),
+        (["broken.json"], "cannot read the settings of a model"),
+        (["gpt-3", "--memory", "plenty"], "'plenty' is no amount of memory"),
+        (["gpt-3", "--device", "h1000"], "did you mean h100"),
+        (["gpt-3", "--price-per-hour", "2"], "name it with --device"),
+        (["gpt-3", "--device", "h100", "--price-per-hour", "0"], "must be more than 0"),
+        (["gpt-3", "--device", "h100", "--price-per-hour", "nan"], "must be more than 0"),
+        (["gpt-3", "--parallel", "fsdp"], "add --ranks N"),
+        (["gpt-3", "--parallel", "expert", "--ranks", "2"], "gpt-3 has no experts"),
+        (["mixtral-8x7b", "--parallel", "expert", "--ranks", "9"], "lower --ranks to 8"),
+        (["gpt-3", "--figure", "plan.jpg"], "writes a .png file"),
+        (["gpt-3", "--figure", "no/such/folder.png"], "cannot write"),
+        (["gpt-3", "--dtype", "int3"], "int4"),
+        (["gpt-3", "--batch", "0"], "--batch"),
+        (["gpt-3", "--context", "many"], "--context"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.toml").write_text("dims = 3")
+    (tmp_path / "broken.toml").write_text("dim = = 3")
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["plan", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+def test_a_preset_needs_no_torch() -> None:
+    code = (
+        "import sys; from moestro.cli.main import main;"
+        "assert main(['plan', 'mixtral-8x7b', '--device', 'h100', '--memory', '24GiB']) == 0;"
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,98 @@
+"""What fits, to the byte, and that what would have to give does make room."""
+
+import pytest
+
+from moestro.models.count import count
+from moestro.plan.fit import fit
+from moestro.plan.memory import cache_bytes, weights
+from moestro.plan.parallel import rank
+from moestro.plan.presets import preset
+from moestro.plan.report import training_step
+from moestro.plan.subject import from_preset
+
+GIB = 2**30
+MIXTRAL = preset("mixtral-8x7b").cfg
+
+
+def ask(memory, name="mixtral-8x7b", context=4096, batch=4, dtype="bf16"):
+    subject = from_preset(name)
+    training = training_step(subject, context, batch, dtype)
+    return fit(subject.cfg, subject.counted, training, context, batch, dtype, int(memory))
+
+
+def row(answer, dtype):
+    return next(row for row in answer.rows if row.dtype == dtype)
+
+
+def test_to_the_byte():
+    need = weights(count(MIXTRAL), "bf16").total + cache_bytes(MIXTRAL, 4096, 4, "bf16")
+    enough, short = row(ask(need), "bf16"), row(ask(need - 1), "bf16")
+    assert (enough.fits, enough.need_bytes, enough.longest_context) == (True, need, 4096)
+    assert enough.largest_batch == 4
+    assert (short.fits, short.longest_context, short.largest_batch) == (False, 4095, 3)
+
+
+def test_no_longer_than_the_model_sees():
+    assert row(ask(1e15), "bf16").longest_context == MIXTRAL.attention.context
+
+
+@pytest.mark.parametrize("memory", [20 * GIB, 24 * GIB, 40 * GIB, 80 * GIB, 88 * GIB])
+def test_each_change_makes_room(memory):
+    answer = ask(memory)
+    assert not row(answer, "bf16").fits
+    counted = count(MIXTRAL)
+    for change in answer.changes:
+        if change.what == "dtype":
+            assert row(answer, change.value).fits
+        elif change.what == "context":
+            assert row(ask(memory, context=change.value), "bf16").fits
+        elif change.what == "batch":
+            assert row(ask(memory, batch=change.value), "bf16").fits
+        elif change.what == "offload":
+            dtype = "int4" if "int4" in change.text else "bf16"
+            assert row(answer, dtype).need_bytes - change.value <= memory
+            assert change.value <= weights(counted, dtype).experts
+        else:
+            assert change.what == "devices"
+            assert row(answer, "bf16").need_bytes <= change.value * memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "what"),
+    [
+        (2, ["devices"]),
+        (20, ["offload", "offload", "devices"]),
+        (40, ["dtype", "offload", "devices"]),
+        (88, ["dtype", "context", "batch", "offload", "devices"]),
+        (100, []),
+    ],
+)
+def test_what_would_have_to_give(memory, what):
+    assert [change.what for change in ask(memory * GIB).changes] == what
+
+
+def test_a_dense_model_has_no_experts_to_narrow_or_to_move():
+    answer = ask(24 * GIB, "llama-2-70b", dtype="int4-experts")
+    assert [r.dtype for r in answer.rows] == ["fp32", "bf16", "int8", "int4"]
+    assert {change.what for change in answer.changes} == {"devices"}
+
+
+def test_the_fewest_ranks_that_train_it():
+    memory = 24 * GIB
+    answer = ask(memory, batch=1)
+    assert (answer.training, answer.training_checkpointed) == (False, False)
+    training = training_step(from_preset("mixtral-8x7b"), 4096, 1, "bf16")
+
+    def held(ranks):
+        one = rank(MIXTRAL, count(MIXTRAL), training, "fsdp", ranks, 4096, 2)
+        return one.held - one.activations + training.checkpointed
+
+    assert held(answer.fsdp_ranks) <= memory < held(answer.fsdp_ranks - 1)
+    assert ask(1.2e12, batch=1).training
+    assert ask(8 * GIB, context=32_768).fsdp_ranks is None
+
+
+def test_a_rumour_without_settings():
+    answer = ask(80 * GIB, "gpt-4-rumour")
+    assert answer.rows[0].longest_context is None
+    assert answer.training is None
