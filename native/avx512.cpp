@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 
 namespace moestro {
 namespace {
@@ -46,6 +46,57 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
 }
 
+template <int M>
+void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    const uint8_t *line = b.data;
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < x.k; k++, line += 128)
+        for (int h = 0; h < 2; h++) {
+            _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+            __m512 w = _mm512_loadu_ps(line + h * 64);
+            for (int m = 0; m < M; m++) sum[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(x.wide[(at + m) * x.k + k]), w, sum[m][h]);
+        }
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
+}
+
+// 16 rows of 16 words to 16 columns: pairs of words, of pairs, of quarters, of halves.
+inline void turn_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
+    __m512i r[16], s[16];
+    for (int i = 0; i < 16; i++) {
+        _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T1);
+        r[i] = _mm512_loadu_si512(from + i * row_bytes);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {  // r[4·q + i]: word i of each quarter, of rows 4q to 4q + 3
+        __m512i low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        _mm512_storeu_si512(to + i * 32, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_storeu_si512(to + (i + 8) * 32, _mm512_shuffle_i32x4(low, high, 0xdd));
+        low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        _mm512_storeu_si512(to + (i + 4) * 32, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_storeu_si512(to + (i + 12) * 32, _mm512_shuffle_i32x4(low, high, 0xdd));
+    }
+}
+
+void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    int64_t w = 0;
+    const uint8_t *next = from + COLUMNS * row_bytes;  // the rows of the next block, in their order
+    if (rows == COLUMNS)
+        for (; w + 16 <= words && (w + 16) * 4 <= row_bytes; w += 16)
+            for (int64_t h = 0; h < 2; h++, next += 1024)
+                turn_square(from + h * 16 * row_bytes + w * 4, row_bytes, next, to + w * 32 + h * 16);
+    turn_words(from, row_bytes, rows, w, words, to);
+}
+
 inline __m512i four(const int8_t *bytes) {
     int32_t value;
     __builtin_memcpy(&value, bytes, 4);
@@ -75,7 +126,7 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
                 __m512i w = _mm512_loadu_si512(line + h * 64);
                 for (int m = 0; m < M; m++) {
-                    const int8_t *row = x.bytes + (at + m) * x.k + g * b.group + q * 4;
+                    const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
                         dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], _mm512_and_si512(w, low), four(row));
                         __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
@@ -89,8 +140,8 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         for (int m = 0; m < M; m++) {
             __m512 row_scale = _mm512_set1_ps(x.scales[(at + m) * groups + g]);
             for (int h = 0; h < 2; h++) {
-                __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m][h]), _mm512_mul_ps(scale[h], row_scale));
-                sum[m][h] = _mm512_add_ps(sum[m][h], part);
+                __m512 both = _mm512_mul_ps(scale[h], row_scale);
+                sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][h]), both, sum[m][h]);
             }
         }
     }
@@ -100,6 +151,7 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
 
 template <int M>
 void some_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    if (b.kind == MOESTRO_F32) f32_rows<M>(b, x, at, out, ld);
     if (b.kind == MOESTRO_BF16) bf16_rows<M>(b, x, at, out, ld);
     if (b.kind == MOESTRO_INT8) byte_rows<M, false>(b, x, at, out, ld);
     if (b.kind == MOESTRO_INT4) byte_rows<M, true>(b, x, at, out, ld);
@@ -144,8 +196,19 @@ void shape_tiles(int64_t m, int64_t depth) {
     CONFIGURE(config);
 }
 
+// Blocks lie one after another: while one is multiplied, the next is brought into the cache, a part
+// of it in each pass over the rows.
+struct Ahead {
+    const uint8_t *at;
+    int64_t bytes;  // for each step
+    void fetch() {
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(at + i), _MM_HINT_T1);
+        at += bytes;
+    }
+};
+
 template <bool TWO>
-void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_t ld) {
+void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_t ld, Ahead next) {
     ZERO(0);
     ZERO(1);
     if (TWO) {
@@ -153,14 +216,15 @@ void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_
         ZERO(3);
     }
     const uint8_t *line = b.data;
-    for (int64_t at = 0; at < k; at += PAIRS, line += 16 * 128) {
-        LOAD(4, x + at, k * 2);
+    for (int64_t at = 0; at < k; at += PAIRS, line += 16 * 128, x += TILE * PAIRS) {
+        next.fetch();
+        LOAD(4, x, 64);
         LOAD(6, line, 128);
         LOAD(7, line + 64, 128);
         DOT_BF16(0, 4, 6);
         DOT_BF16(1, 4, 7);
         if (TWO) {
-            LOAD(5, x + 16 * k + at, k * 2);
+            LOAD(5, x + TILE * k, 64);
             DOT_BF16(2, 5, 6);
             DOT_BF16(3, 5, 7);
         }
@@ -186,20 +250,20 @@ inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
 }
 
 template <bool TWO>
-void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld) {
+void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld, Ahead next) {
     alignas(64) int32_t dot[32 * 32];
     alignas(64) float sum[32 * 32];
     alignas(64) int8_t spread[64 * 32];
     const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
     for (int64_t i = 0; i < m * 32; i += 16) _mm512_store_ps(sum + i, _mm512_setzero_ps());
     const uint8_t *line = b.data;
-    const int8_t *rows = x.bytes + at * x.k;
     for (int64_t g = 0; g < groups; g++, line += 64 + lines) {
         auto weights = reinterpret_cast<const int8_t *>(line + 64);
+        next.fetch();
         if (b.kind == MOESTRO_INT4) spread_nibbles(line + 64, b.group, spread), weights = spread;
         ZERO(0);
         ZERO(1);
-        LOAD(4, rows + g * b.group, x.k);
+        LOAD(4, x.at(at, g, b.group), b.group);
         LOAD(6, weights, 128);
         LOAD(7, weights + 64, 128);
         DOT_INT8(0, 4, 6);
@@ -207,7 +271,7 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
         if (TWO) {
             ZERO(2);
             ZERO(3);
-            LOAD(5, rows + 16 * x.k + g * b.group, x.k);
+            LOAD(5, x.at(at + TILE, g, b.group), b.group);
             DOT_INT8(2, 5, 6);
             DOT_INT8(3, 5, 7);
         }
@@ -225,8 +289,8 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
             for (int h = 0; h < 2; h++) {
                 float *place = sum + i * 32 + h * 16;
                 __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(dot + i * 32 + h * 16));
-                __m512 part = _mm512_mul_ps(whole, _mm512_mul_ps(scale[h], row_scale));
-                _mm512_store_ps(place, _mm512_add_ps(_mm512_load_ps(place), part));
+                __m512 both = _mm512_mul_ps(scale[h], row_scale);
+                _mm512_store_ps(place, _mm512_fmadd_ps(whole, both, _mm512_load_ps(place)));
             }
         }
     }
@@ -235,19 +299,22 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
 }
 
 void multiply_amx(const Block &b, const Rows &x, float *out, int64_t ld) {
-    if (x.m < FEW) return multiply(b, x, out, ld);
+    if (x.m < FEW || b.kind == MOESTRO_F32) return multiply(b, x, out, ld);
     const bool bf16 = b.kind == MOESTRO_BF16;
+    const int64_t steps = x.k / (bf16 ? PAIRS : b.group);
+    const int64_t bytes = bf16 ? x.k * 64 : steps * (64 + b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1));
+    Ahead next{b.data + bytes, round_up(bytes / (round_up(x.m, 32) / 32) / steps, 64)};
     int64_t shaped = 0;
-    for (int64_t at = 0; at < x.m; at += 32) {
+    for (int64_t at = 0; at < x.m; at += 32, next.at += next.bytes * steps) {
         const int64_t m = x.m - at < 32 ? x.m - at : 32;
         if (m != shaped) shape_tiles(m, bf16 ? 16 : b.group / 4), shaped = m;
         float *place = out + at * ld;
         if (bf16) {
             auto tiles = m > 16 ? bf16_tiles<true> : bf16_tiles<false>;
-            tiles(b, x.bits + at * x.k, x.k, place, ld);
+            tiles(b, x.bits + at * x.k, x.k, place, ld, next);
         } else {
             auto tiles = m > 16 ? byte_tiles<true> : byte_tiles<false>;
-            tiles(b, x, at, m, place, ld);
+            tiles(b, x, at, m, place, ld, next);
         }
     }
 }

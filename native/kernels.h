@@ -9,16 +9,27 @@ constexpr int64_t PAIRS = 32;    // inputs after which bf16 sums are folded, as 
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `wide`.
-// int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum for each group.
+constexpr int64_t TILE = 16;     // rows of an AMX tile
+
+// Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `wide` [m, k]; fp32:
+// `wide` alone. int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum per group.
+// `bits` and `bytes` lie as tiles, 16 rows of 32 inputs or of one group, one tile after another.
 struct Rows {
     const uint16_t *bits = nullptr;
     const float *wide = nullptr;
     const int8_t *bytes = nullptr;
     const float *scales = nullptr;  // [m, k / group]
     const int32_t *sums = nullptr;  // [m, k / group]
-    int64_t k = 0;                  // padded inputs: the distance between rows
+    int64_t k = 0;                  // padded inputs
     int64_t m = 0;
+
+    const int8_t *at(int64_t row, int64_t g, int64_t group) const {
+        return bytes + tile_offset(row, g, group, k);
+    }
+    // Where a row's part `step` of `width` inputs begins.
+    static int64_t tile_offset(int64_t row, int64_t step, int64_t width, int64_t k) {
+        return row / TILE * TILE * k + (step * TILE + row % TILE) * width;
+    }
 };
 
 struct Block {
@@ -43,6 +54,8 @@ using DotBits = float (*)(const float *a, const uint16_t *b, int64_t n);
 using AddBits = void (*)(float w, const uint16_t *x, float *y, int64_t n);
 // x → e^(x - most); returns the sum.
 using Exponentials = float (*)(float *x, float most, int64_t n);
+// Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.
+using Turn = void (*)(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to);
 // Some sum of all bytes, as fast as they can be read.
 using Read = uint64_t (*)(const void *data, int64_t bytes);
 
@@ -56,6 +69,7 @@ struct Kernels {
     DotBits dot_bits;
     AddBits add_bits;
     Exponentials exponentials;
+    Turn turn;
     Read read;
 };
 

@@ -8,15 +8,16 @@
 namespace moestro {
 
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld) {
-    const int64_t blocks = blocks_of(w.n), bytes = block_bytes(w.kind, w.group, w.k), m = x.rows.m;
-    const int64_t slices = (m + SLICE - 1) / SLICE;
+    const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
+    const Blocks weights(w.data, w.kind, w.group, w.n, w.k);
     std::vector<float> part(size_t(std::min(m, SLICE) * COLUMNS));
+    Buffer &turned = own_memory();
     int64_t from, to;
-    while (team.take(blocks * slices, 2, &from, &to))
+    while (team.take(blocks * slices, team.piece(blocks * slices), &from, &to))
         for (; from < to; from++) {
             const int64_t b = from % blocks, first = from / blocks * SLICE, rows = std::min(SLICE, m - first);
             const int64_t n = std::min(COLUMNS, w.n - b * COLUMNS);
-            kernels().multiply(block_at(w.data, bytes, b, w.kind, w.group), x.part(first, rows), part.data(), COLUMNS);
+            kernels().multiply(weights.at(b, turned), x.part(first, rows), part.data(), COLUMNS);
             for (int64_t i = 0; i < rows; i++) {
                 float *to_row = out + (first + i) * ld + b * COLUMNS;
                 for (int64_t c = 0; c < n; c++)
@@ -28,32 +29,50 @@ void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const 
 
 void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count) {
     w_ = w, tokens_ = tokens, experts_ = experts, count_ = count;
-    std::vector<int64_t> ends(size_t(w.experts + 1));
-    for (int64_t a = 0; a < count; a++) ends[size_t(experts[a] + 1)]++;
-    for (int64_t e = 0; e < w.experts; e++) ends[size_t(e + 1)] += ends[size_t(e)];
+    std::vector<int64_t> next(size_t(w.experts));
+    for (int64_t a = 0; a < count; a++) next[size_t(experts[a])]++;
     tasks_.clear();
-    for (int64_t e = 0; e < w.experts; e++)
-        for (int64_t r = ends[size_t(e)]; r < ends[size_t(e + 1)]; r += SLICE)
-            tasks_.push_back({e, r, std::min(SLICE, ends[size_t(e + 1)] - r)});
-    order_.resize(size_t(count));
-    place_.resize(size_t(count));
-    for (int64_t a = 0; a < count; a++) {
-        place_[size_t(a)] = ends[size_t(experts[a])]++;
-        order_[size_t(place_[size_t(a)])] = a;
+    int64_t row = 0;
+    for (int64_t &rows : next) {
+        const int64_t e = &rows - next.data(), first = row;
+        for (int64_t r = 0; r < rows; r += SLICE) tasks_.push_back({e, first + r, std::min(SLICE, rows - r)});
+        row += round_up(rows, TILE);
+        rows = first;
     }
-    input_.shape(w.kind, w.group, count, w.dim);
-    hidden_.shape(w.kind, w.group, count, w.hidden);
-    up_ = up_buffer_.get<float>(count * hidden_.rows.k);
-    down_ = down_buffer_.get<float>(count * blocks_of(w.dim) * COLUMNS);
+    place_.resize(size_t(count));
+    for (int64_t a = 0; a < count; a++) place_[size_t(a)] = next[size_t(experts[a])]++;
+    input_.shape(w.kind, w.group, row, w.dim);
+    hidden_.shape(w.kind, w.group, row, w.hidden);
+    up_ = up_buffer_.get<float>(row * hidden_.rows.k);
+    down_ = down_buffer_.get<float>(row * blocks_of(w.dim) * COLUMNS);
 }
 
-void Mixture::up(Team &, const Task &task, int64_t b, float *out) {
+Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
+    const int64_t halves = gated(w_.activation) ? 2 : 1;
+    if (plain(w_.kind)) {
+        const int64_t matrix = w_.hidden * w_.dim * (w_.kind == MOESTRO_PLAIN_F32 ? 4 : 2);
+        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden, w_.dim};
+    }
+    auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
+    return {slab + half * block_bytes(w_.kind, w_.group, w_.dim), w_.kind, w_.group, w_.hidden, w_.dim, halves};
+}
+
+Blocks Mixture::down_blocks(int64_t e) const {
+    if (plain(w_.kind)) {
+        const int64_t matrix = w_.hidden * w_.dim * (w_.kind == MOESTRO_PLAIN_F32 ? 4 : 2);
+        return {static_cast<const uint8_t *>(w_.down) + e * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
+    }
+    const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);
+    auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
+    return {slab + up, w_.kind, w_.group, w_.dim, w_.hidden};
+}
+
+void Mixture::up(const Task &task, int64_t b, float *out, Buffer &turned) {
     const int64_t halves = gated(w_.activation) ? 2 : 1, width = halves * COLUMNS;
-    auto slab = static_cast<const uint8_t *>(w_.data) + task.expert * w_.slab_bytes;
-    const int64_t bytes = block_bytes(w_.kind, w_.group, w_.dim), n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
+    const int64_t n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
     const Rows rows = input_.part(task.first, task.rows);
     for (int64_t i = 0; i < halves; i++)
-        kernels().multiply(block_at(slab, bytes, halves * b + i, w_.kind, w_.group), rows, out + i * COLUMNS, width);
+        kernels().multiply(up_blocks(task.expert, i).at(b, turned), rows, out + i * COLUMNS, width);
     const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
     for (int64_t r = 0; r < task.rows; r++) {
         float *line = out + r * width;
@@ -64,28 +83,25 @@ void Mixture::up(Team &, const Task &task, int64_t b, float *out) {
 }
 
 void Mixture::compute(Team &team) {
-    const int64_t up_blocks = blocks_of(w_.hidden), down_blocks = blocks_of(w_.dim), ld = down_blocks * COLUMNS;
-    const int64_t up_bytes = block_bytes(w_.kind, w_.group, w_.dim) * up_blocks * (gated(w_.activation) ? 2 : 1);
-    const int64_t down_bytes = block_bytes(w_.kind, w_.group, w_.hidden), k = hidden_.rows.k;
+    const int64_t wide = blocks_of(w_.hidden), narrow = blocks_of(w_.dim), ld = narrow * COLUMNS, k = hidden_.rows.k;
     const auto tasks = int64_t(tasks_.size());
     std::vector<float> out(size_t(SLICE * COLUMNS * 2));
+    Buffer &turned = own_memory();
     int64_t from, to;
-    // Few rows: small pieces, so that no thread waits long. Many: pieces that reuse their rows.
-    const int64_t piece = count_ > 8 * tasks ? 8 : 2;
-    while (team.take(tasks * up_blocks, piece, &from, &to))
-        for (; from < to; from++) up(team, tasks_[size_t(from / up_blocks)], from % up_blocks, out.data());
+    while (team.take(tasks * wide, team.piece(tasks * wide), &from, &to))
+        for (; from < to; from++) up(tasks_[size_t(from / wide)], from % wide, out.data(), turned);
     team.wait();
     while (team.take(count_, 1, &from, &to)) {
-        std::fill(up_ + from * k + w_.hidden, up_ + (from + 1) * k, 0.0f);
-        hidden_.set(from, up_ + from * k);
+        float *row = up_ + place_[size_t(from)] * k;
+        std::fill(row + w_.hidden, row + k, 0.0f);
+        hidden_.set(place_[size_t(from)], row);
     }
     team.wait();
-    while (team.take(tasks * down_blocks, piece, &from, &to))
+    while (team.take(tasks * narrow, team.piece(tasks * narrow), &from, &to))
         for (; from < to; from++) {
-            const Task &task = tasks_[size_t(from / down_blocks)];
-            const int64_t b = from % down_blocks;
-            auto slab = static_cast<const uint8_t *>(w_.data) + task.expert * w_.slab_bytes + up_bytes;
-            kernels().multiply(block_at(slab, down_bytes, b, w_.kind, w_.group), hidden_.part(task.first, task.rows),
+            const Task &task = tasks_[size_t(from / narrow)];
+            const int64_t b = from % narrow;
+            kernels().multiply(down_blocks(task.expert).at(b, turned), hidden_.part(task.first, task.rows),
                                down_ + task.first * ld + b * COLUMNS, ld);
         }
     team.wait();
@@ -103,8 +119,8 @@ void Mixture::add(int64_t token, const float *weights, float *y) const {
 namespace {
 
 bool good(const moestro_experts *w, int32_t dtype) {
-    return w && w->data && valid(w->kind, w->group) && w->experts >= 1 && w->dim >= 1 && w->hidden >= 1 &&
-           (dtype == MOESTRO_F32 || dtype == MOESTRO_B16) && w->activation >= MOESTRO_SWIGLU && w->activation <= MOESTRO_GELU;
+    return w && w->data && valid(w->kind, w->group) && (w->down || !plain(w->kind)) && w->experts >= 1 && w->dim >= 1 && w->hidden >= 1 &&
+           (dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16) && w->activation >= MOESTRO_SWIGLU && w->activation <= MOESTRO_GELU;
 }
 
 std::mutex workspace;  // one computation at a time uses the buffers
@@ -118,7 +134,7 @@ extern "C" {
 
 int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y, const float *bias) {
     if (!w || !w->data || !valid(w->kind, w->group) || w->n < 1 || w->k < 1 || m < 0) return MOESTRO_EBAD;
-    if (dtype != MOESTRO_F32 && dtype != MOESTRO_B16) return MOESTRO_EBAD;
+    if (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16) return MOESTRO_EBAD;
     if (m == 0) return 0;
     if (!x || !y) return MOESTRO_EBAD;
     std::lock_guard<std::mutex> lock(workspace);
@@ -126,7 +142,7 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
     static Buffer result;
     try {
         input.shape(w->kind, w->group, m, w->k);
-        float *out = dtype == MOESTRO_F32 ? static_cast<float *>(y) : result.get<float>(m * w->n);
+        float *out = dtype == MOESTRO_ROWS_F32 ? static_cast<float *>(y) : result.get<float>(m * w->n);
         run(blocks_of(w->n), [&](Team &team, int) {
             std::vector<float> row(size_t(input.rows.k));
             int64_t from, to;
@@ -136,7 +152,7 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
             }
             team.wait();
             multiply_all(team, *w, input, bias, out, w->n);
-            if (dtype == MOESTRO_F32) return;
+            if (dtype == MOESTRO_ROWS_F32) return;
             while (team.take(m, 1, &from, &to)) write_row(dtype, y, from * w->n, out + from * w->n, w->n);
         });
     } catch (const std::bad_alloc &) {
@@ -163,7 +179,7 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
             int64_t from, to;
             while (team.take(assignments, 4, &from, &to))
                 for (; from < to; from++) {
-                    read_row(dtype, x, mixture.token(from), w->dim, mixture.padded(), row.data());
+                    read_row(dtype, x, tokens[from], w->dim, mixture.padded(), row.data());
                     mixture.set(from, row.data());
                 }
             team.wait();

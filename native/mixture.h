@@ -16,11 +16,9 @@ class Mixture {
 public:
     // By one thread: group the assignments by expert and make room. Throws std::bad_alloc.
     void plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count);
-    // Fill row `row` of the input, padded() values; rows are grouped by expert.
+    // The input of assignment `a`, padded() values.
     int64_t padded() const { return input_.rows.k; }
-    int64_t token(int64_t row) const { return tokens_[order_[size_t(row)]]; }
-    int64_t rows() const { return count_; }
-    void set(int64_t row, const float *x) { input_.set(row, x); }
+    void set(int64_t a, const float *x) { input_.set(place_[size_t(a)], x); }
     // All threads: gate and up, activation, down; ends with a wait.
     void compute(Team &team);
     // y [dim] += Σ weight · expert over the assignments of one token, in their order.
@@ -30,7 +28,9 @@ private:
     struct Task {
         int64_t expert, first, rows;
     };
-    void up(Team &team, const Task &task, int64_t block, float *out);
+    void up(const Task &task, int64_t block, float *out, Buffer &turned);
+    Blocks up_blocks(int64_t expert, int64_t half) const;
+    Blocks down_blocks(int64_t expert) const;
 
     moestro_experts w_{};
     const int64_t *tokens_ = nullptr, *experts_ = nullptr;
@@ -38,7 +38,7 @@ private:
     Prepared input_, hidden_;
     Buffer up_buffer_, down_buffer_;
     float *up_ = nullptr, *down_ = nullptr;
-    std::vector<int64_t> order_, place_;
+    std::vector<int64_t> place_;  // row of each assignment; each expert's rows begin a tile
     std::vector<Task> tasks_;
 };
 

@@ -20,8 +20,10 @@ extern "C" {
 #define MOESTRO_ABI 1
 #define MOESTRO_API __attribute__((visibility("default")))
 
-enum { MOESTRO_BF16 = 0, MOESTRO_INT8 = 1, MOESTRO_INT4 = 2 };   /* kinds of packed weights */
-enum { MOESTRO_F32 = 0, MOESTRO_B16 = 1 };                       /* dtypes of rows: fp32, bf16 */
+/* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
+enum { MOESTRO_BF16 = 0, MOESTRO_INT8 = 1, MOESTRO_INT4 = 2, MOESTRO_F32 = 3, MOESTRO_PLAIN_BF16 = 4,
+       MOESTRO_PLAIN_F32 = 5 };
+enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1 };            /* dtypes of rows */
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
@@ -30,14 +32,15 @@ enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
 typedef struct {
     const void *data;
     int64_t n, k;     /* outputs, inputs (before padding) */
-    int32_t kind;     /* MOESTRO_BF16, _INT8 or _INT4 */
+    int32_t kind;     /* MOESTRO_BF16 … */
     int32_t group;    /* Q: 32 or 64; ignored for bf16 */
 } moestro_matrix;
 
 /* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down. */
 typedef struct {
     const void *data;
-    int64_t slab_bytes;      /* distance between experts */
+    const void *down;        /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
+    int64_t slab_bytes;      /* distance between packed experts */
     int64_t experts, dim, hidden;
     int32_t kind, group, activation, reserved;
     const float *up_bias;    /* [E, 2F] or [E, F]; null: none */
@@ -95,7 +98,7 @@ typedef struct {
 /* A decoder: grouped-query attention with rotary positions, RMSNorm, softmax or sigmoid router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
-    int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_F32 or _B16 */
+    int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
     float router_scale, eps, score_scale, head_scale;
     const moestro_layer *layer;
     const float *norm;

@@ -29,7 +29,7 @@ float from_half(uint16_t half) {
 }
 
 float load(int32_t dtype, const void *src, int64_t at) {
-    return dtype == MOESTRO_F32 ? static_cast<const float *>(src)[at] : from_bf16(static_cast<const uint16_t *>(src)[at]);
+    return dtype == MOESTRO_ROWS_F32 ? static_cast<const float *>(src)[at] : from_bf16(static_cast<const uint16_t *>(src)[at]);
 }
 
 struct Source {
@@ -61,6 +61,12 @@ uint16_t quantise_group(const Source &s, int64_t row, int64_t from, int32_t grou
 
 void pack_block(int32_t kind, int32_t group, const Source &s, int64_t block, uint8_t *out) {
     const int64_t inputs = padded(kind, group, s.k), first = block * COLUMNS;
+    if (kind == MOESTRO_F32) {
+        auto at = reinterpret_cast<float *>(out);
+        for (int64_t k = 0; k < inputs; k++)
+            for (int64_t n = 0; n < COLUMNS; n++) *at++ = s.at(first + n, k);
+        return;
+    }
     if (kind == MOESTRO_BF16) {
         auto at = reinterpret_cast<uint16_t *>(out);
         for (int64_t k = 0; k < inputs; k += 2)
@@ -90,6 +96,10 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
     for (int64_t c = 0; c < COLUMNS && block * COLUMNS + c < n; c++)
         for (int64_t i = 0; i < k; i++) {
             float &place = dst[(block * COLUMNS + c) * k + i];
+            if (kind == MOESTRO_F32) {
+                place = reinterpret_cast<const float *>(in)[i * COLUMNS + c];
+                continue;
+            }
             if (kind == MOESTRO_BF16) {
                 place = from_bf16(reinterpret_cast<const uint16_t *>(in)[(i / 2 * COLUMNS + c) * 2 + i % 2]);
                 continue;
@@ -104,7 +114,7 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
 
 // Whether all numbers are finite and, for integers with fp16 scales, not too large for them.
 bool packable(const Source &s, int32_t kind) {
-    const float most = kind == MOESTRO_BF16 ? 3.3e38f : 65504.0f;
+    const float most = whole(kind) ? 3.3e38f : 65504.0f;
     for (int64_t n = 0; n < s.n; n++)
         for (int64_t k = 0; k < s.k; k++)
             if (!(std::fabs(s.at(n, k)) <= most)) return false;
@@ -132,7 +142,7 @@ int64_t moestro_slab_bytes(int32_t kind, int32_t group, int32_t gated, int64_t d
 int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k, int64_t stride,
                      void *dst, int64_t step) {
     const bool shaped = n >= 1 && k >= 1 && stride >= k && (step == 1 || step == 2);
-    if (!valid(kind, group) || !shaped || !src || !dst || (dtype != MOESTRO_F32 && dtype != MOESTRO_B16)) return MOESTRO_EBAD;
+    if (!valid(kind, group) || plain(kind) || !shaped || !src || !dst || (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16)) return MOESTRO_EBAD;
     const Source source{dtype, src, n, k, stride};
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     std::atomic<bool> bad{false};
@@ -140,7 +150,7 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
         int64_t from, to;
         while (team.take(blocks, 1, &from, &to)) {
             const int64_t rows = n - from * COLUMNS < COLUMNS ? n - from * COLUMNS : COLUMNS;
-            const Source part{dtype, static_cast<const char *>(src) + from * COLUMNS * stride * (dtype == MOESTRO_F32 ? 4 : 2), rows, k, stride};
+            const Source part{dtype, static_cast<const char *>(src) + from * COLUMNS * stride * (dtype == MOESTRO_ROWS_F32 ? 4 : 2), rows, k, stride};
             if (!packable(part, kind)) bad = true;
             else pack_block(kind, group, source, from, static_cast<uint8_t *>(dst) + from * step * bytes);
         }
@@ -149,7 +159,7 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
 }
 
 int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k, int64_t step, float *dst) {
-    if (!valid(kind, group) || n < 1 || k < 1 || (step != 1 && step != 2) || !src || !dst) return MOESTRO_EBAD;
+    if (!valid(kind, group) || plain(kind) || n < 1 || k < 1 || (step != 1 && step != 2) || !src || !dst) return MOESTRO_EBAD;
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     for (int64_t b = 0; b < blocks; b++)
         unpack_block(kind, group, static_cast<const uint8_t *>(src) + b * step * bytes, n, k, b, dst);

@@ -20,6 +20,11 @@ public:
         *to = at + piece < tasks ? at + piece : tasks;
         return true;
     }
+    // Pieces large enough to stream through memory, small enough that no thread waits long.
+    int64_t piece(int64_t tasks) const {
+        const int64_t even = tasks / (8 * threads_);
+        return even < 1 ? 1 : even > 16 ? 16 : even;
+    }
     void wait();  // end of a phase: until all threads are here
 
 private:

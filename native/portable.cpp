@@ -47,6 +47,21 @@ inline void quad(const Block &b, const uint8_t *lines, int64_t q, int64_t n, int
     }
 }
 
+void multiply_f32(const Block &b, const Rows &x, float *out, int64_t ld) {
+    auto weights = reinterpret_cast<const float *>(b.data);
+    for (int64_t m = 0; m < x.m; m++) {
+        float sum[COLUMNS] = {};
+        for (int64_t k = 0; k < x.k; k++)
+            for (int64_t n = 0; n < COLUMNS; n++)
+                sum[n] = __builtin_fmaf(x.wide[m * x.k + k], weights[k * COLUMNS + n], sum[n]);
+        memcpy(out + m * ld, sum, sizeof sum);
+    }
+}
+
+void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    turn_words(from, row_bytes, rows, 0, words, to);
+}
+
 void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
     int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
     for (int64_t m = 0; m < x.m; m++) {
@@ -54,7 +69,7 @@ void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t *at = b.data + g * (64 + lines);
             auto scales = reinterpret_cast<const uint16_t *>(at);
-            const int8_t *row = x.bytes + m * x.k + g * b.group;
+            const int8_t *row = x.at(m, g, b.group);
             float scale = x.scales[m * groups + g];
             for (int64_t n = 0; n < COLUMNS; n++) {
                 int32_t dot = 0, w[4];
@@ -62,7 +77,7 @@ void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
                     quad(b, at + 64, q, n, w);
                     for (int i = 0; i < 4; i++) dot += w[i] * row[q * 4 + i];
                 }
-                sum[n] = sum[n] + float(dot) * (half_to_float(scales[n]) * scale);
+                sum[n] = __builtin_fmaf(float(dot), half_to_float(scales[n]) * scale, sum[n]);
             }
         }
         memcpy(out + m * ld, sum, sizeof sum);
@@ -70,7 +85,9 @@ void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
 }
 
 void multiply(const Block &b, const Rows &x, float *out, int64_t ld) {
-    b.kind == MOESTRO_BF16 ? multiply_bf16(b, x, out, ld) : multiply_bytes(b, x, out, ld);
+    if (b.kind == MOESTRO_F32) multiply_f32(b, x, out, ld);
+    else if (b.kind == MOESTRO_BF16) multiply_bf16(b, x, out, ld);
+    else multiply_bytes(b, x, out, ld);
 }
 
 }  // namespace

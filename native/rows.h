@@ -11,15 +11,26 @@ namespace moestro {
 
 const Kernels &kernels();  // of the chosen path
 
+inline bool plain(int32_t kind) { return kind == MOESTRO_PLAIN_BF16 || kind == MOESTRO_PLAIN_F32; }
+
+// Whether weights are numbers by themselves, not integers with scales.
+inline bool whole(int32_t kind) { return kind != MOESTRO_INT8 && kind != MOESTRO_INT4; }
+
 inline bool valid(int32_t kind, int32_t group) {
-    return kind == MOESTRO_BF16 || ((kind == MOESTRO_INT8 || kind == MOESTRO_INT4) && (group == 32 || group == 64));
+    if (kind < MOESTRO_BF16 || kind > MOESTRO_PLAIN_F32) return false;
+    return whole(kind) || group == 32 || group == 64;
 }
 
-inline int64_t padded(int32_t kind, int32_t group, int64_t k) { return round_up(k, kind == MOESTRO_BF16 ? PAIRS : group); }
+// Inputs as they are multiplied, zeros at the end.
+inline int64_t padded(int32_t kind, int32_t group, int64_t k) {
+    if (kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32) return k;
+    return round_up(k, whole(kind) ? PAIRS : group);
+}
 
+// Bytes of a packed block of 32 columns.
 inline int64_t block_bytes(int32_t kind, int32_t group, int64_t k) {
     const int64_t inputs = padded(kind, group, k);
-    if (kind == MOESTRO_BF16) return inputs * 64;
+    if (whole(kind)) return inputs * COLUMNS * (kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32 ? 4 : 2);
     return inputs / group * (64 + group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1));
 }
 
@@ -57,61 +68,104 @@ private:
     size_t size_ = 0;
 };
 
-// Rows in the form that a kind of weights multiplies.
-struct Prepared {
-    Buffer bits, wide, bytes, scales, sums;
-    Rows rows;
-    int32_t kind = 0, group = 0;
+// Memory of this thread for the block that it works on.
+inline Buffer &own_memory() {
+    static thread_local Buffer memory;
+    return memory;
+}
 
-    void shape(int32_t kind_, int32_t group_, int64_t m, int64_t k) {
-        kind = kind_, group = group_;
+// Rows in the form that a kind of weights multiplies.
+class Prepared {
+public:
+    Rows rows;
+
+    // Make room for m rows of k inputs. Throws std::bad_alloc.
+    void shape(int32_t kind, int32_t group, int64_t m, int64_t k) {
+        kind_ = kind, group_ = group;
         rows = Rows{};
         rows.m = m, rows.k = padded(kind, group, k);
-        if (kind == MOESTRO_BF16) {
-            rows.bits = bits.get<uint16_t>(m * rows.k);
-            rows.wide = wide.get<float>(m * rows.k);
+        const int64_t room = round_up(m, TILE) * rows.k;
+        if (whole(kind)) {
+            wide_ = wide_buffer_.get<float>(room);
+            bits_ = bits_buffer_.get<uint16_t>(room);
         } else {
-            rows.bytes = bytes.get<int8_t>(m * rows.k);
-            rows.scales = scales.get<float>(m * rows.k / group);
-            rows.sums = sums.get<int32_t>(m * rows.k / group);
+            bytes_ = bytes_buffer_.get<int8_t>(room);
+            scales_ = scales_buffer_.get<float>(room / group);
+            sums_ = sums_buffer_.get<int32_t>(room / group);
+        }
+        rows.bits = bits_, rows.wide = wide_, rows.bytes = bytes_, rows.scales = scales_, rows.sums = sums_;
+    }
+
+    // Row `row` from fp32 values, padded to rows.k with zeros.
+    void set(int64_t row, const float *x) {
+        const int64_t k = rows.k, groups = whole(kind_) ? 0 : k / group_;
+        if (kind_ == MOESTRO_F32 || kind_ == MOESTRO_PLAIN_F32) {
+            memcpy(wide_ + row * k, x, size_t(k) * 4);
+        } else if (whole(kind_)) {
+            for (int64_t step = 0; step < k / PAIRS; step++)
+                kernels().round(x + step * PAIRS, PAIRS, bits_ + Rows::tile_offset(row, step, PAIRS, k),
+                                wide_ + row * k + step * PAIRS);
+        } else {
+            for (int64_t g = 0; g < groups; g++)
+                kernels().quantise(x + g * group_, group_, group_, bytes_ + Rows::tile_offset(row, g, group_, k),
+                                   scales_ + row * groups + g, sums_ + row * groups + g);
         }
     }
-    // Row `to` from fp32 values, padded to rows.k.
-    void set(int64_t to, const float *x) {
-        const int64_t k = rows.k;
-        if (kind == MOESTRO_BF16)
-            kernels().round(x, k, const_cast<uint16_t *>(rows.bits) + to * k, const_cast<float *>(rows.wide) + to * k);
-        else
-            kernels().quantise(x, k, group, const_cast<int8_t *>(rows.bytes) + to * k,
-                               const_cast<float *>(rows.scales) + to * (k / group),
-                               const_cast<int32_t *>(rows.sums) + to * (k / group));
-    }
+
+    // Some rows, the first a multiple of TILE.
     Rows part(int64_t from, int64_t m) const {
         Rows some = rows;
         some.m = m;
-        if (kind == MOESTRO_BF16) {
+        if (whole(kind_)) {
             some.bits += from * rows.k, some.wide += from * rows.k;
         } else {
-            const int64_t groups = rows.k / group;
+            const int64_t groups = rows.k / group_;
             some.bytes += from * rows.k, some.scales += from * groups, some.sums += from * groups;
         }
         return some;
     }
+
+private:
+    int32_t kind_ = 0, group_ = 0;
+    Buffer bits_buffer_, wide_buffer_, bytes_buffer_, scales_buffer_, sums_buffer_;
+    uint16_t *bits_ = nullptr;
+    float *wide_ = nullptr, *scales_ = nullptr;
+    int8_t *bytes_ = nullptr;
+    int32_t *sums_ = nullptr;
 };
 
 inline void read_row(int32_t dtype, const void *x, int64_t row, int64_t k, int64_t padded_k, float *out) {
-    if (dtype == MOESTRO_F32) memcpy(out, static_cast<const float *>(x) + row * k, size_t(k) * 4);
+    if (dtype == MOESTRO_ROWS_F32) memcpy(out, static_cast<const float *>(x) + row * k, size_t(k) * 4);
     else for (int64_t i = 0; i < k; i++) out[i] = from_bf16(static_cast<const uint16_t *>(x)[row * k + i]);
     for (int64_t i = k; i < padded_k; i++) out[i] = 0.0f;
 }
 
 inline void write_row(int32_t dtype, void *y, int64_t at, const float *from, int64_t n) {
-    if (dtype == MOESTRO_F32) memcpy(static_cast<float *>(y) + at, from, size_t(n) * 4);
+    if (dtype == MOESTRO_ROWS_F32) memcpy(static_cast<float *>(y) + at, from, size_t(n) * 4);
     else for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
 }
 
-inline Block block_at(const void *data, int64_t bytes, int64_t number, int32_t kind, int32_t group) {
-    return {static_cast<const uint8_t *>(data) + number * bytes, kind, group};
-}
+// The blocks of one matrix: packed ones where they lie, plain ones turned in a thread's own memory.
+class Blocks {
+public:
+    // A packed matrix whose blocks are `step` blocks apart, or a plain one, rows [n, k].
+    Blocks(const void *data, int32_t kind, int32_t group, int64_t n, int64_t k, int64_t step = 1)
+        : data_(static_cast<const uint8_t *>(data)), kind_(kind), group_(group), n_(n), k_(k),
+          bytes_(block_bytes(kind, group, k)), step_(step) {}
+
+    Block at(int64_t b, Buffer &turned) const {
+        if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
+        const bool wide = kind_ == MOESTRO_PLAIN_F32;
+        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = k_ * (wide ? 4 : 2);
+        auto to = turned.get<uint32_t>(bytes_ / 4);
+        kernels().turn(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
+        return {reinterpret_cast<uint8_t *>(to), wide ? MOESTRO_F32 : MOESTRO_BF16, group_};
+    }
+
+private:
+    const uint8_t *data_;
+    int32_t kind_, group_;
+    int64_t n_, k_, bytes_, step_;
+};
 
 }  // namespace moestro

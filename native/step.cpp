@@ -140,7 +140,7 @@ struct Step {
         team.wait();
         multiply_all(team, layer.qkv, rows, layer.qkv_bias, qkv.data(), wide());
         while (team.take(b * d.groups, 1, &from, &to)) {
-            if (d.cache_dtype == MOESTRO_F32) attend<float>(l, from / d.groups, from % d.groups, spare);
+            if (d.cache_dtype == MOESTRO_ROWS_F32) attend<float>(l, from / d.groups, from % d.groups, spare);
             else attend<uint16_t>(l, from / d.groups, from % d.groups, spare);
         }
         team.wait();
@@ -200,10 +200,10 @@ struct Step {
                  const std::vector<float> &normed, std::vector<float> &spare) const {
         mixture.plan(w, of.data(), chosen, int64_t(of.size()));
         spare.assign(size_t(std::max(mixture.padded(), d.dim)), 0.0f);
-        for (int64_t r = 0; r < mixture.rows(); r++) {
-            const float *row = normed.data() + mixture.token(r) * d.dim;
+        for (size_t a = 0; a < of.size(); a++) {
+            const float *row = normed.data() + of[a] * d.dim;
             std::copy(row, row + d.dim, spare.begin());
-            mixture.set(r, spare.data());
+            mixture.set(int64_t(a), spare.data());
         }
     }
 
@@ -225,7 +225,7 @@ struct Step {
 
 bool good(const moestro_decoder *d, int64_t b) {
     return d && d->layer && d->layers >= 1 && b >= 1 && d->groups >= 1 && d->heads % d->groups == 0 && d->head_dim % 2 == 0 &&
-           d->top_k >= 0 && d->norm && d->head.data && (d->cache_dtype == MOESTRO_F32 || d->cache_dtype == MOESTRO_B16);
+           d->top_k >= 0 && d->norm && d->head.data && (d->cache_dtype == MOESTRO_ROWS_F32 || d->cache_dtype == MOESTRO_ROWS_BF16);
 }
 
 std::mutex workspace;

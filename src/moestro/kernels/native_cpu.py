@@ -1,22 +1,21 @@
-"""The native CPU kernels: found, loaded and called by their C interface (native/moestro.h).
+"""Linear maps and mixtures by the native CPU kernels, over packed weights or plain ones.
 
-A wheel without the library is complete, only slower. All paths (amx, avx512, avx2, portable) give
-the same bits, whatever the number of rows, the other rows of the batch and the threads.
+All paths (amx, avx512, avx2, portable) give the same bits, whatever the number of rows, the other
+rows of the batch and the threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import moestro.kernels
-from moestro.errors import BackendError, ShapeError
+from moestro.errors import ShapeError
+from moestro.kernels.native_library import Experts, Matrix
+from moestro.kernels.native_library import available as available
+from moestro.kernels.native_library import library as library
+from moestro.kernels.native_library import path as path
 from moestro.kernels.packing import (
     COLUMNS,
     KINDS,
@@ -27,122 +26,9 @@ from moestro.kernels.packing import (
     check_format,
 )
 
-LIBRARY = "libmoestro.so"
-PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
-THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
-PATHS = ("portable", "avx2", "avx512", "amx")
-ABI = 1
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
+PLAIN = Format("plain")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class _Matrix(ctypes.Structure):
-    """`moestro_matrix`."""
-
-    _fields_ = (
-        ("data", _POINTER), ("n", _INT64), ("k", _INT64), ("kind", _INT32), ("group", _INT32),
-    )  # fmt: skip
-
-
-class _Experts(ctypes.Structure):
-    """`moestro_experts`."""
-
-    _fields_ = (
-        ("data", _POINTER), ("slab_bytes", _INT64), ("experts", _INT64), ("dim", _INT64),
-        ("hidden", _INT64), ("kind", _INT32), ("group", _INT32), ("activation", _INT32),
-        ("reserved", _INT32), ("up_bias", _POINTER), ("down_bias", _POINTER),
-    )  # fmt: skip
-
-
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "moestro_abi": (_INT32, ()),
-    "moestro_best_path": (_INT32, ()),
-    "moestro_path": (_INT32, ()),
-    "moestro_use_path": (_INT32, (_INT32,)),
-    "moestro_threads": (_INT32, ()),
-    "moestro_use_threads": (_INT32, (_INT32, _POINTER)),
-    "moestro_matrix_bytes": (_INT64, (_INT32, _INT32, _INT64, _INT64)),
-    "moestro_slab_bytes": (_INT64, (_INT32, _INT32, _INT32, _INT64, _INT64)),
-    "moestro_pack": (
-        _INT32, (_INT32, _INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64),
-    ),
-    "moestro_unpack": (_INT32, (_INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER)),
-    "moestro_linear": (_INT32, (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER)),
-    "moestro_mixture": (
-        _INT32,
-        (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
-    ),
-    "moestro_read": (ctypes.c_uint64, (_POINTER, _INT64)),
-}  # fmt: skip
-
-
-@cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        return (
-            "the native library was not built; install a C++ compiler (g++) and run "
-            "`pip install --force-reinstall --no-deps` for moestro again"
-        )
-    try:
-        library = ctypes.CDLL(str(found))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return f"the native library cannot be loaded ({error}); install moestro again"
-    if library.moestro_abi() != ABI:
-        return f"the native library is of version {library.moestro_abi()}, not {ABI}; install again"
-    library.moestro_use_threads(_threads_wanted(), _team())
-    return library
-
-
-def _threads_wanted() -> int:
-    given = os.environ.get(THREADS_VARIABLE, "")
-    return int(given) if given.isdigit() and int(given) else torch.get_num_threads()
-
-
-def _team() -> int | None:
-    """The address of torch's own GOMP_parallel: its threads compute, not twice as many."""
-    for place in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
-        return ctypes.cast(ctypes.CDLL(str(place)).GOMP_parallel, _POINTER).value
-    return None
-
-
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        BackendError: there is none; says why and what to do. Or MOESTRO_NATIVE_PATH names a path
-            that does not exist or that this machine cannot run.
-    """
-    loaded = _load()
-    if isinstance(loaded, str):
-        raise BackendError(loaded)
-    forced = os.environ.get(PATH_VARIABLE, "")
-    if forced and forced not in PATHS:
-        raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
-    wanted = PATHS.index(forced) if forced else loaded.moestro_best_path()
-    if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
-        best = PATHS[loaded.moestro_best_path()]
-        raise BackendError(
-            f"{PATH_VARIABLE}={forced} was asked for, but the best this machine runs is {best}"
-        )
-    return loaded
-
-
-def available() -> str | None:
-    """None where the library can be used, else the reason."""
-    loaded = _load()
-    return loaded if isinstance(loaded, str) else None
-
-
-def path() -> str:
-    """The path in use: amx, avx512, avx2 or portable."""
-    return PATHS[library().moestro_path()]
 
 
 def aligned(nbytes: int) -> Tensor:
@@ -235,7 +121,7 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
     """
     x_TI = _rows(x_TI, packed.columns)
     y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
-    matrix = _Matrix(packed.data.data_ptr(), packed.rows, packed.columns, *_code(packed.format))
+    matrix = matrix_of(packed)
     bias = None if bias_O is None else bias_O.data_ptr()
     _done(
         library().moestro_linear(
@@ -271,11 +157,7 @@ def mixture(
     tokens_A, experts_A, weights_A = (
         each.contiguous() for each in (tokens_A, experts_A, weights_A.float())
     )
-    experts = _Experts(
-        packed.data.data_ptr(), packed.slab_bytes, packed.num_experts, packed.dim,
-        packed.hidden_dim, *_code(packed.format), ACTIVATIONS.index(packed.activation), 0,
-        *(None if each is None else each.data_ptr() for each in (packed.up_bias, packed.down_bias)),
-    )  # fmt: skip
+    experts = experts_of(packed)
     _done(
         library().moestro_mixture(
             ctypes.byref(experts), _DTYPES[x_TD.dtype], x_TD.data_ptr(), len(x_TD),
@@ -286,6 +168,68 @@ def mixture(
     return y_TD
 
 
+def plain_matrix(w_OI: Tensor) -> PackedMatrix:
+    """A matrix of a model as it is, not copied: fp32 or bf16 on CPU.
+
+    bf16 weights multiply rows rounded to bf16, fp32 weights multiply in fp32.
+
+    Raises:
+        ShapeError: it is no such matrix, or bf16 with an odd number of columns.
+    """
+    w_OI = _plain(w_OI)
+    return PackedMatrix(w_OI, w_OI.shape[0], w_OI.shape[1], PLAIN)
+
+
+def plain_experts(
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+) -> PackedExperts:
+    """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
+
+    Raises:
+        ShapeError: see `plain_matrix`.
+    """
+    up_EHD, down_EDF = _plain(up_EHD), _plain(down_EDF)
+    num_experts, dim, hidden = down_EDF.shape
+    up_bias, down_bias = (
+        None if each is None else each.detach().float().contiguous()
+        for each in (up_bias_EH, down_bias_ED)
+    )
+    return PackedExperts(
+        up_EHD, num_experts, dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
+    )
+
+
+def _plain(weight: Tensor) -> Tensor:
+    odd = weight.dtype == torch.bfloat16 and weight.shape[-1] % 2
+    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or odd:
+        raise ShapeError(
+            f"plain weights are fp32, or bf16 with an even width, on CPU; given {weight.dtype} "
+            f"{list(weight.shape)} on {weight.device}"
+        )
+    return weight.detach().contiguous()
+
+
+def matrix_of(packed: PackedMatrix) -> Matrix:
+    """The C structure; the tensor must outlive it."""
+    kind = _kind(packed.format, packed.data)
+    return Matrix(packed.data.data_ptr(), packed.rows, packed.columns, kind, packed.format.group)
+
+
+def experts_of(packed: PackedExperts) -> Experts:
+    """The C structure; the tensors must outlive it."""
+    down, biases = packed.down, (packed.up_bias, packed.down_bias)
+    return Experts(
+        packed.data.data_ptr(), None if down is None else down.data_ptr(), packed.slab_bytes,
+        packed.num_experts, packed.dim, packed.hidden_dim, _kind(packed.format, packed.data),
+        packed.format.group, ACTIVATIONS.index(packed.activation), 0,
+        *(None if each is None else each.data_ptr() for each in biases),
+    )  # fmt: skip
+
+
 def read(data: Tensor) -> int:
     """Read memory once with all threads, as fast as it goes: what bandwidth is measured by."""
     return int(library().moestro_read(data.data_ptr(), data.numel() * data.element_size()))
@@ -293,6 +237,11 @@ def read(data: Tensor) -> int:
 
 def _code(format: Format) -> tuple[int, int]:
     return KINDS.index(format.kind), format.group
+
+
+def _kind(format: Format, data: Tensor) -> int:
+    """The number in moestro.h; plain bf16 comes before plain fp32."""
+    return KINDS.index(format.kind) + (format.kind == "plain" and data.dtype == torch.float32)
 
 
 def _rows(x_TI: Tensor, columns: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""Packed weights: bf16, int8 and int4 in the layout that the native kernels stream.
+"""Packed weights: fp32, bf16, int8 and int4 in the layout that the native kernels stream.
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
-contiguous stream over its inputs. bf16: pairs of inputs, 32 outputs side by side, which is an AMX
-tile and a streaming AVX-512 line at once. int8 and int4: for each group of Q inputs the 32 scales
-(fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte holds input i of one
-quad in its low half and of the next quad in its high half, both plus 8. Outputs are padded to 32,
-inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate and up blocks in turn, then
-its down blocks, rounded up to whole pages of 4096 bytes.
+contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
+inputs, which is an AMX tile and a streaming AVX-512 line at once. int8 and int4: for each group of
+Q inputs the 32 scales (fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte
+holds input i of one quad in its low half and of the next quad in its high half, both plus 8.
+Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate
+and up blocks in turn, then its down blocks, rounded up to whole pages of 4096 bytes.
 
 `quantise` is the definition; the native packer gives the same integers and scales bit by bit.
 Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidden width.
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 
-KINDS = ("bfloat16", "int8", "int4")
+# In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
+KINDS = ("bfloat16", "int8", "int4", "float32", "plain")
+QUANTISED = ("int8", "int4")
 GROUPS = (32, 64)
 COLUMNS = 32
 PAGE = 4096
@@ -36,13 +38,16 @@ class Format(NamedTuple):
     @property
     def bits(self) -> float:
         """Bits per weight, scales included."""
-        if self.kind == "bfloat16":
-            return 16.0
+        if self.kind not in QUANTISED:
+            return 32.0 if self.kind == "float32" else 16.0
         return (8 if self.kind == "int8" else 4) + 16 / self.group
 
 
 class PackedMatrix(NamedTuple):
-    """A packed matrix [rows, columns]; `data` is uint8 and starts on a multiple of 64 bytes."""
+    """A packed matrix [rows, columns]; `data` is uint8 and starts on a multiple of 64 bytes.
+
+    Of kind "plain", `data` is the matrix itself, fp32 or bf16.
+    """
 
     data: Tensor
     rows: int
@@ -54,7 +59,7 @@ class PackedExperts(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each.
 
     Attributes:
-        data: uint8 [E · slab_bytes].
+        data: uint8 [E · slab_bytes]; of kind "plain" gate_up [E, 2F, D] or up [E, F, D] itself.
         num_experts: E.
         dim: D.
         hidden_dim: F.
@@ -62,6 +67,7 @@ class PackedExperts(NamedTuple):
         format: of all matrices.
         up_bias: fp32 [E, 2F] (gate first) or [E, F]; None: none.
         down_bias: fp32 [E, D]; None: none.
+        down: of kind "plain" the down projections [E, D, F]; else None.
     """
 
     data: Tensor
@@ -72,6 +78,7 @@ class PackedExperts(NamedTuple):
     format: Format
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    down: Tensor | None = None
 
     @property
     def slab_bytes(self) -> int:
@@ -85,9 +92,9 @@ def check_format(format: Format) -> None:
     Raises:
         ShapeError: says what there is.
     """
-    if format.kind not in KINDS:
-        raise ShapeError(f"packed weights are {', '.join(KINDS)}; given {format.kind!r}")
-    if format.kind != "bfloat16" and format.group not in GROUPS:
+    if format.kind not in KINDS or format.kind == "plain":
+        raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {format.kind!r}")
+    if format.kind in QUANTISED and format.group not in GROUPS:
         raise ShapeError(f"groups have 32 or 64 inputs; given {format.group}")
 
 
@@ -125,14 +132,15 @@ def dequantise(q_OI: Tensor, scales_OG: Tensor) -> Tensor:
 
 
 def error_bound(w_OI: Tensor, format: Format) -> Tensor:
-    """Largest |w - packed w| of each weight's group, [O, ceil(I / Q)]; bf16: of each weight.
+    """Largest |w - packed w| of each group, [O, ceil(I / Q)]; of each weight where there are none.
 
     Half a step; for int4 a whole step, since +8 is missing and a weight nearly as large as the
     largest, of the other sign, becomes 7. On top: 2^-11 of the range for the scale's own rounding,
     and for scales below fp16's normal range its smallest step. bf16: 2^-8 of the weight.
     """
-    if format.kind == "bfloat16":
-        return w_OI.abs().float() * 2.0**-8 + 1e-38
+    if format.kind not in QUANTISED:
+        step = 2.0**-8 if format.kind == "bfloat16" else 0.0
+        return w_OI.abs().float() * step + 1e-38
     padded_OI = torch.nn.functional.pad(w_OI.float(), (0, -w_OI.shape[1] % format.group))
     sizes_OG = padded_OI.unflatten(1, (-1, format.group)).abs().amax(-1)
     steps, most = (0.5, 127) if format.kind == "int8" else (1.0, 8)

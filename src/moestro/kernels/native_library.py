@@ -1,0 +1,137 @@
+"""Finds and loads the native library; chooses its path and its threads.
+
+A wheel without the library is complete, only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moestro.kernels
+from moestro.errors import BackendError
+
+LIBRARY = "libmoestro.so"
+PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
+THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
+PATHS = ("portable", "avx2", "avx512", "amx")
+ABI = 1
+_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """`moestro_matrix`."""
+
+    _fields_ = (
+        ("data", _POINTER), ("n", _INT64), ("k", _INT64), ("kind", _INT32), ("group", _INT32),
+    )  # fmt: skip
+
+
+class Experts(ctypes.Structure):
+    """`moestro_experts`."""
+
+    _fields_ = (
+        ("data", _POINTER), ("down", _POINTER), ("slab_bytes", _INT64), ("experts", _INT64),
+        ("dim", _INT64), ("hidden", _INT64), ("kind", _INT32), ("group", _INT32),
+        ("activation", _INT32), ("reserved", _INT32), ("up_bias", _POINTER),
+        ("down_bias", _POINTER),
+    )  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "moestro_abi": (_INT32, ()),
+    "moestro_best_path": (_INT32, ()),
+    "moestro_path": (_INT32, ()),
+    "moestro_use_path": (_INT32, (_INT32,)),
+    "moestro_threads": (_INT32, ()),
+    "moestro_use_threads": (_INT32, (_INT32, _POINTER)),
+    "moestro_matrix_bytes": (_INT64, (_INT32, _INT32, _INT64, _INT64)),
+    "moestro_slab_bytes": (_INT64, (_INT32, _INT32, _INT32, _INT64, _INT64)),
+    "moestro_pack": (
+        _INT32, (_INT32, _INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64),
+    ),
+    "moestro_unpack": (_INT32, (_INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER)),
+    "moestro_linear": (_INT32, (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER)),
+    "moestro_mixture": (
+        _INT32,
+        (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+    ),
+    "moestro_step": (
+        _INT32,
+        (_POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    ),
+    "moestro_read": (ctypes.c_uint64, (_POINTER, _INT64)),
+}  # fmt: skip
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        return (
+            "the native library was not built; install a C++ compiler (g++) and run "
+            "`pip install --force-reinstall --no-deps` for moestro again"
+        )
+    try:
+        library = ctypes.CDLL(str(found))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"the native library cannot be loaded ({error}); install moestro again"
+    if library.moestro_abi() != ABI:
+        return f"the native library is of version {library.moestro_abi()}, not {ABI}; install again"
+    library.moestro_use_threads(_threads_wanted(), _team())
+    return library
+
+
+def _threads_wanted() -> int:
+    given = os.environ.get(THREADS_VARIABLE, "")
+    return int(given) if given.isdigit() and int(given) else torch.get_num_threads()
+
+
+def _team() -> int | None:
+    """The address of torch's own GOMP_parallel: its threads compute, not twice as many."""
+    for place in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        return ctypes.cast(ctypes.CDLL(str(place)).GOMP_parallel, _POINTER).value
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        BackendError: there is none; says why and what to do. Or MOESTRO_NATIVE_PATH names a path
+            that does not exist or that this machine cannot run.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    forced = os.environ.get(PATH_VARIABLE, "")
+    if forced and forced not in PATHS:
+        raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
+    wanted = PATHS.index(forced) if forced else loaded.moestro_best_path()
+    if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
+        best = PATHS[loaded.moestro_best_path()]
+        raise BackendError(
+            f"{PATH_VARIABLE}={forced} was asked for, but the best this machine runs is {best}"
+        )
+    return loaded
+
+
+def available() -> str | None:
+    """None where the library can be used, else the reason."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def path() -> str:
+    """The path in use: amx, avx512, avx2 or portable."""
+    return PATHS[library().moestro_path()]
