@@ -249,9 +249,26 @@ inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
         }
 }
 
+// sum += whole numbers of one group · its scales, for `m` rows of 32 columns.
+inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups, const int32_t *dot, float *sum) {
+    __m512 scale[2];
+    for (int h = 0; h < 2; h++)
+        scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales + h * 32)));
+    for (int64_t i = 0; i < m; i++) {
+        __m512 row_scale = _mm512_set1_ps(x.scales[(at + i) * groups + g]);
+        for (int h = 0; h < 2; h++) {
+            float *place = sum + i * 32 + h * 16;
+            __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(dot + i * 32 + h * 16));
+            __m512 both = _mm512_mul_ps(scale[h], row_scale);
+            _mm512_store_ps(place, _mm512_fmadd_ps(whole, both, _mm512_load_ps(place)));
+        }
+    }
+}
+
+// While the tiles multiply one group, the vector units scale the one before.
 template <bool TWO>
 void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld, Ahead next) {
-    alignas(64) int32_t dot[32 * 32];
+    alignas(64) int32_t dots[2][32 * 32];
     alignas(64) float sum[32 * 32];
     alignas(64) int8_t spread[64 * 32];
     const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
@@ -275,25 +292,16 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
             DOT_INT8(2, 5, 6);
             DOT_INT8(3, 5, 7);
         }
+        if (g) scale_group(line - 64 - lines, x, at, m, g - 1, groups, dots[(g - 1) % 2], sum);
+        int32_t *dot = dots[g % 2];
         STORE(0, dot, 128);
         STORE(1, dot + 16, 128);
         if (TWO) {
             STORE(2, dot + 16 * 32, 128);
             STORE(3, dot + 16 * 32 + 16, 128);
         }
-        __m512 scale[2];
-        for (int h = 0; h < 2; h++)
-            scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32)));
-        for (int64_t i = 0; i < m; i++) {
-            __m512 row_scale = _mm512_set1_ps(x.scales[(at + i) * groups + g]);
-            for (int h = 0; h < 2; h++) {
-                float *place = sum + i * 32 + h * 16;
-                __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(dot + i * 32 + h * 16));
-                __m512 both = _mm512_mul_ps(scale[h], row_scale);
-                _mm512_store_ps(place, _mm512_fmadd_ps(whole, both, _mm512_load_ps(place)));
-            }
-        }
     }
+    scale_group(line - 64 - lines, x, at, m, groups - 1, groups, dots[(groups - 1) % 2], sum);
     for (int64_t i = 0; i < m; i++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + i * ld + h * 16, _mm512_load_ps(sum + i * 32 + h * 16));
 }

@@ -3,7 +3,6 @@
 #include "mixture.h"
 
 #include <algorithm>
-#include <mutex>
 
 namespace moestro {
 
@@ -13,7 +12,7 @@ void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const 
     std::vector<float> part(size_t(std::min(m, SLICE) * COLUMNS));
     Buffer &turned = own_memory();
     int64_t from, to;
-    while (team.take(blocks * slices, team.piece(blocks * slices), &from, &to))
+    while (team.take(blocks * slices, STREAM, &from, &to))
         for (; from < to; from++) {
             const int64_t b = from % blocks, first = from / blocks * SLICE, rows = std::min(SLICE, m - first);
             const int64_t n = std::min(COLUMNS, w.n - b * COLUMNS);
@@ -88,7 +87,7 @@ void Mixture::compute(Team &team) {
     std::vector<float> out(size_t(SLICE * COLUMNS * 2));
     Buffer &turned = own_memory();
     int64_t from, to;
-    while (team.take(tasks * wide, team.piece(tasks * wide), &from, &to))
+    while (team.take(tasks * wide, STREAM, &from, &to))
         for (; from < to; from++) up(tasks_[size_t(from / wide)], from % wide, out.data(), turned);
     team.wait();
     while (team.take(count_, 1, &from, &to)) {
@@ -97,7 +96,7 @@ void Mixture::compute(Team &team) {
         hidden_.set(place_[size_t(from)], row);
     }
     team.wait();
-    while (team.take(tasks * narrow, team.piece(tasks * narrow), &from, &to))
+    while (team.take(tasks * narrow, STREAM, &from, &to))
         for (; from < to; from++) {
             const Task &task = tasks_[size_t(from / narrow)];
             const int64_t b = from % narrow;
@@ -123,8 +122,6 @@ bool good(const moestro_experts *w, int32_t dtype) {
            (dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16) && w->activation >= MOESTRO_SWIGLU && w->activation <= MOESTRO_GELU;
 }
 
-std::mutex workspace;  // one computation at a time uses the buffers
-
 }  // namespace
 }  // namespace moestro
 
@@ -137,9 +134,10 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
     if (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16) return MOESTRO_EBAD;
     if (m == 0) return 0;
     if (!x || !y) return MOESTRO_EBAD;
-    std::lock_guard<std::mutex> lock(workspace);
-    static Prepared input;
-    static Buffer result;
+    Lock lock(one_at_a_time());
+    // Never destroyed: a thread may still compute when the process ends.
+    static Prepared &input = *new Prepared;
+    static Buffer &result = *new Buffer;
     try {
         input.shape(w->kind, w->group, m, w->k);
         float *out = dtype == MOESTRO_ROWS_F32 ? static_cast<float *>(y) : result.get<float>(m * w->n);
@@ -170,8 +168,8 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
         if (experts[a] < 0 || experts[a] >= w->experts || tokens[a] < 0 || tokens[a] >= t) return MOESTRO_EBAD;
         if (a && tokens[a] < tokens[a - 1]) return MOESTRO_EBAD;
     }
-    std::lock_guard<std::mutex> lock(workspace);
-    static Mixture mixture;
+    Lock lock(one_at_a_time());
+    static Mixture &mixture = *new Mixture;
     try {
         mixture.plan(*w, tokens, experts, assignments);
         run(INT32_MAX, [&](Team &team, int) {

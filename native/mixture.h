@@ -8,6 +8,7 @@
 namespace moestro {
 
 constexpr int64_t SLICE = 256;  // most rows of one task
+constexpr int64_t STREAM = 16;  // most blocks that a thread takes at once
 
 // out [m, n] (fp32, distance `ld`) = rows · wᵀ + bias; ends with a wait.
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld);

@@ -47,10 +47,13 @@ int best() {
 #endif
 }
 
-int path = -1;
+std::atomic<int> path{-1};
 }  // namespace
 
-const Kernels &kernels() { return *TABLE[path < 0 ? best() : path]; }
+const Kernels &kernels() {
+    const int chosen = path.load(std::memory_order_relaxed);
+    return *TABLE[chosen < 0 ? best() : chosen];
+}
 
 }  // namespace moestro
 
@@ -60,7 +63,10 @@ extern "C" {
 
 int32_t moestro_abi(void) { return MOESTRO_ABI; }
 int32_t moestro_best_path(void) { return best(); }
-int32_t moestro_path(void) { return path < 0 ? best() : path; }
+int32_t moestro_path(void) {
+    const int chosen = path;
+    return chosen < 0 ? best() : chosen;
+}
 
 int32_t moestro_use_path(int32_t wanted) {
     if (wanted < -1 || wanted > best()) return MOESTRO_EPATH;
@@ -74,6 +80,7 @@ int32_t moestro_use_threads(int32_t count, void *team) { return use_threads(coun
 uint64_t moestro_read(const void *data, int64_t bytes) {
     std::atomic<uint64_t> total{0};
     const int64_t piece = 1 << 18, pieces = bytes / piece;
+    Lock lock(one_at_a_time());
     run(pieces, [&](Team &team, int) {
         uint64_t sum = 0;
         int64_t from, to;

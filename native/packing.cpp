@@ -146,6 +146,7 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
     const Source source{dtype, src, n, k, stride};
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     std::atomic<bool> bad{false};
+    Lock lock(one_at_a_time());
     run(blocks, [&](Team &team, int) {
         int64_t from, to;
         while (team.take(blocks, 1, &from, &to)) {

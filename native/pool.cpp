@@ -1,10 +1,12 @@
 // Own threads spin for a moment before they sleep: between two layers of a model lie microseconds.
 #include "pool.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include <condition_variable>
-#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,8 +23,13 @@ inline void pause() {
 
 class Pool {
 public:
-    explicit Pool(int threads) : threads_(threads) {
-        for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+    // As many threads as the system gives, at most `threads`.
+    explicit Pool(int threads) {
+        workers_.reserve(size_t(threads));
+        try {
+            for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (const std::system_error &) {
+        }
     }
     ~Pool() {
         {
@@ -33,12 +40,12 @@ public:
         wake_.notify_all();
         for (auto &worker : workers_) worker.join();
     }
-    int threads() const { return threads_; }
+    int threads() const { return int(workers_.size()) + 1; }
 
     void run(Team &team, const Job &job) {
         team_ = &team;
         job_ = &job;
-        busy_.store(threads_ - 1, std::memory_order_relaxed);
+        busy_.store(threads() - 1, std::memory_order_relaxed);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             epoch_.fetch_add(1, std::memory_order_release);
@@ -67,7 +74,6 @@ private:
         }
     }
 
-    const int threads_;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -79,10 +85,30 @@ private:
 
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
-std::mutex gate;            // one computation at a time
-int wanted = 1;
+std::mutex gate;
+std::atomic<int> wanted{1};
 Parallel borrowed = nullptr;
+int (*borrowed_count)() = nullptr;  // how many of the other runtime's threads are in the team
+bool forked = false;                // this process is a child: the other runtime's threads are gone
 Pool *pool = nullptr;       // never destroyed at exit: threads may outlive static objects
+
+void before_fork() { gate.lock(); }
+void after_fork() { gate.unlock(); }
+void in_child() {
+    pool = nullptr, borrowed = nullptr, forked = true;
+    wanted = 1;
+    gate.unlock();
+}
+
+[[maybe_unused]] const int handled = pthread_atfork(before_fork, after_fork, in_child);
+
+// The function beside GOMP_parallel that counts a team; null where it is not found.
+int (*counter_of(void *team))() {
+    Dl_info info;
+    if (!team || !dladdr(team, &info) || !info.dli_fname) return nullptr;
+    void *library = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    return library ? reinterpret_cast<int (*)()>(dlsym(library, "omp_get_num_threads")) : nullptr;
+}
 
 struct Shared {
     Team &team;
@@ -92,15 +118,17 @@ struct Shared {
 
 void borrowed_thread(void *data) {
     auto shared = static_cast<Shared *>(data);
+    shared->team.are(borrowed_count());  // a limit or a parallel region around it leaves fewer
     shared->job(shared->team, shared->next.fetch_add(1));
 }
 
 }  // namespace
 
 void Team::wait() {
-    if (threads_ == 1) return next_.store(0, std::memory_order_relaxed);
+    const int threads = this->threads();
+    if (threads == 1) return next_.store(0, std::memory_order_relaxed);
     const int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         next_.store(0, std::memory_order_relaxed);
         round_.store(round + 1, std::memory_order_release);
@@ -110,15 +138,19 @@ void Team::wait() {
         spins < PATIENCE ? pause() : void(sched_yield());
 }
 
-void run(int64_t most_useful, const Job &job) {
-    std::lock_guard<std::mutex> lock(gate);
-    Team team(most_useful < wanted ? (most_useful < 1 ? 1 : int(most_useful)) : wanted);
+std::mutex &one_at_a_time() { return gate; }
+
+void run(int64_t most_useful, const Job &given) {
+    const Job job = [&given](Team &team, int thread) noexcept { given(team, thread); };
+    const int most = wanted, useful = most_useful < most ? int(most_useful) : most;
+    Team team(useful < 1 ? 1 : useful);
     if (team.threads() == 1) return job(team, 0);
     if (borrowed) {
         Shared shared{team, job};
         return borrowed(borrowed_thread, &shared, unsigned(team.threads()), 0);
     }
-    if (pool == nullptr) pool = new Pool(wanted);
+    if (pool == nullptr) pool = new Pool(most);
+    if (pool->threads() < team.threads()) team.are(pool->threads());
     pool->run(team, job);
 }
 
@@ -126,11 +158,12 @@ int threads() { return wanted; }
 
 int use_threads(int threads, void *team) {
     if (threads < 1 || threads > 1024) return -1;
-    std::lock_guard<std::mutex> lock(gate);
+    Lock lock(gate);
     delete pool;
     pool = nullptr;
     wanted = threads;
-    borrowed = reinterpret_cast<Parallel>(team);
+    borrowed_count = forked ? nullptr : counter_of(team);
+    borrowed = borrowed_count ? reinterpret_cast<Parallel>(team) : nullptr;
     return 0;
 }
 

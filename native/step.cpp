@@ -1,7 +1,6 @@
 // One token through a whole decoder in one call: what bounds it is reading the weights, so nothing
 // else may take time. Threads meet at the end of each phase; all sums run in one fixed order.
 #include <algorithm>
-#include <mutex>
 #include <vector>
 
 #include "mixture.h"
@@ -228,8 +227,6 @@ bool good(const moestro_decoder *d, int64_t b) {
            d->top_k >= 0 && d->norm && d->head.data && (d->cache_dtype == MOESTRO_ROWS_F32 || d->cache_dtype == MOESTRO_ROWS_BF16);
 }
 
-std::mutex workspace;
-
 }  // namespace
 }  // namespace moestro
 
@@ -241,7 +238,7 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     for (int64_t t = 0; t < b; t++)
         for (int64_t l = 0; l < d->layers; l++)
             if (past[t].capacity[l] < 1 || past[t].position < 0) return MOESTRO_EBAD;
-    std::lock_guard<std::mutex> lock(workspace);
+    Lock lock(one_at_a_time());
     try {
         Step step(*d, b);
         step.cosines = cosines, step.sines = sines, step.past = past, step.experts = experts, step.weights = weights;

@@ -27,6 +27,7 @@ LEVELS = {
     "train": 6,
     "infer": 6,
     "probe": 6,
+    "hf": 6,
     "plan": 6,
     "cli": 7,
     "serve": 7,

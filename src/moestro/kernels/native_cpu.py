@@ -26,7 +26,8 @@ from moestro.kernels.packing import (
     check_format,
 )
 
-ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
+UNGATED = ("relu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
 PLAIN = Format("plain")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -45,7 +46,7 @@ def matrix_bytes(rows: int, columns: int, format: Format) -> int:
 
 def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> int:
     """Bytes of one packed expert."""
-    gated = activation not in ("relu", "gelu")
+    gated = activation not in UNGATED
     return int(library().moestro_slab_bytes(*_code(format), gated, dim, hidden_dim))
 
 
@@ -78,11 +79,11 @@ def pack_expert(
         ShapeError: see `pack_matrix`.
     """
     check_format(format)
-    dim, hidden = down_DF.shape
+    dim, hidden = _sizes(up_HD, down_DF, activation)
     if slab.numel() != slab_bytes(dim, hidden, activation, format):
         raise ShapeError(f"the slab has {slab.numel()} bytes, which does not fit the expert")
     at, up_bytes = slab.data_ptr(), matrix_bytes(hidden, dim, format)
-    if activation in ("relu", "gelu"):
+    if activation in UNGATED:
         _pack(up_HD, format, at, 1)
         _pack(down_DF, format, at + up_bytes, 1)
         return
@@ -102,7 +103,7 @@ def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
     dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
     at = packed.data.data_ptr() + expert * packed.slab_bytes
     up_bytes = matrix_bytes(hidden, dim, format)
-    if packed.activation in ("relu", "gelu"):
+    if packed.activation in UNGATED:
         up_HD = _unpack(at, hidden, dim, format, 1)
         return up_HD, _unpack(at + up_bytes, dim, hidden, format, 1)
     block = up_bytes // -(-hidden // COLUMNS)
@@ -117,9 +118,11 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
     with a scale for each group. Sums are fp32, in a fixed order.
 
     Raises:
-        ShapeError: x is not [T, I] in fp32 or bf16 on CPU.
+        ShapeError: x is not [T, I] in fp32 or bf16 on CPU, or the bias not fp32 [O].
     """
     x_TI = _rows(x_TI, packed.columns)
+    if bias_O is not None:
+        _check(bias_O, "the bias", (packed.rows,), torch.float32)
     y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
     matrix = matrix_of(packed)
     bias = None if bias_O is None else bias_O.data_ptr()
@@ -153,6 +156,9 @@ def mixture(
         ShapeError: a shape or dtype does not fit, or an index is out of range.
     """
     x_TD = _rows(x_TD, packed.dim)
+    for name, each in (("tokens", tokens_A), ("experts", experts_A)):
+        _check(each, name, (len(tokens_A),), torch.int64, contiguous=False)
+    _check(weights_A, "weights", (len(tokens_A),), weights_A.dtype, contiguous=False)
     y_TD = torch.empty_like(x_TD)
     tokens_A, experts_A, weights_A = (
         each.contiguous() for each in (tokens_A, experts_A, weights_A.float())
@@ -190,10 +196,13 @@ def plain_experts(
     """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
 
     Raises:
-        ShapeError: see `plain_matrix`.
+        ShapeError: see `plain_matrix`; or up and down do not fit each other.
     """
     up_EHD, down_EDF = _plain(up_EHD), _plain(down_EDF)
-    num_experts, dim, hidden = down_EDF.shape
+    dim, hidden = _sizes(up_EHD, down_EDF, activation)
+    num_experts = len(down_EDF)
+    if up_EHD.dtype != down_EDF.dtype:
+        raise ShapeError(f"up is {up_EHD.dtype} and down {down_EDF.dtype}; both must be the same")
     up_bias, down_bias = (
         None if each is None else each.detach().float().contiguous()
         for each in (up_bias_EH, down_bias_ED)
@@ -242,6 +251,34 @@ def _code(format: Format) -> tuple[int, int]:
 def _kind(format: Format, data: Tensor) -> int:
     """The number in moestro.h; plain bf16 comes before plain fp32."""
     return KINDS.index(format.kind) + (format.kind == "plain" and data.dtype == torch.float32)
+
+
+def _sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
+    """(D, F) of one expert, up [H, D] and down [D, F], or of stacked ones.
+
+    Raises:
+        ShapeError: they do not fit each other.
+    """
+    *experts, dim, hidden = down.shape
+    wanted = (*experts, hidden * (1 if activation in UNGATED else 2), dim)
+    if activation not in ACTIVATIONS or tuple(up.shape) != wanted:
+        raise ShapeError(
+            f"{activation} experts with down {list(down.shape)} have up {list(wanted)}; given "
+            f"{list(up.shape)} (activations: {', '.join(ACTIVATIONS)})"
+        )
+    return dim, hidden
+
+
+def _check(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool = True
+) -> None:
+    """Refuse what native code would read wrongly."""
+    fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
+    if not fits or (contiguous and not tensor.is_contiguous()):
+        raise ShapeError(
+            f"{name} must be {dtype} {list(shape)} on CPU; given {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
 
 
 def _rows(x_TI: Tensor, columns: int) -> Tensor:

@@ -17,6 +17,7 @@ import moestro.kernels
 from moestro.errors import BackendError
 
 LIBRARY = "libmoestro.so"
+LIBRARY_VARIABLE = "MOESTRO_NATIVE_LIBRARY"
 PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx512", "amx")
@@ -72,8 +73,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
+    given = os.environ.get(LIBRARY_VARIABLE, "")
     places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in ([Path(given)] if given else places) if place.is_file()), None)
+    if found is None and given:
+        return f"{LIBRARY_VARIABLE}={given} is no file; unset it to use the installed library"
     if found is None:
         return (
             "the native library was not built; install a C++ compiler (g++) and run "

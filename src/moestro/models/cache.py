@@ -62,6 +62,10 @@ class LayerCache:
         self.length = total
         return tuple(buffer.narrow(-2, self._start, total) for buffer in self._buffers)
 
+    def held(self) -> tuple[Tensor, ...]:
+        """Views [..., P, A] of what is kept, oldest first; they hold until the next `extend`."""
+        return tuple(buffer.narrow(-2, self._start, self.length) for buffer in self._buffers)
+
     def _fits(self, total: int) -> bool:
         if not self._buffers or self._start + total > self._buffers[0].shape[-2]:
             return False

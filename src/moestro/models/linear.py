@@ -1,9 +1,14 @@
-"""Projections: torch's, and a faster product for the one token of a decoding step on CPU."""
+"""Projections: torch's with a faster product for one token on CPU, and packed ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from moestro.kernels import native_cpu
+from moestro.kernels.packing import PackedMatrix
+from moestro.moe.experts import compute_dtype
+from moestro.moe.packed import Packed
 
 # Weights of so few numbers are cast to fp32: torch's 16-bit product takes 15 µs however small.
 SMALL = 2**15
@@ -32,3 +37,26 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y_O = y_O + self.bias
         return y_O.to(dtype).view(*x_TI.shape[:-1], -1)
+
+
+class PackedLinear(Packed):
+    """A projection with packed weights, in the place of `torch.nn.Linear`.
+
+    Args:
+        weights: from `native_cpu.pack_matrix`, or mapped from a file.
+        bias_O: fp32; None: none.
+    """
+
+    def __init__(self, weights: PackedMatrix, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.weights, self.bias_O = weights, bias_O
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[..., I] → [..., O], in the dtype to compute in."""
+        rows_TI = self.rows(x_TI).reshape(-1, x_TI.shape[-1])
+        y_TO = native_cpu.linear(self.weights, rows_TI, self.bias_O)
+        return y_TO.to(compute_dtype(x_TI)).view(*x_TI.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """Shapes, for print(model)."""
+        return f"{self.weights.columns} → {self.weights.rows}, {self.weights.format.kind}"

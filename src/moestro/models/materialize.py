@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -53,7 +53,12 @@ def without_memory() -> Iterator[None]:
         yield
 
 
-def materialize(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+def materialize(
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    without: Container[nn.Module] = (),
+) -> None:
     """Give a model that was built `without_memory` its own; what is in it is not set.
 
     Parameters that are one tensor stay one (a tied head). Buffers keep their own dtype.
@@ -62,10 +67,13 @@ def materialize(model: nn.Module, dtype: torch.dtype, device: str | torch.device
         model: changed in place.
         dtype: of the parameters.
         device: where they go.
+        without: modules in it whose own tensors stay without memory.
     """
     device = torch.device(device)
     made: dict[Tensor, nn.Parameter] = {}
     for module in list(model.modules()):
+        if module in without:
+            continue
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if old not in made:
                 made[old] = nn.Parameter(_empty(old.shape, dtype, device))

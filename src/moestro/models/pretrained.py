@@ -6,7 +6,7 @@ a byte of a tensor is read: an unknown, missing, misshapen or surplus one is ref
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from moestro.models.families.table import Config, Family
 from moestro.models.families.translate import to_fields, to_settings
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import open_folder, write_folder
-from moestro.models.transfer import Progress, find_sources, match, outgoing, pour
+from moestro.models.transfer import Matched, Progress, find_sources, match, outgoing, pour
 
 HF_CONFIG = "hf_config.json"
 
@@ -48,6 +48,25 @@ class Pretrained(NamedTuple):
     model: Model
     family: str | None
     hf_config: dict[str, Any] | None
+
+
+class Unread(NamedTuple):
+    """A checkpoint that fits, before a byte of a tensor is read: to be read part by part.
+
+    Attributes:
+        model: built without memory.
+        matched: the sources of its tensors.
+        described: what config.json says.
+    """
+
+    model: Model
+    matched: Matched
+    described: Described
+
+    def part(self, names: Container[str], *, last: bool = False) -> Matched:
+        """What fills the tensors of these names; the last part checks what repeats another."""
+        sources = [pair for pair in self.matched.sources if pair[0].ours in names]
+        return self.matched._replace(sources=sources, copies=self.matched.copies if last else [])
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -102,15 +121,24 @@ def read_pretrained(
         CheckpointError: a file is missing, truncated or pickle, or a tensor is missing, unknown,
             or of another shape or dtype than its family has; names file and key.
     """
+    model, matched, described = open_unread(folder, backend)
+    materialize(model, dtype or matched.dtype, device)
+    pour(matched, model, progress)
+    return Pretrained(model.eval(), described.family, described.hf_config)
+
+
+def open_unread(folder: Path, backend: str = "auto") -> Unread:
+    """Check a whole checkpoint against its model, and read nothing of its tensors yet.
+
+    Raises:
+        ConfigError, CheckpointError: see `read_pretrained`.
+    """
     described = read_config(folder)
     family = FAMILIES[described.family]
     sources = find_sources(open_folder(folder), described.hf_config)
     with without_memory():
         model = build_model(described.cfg, backend)
-    matched = match(folder, family, model, sources)
-    materialize(model, dtype or matched.dtype, device)
-    pour(matched, model, progress)
-    return Pretrained(model.eval(), family.model_type, described.hf_config)
+    return Unread(model, match(folder, family, model, sources), described)
 
 
 def write_pretrained(

@@ -9,6 +9,7 @@ from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.moe import dispatch
 from moestro.moe.experts import Experts, FeedForward, compute_dtype
+from moestro.moe.packed import PackedExperts, PackedFeedForward
 from moestro.moe.routers import build_router
 from moestro.moe.routing import Routing
 
@@ -35,7 +36,7 @@ class MoE(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.router = build_router(cfg)
-        self.experts = Experts(
+        self.experts: Experts | PackedExperts = Experts(
             cfg.num_experts,
             cfg.dim,
             cfg.hidden_dim,
@@ -45,7 +46,7 @@ class MoE(nn.Module):
             backend,
             cfg.experts.bias,
         )
-        self.shared: FeedForward | None = None
+        self.shared: FeedForward | PackedFeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if cfg.shared is not None:
             self.shared = FeedForward(
@@ -85,6 +86,8 @@ class MoE(nn.Module):
 
     def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Dispatch → experts → combine; of few rows without gradients, expert by expert."""
+        if isinstance(self.experts, PackedExperts):
+            return self.experts.mix(x_TD, routing)
         single = self.experts.single(len(routing.experts_R), x_TD) if routing.top_k else None
         if single is not None:
             return dispatch.mix_few(x_TD, routing, single)
@@ -122,7 +125,8 @@ class MoE(nn.Module):
                 f"the layer takes [..., {self.cfg.dim}]; given {list(x.shape)}. "
                 "Set MoEConfig.dim to the width of your tokens"
             )
-        weights = self.experts.down.dtype
+        # Packed experts take rows of any dtype.
+        weights = x.dtype if isinstance(self.experts, PackedExperts) else self.experts.down.dtype
         if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
             raise ShapeError(
                 f"x is {x.dtype} but the experts are {weights}; convert one of them, "

@@ -98,8 +98,12 @@ def _v2_groups() -> Entry:
                 f"topk_method is {method!r}; only 'greedy' or 'group_limited_greedy' can be "
                 "expressed here"
             )
-        groups, chosen = (1, 1) if method == "greedy" else (hf["n_group"], hf["topk_group"])
-        return {"moe.router.num_groups": groups, "moe.router.top_groups": chosen}
+        if method == "greedy":
+            return {"moe.router.num_groups": 1, "moe.router.top_groups": 1}
+        missing = [name for name in names[1:] if hf.get(name) is None]
+        if missing:
+            raise ConfigError(f"{missing[0]} is missing; topk_method {method!r} needs it")
+        return {"moe.router.num_groups": hf["n_group"], "moe.router.top_groups": hf["topk_group"]}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
         router = cfg.moe.router
@@ -135,7 +139,6 @@ _LATENT = (
     derived(
         "qk_head_dim", lambda cfg: cfg.attention.latent.nope_dim + cfg.attention.latent.rope_dim
     ),
-    field("routed_scaling_factor", "moe.router.scale", 1.0),
 )
 # Where the program that trained it put its experts.
 _HARMLESS = frozenset({"ep_size"})
@@ -163,6 +166,7 @@ DEEPSEEK_V2 = Family(
     (
         *_LATENT,
         _v2_groups(),
+        field("routed_scaling_factor", "moe.router.scale", 1.0),
         fixed("mlp_bias", False),
         # transformers never divides V2's weights by their sum, whatever the field says.
         fixed("norm_topk_prob", False),
@@ -184,6 +188,7 @@ DEEPSEEK_V3 = Family(
         *_LATENT,
         field("n_group", "moe.router.num_groups", 8),
         field("topk_group", "moe.router.top_groups", 4),
+        field("routed_scaling_factor", "moe.router.scale", 2.5),
         field("norm_topk_prob", "moe.router.renormalize", True),
         fixed("rope_interleave", True),
         fixed("scoring_func", "sigmoid"),

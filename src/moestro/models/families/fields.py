@@ -50,9 +50,12 @@ def setting(cfg: Config, dotted: str) -> Any:
 
 
 def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A field's value; one that is missing or null has its default."""
+    """A field's value; one that is missing or null has its default.
+
+    Except for a switch that is on by default: null would turn it off in transformers.
+    """
     value = hf.get(name)
-    if value is not None:
+    if value is not None or (default is True and name in hf):
         return value
     if default is REQUIRED:
         raise ConfigError(f"{name} is missing; a config.json of this model_type needs it")

@@ -44,7 +44,7 @@ GPT_OSS = Family(
         *DECODER,
         field("rms_norm_eps", "norm.eps", 1e-5),
         field("head_dim", "attention.head_dim", 64),
-        rope(150_000.0),
+        rope(150_000.0, required=True),
         TIED,
         fixed("attention_bias", True),
         layer_types(_alternating, switch=False),

@@ -30,7 +30,7 @@ PHIMOE = Family(
     (
         *DECODER,
         field("rms_norm_eps", "norm.eps", 1e-5),
-        rope(1e6),
+        rope(1e6, scalings=("longrope",)),
         TIED,
         BIAS,
         field("lm_head_bias", "head.bias", False),

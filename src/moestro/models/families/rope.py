@@ -56,21 +56,34 @@ _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_positi
 _BESIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
-def rope(theta: float = 10_000.0) -> Entry:
-    """The entry of rotary positions; `theta` where config.json names none."""
+# longrope's magnitude is stated by Phi-3.5-MoE alone; elsewhere it would follow from the contexts.
+_USUAL = ("linear", "llama3", "yarn")
+
+
+def rope(
+    theta: float = 10_000.0, *, scalings: tuple[str, ...] = _USUAL, required: bool = False
+) -> Entry:
+    """The entry of rotary positions.
+
+    Args:
+        theta: where config.json names none.
+        scalings: the rope_types that the family has, beside default.
+        required: config.json has to say them, since transformers' own default is a scaling.
+    """
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-            raise ConfigError(
-                "rope_parameters differ between kinds of layers; one set for all can be expressed"
-            )
+        given = _given(hf)
+        if required and not given:
+            raise ConfigError("rope_parameters are missing; this model_type needs them said")
         positions: dict[str, Any] = {
             "kind": "rope",
             "theta": given.get("rope_theta", hf.get("rope_theta") or theta),
         }
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
+            if kind not in scalings:
+                known = ", ".join(("default", *scalings))
+                raise ConfigError(f"rope_type is {kind!r}; known for this model_type: {known}")
             positions["scaling"] = _scaling(kind, given, hf)
         elif set(given) - _BESIDE:
             raise ConfigError(f"rope_parameters of rope_type default have {sorted(given)}")
@@ -91,14 +104,28 @@ def rope(theta: float = 10_000.0) -> Entry:
     return Entry(_FIELDS, read, write)
 
 
+def _given(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary fields, of whichever form config.json has."""
+    newer, older = (hf.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if newer and older and newer != older:
+        raise ConfigError(
+            "rope_parameters and rope_scaling are both there and differ; keep the one that is "
+            "meant (transformers reads rope_scaling, without rope_theta of the other)"
+        )
+    given = newer or older
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        raise ConfigError(
+            "rope_parameters differ between kinds of layers; one set for all can be expressed"
+        )
+    return given
+
+
 def _scaling(kind: str, given: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our scaling from their fields.
 
     The original context may also stand beside the rotary fields (Phi), and is the context itself
     where it is not said, as in transformers.
     """
-    if kind not in SCALINGS:
-        raise ConfigError(f"rope_type is {kind!r}; known here: default, {', '.join(SCALINGS)}")
     names = SCALINGS[kind]
     extra = set(given) - set(names) - _BESIDE
     if extra:
@@ -108,6 +135,9 @@ def _scaling(kind: str, given: Mapping[str, Any], hf: Mapping[str, Any]) -> dict
         beside = hf.get("original_max_position_embeddings")
         context = found.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
         found["original_max_position_embeddings"] = beside or context
+    missing = {"short_mscale", "long_mscale"} & set(names) - set(found)
+    if missing:
+        raise ConfigError(f"rope_parameters has no {sorted(missing)[0]}; longrope needs it")
     if kind == "yarn" and "factor" not in found:
         original = found["original_max_position_embeddings"]
         found["factor"] = hf["max_position_embeddings"] / original

@@ -1,0 +1,206 @@
+"""How transformers stores the experts of a mixture, and which modules of a model are such experts.
+
+An experts class of transformers is reachable where `use_experts_implementation` decorates it; the
+decorator sets flags that say how the weights lie. Everything here reads them from the module.
+
+Letters as in docs/shapes.md; H = 2F (gated) or F (plain), O/I out and in of a matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation, SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from moestro.errors import BackendError, ShapeError
+from moestro.kernels.reference import CLAMP, STEEPNESS
+
+# Classes whose own gate is the clamped one, where these two attributes have the usual values.
+CLAMPED = {
+    "GptOssExperts": ("alpha", "limit"),
+    "OpenAIPrivacyFilterExperts": ("alpha", "limit"),
+    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit"),
+}
+# What blocks are called that hold a mixture, in transformers and in code that came with a model.
+_BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA)$")
+
+
+class Weights(NamedTuple):
+    """The weights of an experts module, as they lie or as views of them.
+
+    Attributes:
+        up_EHD: what multiplies the tokens, `gate_up` or `up`.
+        down_EDF: what multiplies the hidden rows.
+        up_EH: bias of the first product; None: none.
+        down_ED: bias of the second.
+        gated: H is 2F.
+        interleaved: gate and up alternate along H; else all of the gate comes first.
+        transposed: stored as [E, I, O].
+        activation: see `reference.activate`; None where the class has one that no kernel has.
+        post_norm: a norm follows each expert.
+    """
+
+    up_EHD: Tensor
+    down_EDF: Tensor
+    up_EH: Tensor | None
+    down_ED: Tensor | None
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    activation: str | None
+    post_norm: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [each for each in self[:4] if isinstance(each, Tensor)]
+
+    def odd(self) -> str | None:
+        """What the native kernels have no form for, packed or not; None: nothing."""
+        if self.activation is None:
+            return "an activation or gate of their own"
+        return "a norm after each expert" if self.post_norm else None
+
+
+def read(experts: Any) -> Weights:
+    """The weights of a decorated experts module.
+
+    Raises:
+        ShapeError: they are not laid out as the module's flags say.
+    """
+    gated, transposed = bool(experts.has_gate), bool(experts.is_transposed)
+    try:
+        up = experts.gate_up_proj if gated else experts.up_proj
+        down = experts.down_proj
+        biased = bool(experts.has_bias)
+        up_EH = (experts.gate_up_proj_bias if gated else experts.up_proj_bias) if biased else None
+        down_ED = experts.down_proj_bias if biased else None
+    except AttributeError as error:
+        raise _unknown(experts, str(error)) from error
+    if up.dim() != 3 or down.dim() != 3:
+        raise _unknown(experts, f"weights {list(up.shape)} and {list(down.shape)}")
+    if transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    num_experts, dim, hidden = down.shape
+    if up.shape != (num_experts, 2 * hidden if gated else hidden, dim):
+        raise _unknown(experts, f"weights {list(up.shape)} and {list(down.shape)}")
+    if not up.is_floating_point() or not down.is_floating_point():
+        raise _unknown(experts, f"weights of {up.dtype}")
+    interleaved = gated and not getattr(experts, "is_concatenated", True)
+    post_norm = bool(getattr(experts, "has_post_expert_norm", False))
+    return Weights(
+        up, down, up_EH, down_ED, gated, interleaved, transposed, _activation(experts), post_norm
+    )
+
+
+def find(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model, by name.
+
+    Raises:
+        BackendError: there are none, or some that cannot be reached; names their class.
+    """
+    refuse_unreachable(model)
+    found = dict(reachable(model))
+    if not found:
+        raise BackendError(f"{type(model).__name__} has no mixture of experts: nothing to speed up")
+    return found
+
+
+def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Decorated experts modules and their names."""
+    for name, module in model.named_modules():
+        if _interface(module) is ALL_EXPERTS_FUNCTIONS:
+            yield name, module
+
+
+def refuse_unreachable(model: nn.Module) -> None:
+    """Refuse a model of which some mixture would run other code.
+
+    Raises:
+        BackendError: names the class and what to do.
+    """
+    fp8, other = set(), set()
+    for name, module in model.named_modules():
+        interface = _interface(module)
+        if interface is ALL_EXPERTS_FUNCTIONS:
+            continue
+        if interface is not None:
+            fp8.add(type(module).__name__)
+        elif _experts(name, module) or (_block(module) and not _holds_experts(module)):
+            other.add(type(module).__name__)
+    if fp8:
+        raise BackendError(
+            f"{', '.join(sorted(fp8))} takes its kernels from a registry of its own (FP8 weights), "
+            "which moestro does not reach; load the model with dequantised weights"
+        )
+    if other:
+        raise BackendError(
+            f"the experts of {', '.join(sorted(other))} do not use transformers' experts "
+            "interface: they would run their own code whatever the name asked for. "
+            'Use experts_implementation="eager" for this model'
+        )
+
+
+def _interface(module: nn.Module) -> object | None:
+    """The registry that a decorated class looks its function up in; None: not decorated."""
+    function: Any = type(module).forward
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        names = function.__code__.co_freevars if cells else ()
+        for name, cell in zip(names, cells, strict=True):
+            if name == "experts_interface":
+                return cell.cell_contents  # type: ignore[no-any-return]
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _experts(name: str, module: nn.Module) -> bool:
+    """Whether a module is routed experts by its own name or by that of its class."""
+    kind = type(module).__name__
+    return name.split(".")[-1] == "experts" or ("Experts" in kind and "Shared" not in kind)
+
+
+def _block(module: nn.Module) -> bool:
+    return _BLOCK.search(type(module).__name__) is not None
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    inner = list(module.named_modules())[1:]
+    return any(_interface(each) is not None or _experts(name, each) for name, each in inner)
+
+
+def _activation(experts: Any) -> str | None:
+    if not experts.has_gate:
+        return {"relu": "relu", "gelu": "gelu"}.get(_bend(experts.act_fn))
+    gate = type(experts)._apply_gate
+    if "_apply_gate" in vars(experts):
+        return None
+    if gate is _default_apply_gate:
+        return {"silu": "swiglu", "gelu": "geglu"}.get(_bend(experts.act_fn))
+    owner = gate.__qualname__.split(".")[0]
+    if not gate.__module__.startswith("transformers.models.") or owner not in CLAMPED:
+        return None
+    values = tuple(getattr(experts, name, None) for name in CLAMPED[owner])
+    return "clamped_swiglu" if values == (STEEPNESS, CLAMP) else None
+
+
+def _bend(act_fn: object) -> str:
+    """silu, gelu (the exact one), relu, or nothing for any other."""
+    if act_fn is F.silu or type(act_fn) in (nn.SiLU, SiLUActivation):
+        return "silu"
+    exact = type(act_fn) is nn.GELU and act_fn.approximate == "none"
+    if exact or act_fn is F.gelu or type(act_fn) is GELUActivation:
+        return "gelu"
+    return "relu" if act_fn is F.relu or type(act_fn) is nn.ReLU else ""
+
+
+def _unknown(experts: nn.Module, what: str) -> ShapeError:
+    return ShapeError(
+        f"{type(experts).__name__} stores its experts in a form that is not known ({what}); "
+        'use experts_implementation="eager" for this model'
+    )

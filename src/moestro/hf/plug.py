@@ -1,0 +1,160 @@
+"""Register with transformers, refuse what would run other code, and check what really ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from moestro.errors import BackendError
+from moestro.hf import layouts
+from moestro.hf.forward import mixture, watching
+from moestro.kernels import native_cpu
+
+NAME = "moestro"
+
+
+class Installed(NamedTuple):
+    """What `install` did.
+
+    Attributes:
+        name: what to ask for: `experts_implementation=name`.
+        transformers: the version registered with.
+        native: the path of the native kernels (amx, avx512, avx2, portable); None: torch's run.
+        reason: why there are no native kernels; None: there are.
+    """
+
+    name: str
+    transformers: str
+    native: str | None
+    reason: str | None
+
+
+class Checked(NamedTuple):
+    """What ran in one forward pass.
+
+    Attributes:
+        ran: for each experts module of the model, by name, the kernels that computed it.
+        calls: how often they did, all modules together.
+    """
+
+    ran: dict[str, str]
+    calls: int
+
+
+def install() -> Installed:
+    """Offer `experts_implementation="moestro"` to every model of transformers.
+
+    Two methods of `PreTrainedModel` are wrapped, the end of its construction and
+    `set_experts_implementation`: there a model is refused whose experts transformers would run
+    by other code though this name was asked for. To install again changes nothing.
+
+    Returns:
+        What was done, and which kernels will run.
+    """
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        opaque: Any = torch.compiler.disable  # the native library is nothing to trace
+        ExpertsInterface.register(NAME, opaque(mixture))
+        base: Any = PreTrainedModel
+        base.post_init = _guarded_construction(base.post_init)
+        base.set_experts_implementation = _guarded_setting(base.set_experts_implementation)
+    reason = native_cpu.available()
+    path = native_cpu.path() if reason is None else None
+    return Installed(NAME, transformers.__version__, path, reason)
+
+
+def use(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Make all experts of a model run here.
+
+    Returns:
+        The experts modules by name.
+
+    Raises:
+        BackendError: some cannot be reached.
+    """
+    install()
+    found = layouts.find(model)
+    model.set_experts_implementation(NAME)
+    return found
+
+
+def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked:
+    """Run a forward pass, without gradients, and make sure that each mixture was computed here.
+
+    Args:
+        model: of transformers.
+        inputs: token ids, or the keywords of the model's forward.
+
+    Raises:
+        BackendError: some mixture ran other code, or did not run; names it and its class.
+    """
+    found = layouts.find(model)
+    reached: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: reached.update([name]))
+        for name, module in found.items()
+    ]
+    try:
+        with torch.no_grad(), watching() as seen:
+            _ = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ran = {}
+    for name, module in found.items():
+        lines = seen.get(id(module), [])
+        if len(lines) < max(reached[name], 1):
+            raise BackendError(_missed(name, module, reached[name], len(lines)))
+        ran[name] = "; ".join(dict.fromkeys(lines))
+    return Checked(ran, sum(len(lines) for lines in seen.values()))
+
+
+def _missed(name: str, module: nn.Module, reached: int, ours: int) -> str:
+    kind = type(module).__name__
+    if not reached:
+        return (
+            f"{name} ({kind}) was not reached: these inputs pass it by, or a kernel from the hub "
+            "stands in for its block; give inputs that use it, load without use_kernels"
+        )
+    asked = getattr(module.config, "_experts_implementation", None)
+    return (
+        f"{name} ({kind}) ran {reached} times and {ours} times by moestro; its implementation is "
+        f'{asked!r}. Call model.set_experts_implementation("{NAME}")'
+    )
+
+
+def _guarded_construction(post_init: Any) -> Any:
+    @wraps(post_init)
+    def guarded(self: PreTrainedModel) -> None:
+        post_init(self)
+        if getattr(self.config, "_experts_implementation", None) == NAME:
+            layouts.refuse_unreachable(self)
+
+    return guarded
+
+
+def _guarded_setting(setter: Any) -> Any:
+    @wraps(setter)
+    def guarded(self: PreTrainedModel, experts_implementation: str | dict[str, str]) -> None:
+        if experts_implementation == NAME:
+            layouts.refuse_unreachable(self)
+        setter(self, experts_implementation)
+        if experts_implementation != NAME:
+            return
+        for name, module in layouts.reachable(self):
+            # transformers passes over models whose source it cannot read, without a word.
+            if getattr(module.config, "_experts_implementation", None) != NAME:
+                raise BackendError(
+                    f"transformers did not pass the setting on to {name} "
+                    f"({type(module).__name__}); give experts_implementation={NAME!r} when the "
+                    "model is made"
+                )
+
+    return guarded

@@ -1,0 +1,221 @@
+"""Every layout of experts, alone: forward and gradients are those of transformers' own class."""
+
+import contextlib
+import types
+import warnings
+
+import pytest
+import torch
+
+import moestro.hf as hf
+from moestro.hf import forward, layouts
+from moestro.kernels import native_cpu
+
+transformers = pytest.importorskip("transformers")
+
+E, K, D, F, T = 5, 2, 16, 24, 9
+NATIVE = native_cpu.available() is None
+
+
+class Settings(types.SimpleNamespace):
+    """What an experts class asks its configuration for, whatever the names."""
+
+    def __init__(self, **changes):
+        sizes = {
+            "num_local_experts": E, "num_experts": E, "n_routed_experts": E, "moe_num_experts": E,
+            "hidden_size": D, "intermediate_size": F, "moe_intermediate_size": F,
+            "moe_hidden_size": D, "moe_latent_size": None, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "post_norm_eps": 1e-6,
+            "rms_norm_eps": 1e-6, "hidden_act": "silu", "mlp_hidden_act": "relu2",
+            "hidden_activation": "gelu_pytorch_tanh", "_experts_implementation": "eager",
+        }  # fmt: skip
+        super().__init__(**{**sizes, **changes})
+
+
+# class, its module, what the plug recognises, whether the native kernels take it as it lies.
+LAYOUTS = [
+    ("MixtralExperts", "mixtral", "swiglu", True),
+    ("Lfm2MoeExperts", "lfm2_moe", "swiglu", True),
+    ("MiniMaxM3VLExperts", "minimax_m3_vl", "clamped_swiglu", True),
+    ("GptOssExperts", "gpt_oss", "clamped_swiglu", False),
+    ("OpenAIPrivacyFilterExperts", "openai_privacy_filter", "clamped_swiglu", False),
+    ("AriaExperts", "aria", "swiglu", False),
+    ("DeepseekV4Experts", "deepseek_v4", None, False),
+    ("BeamExperts", "beam", None, False),
+    ("Gemma4TextExperts", "gemma4", None, False),
+    ("NemotronHExperts", "nemotron_h", None, False),
+    ("MuseSparkExperts", "muse_spark", "swiglu", False),
+]
+
+
+def make(name="MixtralExperts", module="mixtral", **changes):
+    modeling = f"transformers.models.{module}.modeling_{module}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = getattr(__import__(modeling, fromlist=[name]), name)
+    experts = kind(Settings(**changes)).eval()
+    for key, parameter in experts.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in key else 0.0, std=0.5)
+    return experts
+
+
+def draw():
+    return torch.randn(T, D), torch.rand(T, E).topk(K)[1], torch.rand(T, K)
+
+
+def run(experts, implementation, *inputs):
+    hf.install()
+    experts.config._experts_implementation = implementation
+    return experts(*inputs)
+
+
+def gradients(experts, implementation, x_TD, experts_TK, weights_TK):
+    x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    y_TD = run(experts, implementation, x_TD, experts_TK, weights_TK)
+    return torch.autograd.grad(y_TD.square().sum(), [x_TD, weights_TK, *experts.parameters()])
+
+
+def close(ours, theirs, tolerance=1e-5):
+    atol = tolerance * float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize(("name", "module", "activation", "native"), LAYOUTS)
+def test_every_layout(name, module, activation, native):
+    experts, inputs = make(name, module), draw()
+    assert layouts.read(experts).activation == activation
+    native = native and NATIVE
+    said = contextlib.nullcontext() if native else pytest.warns(UserWarning, match=name)
+    with torch.no_grad(), forward.watching() as ran, said:
+        ours = run(experts, "moestro", *inputs)
+    assert ran[id(experts)][0].startswith("native" if native else "torch kernels")
+    with torch.no_grad():
+        close(ours, run(experts, "eager", *inputs))
+    pairs = zip(
+        gradients(experts, "moestro", *inputs), gradients(experts, "eager", *inputs), strict=True
+    )
+    for grad, theirs in pairs:
+        close(grad, theirs)
+
+
+def test_other_values_of_a_known_gate_are_not_recognised():
+    assert layouts.read(make("GptOssExperts", "gpt_oss", swiglu_limit=5.0)).activation is None
+
+
+def test_the_gate_of_a_subclass_is_not_recognised():
+    experts = make()
+    kind = type(experts)
+    changed = type("Changed", (kind,), {"_apply_gate": lambda self, h: h.chunk(2, -1)[0].tanh()})
+    experts.__class__ = changed
+    assert layouts.read(experts).activation is None
+    inputs = draw()
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="gate of their own" if NATIVE else "torch kernels"),
+    ):
+        ours = run(experts, "moestro", *inputs)
+    theirs = run(experts, "grouped_mm", *inputs)
+    close(ours, theirs.detach())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+def test_gelu_is_the_exact_one(activation):
+    experts, inputs = make(hidden_act=activation), draw()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(run(experts, "moestro", *inputs), run(experts, "eager", *inputs))
+
+
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_experts_of_other_ranks_take_no_part(name, gradient):
+    """Poison where nobody may read: tokens and weights that only such places have."""
+    experts = make(name, {"MixtralExperts": "mixtral", "GptOssExperts": "gpt_oss"}[name])
+    x_TD, experts_TK, weights_TK = draw()
+    experts_TK[0, 1] = experts_TK[4, 0] = E
+    experts_TK[7] = E
+    weights_TK[experts_TK == E] = float("nan")
+    x_TD[7] = float("nan")
+    here_TK = experts_TK < E
+    clean = (
+        x_TD.nan_to_num(0), experts_TK.masked_fill(~here_TK, 0), weights_TK.nan_to_num(0),
+    )  # fmt: skip
+    if not gradient:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = run(experts, "moestro", x_TD, experts_TK, weights_TK)
+            close(ours, run(experts, "eager", *clean))
+        assert not ours[7].any()
+        return
+    theirs = list(gradients(experts, "eager", *clean))
+    theirs[1] = theirs[1] * here_TK
+    ours = gradients(experts, "moestro", x_TD, experts_TK, weights_TK)
+    for grad, expected in zip(ours, theirs, strict=True):
+        close(grad, expected)
+    assert not ours[0][7].any()
+    assert not ours[1][~here_TK].any()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_no_tokens_and_no_experts_here(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(native_cpu, "available", lambda: "there is no library")
+    experts = make()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none = run(experts, "moestro", *(each[:0] for each in draw()))
+        x_TD, experts_TK, weights_TK = draw()
+        away = run(experts, "moestro", x_TD, torch.full_like(experts_TK, E), weights_TK)
+    assert none.shape == (0, D)
+    assert torch.equal(away, torch.zeros(T, D))
+
+
+@pytest.mark.parametrize("tokens", [1, T])
+def test_without_the_native_library(tokens, monkeypatch):
+    monkeypatch.setattr(native_cpu, "available", lambda: "there is no library")
+    experts, inputs = make(), [each[:tokens] for each in draw()]
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="there is no library"):
+            ours = run(experts, "moestro", *inputs)
+        run(experts, "moestro", *inputs)  # said once: a second warning would be an error
+        close(ours, run(experts, "eager", *inputs))
+
+
+def test_dtypes_of_router_and_autocast():
+    """fp32 weights of a sigmoid router beside bf16 tokens; autocast over fp32 weights."""
+    experts, (x_TD, experts_TK, weights_TK) = make(), draw()
+    inputs = (x_TD, experts_TK, weights_TK)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.warns(UserWarning, match="without autocast" if NATIVE else "torch kernels"):
+            ours = run(experts, "moestro", *inputs)
+        close(ours, run(experts, "eager", *inputs), 2**-6)
+    assert ours.dtype == torch.float32
+    experts.bfloat16()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = run(experts, "moestro", x_TD.bfloat16(), experts_TK, weights_TK)
+        close(ours, run(experts, "eager", x_TD.bfloat16(), experts_TK, weights_TK), 2**-6)
+    assert ours.dtype == torch.bfloat16
+
+
+def test_weights_are_not_copied():
+    """The native kernels read the model's own memory: a changed weight is seen at once."""
+    experts, inputs = make(), draw()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = run(experts, "moestro", *inputs)
+        experts.down_proj.mul_(2.0)
+        close(run(experts, "moestro", *inputs), 2 * before)
+        plain = forward._plain(layouts.read(experts)) if NATIVE else None
+    if plain is not None:
+        assert plain.data.data_ptr() == experts.gate_up_proj.data_ptr()
+        assert plain.down.data_ptr() == experts.down_proj.data_ptr()
+
+
+def test_compile_goes_around_it():
+    experts, inputs = make(), draw()
+    compiled = torch.compile(experts, backend="eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = run(experts, "moestro", *inputs)
+        assert torch.equal(compiled(*inputs), ours)
