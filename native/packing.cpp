@@ -43,8 +43,8 @@ struct Source {
 
 // One group of one column: the scale as fp16 bits, and its integers.
 uint16_t quantise_group(const Source &s, int64_t row, int64_t from, int32_t group, int32_t kind, int32_t *q) {
-    float largest = 0.0f;
-    for (int i = 0; i < group; i++) {
+    float largest = s.at(row, from);  // of equal sizes the first, also of zeros
+    for (int i = 1; i < group; i++) {
         const float value = s.at(row, from + i);
         if (std::fabs(value) > std::fabs(largest)) largest = value;
     }

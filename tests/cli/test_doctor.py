@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moestro.cli.main import main
-from moestro.kernels import backends
+from moestro.kernels import backends, native_library
 
 
 def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -69,3 +69,41 @@ def test_a_forced_backend_that_does_not_exist_is_explained(
     out = capsys.readouterr().out
     assert "none can run: unknown kernel backend 'torhc'" in out
     assert "→" not in out.split("one in use", 1)[1]
+
+
+def test_the_native_path_and_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native_library.available() is not None:
+        pytest.skip("no native library")
+    monkeypatch.delenv("MOESTRO_NATIVE_PATH", raising=False)
+    native = facts(capsys)["native"]
+    assert native["path"] == native["best"] == native_library.path()
+    assert native["threads"] >= 1
+    assert "best path" in native["reason"]
+    main(["doctor"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line[:6] == "native")
+    assert native["path"] in line
+    assert native["reason"] in line
+    try:
+        monkeypatch.setenv("MOESTRO_NATIVE_PATH", "portable")
+        forced = facts(capsys)["native"]
+        assert forced["path"] == "portable"
+        assert "forced by MOESTRO_NATIVE_PATH=portable" in forced["reason"]
+        monkeypatch.setenv("MOESTRO_NATIVE_PATH", "sse")
+        wrong = facts(capsys)["native"]
+        assert wrong["path"] is None
+        assert "known: portable, avx2" in wrong["reason"]
+    finally:
+        monkeypatch.delenv("MOESTRO_NATIVE_PATH")
+        native_library.library()
+
+
+def test_without_a_compiler_it_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "the native library was not built; install a C++ compiler"
+    monkeypatch.setattr(native_library, "available", lambda: reason)
+    assert facts(capsys)["native"]["reason"] == reason
+    main(["doctor"])
+    assert f"no native kernels: {reason}" in capsys.readouterr().out

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moestro.config import ModelConfig
 from moestro.errors import MoestroError
-from moestro.infer.engine import Piece, encode_prompt, find_stop, first_expert, stream
+from moestro.infer.decoding import first_expert
+from moestro.infer.engine import Piece, encode_prompt, find_stop, stream
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.models.decoder import Decoder, DecoderOutput
 from moestro.moe.routing import Routing

@@ -18,6 +18,13 @@ EXTRAS = {
 }
 CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
 GIB = 2**30
+# What each path of the native kernels is made of.
+_NATIVE_NEEDS = {
+    "amx": "AMX tiles for many rows, AVX-512 with VNNI for few",
+    "avx512": "AVX-512 with VNNI",
+    "avx2": "AVX2 with FMA",
+    "portable": "plain C++, without AVX2",
+}
 
 
 def doctor(
@@ -26,8 +33,9 @@ def doctor(
     """Show what this machine can run, and why.
 
     Python, torch, the processor and its memory, the number type that training takes when it is
-    left to choose, the kernel backends with the reason for each, and the optional packages. The
-    environment variable MOESTRO_BACKEND forces one backend.
+    left to choose, the native kernels' path, the kernel backends with the reason for each, and the
+    optional packages. The environment variable MOESTRO_BACKEND forces one backend,
+    MOESTRO_NATIVE_PATH a lower path of the native kernels.
     """
     facts = _facts()
     typer.echo(json.dumps(facts, indent=2) if as_json else _text(facts))
@@ -52,16 +60,17 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "memory_bytes": _memory_bytes(),
+            "memory_bytes": memory_bytes(),
             "features": features,
         },
         "cuda": cuda,
         "dtype": {"default": dtype, "reason": reason},
+        "native": _native(),
         "backends": [row._asdict() for row in table()],
         "forced_backend": os.environ.get(ENVIRONMENT) or None,
         "problem": problem,
@@ -89,6 +98,32 @@ def _default_dtype(features: dict[str, bool], cuda: dict[str, Any] | None) -> tu
     return name, "the processor has neither AMX nor AVX-512 instructions for bfloat16"
 
 
+def _native() -> dict[str, Any]:
+    """The native CPU kernels: which path runs, why, on how many threads; or what is missing."""
+    from moestro.errors import BackendError
+    from moestro.kernels import native_library
+
+    missing = native_library.available()
+    facts = {"path": None, "best": None, "threads": None, "reason": missing}
+    if missing is not None:
+        return facts
+    forced = os.environ.get(native_library.PATH_VARIABLE)
+    try:
+        loaded = native_library.library()
+    except BackendError as error:
+        return {**facts, "reason": str(error)}
+    best = native_library.PATHS[loaded.moestro_best_path()]
+    reason = f"the best path that this processor runs: {_NATIVE_NEEDS[best]}"
+    if forced:
+        reason = f"forced by {native_library.PATH_VARIABLE}={forced}; the best here is {best}"
+    return {
+        "path": native_library.path(),
+        "best": best,
+        "threads": loaded.moestro_threads(),
+        "reason": reason,
+    }
+
+
 def _cpu_features() -> dict[str, bool]:
     """Processor features that decide which number types are fast."""
     import torch
@@ -97,7 +132,7 @@ def _cpu_features() -> dict[str, bool]:
     return {name: bool(known.get(name, False)) for name in CPU_FEATURES}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -107,7 +142,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
     """Memory this process may use: the machine's, or the container's limit where that is lower."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -154,6 +189,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"features    {features}",
         f"CUDA        {device}",
         f"dtype       {dtype['default']}: {dtype['reason']}",
+        f"native      {_native_text(facts['native'])}",
         "",
         _backends_title(facts["forced_backend"]),
     ]
@@ -169,6 +205,13 @@ def _text(facts: dict[str, Any]) -> str:
         state = "found" if extra["found"] else f"not found; {extra['install']}"
         lines.append(f"  {name:<12}  {extra['for']}: {state}")
     return "\n".join(lines)
+
+
+def _native_text(native: dict[str, Any]) -> str:
+    if native["path"] is None:
+        return f"no native kernels: {native['reason']}"
+    threads = f"{native['threads']} thread{'' if native['threads'] == 1 else 's'}"
+    return f"{native['path']}, {threads}: {native['reason']} (MOESTRO_NATIVE_PATH=NAME forces one)"
 
 
 def _backends_title(forced: str | None) -> str:

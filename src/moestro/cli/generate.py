@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.opening import Device, Dtype, ModelName, open_shown, pick_device
+from moestro.cli.opening import Device, Dtype, ModelName, PackedFile, Weights, open_weighted
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def generate(
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "as-is",
+    packed: PackedFile = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
 
@@ -113,11 +115,11 @@ def generate(
         raise ConfigError("--layer chooses what --show-experts shows; add --show-experts")
     if system is not None and not chat:
         raise ConfigError("--system is a part of a conversation; add --chat")
-    text, place = _read_prompt(prompt), pick_device(device)
+    text = _read_prompt(prompt)
     folder = find_checkpoint(path)
     tokenizer = load_tokenizer(folder)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_shown(folder, place, dtype).model
+    model = open_weighted(folder, device, dtype, weights, packed)
     layers = _chosen_layers(model)
     column = _column(layers, layer) if show_experts else None
     prepared, pieces = _start(model, tokenizer, start, sampling)

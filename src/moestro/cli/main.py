@@ -27,6 +27,8 @@ VERBS = {
     "train": "Train a language model on text, as a mixture or dense.",
     "compare": "Train a mixture and its dense twin side by side, and say which learnt more.",
     "generate": "Continue a prompt with a trained model.",
+    "bench": "Measure how fast a model runs here, beside others.",
+    "eval": "Measure how well a model predicts held-out text, in each kind of weights.",
     "probe": "Measure which expert does what, over labelled text.",
     "convert": "Write a checkpoint in another layout or number type.",
     "plan": "Say what a model costs before anything is loaded.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,8 @@ from moestro.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from moestro.kernels.packing import Format
+    from moestro.models.build import Model
     from moestro.models.pretrained import Pretrained
 
 ModelName = Annotated[
@@ -27,6 +31,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Number type of the weights: fp32, bf16 or fp16; default as they are."),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="as-is, or packed for the CPU kernels: fp32, bf16, int8 or int4 (groups of 32 inputs "
+        "share a scale; int8-64 and int4-64: of 64)."
+    ),
+]
+PackedFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--packed",
+        help="Where the packed form is kept for the next start; default: beside the checkpoint.",
+    ),
 ]
 
 DTYPES = {
@@ -82,12 +100,87 @@ def open_shown(folder: Path, device: str = "cpu", dtype: str | None = None) -> P
         device: As `pick_device` gives it.
         dtype: As for `pick_dtype`.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     from moestro.models.pretrained import open_model
 
     kind = pick_dtype(dtype)
+    with _reading(folder.name) as progress:
+        return open_model(folder, device=device, dtype=kind, progress=progress)
+
+
+def open_weighted(
+    folder: Path,
+    device: str = "auto",
+    dtype: str | None = None,
+    weights: str = "as-is",
+    packed: Path | None = None,
+) -> Model:
+    """Open a checkpoint for inference, its weights packed where that is asked for.
+
+    A packed form that is kept from an earlier start is mapped; a new one is kept for the next.
+
+    Args:
+        folder: The checkpoint's own, from `moestro.models.hub.find_checkpoint`.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: As for `pick_dtype`.
+        weights: As --weights takes it.
+        packed: The file of the packed form; None: beside the checkpoint.
+
+    Raises:
+        ConfigError: options do not go together.
+        CheckpointError: the checkpoint or the kept packed form cannot be used; says why.
+    """
+    from moestro.infer.quantize import format_of
+
+    format = format_of(weights)
+    if format is None:
+        if packed is not None:
+            raise ConfigError("--packed says where packed weights are kept; add --weights")
+        return open_shown(folder, pick_device(device), dtype).model
+    if dtype is not None:
+        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    return _open_packed(folder, format, packed)
+
+
+def _open_packed(folder: Path, format: Format, packed: Path | None) -> Model:
+    """Map the packed form, or make it and keep it."""
+    from moestro.errors import CheckpointError
+    from moestro.infer import packed_files
+
+    path = packed or packed_files.default_path(folder, format)
+    source = packed_files.fingerprint(folder)
+    if path.exists():
+        model = packed_files.load(path, source)
+        if packed_files.stored_format(path) != format:
+            raise CheckpointError(
+                f"{path} holds other packed weights than {format.kind} in groups of "
+                f"{format.group}; give another --packed, or remove the file"
+            )
+        return model
+    model = read_packed_shown(folder, format)
+    try:
+        packed_files.save(model, path, format, source)
+    except OSError as error:
+        reason = error.strerror or error
+        typer.echo(f"moestro: the packed form is not kept: {path}: {reason}", err=True)
+    return model
+
+
+def read_packed_shown(folder: Path, format: Format) -> Model:
+    """Read a checkpoint straight into packed form, with a bar as `open_shown` has."""
+    from moestro.infer.quantize import read_packed
+
+    with _reading(folder.name) as progress:
+        return read_packed(folder, format, progress)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,10 +189,5 @@ def open_shown(folder: Path, device: str = "cpu", dtype: str | None = None) -> P
     )
     shown = sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(f"reading {folder.name}", total=None)
-        return open_model(
-            folder,
-            device=device,
-            dtype=kind,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        task = bar.add_task(f"reading {name}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from moestro.cli.held_out import open_corpus
 from moestro.cli.opening import ModelName, open_shown, pick_device
-from moestro.errors import ConfigError, DataError, MoestroError
+from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
     from moestro.probe.measure import Findings, Floats, Repetition, Specialisation
-    from moestro.train.data import Corpus
 
 Out = Annotated[
     Path | None,
@@ -217,7 +216,7 @@ def _text(
     from moestro.probe.record import document_blocks
 
     with ExitStack() as stack:
-        corpus = _corpus(checkpoint, home / "data", sources, context, stack)
+        corpus = open_corpus(checkpoint, home / "data", sources, context, stack)
         pool = corpus.held_out(POOL * tokens)
         wanted = max(1, tokens // len(pool) // corpus.seq_len)
         windows, blocks = {}, {}
@@ -229,33 +228,6 @@ def _text(
             document_N = document_blocks(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)
             windows[domain], blocks[domain] = tokens_NS[chosen, :-1], document_N[chosen]
     return windows, blocks
-
-
-def _corpus(
-    checkpoint: Path, data: Path, sources: tuple[str, ...], context: int, stack: ExitStack
-) -> Corpus:
-    """The text that the run held out, or other `sources` split as the run split its own."""
-    from moestro.config import DataConfig
-    from moestro.train.data import Corpus, prepare
-    from moestro.train.state import corpus_fingerprint, read_settings
-
-    if not sources:
-        with suppress(DataError):
-            corpus = Corpus(data)  # as the run left it, whatever became of its sources since
-            if corpus_fingerprint(checkpoint) in (None, corpus.fingerprint):
-                return corpus
-    own = str(checkpoint)  # its tokenizer is the one that it learnt with, not one trained anew
-    if (checkpoint / "run.json").exists():
-        cfg = read_settings(checkpoint).data
-        cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})
-    else:
-        cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
-    if sources:
-        by = "field" if cfg.domains == "field" else "folder"
-        # The run did not train on it as far as can be known: half of it is plenty to choose from.
-        cfg = cfg.model_copy(update={"sources": sources, "domains": by, "held_out": 0.5})
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
-    return prepare(cfg, folder)
 
 
 def _make_folder(folder: Path) -> Path:

@@ -1,23 +1,25 @@
-"""Streaming text from a prompt: prefill once, then one token at a time through the cache."""
+"""Writing text: one request or many at once, each streamed as its tokens are chosen."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moestro.errors import MoestroError
+from moestro.infer.decoding import Decoding, decoding_of, first_expert
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
-from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder, DecoderOutput
 from moestro.models.encdec import EncDec, EncDecOutput
-from moestro.moe.routing import Routing
 from moestro.text import StreamDecoder, Tokenizer
 
 Finish = Literal["stop", "length", "end_of_text"]
 Step = Callable[[Sequence[int]], DecoderOutput | EncDecOutput]
+# Requests that write at once; each holds a cache.
+MOST_LIVE = 16
 
 
 class Piece(NamedTuple):
@@ -82,10 +84,185 @@ def stream(
         MoestroError: the model is in training mode, has no room for the tokenizer's vocabulary, or
             its logits allow no choice.
     """
-    check_ready(model, tokenizer)
-    tokens, _ = encode_prompt(tokenizer, prompt, model.cfg.attention.context)
-    cache = model.new_cache(1)
-    yield from generate(lambda new: _forward(model, new, cache), tokens, tokenizer, sampling)
+    for _, piece in generate_batch(model, tokenizer, [prompt], [sampling]):
+        yield piece
+
+
+def generate_batch(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    samplings: Sequence[SamplingConfig],
+) -> Iterator[tuple[int, Piece]]:
+    """Continue several prompts at once; what one gets does not depend on the others.
+
+    Args:
+        model: In eval mode.
+        tokenizer: The one that the model was trained with.
+        prompts: As for `stream`, of any lengths.
+        samplings: One for each prompt, or one for all.
+
+    Yields:
+        (number of the prompt, Piece), the pieces of each prompt as from `stream`.
+
+    Raises:
+        MoestroError: as for `stream`, or there are not as many samplings as prompts.
+    """
+    if len(samplings) == 1:
+        samplings = list(samplings) * len(prompts)
+    if len(samplings) != len(prompts):
+        raise MoestroError(
+            f"{len(prompts)} prompts came with {len(samplings)} sampling settings; give one for "
+            "each, or one for all"
+        )
+    session = Session(model, tokenizer)
+    for prompt, sampling in zip(prompts, samplings, strict=True):
+        session.add(prompt, sampling)
+    while session.live:
+        yield from session.step()
+
+
+class Writer:
+    """One text as it is written: chooses tokens, spells them, and knows when it ends.
+
+    Attributes:
+        token: The one chosen last, which must pass through the model next.
+        done: Nothing more is to come.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingConfig,
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: The one that the model was trained with.
+            sampling: How to choose tokens and when to stop.
+            marks: Text of tokens that are none of the tokenizer's, or no text to it.
+        """
+        self.token, self.done = -1, False
+        self._tokenizer, self._sampling, self._marks = tokenizer, sampling, marks or {}
+        self._decoder, self._gate = StreamDecoder(tokenizer), _StopGate(sampling.stop)
+        self._generator = new_generator(sampling)
+        self._number = 0
+        # A vocabulary padded to a round number has ids that mean nothing.
+        self._size = max([tokenizer.vocab_size, *(token + 1 for token in self._marks)])
+        unnamed = set(range(tokenizer.vocab_size, self._size)) - self._marks.keys()
+        self._nameless_N = torch.tensor(sorted(unnamed), dtype=torch.int64)
+
+    def choose(self, logits_1V: Tensor) -> list[Piece]:
+        """Choose the next token; returns what is certain if it ends the text."""
+        logits_1V = logits_1V[:, : self._size]
+        if len(self._nameless_N):
+            nameless_N = self._nameless_N.to(logits_1V.device)
+            logits_1V = logits_1V.index_fill(1, nameless_N, -torch.inf)
+        self.token = int(next_tokens(logits_1V, self._sampling, [self._generator]))
+        if self.token not in self._tokenizer.ends:
+            return []
+        return self._push(Piece(self._decoder.flush(), self.token, (), "end_of_text"))
+
+    def passed(self, experts: tuple[int, ...]) -> list[Piece]:
+        """Take the experts that the chosen token met; returns what is certain now."""
+        if self.token in self._marks:
+            text = self._decoder.flush() + self._marks[self.token]
+        else:
+            text = self._decoder.push(self.token)
+        self._number += 1
+        finish: Finish | None = None
+        if self._number == self._sampling.max_tokens:
+            text, finish = text + self._decoder.flush(), "length"
+        return self._push(Piece(text, self.token, experts, finish))
+
+    def _push(self, piece: Piece) -> list[Piece]:
+        pieces = list(self._gate.push(piece))
+        self.done = piece.finish is not None or self._gate.stopped
+        return pieces
+
+
+class _Live(NamedTuple):
+    """A request that is being written."""
+
+    number: int
+    writer: Writer
+    past: Any
+    logits_1V: Tensor
+
+
+class Session:
+    """Requests that come and go, written together: a step takes one token of each.
+
+    What a request gets depends on its prompt, its settings and its seed alone.
+
+    Attributes:
+        live: Requests that are not done.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
+        """Open a session.
+
+        Args:
+            model: In eval mode; must not change meanwhile.
+            tokenizer: The one that the model was trained with.
+            most: Requests written at once; others wait for their turn.
+
+        Raises:
+            MoestroError: the model is in training mode, or too small for the tokenizer.
+        """
+        check_ready(model, tokenizer)
+        self._tokenizer, self._context = tokenizer, model.cfg.attention.context
+        self._decoding: Decoding = decoding_of(model)
+        self._most = most
+        self._waiting: deque[tuple[int, list[int], Writer]] = deque()
+        self._running: list[_Live] = []
+        self._count = 0
+
+    @property
+    def live(self) -> int:
+        """Requests that are not done, waiting ones included."""
+        return len(self._waiting) + len(self._running)
+
+    def add(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> int:
+        """Take a request, which begins with a later `step`; returns its number, from 0."""
+        number, self._count = self._count, self._count + 1
+        tokens, _ = encode_prompt(self._tokenizer, prompt, self._context)
+        self._waiting.append((number, tokens, Writer(self._tokenizer, sampling)))
+        return number
+
+    def drop(self, number: int) -> None:
+        """Forget a request, whether it waits or is being written; others go on unchanged."""
+        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        self._running = [each for each in self._running if each.number != number]
+
+    def step(self) -> list[tuple[int, Piece]]:
+        """Begin one waiting request, if there is room, and write a token of every running one.
+
+        Returns:
+            (number of the request, Piece) of all text that is certain now.
+
+        Raises:
+            MoestroError: the logits of a request allow no choice.
+        """
+        if self._waiting and len(self._running) < self._most:
+            number, tokens, writer = self._waiting.popleft()
+            past, passed = self._decoding.begin(tokens)
+            self._running.append(_Live(number, writer, past, passed.logits_1V))
+        made = [
+            (each.number, piece)
+            for each in self._running
+            for piece in each.writer.choose(each.logits_1V)
+        ]
+        running = [each for each in self._running if not each.writer.done]
+        if running:
+            tokens_B = [each.writer.token for each in running]
+            outputs = self._decoding.step(tokens_B, [each.past for each in running])
+            for place, (each, passed) in enumerate(zip(running, outputs, strict=True)):
+                made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
+                running[place] = each._replace(logits_1V=passed.logits_1V)
+        self._running = [each for each in running if not each.writer.done]
+        return made
 
 
 def check_ready(model: Decoder | EncDec, tokenizer: Tokenizer) -> None:
@@ -119,64 +296,16 @@ def generate(
         sampling: How to choose tokens and when to stop.
         marks: Text of tokens that are none of the tokenizer's, or no text to it.
     """
-    gate = _StopGate(sampling.stop)
-    for piece in _tokens(step, start, tokenizer, sampling, marks or {}):
-        yield from gate.push(piece)
-        if gate.stopped:
-            return
-
-
-def _tokens(
-    step: Step,
-    start: Sequence[int],
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    marks: Mapping[int, str],
-) -> Iterator[Piece]:
-    """Every generated token with its text, before any thought of stop strings."""
-    decoder = StreamDecoder(tokenizer)
-    generator = new_generator(sampling)
-    # A vocabulary padded to a round number has ids that mean nothing.
-    size = max([tokenizer.vocab_size, *(token + 1 for token in marks)])
-    nameless = [token for token in range(tokenizer.vocab_size, size) if token not in marks]
+    writer = Writer(tokenizer, sampling, marks)
     output = step(start)
-    for number in range(1, sampling.max_tokens + 1):
-        logits_BV = output.logits[:, -1, :size]
-        if nameless:
-            nameless_N = torch.tensor(nameless, device=logits_BV.device)
-            logits_BV = logits_BV.index_fill(1, nameless_N, -torch.inf)
-        token = int(next_tokens(logits_BV, sampling, [generator]))
-        if token in tokenizer.ends:
-            yield Piece(decoder.flush(), token, (), "end_of_text")
+    while True:
+        yield from writer.choose(output.logits[:, -1])
+        if writer.done:
             return
-        text = decoder.flush() + marks[token] if token in marks else decoder.push(token)
-        output = step([token])
-        experts = tuple(first_expert(routing) for routing in output.routings)
-        last = number == sampling.max_tokens
-        yield Piece(
-            text + decoder.flush() if last else text, token, experts, "length" if last else None
-        )
-
-
-@torch.inference_mode()
-def _forward(model: Decoder, tokens: Sequence[int], cache: KVCache) -> DecoderOutput:
-    device = next(model.parameters()).device
-    tokens_BS = torch.tensor([tokens], dtype=torch.int64, device=device)
-    output: DecoderOutput = model(tokens_BS, cache=cache)
-    return output
-
-
-def first_expert(routing: Routing) -> int:
-    """The expert with the most say on the last token of a Routing; -1 if none took it.
-
-    For token choice that is the first one chosen.
-    """
-    mine_R = routing.tokens_R == routing.num_tokens - 1
-    experts_R: Tensor = routing.experts_R[mine_R]
-    if experts_R.numel() == 0:
-        return -1
-    best = 0 if routing.top_k else int(routing.weights_R[mine_R].argmax())
-    return int(experts_R[best])
+        output = step([writer.token])
+        yield from writer.passed(tuple(map(first_expert, output.routings)))
+        if writer.done:
+            return
 
 
 class _StopGate:

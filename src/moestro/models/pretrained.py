@@ -209,7 +209,7 @@ def open_model(
 
 
 def _family(name: Any, where: str) -> Family:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f"{where}: model_type {name!r} is not known; known: {_names(FAMILIES)}")
     return FAMILIES[name]
 

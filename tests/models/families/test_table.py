@@ -170,13 +170,6 @@ def test_old_and_new_rotary_fields_mean_the_same():
             "attention_factor": 1.2,
             "beta_fast": 31.0,
         },
-        {
-            "kind": "longrope",
-            "short_factor": [1.0, 1.5],
-            "long_factor": [2.0, 3.0],
-            "original_context": 64,
-            "short_scale": 1.1,
-        },
     ],
 )
 @pytest.mark.parametrize("original", [{}, MIXTRAL_8X7B])

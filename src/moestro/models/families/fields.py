@@ -111,12 +111,14 @@ def choice(theirs: str, ours: str, values: Mapping[Any, Any], default: Any = REQ
 def fixed(theirs: str, *allowed: Any) -> Entry:
     """A field that may be missing, or else has one of the values `allowed`; the first is written.
 
-    None among them allows null; it need not be said where null is like missing.
+    None among them allows null; it need not be said where null is like missing, which it is but
+    for a switch that is on.
     """
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         value = hf.get(theirs)
-        if value is not None and value not in allowed:
+        missing = value is None and not (allowed[0] is True and theirs in hf)
+        if not missing and value not in allowed:
             raise ConfigError(_only(theirs, value, list(allowed)))
         return {}
 

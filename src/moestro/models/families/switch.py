@@ -7,7 +7,7 @@ from typing import Any
 
 from moestro.config import EncDecConfig
 from moestro.errors import ConfigError
-from moestro.models.families.fields import field, fixed
+from moestro.models.families.fields import derived, field, fixed
 from moestro.models.families.table import Entry, Family, Rule
 
 
@@ -125,6 +125,8 @@ SWITCH = Family(
         field("num_layers", "encoder_layers"),
         _decoder_layers(),
         _sparse_layers(),
+        derived("encoder_sparse_step", lambda cfg: cfg.moe_every),
+        derived("decoder_sparse_step", lambda cfg: cfg.moe_every),
         _width(),
         field("num_heads", "attention.num_heads"),
         field("d_kv", "attention.head_dim"),
@@ -157,14 +159,12 @@ SWITCH = Family(
         "moe.router.kind": "softmax",
         "moe.router.renormalize": False,
     },
-    # Of training, or repeated: the steps follow from the numbers of sparse layers.
+    # Of training, or of the parts that it is made of.
     harmless=frozenset(
         {
             "add_cross_attention",
             "add_router_probs",
-            "decoder_sparse_step",
             "dropout_rate",
-            "encoder_sparse_step",
             "initializer_factor",
             "is_decoder",
             "n_positions",

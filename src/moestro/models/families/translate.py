@@ -38,7 +38,7 @@ def to_settings(family: Family, hf: Mapping[str, Any]) -> Config:
     for dotted, value in family.always.items():
         _put(values, dotted, value)
     for entry in family.entries:
-        for dotted, value in entry.read(hf).items():
+        for dotted, value in _read(entry, hf).items():
             _put(values, dotted, value)
     cfg = family.settings(**values)
     for entry in family.entries:
@@ -118,6 +118,18 @@ def canonical(cfg: Config) -> dict[str, Any]:
     return values
 
 
+def _read(entry: Entry, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry says of our settings."""
+    try:
+        return entry.read(hf)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        given = ", ".join(f"{name} = {hf[name]!r}"[:200] for name in entry.theirs if name in hf)
+        raise ConfigError(
+            f"{given or entry.theirs[0]} cannot be read ({error}): it, or a field that it depends "
+            "on, is missing or of the wrong kind"
+        ) from None
+
+
 def _spelled_out(cfg: Config) -> Config:
     """The same settings, with the default said that a config.json has no word for leaving out."""
     if cfg.moe is None:
@@ -150,7 +162,7 @@ def _agrees(entry: Entry, original: Mapping[str, Any], before: dict[str, Any], c
         except ConfigError:
             return False
     now = canonical(cfg)
-    return all(_take(before, name) == _take(now, name) for name in entry.read(original))
+    return all(_take(before, name) == _take(now, name) for name in _read(entry, original))
 
 
 def _take(values: Any, dotted: str) -> Any:

@@ -1,0 +1,289 @@
+"""`moestro bench`: how fast a model runs here, in each kind of weights, and beside others."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from moestro.cli.doctor import GIB, cpu_name, memory_bytes
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.config import ModelConfig
+    from moestro.infer.speed import Speed
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint as for generate; or, with random weights, a preset of `moestro plan` or "
+        "a .toml or .json of settings.",
+    ),
+]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        help="as-is, fp32, bf16, int8, int8-64, int4 or int4-64; may be repeated; default as-is.",
+    ),
+]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="transformers, or llama.cpp=PATH of its llama-bench; may be repeated. llama.cpp gets "
+        "random weights of the same shape."
+    ),
+]
+LLAMA = "llama.cpp"
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    weights: str
+    speed: Speed
+
+
+class Plan(NamedTuple):
+    """What is measured: settings, the folder of a checkpoint, tokens and rounds."""
+
+    name: str
+    cfg: ModelConfig
+    folder: Path | None
+    prompt: int
+    tokens: int
+    rounds: int
+
+
+def bench(
+    model: Subject,
+    weights: Kinds = None,
+    compare: Compare = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; medians are shown.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast a model runs on this machine's processor.
+
+    Tokens per second of the prompt and after it, the time to the first token, the bytes of weights
+    that each token reads and their share of what plain reading reaches in the same run, the most
+    memory held, and energy where the machine says. Tokens are random, so that experts rotate.
+    """
+    from moestro.infer.quantize import format_of
+
+    kinds = weights or ["as-is"]
+    for kind in kinds:
+        format_of(kind)
+    peers = [_peer(each) for each in compare or ()]
+    plan = _plan(model, prompt, tokens, rounds)
+    rows = [*_ours(plan, kinds), *_theirs(plan, kinds, peers)]
+    if as_json:
+        typer.echo(json.dumps(_facts(plan, rows), indent=2))
+    else:
+        _print(plan, rows)
+
+
+def _peer(text: str) -> tuple[str, Path | None]:
+    """(transformers, None) or (llama.cpp, its llama-bench)."""
+    name, equals, path = text.partition("=")
+    if name == "transformers" and not equals:
+        return name, None
+    if name == LLAMA and path:
+        if not os.access(path, os.X_OK) or Path(path).is_dir():
+            raise ConfigError(f"--compare {text}: {path} is no program; give that of llama-bench")
+        return name, Path(path)
+    raise ConfigError(
+        f"--compare {text} is unknown; choose transformers, or {LLAMA}=PATH with the path of "
+        "its llama-bench"
+    )
+
+
+def _plan(name: str, prompt: int, tokens: int, rounds: int) -> Plan:
+    """The model's settings, and its folder if it has weights."""
+    from moestro.config import ModelConfig
+    from moestro.models.checkpoint import CONFIG, read_own_config
+    from moestro.models.hub import find_checkpoint
+    from moestro.models.pretrained import is_pretrained, read_config
+    from moestro.plan.presets import names
+    from moestro.plan.subject import from_file, from_preset
+
+    path, folder = Path(name), None
+    known = name.lower().replace("/", "-") in names()
+    if path.suffix in (".toml", ".json"):
+        cfg = from_file(path).cfg
+    elif known and not path.exists():
+        cfg = from_preset(name).cfg
+        if cfg is None:
+            raise ConfigError(f"{name}'s settings are not known or cannot be expressed")
+    else:
+        folder = find_checkpoint(name)
+        theirs = is_pretrained(folder)
+        cfg = read_config(folder).cfg if theirs else read_own_config(folder / CONFIG)
+    if not isinstance(cfg, ModelConfig):
+        raise ConfigError(f"{name} is an encoder-decoder; bench measures decoders")
+    if prompt + tokens > cfg.attention.context:
+        raise ConfigError(
+            f"{prompt} tokens of prompt and {tokens} after it exceed the model's context of "
+            f"{cfg.attention.context}; lower --prompt or --tokens"
+        )
+    return Plan(name, cfg, folder, prompt, tokens, rounds)
+
+
+def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
+    """A row for each kind of weights; one model is in memory at a time."""
+    from moestro.infer.native_decoder import supports
+    from moestro.infer.speed import Reading, forget_peak, measure, rounds_of, weight_bytes
+
+    for kind in kinds:
+        _check_memory(plan, kind)
+        forget_peak()
+        model = _open(plan, kind)
+        run = rounds_of(model, plan.prompt, plan.tokens)
+        size = weight_bytes(model)
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        how = "moestro" if supports(model) is None else "moestro in Python"
+        yield Row(how, kind, speed)
+        del model, run
+        gc.collect()
+
+
+def _open(plan: Plan, kind: str) -> Any:
+    """The model with its weights, or with random ones."""
+    from moestro.infer.quantize import format_of, random_model, read_packed
+    from moestro.models.pretrained import open_model
+
+    format = format_of(kind)
+    if plan.folder is None:
+        return random_model(plan.cfg, format)
+    if format is None:
+        return open_model(plan.folder).model
+    return read_packed(plan.folder, format)
+
+
+def _check_memory(plan: Plan, kind: str) -> None:
+    """Refuse a model that cannot fit, before anything is built."""
+    from moestro.infer.quantize import format_of
+    from moestro.models.count import count
+
+    format, counted, there = format_of(kind), count(plan.cfg), memory_bytes()
+    bits = 16.0 if format is None else format.bits
+    needed = (counted.total - counted.input_embedding) * bits / 8 + 2 * counted.input_embedding
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"{plan.name} in {kind} takes {needed / GIB:.1f} GiB, and this machine has "
+            f"{there / GIB:.1f} GiB; choose smaller --weights or another model"
+        )
+
+
+def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) -> Iterator[Row]:
+    """Rows of what is compared with."""
+    import torch
+
+    from moestro.cli.peers import llama_bench
+    from moestro.infer.gguf import KINDS
+
+    for name, program in peers:
+        if program is None:
+            yield from _transformers(plan)
+            continue
+        # Their groups have 32 weights; as-is is compared with bf16.
+        wanted = dict.fromkeys(
+            kind.partition("-")[0] if kind != "as-is" else "bf16" for kind in kinds
+        )
+        for kind in (KINDS[each] for each in wanted if each in KINDS):
+            speed = llama_bench(
+                program, plan.cfg, kind, plan.prompt, plan.tokens, plan.rounds,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            yield Row(name, kind.name, speed)
+
+
+def _transformers(plan: Plan) -> Iterator[Row]:
+    """A row for each of its ways to run experts."""
+    from moestro.cli.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
+    from moestro.infer.speed import Reading, forget_peak, measure
+    from moestro.models.count import count
+
+    forget_peak()
+    model = transformers_model(plan.cfg, plan.folder)
+    size = 2.0 * count(plan.cfg).matmul
+    for implementation in IMPLEMENTATIONS if plan.cfg.moe is not None else ("",):
+        run = transformers_rounds(model, implementation, plan.prompt, plan.tokens)
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        yield Row(f"transformers {implementation}".rstrip(), "bf16", speed)
+
+
+def _facts(plan: Plan, rows: list[Row]) -> dict[str, Any]:
+    """Everything as JSON; rates per second, sizes in bytes."""
+    import torch
+
+    from moestro.kernels import native_cpu
+    from moestro.models.count import count
+
+    counted = count(plan.cfg)
+    return {
+        "model": plan.name,
+        "random_weights": plan.folder is None,
+        "parameters": {"total": counted.total, "active": counted.active},
+        "prompt": plan.prompt,
+        "tokens": plan.tokens,
+        "rounds": plan.rounds,
+        "machine": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "native_path": native_cpu.path() if native_cpu.available() is None else None,
+        },
+        "rows": [{"name": row.name, "weights": row.weights, **row.speed._asdict()} for row in rows],
+    }
+
+
+def _print(plan: Plan, rows: list[Row]) -> None:
+    """The table, for a person."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = _facts(plan, rows)
+    machine, size = facts["machine"], facts["parameters"]
+    random = "random weights, " if facts["random_weights"] else ""
+    console = Console(highlight=False)
+    console.print(
+        f"{plan.name}: {size['total'] / 1e6:,.1f}M parameters, {size['active'] / 1e6:,.1f}M "
+        f"active; {random}{plan.tokens} tokens after a prompt of {plan.prompt}\n{machine['cpu']}, "
+        f"{machine['threads']} threads, native path: {machine['native_path'] or 'none'}",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    titles = ["weights", "prompt/s", "decode/s", "first ms", "MB/token", "of read", "GiB"]
+    energy = any(row.speed.joules is not None for row in rows)
+    for title in (*titles, *(("J/token",) if energy else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, weights, speed in rows:
+        cells = [
+            weights,
+            f"{speed.prefill_per_s:.1f}",
+            f"{speed.decode_per_s:.1f}",
+            f"{speed.first_s * 1e3:.1f}",
+            f"{speed.weight_bytes / 1e6:.1f}",
+            "" if speed.share is None else f"{speed.share:.0%}",
+            f"{speed.peak_bytes / GIB:.2f}",
+        ]
+        if energy:
+            cells.append("" if speed.joules is None else f"{speed.joules:.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(
+        "tokens per second of the prompt and after it; time to the first token; weights that a "
+        "token reads, and their share of plain reading in the same run; most memory held",
+        soft_wrap=True,
+    )

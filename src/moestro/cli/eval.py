@@ -1,0 +1,155 @@
+"""`moestro eval`: bits per byte of held-out text, for each kind of weights of one model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from moestro.cli.held_out import open_corpus
+from moestro.cli.opening import ModelName, open_shown, read_packed_shown
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.models.build import Model
+    from moestro.train.data import HeldOut
+
+Source = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Other text than the run's: file, folder, glob or 'builtin'; may be repeated. "
+        "Domains are the sub-folders, or the files' names."
+    ),
+]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        help="as-is, fp32, bf16, int8, int8-64, int4 or int4-64; may be repeated; default bf16, "
+        "int8 and int4. Others are compared with the first.",
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
+]
+DEFAULT = ("bf16", "int8", "int4")
+BATCH = 8
+
+
+class Row(NamedTuple):
+    """Bits per byte by domain, `all` first."""
+
+    weights: str
+    bits: dict[str, float]
+
+
+def eval(
+    path: ModelName,
+    source: Source = None,
+    weights: Kinds = None,
+    tokens: Tokens = 65_536,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how many bits a model needs for a byte of held-out text.
+
+    Once for each kind of weights, of the same model on the same text: what packing costs in
+    quality. Text that the run held out, or other text with --source.
+    """
+    from moestro.infer.quantize import format_of
+    from moestro.models.hub import find_checkpoint
+
+    kinds = list(dict.fromkeys(weights or DEFAULT))
+    for kind in kinds:
+        format_of(kind)
+    checkpoint = find_checkpoint(path)
+    with ExitStack() as stack:
+        held_out, seq_len = _text(checkpoint, tuple(source or ()), tokens, stack)
+    read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
+    rows = [Row(kind, _measure(checkpoint, kind, held_out)) for kind in kinds]
+    if as_json:
+        typer.echo(json.dumps(_facts(checkpoint, read, rows)))
+    else:
+        _print(checkpoint, read, rows)
+
+
+def _text(
+    checkpoint: Path, sources: tuple[str, ...], tokens: int, stack: ExitStack
+) -> tuple[dict[str, HeldOut], int]:
+    """Held-out windows by domain, and their length."""
+    from moestro.config import EncDecConfig
+    from moestro.models.checkpoint import CONFIG, read_own_config
+    from moestro.models.pretrained import is_pretrained, read_config
+
+    theirs = is_pretrained(checkpoint)
+    cfg = read_config(checkpoint).cfg if theirs else read_own_config(checkpoint / CONFIG)
+    if isinstance(cfg, EncDecConfig):
+        raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)
+    return corpus.held_out(tokens), corpus.seq_len
+
+
+def _measure(checkpoint: Path, kind: str, held_out: dict[str, HeldOut]) -> dict[str, float]:
+    """Bits per byte in one kind of weights; the model is gone afterwards."""
+    from moestro.train.evaluate import evaluate
+
+    model = _open(checkpoint, kind)
+    bits = evaluate(model, held_out, BATCH)
+    del model
+    gc.collect()
+    return bits
+
+
+def _open(checkpoint: Path, kind: str) -> Model:
+    from moestro.infer.quantize import format_of
+
+    format = format_of(kind)
+    return open_shown(checkpoint).model if format is None else read_packed_shown(checkpoint, format)
+
+
+def _over(row: Row, first: Row) -> float:
+    """How much more bits than the first kind needs, as a part of them."""
+    from moestro.train.evaluate import ALL
+
+    return row.bits[ALL] / first.bits[ALL] - 1
+
+
+def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint),
+        "tokens": tokens,
+        "rows": [
+            {"weights": row.weights, "bits_per_byte": row.bits, "over_first": _over(row, rows[0])}
+            for row in rows
+        ],
+    }
+
+
+def _print(checkpoint: Path, tokens: int, rows: list[Row]) -> None:
+    """The table, for a person."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from moestro.train.evaluate import ALL
+
+    console = Console(highlight=False)
+    console.print(
+        f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    domains = [name for name in rows[0].bits if name != ALL]
+    for place, title in enumerate(
+        ["weights", ALL, "change", *(domains if len(domains) > 1 else ())]
+    ):
+        table.add_column(escape(title), justify="right" if place else "left")
+    for row in rows:
+        each = [f"{row.bits[name]:.4f}" for name in domains] if len(domains) > 1 else []
+        change = "" if row is rows[0] else f"{_over(row, rows[0]):+.2%}"
+        table.add_row(row.weights, f"{row.bits[ALL]:.4f}", change, *each)
+    console.print(table)

@@ -1,0 +1,238 @@
+"""How fast a model runs, and what bounds it: rounds of prefill and decoding beside plain reading.
+
+Decoding reads every active weight once per token, so its bound is the bandwidth of memory, which is
+measured between the rounds of the same run.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moestro.infer.decoding import decoding_of
+from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
+from moestro.kernels import native_cpu
+from moestro.models.decoder import Decoder
+from moestro.models.linear import PackedLinear
+from moestro.moe.layer import MoE
+from moestro.moe.packed import PackedExperts
+
+# Far larger than a cache, far smaller than a memory.
+READ_BYTES = 512 * 2**20
+POWERCAP = Path("/sys/class/powercap")
+_CLEAR_PEAK = "5"
+
+
+class Round(NamedTuple):
+    """One prompt and the tokens after it.
+
+    Attributes:
+        prefill_s: seconds that the prompt took.
+        first_s: until the first token was chosen.
+        decode_s: of the tokens after it.
+        joules: of the decoding; None where the machine does not say.
+    """
+
+    prefill_s: float
+    first_s: float
+    decode_s: float
+    joules: float | None = None
+
+
+class Speed(NamedTuple):
+    """Medians over the rounds.
+
+    Attributes:
+        prefill_per_s: tokens of the prompt per second.
+        decode_per_s: tokens per second after it.
+        first_s: seconds to the first token.
+        weight_bytes: weights read per decoded token.
+        read_per_s: bytes per second of plain reading, measured between the rounds; None where
+            nothing was measured.
+        share: of it that decoding used, round by round.
+        peak_bytes: the most memory that the process held meanwhile, without `Reading`'s.
+        joules: per decoded token; None where the machine does not say.
+    """
+
+    prefill_per_s: float
+    decode_per_s: float
+    first_s: float
+    weight_bytes: float
+    read_per_s: float | None
+    share: float | None
+    peak_bytes: int
+    joules: float | None
+
+
+def measure(
+    run: Callable[[], Round],
+    prompt: int,
+    tokens: int,
+    weight_bytes: float,
+    rounds: int = 3,
+    read: Reading | None = None,
+) -> Speed:
+    """Measure something that takes prompts, after one round to warm up.
+
+    Args:
+        run: one round of `prompt` and `tokens` tokens.
+        prompt: tokens of the prompt.
+        tokens: tokens decoded.
+        weight_bytes: read per decoded token.
+        rounds: that count.
+        read: what measures plain reading between the rounds; None: not wanted.
+    """
+    run()
+    made, reads = [], []
+    for _ in range(rounds):
+        reads.append(read() if read is not None else 0.0)
+        made.append(run())
+    decode_per_s = median(tokens / each.decode_s for each in made)
+    pairs = zip(made, reads, strict=True)
+    shares = [weight_bytes * tokens / each.decode_s / rate for each, rate in pairs if rate]
+    energies = [each.joules / tokens for each in made if each.joules is not None]
+    return Speed(
+        prefill_per_s=median(prompt / each.prefill_s for each in made),
+        decode_per_s=decode_per_s,
+        first_s=median(each.first_s for each in made),
+        weight_bytes=weight_bytes,
+        read_per_s=median(reads) if shares else None,
+        share=median(shares) if shares else None,
+        peak_bytes=peak_bytes() - (read.size if read is not None else 0),
+        joules=median(energies) if energies else None,
+    )
+
+
+def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callable[[], Round]:
+    """Rounds of one of our models.
+
+    Tokens are random, the same ones in each round: they rotate the experts, whatever the model
+    would have said.
+
+    Args:
+        model: in evaluation mode.
+        prompt: tokens of the prompt.
+        tokens: tokens decoded after it.
+        seed: of the tokens.
+    """
+    decoding, energy = decoding_of(model), Energy()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.cfg.vocab_size, (prompt + tokens,), generator=generator).tolist()
+    greedy = SamplingConfig(temperature=0.0)
+
+    def run() -> Round:
+        start = time.perf_counter()
+        past, passed = decoding.begin(ids[:prompt])
+        prefilled = time.perf_counter()
+        next_tokens(passed.logits_1V.float(), greedy, [new_generator(greedy)])
+        first = time.perf_counter()
+        joules = energy.joules()
+        begun = time.perf_counter()
+        for token in ids[prompt:]:
+            decoding.step([token], [past])
+        decode_s = time.perf_counter() - begun
+        used = energy.since(joules)
+        return Round(prefilled - start, first - start, decode_s, used)
+
+    return run
+
+
+def weight_bytes(model: nn.Module) -> float:
+    """Bytes of weights that decoding one token reads: K of E experts; no row of the embedding."""
+    modules = list(model.modules())
+    shares: dict[nn.Module, float] = {
+        each.experts: each.cfg.top_k / each.cfg.num_experts
+        for each in modules
+        if isinstance(each, MoE)
+    }
+    total = 0.0
+    for module in modules:
+        if isinstance(module, PackedLinear | PackedExperts):
+            size = module.weights.data.numel()
+        elif isinstance(module, nn.Embedding):
+            continue  # a tied head has the same tensor, and is counted
+        else:
+            tensors = module.parameters(recurse=False)
+            size = sum(each.numel() * each.element_size() for each in tensors)
+        total += size * shares.get(module, 1.0)
+    return total
+
+
+class Reading:
+    """Plain reading of a large buffer: what memory gives at this moment.
+
+    Args:
+        size: of the buffer, in bytes.
+    """
+
+    def __init__(self, size: int = READ_BYTES) -> None:
+        self.size = size
+        native = native_cpu.available() is None
+        self._buffer: Tensor = (
+            native_cpu.aligned(size).fill_(1) if native else torch.ones(size // 4)
+        )
+        self._read: Callable[[], object] = (
+            (lambda: native_cpu.read(self._buffer)) if native else self._buffer.sum
+        )
+
+    def __call__(self) -> float:
+        """Bytes per second, the best of three."""
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            self._read()
+            best = min(best, time.perf_counter() - start)
+        return self.size / best
+
+
+class Energy:
+    """What the processors' counters under /sys/class/powercap say, where they can be read."""
+
+    def __init__(self, root: Path = POWERCAP) -> None:
+        self._counters: list[tuple[Path, int]] = []
+        for zone in sorted(root.glob("*:*")) if root.is_dir() else ():
+            if zone.name.count(":") > 1:
+                continue  # a part of a package, which is counted with it
+            with suppress(OSError, ValueError):
+                most = int((zone / "max_energy_range_uj").read_text())
+                int((zone / "energy_uj").read_text())
+                self._counters.append((zone / "energy_uj", most))
+
+    def joules(self) -> list[int] | None:
+        """The counters now, in microjoules; None where there are none."""
+        if not self._counters:
+            return None
+        return [int(path.read_text()) for path, _ in self._counters]
+
+    def since(self, before: list[int] | None) -> float | None:
+        """Joules since `joules` gave `before`; a counter that began anew is taken as such."""
+        now = self.joules()
+        if before is None or now is None:
+            return None
+        pairs = zip(now, before, self._counters, strict=True)
+        return sum((new - old) % (most + 1) for new, old, (_, most) in pairs) / 1e6
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` count from here, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held, since `forget_peak` where the system can."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,74 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moestro.cli.main import main
+from moestro.kernels import native_cpu
+
+NEEDS_NATIVE = pytest.mark.skipif(
+    native_cpu.available() is not None, reason=str(native_cpu.available())
+)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    for name in ("first", "second"):
+        lines = (f"{name} says that line {number} is here\n" for number in range(400))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    return str(tmp_path)
+
+
+@NEEDS_NATIVE
+def test_every_kind_of_weights_on_the_same_text(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(published), "--source", text, "--tokens", "1000"]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["weights"] for row in facts["rows"]] == ["bf16", "int8", "int4"]
+    assert facts["tokens"] > 500
+    first = facts["rows"][0]
+    assert first["over_first"] == 0
+    assert {"all", "first", "second"} == set(first["bits_per_byte"])
+    bits = [row["bits_per_byte"]["all"] for row in facts["rows"]]
+    assert len(set(bits)) == 3
+    assert abs(bits[1] / bits[0] - 1) < 0.01
+    for row in facts["rows"]:
+        assert row["over_first"] == pytest.approx(row["bits_per_byte"]["all"] / bits[0] - 1)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"{bits[2]:.4f}" in out
+    assert "second" in out
+    # Nothing is left beside the checkpoint.
+    assert not list(published.glob("*.moestro"))
+
+
+def test_as_is_needs_no_native_library(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(native_cpu, "library", refuse)
+    words = ["eval", str(published), "--source", text, "--tokens", "500", "--weights", "as-is"]
+    assert main([*words, "--json"]) == 0
+    bits = json.loads(capsys.readouterr().out)["rows"][0]["bits_per_byte"]["all"]
+    assert 0 < bits < 100
+    assert torch.tensor(bits).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--source", "nowhere"], "nowhere"),
+        (["--tokens", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_bad_options(
+    words: list[str], message: str, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(published), *words]) == 2
+    assert message in capsys.readouterr().err

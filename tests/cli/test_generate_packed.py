@@ -1,0 +1,106 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moestro.cli.main import main
+from moestro.infer import quantize
+from moestro.kernels import native_cpu
+
+pytestmark = pytest.mark.skipif(
+    native_cpu.available() is not None, reason=str(native_cpu.available())
+)
+
+
+@pytest.fixture
+def folder(published: Path, tmp_path: Path) -> Path:
+    """A copy to write into."""
+    return Path(shutil.copytree(published, tmp_path / "model"))
+
+
+def text(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    given = ["generate", *words, "--max-tokens", "12", "--temperature", "0", "--json"]
+    assert main(given) == 0
+    return str(json.loads(capsys.readouterr().out)["text"])
+
+
+def test_the_packed_form_is_kept_and_mapped_the_next_time(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = text(capsys, str(folder), "hello", "--weights", "int4")
+    (kept,) = folder.glob("*.moestro")
+    assert kept.name == "packed-int4-32.moestro"
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("packed again")
+
+    monkeypatch.setattr(quantize, "read_packed", refuse)
+    assert text(capsys, str(folder), "hello", "--weights", "int4") == first
+
+
+def test_elsewhere_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder.parent / "there" / "kept"
+    words = [str(folder), "hello", "--weights", "int8", "--packed", str(place)]
+    first = text(capsys, *words)
+    assert place.is_file()
+    assert not list(folder.glob("*.moestro"))
+    assert text(capsys, *words) == first
+    assert main(["generate", str(folder), "--weights", "int4", "--packed", str(place)]) == 2
+    assert "holds other packed weights than int4" in capsys.readouterr().err
+
+
+def test_a_changed_checkpoint_and_a_broken_file_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(folder), "hello", "--weights", "bf16", "--max-tokens", "2"]
+    assert main(words) == 0
+    config = folder / "config.json"
+    before = config.read_text()
+    config.write_text(before + "\n")
+    assert main(words) == 2
+    assert "another checkpoint" in capsys.readouterr().err
+    config.write_text(before)
+    (kept,) = folder.glob("*.moestro")
+    kept.write_bytes(kept.read_bytes()[:9000])
+    assert main(words) == 2
+    assert "truncated" in capsys.readouterr().err
+    kept.unlink()
+    assert main(words) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.chmod(0o555)
+    assert main(["generate", str(folder), "a", "--weights", "int8", "--max-tokens", "2"]) == 0
+    assert "is not kept" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_the_text_comes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = folder / "config.json" / "below"
+    words = ["generate", str(folder), "a", "--weights", "int8", "--packed", str(blocked)]
+    assert main([*words, "--max-tokens", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "the packed form is not kept" in captured.err
+    assert captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int8", "--dtype", "bf16"], "leave one out"),
+        (["--weights", "int8", "--device", "cuda"], "leave out --device cuda"),
+        (["--packed", "file"], "add --weights"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(folder), "a", *words]) == 2
+    assert message in capsys.readouterr().err

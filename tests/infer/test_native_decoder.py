@@ -1,0 +1,192 @@
+from typing import Any
+
+import pytest
+import torch
+
+from moestro.config import ModelConfig
+from moestro.errors import MoestroError
+from moestro.infer.decoding import NativeDecoding, PythonDecoding
+from moestro.infer.native_decoder import NativeDecoder, supports
+from moestro.infer.quantize import WEIGHTS, pack
+from moestro.kernels import native_cpu
+from moestro.models.decoder import Decoder
+
+pytestmark = pytest.mark.skipif(
+    native_cpu.available() is not None, reason=str(native_cpu.available())
+)
+
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "context": 16}
+MOE = {"hidden_dim": 24, "num_experts": 5, "top_k": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 70,
+    "dim": 32,
+    "num_layers": 3,
+    "dense": {"hidden_dim": 40},
+    "attention": HEADS,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mixture": {"moe": MOE},
+    "dense": {},
+    "one head each": {"moe": MOE, "attention": {"num_heads": 2, "head_dim": 6, "context": 16}},
+    "untied": {"moe": MOE, "head": {"tied": False, "bias": True, "scale": 0.5}},
+    "every second": {"moe": MOE, "moe_every": 2},
+    "gpt-oss": {
+        "moe": {
+            **MOE,
+            "activation": "clamped_swiglu",
+            "router": {"bias": True},
+            "experts": {"bias": True},
+        },
+        "attention": {
+            **HEADS,
+            "bias": "all",
+            "sinks": True,
+            "window": {"size": 5, "full_every": 2},
+            "positions": {"scaling": {"kind": "yarn", "factor": 2.0, "original_context": 8}},
+        },
+    },
+    "deepseek": {
+        "moe": {
+            **MOE,
+            "shared": {"hidden_dim": 20},
+            "router": {"kind": "sigmoid", "selection_bias": True, "scale": 1.5},
+        },
+        "dense_first": 1,
+    },
+    "qwen": {
+        "moe": {
+            **MOE,
+            "top_k": 1,
+            "shared": {"hidden_dim": 20, "gate": True},
+            "router": {"renormalize": False},
+        },
+        "attention": {**HEADS, "qk_norm": "head", "bias": "qkv"},
+    },
+    "geglu": {"moe": {**MOE, "activation": "geglu"}},
+    "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
+}
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "latent": (
+        {
+            "attention": {
+                "num_heads": 2,
+                "latent": {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8},
+            }
+        },
+        "latent attention",
+    ),
+    "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
+    "full": ({"attention": {**HEADS, "qk_norm": "full"}}, "over all heads"),
+    "layer": ({"norm": {"kind": "layer"}}, "layer norm"),
+    "capacity": ({"moe": {**MOE, "capacity": {}}}, "capacity"),
+    "hash": ({"moe": {**MOE, "router": {"kind": "hash"}}}, "hash router"),
+    "groups": (
+        {
+            "moe": {
+                **MOE,
+                "num_experts": 4,
+                "router": {"kind": "sigmoid", "num_groups": 2, "top_groups": 1},
+            }
+        },
+        "groups",
+    ),
+}
+
+
+def decoder(**changes: Any) -> Decoder:
+    """A model whose biases and other small parts are not zero."""
+    model = Decoder(ModelConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.any():
+                tensor.uniform_(-0.3, 0.3)
+    return model
+
+
+def both(model: Decoder, steps: int = 24) -> list[tuple[Any, Any]]:
+    """What Python and native code give for a prompt and the tokens after it, past the context."""
+    python, native = PythonDecoding(model), NativeDecoding(model)
+    prompt = torch.randint(0, 70, (7,)).tolist()
+    (mine, first), (theirs, second) = native.begin(prompt), python.begin(prompt)
+    results = [(first, second)]
+    for token in torch.randint(0, 70, (steps,)).tolist():
+        results.append((native.step([token], [mine])[0], python.step([token], [theirs])[0]))
+    return results
+
+
+@pytest.mark.parametrize("weights", ["plain", "fp32"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_are_those_of_the_forward(name: str, weights: str) -> None:
+    model = decoder(**VARIANTS[name])
+    assert supports(model) is None
+    if weights != "plain":
+        pack(model, WEIGHTS[weights])
+    for got, want in both(model):
+        assert got.experts == want.experts
+        torch.testing.assert_close(got.logits_1V, want.logits_1V, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["plain", "bf16", "int8", "int4"])
+def test_16_bit_and_packed_models(weights: str) -> None:
+    model = decoder(moe={**MOE, "top_k": 5})  # all experts: no near tie changes who is chosen
+    if weights == "plain":
+        model = model.to(torch.bfloat16)
+    else:
+        pack(model, WEIGHTS[weights])
+    for got, want in both(model):
+        difference = (got.logits_1V.float() - want.logits_1V.float()).norm()
+        assert difference <= 0.05 * want.logits_1V.float().norm()
+
+
+@pytest.mark.parametrize("weights", ["plain", "int4"])
+def test_a_sequence_does_not_see_its_neighbours(weights: str) -> None:
+    """Bit by bit: three sequences of different lengths together, and each alone."""
+    model = decoder(moe=MOE)
+    if weights != "plain":
+        pack(model, WEIGHTS[weights])
+    native = NativeDecoding(model)
+    prompts = [torch.randint(0, 70, (length,)).tolist() for length in (3, 20, 9)]
+    tokens = torch.randint(0, 70, (6, 3)).tolist()
+    together = [native.begin(prompt)[0] for prompt in prompts]
+    outputs = [native.step(row, together) for row in tokens]
+    for place, prompt in enumerate(prompts):
+        past = native.begin(prompt)[0]
+        for row, output in zip(tokens, outputs, strict=True):
+            alone = native.step([row[place]], [past])[0]
+            assert torch.equal(alone.logits_1V, output[place].logits_1V)
+            assert alone.experts == output[place].experts
+
+
+def test_weights_of_the_experts_are_returned() -> None:
+    model = decoder(moe=MOE)
+    native = NativeDecoder(model)
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3]]), cache=cache)
+        stepped = native.step([4], [native.past(cache)])
+        routings = model(torch.tensor([[4]]), cache=cache).routings
+    for layer, routing in enumerate(routings):
+        assert torch.equal(stepped.experts_LBK[layer], routing.experts_TK())
+        torch.testing.assert_close(stepped.weights_LBK[layer, 0], routing.weights_R)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_decodes_in_python_says_why(name: str) -> None:
+    changes, reason = UNSUPPORTED[name]
+    model = decoder(**changes)
+    assert reason in str(supports(model))
+    with pytest.raises(MoestroError, match=reason):
+        NativeDecoder(model)
+
+
+def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not Linear" in str(supports(torch.nn.Linear(2, 2)))
+    assert "float64" in str(supports(decoder().double()))
+    assert "meta" in str(supports(decoder().to("meta")))
+    asked = Decoder(ModelConfig(**SIZES), backend="reference")
+    assert "reference was asked for" in str(supports(asked))
+    monkeypatch.setenv("MOESTRO_BACKEND", "segments")
+    assert "segments was asked for" in str(supports(decoder()))
+    packed = decoder()
+    pack(packed, WEIGHTS["int8"])
+    assert supports(packed) is None

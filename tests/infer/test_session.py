@@ -1,0 +1,165 @@
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+from moestro.config import ModelConfig
+from moestro.errors import MoestroError
+from moestro.infer import decoding
+from moestro.infer.decoding import PythonDecoding, chunked, decoding_of, prefill
+from moestro.infer.engine import Piece, Session, generate_batch, stream
+from moestro.infer.native_decoder import supports
+from moestro.infer.quantize import WEIGHTS, pack
+from moestro.infer.sampling import SamplingConfig
+from moestro.kernels import native_cpu
+from moestro.models.decoder import Decoder
+from moestro.text import ByteTokenizer
+
+BYTES = ByteTokenizer()
+MOE: dict[str, Any] = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
+HEADS = {"num_heads": 2, "context": 24}
+PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words"]
+SAMPLINGS = [
+    SamplingConfig(seed=5, max_tokens=9),
+    SamplingConfig(temperature=0.0, max_tokens=30),
+    SamplingConfig(seed=6, max_tokens=3, top_k=3),
+    SamplingConfig(temperature=1.2, max_tokens=12, stop=("e", "t")),
+]
+
+
+def model_of(kind: str, **changes: Any) -> Decoder:
+    """Packed, native or, with latent attention, decoded in Python."""
+    if kind == "python":
+        latent = {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+        changes["attention"] = {**HEADS, "latent": latent}
+    elif native_cpu.available() is not None:
+        pytest.skip("no native library")
+    cfg = ModelConfig(**{"dim": 16, "num_layers": 2, "attention": HEADS, "moe": MOE, **changes})
+    model = Decoder(cfg).eval()
+    if kind == "int4":
+        pack(model, WEIGHTS["int4"])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["python", "native", "int4"])
+def test_a_request_gets_what_it_would_get_alone(kind: str) -> None:
+    """Bit by bit: the tokens, the experts, and the logits behind them."""
+    model = model_of(kind)
+    assert (supports(model) is None) == (kind != "python")
+    together: dict[int, list[Piece]] = defaultdict(list)
+    for number, piece in generate_batch(model, BYTES, PROMPTS, SAMPLINGS):
+        together[number].append(piece)
+    for number, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
+        assert together[number] == list(stream(model, BYTES, prompt, sampling))
+        assert together[number][-1].finish is not None
+
+
+@pytest.mark.parametrize("kind", ["python", "native"])
+def test_seeds_are_of_each_request(kind: str) -> None:
+    model = model_of(kind)
+    same = [SamplingConfig(seed=seed, max_tokens=12) for seed in (1, 2, 1)]
+    text: dict[int, list[int]] = defaultdict(list)
+    for number, piece in generate_batch(model, BYTES, ["ab"] * 3, same):
+        text[number].append(piece.token)
+    assert text[0] == text[2]
+    assert text[0] != text[1]
+
+
+def test_one_sampling_serves_all_and_a_wrong_number_is_refused() -> None:
+    model = model_of("python")
+    done = list(generate_batch(model, BYTES, ["a", "b"], [SamplingConfig(max_tokens=2)]))
+    assert {number for number, _ in done} == {0, 1}
+    with pytest.raises(MoestroError, match="3 prompts came with 2"):
+        list(generate_batch(model, BYTES, ["a", "b", "c"], SAMPLINGS[:2]))
+    assert list(generate_batch(model, BYTES, [], SAMPLINGS[:1])) == []
+
+
+def test_requests_come_and_go() -> None:
+    model = model_of("python")
+    session = Session(model, BYTES, most=2)
+    greedy = SamplingConfig(temperature=0.0, max_tokens=6)
+    alone = [list(stream(model, BYTES, prompt, greedy)) for prompt in ("ab", "cd", "ef")]
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            for number, piece in session.step():
+                pieces[number].append(piece)
+
+    first = session.add("ab", greedy)
+    step(3)
+    assert len(pieces[first]) == 3
+    dropped = session.add("zz", greedy)
+    second = session.add("cd", greedy)
+    step(1)
+    third = session.add("ef", greedy)
+    session.drop(dropped)
+    assert session.live == 3
+    step(20)
+    assert session.live == 0
+    assert session.step() == []
+    assert [pieces[number] for number in (first, second, third)] == alone
+
+
+def test_waiting_requests_hold_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than `most` have begun at any time."""
+    model = model_of("python")
+    begun: list[int] = []
+    begin = PythonDecoding.begin
+
+    def counted(self: PythonDecoding, tokens: Any) -> Any:
+        begun.append(len(tokens))
+        return begin(self, tokens)
+
+    monkeypatch.setattr(PythonDecoding, "begin", counted)
+    session = Session(model, BYTES, most=2)
+    for length in range(1, 6):
+        session.add("x" * length, SamplingConfig(temperature=0.0, max_tokens=4))
+    for _ in range(4):
+        session.step()
+    assert begun == [1, 2]
+    while session.live:
+        session.step()
+    assert begun == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("window", [None, {"size": 3}])
+def test_a_prompt_in_chunks_is_the_prompt(window: dict[str, int] | None) -> None:
+    cfg = ModelConfig(dim=16, num_layers=2, attention={**HEADS, "window": window}, moe=MOE)
+    model = Decoder(cfg).eval()
+    tokens = torch.randint(0, 256, (40,)).tolist()
+    whole_cache, whole = prefill(model, tokens)
+    cache, parts = prefill(model, tokens, chunk=7)
+    torch.testing.assert_close(parts.logits_1V, whole.logits_1V)
+    assert parts.experts == whole.experts
+    assert cache.position == whole_cache.position == 40
+
+
+def test_what_chunks_would_change_passes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that compete for an expert's room, and angles that depend on the length."""
+    scaling = {
+        "kind": "longrope",
+        "short_factor": (1.0,) * 4,
+        "long_factor": (2.0,) * 4,
+        "original_context": 8,
+    }
+    longrope = {**HEADS, "positions": {"scaling": scaling}}
+    for changes in ({"moe": {**MOE, "capacity": {}}}, {"attention": longrope}):
+        cfg = ModelConfig(**{"dim": 16, "num_layers": 1, "attention": HEADS, "moe": MOE, **changes})
+        assert not chunked(cfg)
+        model = Decoder(cfg).eval()
+        tokens = torch.randint(0, 256, (20,)).tolist()
+        _, passed = prefill(model, tokens, chunk=5)
+        with torch.no_grad():
+            want = model(torch.tensor([tokens])).logits[:, -1]
+        assert torch.equal(passed.logits_1V, want)
+
+
+def test_native_text_is_the_forwards_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("native")
+    greedy = SamplingConfig(temperature=0.0, max_tokens=40)
+    native = list(stream(model, BYTES, "some words", greedy))
+    monkeypatch.setattr(decoding, "supports", lambda model: "not now")
+    assert isinstance(decoding_of(model), PythonDecoding)
+    assert list(stream(model, BYTES, "some words", greedy)) == native
