@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
 
@@ -11,7 +12,8 @@ help: ## list these verbs
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # The CPU build of torch is enough for everything here but `make gpu`.
-$(STAMP): pyproject.toml constraints.txt
+# The native kernels are built by the install; without a C++ compiler it succeeds without them.
+$(STAMP): pyproject.toml constraints.txt $(wildcard native/*)
 	@echo "setting up $(VENV) (a minute or two the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
@@ -30,6 +32,14 @@ demo: $(STAMP) ## train a mixture and its dense twin, look inside, talk to it (1
 
 test: $(STAMP) ## the whole test suite
 	@$(BIN)/python -m pytest -m "not gpu"
+
+check-native: $(STAMP) ## the native kernels' tests under the address and undefined sanitizers
+	@cmake -S native -B $(SANITIZED) -DMOESTRO_SANITIZE=ON > /dev/null
+	@cmake --build $(SANITIZED) --parallel 2 > /dev/null
+	@env MOESTRO_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZED)/libmoestro.so \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider \
+	  tests/kernels/test_packing.py tests/kernels/test_native_*.py
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -55,4 +65,4 @@ gpu: $(STAMP) ## GPU tests and benchmarks; needs a CUDA build of torch in .venv
 clean: ## remove caches and .venv; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
 
-.PHONY: help install demo test lint types check format bench gpu clean
+.PHONY: help install demo test check-native lint types check format bench gpu clean

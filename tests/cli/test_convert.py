@@ -7,10 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.chat import load_chat
-from moestro.cli.convert import parse_bytes
 from moestro.cli.main import main
 from moestro.config import ModelConfig
-from moestro.errors import ConfigError
 from moestro.models.checkpoint import atomic_folder, load_model, save_model, verify_folder
 from moestro.models.decoder import Decoder
 from moestro.models.pretrained import read_pretrained
@@ -134,17 +132,3 @@ def test_a_truncated_source_writes_nothing(published, tmp_path, capsys):
     assert main(["convert", str(broken), str(tmp_path / "new"), "--to", "moestro"]) == 2
     assert weights.name in capsys.readouterr().err
     assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2GiB", 2**31), ("700", 700), ("1MIB", 2**20)],
-)
-def test_sizes(text, number):
-    assert parse_bytes(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 parsec", "1e9"])
-def test_bad_sizes(text):
-    with pytest.raises(ConfigError, match="no number of bytes"):
-        parse_bytes(text)

@@ -194,7 +194,7 @@ def test_a_figure(tmp_path: Path, capsys) -> None:
         (["bad.toml"], "unknown setting dims: did you mean dim?"),
         (["broken.toml"], "cannot read the settings of a model"),
         (["broken.json"], "cannot read the settings of a model"),
-        (["gpt-3", "--memory", "plenty"], "'plenty' is no amount of memory"),
+        (["gpt-3", "--memory", "plenty"], "'plenty' is no number of bytes"),
         (["gpt-3", "--device", "h1000"], "did you mean h100"),
         (["gpt-3", "--price-per-hour", "2"], "name it with --device"),
         (["gpt-3", "--device", "h100", "--price-per-hour", "0"], "must be more than 0"),

@@ -109,7 +109,7 @@ def test_mixture_is_the_definition(kind, activation, biases, experts_of, on_ever
     experts = new_experts(5, 34, 70, activation)
     packed, up_EHD, down_EDF = experts_of(*experts, kind, biases)
     given_biases = reference.Biases(packed.up_bias, packed.down_bias) if biases else None
-    x_TD, chosen = torch.randn(40, 34), assignments(40, 5, 2)
+    x_TD, chosen = 6 * torch.randn(40, 34), assignments(40, 5, 2)  # beyond the clamps at 7
     y_TD = on_every_path(lambda: native_cpu.mixture(packed, x_TD, *chosen))
     expected_TD = reference.mixture(x_TD, *chosen, up_EHD, down_EDF, activation, given_biases)
     close(y_TD, expected_TD, ROUNDED[precision(kind)])

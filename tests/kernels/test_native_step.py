@@ -9,6 +9,7 @@ from torch import Tensor
 from moestro.config import ModelConfig
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
+from moestro.kernels.native_library import _team
 from moestro.kernels.native_step import FIRST_CAPACITY, Past, StepDecoder, StepLayer, StepShape
 from moestro.kernels.packing import Format, PackedExperts
 from moestro.models.decoder import Decoder
@@ -189,7 +190,7 @@ def test_steps_are_the_forward(name):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gpt-oss", "deepseek"])
 def test_packed_steps_are_the_forward_of_what_is_packed(name, kind):
-    """All experts chosen, so that rounding cannot turn a choice; weights as the kernels see them."""
+    """All experts are chosen, so that rounding cannot turn a choice."""
     changes = VARIANTS[name]
     model = new_model(**{**changes, "moe": {**changes["moe"], "num_experts": 3}})
     format, tokens_B = Format(kind), torch.randint(0, VOCAB, (2,))
@@ -264,8 +265,7 @@ def test_threads_do_not_show(native):
         assert torch.equal(run(2), expected)
         assert torch.equal(run(3), expected)
     finally:
-        from_torch = native_cpu.library()
-        from_torch.moestro_use_threads(before, None)
+        native.moestro_use_threads(before, _team())
 
 
 @pytest.mark.parametrize("length", [FIRST_CAPACITY - 1, FIRST_CAPACITY, 3 * FIRST_CAPACITY])

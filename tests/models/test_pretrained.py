@@ -1,6 +1,7 @@
 """Folders in Hugging Face's layout: transformers writes, we read and write, transformers reads."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -162,6 +163,21 @@ def test_written_without_the_original_config(tmp_path, name):
     again = load_theirs(tmp_path / "back")
     assert torch.equal(logits(again), logits(theirs))
     assert again.config.eos_token_id is None
+
+
+def test_a_checkpoint_of_mixed_dtypes_says_what_is_rounded(tmp_path, mixtral):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(mixtral, mixed)
+    tensors = {
+        key: tensor if key.endswith("norm.weight") else tensor.bfloat16()
+        for key, tensor in tensors_of(mixtral).items()
+    }
+    save_file(tensors, mixed / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"rounded to torch.bfloat16.*: model\S*norm.weight"):
+        read_pretrained(mixed)
+    for dtype in (torch.float32, torch.bfloat16):  # asked for, so no warning, which would fail here
+        norm = read_pretrained(mixed, dtype=dtype).model.norm.weight
+        assert torch.equal(norm.detach(), tensors["model.norm.weight"].to(dtype))
 
 
 def test_dtypes(tmp_path, mixtral):

@@ -60,6 +60,8 @@ def test_names_may_be_written_as_papers_do():
 def test_an_unknown_name_gets_the_nearest_ones():
     with pytest.raises(ConfigError, match=r"no preset 'mixtral-8x70b'; did you mean mixtral-8x7b"):
         preset("mixtral-8x70b")
+    with pytest.raises(ConfigError, match=r"did you mean gpt-4-rumour\?"):
+        preset("gpt-4")
     with pytest.raises(ConfigError, match=r"known: mixtral-8x7b, .*mixture-800b"):
         preset("???")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +32,6 @@ ShardSize = Annotated[
     str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
 ]
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
 
 def convert(
     source: ModelName,
@@ -51,6 +47,7 @@ def convert(
     appears whole or not at all, and nothing is overwritten.
     """
     from moestro.models.hub import find_checkpoint
+    from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
     shard_bytes = parse_bytes(shard_size)
@@ -67,22 +64,6 @@ def convert(
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, folder, target, to))
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes that a person writes as 500MB, 5 GB or 2GiB.
-
-    Raises:
-        ConfigError: it is no number of bytes, or less than one.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = match[2].upper() if match else ""
-    number = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
-    if number < 1:
-        raise ConfigError(
-            f"--shard-size {text!r} is no number of bytes; write it as 500MB, 5GB or 2GiB"
-        )
-    return number
 
 
 def _check_new(target: Path) -> None:

@@ -6,6 +6,7 @@ a byte of a tensor is read: an unknown, missing, misshapen or surplus one is ref
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from moestro.models.families import FAMILIES
 from moestro.models.families.table import Config, Family
 from moestro.models.families.translate import to_fields, to_settings
 from moestro.models.materialize import materialize, without_memory
-from moestro.models.shards import open_folder, write_folder
+from moestro.models.shards import open_folder, some, write_folder
 from moestro.models.transfer import Matched, Progress, find_sources, match, outgoing, pour
 
 HF_CONFIG = "hf_config.json"
@@ -120,8 +121,18 @@ def read_pretrained(
         ConfigError: see `read_config`.
         CheckpointError: a file is missing, truncated or pickle, or a tensor is missing, unknown,
             or of another shape or dtype than its family has; names file and key.
+
+    Warns:
+        UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
     model, matched, described = open_unread(folder, backend)
+    if dtype is None and (rounded := matched.rounded(model, matched.dtype)):
+        warnings.warn(
+            f"{folder} holds tensors that are rounded to {matched.dtype}, the dtype of its "
+            f"embedding: {some(rounded)}. Ask for float32 to keep them as they are",
+            UserWarning,
+            stacklevel=2,
+        )
     materialize(model, dtype or matched.dtype, device)
     pour(matched, model, progress)
     return Pretrained(model.eval(), described.family, described.hf_config)

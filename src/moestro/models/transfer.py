@@ -74,6 +74,17 @@ class Matched(NamedTuple):
     dtype: torch.dtype
     settings: Any
 
+    def rounded(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
+        """Keys of plain tensors that parameters of `dtype` cannot hold exactly."""
+        buffers = dict(model.named_buffers())
+        return [
+            source.values.key
+            for piece, source in self.sources
+            if source.scheme is None
+            and piece.ours not in buffers
+            and torch.promote_types(source.values.dtype, dtype) != dtype
+        ]
+
 
 def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
     """Sources by key, quantised pairs joined under the key of the tensor that they stand for.

@@ -60,7 +60,8 @@ def preset(name: str) -> Preset:
     """
     known = name.lower().replace("/", "-")
     if known not in _entries():
-        near = difflib.get_close_matches(known, names(), n=3)
+        longer = [one for one in names() if known and one.startswith(known)][:3]
+        near = longer or difflib.get_close_matches(known, names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ConfigError(f"there is no preset {name!r}; {hint}")
     return _build(known)

@@ -15,7 +15,7 @@ _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of memory.
+    """Read an amount of memory, or of a file.
 
     Example:
         >>> parse_bytes("24GiB"), parse_bytes("80 GB"), parse_bytes("1.5g")
@@ -33,7 +33,7 @@ def parse_bytes(text: str) -> int:
     amount = int(float(match[1]) * unit) if match and unit else 0
     if amount < 1:
         raise ConfigError(
-            f"{text!r} is no amount of memory; write a number and a unit such as 24GiB or 80GB"
+            f"{text!r} is no number of bytes; write a number and a unit such as 24GiB or 80GB"
         )
     return amount
 

@@ -48,7 +48,7 @@ def settings_of(fields):
         ("gpt_oss", {"rope_parameters": None}, "rope_parameters are missing"),
         ("deepseek_v2", {"n_group": None}, "n_group is missing"),
         ("deepseek_v3", {"rope_interleave": None}, "rope_interleave is None"),
-        ("deepseek_v3", {"norm_topk_prob": False, "scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v3", {"norm_topk_prob": None}, "norm_topk_prob is null"),
     ],
 )
 def test_refused_by_name(name, change, words):

@@ -55,8 +55,10 @@ def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     Except for a switch that is on by default: null would turn it off in transformers.
     """
     value = hf.get(name)
-    if value is not None or (default is True and name in hf):
+    if value is not None:
         return value
+    if default is True and name in hf:
+        raise ConfigError(f"{name} is null; it has to be true or false")
     if default is REQUIRED:
         raise ConfigError(f"{name} is missing; a config.json of this model_type needs it")
     return default
