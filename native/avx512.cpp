@@ -13,7 +13,7 @@ namespace moestro {
 namespace {
 #include "elementwise.inc"
 
-constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of a stream of weights
+constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of a stream of weights
 
 template <int M>
 void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
