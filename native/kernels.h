@@ -48,10 +48,12 @@ using Quantise = void (*)(const float *x, int64_t k, int64_t group, int8_t *byte
 // y += w · x.
 using Add = void (*)(float w, const float *x, float *y, int64_t n);
 
-// Sum of products in one fixed order; `b` fp32 or bf16 bits.
+// Sum of products in one fixed order.
 using Dot = float (*)(const float *a, const float *b, int64_t n);
-using DotBits = float (*)(const float *a, const uint16_t *b, int64_t n);
-using AddBits = void (*)(float w, const uint16_t *x, float *y, int64_t n);
+// Scores of a query against `count` keys, and the weighted sum of as many values; both `n` wide and
+// `stride` numbers apart, fp32 (`wide`) or bf16.
+using Scores = void (*)(const float *query, const void *keys, bool wide, int64_t stride, int64_t count, int64_t n, float scale, float *scores);
+using Mix = void (*)(const float *weights, const void *values, bool wide, int64_t stride, int64_t count, int64_t n, float *out);
 // x → e^(x - most); returns the sum.
 using Exponentials = float (*)(float *x, float most, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.
@@ -66,8 +68,8 @@ struct Kernels {
     Quantise quantise;
     Add add;
     Dot dot;
-    DotBits dot_bits;
-    AddBits add_bits;
+    Scores scores;
+    Mix mix;
     Exponentials exponentials;
     Turn turn;
     Read read;

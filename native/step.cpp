@@ -1,6 +1,7 @@
 // One token through a whole decoder in one call: what bounds it is reading the weights, so nothing
 // else may take time. Threads meet at the end of each phase; all sums run in one fixed order.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "mixture.h"
@@ -65,38 +66,37 @@ struct Step {
     template <class T> void attend(int64_t l, int64_t t, int64_t g, std::vector<float> &spare) {
         const moestro_layer &layer = d.layer[l];
         const int64_t a = d.head_dim, each = d.heads / d.groups, capacity = past[t].capacity[l];
+        const int64_t stride = d.groups * a;
         const int64_t position = past[t].position, window = layer.window ? layer.window : position + 1;
         const int64_t seen = std::min({position + 1, window, capacity}), first = position + 1 - seen;
         float *row = qkv.data() + t * wide(), *key = row + (d.heads + g) * a, *value = key + d.groups * a;
         auto keys = static_cast<T *>(past[t].keys[l]), values = static_cast<T *>(past[t].values[l]);
         spare.resize(size_t(std::max(seen, a)));
         turn(key, layer.k_norm, t, spare);
-        const int64_t slot = (position % capacity * d.groups + g) * a;
+        const int64_t slot = position % capacity * stride + g * a;
         keep(key, keys + slot, a);
         keep(value, values + slot, a);
         for (int64_t h = g * each; h < (g + 1) * each; h++) {
             float *query = row + h * a, *out = mixed.data() + (t * d.heads + h) * a, most = -3e38f;
             turn(query, layer.q_norm, t, spare);
-            for (int64_t p = 0; p < seen; p++) {
-                const T *at = keys + ((first + p) % capacity * d.groups + g) * a;
-                spare[size_t(p)] = dot(query, at, a) * d.score_scale;
-                most = std::max(most, spare[size_t(p)]);
-            }
+            // The ring from its oldest position on: up to its end, then from its beginning.
+            const int64_t start = first % capacity, before = std::min(seen, capacity - start);
+            const bool fp32 = std::is_same_v<T, float>;
+            kernels().scores(query, keys + start * stride + g * a, fp32, stride, before, a, d.score_scale, spare.data());
+            kernels().scores(query, keys + g * a, fp32, stride, seen - before, a, d.score_scale, spare.data() + before);
+            for (int64_t p = 0; p < seen; p++) most = std::max(most, spare[size_t(p)]);
             if (layer.sinks) most = std::max(most, layer.sinks[h]);
             float sum = kernels().exponentials(spare.data(), most, seen);
             if (layer.sinks) {
                 float sink = layer.sinks[h];
                 sum = sum + kernels().exponentials(&sink, most, 1);
             }
+            for (int64_t p = 0; p < seen; p++) spare[size_t(p)] /= sum;
             std::fill(out, out + a, 0.0f);
-            for (int64_t p = 0; p < seen; p++)
-                add(spare[size_t(p)] / sum, values + ((first + p) % capacity * d.groups + g) * a, out, a);
+            kernels().mix(spare.data(), values + start * stride + g * a, fp32, stride, before, a, out);
+            kernels().mix(spare.data() + before, values + g * a, fp32, stride, seen - before, a, out);
         }
     }
-    static float dot(const float *q, const float *k, int64_t n) { return kernels().dot(q, k, n); }
-    static float dot(const float *q, const uint16_t *k, int64_t n) { return kernels().dot_bits(q, k, n); }
-    static void add(float w, const float *v, float *y, int64_t n) { kernels().add(w, v, y, n); }
-    static void add(float w, const uint16_t *v, float *y, int64_t n) { kernels().add_bits(w, v, y, n); }
     static void keep(const float *from, float *to, int64_t n) { std::copy(from, from + n, to); }
     static void keep(const float *from, uint16_t *to, int64_t n) {
         for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
