@@ -57,6 +57,10 @@ bench: $(STAMP) ## the CPU benchmarks, tables and benchmarks/results/*.json
 	@$(BIN)/python benchmarks/train_step.py --dtype float32
 	@$(BIN)/python benchmarks/layer_scaling.py
 	@$(BIN)/python benchmarks/step_memory.py
+	@$(BIN)/python benchmarks/load.py
+	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/native.py
+	@$(BIN)/python benchmarks/plug.py
 
 gpu: $(STAMP) ## GPU tests and benchmarks; needs a CUDA build of torch in .venv
 	@$(BIN)/python -m pytest -m gpu
