@@ -123,10 +123,12 @@ def their_steps(model: Any, kind: str, vocab: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__ or "", repeats=9).parse_args()
+    parser = measure.arguments(__doc__ or "", repeats=9)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    args = parser.parse_args()
     rows, claims = [], {}
     for name, size in SIZES.items():
-        for dtype_name, dtype in DTYPES.items():
+        for dtype_name, dtype in ((args.dtype, DTYPES[args.dtype]),):
             torch.manual_seed(0)
             model, other = ours(size, dtype), theirs(size, dtype)
             variants = {
@@ -158,7 +160,7 @@ def main() -> None:
             claims[claim] = measure.ratio(seconds[best], seconds["moestro"])
             del model, other, variants
             gc.collect()
-    measure.report(f"decode{args.name}", rows, claims)
+    measure.report(f"decode_{args.dtype}{args.name}", rows, claims)
 
 
 if __name__ == "__main__":
