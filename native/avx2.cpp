@@ -112,20 +112,7 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
     }
 }
 
-template <int M>
-void some_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
-    if (b.kind == MOESTRO_F32) f32_rows<M>(b, x, at, out, ld);
-    if (b.kind == MOESTRO_BF16) bf16_rows<M>(b, x, at, out, ld);
-    if (b.kind == MOESTRO_INT8) byte_rows<M, false>(b, x, at, out, ld);
-    if (b.kind == MOESTRO_INT4) byte_rows<M, true>(b, x, at, out, ld);
-}
-
-void multiply(const Block &b, const Rows &x, float *out, int64_t ld) {
-    int64_t at = 0;
-    for (; at + 4 <= x.m; at += 4) some_rows<4>(b, x, at, out, ld);
-    if (at + 2 <= x.m) some_rows<2>(b, x, at, out, ld), at += 2;
-    if (at < x.m) some_rows<1>(b, x, at, out, ld);
-}
+#include "by_rows.inc"
 
 }  // namespace
 

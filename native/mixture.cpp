@@ -49,7 +49,7 @@ void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_
 Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
     if (plain(w_.kind)) {
-        const int64_t matrix = w_.hidden * w_.dim * (w_.kind == MOESTRO_PLAIN_F32 ? 4 : 2);
+        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
         return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden, w_.dim};
     }
     auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
@@ -58,7 +58,7 @@ Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
 
 Blocks Mixture::down_blocks(int64_t e) const {
     if (plain(w_.kind)) {
-        const int64_t matrix = w_.hidden * w_.dim * (w_.kind == MOESTRO_PLAIN_F32 ? 4 : 2);
+        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
         return {static_cast<const uint8_t *>(w_.down) + e * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
     }
     const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);

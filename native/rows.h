@@ -13,6 +13,11 @@ const Kernels &kernels();  // of the chosen path
 
 inline bool plain(int32_t kind) { return kind == MOESTRO_PLAIN_BF16 || kind == MOESTRO_PLAIN_F32; }
 
+inline bool fp32(int32_t kind) { return kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32; }
+
+// Bytes of a plain matrix.
+inline int64_t plain_bytes(int32_t kind, int64_t n, int64_t k) { return n * k * (fp32(kind) ? 4 : 2); }
+
 // Whether weights are numbers by themselves, not integers with scales.
 inline bool whole(int32_t kind) { return kind != MOESTRO_INT8 && kind != MOESTRO_INT4; }
 
@@ -23,14 +28,14 @@ inline bool valid(int32_t kind, int32_t group) {
 
 // Inputs as they are multiplied, zeros at the end.
 inline int64_t padded(int32_t kind, int32_t group, int64_t k) {
-    if (kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32) return k;
+    if (fp32(kind)) return k;
     return round_up(k, whole(kind) ? PAIRS : group);
 }
 
 // Bytes of a packed block of 32 columns.
 inline int64_t block_bytes(int32_t kind, int32_t group, int64_t k) {
     const int64_t inputs = padded(kind, group, k);
-    if (whole(kind)) return inputs * COLUMNS * (kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32 ? 4 : 2);
+    if (whole(kind)) return inputs * COLUMNS * (fp32(kind) ? 4 : 2);
     return inputs / group * (64 + group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1));
 }
 
@@ -99,7 +104,7 @@ public:
     // Row `row` from fp32 values, padded to rows.k with zeros.
     void set(int64_t row, const float *x) {
         const int64_t k = rows.k, groups = whole(kind_) ? 0 : k / group_;
-        if (kind_ == MOESTRO_F32 || kind_ == MOESTRO_PLAIN_F32) {
+        if (fp32(kind_)) {
             memcpy(wide_ + row * k, x, size_t(k) * 4);
         } else if (whole(kind_)) {
             for (int64_t step = 0; step < k / PAIRS; step++)
@@ -155,11 +160,10 @@ public:
 
     Block at(int64_t b, Buffer &turned) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
-        const bool wide = kind_ == MOESTRO_PLAIN_F32;
-        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = k_ * (wide ? 4 : 2);
+        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = plain_bytes(kind_, 1, k_);
         auto to = turned.get<uint32_t>(bytes_ / 4);
         kernels().turn(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
-        return {reinterpret_cast<uint8_t *>(to), wide ? MOESTRO_F32 : MOESTRO_BF16, group_};
+        return {reinterpret_cast<uint8_t *>(to), fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
     }
 
 private:

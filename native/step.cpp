@@ -102,13 +102,19 @@ struct Step {
         for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
     }
 
+    static float sigmoid(float x) {
+        float e = -x;
+        kernels().exponentials(&e, 0.0f, 1);
+        return 1.0f / (1.0f + e);
+    }
+
     // Choose a token's experts: best first; equal scores, lower number first.
     void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
         const int64_t count = layer.experts.experts;
         std::vector<float> scores(logits_e.begin() + t * count, logits_e.begin() + (t + 1) * count);
         const float most = *std::max_element(scores.begin(), scores.end());
         if (d.sigmoid)
-            for (float &score : scores) { float e = -score; kernels().exponentials(&e, 0.0f, 1); score = 1.0f / (1.0f + e); }
+            for (float &score : scores) score = sigmoid(score);
         else {
             const float sum = kernels().exponentials(scores.data(), most, count);
             for (float &score : scores) score = score / sum;
@@ -176,11 +182,8 @@ struct Step {
             for (int64_t t = 0; mixture && t < b; t++) choose(layer, t, chosen + t * d.top_k, given + t * d.top_k);
             prepare(routed, layer.experts, mixture ? tokens : shared_tokens, mixture ? chosen : zeros.data(), normed, spare);
             if (layer.shared.data) prepare(shared, layer.shared, shared_tokens, zeros.data(), normed, spare);
-            for (int64_t t = 0; layer.shared_gate && t < b; t++) {
-                float e = -kernels().dot(normed.data() + t * d.dim, layer.shared_gate, d.dim);
-                kernels().exponentials(&e, 0.0f, 1);
-                shared_weights[size_t(t)] = 1.0f / (1.0f + e);
-            }
+            for (int64_t t = 0; layer.shared_gate && t < b; t++)
+                shared_weights[size_t(t)] = sigmoid(kernels().dot(normed.data() + t * d.dim, layer.shared_gate, d.dim));
         }
         team.wait();
         routed.compute(team);

@@ -266,6 +266,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         texts = [value for value in given if isinstance(value, str | bytes)]
         longest = max(map(len, texts), default=1)
         if name == "replace" and len(texts) == 3:
+            # All str or all bytes: a mixture of the two fails here as `replace` itself would.
             self.spend((texts[0].count(texts[1]) + 1) * len(texts[2]))  # type: ignore[arg-type]
         elif name == "join":
             entries = max((len(value) for value in given if isinstance(value, list)), default=0)

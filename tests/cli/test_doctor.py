@@ -58,7 +58,7 @@ def test_a_forced_backend_is_named(
     monkeypatch.setenv("MOESTRO_BACKEND", "reference")
     found = facts(capsys)
     assert found["forced_backend"] == "reference"
-    assert [row["name"] for row in found["backends"] if row["chosen"]] == ["reference"]  # type: ignore[attr-defined]
+    assert [row["name"] for row in found["backends"] if row["chosen"]] == ["reference"]
 
 
 def test_a_forced_backend_that_does_not_exist_is_explained(

@@ -25,7 +25,7 @@ def doctor_is(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def install(function: Callable[..., None]) -> None:
         module = ModuleType("moestro.cli.doctor")
-        module.doctor = function  # type: ignore[attr-defined]
+        module.doctor = function
         monkeypatch.setitem(sys.modules, "moestro.cli.doctor", module)
 
     return install

@@ -179,7 +179,7 @@ def test_stop_strings_across_long_tokens() -> None:
     assert len(ids) < 12
     model = Scripted(b"")
     model.cfg.vocab_size = 400
-    model.says = [*ids, tokenizer.end_of_text]  # type: ignore[assignment]
+    model.says = [*ids, tokenizer.end_of_text]
 
     def wide(tokens_BS: Tensor, *, cache: object = None) -> DecoderOutput:
         model.calls.append(tokens_BS[0].tolist())
@@ -188,7 +188,7 @@ def test_stop_strings_across_long_tokens() -> None:
         logits_BSV[0, -1, model.says[len(model.calls) - 1]] = 9.0
         return DecoderOutput(logits_BSV, ())
 
-    model.forward = wide  # type: ignore[assignment]
+    model.forward = wide
     sampling = SamplingConfig(temperature=0.0, stop=("at on",))
     pieces = list(stream(model, tokenizer, "", sampling))
     assert joined(pieces) == "the cat s"

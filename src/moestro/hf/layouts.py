@@ -154,7 +154,8 @@ def _interface(module: nn.Module) -> object | None:
         names = function.__code__.co_freevars if cells else ()
         for name, cell in zip(names, cells, strict=True):
             if name == "experts_interface":
-                return cell.cell_contents  # type: ignore[no-any-return]
+                found: object = cell.cell_contents
+                return found
         function = getattr(function, "__wrapped__", None)
     return None
 
