@@ -27,11 +27,11 @@ LEVELS = {
     "train": 6,
     "infer": 6,
     "probe": 6,
-    "hf": 6,
     "plan": 6,
-    "cli": 7,
-    "serve": 7,
-    "__main__": 8,
+    "hf": 7,
+    "cli": 8,
+    "serve": 8,
+    "__main__": 9,
 }
 
 

@@ -58,9 +58,6 @@ def _fields(cfg: ModelConfig) -> dict[str, Any]:
     from moestro.models.families import FAMILIES
     from moestro.models.families.translate import to_fields
 
-    if cfg.attention.latent is None:  # Not every class there takes null for as many as heads.
-        heads = cfg.attention.model_copy(update={"num_kv_heads": cfg.num_kv_heads})
-        cfg = cfg.model_copy(update={"attention": heads})
     for family in FAMILIES.values():
         with contextlib.suppress(ConfigError):
             return to_fields(family, cfg, {})

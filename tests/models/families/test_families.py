@@ -2,6 +2,7 @@
 
 import pytest
 
+from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.families import FAMILIES
 from moestro.models.families.translate import to_fields, to_settings
@@ -92,3 +93,10 @@ def test_a_family_refuses_settings_that_it_cannot_express():
         to_fields(FAMILIES["mixtral"], settings("OLMoE-1B-7B-0924"), {})
     with pytest.raises(ConfigError, match="takes ModelConfig, not EncDecConfig"):
         to_fields(FAMILIES["mixtral"], settings("switch-base-8"), {})
+
+
+def test_key_value_heads_are_written_out_where_ours_leaves_them_to_the_heads():
+    """Not every class of transformers takes null for "as many as heads"."""
+    experts = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    cfg = ModelConfig(dim=32, head={"tied": False}, attention={"num_heads": 4}, moe=experts)
+    assert to_fields(FAMILIES["mixtral"], cfg, {})["num_key_value_heads"] == 4

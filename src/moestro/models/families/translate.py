@@ -67,6 +67,7 @@ def to_fields(family: Family, cfg: Config, original: Mapping[str, Any]) -> dict[
     cfg = _spelled_out(cfg)
     fields = {name: value for name, value in original.items() if name != "quantization_config"}
     if not original:
+        cfg = _with_kv_heads(cfg)
         fields = {"architectures": [family.architecture], "model_type": family.model_type}
         fields |= dict.fromkeys(_SPECIAL)
     before = _read_before(family, original)
@@ -136,6 +137,14 @@ def _spelled_out(cfg: Config) -> Config:
         return cfg
     router = cfg.moe.router.model_copy(update={"renormalize": cfg.moe.renormalizes})
     return cfg.model_copy(update={"moe": cfg.moe.model_copy(update={"router": router})})
+
+
+def _with_kv_heads(cfg: Config) -> Config:
+    """The same settings with the number of key/value heads said: transformers refuses null."""
+    if cfg.attention.latent is not None:
+        return cfg
+    attention = cfg.attention.model_copy(update={"num_kv_heads": cfg.num_kv_heads})
+    return cfg.model_copy(update={"attention": attention})
 
 
 def _check_quantisation(family: Family, hf: Mapping[str, Any]) -> None:
