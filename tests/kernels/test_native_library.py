@@ -167,6 +167,16 @@ def test_threads_are_torchs_unless_the_environment_says(native, loaded_anew, mon
     assert native_cpu.library().moestro_threads() == 1
 
 
+def test_a_later_set_num_threads_is_followed(native):
+    code = """
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    assert torch.equal(native_cpu.linear(matrix, x_TI), y_TO)
+    print(native.moestro_threads(), end=" ")
+"""
+    assert in_a_process(code, **{THREADS_VARIABLE: "", "OMP_NUM_THREADS": "2"}) == "1 3 2 "
+
+
 def test_python_threads_may_call_at_once(native, matrices):
     inputs = [torch.randn(rows, 96) for rows in (1, 20, 64, 7)]
     expected = [products(matrices, x_TI) for x_TI in inputs]

@@ -92,8 +92,19 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library cannot be loaded ({error}); install moestro again"
     if library.moestro_abi() != ABI:
         return f"the native library is of version {library.moestro_abi()}, not {ABI}; install again"
-    library.moestro_use_threads(_threads_wanted(), _team())
     return library
+
+
+_threads_told = 0
+
+
+def _follow_threads(loaded: ctypes.CDLL) -> None:
+    """Compute in as many threads as torch does, also after `torch.set_num_threads`."""
+    global _threads_told
+    wanted = _threads_wanted()
+    if wanted != _threads_told:
+        loaded.moestro_use_threads(wanted, _team())
+        _threads_told = wanted
 
 
 def _threads_wanted() -> int:
@@ -101,6 +112,7 @@ def _threads_wanted() -> int:
     return int(given) if given.isdigit() and int(given) else torch.get_num_threads()
 
 
+@cache
 def _team() -> int | None:
     """The address of torch's own GOMP_parallel: its threads compute, not twice as many."""
     for place in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
@@ -118,6 +130,7 @@ def library() -> ctypes.CDLL:
     loaded = _load()
     if isinstance(loaded, str):
         raise BackendError(loaded)
+    _follow_threads(loaded)
     forced = os.environ.get(PATH_VARIABLE, "")
     if forced and forced not in PATHS:
         raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
