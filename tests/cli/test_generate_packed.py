@@ -4,10 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from moestro.cli.main import main
+from moestro.config import ModelConfig
 from moestro.infer import quantize
 from moestro.kernels import native_cpu
+from moestro.models.checkpoint import atomic_folder, save_model
+from moestro.models.decoder import Decoder
+from moestro.text import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(
     native_cpu.available() is not None, reason=str(native_cpu.available())
@@ -104,3 +109,22 @@ def test_options_that_do_not_go_together(
 ) -> None:
     assert main(["generate", str(folder), "a", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_second_start_does_not_read_our_own_checkpoint_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    cfg = ModelConfig(
+        vocab_size=258, dim=32, num_layers=1, moe={"hidden_dim": 32, "num_experts": 4, "top_k": 2}
+    )
+    with atomic_folder(tmp_path / "own") as inside:
+        save_model(Decoder(cfg), inside)
+        ByteTokenizer().save(inside)
+    words = [str(tmp_path / "own"), "hello", "--weights", "int8"]
+    first = text(capsys, *words)
+    weights = tmp_path / "own" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert text(capsys, *words) == first
+    assert main(["generate", *words[:-1], "int4"]) == 2, "nothing is kept of it: read through"
+    assert "model.safetensors" in capsys.readouterr().err

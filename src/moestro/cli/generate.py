@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.opening import Device, Dtype, ModelName, PackedFile, Weights, open_weighted
+from moestro.cli.opening import (
+    Device,
+    Dtype,
+    ModelName,
+    PackedFile,
+    Weights,
+    find_weighted,
+    open_weighted,
+)
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -99,7 +107,6 @@ def generate(
     wherever the expert changes.
     """
     from moestro.infer.sampling import SamplingConfig
-    from moestro.models.hub import find_checkpoint
     from moestro.text import load_tokenizer
 
     given: dict[str, Any] = {
@@ -116,7 +123,7 @@ def generate(
     if system is not None and not chat:
         raise ConfigError("--system is a part of a conversation; add --chat")
     text = _read_prompt(prompt)
-    folder = find_checkpoint(path)
+    folder = find_weighted(path, weights, packed)
     tokenizer = load_tokenizer(folder)
     start = _conversation(folder, tokenizer, text, system) if chat else text
     model = open_weighted(folder, device, dtype, weights, packed)

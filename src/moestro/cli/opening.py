@@ -107,6 +107,30 @@ def open_shown(folder: Path, device: str = "cpu", dtype: str | None = None) -> P
         return open_model(folder, device=device, dtype=kind, progress=progress)
 
 
+def find_weighted(name: str | Path, weights: str = "as-is", packed: Path | None = None) -> Path:
+    """The checkpoint's folder that a name means, to be given to `open_weighted`.
+
+    One whose packed form is kept is not read through: what is mapped was made from good files.
+
+    Raises:
+        CheckpointError: see `moestro.models.hub.find_checkpoint`.
+        ConfigError: --weights has no such value.
+    """
+    from moestro.infer import packed_files
+    from moestro.infer.quantize import format_of
+    from moestro.models.hub import find_checkpoint
+
+    format = format_of(weights)
+    if format is None:
+        return find_checkpoint(name)
+    return find_checkpoint(
+        name,
+        lambda folder: packed_files.is_of(
+            packed or packed_files.default_path(folder, format), folder
+        ),
+    )
+
+
 def open_weighted(
     folder: Path,
     device: str = "auto",
@@ -119,7 +143,7 @@ def open_weighted(
     A packed form that is kept from an earlier start is mapped; a new one is kept for the next.
 
     Args:
-        folder: The checkpoint's own, from `moestro.models.hub.find_checkpoint`.
+        folder: The checkpoint's own, from `find_weighted`.
         device: auto, cpu, cuda or cuda:N.
         dtype: As for `pick_dtype`.
         weights: As --weights takes it.

@@ -67,6 +67,14 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return {path.name: _sampled(path) for path in files if path.is_file()}
 
 
+def is_of(path: Path, folder: Path) -> bool:
+    """Whether a file is the packed form of this very checkpoint, as far as its header says."""
+    try:
+        return path.is_file() and bool(_read_header(path)[0]["source"] == fingerprint(folder))
+    except (CheckpointError, KeyError, OSError):
+        return False
+
+
 def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> None:
     """Write a packed model, whole or not at all.
 

@@ -23,7 +23,7 @@ from moestro.models.build import Model, build_model
 from moestro.models.latent import LatentAttention
 from moestro.models.linear import PackedLinear
 from moestro.models.materialize import materialize, without_memory
-from moestro.models.pretrained import is_pretrained, open_model, open_unread
+from moestro.models.pretrained import open_unread
 from moestro.models.transfer import Progress, pour
 from moestro.moe.experts import Experts, FeedForward
 from moestro.moe.layer import MoE
@@ -124,10 +124,9 @@ def packed(place: Place, format: Format) -> Packed:
 
 
 def read_packed(folder: Path, format: Format, progress: Progress | None = None) -> Model:
-    """Load a checkpoint straight into packed form.
+    """Load a checkpoint straight into packed form, module by module.
 
-    One in Hugging Face's layout is read module by module: memory peaks at the packed model and one
-    module. One of ours is loaded whole, then packed in place.
+    Memory peaks at the packed model and one module.
 
     Args:
         folder: from `moestro.models.hub.find_checkpoint`.
@@ -135,14 +134,10 @@ def read_packed(folder: Path, format: Format, progress: Progress | None = None) 
         progress: called with (bytes read so far, bytes in all).
 
     Raises:
-        CheckpointError, ConfigError: see `models.pretrained.open_model`.
+        CheckpointError, ConfigError: see `models.pretrained.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
     native_cpu.library()
-    if not is_pretrained(folder):
-        model = open_model(folder, progress=progress).model
-        pack(model, format)
-        return model
     unread = open_unread(folder)
     model, dtype = unread.model, unread.matched.dtype
     total, done = sum(source.bytes for _, source in unread.matched.sources), 0

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,21 +152,30 @@ def checkpoints(run: Path) -> list[Path]:
     return list(step_folders(run).values())
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: Path, known: Callable[[Path], bool] | None = None) -> Path:
     """The checkpoint that `path` means: itself, or the newest good one of a run.
+
+    Args:
+        path: a run's folder or a checkpoint's.
+        known: whether a checkpoint is known to be good, so that its files are not read through.
 
     Raises:
         CheckpointError: there is none, or none is whole; says what is wrong with each.
     """
+
+    def verify(folder: Path) -> None:
+        if known is None or not known(folder):
+            verify_folder(folder)
+
     if (path / MANIFEST).is_file():
-        verify_folder(path)
+        verify(path)
         return path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run's folder or a checkpoint's")
     troubles = []
     for folder in reversed(checkpoints(path)):
         try:
-            verify_folder(folder)
+            verify(folder)
         except CheckpointError as error:
             troubles.append(str(error))
         else:
@@ -221,14 +230,23 @@ def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Model:
         CheckpointError: it is incomplete or altered, or a key or shape does not fit.
     """
     folder = newest_checkpoint(path)
-    cfg = read_own_config(folder / CONFIG)
-    stored = open_file(folder / WEIGHTS)
-    with without_memory():
-        model = build_model(cfg, backend)
-    _check_fit(model, folder, stored)
+    model, stored = open_own(folder, backend)
     materialize(model, stored["embed.weight"].dtype, device)
     load_weights(model, folder)
     return model.eval()
+
+
+def open_own(folder: Path, backend: str = "auto") -> tuple[Model, dict[str, Stored]]:
+    """A checkpoint's model without memory, and the stored tensors that fit it, by name.
+
+    Raises:
+        CheckpointError: the settings are not valid, or a key or shape does not fit them.
+    """
+    with without_memory():
+        model = build_model(read_own_config(folder / CONFIG), backend)
+    stored = open_file(folder / WEIGHTS)
+    _check_fit(model, folder, stored)
+    return model, stored
 
 
 def read_own_config(path: Path) -> ModelConfig | EncDecConfig:

@@ -6,6 +6,7 @@ The network is used for a name of the form `org/model` only, and only where no f
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from moestro.errors import CheckpointError
@@ -20,18 +21,19 @@ UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*"]
 INSTALL = "pip install 'moestro[hf]'"
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = None) -> Path:
     """The checkpoint's folder that a name means, in either layout.
 
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
             checkpoint's, or `org/model`.
+        known: whether a checkpoint of ours is known to be good, so that it is not read through.
 
     Raises:
         CheckpointError: there is none, or it is damaged; see also `find_model`.
     """
     folder = find_model(name)
-    return folder if is_pretrained(folder) else newest_checkpoint(folder)
+    return folder if is_pretrained(folder) else newest_checkpoint(folder, known)
 
 
 def find_model(name: str | Path) -> Path:

@@ -20,15 +20,17 @@ from moestro.models.checkpoint import (
     atomic_folder,
     checkpoints,
     load_model,
+    open_own,
     read_json,
     write_json,
 )
 from moestro.models.families import FAMILIES
+from moestro.models.families.pieces import Piece
 from moestro.models.families.table import Config, Family
 from moestro.models.families.translate import to_fields, to_settings
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import open_folder, some, write_folder
-from moestro.models.transfer import Matched, Progress, find_sources, match, outgoing, pour
+from moestro.models.transfer import Matched, Progress, Source, find_sources, match, outgoing, pour
 
 HF_CONFIG = "hf_config.json"
 
@@ -57,12 +59,12 @@ class Unread(NamedTuple):
     Attributes:
         model: built without memory.
         matched: the sources of its tensors.
-        described: what config.json says.
+        described: what a config.json of Hugging Face's layout says; None for our own.
     """
 
     model: Model
     matched: Matched
-    described: Described
+    described: Described | None
 
     def part(self, names: Container[str], *, last: bool = False) -> Matched:
         """What fills the tensors of these names; the last part checks what repeats another."""
@@ -125,7 +127,8 @@ def read_pretrained(
     Warns:
         UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
-    model, matched, described = open_unread(folder, backend)
+    described = read_config(folder)
+    model, matched, _ = _unread(folder, described, backend)
     if dtype is None and (rounded := matched.rounded(model, matched.dtype)):
         warnings.warn(
             f"{folder} holds tensors that are rounded to {matched.dtype}, the dtype of its "
@@ -139,12 +142,25 @@ def read_pretrained(
 
 
 def open_unread(folder: Path, backend: str = "auto") -> Unread:
-    """Check a whole checkpoint against its model, and read nothing of its tensors yet.
+    """Check a checkpoint of either layout against its model; read nothing of its tensors yet.
 
     Raises:
-        ConfigError, CheckpointError: see `read_pretrained`.
+        ConfigError, CheckpointError: see `read_pretrained` and `checkpoint.open_own`.
     """
-    described = read_config(folder)
+    if is_pretrained(folder):
+        return _unread(folder, read_config(folder), backend)
+    model, stored = open_own(folder, backend)
+    tied = stored.pop("head.weight", None) if model.cfg.head.tied else None
+    sources = [
+        (Piece(name, name, None, None, "same", one.shape), Source(one))
+        for name, one in stored.items()
+    ]
+    copies = [] if tied is None else [(Source(tied), "embed.weight")]
+    dtype = stored["embed.weight"].dtype
+    return Unread(model, Matched(sources, copies, dtype, model.cfg), None)
+
+
+def _unread(folder: Path, described: Described, backend: str) -> Unread:
     family = FAMILIES[described.family]
     sources = find_sources(open_folder(folder), described.hf_config)
     with without_memory():
