@@ -1,192 +1,250 @@
-from typing import NamedTuple
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from moestro.errors import DataError, MoestroError, ShapeError
-from moestro.moe.routing import Routing
-from moestro.probe.record import document_blocks, record
+from moestro.errors import DataError, MoestroError
+from moestro.models.encdec import EncDec
+from moestro.probe.recording.passages import Passage
+from moestro.probe.recording.record import record, record_batches
+from moestro.probe.recording.traces import join
 
-NUM_EXPERTS = 5
-
-
-class Output(NamedTuple):
-    logits: torch.Tensor
-    routings: tuple[Routing, ...]
+from ..models.tiny_encdec import settings
+from .deciders import VOCABULARY, decoder, passages
 
 
-class FakeModel(nn.Module):
-    """Routes token id v to expert v % E, then (v + 1) % E; probabilities are those two alone."""
+def equal(one, two):
+    for name, left, right in zip(one._fields, one, two, strict=True):
+        if isinstance(left, np.ndarray):
+            np.testing.assert_array_equal(left, right, err_msg=name)
+        else:
+            assert left == right, name
 
-    moe_layers = (1, 3)
 
-    def __init__(self, num_experts=NUM_EXPERTS, top_k=2, drop_id=None):
-        super().__init__()
-        self.frozen = nn.Linear(1, 1)
-        self.num_experts, self.top_k, self.drop_id = num_experts, top_k, drop_id
-        self.batches = []
+def routings(model, *texts):
+    """What the model returns for each text alone."""
+    with torch.inference_mode():
+        return [model(torch.as_tensor(text.tokens)[None]).routings for text in texts]
 
-    def forward(self, tokens_BS):
-        assert not self.training
-        assert not torch.is_grad_enabled()
-        self.batches.append(tokens_BS)
-        return Output(tokens_BS, (self.route(tokens_BS, 0), self.route(tokens_BS, 1)))
 
-    def route(self, tokens_BS, shift):
-        ids_T = tokens_BS.flatten() + shift
-        experts_TK = (ids_T[:, None] + torch.arange(self.top_k)) % self.num_experts
-        probs_TE = torch.zeros(len(ids_T), self.num_experts).scatter(1, experts_TK, 1 / self.top_k)
-        kept_R = None
-        if self.drop_id is not None:
-            kept_R = (ids_T != self.drop_id).repeat_interleave(self.top_k)
-        return Routing(
-            tokens_R=torch.arange(len(ids_T)).repeat_interleave(self.top_k),
-            experts_R=experts_TK.flatten(),
-            weights_R=torch.full((experts_TK.numel(),), 1 / self.top_k),
-            logits_TE=probs_TE.log(),
-            probs_TE=probs_TE,
-            top_k=self.top_k,
-            kept_R=kept_R,
+def test_a_trace_holds_what_the_model_returned():
+    model, texts = decoder(), passages(9, domains=("code",))
+    trace = record(model, texts, name="mine")
+    assert trace.subject[0] == "mine"
+    assert trace.subject[2:] == ((1, 2), 6, 2)
+    assert (trace.domains, trace.documents) == (("code",), ("code/#0",))
+    assert trace.tokens_T.tolist() == texts[0].tokens.tolist()
+    assert trace.kept_TLK is None
+    assert not trace.generated_T.any()
+    for place, routing in enumerate(routings(model, *texts)[0]):
+        probs = routing.probs_TE.numpy()
+        experts = routing.experts_TK().numpy()
+        np.testing.assert_array_equal(trace.experts_TLK[:, place], experts)
+        np.testing.assert_array_equal(trace.weights_TLK[:, place].ravel(), routing.weights_R)
+        np.testing.assert_allclose(trace.probs_NLE[0, place], probs.mean(0), rtol=1e-6)
+        entropy = -(probs * np.log(probs)).sum(1)
+        np.testing.assert_allclose(trace.entropy_TL[:, place], entropy, rtol=1e-5)
+        ranked = np.sort(probs, axis=1)[:, ::-1]
+        margin = ranked[:, 1] - ranked[:, 2]  # K = 2, softmax: the best two are chosen
+        np.testing.assert_allclose(trace.margin_TL[:, place], margin, atol=1e-7)
+    assert trace.experts_TLK.dtype == np.uint8
+    assert [trace.weights_TLK.dtype, trace.entropy_TL.dtype, trace.probs_NLE.dtype] == [
+        np.float32
+    ] * 3
+
+
+def test_padding_changes_nothing():
+    model, texts = decoder(), passages(9, 4, 6)
+    together, alone = record(model, texts), record(model, texts, batch_size=1)
+    for name in ("experts_TLK", "tokens_T", "length_N", "domain_N", "document_N"):
+        np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
+    for name in ("weights_TLK", "entropy_TL", "margin_TL", "probs_NLE"):
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), atol=1e-5)
+    assert together.batch_N.tolist() == [0] * 6
+    assert alone.batch_N.tolist() == list(range(6))
+    assert together.length_N.tolist() == [9, 9, 4, 4, 6, 6]
+    assert together.domain_N.tolist() == [0, 1] * 3
+
+
+def test_batches_join_to_the_whole():
+    model, texts = decoder(), passages(5, 7, 3)
+    calls = []
+    parts = record_batches(
+        model, texts, batch_size=4, progress=lambda done, total: calls.append((done, total))
+    )
+    first = next(parts)
+    assert first.length_N.tolist() == [5, 5, 7, 7]
+    assert calls == [(24, 30)]
+    assert len(first.documents) == 4  # a part holds its own ones only
+    equal(join([first, *parts]), record(model, texts, batch_size=4))
+    assert calls[-1] == (30, 30)
+
+
+def test_a_margin_below_zero_shows_that_a_bias_overruled_the_router():
+    model = decoder(router={"kind": "sigmoid", "selection_bias": True})
+    model.mixtures()[0].router.bias[3] = 10.0
+    trace = record(model, passages(20))
+    assert (trace.experts_TLK[:, 0, 0] == 3).all()
+    assert (trace.margin_TL[:, 0] < 0).any()
+    assert (trace.margin_TL[:, 1] > 0).all()
+
+
+def test_no_margin_where_every_expert_is_chosen():
+    trace = record(decoder(top_k=6), passages(3))
+    assert np.isnan(trace.margin_TL).all()
+    assert np.isfinite(trace.entropy_TL).all()
+
+
+def test_dropped_assignments_are_marked():
+    model = decoder(capacity={"eval_factor": 0.5, "priority": "router"})
+    texts = passages(12, domains=("code",))
+    trace = record(model, texts)
+    for place, routing in enumerate(routings(model, *texts)[0]):
+        assert 0 < int(routing.dropped()) < 24
+        np.testing.assert_array_equal(trace.kept_TLK[:, place].ravel(), routing.kept_R)
+
+
+def test_expert_choice_leaves_places_empty():
+    model = decoder(router={"kind": "expert_choice"})
+    texts = passages(12, domains=("code",))
+    trace = record(model, texts)
+    assert trace.subject.top_k == 0
+    for place, routing in enumerate(routings(model, *texts)[0]):
+        experts_TK, weights_TK = trace.experts_TLK[:, place], trace.weights_TLK[:, place]
+        tokens, places = np.nonzero(experts_TK < 6)
+        mine = set(zip(tokens, experts_TK[tokens, places], weights_TK[tokens, places], strict=True))
+        theirs = zip(
+            routing.tokens_R.tolist(),
+            routing.experts_R.tolist(),
+            routing.weights_R.tolist(),
+            strict=True,
         )
+        assert mine == set(theirs)
+        assert (weights_TK[experts_TK == 6] == 0).all()
+        assert (np.diff(weights_TK, axis=1) <= 0).all()  # heaviest first, empty places last
 
 
-class ExpertChoiceModel(FakeModel):
-    """Expert e takes every token whose id is at least e: between 1 and E experts a token."""
-
-    def route(self, tokens_BS, shift):
-        wanted_TE = tokens_BS.flatten()[:, None] >= torch.arange(self.num_experts)
-        experts_R, tokens_R = wanted_TE.T.nonzero(as_tuple=True)
-        probs_TE = torch.full(wanted_TE.shape, 1 / self.num_experts)
-        weights_R = torch.ones(len(tokens_R))
-        return Routing(tokens_R, experts_R, weights_R, probs_TE.log(), probs_TE, top_k=0)
-
-
-def windows(*sizes, seq_len=6, vocab=50):
-    generator = torch.Generator().manual_seed(0)
-    names = ("code", "prose", "sums")
-    return {
-        name: torch.randint(vocab, (size, seq_len), generator=generator)
-        for name, size in zip(names, sizes, strict=False)
-    }
+def test_generated_tokens_are_the_most_likely_ones_and_marked():
+    model, texts = decoder(), passages(6, 11, domains=("code",))
+    trace = record(model, texts, generate=5)
+    assert trace.length_N.tolist() == [11, 16]
+    assert trace.experts_TLK.shape[0] == 27
+    for n, text in enumerate(texts):
+        mine = trace.sequence_T == n
+        assert trace.generated_T[mine].tolist() == [False] * len(text.tokens) + [True] * 5
+        tokens = torch.from_numpy(trace.tokens_T[mine]).long()
+        assert tokens[: len(text.tokens)].equal(text.tokens)
+        with torch.inference_mode():
+            logits = model(tokens[None]).logits[0]
+        assert tokens[-5:].equal(logits[-6:-1].argmax(-1))
 
 
-def test_choices_come_back_in_the_windows_own_order():
-    given = windows(7, 3, 4)
-    rec = record(FakeModel(), given, batch_size=4)
-    tokens = torch.cat(list(given.values())).numpy()
-    expected = (tokens[..., None] + np.arange(2)) % NUM_EXPERTS
-    np.testing.assert_array_equal(rec.experts_LNSK[0], expected)
-    np.testing.assert_array_equal(rec.experts_LNSK[1], (expected + 1) % NUM_EXPERTS)
-    counts = (expected[..., None] == np.arange(NUM_EXPERTS)).sum(axis=(1, 2))
-    np.testing.assert_array_equal(rec.counts_LNE[0], counts)
-    np.testing.assert_allclose(rec.probs_LNE[0], counts / 12, atol=1e-7)
-    np.testing.assert_allclose(rec.entropy_LN, np.log(2), rtol=1e-6)
-    assert rec.domains == ("code", "prose", "sums")
-    assert rec.domain_N.tolist() == [0] * 7 + [1] * 3 + [2] * 4
-    assert rec.block_N.tolist() == list(range(14))
-    assert (rec.moe_layers, rec.top_k, rec.num_experts) == ((1, 3), 2, NUM_EXPERTS)
+def test_generation_stops_where_the_tokenizer_says_a_text_ends():
+    class Tokenizer:
+        ends = frozenset(range(VOCABULARY))
+
+        def encode(self, text):
+            return [5, 6, 7]
+
+    trace = record(decoder(), ["words"], tokenizer=Tokenizer(), generate=4)
+    assert trace.generated_T.tolist() == [False, False, False, True]
 
 
-def test_batch_size_changes_nothing():
-    given = windows(5, 2)
-    one, two = record(FakeModel(), given, 1), record(FakeModel(), given, 100)
-    for left, right in zip(one, two, strict=True):
-        np.testing.assert_array_equal(left, right)
-
-
-def test_every_batch_mixes_the_domains():
-    given = {"a": torch.zeros(8, 4).long(), "b": torch.ones(4, 4).long()}
-    model = FakeModel()
-    record(model, given, batch_size=3)
-    assert [batch[:, 0].sum().item() for batch in model.batches] == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("num_experts", "dtype"), [(256, np.uint8), (257, np.uint16)])
-def test_choices_are_kept_in_the_smallest_dtype(num_experts, dtype):
-    given = {"a": torch.tensor([[num_experts - 1, 0]])}
-    rec = record(FakeModel(num_experts, top_k=1), given)
-    assert rec.experts_LNSK.dtype == dtype
-    assert rec.experts_LNSK[0].ravel().tolist() == [num_experts - 1, 0]
-
-
-def test_dropped_assignments_are_counted_by_window():
-    given = {"a": torch.tensor([[7, 7, 1], [1, 2, 3]]), "b": torch.tensor([[7, 0, 0]])}
-    rec = record(FakeModel(drop_id=7), given)
-    assert rec.dropped_LN[0].tolist() == [4, 0, 2]
-    assert rec.counts_LNE.sum(axis=2).tolist() == [[6, 6, 6]] * 2  # before the drop
-
-
-def test_expert_choice_keeps_counts_only():
-    rec = record(ExpertChoiceModel(), {"a": torch.tensor([[0, 1], [4, 9]])})
-    assert rec.experts_LNSK is None
-    assert rec.top_k == 0
-    assert rec.counts_LNE[0].tolist() == [[2, 1, 0, 0, 0], [2, 2, 2, 2, 2]]
-
-
-def test_training_mode_is_restored_module_by_module():
-    model = FakeModel().train()
-    model.frozen.eval()
-    record(model, windows(2))
+def test_modes_are_restored_also_after_a_failure():
+    model = decoder().train()
+    model.head.eval()
+    record(model, passages(4))
     assert model.training
-    assert not model.frozen.training
-
-
-def test_training_mode_is_restored_after_a_failure():
-    class Failing(FakeModel):
-        def route(self, tokens_BS, shift):
-            raise RuntimeError("no memory")
-
-    model = Failing().train()
-    with pytest.raises(RuntimeError, match="no memory"):
-        record(model, windows(2))
+    assert not model.head.training
+    model.norm.forward = None
+    with pytest.raises(TypeError):
+        record(model, passages(4))
     assert model.training
-
-
-def test_blocks_are_numbered_through_and_never_cross_domains():
-    blocks = {"code": torch.tensor([4, 4, 9]), "prose": torch.tensor([9, 9])}
-    rec = record(FakeModel(), windows(3, 2), blocks=blocks)
-    assert rec.block_N.tolist() == [0, 0, 1, 2, 2]
-
-
-def test_windows_of_one_document_share_a_block():
-    end = 0
-    tokens = torch.tensor([[5, 5], [5, end], [5, 5], [5, 5], [end, 5], [5, 5], [end, end]])
-    blocks = document_blocks(tokens, end)
-    same_as_next = (blocks[1:] == blocks[:-1]).tolist()
-    assert same_as_next == [True, False, True, True, False, True]
-
-
-def test_a_dense_model_has_no_routing():
-    model = FakeModel()
-    model.moe_layers = ()
-    with pytest.raises(MoestroError, match="no mixture layer"):
-        record(model, windows(1))
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({}, DataError, "no domains"),
-        ({"a": torch.zeros(0, 4).long()}, DataError, "'a' has no held-out window"),
-        ({"a": torch.zeros(4).long()}, ShapeError, r"'a' are torch.int64 \[4\]"),
-        ({"a": torch.zeros(2, 4)}, ShapeError, "float32"),
-        ({"a": torch.zeros(1, 4).long(), "b": torch.zeros(1, 5).long()}, ShapeError, "4, 5"),
+        ({"texts": []}, DataError, "no text to record"),
+        ({"texts": [Passage([3, 61])]}, DataError, r"has token 61.*0 to 60"),
+        ({"texts": [Passage([-1])]}, DataError, "has token -1"),
+        ({"texts": ["words"]}, MoestroError, "tokenizer"),
+        ({"batch_size": 0}, MoestroError, "batch_size is 0"),
+        ({"generate": -1}, MoestroError, "generate is -1"),
+        ({"distributed": True}, MoestroError, "torchrun"),
+        ({"model": decoder().to("meta")}, DataError, "meta device"),
+        ({"model": EncDec(settings())}, MoestroError, "encoder-decoder"),
     ],
 )
-def test_windows_that_cannot_be_run(given, error, message):
+def test_what_cannot_be_recorded(given, error, message):
     with pytest.raises(error, match=message):
-        record(FakeModel(), given)
+        record(**{"model": decoder(), "texts": passages(4), **given})
 
 
-def test_blocks_must_match_the_windows():
-    with pytest.raises(ShapeError, match="'prose': given nothing"):
-        record(FakeModel(), windows(2, 2), blocks={"code": torch.zeros(2).long()})
-    with pytest.raises(ShapeError, match=r"shape \[3\]"):
-        record(FakeModel(), windows(2), blocks={"code": torch.zeros(3).long()})
+def test_a_dense_model_has_no_routing():
+    model = decoder()
+    model.moe_layers = ()
+    with pytest.raises(MoestroError, match="no mixture layer"):
+        record(model, passages(4))
 
 
-def test_batch_size_must_be_positive():
-    with pytest.raises(MoestroError, match="batch_size is 0"):
-        record(FakeModel(), windows(1), batch_size=0)
+RANK_OF_TWO = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from tests.probe.deciders import decoder, passages
+from moestro.probe.recording.record import record
+from moestro.probe.recording.tracefile import TraceWriter
+
+dist.init_process_group("gloo")
+model = decoder()
+seen = []
+trace = record(
+    model, passages(5, 7, 3, 6, 4), batch_size=4, distributed=True, generate=1,
+    progress=lambda done, total: seen.append(done),
+)
+with TraceWriter(Path(sys.argv[1]) / f"{dist.get_rank()}.npz", trace.subject) as writer:
+    writer.write(trace)
+print(seen)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_share_the_work_and_both_have_the_trace_of_one(tmp_path):
+    from moestro.probe.recording.tracefile import read_trace
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_OF_TWO, tmp_path],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | shared | {"RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        found = [child.communicate(timeout=60) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, (output, errors) in zip(children, found, strict=True):
+        assert child.returncode == 0, errors
+        assert output == "[24, 42, 50]\n"
+    torch.manual_seed(0)
+    model = decoder()
+    one = record(model, passages(5, 7, 3, 6, 4), batch_size=4, generate=1)
+    for rank in ("0", "1"):
+        equal(read_trace(tmp_path / f"{rank}.npz"), one)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.held_out import open_corpus
-from moestro.cli.opening import ModelName, open_shown, pick_device
+from moestro.cli.opening import ModelName
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
+    from collections.abc import Sequence
 
-    from moestro.probe.measure import Findings, Floats, Repetition, Specialisation
+    from moestro.cli.probe_model import Probed
+    from moestro.probe.ablation.effects import Ablations
+    from moestro.probe.measures.measure import Findings
+    from moestro.probe.measures.saturation import Saturation
+    from moestro.probe.measures.specialise import Grouping
+    from moestro.probe.recording.passages import Passage
+    from moestro.probe.recording.traces import Trace
 
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for the figures and probe.json; default: probe in the run folder, "
-        "probe-NAME here for a published model."
+        help="Folder for the figures and numbers; default: probe in the run folder, probe-NAME "
+        "here for a published model or a trace."
     ),
 ]
 Tokens = Annotated[
@@ -40,34 +43,87 @@ Layer = Annotated[
     int | None,
     typer.Option(help="Layer, from 0, whose experts to show by domain; default the last mixture."),
 ]
+By = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=REGEX",
+        help="Group domains besides, by what the regex's one group finds in their names, as in "
+        "'language=-(..)$'; may be repeated.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, the content of probe.json.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws behind the sampling noise.")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="Keep every routing decision in this file (.npz).")
+]
+Report = Annotated[
+    Path | None, typer.Option(help="Write a page to read in a browser to this file (.html).")
+]
+Ablate = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Silence this many of the experts that look specialised, and as many others, one at "
+        "a time, and measure the loss; two passes over the text for each.",
+    ),
+]
+Generate = Annotated[
+    int, typer.Option(min=0, help="Let the model write up to this many tokens after each text.")
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(help="Another model or trace, to be compared with PATH on the same text."),
+]
+Checkpoints = Annotated[
+    bool,
+    typer.Option(help="Say how early in the run each token went where it goes in the end."),
+]
+Transformers = Annotated[
+    bool, typer.Option("--transformers", help="Run the model by transformers' own code.")
+]
 
-# Many layer-domain pairs are looked at in one sentence; at 2 errors some would pass by chance.
-ERRORS_TO_CLAIM = 3.0
-MOST_COLUMNS = 8
-# Times as much text is looked at as is used, to see where documents end between the windows.
-POOL = 64
+TRACE = ".npz"
 
 
-class Probed(NamedTuple):
-    """What one call measured.
+class Wanted(NamedTuple):
+    """What was asked for besides the model."""
+
+    tokens: int
+    sources: tuple[str, ...]
+    by: tuple[str, ...]
+    seed: int
+    trace: Path | None
+    ablate: int
+    generate: int
+    transformers: bool
+
+
+class Looked(NamedTuple):
+    """What one model gave.
 
     Attributes:
-        findings: The measures.
-        checkpoint: The checkpoint folder that was read.
-        tokens: Tokens that went through the model.
-        folder: Where the figures and probe.json were written.
-        figures: The figures' file names.
+        trace: every decision.
+        probed: the model; None where a trace was read.
+        passages: the text it was recorded on; none where a trace was read.
     """
 
+    trace: Trace
+    probed: Probed | None
+    passages: list[Passage]
+
+
+class Done(NamedTuple):
+    """What one call measured, and the files it wrote."""
+
+    content: dict[str, Any]
     findings: Findings
-    checkpoint: Path
-    tokens: int
+    ablations: Ablations | None
+    saturation: Saturation | None
     folder: Path
-    figures: tuple[str, ...]
+    files: list[str]
+    report: Path | None
 
 
 def probe(
@@ -76,161 +132,173 @@ def probe(
     tokens: Tokens = 65_536,
     source: Source = None,
     layer: Layer = None,
+    by: By = None,
+    report: Report = None,
+    trace: TraceFile = None,
+    ablate: Ablate = 0,
+    generate: Generate = 0,
+    compare: Compare = None,
+    checkpoints: Checkpoints = False,
+    transformers: Transformers = False,
     as_json: AsJson = False,
     seed: Seed = 0,
 ) -> None:
     """Measure which expert does what, over labelled held-out text.
 
-    Load by layer and expert, use of experts by domain, how far domains differ beside what chance
-    alone would give, entropy of the router, and how often neighbouring tokens share an expert.
-    Figures (PNG) and probe.json go to the folder --out.
+    Load by layer and expert, use of experts by domain beside what chance and the tokens alone
+    would give, repetition, caches, and on request what silencing an expert does. Figures (PNG and
+    SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
-    probed = run(path, out, tokens, tuple(source or ()), layer, seed)
+    wanted = Wanted(
+        tokens, tuple(source or ()), tuple(by or ()), seed, trace, ablate, generate, transformers
+    )
+    if compare is not None:
+        from moestro.cli.probe_compare import run_compare
+
+        if report or ablate or checkpoints or trace:
+            raise ConfigError(
+                "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
+                "and --trace, or probe each model by itself"
+            )
+        run_compare(path, compare, wanted, out, as_json)
+        return
+    done = run(path, wanted, out, layer, report, checkpoints)
     if as_json:
-        typer.echo((probed.folder / "probe.json").read_text(encoding="utf-8").rstrip())
+        typer.echo((done.folder / "probe.json").read_text(encoding="utf-8").rstrip())
     else:
-        _print(probed, layer)
+        _print(done, layer)
 
 
 def run(
     path: str | Path,
+    wanted: Wanted,
     out: Path | None = None,
-    tokens: int = 65_536,
-    sources: tuple[str, ...] = (),
     layer: int | None = None,
-    seed: int = 0,
-) -> Probed:
-    """Probe the checkpoint that `path` means, and write figures and probe.json.
+    report: Path | None = None,
+    checkpoints: bool = False,
+) -> Done:
+    """Probe the model or trace that `path` means, and write everything.
 
     Raises:
-        MoestroError: no checkpoint or text, a dense model, a layer that is no mixture, or a
-            folder that cannot be written.
+        MoestroError: no model or text, a dense model, a layer that is no mixture, or a folder that
+            cannot be written.
     """
     from rich.console import Console
 
-    from moestro.models.decoder import Decoder
-    from moestro.models.hub import find_checkpoint
-    from moestro.models.pretrained import is_pretrained
-    from moestro.probe.figures import layer_index, save_figures
-    from moestro.probe.measure import measure, to_json
-    from moestro.probe.record import record
+    from moestro.cli.probe_more import ablate_halves, saturation_of_run, tokenizer_of, write_page
+    from moestro.probe.measures.measure import measure, to_json
+    from moestro.probe.report.figures import layer_index, save_figures
+    from moestro.probe.report.pieces import Pieces
+    from moestro.probe.report.summary import summary
+    from moestro.probe.report.tables import save_tables
 
-    checkpoint = find_checkpoint(path)
-    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    # A published checkpoint is not ours to write into; it may lie in a cache.
-    beside = Path(f"probe-{Path(path).name}") if is_pretrained(checkpoint) else home / "probe"
-    folder = _make_folder(out or beside)
-    model = open_shown(checkpoint, pick_device("auto")).model
-    if not isinstance(model, Decoder):
-        raise ConfigError(f"{checkpoint} is an encoder-decoder; probe reads decoders only")
-    windows, blocks = _text(checkpoint, home, sources, tokens, model.cfg.attention.context)
-    with Console(stderr=True).status("probing held-out text"):
-        findings = measure(record(model, windows, blocks=blocks), seed=seed)
+    looked = look(path, wanted)
+    trace = looked.trace
+    groupings = _groupings(trace.domains, wanted.by)
+    folder = make_folder(out or _beside(path, looked.probed))
+    with Console(stderr=True).status("measuring"):
+        findings = measure(trace, groupings=groupings, seed=wanted.seed)
     if layer is not None:
         layer_index(findings, layer)
-    figures = tuple(file.name for file in save_figures(findings, folder, layer))
-    num_tokens = sum(text.numel() for text in windows.values())
-    probed = Probed(findings, checkpoint, num_tokens, folder, figures)
+    ablations = ablate_halves(looked, wanted.ablate, wanted.seed) if wanted.ablate else None
+    saturation = saturation_of_run(looked, wanted.seed) if checkpoints else None
+    figures = [file.name for file in save_figures(findings, folder, layer, ablations)]
     content = {
-        "checkpoint": str(checkpoint),
-        "sources": list(sources) or None,
-        "tokens": num_tokens,
-        "seed": seed,
-        "summary": summary(findings),
-        "figures": list(figures),
+        "fingerprint": trace.subject.fingerprint,
+        "sources": list(wanted.sources) or None,
+        "tokens_recorded": len(trace.tokens_T),
+        "tokens_generated": int(trace.generated_T.sum()),
+        "seed": wanted.seed,
+        "summary": [said.text for said in summary(findings, ablations)],
+        "figures": figures,
         **to_json(findings),
+        "ablations": None if ablations is None else to_json(ablations),
+        "saturation": None if saturation is None else to_json(saturation),
     }
-    _write(folder / "probe.json", json.dumps(content, indent=1) + "\n")
-    return probed
-
-
-def summary(findings: Findings) -> str:
-    """One paragraph of what the findings support, sampling noise considered."""
-    layers, load = findings.moe_layers, findings.load
-    worst = int(load.imbalance_L.argmax())
-    dead = sum(map(len, load.dead_L))
-    sentences = [
-        _told_apart(findings),
-        f"The busiest expert, in layer {layers[worst]}, took {load.imbalance_L[worst]:.2f} times "
-        f"an equal share; {dead or 'none'} of the {len(layers) * findings.num_experts} experts "
-        "received nothing.",
+    tokenizer = tokenizer_of(looked)
+    name = None if tokenizer is None else Pieces(tokenizer, trace.tokens_T).name
+    tables = [
+        file.name
+        for file in save_tables(
+            findings, folder, ablations=ablations, saturation=saturation, name=name
+        )
     ]
-    if findings.repetition is not None:
-        sentences.append(_repeated(findings.repetition))
-    return " ".join(sentences)
+    write(folder / "probe.json", json.dumps(content, indent=1) + "\n")
+    if report is not None:
+        write_page(report, findings, looked, tokenizer, ablations, saturation)
+    files = [*figures, *tables, "probe.json"]
+    return Done(content, findings, ablations, saturation, folder, files, report)
 
 
-def _told_apart(findings: Findings) -> str:
-    """Whether the layers use experts differently by domain."""
-    found, layers = findings.specialisation, findings.moe_layers
-    if found is None:
-        return "All text has one label, so nothing can be said about domains."
-    single = [name for name, size in zip(findings.domains, found.blocks_M, strict=True) if size < 2]
-    many = f"{int(found.supported_L.sum())} of {len(layers)} mixture layers"
-    if not found.supported_L.any():
-        sentence = (
-            f"{many} use experts differently by domain beyond sampling noise: "
-            "differences between the domains here may be chance."
-        )
-    else:
-        excess_L = (found.mean_L - found.mean_chance_L) * found.supported_L
-        most = int(excess_L.argmax())
-        sentence = (
-            f"{many} use experts differently by domain beyond sampling noise; most in layer "
-            f"{layers[most]}, where domains lie {found.mean_L[most]:.3f} from their average (0 to "
-            f"1) and chance would give {found.mean_chance_L[most]:.3f}."
-        )
-    if single:
-        sentence += (
-            f" Of {_listed(single)} only one document was read, which says nothing about how such "
-            "text varies; more --tokens or more documents would."
-        )
-    return sentence
+def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None) -> Looked:
+    """Record a model on its text, or read a trace.
+
+    Args:
+        path: a model's name, or a trace's file.
+        wanted: what to read and keep.
+        passages: the text, where it is that of another model.
+    """
+    from moestro.cli.probe_more import bar
+    from moestro.probe.recording.record import record_batches
+    from moestro.probe.recording.tracefile import TraceWriter, read_trace
+    from moestro.probe.recording.traces import join
+
+    if str(path).endswith(TRACE):
+        if wanted.trace or wanted.ablate or wanted.generate or wanted.sources:
+            raise ConfigError(
+                f"{path} is a trace: nothing is run, so leave out --source, --trace, --ablate and "
+                "--generate, or give the model"
+            )
+        return Looked(read_trace(Path(path)), None, [])
+    from moestro.cli.probe_model import open_probed
+
+    probed = open_probed(path, wanted.transformers)
+    passages = passages or probed.passages(wanted.sources, wanted.tokens)
+    parts = []
+    with bar("probing held-out text") as progress:
+        batches = record_batches(
+            probed.model, passages, tokenizer=probed.tokenizer, name=str(probed.folder),
+            generate=wanted.generate, progress=progress,
+        )  # fmt: skip
+        first = next(batches)
+        if wanted.trace is None:
+            parts = [first, *batches]
+        else:
+            with TraceWriter(wanted.trace, first.subject) as writer:
+                for part in (first, *batches):
+                    writer.write(part)
+                    parts.append(part)
+    return Looked(join(parts), probed, passages)
 
 
-def _listed(names: list[str]) -> str:
-    """The names, or the first few of many."""
-    more = len(names) - MOST_COLUMNS
-    return ", ".join(names[:MOST_COLUMNS]) + (f" and {more} more" if more > 0 else "")
+def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, ...]:
+    """The groupings that --by asks for."""
+    from moestro.probe.measures.specialise import by_pattern
+
+    found = []
+    for each in by:
+        name, equals, pattern = each.partition("=")
+        if not (name and equals and pattern):
+            raise ConfigError(f"--by {each}: give NAME=REGEX, as in 'language=-(..)$'")
+        found.append(by_pattern(name, pattern, domains))
+    return tuple(found)
 
 
-def _repeated(found: Repetition) -> str:
-    """Whether neighbouring tokens share their first choice more often than shuffled ones."""
-    excess_LM = found.first_LM - found.first_shuffled_LM
-    more = int((excess_LM > ERRORS_TO_CLAIM * found.first_error_LM).sum())
-    fewer = int((excess_LM < -ERRORS_TO_CLAIM * found.first_error_LM).sum())
-    return (
-        f"A token and the next have the same first choice in {found.first_LM.mean():.0%} of pairs "
-        f"({found.first_shuffled_LM.mean():.0%} with the same tokens shuffled); beyond "
-        f"{ERRORS_TO_CLAIM:g} standard errors, that is more than shuffled in {more} and less in "
-        f"{fewer} of {excess_LM.size} combinations of layer and domain."
-    )
+def _beside(path: str | Path, probed: Probed | None) -> Path:
+    """Where the files go unless told: a published checkpoint is not ours to write into."""
+    from moestro.models.pretrained import is_pretrained
+
+    if probed is not None and not is_pretrained(probed.folder):
+        return probed.home / "probe"
+    return Path(f"probe-{Path(path).name.removesuffix(TRACE)}")
 
 
-def _text(
-    checkpoint: Path, home: Path, sources: tuple[str, ...], tokens: int, context: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Held-out windows by domain, and for each window the number of its document."""
-    import torch
+def make_folder(folder: Path) -> Path:
+    """The folder, made where it is not there.
 
-    from moestro.probe.record import document_blocks
-
-    with ExitStack() as stack:
-        corpus = open_corpus(checkpoint, home / "data", sources, context, stack)
-        pool = corpus.held_out(POOL * tokens)
-        wanted = max(1, tokens // len(pool) // corpus.seq_len)
-        windows, blocks = {}, {}
-        for domain, (tokens_NS, _) in pool.items():
-            there = len(tokens_NS)
-            chosen = torch.arange(min(wanted, there)) * there // max(1, min(wanted, there))
-            # Where documents end shows only in text that lies together, so all of it is numbered.
-            # A window's last token is the next one's first: leaving out the first counts each once.
-            document_N = document_blocks(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)
-            windows[domain], blocks[domain] = tokens_NS[chosen, :-1], document_N[chosen]
-    return windows, blocks
-
-
-def _make_folder(folder: Path) -> Path:
+    Raises:
+        MoestroError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -238,7 +306,12 @@ def _make_folder(folder: Path) -> Path:
     return folder
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a small file.
+
+    Raises:
+        MoestroError: it cannot be written.
+    """
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -250,123 +323,31 @@ def _unwritable(path: Path, error: OSError) -> MoestroError:
     return MoestroError(f"cannot write to {path}: {reason}; choose another folder with --out")
 
 
-def _print(probed: Probed, layer: int | None) -> None:
-    """The tables and the paragraph, for a person."""
+def _print(done: Done, layer: int | None) -> None:
+    """The tables and the summary, for a person."""
     from rich.console import Console
 
-    findings, console = probed.findings, Console(highlight=False)
-    domains = len(findings.domains)
+    from moestro.cli.probe_tables import print_ablations, print_findings, print_saturation
+
+    console, content = Console(highlight=False), done.content
+    domains = len(done.findings.domains)
     console.print(
-        f"{probed.checkpoint}: {probed.tokens:,} tokens of {domains} "
+        f"{content['model']}: {content['tokens_recorded']:,} tokens of {domains} "
         f"{'domain' if domains == 1 else 'domains'}",
         markup=False,
         soft_wrap=True,
     )
-    tables = [_load_table(findings)]
-    if findings.specialisation is not None:
-        tables.append(_specialisation_table(findings, findings.specialisation))
-    tables.append(_expert_table(findings, layer))
-    if findings.repetition is not None:
-        tables += _repetition_tables(findings, findings.repetition)
-    for table in tables:
-        # Not as the table's own title, which would be folded to the width of its columns.
-        title, table.title = table.title, None
-        console.print(f"\n{title}", style="bold", markup=False)
-        console.print(table)
-    if domains > MOST_COLUMNS:
-        console.print(f"{domains - MOST_COLUMNS} more domains are in probe.json.\n")
-    console.print(summary(findings), markup=False)
-    names = ", ".join((*probed.figures, "probe.json"))
-    console.print(f"\nwritten to {probed.folder}: {names}", markup=False, soft_wrap=True)
-
-
-def _table(title: str, *columns: str) -> Table:
-    """An empty table: the first column a name, the others numbers."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if index else "left")
-    return table
-
-
-def _load_table(findings: Findings) -> Table:
-    load, entropy = findings.load, findings.entropy
-    table = _table(
-        "Load, and entropy of the router (1 = spread over all experts)",
-        "layer", "max / mean", "CV", "dead", "dropped", "entropy overall", "per token",
-    )  # fmt: skip
-    for index, layer in enumerate(findings.moe_layers):
-        table.add_row(
-            str(layer),
-            f"{load.imbalance_L[index]:.2f}",
-            f"{load.variation_L[index]:.2f}",
-            str(len(load.dead_L[index])),
-            f"{load.dropped_L[index]:.1%}",
-            f"{entropy.balance_L[index]:.3f}",
-            f"{entropy.spread_L[index]:.3f}",
-        )
-    return table
-
-
-def _specialisation_table(findings: Findings, found: Specialisation) -> Table:
-    pieces = _listed([str(size) for size in found.blocks_M])
-    table = _table(
-        "Specialisation: distance of a domain's use of experts from the average (0 to 1); chance "
-        f"deals the pieces of text ({pieces}) to the domains at random",
-        "layer", "mean", "chance", "95 % of chance", "p", "beyond noise",
-        *findings.domains[:MOST_COLUMNS],
-    )  # fmt: skip
-    for index, layer in enumerate(findings.moe_layers):
-        table.add_row(
-            str(layer),
-            f"{found.mean_L[index]:.3f}",
-            f"{found.mean_chance_L[index]:.3f}",
-            f"{found.mean_chance_high_L[index]:.3f}",
-            f"{found.p_value_L[index]:.3f}",
-            "yes" if found.supported_L[index] else "no",
-            *(f"{distance:.3f}" for distance in found.distance_LM[index, :MOST_COLUMNS]),
-        )
-    return table
-
-
-def _expert_table(findings: Findings, layer: int | None) -> Table:
-    from moestro.probe.figures import layer_index
-
-    index = len(findings.moe_layers) - 1 if layer is None else layer_index(findings, layer)
-    table = _table(
-        f"Layer {findings.moe_layers[index]}: share of each domain's assignments by expert "
-        f"(equal share {1 / findings.num_experts:.1%})",
-        "expert", *findings.domains[:MOST_COLUMNS],
-    )  # fmt: skip
-    for expert, shares_M in enumerate(findings.table_LME[index].T):
-        table.add_row(str(expert), *(f"{share:.1%}" for share in shares_M[:MOST_COLUMNS]))
-    return table
-
-
-def _repetition_table(
-    findings: Findings, title: str, rate_LM: Floats, shuffled_LM: Floats, uniform: float
-) -> Table:
-    table = _table(
-        f"Repetition: {title} in neighbouring tokens (in brackets: the same tokens shuffled; "
-        f"uniform routing: {uniform:.1%})",
-        "layer",
-        *findings.domains[:MOST_COLUMNS],
+    print_findings(console, done.findings, layer)
+    if done.ablations is not None:
+        print_ablations(console, done.ablations)
+    if done.saturation is not None:
+        print_saturation(console, done.saturation)
+    for sentence in content["summary"]:
+        console.print(f"• {sentence}", markup=False)
+    for note in done.findings.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(
+        f"\nwritten to {done.folder}: {', '.join(done.files)}", markup=False, soft_wrap=True
     )
-    for layer, rate_M, shuffled_M in zip(findings.moe_layers, rate_LM, shuffled_LM, strict=True):
-        pairs = list(zip(rate_M, shuffled_M, strict=True))[:MOST_COLUMNS]
-        table.add_row(str(layer), *(f"{rate:.1%} ({null:.1%})" for rate, null in pairs))
-    return table
-
-
-def _repetition_tables(findings: Findings, found: Repetition) -> list[Table]:
-    """One table for the first choices, and one for all K where there are several."""
-    first = ("the same first choice", found.first_LM, found.first_shuffled_LM, found.first_uniform)
-    shared = (
-        f"any of {findings.top_k} choices shared",
-        found.any_LM, found.any_shuffled_LM, found.any_uniform,
-    )  # fmt: skip
-    kinds = [first] if findings.top_k == 1 else [first, shared]
-    return [_repetition_table(findings, *kind) for kind in kinds]
+    if done.report is not None:
+        console.print(f"to read in a browser: {done.report}", markup=False, soft_wrap=True)

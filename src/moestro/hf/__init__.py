@@ -7,7 +7,9 @@
     moestro.hf.quantize(model.eval(), "int4")   # if wanted: experts packed in place
     moestro.hf.check(model, inputs)             # every mixture really ran here, or an error
 
-See docs/transformers.md. Needs the extra `hf`.
+    balancer = moestro.hf.balance(model, switch=0.01)   # in training: even use of the experts
+
+See docs/transformers.md and docs/balance.md. Needs the extra `hf`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,22 @@ if not {"experts_interface", "is_concatenated"} <= set(
 ):
     raise ImportError(_NEEDS)
 
+from moestro.hf.balance import Balance, balance  # noqa: E402
+from moestro.hf.balance_callback import BalanceCallback  # noqa: E402
+from moestro.hf.family_loss import converted  # noqa: E402
 from moestro.hf.packed import PackedModel, quantize  # noqa: E402
 from moestro.hf.plug import NAME, Checked, Installed, check, install  # noqa: E402
 
-__all__ = ["NAME", "Checked", "Installed", "PackedModel", "check", "install", "quantize"]
+__all__ = [
+    "NAME",
+    "Balance",
+    "BalanceCallback",
+    "Checked",
+    "Installed",
+    "PackedModel",
+    "balance",
+    "check",
+    "converted",
+    "install",
+    "quantize",
+]

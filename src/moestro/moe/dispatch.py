@@ -37,7 +37,8 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
             experts of its own.
 
     Returns:
-        The routing with `kept_R`. Padding takes no room and does not count as dropped.
+        The routing with `kept_R`. Padding takes no room and does not count as dropped; what was
+        dropped before takes none either.
 
     Raises:
         ShapeError: the tokens do not split into N sequences.
@@ -50,6 +51,8 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
     if routing.valid_T is not None:
         # Padding queues for an expert that does not exist.
         queue_of_R = queue_of_R.masked_fill(~routing.valid_T[routing.tokens_R], queues)
+    if routing.kept_R is not None:
+        queue_of_R = queue_of_R.masked_fill(~routing.kept_R, queues)
     if priority == "router":
         arrival_R = routing.weights_R.detach().argsort(descending=True, stable=True)
     else:

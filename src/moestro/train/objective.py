@@ -53,12 +53,21 @@ class Objective:
         """The loss of one micro-batch of B sequences, in fp32."""
         total = cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
         parts = {"loss": total.detach()}
-        if output.routings:
-            for name, weight, term in self._terms(output.routings, targets_BS.shape[0]):
-                values_L = torch.stack([term(i, r) for i, r in enumerate(output.routings)])
-                total = total + weight * values_L.sum()
-                parts[name] = values_L.detach().mean()
+        for name, weight, values_L in self.balance(output.routings, targets_BS.shape[0]):
+            total = total + weight * values_L.sum()
+            parts[name] = values_L.detach().mean()
         return Loss(total, parts)
+
+    def balance(
+        self, routings: Sequence[Routing], num_sequences: int
+    ) -> list[tuple[str, float, Tensor]]:
+        """Name, weight and value [L] of each balance loss that is on; none without mixtures."""
+        if not routings:
+            return []
+        return [
+            (name, weight, torch.stack([term(i, r) for i, r in enumerate(routings)]))
+            for name, weight, term in self._terms(routings, num_sequences)
+        ]
 
     def _terms(
         self, routings: Sequence[Routing], num_sequences: int

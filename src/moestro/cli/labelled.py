@@ -1,0 +1,136 @@
+"""The labelled passages that a model is looked into with: its held-out text, or other text."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import ExitStack
+from heapq import heappush, heappushpop
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moestro.cli.held_out import open_corpus
+from moestro.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moestro.probe.recording.passages import Encodes, Passage
+    from moestro.train.corpus import Document
+
+Domains = Literal["folder", "field"]
+
+# Times as much text is looked at as is used, to see where documents end between the windows.
+POOL = 64
+# Of a domain with more documents, this many are drawn; of a longer one the beginning is read.
+MOST_DOCUMENTS = 512
+MOST_CHARACTERS = 200_000
+
+
+def held_out_passages(checkpoint: Path, home: Path, tokens: int, context: int) -> list[Passage]:
+    """Windows that the model's run held out, evenly from all domains.
+
+    Args:
+        checkpoint: its folder.
+        home: the run's folder.
+        tokens: most tokens in all.
+        context: of the model.
+
+    Raises:
+        DataError: there is no text; `--source` gives other.
+    """
+    import torch
+
+    from moestro.probe.recording.passages import Passage
+
+    passages = []
+    with ExitStack() as stack:
+        corpus = open_corpus(checkpoint, home / "data", (), context, stack)
+        pool = corpus.held_out(POOL * tokens)
+        wanted = max(1, tokens // len(pool) // corpus.seq_len)
+        for domain, (tokens_NS, _) in pool.items():
+            there = len(tokens_NS)
+            chosen = torch.arange(min(wanted, there)) * there // max(1, min(wanted, there))
+            # Where documents end shows only in text that lies together, so all of it is numbered.
+            # A window's last token is the next one's first: without its first each counts once.
+            numbers_N = _documents(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)
+            for n in chosen.tolist():
+                document = f"{domain}/{numbers_N[n]}"
+                passages.append(Passage(tokens_NS[n, :-1].clone(), domain, document))
+    return passages
+
+
+def source_passages(
+    sources: tuple[str, ...], tokenizer: Encodes, tokens: int, length: int, by: Domains = "folder"
+) -> list[Passage]:
+    """Pieces of the documents of files, folders or globs, evenly from all domains and documents.
+
+    Args:
+        sources: as for training; a NUL byte ends a document.
+        tokenizer: the model's.
+        tokens: most tokens in all.
+        length: most tokens of a passage.
+        by: where the labels come from.
+
+    Raises:
+        DataError: a source is missing or holds no text.
+    """
+    drawn = _draw(sources, by)
+    wanted = max(1, tokens // len(drawn) // length)
+    passages: list[Passage] = []
+    for domain in sorted(drawn):
+        documents = drawn[domain]
+        left = wanted
+        for place, document in enumerate(documents):
+            if left <= 0:
+                break
+            of_this = -(-left // (len(documents) - place))
+            pieces = _pieces(document, tokenizer, length, of_this)
+            passages += pieces
+            left -= len(pieces)
+    return passages
+
+
+def _documents(tokens_NS: Tensor, end_of_text: int) -> list[int]:
+    """Number windows so that those of one document share a number.
+
+    For windows in text order: one in which no document ends belongs together with the next. Where
+    text between windows was skipped this can only join too much, never too little, so noise
+    estimated over documents is not understated.
+    """
+    ends_N = (tokens_NS == end_of_text).any(dim=1).long()
+    numbers: list[int] = (ends_N.cumsum(0) - ends_N).tolist()
+    return numbers
+
+
+def _draw(sources: tuple[str, ...], by: Domains) -> dict[str, list[Document]]:
+    """Documents of each domain, at most `MOST_DOCUMENTS`, drawn by their names."""
+    from moestro.config import DataConfig
+    from moestro.train.corpus import read_documents
+
+    heaps: dict[str, list[tuple[int, int, Document]]] = {}
+    for number, document in enumerate(read_documents(DataConfig(sources=sources, domains=by))):
+        heap = heaps.setdefault(document.domain, [])
+        document = document._replace(text=document.text[:MOST_CHARACTERS])
+        entry = (-zlib.crc32(document.name.encode("utf-8", "surrogateescape")), -number, document)
+        if len(heap) < MOST_DOCUMENTS:
+            heappush(heap, entry)
+        else:
+            heappushpop(heap, entry)
+    if not heaps:
+        raise DataError(f"there is no text in {', '.join(sources)}; give other with --source")
+    return {
+        domain: [document for *_, document in sorted(heap, reverse=True)]
+        for domain, heap in heaps.items()
+    }
+
+
+def _pieces(document: Document, tokenizer: Encodes, length: int, most: int) -> list[Passage]:
+    """At most so many pieces of one document, evenly over it; a short end is left out."""
+    from moestro.probe.recording.passages import Passage
+
+    ids = list(tokenizer.encode(document.text))
+    starts = list(range(0, max(1, len(ids) - length // 2), length)) if ids else []
+    most = min(most, len(starts))
+    chosen = [starts[place * len(starts) // most] for place in range(most)]
+    name = f"{document.domain}/{document.name}"
+    return [Passage(ids[at : at + length], document.domain, name) for at in chosen]

@@ -1,0 +1,171 @@
+"""What `moestro probe` does on request: ablation, saturation over a run, and the page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moestro.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from moestro.cli.probe import Looked
+    from moestro.probe.ablation.effects import Ablations
+    from moestro.probe.measures.measure import Findings
+    from moestro.probe.measures.saturation import Saturation
+    from moestro.probe.recording.traces import Trace
+    from moestro.text import Tokenizer
+
+
+def ablate_halves(looked: Looked, most: int, seed: int) -> Ablations:
+    """Silence experts that look special in one half of the documents; measure on the other half.
+
+    Args:
+        looked: the model and its trace.
+        most: how many; as many controls are silenced beside them.
+        seed: of the draws.
+
+    Raises:
+        DataError: fewer than two domains have two documents.
+    """
+    from moestro.probe.ablation.ablate import ablate
+    from moestro.probe.ablation.targets import targets
+
+    assert looked.probed is not None
+    first, second = halves(looked.trace)
+    passages = [each for each in looked.passages if each.document in second]
+    chosen = targets(_of(looked.trace, first), most, seed=seed)
+    with bar("silencing experts") as progress:
+        return ablate(
+            looked.probed.model,
+            passages,
+            chosen,
+            tokenizer=looked.probed.tokenizer,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def halves(trace: Trace) -> tuple[set[str], set[str]]:
+    """Names of every other document of each domain, and of the others; lone ones are left out.
+
+    Raises:
+        DataError: fewer than two domains have two documents.
+    """
+    pairs = sorted(set(zip(trace.domain_N.tolist(), trace.document_N.tolist(), strict=True)))
+    sizes = Counter(domain for domain, _ in pairs)
+    if sum(size > 1 for size in sizes.values()) < 2:
+        raise DataError(
+            "ablation chooses experts on some documents and measures them on others: it needs two "
+            "domains of at least two documents each; give more text, or raise --tokens"
+        )
+    sides: tuple[set[str], set[str]] = (set(), set())
+    turn: Counter[int] = Counter()
+    for domain, document in pairs:
+        if sizes[domain] > 1:
+            sides[turn[domain] % 2].add(trace.documents[document])
+            turn[domain] += 1
+    return sides
+
+
+def saturation_of_run(looked: Looked, seed: int) -> Saturation:
+    """How much of the final routing each checkpoint of the run has, on the same text.
+
+    Raises:
+        ConfigError: it is no run with several checkpoints.
+    """
+    from moestro.cli.opening import open_shown
+    from moestro.models.checkpoint import step_folders
+    from moestro.probe.measures.saturation import saturation
+    from moestro.probe.recording.record import record
+
+    home = None if looked.probed is None else looked.probed.home
+    folders = {} if home is None else step_folders(home)
+    if len(folders) < 2:
+        raise ConfigError(
+            f"{home or 'a trace'} is no run with several checkpoints, which --checkpoints "
+            "compares; train with train.keep at 2 or more, or leave it out"
+        )
+    assert looked.probed is not None
+    traces = []
+    for folder in folders.values():
+        model = open_shown(folder).model
+        traces.append(record(model, looked.passages, tokenizer=looked.probed.tokenizer))
+    return saturation(traces, list(folders), seed=seed)
+
+
+def write_page(
+    path: Path,
+    findings: Findings,
+    looked: Looked,
+    tokenizer: Tokenizer | None,
+    ablations: Ablations | None,
+    saturation: Saturation | None,
+) -> None:
+    """The page to read in a browser.
+
+    Raises:
+        DataError: a trace was read, and its model's tokenizer is not there.
+    """
+    if tokenizer is None:
+        raise DataError(
+            "a page shows text, and the tokenizer of this trace's model, "
+            f"{looked.trace.subject.name}, is not there; probe the model itself with --report"
+        )
+    from moestro.models.count import count
+    from moestro.models.decoder import Decoder
+    from moestro.probe.report.page import Facts, build, write_report
+
+    facts = None
+    model = None if looked.probed is None else looked.probed.model
+    if isinstance(model, Decoder):
+        counted = count(model.cfg)
+        facts = Facts(counted.total, counted.active, model.cfg.num_layers)
+    elif model is not None:
+        facts = Facts(sum(each.numel() for each in model.parameters()))
+    page = build(
+        findings,
+        looked.trace,
+        tokenizer,
+        facts=facts,
+        ablations=ablations,
+        saturation=saturation,
+    )
+    write_report(path, page)
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; yields what moves it."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
+    shown = sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as all:
+        task = all.add_task(what, total=None)
+        yield lambda done, total: all.update(task, completed=done, total=total)
+
+
+def _of(trace: Trace, documents: set[str]) -> Trace:
+    """The sequences of these documents."""
+    import numpy as np
+
+    wanted_P = np.array([name in documents for name in trace.documents])
+    return trace.choose(wanted_P[trace.document_N])
+
+
+def tokenizer_of(looked: Looked) -> Tokenizer | None:
+    """The model's tokenizer; of a trace that of its model, where that still lies there."""
+    from moestro.text import load_tokenizer
+
+    if looked.probed is not None:
+        return looked.probed.tokenizer
+    try:
+        return load_tokenizer(Path(looked.trace.subject.name))
+    except DataError:
+        return None

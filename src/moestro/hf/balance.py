@@ -1,0 +1,348 @@
+"""Balance for mixtures of transformers: losses and loss-free bias updates for any training loop.
+
+    balancer = moestro.hf.balance(model, switch=0.01)
+    for batch in batches:
+        loss = model(**batch).loss + balancer.loss()
+        loss.backward()
+        optimizer.step()
+        balancer.step()
+        optimizer.zero_grad()
+
+See docs/balance.md. Letters: T tokens, E experts, K experts per token, L mixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moestro.config import BalanceConfig
+from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.hf.balance_callback import BalanceCallback
+from moestro.hf.family_loss import OwnLoss, chosen_per_token, converted, own_coefficient
+from moestro.hf.selection import AddedBias, Bias, bias_of
+from moestro.hf.watch import Watch
+from moestro.moe.balance import update_bias
+from moestro.moe.routing import Routing
+from moestro.probe.recording.foreign import Tap, taps
+from moestro.train.distributed import ALONE, Ranks
+from moestro.train.health import LayerHealth, Tally
+from moestro.train.objective import Objective
+
+Scope = Literal["micro", "sequence", "global"]
+
+
+def balance(
+    model: nn.Module,
+    *,
+    switch: float | None = None,
+    scope: Scope = "micro",
+    z: float = 0.0,
+    bias_rate: float = 0.0,
+) -> Balance:
+    """Watch a model's routers and keep their experts evenly used while any loop trains it.
+
+    Losses are summed over the layers, and the Switch loss of a layer is 1 at perfect balance
+    whatever K (`moestro.moe.balance`): a coefficient means the same for every family.
+
+    Args:
+        model: of transformers; what the loop calls, or a DistributedDataParallel around it. In
+            several processes torch.distributed must be initialised before.
+        switch: coefficient of the Switch loss. None takes the family's own from its configuration,
+            converted by `converted`; where it names none, 0 if `z` or `bias_rate` is given.
+        scope: over what the Switch loss counts: a micro-batch, each sequence, or the micro-batches
+            of a step so far, of all ranks.
+        z: coefficient of the z-loss (Zoph et al. 2022).
+        bias_rate: u of the loss-free bias (Wang et al. 2024); 0: biases stay as they are.
+
+    Raises:
+        MoestroError: no mixture, a router that is not known, or a bias that cannot be added.
+        ConfigError: a coefficient is negative, or the family names none.
+    """
+    inner = _inner(model)
+    found = _mixtures(inner, bool(z))
+    if any(isinstance(getattr(h, "__self__", None), Watch) for h in _pre_hooks(inner)):
+        raise MoestroError("this model is balanced already; call remove() on the first balancer")
+    if switch is None:
+        switch = _family_switch(inner, found, optional=bool(z or bias_rate))
+    cfg = BalanceConfig(switch=switch, scope=scope, z=z, bias_rate=bias_rate)
+    return Balance(inner, found, cfg)
+
+
+class Balance:
+    """The balance of one model in training; made by `balance`.
+
+    Attributes:
+        model: whose forward passes are watched.
+        cfg: the coefficients, converted.
+        parts: of the last `loss`, each loss unweighted, as a mean over layers: 1 is perfect for
+            `switch`. Detached.
+    """
+
+    def __init__(self, model: nn.Module, found: list[Tap], cfg: BalanceConfig) -> None:
+        self.model, self.cfg = model, cfg
+        self.parts: dict[str, Tensor] = {}
+        self._mixtures, self._ranks = found, _ranks()
+        self._objective = Objective(cfg, self._ranks)
+        self._has_losses = bool(cfg.switch or cfg.z)
+        self._pending: tuple[list[Routing], int] | None = None
+        self._tally: Tally | None = None
+        self._last: Tally | None = None
+        self._taken = self._reached = 0
+        self._own = OwnLoss(model)
+        self._biases = _biases(model, found) if cfg.bias_rate else {}
+        self._own.stop()
+        self._watch = Watch(model, found, self._begins, self._seen, self._has_losses)
+
+    def loss(self) -> Tensor:
+        """The balance losses of the last forward pass, to be added to its loss. fp32 scalar.
+
+        Under accumulation it is one micro-batch's, to be divided as that micro-batch's own loss is.
+
+        Raises:
+            MoestroError: there was no forward pass in training mode since the last call; nothing
+                that is trained has a part in the routing.
+        """
+        if self._pending is None:
+            raise MoestroError(
+                "there is no forward pass to take the balance loss of: call loss() once after each "
+                "forward pass of the balanced model, in training mode and with gradients on"
+            )
+        (routings, num_sequences), self._pending = self._pending, None
+        self.parts = {}
+        if not self._has_losses:
+            return torch.zeros(())
+        total = routings[0].logits_TE.new_zeros(())
+        for name, weight, values_L in self._objective.balance(routings, num_sequences):
+            total = total + weight * values_L.sum()
+            self.parts[name] = values_L.detach().mean()
+        self._follow(total)
+        return total
+
+    def step(self) -> None:
+        """After the optimizer's step, on every rank: sum up the counts, move the biases.
+
+        The counts are those of all micro-batches since the last step, over all ranks.
+
+        Raises:
+            MoestroError: there was no forward pass since, or the loss of one had no part in what
+                was differentiated.
+        """
+        if self._tally is None:
+            raise MoestroError(
+                "step() without a forward pass since the last: call it once after each "
+                "optimizer.step(), with the model in training mode"
+            )
+        self._refuse_lost()
+        self._tally.reduce(self._ranks)
+        if self.cfg.bias_rate:
+            for bias, counts_E in zip(self._biases.values(), self._tally.counts_LE, strict=True):
+                value_E = bias.value_E.clone()
+                update_bias(value_E, counts_E.to(value_E.device), self.cfg.bias_rate)
+                bias.set(value_E)
+        self._last, self._tally = self._tally, None
+        self._taken = self._reached = 0
+        self._objective.restart()
+
+    def health(self) -> dict[str, LayerHealth]:
+        """How each mixture's experts were used in the last step, over all ranks, by name.
+
+        Raises:
+            MoestroError: there was no step yet.
+        """
+        if self._last is None:
+            raise MoestroError("there is no step to report on yet: call step() first")
+        layers = self._last.unpack(self._last.packed().tolist())
+        return {tap.name: layer for tap, layer in zip(self._mixtures, layers, strict=True)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The biases by mixture, fp32 [E]; empty without. To be saved between steps."""
+        return {name: bias.value_E.cpu().clone() for name, bias in self._biases.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, with a `bias_rate` of 0 too: to use a trained model.
+
+        Raises:
+            CheckpointError: it is not of a model of these mixtures.
+        """
+        if state or self._biases:
+            self._check_state(state)
+            if not self._biases:
+                self._biases = _biases(self.model, self._mixtures)
+        for name, bias in self._biases.items():
+            bias.set(state[name])
+
+    def callback(self, *, add_loss: bool = True) -> BalanceCallback:
+        """For `Trainer(..., callbacks=[balancer.callback()])`; see `BalanceCallback`."""
+        return BalanceCallback(self, add_loss)
+
+    def remove(self, *, keep_bias: bool = False) -> None:
+        """Stop watching, and switch the family's own loss on again if it was.
+
+        Args:
+            keep_bias: keep choosing with the biases that the family does not have itself. Without
+                them the model routes otherwise than it was trained to.
+        """
+        self._watch.remove()
+        self._own.restore()
+        self._pending = self._tally = None
+        if not keep_bias:
+            for bias in self._biases.values():
+                bias.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether there are biases that are no part of the model, nor of what it saves."""
+        return any(isinstance(bias, AddedBias) for bias in self._biases.values())
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a forward pass waits for its `loss` to be taken."""
+        return self._pending is not None
+
+    def _begins(self) -> None:
+        if _ranks() != self._ranks:
+            raise MoestroError(
+                "torch.distributed was initialised after moestro.hf.balance; balance the model "
+                "after init_process_group, or its counts are this rank's alone"
+            )
+        self._refuse_untaken()
+
+    def _seen(self, routings: list[Routing], num_sequences: int, output: Any) -> None:
+        self._own.check(output)
+        if self._tally is None:
+            device = routings[0].logits_TE.device
+            self._tally = Tally(len(routings), routings[0].num_experts, device)
+        self._tally.add(routings)
+        # Without a loss to take, nothing of the graph may be held on to.
+        self._pending = (routings if self._has_losses else []), num_sequences
+
+    def _follow(self, total: Tensor) -> None:
+        """Notice whether a backward pass comes by."""
+        if not total.requires_grad:
+            raise MoestroError(
+                "the balance loss has no gradient: neither a router nor anything before one is "
+                "trained; set switch and z to 0, or train the routers"
+            )
+        self._taken += 1
+
+        def reached(_: Tensor) -> None:
+            self._reached += 1
+
+        total.register_hook(reached)  # type: ignore[no-untyped-call]
+
+    def _refuse_untaken(self) -> None:
+        if self._has_losses and self._pending is not None:
+            self._pending = None
+            raise MoestroError(
+                "the balance loss of the last forward pass was never taken: add balancer.loss() to "
+                "what is differentiated after each forward pass, or run passes that are not "
+                "trained on under torch.no_grad()"
+            )
+
+    def _refuse_lost(self) -> None:
+        self._refuse_untaken()
+        if self._taken and not self._reached:
+            raise MoestroError(
+                "loss() was called, but no backward pass of this step came through what it "
+                "returned: add it to the loss that backward() is called on"
+            )
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        wanted = {tap.name: (tap.num_experts,) for tap in self._mixtures}
+        if shapes != wanted:
+            odd = sorted(shapes.items() ^ wanted.items())[0]
+            raise CheckpointError(
+                f"the state is not of the biases of this model: {odd[0]} with {odd[1]} is in one "
+                "and not in the other"
+            )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model that a wrapper calls.
+
+    Raises:
+        ConfigError: a wrapper that copies the model to several devices within one process.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ConfigError(
+            "torch.nn.DataParallel runs copies of the model in threads, whose routing cannot be "
+            "counted together; start one process a GPU (torchrun) with DistributedDataParallel"
+        )
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _mixtures(model: nn.Module, z: bool) -> list[Tap]:
+    """Every mixture of a model.
+
+    Raises:
+        MoestroError: there is none, or one that cannot be balanced; says why.
+    """
+    found = taps(model)
+    sizes = sorted({tap.num_experts for tap in found})
+    if len(sizes) > 1:
+        raise MoestroError(f"mixtures of {sizes} experts in one model cannot be balanced together")
+    for tap in found:
+        kind = type(tap.router).__name__
+        if tap.router is None or tap.scoring is None:
+            raise MoestroError(
+                f"how {tap.name} ({kind if tap.router else type(tap.experts).__name__}) chooses is "
+                "not known: no router of a known class is beside it, so it cannot be balanced"
+            )
+        if z and tap.scoring == "none":
+            raise MoestroError(f"{kind} shows probabilities and no logits: set z to 0")
+        if getattr(tap.experts, "_is_expert_parallel", False):
+            raise MoestroError(
+                f"the experts of {tap.name} are spread over processes, which count them by local "
+                "numbers; balance works with whole experts on each rank"
+            )
+    return found
+
+
+def _biases(model: nn.Module, found: list[Tap]) -> dict[str, Bias]:
+    """The selection bias of each mixture, by name; all of them or none."""
+    biases: dict[str, Bias] = {}
+    try:
+        for tap in found:
+            assert tap.router is not None
+            block = model.get_submodule(tap.name.rpartition(".")[0])
+            biases[tap.name] = bias_of(tap.name, tap.router, block, tap.num_experts)
+    except MoestroError:
+        for bias in biases.values():
+            bias.remove()
+        raise
+    return biases
+
+
+def _ranks() -> Ranks:
+    if not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _pre_hooks(model: nn.Module) -> list[Any]:
+    return list(model._forward_pre_hooks.values())
+
+
+def _family_switch(model: nn.Module, found: list[Tap], optional: bool) -> float:
+    own = own_coefficient(model)
+    if own is not None:
+        return converted(own, chosen_per_token(model, [tap.router for tap in found]), len(found))
+    if optional:
+        return 0.0
+    raise ConfigError(
+        f"the configuration of {type(model).__name__} names no coefficient for a balance loss; "
+        "give switch= (0.01 is usual), z= or bias_rate="
+    )

@@ -1,0 +1,191 @@
+"""Findings: all that a trace says about its model's routing, with the noise of every number.
+
+Letters beside those of docs/shapes.md: M domains, P documents. An array's axes are named by the
+end of its name, in the JSON too; a last 2 is an interval's ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from moestro.errors import DataError, MoestroError
+from moestro.probe.measures.bootstrap import Bools, Floats, Ints, document_domains
+from moestro.probe.measures.caching import Caching, caching
+from moestro.probe.measures.load import Entropy, Load, Margin, entropy, expert_table, load, margin
+from moestro.probe.measures.overlap import Coactivation, LayerOverlap, coactivation, layer_overlap
+from moestro.probe.measures.repeat import Repetition, repetition
+from moestro.probe.measures.specialise import (
+    Grouping,
+    Specialisation,
+    by_domain,
+    labelled,
+    specialisation,
+)
+from moestro.probe.measures.tokens import Explained, TypicalTokens, explained, typical_tokens
+from moestro.probe.recording.traces import Trace
+
+_FEW = 199
+_Result = TypeVar("_Result")
+
+
+class Findings(NamedTuple):
+    """All measures of one trace. What cannot be measured is None, and `notes` says why.
+
+    Attributes:
+        model: what the model was called.
+        domains: the M labels.
+        moe_layers: the layer number of each of the L mixture layers.
+        num_experts: E.
+        top_k: K, or 0 for expert choice.
+        tokens_M: tokens of each domain.
+        documents_M: documents of each domain.
+        load: load of experts.
+        table_LME: share of each domain's assignments on each expert; rows sum to 1.
+        table_interval_LME2: its 95 % interval over documents; NaN for a domain of one document.
+        table_p_value_LME: whether the cell differs from chance, corrected for all cells.
+        table_supported_LME: whether it does at a family-wise rate of 5 %.
+        entropy: entropy of the router's probabilities; None where they are unknown.
+        margin: lead of the last chosen expert over the next; None where unknown.
+        specialisation: one for each grouping that has two labels or more: by domain first.
+        tokens: the most typical tokens of each expert.
+        explained: what token identity, neighbours and position tell; None for expert choice and
+            for fewer than two documents.
+        coactivation: None for expert choice and for one expert per token.
+        overlap: what one layer's choice tells about the next; None for expert choice and for a
+            single mixture layer.
+        repetition: None for expert choice and for sequences of a single token.
+        caching: hit rates of expert caches; None for expert choice, whose experts no token waits
+            for in turn.
+        notes: what could not be measured and why, and which numbers have no interval.
+    """
+
+    model: str
+    domains: tuple[str, ...]
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    tokens_M: Ints
+    documents_M: Ints
+    load: Load
+    table_LME: Floats
+    table_interval_LME2: Floats
+    table_p_value_LME: Floats
+    table_supported_LME: Bools
+    entropy: Entropy | None
+    margin: Margin | None
+    specialisation: tuple[Specialisation, ...]
+    tokens: TypicalTokens
+    explained: Explained | None
+    coactivation: Coactivation | None
+    overlap: LayerOverlap | None
+    repetition: Repetition | None
+    caching: Caching | None
+    notes: tuple[str, ...]
+
+
+def measure(
+    trace: Trace, *, groupings: Sequence[Grouping] = (), draws: int = 999, seed: int = 0
+) -> Findings:
+    """Every measure of a trace that it allows.
+
+    Args:
+        trace: from `moestro.probe.record` or `moestro.probe.read_trace`.
+        groupings: of its domains, beside the domains themselves, to measure specialisation by.
+        draws: random draws behind the noise of each number; of pairs of experts and layers 199
+            at most.
+        seed: of those draws; the same seed gives the same findings.
+
+    Raises:
+        DataError: the trace has no token.
+        MoestroError: a document lies in two domains, a grouping does not fit the domains, or
+            fewer than one draw is asked for.
+    """
+    if len(trace.tokens_T) == 0:
+        raise DataError("the trace has no token, so there is nothing to measure; record some text")
+    notes: list[str] = []
+    some: dict[str, Any] = {"draws": draws, "seed": seed}
+    few = some | {"draws": min(draws, _FEW)}
+    table = expert_table(trace, **some)
+    entropies, margins = entropy(trace, **some), margin(trace, **some)
+    if entropies is None or margins is None:
+        notes.append("the trace does not know the router's probabilities: no entropy or no margin")
+    return Findings(
+        model=trace.subject.name,
+        domains=trace.domains,
+        moe_layers=trace.subject.moe_layers,
+        num_experts=trace.subject.num_experts,
+        top_k=trace.subject.top_k,
+        tokens_M=np.bincount(trace.domain_T, minlength=len(trace.domains)),
+        documents_M=_documents(trace, notes),
+        load=load(trace, **some),
+        table_LME=table.share_LME,
+        table_interval_LME2=table.interval_LME2,
+        table_p_value_LME=table.p_value_LME,
+        table_supported_LME=table.supported_LME,
+        entropy=entropies,
+        margin=margins,
+        specialisation=_specialisations(trace, groupings, notes, some),
+        tokens=typical_tokens(trace),
+        explained=_unless(notes, lambda: explained(trace, **some)),
+        coactivation=_unless(notes, lambda: coactivation(trace, **few)),
+        overlap=_unless(notes, lambda: layer_overlap(trace, **few)),
+        repetition=_unless(notes, lambda: repetition(trace, seed=seed)),
+        caching=caching(trace, **some) if trace.subject.top_k else None,
+        notes=tuple(notes),
+    )
+
+
+def to_json(result: Any) -> Any:
+    """Turn findings, or any part of them, into plain dicts, lists and numbers; NaN becomes None."""
+    if isinstance(result, tuple) and hasattr(result, "_asdict"):
+        return {name: to_json(value) for name, value in result._asdict().items()}
+    if isinstance(result, np.ndarray | np.generic):
+        return to_json(result.tolist())
+    if isinstance(result, list | tuple):
+        return [to_json(value) for value in result]
+    if isinstance(result, float) and not np.isfinite(result):
+        return None
+    return result
+
+
+def _documents(trace: Trace, notes: list[str]) -> Ints:
+    """Documents of each domain, noting those of which no interval is possible. [M]."""
+    domain_P = document_domains(trace)
+    documents_M = np.bincount(domain_P[domain_P >= 0], minlength=len(trace.domains))
+    if single := [trace.domains[index] for index in np.flatnonzero(documents_M == 1)]:
+        notes.append(
+            f"one document only in {', '.join(single)}: no interval is possible there, since "
+            "nothing tells the domain from the document; give at least two"
+        )
+    if trace.subject.top_k == 0:
+        notes.append("caching needs tokens that choose in turn; under expert choice experts choose")
+    return documents_M
+
+
+def _specialisations(
+    trace: Trace, groupings: Sequence[Grouping], notes: list[str], some: dict[str, Any]
+) -> tuple[Specialisation, ...]:
+    """By domain and by each grouping, noting those that have fewer than two labels."""
+    found = []
+    for grouping in (by_domain(trace.domains), *groupings):
+        labels, _ = labelled(trace, grouping)
+        if len(labels) < 2:
+            notes.append(
+                f"specialisation compares labels, but by {grouping.name!r} the text has only "
+                f"{labels}; give text with at least two"
+            )
+        else:
+            found.append(specialisation(trace, grouping, **some))
+    return tuple(found)
+
+
+def _unless(notes: list[str], measured: Callable[[], _Result]) -> _Result | None:
+    """A measure, or None and a note where the trace does not allow it."""
+    try:
+        return measured()
+    except MoestroError as error:
+        notes.append(str(error))
+        return None

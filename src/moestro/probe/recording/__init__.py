@@ -1,0 +1,1 @@
+"""Routing decisions: recorded from any model, kept in a file, forced again."""

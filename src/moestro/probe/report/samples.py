@@ -1,0 +1,199 @@
+"""Text for the report's reader: a passage of every domain, and where each expert is used most."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.probe.recording.traces import Trace
+from moestro.probe.report.pieces import Pieces
+
+SNIPPET = 24  # tokens of a passage that shows one expert
+_LONGEST, _SHORTEST = 192, 24  # tokens of a passage to read
+_UNKNOWN = 255
+
+
+class Room(NamedTuple):
+    """How much text a page may carry.
+
+    Attributes:
+        routing_bytes: of the routing of all passages to read.
+        snippet_tokens: of all passages that show one expert.
+    """
+
+    routing_bytes: int = 750_000
+    snippet_tokens: int = 120_000
+
+
+def passages(
+    trace: Trace, layers: tuple[int, ...], pieces: Pieces, room: Room
+) -> list[dict[str, Any]]:
+    """Passages to read, evenly from the documents of each domain, with their whole routing.
+
+    They are taken by their place alone, never because they look good.
+
+    Args:
+        trace: What was recorded.
+        layers: Which of the L mixture layers to show, as indices.
+        pieces: Makes text of tokens.
+        room: Most bytes.
+
+    Returns:
+        Each with `domain` and `document`; `pieces`, the text of its tokens; and, in base64,
+        `experts` [T, L, K] (bytes, or 16 bits from 255 experts on), `weights` [T, L, K] (bytes,
+        255 the largest weight of the page), `margin` and `entropy` [T, L] (bytes: from −1 to 1,
+        and of the largest possible one, up to 254; 255 unknown).
+    """
+    top_k = trace.experts_TLK.shape[2]
+    wide = 2 if trace.subject.num_experts > 254 else 1
+    one_token = len(layers) * (top_k * (wide + 1) + 2)
+    domains = [m for m in range(len(trace.domains)) if (trace.domain_N == m).any()]
+    affordable = room.routing_bytes // max(1, one_token * len(domains))
+    each = 3 if affordable >= 3 * 128 else 2 if affordable >= 2 * 96 else 1
+    length = int(np.clip(affordable // each, _SHORTEST, _LONGEST))
+    most = max(1, room.routing_bytes // (one_token * length * each))
+    starts_N = np.cumsum(trace.length_N) - trace.length_N
+    chosen = []
+    for domain in _evenly(domains, most):
+        own = np.flatnonzero(trace.domain_N == domain)
+        # A sequence too short to read, such as a document's last few tokens, only if all are.
+        long = own[trace.length_N[own] >= min(_SHORTEST, int(trace.length_N[own].max()))]
+        first = long[np.unique(trace.document_N[long], return_index=True)[1]]
+        for n in _evenly(first.tolist() if len(first) >= each else long.tolist(), each):
+            start = int(starts_N[n])
+            span = slice(start, start + min(length, int(trace.length_N[n])))
+            chosen.append(_passage(trace, n, span, layers, pieces))
+    return chosen
+
+
+def snippets(
+    trace: Trace, layers: tuple[int, ...], pieces: Pieces, strings: dict[str, int], room: Room
+) -> list[list[list[dict[str, Any]]]]:
+    """For each shown layer and expert: the short passages in which it has the most weight.
+
+    Args:
+        trace: What was recorded.
+        layers: Which of the L mixture layers to show, as indices.
+        pieces: Makes text of tokens.
+        strings: Text -> number; new text is added.
+        room: Most tokens.
+
+    Returns:
+        By layer and expert, each passage with `d`, its domain; `s`, its text as numbers of
+        `strings`; and `w`, a digit a token: the expert's weight there in tenths, rounded up.
+    """
+    num_experts = trace.subject.num_experts
+    each = min(3, room.snippet_tokens // (SNIPPET * len(layers) * num_experts))
+    if each == 0:
+        return []
+    chunk_T, first_C = _chunks(trace)
+    return [
+        [
+            [
+                _snippet(trace, layer, expert, int(first_C[chunk]), pieces, strings)
+                for chunk in chosen
+            ]
+            for expert, chosen in enumerate(_heaviest(trace, layer, chunk_T, first_C, each))
+        ]
+        for layer in layers
+    ]
+
+
+def without_dropped(trace: Trace) -> Trace:
+    """The trace with empty places for the assignments that found no room."""
+    if trace.kept_TLK is None:
+        return trace
+    return trace._replace(
+        experts_TLK=np.where(trace.kept_TLK, trace.experts_TLK, trace.subject.num_experts),
+        weights_TLK=np.where(trace.kept_TLK, trace.weights_TLK, np.float32(0)),
+    )
+
+
+def _passage(
+    trace: Trace, n: int, span: slice, layers: tuple[int, ...], pieces: Pieces
+) -> dict[str, Any]:
+    """One passage to read; see `passages`."""
+    num_experts, chosen = trace.subject.num_experts, list(layers)
+    wide = np.uint16 if num_experts > 254 else np.uint8
+    largest = max(1.0, float(trace.weights_TLK.max(initial=0.0)))
+    most = np.log(num_experts) if num_experts > 1 else 1.0
+    return {
+        "domain": int(trace.domain_N[n]),
+        "document": trace.documents[trace.document_N[n]],
+        "generated": int(trace.generated_T[span].argmax())
+        if trace.generated_T[span].any()
+        else None,
+        "pieces": pieces.passage(trace.tokens_T[span].tolist()),
+        "experts": _packed(trace.experts_TLK[span][:, chosen].astype(wide)),
+        "weights": _packed(_bytes(trace.weights_TLK[span][:, chosen] / largest, 255)),
+        "margin": _packed(_bytes((trace.margin_TL[span][:, chosen] + 1) / 2, 254)),
+        "entropy": _packed(_bytes(trace.entropy_TL[span][:, chosen] / most, 254)),
+    }
+
+
+def _snippet(
+    trace: Trace, layer: int, expert: int, start: int, pieces: Pieces, strings: dict[str, int]
+) -> dict[str, Any]:
+    """One passage that shows an expert; see `snippets`."""
+    n = int(np.searchsorted(np.cumsum(trace.length_N), start, side="right"))
+    end = min(start + SNIPPET, int(trace.length_N[: n + 1].sum()))
+    weight_K = trace.weights_TLK[start:end, layer]
+    weight_T = (weight_K * (trace.experts_TLK[start:end, layer] == expert)).sum(axis=1)
+    total_T = np.maximum(weight_K.sum(axis=1), 1e-9)
+    tenths = np.ceil(9 * np.clip(weight_T / total_T, 0, 1)).astype(int)
+    text = pieces.passage(trace.tokens_T[start:end].tolist())
+    return {
+        "d": int(trace.domain_N[n]),
+        "s": [strings.setdefault(piece, len(strings)) for piece in text],
+        "w": "".join(map(str, tenths.tolist())),
+    }
+
+
+def _chunks(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The chunk of `SNIPPET` tokens, within its sequence, that each token lies in; their starts."""
+    new_T = trace.position_T % SNIPPET == 0
+    return np.cumsum(new_T) - 1, np.flatnonzero(new_T)
+
+
+def _heaviest(
+    trace: Trace, layer: int, chunk_T: NDArray[np.int64], first_C: NDArray[np.int64], each: int
+) -> list[list[int]]:
+    """For each expert the chunks in which it has the most weight, from different documents."""
+    num_experts, chunks = trace.subject.num_experts, len(first_C)
+    experts_TK, weights_TK = trace.experts_TLK[:, layer], trace.weights_TLK[:, layer]
+    total_T = np.maximum(weights_TK.sum(axis=1), 1e-9)
+    cell_TK = chunk_T[:, None] * (num_experts + 1) + experts_TK
+    weight = np.bincount(
+        cell_TK.ravel(), (weights_TK / total_T[:, None]).ravel(), chunks * (num_experts + 1)
+    )
+    weight_CE = weight.reshape(chunks, -1)[:, :num_experts]
+    document_C, found = trace.document_T[first_C], []
+    for weight_C in weight_CE.T:
+        likely = np.argsort(-weight_C, kind="stable")[: 40 * each]
+        likely = likely[weight_C[likely] > 0]
+        different = np.sort(np.unique(document_C[likely], return_index=True)[1])
+        found.append(likely[different[:each]].tolist())
+    return found
+
+
+def _evenly(values: list[int], most: int) -> list[int]:
+    """At most `most` of the values, evenly spaced."""
+    if len(values) <= most:
+        return values
+    return [values[index * len(values) // most] for index in range(most)]
+
+
+def _bytes(values: NDArray[np.floating[Any]], full: int) -> NDArray[np.uint8]:
+    """Values from 0 to 1 as bytes from 0 to `full`; NaN as 255."""
+    known = np.isfinite(values)
+    scaled = np.rint(np.clip(np.where(known, values, 0), 0, 1) * full)
+    return np.where(known, scaled, _UNKNOWN).astype(np.uint8)
+
+
+def _packed(values: NDArray[Any]) -> str:
+    """Little-endian bytes in base64."""
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return base64.b64encode(np.ascontiguousarray(little).tobytes()).decode("ascii")

@@ -1,0 +1,138 @@
+"""What the page's script draws, as one value that JSON can hold, within a given size."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.probe.measures.bootstrap import Floats
+from moestro.probe.measures.measure import Findings
+from moestro.probe.recording.traces import Trace
+from moestro.probe.report.charts import charts
+from moestro.probe.report.pieces import Pieces, visible
+from moestro.probe.report.samples import SNIPPET, Room, passages, snippets, without_dropped
+
+_CELLS = 200_000  # of expert × domain tables
+_CELLS_WITH_INTERVALS = 80_000
+_TOKENS = 30_000  # typical tokens of all experts together
+_FULL = 50_000  # what a share of 1 is as 16 bits; 65535 stands for NaN
+
+
+def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) -> dict[str, Any]:
+    """All that the script draws.
+
+    Args:
+        findings: All measures of the trace.
+        trace: What they are of.
+        pieces: Makes text of tokens.
+        detail: 1 for the usual size; less shows fewer layers, tokens and passages.
+    """
+    room = Room(int(750_000 * detail), int(120_000 * detail))
+    layers = shown_layers(findings, detail)
+    strings: dict[str, int] = {}
+    trace = without_dropped(trace)
+    cells = len(layers) * findings.table_LME[0].size
+    with_intervals = cells <= _CELLS_WITH_INTERVALS * detail
+    chosen = list(layers)
+    load, relative = findings.load, findings.num_experts
+    low_LME, high_LME = np.moveaxis(findings.table_interval_LME2[chosen], -1, 0)
+    result: dict[str, Any] = {
+        "layers": [findings.moe_layers[layer] for layer in layers],
+        "all_layers": list(findings.moe_layers),
+        "first_layer": layers.index(most_special(findings, layers)),
+        "experts": findings.num_experts,
+        "top_k": findings.top_k,
+        "places": trace.experts_TLK.shape[2],
+        "largest_weight": max(1.0, float(trace.weights_TLK.max(initial=0.0))),
+        "domains": [visible(name) for name in findings.domains],
+        "load": _rounded(load.share_LE * relative),
+        "load_low": _rounded(load.share_interval_LE2[..., 0] * relative),
+        "load_high": _rounded(load.share_interval_LE2[..., 1] * relative),
+        "table": {
+            "share": _shares(findings.table_LME[chosen]),
+            "low": _shares(low_LME) if with_intervals else None,
+            "high": _shares(high_LME) if with_intervals else None,
+            "sure": _encoded(findings.table_supported_LME[chosen].astype(np.uint8)),
+        },
+        "tokens": _typical(findings, layers, pieces, strings, detail),
+        "snippets": snippets(trace, layers, pieces, strings, room),
+        "passages": passages(trace, layers, pieces, room),
+        "charts": charts(findings, layers),
+    }
+    return {**result, "strings": list(strings)}
+
+
+def shown_layers(findings: Findings, detail: float = 1.0) -> tuple[int, ...]:
+    """The mixture layers, evenly spaced and with the last, that the page shows in detail."""
+    total = len(findings.moe_layers)
+    cells = len(findings.domains) * findings.num_experts
+    most = min(
+        int(_CELLS * detail) // cells, int(120_000 * detail) // (SNIPPET * findings.num_experts)
+    )
+    count = max(1, min(total, most))
+    return tuple(sorted({round((index + 1) * total / count) - 1 for index in range(count)}))
+
+
+def most_special(findings: Findings, layers: tuple[int, ...]) -> int:
+    """The shown layer that tells the domains apart best; the last if none does beyond chance."""
+    if not findings.specialisation:
+        return layers[-1]
+    found = findings.specialisation[0]
+    supported = [layer for layer in layers if found.supported_L[layer]]
+    excess_L = found.mean_L - found.mean_chance_L
+    return max(supported, key=lambda layer: float(excess_L[layer]), default=layers[-1])
+
+
+def _typical(
+    findings: Findings,
+    layers: tuple[int, ...],
+    pieces: Pieces,
+    strings: dict[str, int],
+    detail: float,
+) -> list[list[list[list[Any]]]]:
+    """By layer and expert: [number of its text, count, rate, lift, lowest lift, sure]."""
+    found = findings.tokens
+    experts = len(layers) * findings.num_experts
+    each = int(np.clip(_TOKENS * detail // experts, 3, 10))
+    result = []
+    for layer in layers:
+        rows = []
+        for expert in range(findings.num_experts):
+            entries: list[list[Any]] = []
+            for rank in range(min(each, found.token_LEX.shape[2])):
+                at = layer, expert, rank
+                if found.token_LEX[at] < 0:
+                    continue
+                name = pieces.name(int(found.token_LEX[at]))
+                entries.append([
+                    strings.setdefault(name, len(strings)),
+                    int(found.count_LEX[at]),
+                    round(float(found.rate_LEX[at]), 3),
+                    round(float(found.lift_LEX[at]), 2),
+                    round(float(found.low_LEX[at]), 2),
+                    bool(found.supported_LEX[at]),
+                ])  # fmt: skip
+            rows.append(entries)
+        result.append(rows)
+    return result
+
+
+def _rounded(values: Floats) -> list[list[float | None]]:
+    """Three digits behind the point; None for NaN."""
+    return [
+        [round(float(value), 3) if np.isfinite(value) else None for value in row] for row in values
+    ]
+
+
+def _shares(values: Floats) -> str:
+    """Shares of 0 to 1 as 16 bits."""
+    known = np.isfinite(values)
+    scaled = np.rint(np.clip(np.where(known, values, 0), 0, 1) * _FULL)
+    return _encoded(np.where(known, scaled, 65535).astype("<u2"))
+
+
+def _encoded(values: NDArray[Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")

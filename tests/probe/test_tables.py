@@ -1,0 +1,88 @@
+import csv
+
+import numpy as np
+import pytest
+
+from moestro.errors import MoestroError
+from moestro.probe.measures.measure import measure
+from moestro.probe.measures.saturation import saturation
+from moestro.probe.report.tables import save_tables, write_whole
+
+from .changed import make_ablations
+from .traces import make_trace
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return measure(make_trace(domains=("=evil()", "prose"), vocabulary=4, by_token=3.0), draws=19)
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_number_of_the_findings_is_in_a_table(findings, tmp_path):
+    paths = save_tables(findings, tmp_path)
+    rows = {path.stem: read(path) for path in paths}
+    assert {name: len(each) for name, each in rows.items() if name != "tokens"} == {
+        "layers": 2, "load": 2 * 4, "experts_by_domain": 2 * 2 * 4, "specialisation": 2 * 2,
+        "explained": 2 * len(findings.explained.predictors), "repetition": 2 * 2,
+        "caching": 3 * 2 * 4, "coactivation": 2 * 4 * 3, "overlap": 1,
+    }  # fmt: skip
+    load = findings.load
+    for row in rows["load"]:
+        at = int(row["layer"]), int(row["expert"])
+        assert float(row["share"]) == pytest.approx(load.share_LE[at], rel=1e-5)
+        assert float(row["low"]) == pytest.approx(load.share_interval_LE2[at][0], rel=1e-5)
+    table = np.array([float(row["share"]) for row in rows["experts_by_domain"]])
+    np.testing.assert_allclose(table.reshape(2, 2, 4), findings.table_LME, rtol=1e-5)
+    hits = np.array([float(row["rate"]) for row in rows["caching"] if row["policy"] == "lfu"])
+    np.testing.assert_allclose(hits.reshape(2, 4), findings.caching.lfu.rate_LE, rtol=1e-5)
+
+
+def test_text_is_no_formula_and_tokens_have_their_text(findings, tmp_path):
+    paths = save_tables(findings, tmp_path, name=lambda token: f"@{token}\n,")
+    by_name = {path.stem: read(path) for path in paths}
+    assert by_name["repetition"][0]["domain"] == "'=evil()"
+    for row in by_name["tokens"]:
+        assert row["text"] == f"'@{row['token']}\n,"
+    assert by_name["tokens"]
+
+
+def test_ablations_have_a_table(findings, tmp_path):
+    found = make_ablations(domains=("=evil()", "prose"))
+    paths = save_tables(findings, tmp_path, ablations=found)
+    rows = read(next(path for path in paths if path.stem == "ablation"))
+    assert [row["matters_more"] for row in rows] == ["yes", "no", "no"]
+    assert [row["control"] for row in rows] == ["no", "no", "yes"]
+    assert float(rows[0]["difference"]) == pytest.approx(0.45)
+    assert float(rows[1]["change: prose"]) == pytest.approx(0.1)
+
+
+def test_saturation_has_a_table(findings, tmp_path):
+    early, late = make_trace(by_token=1.0), make_trace(by_token=3.0)
+    found = saturation([early, late], [10, 20], draws=19)
+    paths = save_tables(findings, tmp_path, saturation=found)
+    rows = read(next(path for path in paths if path.stem == "saturation"))
+    assert [row["step"] for row in rows] == ["10", "10", "20", "20"]
+    assert [row["share"] for row in rows[2:]] == ["1", "1"]
+
+
+def test_what_there_is_not_stays_empty(tmp_path):
+    single = measure(make_trace(documents=1), draws=19)
+    rows = {path.stem: read(path) for path in save_tables(single, tmp_path)}
+    assert rows["experts_by_domain"][0]["low"] == ""
+    choice = measure(make_trace(empty=0.5), draws=19)
+    folder = tmp_path / "choice"
+    folder.mkdir()
+    assert not {"caching", "repetition"} & {path.stem for path in save_tables(choice, folder)}
+
+
+def test_files_are_written_whole_or_not_at_all(findings, tmp_path):
+    with pytest.raises(MoestroError, match="cannot write the table"):
+        save_tables(findings, tmp_path / "missing")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(MoestroError, match="cannot write it"):
+        write_whole(tmp_path / "taken", "text", "it")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
