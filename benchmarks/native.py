@@ -6,9 +6,9 @@ cache. The read bandwidth and a 4096³ product of torch are measured in the same
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
 
 import measure
 import torch
@@ -17,6 +17,7 @@ from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts
 
 DIM = HIDDEN = 1024
+ROWS_FP32 = 0  # MOESTRO_ROWS_F32 of native/moestro.h
 NUM_EXPERTS, TOP_K, LAYERS, STEPS, PROMPT = 32, 4, 6, 48, 512
 FORMATS = {
     "bf16": Format("bfloat16"),
@@ -25,13 +26,6 @@ FORMATS = {
     "int4, 64": Format("int4", 64),
     "int4, 32": Format("int4", 32),
 }
-
-
-class Layers(NamedTuple):
-    """Mixtures that take turns, and a routing for each call."""
-
-    experts: list[PackedExperts]
-    chosen: list[torch.Tensor]
 
 
 def packed(format: Format, num_experts: int, layers: int) -> list[PackedExperts]:
@@ -51,20 +45,32 @@ def packed(format: Format, num_experts: int, layers: int) -> list[PackedExperts]
 def decoding(
     format: Format, num_experts: int = NUM_EXPERTS, layers: int = LAYERS
 ) -> Callable[[], None]:
-    """One token through a layer, again and again, its experts drawn anew each time."""
+    """One token through a layer, again and again, its experts drawn anew each time.
+
+    The C function is called as the native decoding step calls it: with its arguments at hand, not
+    through the checks of `native_cpu.mixture`, which take some 15 µs of Python a call.
+    """
     experts = packed(format, num_experts, layers)
     chosen = [torch.randperm(num_experts)[:TOP_K] for _ in range(256)]
-    x_TD, weights_A = torch.randn(1, DIM), torch.full((TOP_K,), 1 / TOP_K)
-    tokens_A = torch.zeros(TOP_K, dtype=torch.int64)
+    x_TD, y_TD = torch.randn(1, DIM), torch.empty(1, DIM)
+    weights_A, tokens_A = torch.full((TOP_K,), 1 / TOP_K), torch.zeros(TOP_K, dtype=torch.int64)
+    structs = [native_cpu.experts_of(each) for each in experts]
+    addresses = [each.data_ptr() for each in chosen]
+    mixture = native_cpu.library().moestro_mixture
     turn = 0
 
     def run() -> None:
         nonlocal turn
         for _ in range(STEPS):
-            which = experts[turn % len(experts)]
-            native_cpu.mixture(which, x_TD, tokens_A, chosen[turn % len(chosen)], weights_A)
+            failed = mixture(
+                ctypes.byref(structs[turn % len(structs)]), ROWS_FP32, x_TD.data_ptr(), 1,
+                tokens_A.data_ptr(), addresses[turn % len(addresses)], weights_A.data_ptr(), TOP_K,
+                y_TD.data_ptr(),
+            )  # fmt: skip
+            assert not failed
             turn += 1
 
+    run.keep = (experts, chosen)  # type: ignore[attr-defined]
     return run
 
 

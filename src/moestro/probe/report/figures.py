@@ -258,7 +258,7 @@ def ablation_figure(ablations: Ablations) -> Figure:
     ]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"loss rises more in its domain than elsewhere by, {ablations.unit}")
+    axes.set_xlabel(f"rise there less rise elsewhere, {ablations.unit}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
         f"Experts changed one at a time ({_plain(ablations.mode)}), 95 % intervals\n"
