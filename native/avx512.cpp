@@ -12,6 +12,7 @@
 namespace moestro {
 namespace {
 #include "elementwise.inc"
+#include "tiles.inc"
 
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of a stream of weights
 
@@ -61,30 +62,14 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
 }
 
-// 16 rows of 16 words to 16 columns: pairs of words, of pairs, of quarters, of halves.
 inline void turn_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
-    __m512i r[16], s[16];
+    __m512i r[16];
     for (int i = 0; i < 16; i++) {
         _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T1);
         r[i] = _mm512_loadu_si512(from + i * row_bytes);
     }
-    for (int i = 0; i < 16; i += 2) {
-        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) {  // r[4·q + i]: word i of each quarter, of rows 4q to 4q + 3
-        __m512i low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        _mm512_storeu_si512(to + i * 32, _mm512_shuffle_i32x4(low, high, 0x88));
-        _mm512_storeu_si512(to + (i + 8) * 32, _mm512_shuffle_i32x4(low, high, 0xdd));
-        low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        _mm512_storeu_si512(to + (i + 4) * 32, _mm512_shuffle_i32x4(low, high, 0x88));
-        _mm512_storeu_si512(to + (i + 12) * 32, _mm512_shuffle_i32x4(low, high, 0xdd));
-    }
+    turn_words16(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, r[i]);
 }
 
 void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
@@ -151,36 +136,9 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
 
 #include "by_rows.inc"
 
-// ---- AMX: tiles of 16 rows by 64 bytes. Tiles 0-3 collect (two by two), 4-5 rows, 6-7 weights.
-//
-// Own wrappers: those of some compilers do not say that they read memory.
-
-#define CONFIGURE(place) asm volatile("ldtilecfg %0" ::"m"(place) : "memory")
-#define ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
-#define LOAD(t, from, step) \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(int64_t(step)) : "memory")
-#define STORE(t, to, step) \
-    asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(int64_t(step)) : "memory")
-#define DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
-#define DOT_INT8(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t columns[16] = {};
-    uint8_t rows[16] = {};
-};
+// ---- AMX.
 
 constexpr int64_t FEW = 8;  // rows below which tiles would be mostly empty
-
-// Tiles for `m` ≤ 32 rows and weights of `depth` lines (16 for bf16; a group's quads for bytes).
-void shape_tiles(int64_t m, int64_t depth) {
-    TileConfig config;
-    const int64_t rows[2] = {m < 16 ? m : 16, m > 16 ? m - 16 : 1};
-    for (int i = 0; i < 4; i++) config.columns[i] = 64, config.rows[i] = uint8_t(rows[i / 2]);
-    for (int i = 4; i < 6; i++) config.columns[i] = uint16_t(depth * 4), config.rows[i] = uint8_t(rows[i - 4]);
-    for (int i = 6; i < 8; i++) config.columns[i] = 64, config.rows[i] = uint8_t(depth);
-    CONFIGURE(config);
-}
 
 // Blocks lie one after another: while one is multiplied, the next is brought into the cache, a part
 // of it in each pass over the rows.

@@ -1,9 +1,10 @@
-/* The C interface of moestro's native CPU kernels: packed matrices, linear maps, whole experts.
+/* The C interface of moestro's native CPU kernels: packed matrices, linear maps, whole experts, and their
+ * training.
  *
  * Letters: N outputs and K inputs of a matrix, M rows, T tokens, D width, F hidden width, E
  * experts, A assignments (token, expert, weight), Q group length.
  *
- * Every path (AMX, AVX-512, AVX2, portable) gives the same bits, whatever the number of rows, the
+ * Every path (AMX, AVX-512, AVX2, portable) gives the same bits (training has AMX alone), whatever the number of rows, the
  * other rows and the number of threads: sums run in one fixed order. One exception: products of bf16
  * numbers below 1.2e-38, where fp32 loses precision, are zero to AMX, and
  * AVX-512 rounds bf16 products there once less.
@@ -124,6 +125,33 @@ typedef struct {
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
                      const float *sines, const moestro_past *past, float *logits,
                      int64_t *experts, float *weights);
+
+/* Rows grouped by expert: group g ends before row ends[g], and is experts[g]'s, each expert once
+ * (null: group g is expert g's). Rows past the last end are neither read nor written. */
+typedef struct {
+    const int64_t *ends, *experts;
+    int64_t count; /* E: of experts, and of groups */
+    int64_t rows;  /* R */
+} moestro_groups;
+
+/* Training: products of bf16 rows, sums in fp32, by AMX tiles. Weights and their gradients are bf16 or fp32
+ * (`dtype`, MOESTRO_ROWS_…); fp32 weights are rounded to bf16. Widths are multiples of 32. What
+ * belongs to one row depends on no other row, and nothing depends on the threads. EPATH where
+ * moestro_trains() is 0: another path is in use, or the processor cannot. */
+MOESTRO_API int32_t moestro_trains(void);
+/* y [R, o] = x [R, i] · wᵀ, w [E, o, i]; with `back` y [R, i] = x [R, o] · w. */
+MOESTRO_API int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i,
+                        int32_t back, const void *x, void *y);
+/* dw [E, o, i] = dyᵀ · x over each expert's rows, zero where it has none; dy [R, o], x [R, i]. */
+MOESTRO_API int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy,
+                             const void *x, void *dw);
+/* Whole SwiGLU experts, up [E, 2f, d] (gate first) and down [E, d, f]. Forward: y [R, d] of x [R, d], and what
+ * the backward wants, hidden [R, 2f], unless null. Backward: from dy [R, d] the gradient of hidden
+ * [R, 2f] and the activated rows [R, f], which the weights' gradients want, and dx [R, d]. */
+MOESTRO_API int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d,
+                    int64_t f, const void *x, void *hidden, void *y);
+MOESTRO_API int32_t moestro_ffn_back(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d,
+                         int64_t f, const void *dy, const void *hidden, void *dhidden, void *act, void *dx);
 
 /* Read `bytes` at `data` once with all threads; returns a sum so that nothing is optimised away. */
 MOESTRO_API uint64_t moestro_read(const void *data, int64_t bytes);

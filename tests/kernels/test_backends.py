@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.errors import BackendError
-from moestro.kernels import backends
+from moestro.kernels import backends, native_training
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -14,9 +14,19 @@ def _no_forced_backend(monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, FP32, BF16])
-def test_cpu_gets_segments(dtype):
-    assert backends.choose("auto", "cpu", dtype, (256, 512)).name == "segments"
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
+    [(torch.float64, (256, 512)), (FP32, (256, 512)), (torch.float16, (256,)), (BF16, (256, 500))],
+)
+def test_cpu_gets_segments(dtype, widths):
+    assert backends.choose("auto", "cpu", dtype, widths).name == "segments"
+
+
+def test_cpu_with_tiles_gets_native():
+    """Without them, segments; see also tests/kernels/test_native_training.py."""
+    reason = native_training.reason_against("cpu", BF16, (256, 512))
+    expected = "native" if reason is None else "segments"
+    assert backends.choose("auto", "cpu", BF16, (256, 512)).name == expected
 
 
 @pytest.mark.parametrize("name", ["segments", "reference"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moestro.kernels import reference, torch_grouped
+from moestro.kernels import native_training, reference, torch_grouped
 from moestro.kernels.reference import Biases
 
 # Relative error allowed, measured against the largest value of the compared tensor. Each backend
@@ -14,6 +14,8 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 SEGMENTS = (torch_grouped.SEGMENTS.grouped_mm, torch_grouped.SEGMENTS.expert_ffn)
 TORCH = (torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn)
+NATIVE = (native_training.NATIVE.grouped_mm, native_training.expert_ffn)
+NO_TILES = native_training.reason_against("cpu", torch.bfloat16, ())
 BACKENDS = [
     pytest.param(SEGMENTS, torch.float64, id="segments-fp64"),
     pytest.param(SEGMENTS, torch.float32, id="segments-fp32"),
@@ -21,6 +23,12 @@ BACKENDS = [
     # torch's grouped_mm has no float64.
     pytest.param(TORCH, torch.float32, id="torch-fp32"),
     pytest.param(TORCH, torch.bfloat16, id="torch-bf16"),
+    pytest.param(
+        NATIVE,
+        torch.bfloat16,
+        id="native-bf16",
+        marks=pytest.mark.skipif(NO_TILES is not None, reason=str(NO_TILES)),
+    ),
 ]
 # Rows of each expert, and rows past the last offset.
 SHAPES = {
@@ -38,7 +46,7 @@ SHAPES = {
     "tail after an empty expert": ((3, 4, 0), 2),
 }
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
-D, F = 16, 24
+D, F = 32, 64
 
 
 def make_case(shape, activation, dtype, weight_dtype=None):

@@ -14,6 +14,7 @@ from moestro.train.metrics import METRICS_NAME, read_metrics
 from moestro.train.progress import ProgressDisplay
 
 TIMES = ("seconds", "tokens_per_s")
+BIASED = {"router": {"selection_bias": True}}
 NOISY = {
     "router": {"jitter": 0.1, "selection_bias": True},
     "experts": {"dropout": 0.2},
@@ -70,9 +71,18 @@ def test_a_run_learns_and_reports(tiny_settings, tiny_corpus, tmp_path):
     assert result.checkpoint == newest_checkpoint(tmp_path / "run")
 
 
-def test_a_resumed_run_equals_a_straight_one_bitwise(tiny_settings, tiny_corpus, tmp_path):
+# With widths of 32, bfloat16 goes to AMX tiles where the processor has them.
+@pytest.mark.parametrize(
+    ("moe", "dtype"), [(NOISY, "float32"), ({**BIASED, "hidden_dim": 32}, "bfloat16")]
+)
+def test_a_resumed_run_equals_a_straight_one_bitwise(
+    tiny_settings, tiny_corpus, tmp_path, moe, dtype
+):
     cfg = tiny_settings(
-        NOISY, train={"accumulate": 2}, balance={"scope": "global", "bias_rate": 1e-2}
+        moe,
+        model={"dim": 32},
+        train={"accumulate": 2, "dtype": dtype},
+        balance={"scope": "global", "bias_rate": 1e-2},
     )
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     Trainer(cfg, straight, tiny_corpus).train()

@@ -94,7 +94,7 @@ def _weights(model: Decoder) -> str | None:
     for module in model.modules():
         if isinstance(module, Experts):
             asked = forced if module.backend == "auto" else module.backend
-            if asked != "auto":
+            if asked not in ("auto", "native"):
                 return f"the kernel backend {asked} was asked for"
     return None
 

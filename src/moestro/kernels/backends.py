@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.errors import BackendError
-from moestro.kernels import reference, torch_grouped
+from moestro.kernels import native_training, reference, torch_grouped
 from moestro.kernels.reference import Biases
 
 ENVIRONMENT = "MOESTRO_BACKEND"
@@ -114,6 +114,11 @@ def _torch_layout(dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
     return Verdict(True, "CUDA with bfloat16")
 
 
+def _supports_native(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
+    reason = native_training.reason_against(device, dtype, widths)
+    return Verdict(reason is None, reason or "CPU with AMX tiles, for bfloat16")
+
+
 def _anywhere(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
     return Verdict(True, "any device and dtype")
 
@@ -125,6 +130,14 @@ TABLE: tuple[Backend, ...] = (
         torch_grouped.TORCH.grouped_mm,
         torch_grouped.TORCH.expert_ffn,
         None,
+        _no_padding,
+    ),
+    Backend(
+        "native",
+        _supports_native,
+        native_training.NATIVE.grouped_mm,
+        native_training.expert_ffn,
+        torch_grouped.single_ffn,
         _no_padding,
     ),
     Backend(

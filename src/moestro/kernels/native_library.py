@@ -44,6 +44,14 @@ class Experts(ctypes.Structure):
     )  # fmt: skip
 
 
+class Grouping(ctypes.Structure):
+    """`moestro_groups`."""
+
+    _fields_ = (
+        ("ends", _POINTER), ("experts", _POINTER), ("count", _INT64), ("rows", _INT64),
+    )  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_abi": (_INT32, ()),
     "moestro_best_path": (_INT32, ()),
@@ -65,6 +73,17 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_step": (
         _INT32,
         (_POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    ),
+    "moestro_trains": (_INT32, ()),
+    "moestro_grouped": (
+        _INT32, (_POINTER, _INT32, _POINTER, _INT64, _INT64, _INT32, _POINTER, _POINTER),
+    ),
+    "moestro_grouped_grad": (
+        _INT32, (_POINTER, _INT32, _INT64, _INT64, _POINTER, _POINTER, _POINTER),
+    ),
+    "moestro_ffn": (_INT32, (_POINTER, _INT32, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 3)),
+    "moestro_ffn_back": (
+        _INT32, (_POINTER, _INT32, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 5),
     ),
     "moestro_read": (ctypes.c_uint64, (_POINTER, _INT64)),
 }  # fmt: skip

@@ -92,10 +92,11 @@ class Products(NamedTuple):
     def bias_grad(self, grad_RO: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         """[E, O] in `dtype`: a bias is a weight whose input is always 1.
 
-        Eight equal columns, since `torch.nn.functional.grouped_mm` wants rows of 16 bytes.
+        Of equal columns, since `torch.nn.functional.grouped_mm` wants rows of 16 bytes and AMX
+        tiles are 32 wide.
         """
-        ones_R8 = grad_RO.new_ones(len(grad_RO), 8)
-        return self.weight_grad(grad_RO, ones_R8, groups, dtype)[:, :, 0].contiguous()
+        ones_RN = grad_RO.new_ones(len(grad_RO), 32)
+        return self.weight_grad(grad_RO, ones_RN, groups, dtype)[:, :, 0].contiguous()
 
     def grouped_mm(
         self,
@@ -222,7 +223,7 @@ SEGMENTS = Products(segments_mm, segments_weight_grad, segments_add_bias)
 TORCH = Products(torch_mm, torch_weight_grad, torch_add_bias)
 
 
-def _clear_tail(y_RO: Tensor, groups: Groups) -> Tensor:
+def clear_tail(y_RO: Tensor, groups: Groups) -> Tensor:
     """Zero the rows past the last offset; on a GPU without reading the offset back."""
     if y_RO.device.type == "cpu":
         y_RO[int(groups.offsets_E[-1]) :].zero_()
@@ -246,7 +247,7 @@ class _GroupedMM(torch.autograd.Function):
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, w_EOI, bias_EO)
         ctx.groups, ctx.by = groups, by
-        return _clear_tail(by.linear(x_RI, w_EOI, bias_EO, groups), groups)
+        return clear_tail(by.linear(x_RI, w_EOI, bias_EO, groups), groups)
 
     @staticmethod
     @once_differentiable
@@ -256,7 +257,7 @@ class _GroupedMM(torch.autograd.Function):
         grad_RO = grad_RO.contiguous()
         grad_x = grad_w = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _clear_tail(by.mm(grad_RO, w_EOI, groups, True), groups)
+            grad_x = clear_tail(by.mm(grad_RO, w_EOI, groups, True), groups)
         if ctx.needs_input_grad[1]:
             grad_w = by.weight_grad(grad_RO, x_RI, groups, w_EOI.dtype)
         if ctx.needs_input_grad[2]:
@@ -284,7 +285,7 @@ class _ExpertFFN(torch.autograd.Function):
         act_RF, kept_RF = activations.forward(hidden_RH, activation)
         ctx.save_for_backward(x_RD, up_EHD, down_EDF, up_EH, down_ED, hidden_RH, kept_RF)
         ctx.activation, ctx.groups, ctx.by = activation, groups, by
-        return _clear_tail(by.linear(act_RF, down_EDF, down_ED, groups), groups)
+        return clear_tail(by.linear(act_RF, down_EDF, down_ED, groups), groups)
 
     @staticmethod
     @once_differentiable
@@ -306,7 +307,7 @@ class _ExpertFFN(torch.autograd.Function):
         if wanted[1]:
             grads[1] = by.weight_grad(grad_hidden_RH, x_RD, groups, up_EHD.dtype)
         if wanted[0]:
-            grads[0] = _clear_tail(by.mm(grad_hidden_RH, up_EHD, groups, True), groups)
+            grads[0] = clear_tail(by.mm(grad_hidden_RH, up_EHD, groups, True), groups)
         return tuple(grads)
 
 
