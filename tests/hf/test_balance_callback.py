@@ -21,10 +21,10 @@ def training(name="qwen3_moe", **changes):
     return build(name, 2, **changes).train()
 
 
-def begun(model, balancer, tmp_path, step=0, gpus=0, **options):
+def begun(model, balancer, tmp_path, step=0, gpus=0, best=False, **options):
     """A callback that a Trainer has begun to train with, the Trainer's state, and its calls."""
     callback = balancer.callback(**options)
-    args = types.SimpleNamespace(n_gpu=gpus, output_dir=str(tmp_path))
+    args = types.SimpleNamespace(n_gpu=gpus, output_dir=str(tmp_path), load_best_model_at_end=best)
     state = transformers.TrainerState(global_step=step)
     control = transformers.TrainerControl()
 
@@ -129,6 +129,46 @@ def test_biases_go_into_checkpoints_and_come_back(tmp_path):
     torch.testing.assert_close(balancer.state_dict(), saved)
     with pytest.raises(CheckpointError, match="checkpoint-2"):
         begun(again, balancer, tmp_path, step=2)
+
+
+def test_the_best_checkpoint_has_its_own_biases(tmp_path):
+    model, batch = training(), tokens()
+    balancer = hf.balance(model, switch=0.0, bias_rate=0.1)
+    _, state, call = begun(model, balancer, tmp_path, best=True)
+    for step in (1, 2):
+        model(batch, labels=batch).loss.backward()
+        call("on_optimizer_step")
+        state.global_step = step
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        call("on_save")
+    state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    saved = load_file(tmp_path / "checkpoint-1" / FILE)
+    assert any(not torch.equal(saved[n], b) for n, b in balancer.state_dict().items())
+    call("on_train_end")
+    torch.testing.assert_close(balancer.state_dict(), saved, rtol=0, atol=0)
+    (tmp_path / "checkpoint-1" / FILE).unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        call("on_train_end")
+
+
+def test_a_second_try_counts_nothing_of_the_first(tmp_path):
+    model, batch = training(), tokens()
+    balancer = hf.balance(model, switch=SWITCH)
+    _, _, call = begun(model, balancer, tmp_path)
+    model(batch, labels=batch)  # and its backward pass finds no memory
+    call("on_train_begin")
+    call("on_log", logs={"loss": 1.0})  # a log before the first step tells no health
+    once = training()
+    with hf.balance(once, switch=SWITCH) as other:
+        (once(batch, labels=batch).loss + other.loss()).backward()
+        other.step()
+        wanted = other.health()
+    half = batch[:1]
+    for each in (half, batch[1:]):
+        model(each, labels=each).loss.backward()
+    call("on_optimizer_step")
+    for got, want in zip(balancer.health().values(), wanted.values(), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_after_training_the_loss_is_the_models_own_and_biases_stay(tmp_path):

@@ -66,7 +66,7 @@ def balance(
     """
     inner = _inner(model)
     found = _mixtures(inner, bool(z))
-    if any(isinstance(getattr(h, "__self__", None), Watch) for h in _pre_hooks(inner)):
+    if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in _pre_hooks(inner)):
         raise MoestroError("this model is balanced already; call remove() on the first balancer")
     if switch is None:
         switch = _family_switch(inner, found, optional=bool(z or bias_rate))
@@ -145,7 +145,12 @@ class Balance:
                 value_E = bias.value_E.clone()
                 update_bias(value_E, counts_E.to(value_E.device), self.cfg.bias_rate)
                 bias.set(value_E)
-        self._last, self._tally = self._tally, None
+        self._last = self._tally
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the forward passes since the last step, of a step that failed and is done over."""
+        self._pending = self._tally = None
         self._taken = self._reached = 0
         self._objective.restart()
 
@@ -190,7 +195,7 @@ class Balance:
         """
         self._watch.remove()
         self._own.restore()
-        self._pending = self._tally = None
+        self.restart()
         if not keep_bias:
             for bias in self._biases.values():
                 bias.remove()
@@ -333,7 +338,7 @@ def _ranks() -> Ranks:
 
 
 def _pre_hooks(model: nn.Module) -> list[Any]:
-    return list(model._forward_pre_hooks.values())
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
 
 
 def _family_switch(model: nn.Module, found: list[Tap], optional: bool) -> float:

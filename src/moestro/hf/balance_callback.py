@@ -44,6 +44,7 @@ class BalanceCallback(TrainerCallback):
     def __init__(self, balance: Balance, add_loss: bool = True) -> None:
         self.balance, self._add_loss = balance, add_loss
         self._hook: Any = None
+        self._stepped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,21 +67,24 @@ class BalanceCallback(TrainerCallback):
                 "moestro.hf.balance on the very model that the Trainer is given, adapters included"
             )
         if state.global_step:
-            self._resume(Path(args.output_dir or "", f"checkpoint-{state.global_step}", FILE))
+            self._take(Path(args.output_dir or "", f"checkpoint-{state.global_step}", FILE))
         self._stop_adding()
+        # The Trainer begins again where memory did not suffice for a batch (auto_find_batch_size).
+        self.balance.restart()
         if self._add_loss:
             self._hook = self.balance.model.register_forward_hook(self._add, with_kwargs=True)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move the biases."""
         self.balance.step()
+        self._stepped = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the health of the last step to a log of training."""
         logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:
+        if "loss" not in logs or not self._stepped:
             return
         health = self._health()
         logs.update(health)
@@ -94,23 +98,34 @@ class BalanceCallback(TrainerCallback):
         if biases and state.is_world_process_zero:
             save_file(biases, Path(args.output_dir or "", f"checkpoint-{state.global_step}", FILE))
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Stop adding the loss. Biases stay in force until `balance.remove()`."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop adding the loss. Biases stay in force until `balance.remove()`.
+
+        With `load_best_model_at_end` they become those of the best checkpoint, as the weights do.
+
+        Raises:
+            CheckpointError: there is no file of biases in it.
+        """
         self._stop_adding()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take(Path(state.best_model_checkpoint, FILE))
 
     def _stop_adding(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _resume(self, path: Path) -> None:
+    def _take(self, path: Path) -> None:
+        """The biases of a checkpoint."""
         if path.is_file():
             self.balance.load_state_dict(load_file(path))
         elif self.balance.adds_bias:
             raise CheckpointError(
-                f"training resumes, but {path} with the selection biases is not there, and without "
+                f"{path} with the selection biases of this checkpoint is not there, and without "
                 "them the model routes otherwise than it was trained to; put the file there, from "
-                "the folder of the checkpoint that you resume from"
+                "the folder that the checkpoint was first saved in"
             )
 
     def _add(

@@ -12,7 +12,7 @@ from moestro.errors import ConfigError, MoestroError
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 # Where the models keep what they multiply their losses by.
-_HELD = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "z_loss_coefficient")
+_HELD = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 
 
 def converted(coefficient: float, top_k: int, layers: int) -> float:
@@ -57,18 +57,20 @@ class OwnLoss:
             (module, name, value)
             for module in model.modules()
             for name in _HELD
-            if isinstance(value := vars(module).get(name), int | float) and value
+            if isinstance(value := vars(module).get(name), int | float)
         ]
+        coefficient = own_coefficient(model)
         asking = [each for each in _configs(model) if getattr(each, "output_router_logits", False)]
-        if asking and own_coefficient(model):
+        if asking and coefficient:
             warnings.warn(
                 f"{type(model).__name__} adds a balance loss of its own "
-                f"(coefficient {own_coefficient(model)}); it is off while moestro.hf.balance is "
+                f"(coefficient {coefficient}); it is off while moestro.hf.balance is "
                 "at work, so that balance is not paid for twice",
                 UserWarning,
                 stacklevel=4,
             )
-        self._asking = [] if self._held else asking
+        # Without a coefficient it only returns the routers' logits, which may go on.
+        self._asking = asking if coefficient and not self._held else []
 
     def stop(self) -> None:
         """From now on the model adds nothing."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Watch:
     ) -> None:
         self._mixtures, self._begins, self._seen = mixtures, begins, seen
         self._differentiable = differentiable
-        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._names = _argument_names(model)
         self._listening = False
         self._inputs: dict[str, Any] = {}
         self._chosen: dict[int, Chosen] = {}
@@ -54,7 +54,7 @@ class Watch:
         self._hooks.enter_context(tapped(mixtures, self._see))
         for handle in (
             model.register_forward_pre_hook(self._start, with_kwargs=True),
-            model.register_forward_hook(self._end),
+            model.register_forward_hook(self._end, always_call=True),
         ):
             self._hooks.callback(handle.remove)
 
@@ -62,9 +62,16 @@ class Watch:
         """Take all hooks off."""
         self._hooks.close()
 
+    def __deepcopy__(self, _: Any) -> Self:
+        raise MoestroError(
+            "a model cannot be copied while it is balanced: the copy would call the hooks of the "
+            "original; copy it before moestro.hf.balance, or after remove()"
+        )
+
     def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._listening = model.training and torch.is_grad_enabled()
         if self._listening:
+            _refuse_again()
             self._inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
             self._chosen = {}
             self._begins()
@@ -103,8 +110,11 @@ class Watch:
     def _end(self, model: nn.Module, _: Any, output: Any) -> None:
         if not self._listening:
             return
-        self._listening = False
-        missing = [tap.name for n, tap in enumerate(self._mixtures) if n not in self._chosen]
+        self._listening, chosen, self._chosen = False, self._chosen, {}
+        if output is None:  # the forward pass failed: nothing of it may be held on to
+            self._inputs = {}
+            return
+        missing = [tap.name for n, tap in enumerate(self._mixtures) if n not in chosen]
         if missing:
             raise MoestroError(
                 f"{', '.join(missing)} did not run in this forward pass: these inputs pass by, or "
@@ -112,10 +122,9 @@ class Watch:
             )
         valid_BS, sequences = self._valid(), self._sequences()
         routings = [
-            routing_of(tap, self._chosen[place], valid_BS)
-            for place, tap in enumerate(self._mixtures)
+            routing_of(tap, chosen[place], valid_BS) for place, tap in enumerate(self._mixtures)
         ]
-        self._inputs, self._chosen = {}, {}
+        self._inputs = {}
         first = routings[0].logits_TE.device
         self._seen([_moved(routing, first) for routing in routings], sequences, output)
 
@@ -139,7 +148,8 @@ def routing_of(tap: Tap, chosen: Chosen, valid_BS: Tensor | None) -> Routing:
     if chosen.logits_TE is None or probs_TE is None:
         raise MoestroError(
             f"{tap.name} ({type(tap.router).__name__}) showed no logits that probabilities could "
-            "be made of, so it cannot be balanced"
+            "be made of, so it cannot be balanced; if the model was compiled and run before, "
+            "balance it first"
         )
     num_tokens, top_k = chosen.experts_TK.shape
     if valid_BS is not None and valid_BS.numel() != num_tokens:
@@ -157,6 +167,24 @@ def routing_of(tap: Tap, chosen: Chosen, valid_BS: Tensor | None) -> Routing:
         top_k,
         None if valid_BS is None else valid_BS.flatten().to(probs_TE.device),
     )
+
+
+def _argument_names(model: nn.Module) -> tuple[str, ...]:
+    """What a model calls its arguments; what the one inside calls them where a wrapper does not."""
+    for module in model.modules():
+        parameters = inspect.signature(module.forward).parameters
+        if all(each.kind is not each.VAR_POSITIONAL for each in parameters.values()):
+            return tuple(parameters)
+    return ()
+
+
+def _refuse_again() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise MoestroError(
+            "the whole model runs again within a backward pass, which cannot be told from a "
+            "forward pass of its own; checkpoint its layers (gradient_checkpointing_enable), not "
+            "the model"
+        )
 
 
 def _moved(routing: Routing, device: torch.device) -> Routing:
