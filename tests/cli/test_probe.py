@@ -10,6 +10,7 @@ from moestro.cli.main import main
 from moestro.config import RunConfig
 from moestro.models.checkpoint import atomic_folder, load_model, save_model, write_json
 from moestro.models.decoder import Decoder
+from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.text import ByteTokenizer
 from moestro.train.data import prepare
 
@@ -187,6 +188,8 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         ([dense], "no mixture layer"),
         ([run, "--layer", 0, "--out", tmp_path / "o"], "layer 0 is not a mixture layer"),
         ([run, "--out", taken / "inside"], "choose another folder with --out"),
+        ([run, "--report", tmp_path / "no" / "a.html"], "choose a file with --report"),
+        ([run, "--report", tmp_path, "--ablate", 2], "choose a file with --report"),
         ([run, "--source", tmp_path / "no.txt", "--out", tmp_path / "o"], "no such file"),
         ([run, "--tokens", 0], "--tokens"),
         ([run, "--by", "language", "--out", tmp_path / "o"], "give NAME=REGEX"),
@@ -221,6 +224,13 @@ def test_a_trace_stands_for_its_model(run, tmp_path, capsys) -> None:
     assert again["summary"] == first["summary"]
     assert main(["probe", str(kept), "--ablate", "1", "--out", str(tmp_path / "c")]) == 2
     assert "is a trace: nothing is run" in capsys.readouterr().err
+    trace = read_trace(kept)
+    lost = tmp_path / "lost.npz"
+    elsewhere = trace.subject._replace(name=str(tmp_path / "gone"))
+    write_parts(lost, [trace._replace(subject=elsewhere)])
+    words = ["probe", str(lost), "--report", str(tmp_path / "a.html")]
+    assert main([*words, "--out", str(tmp_path / "c")]) == 2
+    assert "gone, is not there" in capsys.readouterr().err
     short = tmp_path / "short.npz"
     short.write_bytes(kept.read_bytes()[:-100])
     assert main(["probe", str(short), "--out", str(tmp_path / "c")]) == 2
@@ -240,6 +250,39 @@ def test_a_page_with_ablations_and_groups(run, tmp_path, capsys) -> None:
     assert text.startswith("<!doctype html>")
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert (tmp_path / "a" / "ablation.csv").is_file()
+
+
+def test_what_the_model_writes_is_measured_apart(run, tmp_path, capsys) -> None:
+    options = ("--tokens", 600, "--out")
+    read = probe_json(capsys, run, *options, tmp_path / "a")
+    both = probe_json(
+        capsys, run, *options, tmp_path / "b", "--generate", 20, "--trace", tmp_path / "kept"
+    )
+    assert read["written"] is None
+    assert both["tokens_generated"] > 0
+    assert both["tokens_M"] == read["tokens_M"]
+    assert both["table_LME"] == read["table_LME"]
+    assert sum(both["written"]["tokens"]) == both["tokens_recorded"]
+    # A trace needs no suffix to be known as one, and keeps the two apart as well.
+    again = probe_json(capsys, tmp_path / "kept", "--out", tmp_path / "c")
+    assert again["table_LME"] == read["table_LME"]
+    assert main(["probe", str(tmp_path / "kept"), "--out", str(tmp_path / "d")]) == 0
+    assert "what the model read and the" in " ".join(capsys.readouterr().out.split())
+    words = ["probe", str(tmp_path / "kept"), "--compare", str(run), "--tokens", "600", "--json"]
+    assert main(words) == 0
+    compared = json.loads(capsys.readouterr().out)
+    loads = next(each for each in compared["quantities"] if each["name"] == "imbalance")
+    assert loads["difference"] == 0, "only what was read is compared"
+
+
+def test_labels_of_one_document_each_are_not_called_alike(run, tmp_path, capsys) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "a.txt").write_text(f"{name} document " * 20)
+    assert main(["probe", str(run), "--source", str(tmp_path / "texts")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Whether the choice of experts differs by domain cannot be told" in shown
+    assert "nan" not in shown.replace("nanosecond", "")
 
 
 def test_two_models_and_a_model_with_itself(run, tmp_path, texts, capsys) -> None:
@@ -276,5 +319,8 @@ def test_by_transformers_own_code(published, tmp_path, texts, capsys) -> None:
     options = ("--source", texts, "--tokens", 600, "--out")
     ours = probe_json(capsys, published, *options, tmp_path / "a")
     theirs = probe_json(capsys, published, *options, tmp_path / "b", "--transformers")
+    # What is to be written needs room in the context.
+    assert main(["probe", str(published), "--transformers", "--generate", "100000"]) == 2
+    assert "leaves no room for text" in capsys.readouterr().err
     # The same choices, save where rounding decides between two experts.
     assert np.allclose(theirs["table_LME"], ours["table_LME"], atol=0.02)

@@ -20,7 +20,8 @@ def test_every_measure_of_a_usual_trace():
     language = by_pattern("language", "^([a-z]+)-", trace.domains)
     found = m.measure(trace, groupings=[language], draws=9)
     assert all(value is not None for value in found)
-    assert found.notes == ()
+    assert ["fewer than 8 documents" in note for note in found.notes] == [True]
+    assert m.measure(make_trace(documents=8), draws=9).notes == ()
     assert [each.grouping for each in found.specialisation] == ["domain", "language"]
     assert found.specialisation[1].labels == ("en", "de")
     assert found.tokens_M.tolist() == [48, 48, 48]
@@ -59,7 +60,7 @@ def test_one_document_of_a_domain_is_said():
 def test_one_domain_has_no_specialisation():
     found = m.measure(make_trace(domains=("text",)), draws=9)
     assert found.specialisation == ()
-    assert any("by 'domain' the text has only ('text',)" in note for note in found.notes)
+    assert any("by 'domain' the text has only 'text'" in note for note in found.notes)
 
 
 def test_expert_choice_leaves_out_what_needs_ranked_choices():
@@ -72,7 +73,7 @@ def test_expert_choice_leaves_out_what_needs_ranked_choices():
 
 
 def test_unknown_probabilities_and_lone_layers_are_none_and_said():
-    found = m.measure(make_trace(logits=False, layers=1, top_k=1), draws=9)
+    found = m.measure(make_trace(logits=False, layers=1, top_k=1, documents=9), draws=9)
     for name in ("entropy", "margin", "coactivation", "overlap"):
         assert getattr(found, name) is None, name
     assert len(found.notes) == 3

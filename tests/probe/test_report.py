@@ -164,6 +164,24 @@ def test_odd_traces_give_a_page(options):
     assert len(shown["load"][0]) == shown["experts"]
 
 
+def test_labels_of_one_document_each_get_words_in_place_of_empty_charts():
+    page = built(traced(text="the same tokens everywhere", domains=("a", "b"), documents=1))
+    assert "Whether it is chance cannot be told" in page
+    assert "Topic and words cannot be told apart" in page
+    assert 'data-chart="apart-0"' not in page
+    assert "No token occurs under two labels" not in page, "all do"
+
+
+def test_what_the_model_wrote_is_no_example_of_a_domain():
+    trace = traced(text="read", generated=10)
+    tokens_T = np.where(trace.generated_T, ord("#"), trace.tokens_T).astype(np.int32)
+    trace = trace._replace(tokens_T=tokens_T)
+    findings = measure(trace.choose_tokens(~trace.generated_T), draws=19)
+    shown = json.loads(Tags(build(findings, trace, ByteTokenizer())).text["script"][0])
+    assert any("#" in piece for passage in shown["passages"] for piece in passage["pieces"])
+    assert set(shown["strings"]) == set("read")
+
+
 def test_a_page_stays_small(monkeypatch):
     trace = traced(layers=6, experts=8, domains=tuple("abcd"), lengths=(200, 150))
     findings = measure(trace, draws=9)

@@ -35,7 +35,7 @@ def test_domains_told_apart_are_said_with_chance_and_interval():
 def test_routing_by_token_is_not_called_topic():
     options = {"by_token": 3.0, "vocabulary": 20}
     assert not said("Domain or words?", **options).sure
-    assert "words alone" in said("Domain or words?", **options).text
+    assert "Nor is it shown that the same token" in said("Domain or words?", **options).text
     assert said("Tokens", **options).sure
 
 
@@ -54,7 +54,24 @@ def test_one_document_gives_no_interval_and_says_so():
     findings = measure(make_trace(domains=("a", "b"), documents=1), draws=19)
     sentences = summary(findings)
     assert "Only one document was read of a, b" in sentences[-1].text
-    assert not any(each.sure for each in sentences if each.about.startswith("By"))
+    by_domain = next(each for each in sentences if each.about == "By domain")
+    assert "cannot be told" in by_domain.text
+    assert "dealing the documents" not in by_domain.text
+    assert not by_domain.sure
+    assert "Domain or words?" not in {each.about for each in sentences}
+    alone = summary(measure(make_trace(domains=("a",), documents=1), draws=19))[0].text
+    assert "no interval" in alone
+    assert "may as well be even" not in alone
+
+
+def test_what_is_not_found_is_not_called_absent():
+    assert "cannot be told" in said("Pairs", experts=6).text
+    text = said("Domain or words?", by_token=3.0, vocabulary=20, documents=60, by_domain=0.0).text
+    assert "goes to the same experts" not in text
+
+
+def test_a_cache_for_one_token_only_is_not_the_example():
+    assert "A cache of 3 of 8 experts" in said("Caching", experts=8, top_k=2).text
 
 
 def test_only_experts_that_matter_are_said_to_matter():
@@ -68,6 +85,7 @@ def test_only_experts_that_matter_are_said_to_matter():
     assert some.sure
     assert "2 experts that look specialised were silenced" in some.text
     assert "1 matters more" in some.text
+    assert "than the same tokens lose elsewhere is shown for none of the 1" in some.text
     assert "expert 0 of layer 1 to code" in some.text
     assert "Of the other 1 that cannot be said" in some.text
     none = text(matters=(False, False))

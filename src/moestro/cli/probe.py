@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moestro.probe.measures.measure import Findings
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.specialise import Grouping
+    from moestro.probe.measures.versus import Comparison
     from moestro.probe.recording.passages import Passage
     from moestro.probe.recording.traces import Trace
 
@@ -70,7 +71,12 @@ Ablate = Annotated[
     ),
 ]
 Generate = Annotated[
-    int, typer.Option(min=0, help="Let the model write up to this many tokens after each text.")
+    int,
+    typer.Option(
+        min=0,
+        help="Let the model write up to this many tokens after each text; they are measured apart "
+        "from what it read.",
+    ),
 ]
 Compare = Annotated[
     str | None,
@@ -113,6 +119,12 @@ class Looked(NamedTuple):
     probed: Probed | None
     passages: list[Passage]
 
+    @property
+    def read(self) -> Trace:
+        """The decisions on what the model was given; what it wrote itself is left out."""
+        written_T = self.trace.generated_T
+        return self.trace.choose_tokens(~written_T) if written_T.any() else self.trace
+
 
 class Done(NamedTuple):
     """What one call measured, and the files it wrote."""
@@ -121,6 +133,7 @@ class Done(NamedTuple):
     findings: Findings
     ablations: Ablations | None
     saturation: Saturation | None
+    written: Comparison | None
     folder: Path
     files: list[str]
     report: Path | None
@@ -185,37 +198,35 @@ def run(
     """
     from rich.console import Console
 
-    from moestro.cli.probe_more import ablate_halves, saturation_of_run, tokenizer_of, write_page
-    from moestro.probe.measures.measure import measure, to_json
+    from moestro.cli.probe_more import (
+        ablate_halves,
+        content_of,
+        require_places,
+        saturation_of_run,
+        tokenizer_of,
+        write_page,
+        written_beside_read,
+    )
+    from moestro.probe.measures.measure import measure
     from moestro.probe.report.figures import layer_index, save_figures
     from moestro.probe.report.pieces import Pieces
-    from moestro.probe.report.summary import summary
     from moestro.probe.report.tables import save_tables
 
+    _groupings((), wanted.by)  # what is wrong with these is said before the model runs
+    require_places(out, report)
     looked = look(path, wanted)
-    trace = looked.trace
+    trace, tokenizer = looked.trace, tokenizer_of(looked, needed=report is not None)
     groupings = _groupings(trace.domains, wanted.by)
     folder = make_folder(out or _beside(path, looked.probed))
     with Console(stderr=True).status("measuring"):
-        findings = measure(trace, groupings=groupings, seed=wanted.seed)
+        findings = measure(looked.read, groupings=groupings, seed=wanted.seed)
+        written = written_beside_read(looked, wanted.seed)
     if layer is not None:
         layer_index(findings, layer)
-    ablations = ablate_halves(looked, wanted.ablate, wanted.seed) if wanted.ablate else None
     saturation = saturation_of_run(looked, wanted.seed) if checkpoints else None
+    ablations = ablate_halves(looked, wanted.ablate, wanted.seed) if wanted.ablate else None
     figures = [file.name for file in save_figures(findings, folder, layer, ablations)]
-    content = {
-        "fingerprint": trace.subject.fingerprint,
-        "sources": list(wanted.sources) or None,
-        "tokens_recorded": len(trace.tokens_T),
-        "tokens_generated": int(trace.generated_T.sum()),
-        "seed": wanted.seed,
-        "summary": [said.text for said in summary(findings, ablations)],
-        "figures": figures,
-        **to_json(findings),
-        "ablations": None if ablations is None else to_json(ablations),
-        "saturation": None if saturation is None else to_json(saturation),
-    }
-    tokenizer = tokenizer_of(looked)
+    content = content_of(trace, wanted, findings, ablations, saturation, written, figures)
     name = None if tokenizer is None else Pieces(tokenizer, trace.tokens_T).name
     tables = [
         file.name
@@ -224,10 +235,10 @@ def run(
         )
     ]
     write(folder / "probe.json", json.dumps(content, indent=1) + "\n")
-    if report is not None:
+    if report is not None and tokenizer is not None:
         write_page(report, findings, looked, tokenizer, ablations, saturation)
     files = [*figures, *tables, "probe.json"]
-    return Done(content, findings, ablations, saturation, folder, files, report)
+    return Done(content, findings, ablations, saturation, written, folder, files, report)
 
 
 def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None) -> Looked:
@@ -243,7 +254,7 @@ def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None
     from moestro.probe.recording.tracefile import TraceWriter, read_trace
     from moestro.probe.recording.traces import join
 
-    if str(path).endswith(TRACE):
+    if is_trace(path):
         if wanted.trace or wanted.ablate or wanted.generate or wanted.sources:
             raise ConfigError(
                 f"{path} is a trace: nothing is run, so leave out --source, --trace, --ablate and "
@@ -252,7 +263,7 @@ def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None
         return Looked(read_trace(Path(path)), None, [])
     from moestro.cli.probe_model import open_probed
 
-    probed = open_probed(path, wanted.transformers)
+    probed = open_probed(path, wanted.transformers, wanted.generate)
     passages = passages or probed.passages(wanted.sources, wanted.tokens)
     parts = []
     with bar("probing held-out text") as progress:
@@ -269,6 +280,11 @@ def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None
                     writer.write(part)
                     parts.append(part)
     return Looked(join(parts), probed, passages)
+
+
+def is_trace(path: str | Path) -> bool:
+    """Whether a trace is meant: models are folders or names of the hub."""
+    return str(path).endswith(TRACE) or Path(path).is_file()
 
 
 def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, ...]:
@@ -327,12 +343,13 @@ def _print(done: Done, layer: int | None) -> None:
     """The tables and the summary, for a person."""
     from rich.console import Console
 
+    from moestro.cli.probe_compare import print_comparison
     from moestro.cli.probe_tables import print_ablations, print_findings, print_saturation
 
     console, content = Console(highlight=False), done.content
     domains = len(done.findings.domains)
     console.print(
-        f"{content['model']}: {content['tokens_recorded']:,} tokens of {domains} "
+        f"{content['model']}: {done.findings.tokens_M.sum():,} tokens of {domains} "
         f"{'domain' if domains == 1 else 'domains'}",
         markup=False,
         soft_wrap=True,
@@ -342,6 +359,9 @@ def _print(done: Done, layer: int | None) -> None:
         print_ablations(console, done.ablations)
     if done.saturation is not None:
         print_saturation(console, done.saturation)
+    if done.written is not None:
+        on = f"what the model read and the {content['tokens_generated']:,} tokens that it wrote"
+        print_comparison(console, done.written, on, "read", "written")
     for sentence in content["summary"]:
         console.print(f"• {sentence}", markup=False)
     for note in done.findings.notes:

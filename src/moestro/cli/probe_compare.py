@@ -11,6 +11,8 @@ import typer
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from moestro.cli.probe import Looked, Wanted
     from moestro.probe.measures.versus import Comparison, Quantity
     from moestro.text import Tokenizer
@@ -40,7 +42,7 @@ def run_compare(
     from moestro.probe.measures.versus import compare
 
     first, second = _both(path, other, wanted)
-    found = compare(first.trace, second.trace, seed=wanted.seed)
+    found = compare(first.read, second.read, seed=wanted.seed)
     text = json.dumps({"paths": [str(path), str(other)], **to_json(found)}, indent=1)
     if out is not None:
         write(make_folder(out) / "compare.json", text + "\n")
@@ -52,9 +54,9 @@ def run_compare(
 
 def _both(path: str | Path, other: str | Path, wanted: Wanted) -> tuple[Looked, Looked]:
     """The traces of both: of documents of the same sources, or of the first one's passages."""
-    from moestro.cli.probe import TRACE, look
+    from moestro.cli.probe import is_trace, look
 
-    files = [str(each).endswith(TRACE) for each in (path, other)]
+    files = [is_trace(each) for each in (path, other)]
     read = wanted._replace(sources=(), generate=0)  # of a trace nothing is run
     first = look(path, read if files[0] else wanted)
     if wanted.sources or any(files):
@@ -82,25 +84,10 @@ def _print(found: Comparison, paths: tuple[str, str], out: Path | None) -> None:
     """The table, for a person."""
     from rich.console import Console
 
-    from moestro.cli.probe_tables import new_table, print_table
-
     console = Console(highlight=False)
     for letter, path in zip("AB", paths, strict=True):
         console.print(f"{letter}: {path}", markup=False, soft_wrap=True)
-    table = new_table(
-        f"Mean over mixture layers, on the {found.documents} documents that both read; in "
-        "brackets the 95 % interval of the difference over documents",
-        "", "A", "B", "B − A", "beyond noise",
-    )  # fmt: skip
-    for quantity in found.quantities:
-        table.add_row(
-            MEANING[quantity.name],
-            f"{quantity.first:.3f}",
-            f"{quantity.second:.3f}",
-            _difference(quantity),
-            "yes" if quantity.supported else "no",
-        )
-    print_table(console, table)
+    print_comparison(console, found, f"the {found.documents} documents that both read", "A", "B")
     for name, left in zip(paths, found.left_out, strict=True):
         if left:
             console.print(f"{left} documents that only {name} has are left out.", markup=False)
@@ -108,7 +95,43 @@ def _print(found: Comparison, paths: tuple[str, str], out: Path | None) -> None:
         console.print(f"written to {out / 'compare.json'}", markup=False, soft_wrap=True)
 
 
+def print_comparison(console: Console, found: Comparison, on: str, first: str, second: str) -> None:
+    """One row for each measure.
+
+    Args:
+        console: where to.
+        found: what was measured.
+        on: the text that it is about.
+        first: what to call the first trace.
+        second: what to call the second.
+    """
+    from moestro.cli.probe_tables import new_table, number, print_table
+
+    table = new_table(
+        f"Mean over mixture layers, on {on}; in brackets the 95 % interval of the difference over "
+        "documents",
+        "", first, second, f"{second} − {first}", "beyond noise",
+    )  # fmt: skip
+    for quantity in found.quantities:
+        table.add_row(
+            MEANING[quantity.name],
+            number(quantity.first, ".3f"),
+            number(quantity.second, ".3f"),
+            _difference(quantity),
+            _beyond(quantity),
+        )
+    print_table(console, table)
+
+
 def _difference(quantity: Quantity) -> str:
     low, high = (float(end) for end in quantity.interval_2)
     limits = f" [{low:+.3f}, {high:+.3f}]" if low == low else ""
-    return f"{quantity.difference:+.3f}{limits}"
+    from moestro.cli.probe_tables import number
+
+    return f"{number(quantity.difference, '+.3f')}{limits}"
+
+
+def _beyond(quantity: Quantity) -> str:
+    """Whether the difference is beyond noise; a dash where no noise is known to hold it against."""
+    low, high = (float(end) for end in quantity.interval_2)
+    return "–" if low != low or high != high else "yes" if quantity.supported else "no"

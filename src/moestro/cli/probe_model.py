@@ -49,18 +49,19 @@ class Probed(NamedTuple):
         return held_out_passages(self.folder, self.home, tokens, self.length)
 
 
-def open_probed(name: str | Path, transformers: bool = False) -> Probed:
+def open_probed(name: str | Path, transformers: bool = False, generate: int = 0) -> Probed:
     """The model that a name means.
 
     Args:
         name: a run, a checkpoint of either layout, or `org/model`.
         transformers: run it by transformers' own code, whatever its family.
+        generate: tokens that it is to write after each passage.
 
     Raises:
-        MoestroError: there is no such checkpoint, or an encoder-decoder.
+        MoestroError: there is no such checkpoint, an encoder-decoder, or no room to write in.
     """
     if transformers:
-        return _by_transformers(name)
+        return _by_transformers(name, generate)
     from moestro.models.decoder import Decoder
     from moestro.models.hub import find_checkpoint
     from moestro.text import load_tokenizer
@@ -77,7 +78,7 @@ def open_probed(name: str | Path, transformers: bool = False) -> Probed:
     return Probed(model, load_tokenizer(folder), folder, home, length, by)
 
 
-def _by_transformers(name: str | Path) -> Probed:
+def _by_transformers(name: str | Path, generate: int) -> Probed:
     """A causal language model of transformers, any family; only safetensors is read."""
     try:
         import transformers
@@ -96,6 +97,12 @@ def _by_transformers(name: str | Path) -> Probed:
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise CheckpointError(f"transformers cannot load {folder}: {first}") from None
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PASSAGE
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = PASSAGE if context is None else min(PASSAGE, context - generate)
+    if length < 1:
+        raise ConfigError(
+            f"--generate {generate} leaves no room for text: the model's context is {context} "
+            "tokens; give less"
+        )
     model.train(False)
-    return Probed(model, load_tokenizer(folder), folder, folder, min(PASSAGE, limit))
+    return Probed(model, load_tokenizer(folder), folder, folder, length)

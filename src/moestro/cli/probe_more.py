@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os import W_OK, access
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from moestro.cli.probe import Looked
+    from moestro.cli.probe import Looked, Wanted
     from moestro.probe.ablation.effects import Ablations
     from moestro.probe.measures.measure import Findings
     from moestro.probe.measures.saturation import Saturation
+    from moestro.probe.measures.versus import Comparison
     from moestro.probe.recording.traces import Trace
     from moestro.text import Tokenizer
 
@@ -34,9 +36,10 @@ def ablate_halves(looked: Looked, most: int, seed: int) -> Ablations:
     from moestro.probe.ablation.targets import targets
 
     assert looked.probed is not None
-    first, second = halves(looked.trace)
+    trace = looked.read
+    first, second = halves(trace)
     passages = [each for each in looked.passages if each.document in second]
-    chosen = targets(_of(looked.trace, first), most, seed=seed)
+    chosen = targets(_of(trace, first), most, seed=seed)
     with bar("silencing experts") as progress:
         return ablate(
             looked.probed.model,
@@ -96,24 +99,76 @@ def saturation_of_run(looked: Looked, seed: int) -> Saturation:
     return saturation(traces, list(folders), seed=seed)
 
 
+def content_of(
+    trace: Trace,
+    wanted: Wanted,
+    findings: Findings,
+    ablations: Ablations | None,
+    saturation: Saturation | None,
+    written: Comparison | None,
+    figures: list[str],
+) -> dict[str, Any]:
+    """What probe.json holds."""
+    from moestro.probe.measures.measure import to_json
+    from moestro.probe.report.summary import summary
+
+    return {
+        "fingerprint": trace.subject.fingerprint,
+        "sources": list(wanted.sources) or None,
+        "tokens_recorded": len(trace.tokens_T),
+        "tokens_generated": int(trace.generated_T.sum()),
+        "seed": wanted.seed,
+        "summary": [said.text for said in summary(findings, ablations)],
+        "figures": figures,
+        **to_json(findings),
+        "ablations": to_json(ablations),
+        "saturation": to_json(saturation),
+        "written": to_json(written),
+    }
+
+
+def require_places(out: Path | None, report: Path | None) -> None:
+    """Refuse places that cannot be written to before anything is run.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if out is not None:
+        there = next(each for each in (out, *out.absolute().parents) if each.exists())
+        if not (there.is_dir() and access(there, W_OK)):
+            raise ConfigError(f"cannot write to {out}; choose another folder with --out")
+    if report is not None and (
+        report.is_dir() or not report.parent.is_dir() or not access(report.parent, W_OK)
+    ):
+        raise ConfigError(
+            f"cannot write the report {report}; choose a file with --report, in a folder that is "
+            "there"
+        )
+
+
+def written_beside_read(looked: Looked, seed: int) -> Comparison | None:
+    """How routing differs where the model wrote itself; None where it did not."""
+    from moestro.probe.measures.versus import compare
+
+    written_T = looked.trace.generated_T
+    if not written_T.any():
+        return None
+    return compare(looked.read, looked.trace.choose_tokens(written_T), seed=seed)
+
+
 def write_page(
     path: Path,
     findings: Findings,
     looked: Looked,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer,
     ablations: Ablations | None,
     saturation: Saturation | None,
 ) -> None:
     """The page to read in a browser.
 
     Raises:
-        DataError: a trace was read, and its model's tokenizer is not there.
+        MoestroError: it cannot be written.
     """
-    if tokenizer is None:
-        raise DataError(
-            "a page shows text, and the tokenizer of this trace's model, "
-            f"{looked.trace.subject.name}, is not there; probe the model itself with --report"
-        )
     from moestro.models.count import count
     from moestro.models.decoder import Decoder
     from moestro.probe.report.page import Facts, build, write_report
@@ -159,8 +214,12 @@ def _of(trace: Trace, documents: set[str]) -> Trace:
     return trace.choose(wanted_P[trace.document_N])
 
 
-def tokenizer_of(looked: Looked) -> Tokenizer | None:
-    """The model's tokenizer; of a trace that of its model, where that still lies there."""
+def tokenizer_of(looked: Looked, needed: bool) -> Tokenizer | None:
+    """The model's tokenizer; of a trace that of its model, where that still lies there.
+
+    Raises:
+        DataError: it is needed and not there.
+    """
     from moestro.text import load_tokenizer
 
     if looked.probed is not None:
@@ -168,4 +227,9 @@ def tokenizer_of(looked: Looked) -> Tokenizer | None:
     try:
         return load_tokenizer(Path(looked.trace.subject.name))
     except DataError:
-        return None
+        if not needed:
+            return None
+        raise DataError(
+            "a page shows text, and the tokenizer of this trace's model, "
+            f"{looked.trace.subject.name}, is not there; probe the model itself with --report"
+        ) from None

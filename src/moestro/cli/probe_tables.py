@@ -71,6 +71,11 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
+def number(value: float, form: str) -> str:
+    """A number as `form` says; a dash where it is not known."""
+    return f"{value:{form}}" if value == value else "–"
+
+
 def interval(low_high: Floats, form: str = ".2f") -> str:
     """An interval in brackets; nothing where there is none."""
     low, high = (float(end) for end in low_high)
@@ -132,10 +137,10 @@ def _specialisation_table(findings: Findings, found: Specialisation, width: int)
         table.add_row(
             str(layer),
             _marked(found.mean_L[index], found.supported_L[index]),
-            f"{found.mean_chance_L[index]:.3f}",
+            number(found.mean_chance_L[index], ".3f"),
             _marked(beyond.mean_L[index], beyond.supported_L[index]),
-            f"{beyond.mean_chance_L[index]:.3f}",
-            *(f"{distance:.3f}" for distance in found.distance_LM[index, :shown]),
+            number(beyond.mean_chance_L[index], ".3f"),
+            *(number(distance, ".3f") for distance in found.distance_LM[index, :shown]),
         )
     return table
 
@@ -175,7 +180,7 @@ def _repetition_table(findings: Findings, found: Repetition, width: int) -> Tabl
 
 
 def _marked(value: float, sure: bool) -> str:
-    return f"{value:.3f}{'*' if sure else ' '}"
+    return f"{number(value, '.3f')}{'*' if sure else ' '}"
 
 
 def _more(names: Sequence[str], shown: int) -> str:

@@ -191,14 +191,24 @@ def mask_top(
         texts: held-out text.
         layer: mask in this layer only, by its layer number; None: in all.
         renormalise: scale the remaining weights of a token to add up to what all did.
-        tokenizer, token_bytes, batch_size, draws, seed, progress: as there.
+        tokenizer: as there, like all that follow.
+        token_bytes: gives losses in bits per byte.
+        batch_size: sequences of a forward pass.
+        draws: behind the intervals.
+        seed: of the draws.
+        progress: called with (passes done, passes in all).
 
     Raises:
         MoestroError: as `ablate`; or there is no such mixture layer.
         DataError: as `ablate`.
     """
     run = Run(model, texts, tokenizer, batch_size, token_bytes, progress)
-    text, number = run.predicted(draws, seed), len(run.domains)
+    return _mask_all(run, run.predicted(draws, seed), layer, renormalise)
+
+
+def _mask_all(run: Run, text: Predicted, layer: int | None, renormalise: bool) -> Masked:
+    """The model as it is, then with 1 to K choices masked."""
+    number = len(run.domains)
     masked = run.layers if layer is None else (layer,)
     places = {run.place(each) for each in masked}
     # K is known once the model has run.

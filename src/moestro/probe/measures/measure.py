@@ -30,6 +30,9 @@ from moestro.probe.recording.traces import Trace
 _FEW = 199
 _Result = TypeVar("_Result")
 
+# Below this, bootstrap intervals that are called 95 % miss in 10 % of cases or more (simulated).
+FEW_DOCUMENTS = 8
+
 
 class Findings(NamedTuple):
     """All measures of one trace. What cannot be measured is None, and `notes` says why.
@@ -160,6 +163,16 @@ def _documents(trace: Trace, notes: list[str]) -> Ints:
             f"one document only in {', '.join(single)}: no interval is possible there, since "
             "nothing tells the domain from the document; give at least two"
         )
+    few = [
+        name
+        for name, count in zip(trace.domains, documents_M, strict=True)
+        if 1 < count < FEW_DOCUMENTS
+    ]
+    if few:
+        notes.append(
+            f"of {', '.join(few)} fewer than {FEW_DOCUMENTS} documents were read: their intervals "
+            "are somewhat too narrow"
+        )
     if trace.subject.top_k == 0:
         notes.append("caching needs tokens that choose in turn; under expert choice experts choose")
     return documents_M
@@ -173,9 +186,10 @@ def _specialisations(
     for grouping in (by_domain(trace.domains), *groupings):
         labels, _ = labelled(trace, grouping)
         if len(labels) < 2:
+            has = ", ".join(map(repr, labels)) or "text without a label"
             notes.append(
                 f"specialisation compares labels, but by {grouping.name!r} the text has only "
-                f"{labels}; give text with at least two"
+                f"{has}; give text with at least two"
             )
         else:
             found.append(specialisation(trace, grouping, **some))

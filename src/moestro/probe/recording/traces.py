@@ -129,6 +129,22 @@ class Trace(NamedTuple):
         }
         return self._replace(**changed)
 
+    def choose_tokens(self, which_T: NDArray[np.bool_]) -> Trace:
+        """The trace of some tokens only, such as `~generated_T`; sequences without any go.
+
+        Of a sequence that loses a part the mean probabilities are not known: they become NaN.
+        """
+        length_N = np.bincount(self.sequence_T[which_T], minlength=len(self.length_N))
+        probs_NLE = self.probs_NLE.copy()
+        probs_NLE[length_N < self.length_N] = np.nan
+        changed: dict[str, Any] = {
+            name: value[which_T]
+            for name, value in self._asdict().items()
+            if isinstance(value, np.ndarray) and name.endswith(("_T", "_TL", "_TLK"))
+        }
+        cut = self._replace(length_N=length_N, probs_NLE=probs_NLE, **changed)
+        return cut.choose(length_N > 0)
+
 
 def join(traces: Sequence[Trace]) -> Trace:
     """One trace of all, in their order; equal names of domains and documents are the same.

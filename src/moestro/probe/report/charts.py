@@ -25,7 +25,8 @@ def charts(findings: Findings, layers: tuple[int, ...]) -> dict[str, Chart | lis
     """Every chart that the findings allow, by name; a list has one for each shown layer."""
     found: dict[str, Chart | list[Chart]] = {}
     for index, special in enumerate(findings.specialisation):
-        found[f"apart-{index}"] = _apart(findings, special)
+        if not np.isnan(special.mean_L).all():
+            found[f"apart-{index}"] = _apart(findings, special)
         found[f"labels-{index}"] = [_labels(special, layer) for layer in layers]
         if not np.isnan(special.beyond.mean_L).all():
             found[f"beyond-{index}"] = _beyond(findings, special)

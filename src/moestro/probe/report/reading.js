@@ -91,7 +91,7 @@ function inspected(passage, index) {
 }
 
 function nextBest(margin) {
-  return margin < -0.008 ? `another expert was ${percent(-margin, 0)} more likely and not chosen, for balance`
+  return margin < -0.008 ? `another expert was ${percent(-margin, 0)} more likely; a bias or a grouping of experts decided otherwise`
     : `an expert not chosen was ${percent(Math.max(0, margin), 0)} less likely`;
 }
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moestro.probe.ablation.effects import Ablations
+from moestro.probe.ablation.effects import BEYOND_TOKENS, Ablations
 from moestro.probe.measures.bootstrap import SIGNIFICANCE, Floats
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.specialise import Specialisation
@@ -59,7 +59,7 @@ def balance(findings: Findings) -> Said:
         f"{load.imbalance_L[worst]:.2f} times an equal share of the work"
         f"{_between(low, high)}."
     )
-    if not low > 1:
+    if low <= 1:
         text += " The work may as well be even."
     dead = sum(map(len, load.dead_L))
     total = len(layers) * findings.num_experts
@@ -77,6 +77,14 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
     """Whether the layers use experts differently by the labels of a grouping."""
     layers, kind = findings.moe_layers, found.grouping
     supported = int(found.supported_L.sum())
+    if np.isnan(found.mean_L).all():
+        return Said(
+            f"By {kind}",
+            f"Whether the choice of experts differs by {kind} cannot be told: fewer than two "
+            f"{_plural(kind)} have more than one document, so nothing tells a {kind} from a "
+            "document.",
+            False,
+        )
     if not supported:
         return Said(
             f"By {kind}",
@@ -105,20 +113,23 @@ def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
     """Whether token identity alone explains the differences between labels."""
     beyond, layers, kind = found.beyond, findings.moe_layers, found.grouping
     if np.isnan(beyond.mean_L).all():
+        if np.isnan(found.mean_L).all():
+            return None
         return Said(
             f"{kind.capitalize()} or words?",
-            f"Whether it is the {kind} or just its words cannot be told: no token occurs under "
-            "two labels.",
+            f"Whether it is the {kind} or just its words cannot be told: too few tokens occur "
+            f"under two {_plural(kind)} of more than one document.",
             False,
         )
     supported = int(beyond.supported_L.sum())
     if not supported:
-        return Said(
-            f"{kind.capitalize()} or words?",
-            f"That can be explained by the words alone: the same token goes to the same experts "
-            f"whatever the {kind}, as far as this text can tell.",
-            False,
+        elsewhere = f"that the same token goes to other experts under another {kind}"
+        text = (
+            f"The words alone can explain that: {elsewhere} is not shown."
+            if found.supported_L.any()
+            else f"Nor is it shown {elsewhere}."
         )
+        return Said(f"{kind.capitalize()} or words?", text, False)
     excess_L = np.where(beyond.supported_L, beyond.mean_L - beyond.mean_chance_L, -1.0)
     most = int(np.nan_to_num(excess_L, nan=-1.0).argmax())
     return Said(
@@ -179,6 +190,11 @@ def ablated(ablations: Ablations) -> Said | None:
         + ("; and others" if len(mattering) > _MOST_NAMED else "")
         + "."
     )
+    beyond = sum(row.tokens_verdict == BEYOND_TOKENS for row in mattering)
+    text += (
+        " That more is lost there than the same tokens lose elsewhere is shown for "
+        f"{beyond or 'none'} of the {len(mattering)}."
+    )
     rest = len(rows) - len(mattering)
     if rest:
         text += f" Of the other {rest} that cannot be said."
@@ -224,7 +240,10 @@ def together(findings: Findings) -> Said | None:
         return None
     if not found.pairs:
         return Said(
-            "Pairs", "No two experts are chosen together more or less often than chance.", False
+            "Pairs",
+            "That any two experts are chosen together more or less often than by chance cannot be "
+            "told.",
+            False,
         )
     first = found.pairs[0]
     a, b = first.experts
@@ -243,7 +262,8 @@ def cached(findings: Findings) -> Said | None:
     found = findings.caching
     if found is None:
         return None
-    size = max(findings.top_k, findings.num_experts // 4, 1)
+    # With room for one token's experts only, no rule has anything to choose.
+    size = max(findings.top_k + 1, findings.num_experts // 4)
     if size >= findings.num_experts:
         return None
     at, rates = size - 1, found.lru
@@ -271,9 +291,13 @@ def single_documents(findings: Findings) -> Said | None:
     return Said(
         "Caution",
         f"Only one document was read of {names}. How much such text varies cannot be known from "
-        "it, so no interval is given.",
+        "it, so its own numbers have no interval.",
         False,
     )
+
+
+def _plural(kind: str) -> str:
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
 
 
 def _between(
@@ -283,4 +307,6 @@ def _between(
     if np.isnan(low) or np.isnan(high):
         return " (no interval: too few documents)"
     form = ".0%" if percent else f".{digits}f"
+    if percent and f"{low:{form}}" == f"{high:{form}}":
+        form = ".1%"
     return f" (95 % interval {low:{form}} to {high:{form}})"

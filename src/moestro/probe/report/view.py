@@ -58,7 +58,10 @@ def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) 
             "sure": _encoded(findings.table_supported_LME[chosen].astype(np.uint8)),
         },
         "tokens": _typical(findings, layers, pieces, strings, detail),
-        "snippets": snippets(trace, layers, pieces, strings, room),
+        # What a domain is must not be shown by what the model wrote itself.
+        "snippets": snippets(
+            trace.choose_tokens(~trace.generated_T), layers, pieces, strings, room
+        ),
         "passages": passages(trace, layers, pieces, room),
         "charts": charts(findings, layers),
     }
