@@ -1,10 +1,15 @@
 // The kernels for AVX2 with FMA and F16C: what nearly every x86 machine of the last ten years runs.
+// Compiled a second time by avx2_vnni.cpp, with AVX-VNNI for the products of bytes.
 #include "kernels.h"
 #include "moestro.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#ifdef MOESTRO_WITH_VNNI
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 
 namespace moestro {
 namespace {
@@ -57,17 +62,22 @@ void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t word
     turn_words(from, row_bytes, rows, 0, words, to);
 }
 
-// Sum of four products per column, exact: |w| · sign(a, w) stays within 16 bits.
+// Sum of four products of a byte from 0 and a signed one per column, exact: pairs stay within 16 bits.
+inline __m256i dot4_positive(__m256i sum, __m256i w, __m256i a) {
+#ifdef MOESTRO_WITH_VNNI
+    return _mm256_dpbusd_avx_epi32(sum, w, a);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
+#endif
+}
+
+// Of signed weights the sign goes to the other byte.
 inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return dot4_positive(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
 }
 
 // Nibbles are 0 to 15: no sign to move, and the offset of 8 is taken off with the group's sum.
-inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i a) {
-    __m256i pairs = _mm256_maddubs_epi16(w, a);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
+inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i a) { return dot4_positive(sum, w, a); }
 
 inline __m256i four(const int8_t *bytes) {
     int32_t value;
@@ -116,9 +126,19 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
 
 }  // namespace
 
+#ifdef MOESTRO_WITH_VNNI
+const Kernels avx2_vnni = {multiply, ELEMENTWISE};
+#else
 const Kernels avx2 = {multiply, ELEMENTWISE};
+#endif
 
 }  // namespace moestro
 #else
-namespace moestro { const Kernels avx2 = portable; }
+namespace moestro {
+#ifdef MOESTRO_WITH_VNNI
+const Kernels avx2_vnni = portable;
+#else
+const Kernels avx2 = portable;
+#endif
+}
 #endif

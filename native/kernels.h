@@ -75,7 +75,7 @@ struct Kernels {
     Read read;
 };
 
-extern const Kernels portable, avx2, avx512, amx;
+extern const Kernels portable, avx2, avx2_vnni, avx512, amx;
 bool amx_allowed();  // ask the system for AMX state
 
 }  // namespace moestro

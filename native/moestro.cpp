@@ -19,7 +19,7 @@
 namespace moestro {
 namespace {
 
-const Kernels *const TABLE[] = {&portable, &avx2, &avx512, &amx};
+const Kernels *const TABLE[] = {&portable, &avx2, &avx2_vnni, &avx512, &amx};
 
 #if defined(__x86_64__)
 bool has_amx() {
@@ -30,20 +30,38 @@ bool has_amx() {
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+
 int best() {
 #if defined(__x86_64__)
-    static const int found = [] {
+    static const int found = []() -> int {
         __builtin_cpu_init();
-        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+            return MOESTRO_PORTABLE;
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vnni");
-        if (!wide) return 1;
-        return has_amx() ? 3 : 2;
+        if (!wide) return has_avx_vnni() ? MOESTRO_AVX2_VNNI : MOESTRO_AVX2;
+        return has_amx() ? MOESTRO_AMX : MOESTRO_AVX512;
     }();
     return found;
 #else
     return 0;
+#endif
+}
+
+// Whether this machine runs a path; one with AVX-512 may lack AVX-VNNI.
+bool runs(int wanted) {
+    if (wanted > best()) return false;
+#if defined(__x86_64__)
+    return wanted != MOESTRO_AVX2_VNNI || has_avx_vnni();
+#else
+    return true;
 #endif
 }
 
@@ -69,7 +87,7 @@ int32_t moestro_path(void) {
 }
 
 int32_t moestro_use_path(int32_t wanted) {
-    if (wanted < -1 || wanted > best()) return MOESTRO_EPATH;
+    if (wanted < -1 || !runs(wanted)) return MOESTRO_EPATH;
     path = wanted;
     return 0;
 }

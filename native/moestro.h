@@ -22,14 +22,14 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 1
+#define MOESTRO_ABI 2
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
 enum { MOESTRO_BF16 = 0, MOESTRO_INT8 = 1, MOESTRO_INT4 = 2, MOESTRO_F32 = 3, MOESTRO_PLAIN_BF16 = 4,
        MOESTRO_PLAIN_F32 = 5 };
 enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1 };            /* dtypes of rows */
-enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3 }; /* paths */
+enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
 

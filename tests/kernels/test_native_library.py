@@ -81,7 +81,7 @@ def test_the_best_path_runs_unless_another_is_named(native, monkeypatch):
 
 def test_a_path_that_does_not_exist(native, monkeypatch):
     monkeypatch.setenv(PATH_VARIABLE, "sse9")
-    with pytest.raises(BackendError, match=r"sse9.*portable, avx2, avx512, amx"):
+    with pytest.raises(BackendError, match=r"sse9.*portable, avx2, avx2-vnni, avx512, amx"):
         native_cpu.pack_matrix(torch.randn(4, 32), Format("int8"))
 
 

@@ -22,6 +22,7 @@ GIB = 2**30
 _NATIVE_NEEDS = {
     "amx": "AMX tiles for many rows, AVX-512 with VNNI for few",
     "avx512": "AVX-512 with VNNI",
+    "avx2-vnni": "AVX2 with FMA and VNNI",
     "avx2": "AVX2 with FMA",
     "portable": "plain C++, without AVX2",
 }

@@ -20,8 +20,8 @@ LIBRARY = "libmoestro.so"
 LIBRARY_VARIABLE = "MOESTRO_NATIVE_LIBRARY"
 PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
-PATHS = ("portable", "avx2", "avx512", "amx")
-ABI = 1
+PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
+ABI = 2
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -157,7 +157,8 @@ def library() -> ctypes.CDLL:
     if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
         best = PATHS[loaded.moestro_best_path()]
         raise BackendError(
-            f"{PATH_VARIABLE}={forced} was asked for, but the best this machine runs is {best}"
+            f"{PATH_VARIABLE}={forced} was asked for, but this machine does not run it; its best "
+            f"is {best}"
         )
     return loaded
 
@@ -169,5 +170,5 @@ def available() -> str | None:
 
 
 def path() -> str:
-    """The path in use: amx, avx512, avx2 or portable."""
+    """The path in use, one of `PATHS`."""
     return PATHS[library().moestro_path()]
