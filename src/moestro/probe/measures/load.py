@@ -189,8 +189,8 @@ def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> Table:
 def entropy(trace: Trace, *, draws: int = 999, seed: int = 0) -> Entropy | None:
     """Entropy of the mean probabilities (balance), and mean of each token's own (spread).
 
-    None where the trace does not know the router's probabilities; where it knows them by token only,
-    as of sequences that lost a part, the balance is NaN. Arguments as for `load`.
+    None where the trace does not know the router's probabilities; where it knows them by token
+    only, as of sequences that lost a part, the balance is NaN. Arguments as for `load`.
     """
     if np.isnan(trace.entropy_TL).all():
         return None
