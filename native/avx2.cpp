@@ -100,6 +100,8 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
             for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
                 const uint8_t *line = block + 64 + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
                 __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
+                // One row waits for memory: ask for the block that follows this one.
+                if (M == 1 && part % 16 == 0) _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
