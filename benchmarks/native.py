@@ -54,23 +54,22 @@ def decoding(
     chosen = [torch.randperm(num_experts)[:TOP_K] for _ in range(256)]
     x_TD, y_TD = torch.randn(1, DIM), torch.empty(1, DIM)
     weights_A, tokens_A = torch.full((TOP_K,), 1 / TOP_K), torch.zeros(TOP_K, dtype=torch.int64)
-    structs = [native_cpu.experts_of(each) for each in experts]
-    addresses = [each.data_ptr() for each in chosen]
+    # Beside each struct its tensors, which it only points to.
+    prepared = [(native_cpu.experts_of(each), each) for each in experts]
     mixture = native_cpu.library().moestro_mixture
     turn = 0
 
     def run() -> None:
         nonlocal turn
         for _ in range(STEPS):
+            struct, _ = prepared[turn % len(prepared)]
             failed = mixture(
-                ctypes.byref(structs[turn % len(structs)]), ROWS_FP32, x_TD.data_ptr(), 1,
-                tokens_A.data_ptr(), addresses[turn % len(addresses)], weights_A.data_ptr(), TOP_K,
-                y_TD.data_ptr(),
+                ctypes.byref(struct), ROWS_FP32, x_TD.data_ptr(), 1, tokens_A.data_ptr(),
+                chosen[turn % len(chosen)].data_ptr(), weights_A.data_ptr(), TOP_K, y_TD.data_ptr(),
             )  # fmt: skip
             assert not failed
             turn += 1
 
-    run.keep = (experts, chosen)  # type: ignore[attr-defined]
     return run
 
 

@@ -245,6 +245,7 @@ class Balance:
         def reached(_: Tensor) -> None:
             self._reached += 1
 
+        # torch leaves `register_hook` without annotations.
         total.register_hook(reached)  # type: ignore[no-untyped-call]
 
     def _refuse_untaken(self) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from moestro.errors import MoestroError
 from moestro.probe.ablation.effects import Ablation, Ablations, Masked
-from moestro.probe.ablation.losses import Progress, Run, predicting
+from moestro.probe.ablation.losses import Run, predicting
 from moestro.probe.ablation.targets import Target, every, targets
 from moestro.probe.ablation.verdicts import Measured, Predicted, by_domain, judge, measure_row
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.recording.passages import Encodes, Passage, in_batches
+from moestro.probe.recording.record import Progress
 from moestro.probe.recording.taps import Edit
 
 __all__ = [

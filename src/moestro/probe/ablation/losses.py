@@ -31,11 +31,16 @@ from moestro.probe.recording.passages import (
     pad,
     prepare,
 )
-from moestro.probe.recording.record import Looked, check_tokens, evaluating, look, mixtures
+from moestro.probe.recording.record import (
+    Looked,
+    Progress,
+    check_tokens,
+    evaluating,
+    look,
+    mixtures,
+)
 from moestro.probe.recording.taps import Edit, rerouted
 from moestro.probe.recording.traces import fingerprint
-
-Progress = Callable[[int, int], None]
 
 
 class Run:
