@@ -198,12 +198,12 @@ def test_padding_never_counts(tiny, router, limited):
     x = torch.randn(4, 6, 8, dtype=torch.float64)
     ids = torch.randint(0, 50, (4, 6))
     other, other_ids = x.clone(), ids.clone()
-    other[~valid], other_ids[~valid] = 5 * torch.randn(int((~valid).sum()), 8).double(), 7
+    other[~valid], other_ids[~valid] = float("nan"), 7
     (y, routing), (y2, routing2) = (
         layer(x, token_ids=ids, valid=valid),
         layer(other, token_ids=other_ids, valid=valid),
     )
-    torch.testing.assert_close(y[valid], y2[valid], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, y2, rtol=1e-12, atol=1e-12)
     assert torch.equal(routing.counts_E(), routing2.counts_E())
     assert routing.dropped() == routing2.dropped()
     assert routing.counts_E().sum() == (
@@ -216,7 +216,7 @@ def test_padding_never_counts(tiny, router, limited):
         lambda r: balance.sequence_loss(r, 4),
     )
     for loss in losses:
-        torch.testing.assert_close(loss(routing), loss(routing2), rtol=1e-12, atol=1e-12)
+        assert torch.equal(loss(routing), loss(routing2))
     if router != "hash":
         alone, _ = layer(x[valid], token_ids=ids[valid])
         torch.testing.assert_close(alone, y[valid], rtol=1e-10, atol=1e-10)

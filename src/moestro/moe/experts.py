@@ -41,6 +41,7 @@ class Experts(nn.Module):
         init_scale: s; weights start truncated normal with σ = sqrt(s / fan-in).
         backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
         bias: whether both projections have one; they start at zero.
+        out_scale: of the σ of `down`.
     """
 
     gate_up_bias: nn.Parameter | None
@@ -56,10 +57,11 @@ class Experts(nn.Module):
         init_scale: float = 1.0,
         backend: str = "auto",
         bias: bool = False,
+        out_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.activation, self.dropout = activation, dropout
-        self.init_scale, self.backend = init_scale, backend
+        self.init_scale, self.out_scale, self.backend = init_scale, out_scale, backend
         width = 2 * hidden_dim if activation in reference.GATED else hidden_dim
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
@@ -71,8 +73,8 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal at two σ, σ = sqrt(s / fan-in) (Fedus et al. 2021, §2.4)."""
-        for weight in (self.gate_up, self.down):
-            std = math.sqrt(self.init_scale / weight.shape[-1])
+        for weight, scale in ((self.gate_up, 1.0), (self.down, self.out_scale)):
+            std = scale * math.sqrt(self.init_scale / weight.shape[-1])
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         for bias in self.biases or ():
             nn.init.zeros_(bias)
@@ -150,8 +152,17 @@ class FeedForward(Experts):
         activation: str = "swiglu",
         init_scale: float = 1.0,
         backend: str = "auto",
+        out_scale: float = 1.0,
     ) -> None:
-        super().__init__(1, dim, hidden_dim, activation, init_scale=init_scale, backend=backend)
+        super().__init__(
+            1,
+            dim,
+            hidden_dim,
+            activation,
+            init_scale=init_scale,
+            backend=backend,
+            out_scale=out_scale,
+        )
 
     def forward(
         self, x_TD: Tensor, offsets_E: Tensor | None = None, experts_E: Tensor | None = None

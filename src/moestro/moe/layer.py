@@ -26,12 +26,13 @@ class MoE(nn.Module):
         (torch.Size([3, 5, 16]), torch.Size([15, 2]))
     """
 
-    def __init__(self, cfg: MoEConfig, backend: str = "auto") -> None:
+    def __init__(self, cfg: MoEConfig, backend: str = "auto", out_scale: float = 1.0) -> None:
         """Build the layer.
 
         Args:
             cfg: its settings.
             backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
+            out_scale: of the σ of each `down` at the start.
         """
         super().__init__()
         self.cfg = cfg
@@ -45,12 +46,13 @@ class MoE(nn.Module):
             cfg.init_scale,
             backend,
             cfg.experts.bias,
+            out_scale,
         )
         self.shared: FeedForward | PackedFeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if cfg.shared is not None:
             self.shared = FeedForward(
-                cfg.dim, cfg.shared.hidden_dim, cfg.activation, cfg.init_scale, backend
+                cfg.dim, cfg.shared.hidden_dim, cfg.activation, cfg.init_scale, backend, out_scale
             )
             if cfg.shared.gate:
                 self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
@@ -64,7 +66,8 @@ class MoE(nn.Module):
             x: [..., D]; leading dimensions are flattened to T tokens. Where there is more than
                 one, the first is that of the sequences (`capacity.per_sequence` counts in each).
             token_ids: int64 [...], only for the hash router.
-            valid: bool [...], False for padding, which is computed but never counted.
+            valid: bool [...], False for padding: whatever x holds there, even NaN, y is 0, and
+                nothing else sees or counts it.
 
         Returns:
             (y like x, the Routing of the T tokens).
@@ -77,11 +80,16 @@ class MoE(nn.Module):
         valid_T = None if valid is None else valid.reshape(-1)
         ids_T = None if token_ids is None else token_ids.reshape(-1)
 
+        if valid_T is not None:
+            x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
+
         num_sequences = len(x) if x.dim() > 2 else 1
         routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
         y_TD = self._mix(x_TD.to(compute_dtype(x_TD)), routing)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
+        if valid_T is not None:  # Experts with biases make something of nothing.
+            y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
         return y_TD.reshape(x.shape), routing
 
     def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:

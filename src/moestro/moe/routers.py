@@ -27,20 +27,39 @@ class Router(nn.Module):
     """Base: a linear map to one logit per expert, and the ways in which routers differ from it."""
 
     logit_bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, cfg: MoEConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
         self.logit_bias = nn.Parameter(torch.empty(cfg.num_experts)) if cfg.router.bias else None
+        chosen_with = cfg.router.selection_bias
+        bias_E = torch.empty(cfg.num_experts, dtype=torch.float32) if chosen_with else None
+        self.register_buffer("bias", bias_E)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4); the bias zero."""
+        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4); both biases zero."""
         std = math.sqrt(self.cfg.init_scale / self.cfg.dim)
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        if self.logit_bias is not None:
-            nn.init.zeros_(self.logit_bias)
+        for bias_E in (self.logit_bias, self.bias):
+            if bias_E is not None:
+                nn.init.zeros_(bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the selection bias too, but keep it fp32: steps of 1e-3 die in 16 bits."""
+        bias_E = self.bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
+            self.bias = bias_E.to(self.bias.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Keep the selection bias fp32 when `assign=True` puts another tensor in its place."""
+        super()._load_from_state_dict(*args)
+        if self.bias is not None:
+            self.bias = self.bias.float()
 
     def logits(self, x_TD: Tensor, jitter: float) -> Tensor:
         """fp32 logits [T, E] of the tokens, in training of jittered ones.
@@ -77,21 +96,6 @@ class TopKRouter(Router):
     sigmoid with a selection bias, groups and scale: DeepSeek-V3 (2024, eq. 12-16); the bias
     chooses and is never part of a weight (Wang et al. 2024, "Auxiliary-loss-free").
     """
-
-    bias: Tensor | None
-
-    def __init__(self, cfg: MoEConfig) -> None:
-        super().__init__(cfg)
-        bias_E = torch.zeros(cfg.num_experts) if cfg.router.selection_bias else None
-        self.register_buffer("bias", bias_E)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the bias with the module, but keep it fp32: its steps of 1e-3 die in bf16."""
-        bias_E = self.bias
-        super()._apply(fn, recurse)
-        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
-            self.bias = bias_E.to(self.bias.device)
-        return self
 
     def forward(
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
@@ -285,7 +289,7 @@ class HashRouter(nn.Module):
         zeros_TE = torch.zeros(
             len(x_TD), num_experts, dtype=_router_dtype(x_TD), device=x_TD.device
         )
-        weights_TK = torch.full(experts_TK.shape, 1 / top_k, device=x_TD.device).to(zeros_TE)
+        weights_TK = zeros_TE.new_full(experts_TK.shape, 1 / top_k)
         probs_TE = zeros_TE.scatter(-1, experts_TK, 1 / top_k)
         weights_TK = weights_TK * self.cfg.router.scale
         return _token_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T)
