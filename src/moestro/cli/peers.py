@@ -101,11 +101,20 @@ def transformers_rounds(
         joules = energy.joules()
         begun = time.perf_counter()
         for token_11 in later:
-            output = model(token_11, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token_11, use_cache=True, **cache_of(output))
         decode_s = time.perf_counter() - begun
         return Round(prefilled - start, first - start, decode_s, energy.since(joules))
 
     return run
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The keyword that hands the cache of an output of transformers on to the next call.
+
+    Named `past_key_values` before transformers 5.24, and `cache` since.
+    """
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
 
 
 def llama_bench(
