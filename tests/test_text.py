@@ -76,6 +76,20 @@ def test_bpe_shortens_and_knows_its_name() -> None:
     assert 257 < BPE.vocab_size <= 300
 
 
+def test_bpe_is_trained_in_linear_time_on_text_without_breaks() -> None:
+    """Words are bounded: a pair merged in a word costs the length of the word."""
+    for run in ("=" * 100_000, "ACGT" * 25_000, " " * 100_000):
+        tokenizer = train_bpe([run], 400)
+        assert tokenizer.decode(tokenizer.encode(run)) == run
+        longest = max(len(tokenizer.decode([number])) for number in range(tokenizer.vocab_size))
+        assert 16 <= longest <= 256
+    # Words of other text are trained on whole.
+    words = ["ab" * 100 + " " + "cd" * 100 + "\n"] * 3
+    assert train_bpe(words, 290).encode(words[0]) == train_bpe(["".join(words)], 290).encode(
+        words[0]
+    )
+
+
 def test_bpe_of_little_text_says_its_real_size() -> None:
     assert train_bpe(["ab"], 1000).vocab_size < 300
 

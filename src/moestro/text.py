@@ -8,6 +8,7 @@ token, and what else the tokenizer.json puts around a text. Nothing here imports
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ KNOWN_ENDS = (
     "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]",
 )  # fmt: skip
 SMALLEST_BPE = 257
+# Training a BPE takes the square of the longest run of characters without a break (DNA, ====).
+_LONG_RUN = re.compile(r"(\S{256}|\s{256})")
 NOTE_FILE = "moestro_tokenizer.json"
 HF_FILE = "tokenizer.json"
 # Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
@@ -214,7 +217,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator((piece for text in texts for piece in _LONG_RUN.split(text)), trainer)
     end = inner.token_to_id(END_OF_TEXT)
     assert end is not None
     return SubwordTokenizer(inner, f"bpe:{vocab_size}", end)
