@@ -366,7 +366,7 @@ def test_memory_does_not_depend_on_the_length_of_a_file(tmp_path, monkeypatch) -
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == 20 << 20
-    assert peak < 8 << 20
+    assert peak < 12 << 20  # held whole it would be four times the file
 
 
 def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch) -> None:
