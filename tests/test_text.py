@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from moestro.errors import DataError
 from moestro.text import (
     ByteTokenizer,
-    StreamDecoder,
     Tokenizer,
     build_tokenizer,
     check_tokenizer,
@@ -40,34 +39,6 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 @given(text=texts)
 def test_bytes_are_utf8(text: str) -> None:
     assert bytes(ByteTokenizer().encode(text)) == text.encode()
-
-
-@BOTH
-@given(text=texts)
-def test_stream_of_text(tokenizer: Tokenizer, text: str) -> None:
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(number) for number in tokenizer.encode(text)]
-    assert "".join(pieces) + decoder.flush() == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@BOTH
-@given(data=st.data())
-def test_stream_of_anything_equals_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    top = tokenizer.vocab_size - 1
-    ids = data.draw(st.lists(st.integers(0, top) | st.integers(min(top, 0xC0), top), max_size=120))
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(number) for number in ids]
-    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
-    assert decoder.flush() == ""
-
-
-def test_stream_holds_a_character_back() -> None:
-    decoder = StreamDecoder(ByteTokenizer())
-    assert [decoder.push(number) for number in "a漢b".encode()] == ["a", "", "", "漢", "b"]
-    decoder.push(0xE6)
-    assert decoder.flush() == "\ufffd"
 
 
 def test_bpe_shortens_and_knows_its_name() -> None:

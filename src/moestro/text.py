@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a trained byte-level BPE, any tokenizer.json; and decoding as a stream.
+"""Tokenizers: bytes, a trained byte-level BPE, any tokenizer.json.
 
 The byte tokenizer needs nothing on disk and is the default. A document and a prompt are encoded
 differently: a document that spells a special token out gets its characters, a prompt the special
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.errors import DataError
+from moestro.streaming import StreamDecoder as StreamDecoder
+from moestro.streaming import characters_apart
 
 END_OF_TEXT = "<|end_of_text|>"
 # What published tokenizers call the token that ends a document, best guess first.
@@ -33,7 +35,6 @@ HF_FILE = "tokenizer.json"
 # Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
 END_FILES = ("generation_config.json", "config.json")
 HF_SETTINGS = "tokenizer_config.json"
-_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(Protocol):
@@ -44,12 +45,14 @@ class Tokenizer(Protocol):
         vocab_size: Ids are in [0, vocab_size).
         end_of_text: The id that ends a document.
         ends: Every id that ends a generated text; `end_of_text` is one of them.
+        specials: Tokens that `decode` leaves out, as a prompt spells them.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
     ends: frozenset[int]
+    specials: Mapping[int, str]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no `end_of_text` among them unless the text holds a NUL."""
@@ -75,6 +78,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = 0
     ends = frozenset({0})
+    specials: Mapping[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text` in UTF-8.
@@ -115,11 +119,14 @@ class SubwordTokenizer:
         self.name = name
         self.end_of_text = end_of_text
         self.ends = frozenset({end_of_text, *ends})
+        self.specials: Mapping[int, str] = _specials(inner)
         # Some published vocabularies have gaps, so the number of entries is not enough.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
+        decoder = inner.decoder
+        self._byte_decoder = decoder if decoder and decoder.decode(["<0x41>"]) == "A" else None
 
     @cached_property
     def _for_documents(self) -> tokenizers.Tokenizer:
@@ -153,47 +160,15 @@ class SubwordTokenizer:
             DataError: an id is not in [0, vocab_size).
         """
         _check_ids(ids, self.vocab_size)
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        if self._byte_decoder is None:
+            return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        tokens = (self._inner.id_to_token(each) for each in ids if each not in self.specials)
+        return str(self._byte_decoder.decode(characters_apart(filter(None, tokens))))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and a note with its name and the ids that end a text."""
         self._inner.save(str(folder / HF_FILE))
         _write_note(folder, self)
-
-
-class StreamDecoder:
-    """Decodes tokens one at a time, holding back a character until all its bytes are there.
-
-    The pushed pieces and the flushed rest, joined, are what `decode` gives for all tokens.
-    """
-
-    # A character spans at most 4 tokens; a few more give decoders that look at their left
-    # neighbour (a leading space, for one) the context they need.
-    _keep, _most = 8, 32
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._recent: list[int] = []
-        self._given = 0  # characters of the recent tokens' text already handed out
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often empty within a multi-byte character."""
-        self._recent.append(token)
-        # Only a last U+FFFD can still turn into something else.
-        text = self._tokenizer.decode(self._recent).removesuffix(_REPLACEMENT)
-        new = text[self._given :]
-        self._given = max(self._given, len(text))
-        if len(self._recent) > self._most:
-            self._recent = self._recent[-self._keep :]
-            text = self._tokenizer.decode(self._recent)
-            self._given = len(text.removesuffix(_REPLACEMENT))
-        return new
-
-    def flush(self) -> str:
-        """What is still held back; the decoder is then as new."""
-        rest = self._tokenizer.decode(self._recent)[self._given :]
-        self._recent, self._given = [], 0
-        return rest
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -233,11 +208,7 @@ def tokenizer_file(path: Path) -> Tokenizer:
         DataError: a file cannot be read, or no token is known to end a document.
     """
     inner = _read_hf(path)
-    special = {
-        token.content: number
-        for number, token in inner.get_added_tokens_decoder().items()
-        if token.special
-    }
+    special = {name: number for number, name in _specials(inner).items()}
     known = [special[name] for name in KNOWN_ENDS if name in special]
     stated = _stated_ends(path.parent, inner)
     # A chat model states several: the end of a turn too. That of a document has a known name.
@@ -351,6 +322,11 @@ def _read_hf(path: Path) -> tokenizers.Tokenizer:
         raise DataError(
             f"{path} is not a tokenizer.json that the tokenizers library can read ({error})"
         ) from None
+
+
+def _specials(inner: tokenizers.Tokenizer) -> dict[int, str]:
+    added = inner.get_added_tokens_decoder().items()
+    return {number: token.content for number, token in added if token.special}
 
 
 def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
