@@ -294,6 +294,23 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
+    return values
+
+
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise DataError(
@@ -333,7 +350,7 @@ def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
     """Ids that the files beside a tokenizer.json call the end of a text, the likeliest first."""
     found: list[int] = []
     for name in END_FILES:
-        value = _optional_json(folder / name).get("eos_token_id")
+        value = optional_json(folder / name).get("eos_token_id")
         numbers = value if isinstance(value, list) else [value] if value is not None else []
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise DataError(
@@ -341,23 +358,10 @@ def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
                 "of them"
             )
         found += numbers
-    token = _optional_json(folder / HF_SETTINGS).get("eos_token")
+    token = optional_json(folder / HF_SETTINGS).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     number = inner.token_to_id(content) if isinstance(content, str) else None
     return list(dict.fromkeys([*found, *([] if number is None else [number])]))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty without the file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
 
 
 def _write_note(folder: Path, tokenizer: Tokenizer) -> None:
