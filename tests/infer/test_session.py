@@ -8,10 +8,11 @@ from moestro.config import ModelConfig
 from moestro.errors import MoestroError
 from moestro.infer import decoding
 from moestro.infer.decoding import PythonDecoding, chunked, decoding_of, prefill
-from moestro.infer.engine import Piece, Session, generate_batch, stream
+from moestro.infer.engine import Session, generate_batch, stream
 from moestro.infer.native_decoder import supports
 from moestro.infer.quantize import WEIGHTS, pack
 from moestro.infer.sampling import SamplingConfig
+from moestro.infer.writing import Piece
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer
@@ -19,12 +20,15 @@ from moestro.text import ByteTokenizer
 BYTES = ByteTokenizer()
 MOE: dict[str, Any] = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
 HEADS = {"num_heads": 2, "context": 24}
-PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words"]
+PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words", "aaaa"]
 SAMPLINGS = [
     SamplingConfig(seed=5, max_tokens=9),
     SamplingConfig(temperature=0.0, max_tokens=30),
     SamplingConfig(seed=6, max_tokens=3, top_k=3),
     SamplingConfig(temperature=1.2, max_tokens=12, stop=("e", "t")),
+    SamplingConfig(
+        max_tokens=20, min_p=0.1, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=1
+    ),
 ]
 
 
