@@ -97,12 +97,12 @@ def native_steps(model: Decoder, vocab: int) -> Callable[[], None]:
     """The same through the native step, which is what `moestro generate` does."""
     native, cache = NativeDecoder(model), model.new_cache()
     logits = model(torch.randint(0, vocab, (1, PROMPT)), cache=cache).logits[:, -1]
-    token, past = int(logits.argmax()), native.past(cache)
+    token = int(logits.argmax())
 
     def run() -> None:
         nonlocal token
         for _ in range(TOKENS):
-            token = int(native.step([token], [past]).logits_BV.argmax())
+            token = int(native.step([token], [cache]).logits_BV.argmax())
 
     return run
 
