@@ -19,6 +19,7 @@ LEVELS = {
     "settings": 1,
     "sandbox": 1,
     "streaming": 1,
+    "machine": 1,
     "config": 2,
     "text": 2,
     "chat": 2,

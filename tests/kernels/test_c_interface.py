@@ -59,7 +59,7 @@ def functions() -> dict[str, tuple[type, tuple[type, ...]]]:
 
 
 def test_every_function_is_declared_as_the_header_has_it():
-    assert native_library._SIGNATURES == functions()
+    assert functions() == native_library._SIGNATURES
 
 
 @pytest.mark.parametrize("name", structures())

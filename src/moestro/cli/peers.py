@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moestro.errors import ConfigError
+from moestro.machine import Energy, children_peak_bytes
 
 if TYPE_CHECKING:
     from moestro.config import ModelConfig
@@ -81,7 +81,7 @@ def transformers_rounds(
     """
     import torch
 
-    from moestro.infer.speed import Energy, Round
+    from moestro.infer.speed import Round
 
     energy = Energy()
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def llama_bench(
         weight_bytes=size,
         read_per_s=None,
         share=None,
-        peak_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        peak_bytes=children_peak_bytes(),
         joules=None,
     )
 
