@@ -18,6 +18,8 @@ LEVELS = {
     "errors": 0,
     "settings": 1,
     "sandbox": 1,
+    "streaming": 1,
+    "machine": 1,
     "config": 2,
     "text": 2,
     "chat": 2,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How routers turn logits into scores, of transformers 5.23. In all, the probabilities are the
+# How routers turn logits into scores, of transformers 5.24. In all, the probabilities are the
 # scores divided by their sum.
 _SIGMOID = (
     "AXK1TopkRouter", "AXK2TopkRouter", "AfmoeTokenChoiceRouter", "BailingHybridTopkRouter",
@@ -17,16 +17,18 @@ _SIGMOID = (
     "Dots3NoteTextTopkRouter", "ExaoneMoeTopkRouter", "FlintTopKRouter",
     "Glm4MoeLiteTopkRouter", "Glm4MoeTopkRouter", "Glm4vMoeTextTopkRouter",
     "Glm5NextTextTopkRouter", "GlmMoeDsaTopkRouter", "HYV3TopKRouter", "HYV4TopkRouter",
-    "InklingTopkRouter", "KimiLinearTopkRouter", "Kolibri1TopKRouter", "LagunaTopKRouter",
-    "Lfm2MoeTopKRouter", "Llama4Router", "MiMoV2FlashTopkRouter", "MiniMaxM2TopKRouter",
-    "MiniMaxM3VLTopKRouter", "NemotronHTopkRouter", "SolarOpenTopkRouter", "Step3p7TopKRouter",
+    "HYV4VLTopkRouter", "InklingTopkRouter", "KimiLinearTopkRouter", "Kolibri1TopKRouter",
+    "LagunaTopKRouter", "Lfm2MoeTopKRouter", "Llama4Router", "MiMoV2FlashTopkRouter",
+    "MiniMaxM2TopKRouter", "MiniMaxM3VLTopKRouter", "NemotronHTopkRouter", "SolarOpenTopkRouter",
+    "Step3p7TopKRouter",
 )  # fmt: skip
 _SOFTMAX = (
     "AriaTextTopKRouter", "DbrxRouter", "DeepseekOcr2TextTopkRouter", "DeepseekV2TopkRouter",
     "Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter", "FlexOlmoTopKRouter",
     "GptOssTopKRouter", "GraniteMoeHybridTopKRouter", "GraniteMoeSWATopKRouter",
     "GraniteMoeSharedTopKRouter", "GraniteMoeTopKRouter", "HunYuanMoEV1Gate", "JambaTopKRouter",
-    "JetMoeTopKGating", "LongcatFlashTopkRouter", "MellumTopKRouter", "MiniMaxTopKRouter",
+    "JetMoeTopKGating", "LaraMiniTopKRouter", "LongcatFlashTopkRouter", "MellumTopKRouter",
+    "MiniMaxTopKRouter",
     "Mistral4TopkRouter", "MistralLarge4TextTopkRouter", "MixtralTopKRouter", "OlmoeTopKRouter",
     "OpenAIPrivacyFilterTopKRouter", "PhimoeTopKRouter", "Qwen2MoeTopKRouter",
     "Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "Qwen3OmniMoeTextTopKRouter",
@@ -44,6 +46,7 @@ SCORING = {
     "DeepseekV4HashRouter": "score_fn",
     "DeepseekV4TopKRouter": "score_fn",
     "Inkling2TopKRouter": "score_fn",
+    "Inkling2LoopTopKRouter": "score_fn",
     "MuseSparkTopkRouter": "scoring_function",
 }
 # Where the number of experts stands, for classes that count those that pass tokens on unchanged.
