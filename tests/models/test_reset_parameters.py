@@ -172,6 +172,18 @@ def test_a_reset_draws_everything_anew(name):
         assert not before[name].std() > 0 or not torch.isclose(tensor, before[name]).all(), name
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", ["loss-free", "tied"])
+def test_a_tied_head_stays_tied(name, assign):
+    """New memory for each name and a state under both names leave one tensor."""
+    state = build(name).state_dict()
+    model = on_meta(name)
+    whole = nn.Sequential(model)
+    whole.load_state_dict({f"0.{key}": tensor for key, tensor in state.items()}, assign=assign)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, state["embed.weight"])
+
+
 def test_every_module_resets_what_it_owns():
     seen = set()
     for name in NAMES:

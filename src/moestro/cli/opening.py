@@ -81,7 +81,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        usable = torch.zeros(1, device=name).item() == 0
+        usable = torch.zeros(1, dtype=torch.float32, device=name).item() == 0
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:

@@ -86,7 +86,8 @@ def transformers_rounds(
     energy = Energy()
     generator = torch.Generator().manual_seed(seed)
     shape = (1, prompt + tokens)
-    ids_1S = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    vocab = model.config.vocab_size
+    ids_1S = torch.randint(0, vocab, shape, generator=generator, device="cpu")
     later = [ids_1S[:, place : place + 1] for place in range(prompt, prompt + tokens)]
 
     @torch.inference_mode()

@@ -116,7 +116,7 @@ class Balance:
         (routings, num_sequences), self._pending = self._pending, None
         self.parts = {}
         if not self._has_losses:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         total = routings[0].logits_TE.new_zeros(())
         for name, weight, values_L in self._objective.balance(routings, num_sequences):
             total = total + weight * values_L.sum()

@@ -141,7 +141,7 @@ def _plain(weights: layouts.Weights) -> PackedExperts:
 @lru_cache(maxsize=64)
 def _tokens(num_tokens: int, top_k: int) -> Tensor:
     """The token of each assignment, where all take part."""
-    return torch.arange(num_tokens).repeat_interleave(top_k)
+    return torch.arange(num_tokens, device="cpu").repeat_interleave(top_k)
 
 
 def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -211,5 +211,5 @@ def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routin
         experts_R = experts_R.masked_fill(~here_R, 0)
     tokens_R = torch.arange(num_tokens, device=experts_R.device).repeat_interleave(top_k)
     # Nobody asks for the logits here, only for their shape.
-    shape_TE = torch.empty(num_tokens, num_experts, device="meta")
+    shape_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device="meta")
     return Routing(tokens_R, experts_R, weights_R, shape_TE, shape_TE, top_k, kept_R=here_R)

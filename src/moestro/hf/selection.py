@@ -74,7 +74,7 @@ class AddedBias:
                 "switch=, and leave bias_rate at 0"
             )
         self._name, self._rule, self._proven = name, rule, False
-        self._bias_E = torch.zeros(num_experts)
+        self._bias_E = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
         self._hook = router.register_forward_hook(self._choose)
 
     @property

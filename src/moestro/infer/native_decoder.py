@@ -119,7 +119,7 @@ class NativeDecoder:
         assert isinstance(attention, Attention)
         self._rotary = RotaryTable(cfg)
         self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
-        empty = torch.empty(1, cfg.num_kv_heads, 0, cfg.head_dim, dtype=model.embed.weight.dtype)
+        empty = model.embed.weight.new_empty(1, cfg.num_kv_heads, 0, cfg.head_dim)
         self._like = (empty, empty)
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
@@ -138,7 +138,7 @@ class NativeDecoder:
             tokens: one for each sequence.
             pasts: caches of batch 1, each its own; the step extends them in place.
         """
-        tokens_B = torch.tensor(tokens, dtype=torch.int64)
+        tokens_B = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         x_BD = self.model.embed(tokens_B).float()
         device = torch.device("cpu")
         angles = [self._rotary.at(past.position, 1, device, torch.float32) for past in pasts]

@@ -253,7 +253,7 @@ def _mapped(memory: mmap.mmap, offset: int, dtype: str, shape: list[int]) -> Ten
     if not isinstance(kind, torch.dtype) or offset < 0:
         raise ValueError(f"no tensor is {dtype} at {offset}")
     if count == 0:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     return torch.frombuffer(memory, dtype=kind, count=count, offset=offset).view(shape)
 
 

@@ -129,11 +129,11 @@ def penalised(logits_BV: Tensor, sampling: SamplingConfig, pasts: Sequence[Past]
         return logits_BV
     logits_BV = logits_BV.detach().to("cpu", torch.float64, copy=True)
     for logits_V, past in zip(logits_BV, pasts, strict=True):
-        seen_N = torch.tensor(sorted(past.prompt.union(past.chosen)), dtype=torch.int64)
+        seen_N = logits_V.new_tensor(sorted(past.prompt.union(past.chosen)), dtype=torch.int64)
         old_N = logits_V[seen_N]
         logits_V[seen_N] = torch.where(old_N > 0, old_N / repetition, old_N * repetition)
-        chosen_N = torch.tensor(list(past.chosen.keys()), dtype=torch.int64)
-        times_N = torch.tensor(list(past.chosen.values()), dtype=torch.float64)
+        chosen_N = logits_V.new_tensor(list(past.chosen.keys()), dtype=torch.int64)
+        times_N = logits_V.new_tensor(list(past.chosen.values()))
         logits_V[chosen_N] -= presence + frequency * times_N
     return logits_BV
 
@@ -202,7 +202,10 @@ def next_tokens(
     if sampling.temperature == 0.0:
         return _checked(logits_BV).argmax(-1)
     p_BV = probabilities(logits_BV, sampling)
-    draws = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+    draws = [
+        torch.rand(1, generator=each, dtype=torch.float64, device=each.device)
+        for each in generators
+    ]
     draw_B1 = torch.stack(draws) if draws else p_BV.new_zeros(0, 1)
     ends_BV = p_BV.cumsum(-1)
     # Rounding can lift a draw to the very end, past the last token that is kept.

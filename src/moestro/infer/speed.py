@@ -121,7 +121,8 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
     """
     decoding, energy = decoding_of(model), Energy()
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.cfg.vocab_size, (prompt + tokens,), generator=generator).tolist()
+    length, vocab = (prompt + tokens,), model.cfg.vocab_size
+    ids = torch.randint(0, vocab, length, generator=generator, device="cpu").tolist()
     greedy = SamplingConfig(temperature=0.0)
 
     def run() -> Round:
@@ -173,7 +174,9 @@ class Reading:
         self.size = size
         native = native_cpu.available() is None
         self._buffer: Tensor = (
-            native_cpu.aligned(size).fill_(1) if native else torch.ones(size // 4)
+            native_cpu.aligned(size).fill_(1)
+            if native
+            else torch.ones(size // 4, dtype=torch.float32, device="cpu")
         )
         self._read: Callable[[], object] = (
             (lambda: native_cpu.read(self._buffer)) if native else self._buffer.sum

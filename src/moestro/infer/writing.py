@@ -72,7 +72,7 @@ class Writer:
         # A vocabulary padded to a round number has ids that mean nothing.
         self._size = max([tokenizer.vocab_size, *(token + 1 for token in self._marks)])
         unnamed = set(range(tokenizer.vocab_size, self._size)) - self._marks.keys()
-        self._nameless_N = torch.tensor(sorted(unnamed), dtype=torch.int64)
+        self._nameless_N = torch.tensor(sorted(unnamed), dtype=torch.int64, device="cpu")
 
     def choose(self, logits_1V: Tensor) -> list[Piece]:
         """Choose the next token; returns what is certain if it ends the text."""

@@ -242,9 +242,10 @@ class StepDecoder:
         if any(tuple(x.shape) != size for x, size in zip(given, sizes, strict=True)):
             raise ShapeError(f"a step takes {sizes}; given {[tuple(x.shape) for x in given]}")
         structures = (_Past * batch)(*(past.structure for past in pasts))
-        logits_BV = torch.empty(batch, shape.vocab)
-        experts_LBK = torch.full((self.num_layers, batch, shape.top_k), -1)
-        weights_LBK = torch.zeros(self.num_layers, batch, shape.top_k)
+        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device="cpu")
+        choices = (self.num_layers, batch, shape.top_k)
+        experts_LBK = torch.full(choices, -1, dtype=torch.int64, device="cpu")
+        weights_LBK = torch.zeros(choices, dtype=torch.float32, device="cpu")
         inputs = [x.float().contiguous() for x in given]
         code = library().moestro_step(
             ctypes.byref(self._decoder), batch, *(_address(x) for x in inputs), structures,

@@ -16,7 +16,8 @@ from moestro.errors import ShapeError
 from moestro.models.attention import Attention, reach, relative_bias
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.latent import LatentAttention
-from moestro.models.linear import Embedding, Linear, reset_all
+from moestro.models.linear import Embedding, Linear
+from moestro.models.network import Network
 from moestro.models.norms import norm_of
 from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
 from moestro.moe.experts import FeedForward, compute_dtype
@@ -81,7 +82,7 @@ class Block(nn.Module):
         return x_BSD + self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD), None
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """A decoder-only language model; `cfg.moe` unset makes it a dense one.
 
     Attributes:
@@ -110,17 +111,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, n, backend) for n in range(cfg.num_layers))
         self.norm = norm_of(cfg.norm, cfg.dim)
         self.head = Linear(cfg.dim, cfg.vocab_size, cfg.head.bias)
-        self._tie()
-        self.moe_layers = tuple(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew, those of every module inside too; a tied head is tied again."""
-        self._tie()
-        reset_all(self)
-
-    def _tie(self) -> None:
-        if self.cfg.head.tied:
+        if cfg.head.tied:
             self.head.weight = self.embed.weight
+        self.moe_layers = tuple(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
 
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""

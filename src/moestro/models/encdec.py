@@ -26,7 +26,8 @@ from moestro.models.encdec_attention import (
     cross_bias,
     self_bias,
 )
-from moestro.models.linear import Embedding, Linear, reset_all
+from moestro.models.linear import Embedding, Linear
+from moestro.models.network import Network
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
 from moestro.moe.experts import FeedForward
@@ -175,7 +176,7 @@ class Stack(nn.Module):
         return self.norm(x_BSD), tuple(routings)
 
 
-class EncDec(nn.Module):
+class EncDec(Network):
     """An encoder-decoder language model; `cfg.moe` unset makes it a dense one (T5).
 
     A mixture's `capacity.per_sequence` counts within each sequence of one call: the steps of a
@@ -204,18 +205,10 @@ class EncDec(nn.Module):
         self.encoder = Stack(cfg, cfg.encoder_layers, False, backend)
         self.decoder = Stack(cfg, cfg.decoder_layers, True, backend)
         self.head = Linear(cfg.dim, cfg.vocab_size, cfg.head.bias, scale)
-        self._tie()
+        if cfg.head.tied:
+            self.head.weight = self.embed.weight
         blocks = [*self.encoder.blocks, *self.decoder.blocks]
         self.moe_layers = tuple(n for n, block in enumerate(blocks) if isinstance(block.ffn, MoE))
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew, those of every module inside too; a tied head is tied again."""
-        self._tie()
-        reset_all(self)
-
-    def _tie(self) -> None:
-        if self.cfg.head.tied:
-            self.head.weight = self.embed.weight
 
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""

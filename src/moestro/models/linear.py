@@ -14,14 +14,6 @@ from moestro.moe.packed import Packed
 SMALL = 2**15
 
 
-def reset_all(model: nn.Module) -> None:
-    """Draw all weights of a model anew, each of its modules its own."""
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None and module is not model:
-            reset()
-
-
 class Embedding(nn.Embedding):
     """`torch.nn.Embedding` whose vectors start N(0, scale² / D)."""
 

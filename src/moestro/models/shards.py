@@ -136,7 +136,7 @@ def read_into(stored: Stored, target: Tensor) -> None:
         _fill(stored, flat, 0)
         return
     step = BUFFER_BYTES // stored.dtype.itemsize
-    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype, device="cpu")
     for start in range(0, flat.numel(), step):
         part = buffer[: flat.numel() - start]
         _fill(stored, part, start * stored.dtype.itemsize)
@@ -149,7 +149,7 @@ def read(stored: Stored) -> Tensor:
     Raises:
         CheckpointError: the file cannot be read, or ends before its tensor does.
     """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     _fill(stored, tensor.view(-1), 0)
     return tensor
 

@@ -127,7 +127,7 @@ def _by_token(routing: Routing, rows_A: Tensor, num_rows: int) -> tuple[Tensor, 
     most = int(counts_T.max()) if empty else 0
     tokens_A = routing.tokens_R[order_A]
     place_A = torch.arange(empty, device=rows_A.device) - starts_T[tokens_A]
-    slots_TK = torch.full((routing.num_tokens, most), empty, device=rows_A.device)
+    slots_TK = rows_A.new_full((routing.num_tokens, most), empty)
     slots_TK[tokens_A, place_A] = order_A
     rows_TK = torch.cat([rows_A, rows_A.new_tensor([num_rows])])[slots_TK]
     return slots_TK, rows_TK, False

@@ -172,5 +172,5 @@ class FeedForward(Experts):
         single = self.single(len(x_TD), x_TD)
         if single is not None:
             return single(x_TD, 0)
-        all_rows_E = torch.tensor([len(x_TD)], device=x_TD.device)
+        all_rows_E = torch.tensor([len(x_TD)], dtype=torch.int64, device=x_TD.device)
         return super().forward(x_TD, all_rows_E)

@@ -99,7 +99,8 @@ class PackedFeedForward(PackedExperts):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D], in the dtype to compute in."""
         rows_TD = self.rows(x_TD)
-        tokens_T = torch.arange(len(rows_TD))
-        experts_T, weights_T = torch.zeros_like(tokens_T), torch.ones(len(rows_TD))
+        tokens_T = torch.arange(len(rows_TD), device="cpu")
+        experts_T = torch.zeros_like(tokens_T)
+        weights_T = torch.ones_like(tokens_T, dtype=torch.float32)
         y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_T, experts_T, weights_T)
         return y_TD.to(compute_dtype(x_TD))

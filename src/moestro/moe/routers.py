@@ -34,9 +34,9 @@ class Router(nn.Module):
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
         self.logit_bias = nn.Parameter(torch.empty(cfg.num_experts)) if cfg.router.bias else None
-        chosen_with = cfg.router.selection_bias
-        bias_E = torch.empty(cfg.num_experts, dtype=torch.float32) if chosen_with else None
-        self.register_buffer("bias", bias_E)
+        self.register_buffer("bias", None)
+        if cfg.router.selection_bias:
+            self.bias = torch.empty_like(self.weight[:, 0], dtype=torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -41,7 +41,7 @@ def measure(
         if memory is None:
             raise MoestroError("the system does not say how much memory it has; name a device")
     numbers = max(1, min(array_bytes, memory // 8) // 4)
-    array = torch.ones(numbers, device=place)
+    array = torch.ones(numbers, dtype=torch.float32, device=place)
     read_s = _best(lambda: array.sum(), seconds, cuda)
     side = side or (CUDA_SIDE if cuda else CPU_SIDE)
     product_s = min(

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.config import RunConfig
 from moestro.errors import ConfigError, TrainingError
-from moestro.models.build import Model, build_model
+from moestro.models.build import Model, new_model
 from moestro.models.checkpoint import load_model
 from moestro.models.decoder import DecoderOutput
 from moestro.models.encdec import EncDecOutput
@@ -166,7 +166,7 @@ class Trainer:
         cfg, runtime = self.cfg, self.cfg.train.runtime
         if checkpoint is None:
             torch.manual_seed(cfg.train.seed)
-            self.model = build_model(cfg.model, runtime.backend).to(self.device)
+            self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
             self.model = load_model(checkpoint, str(self.device), runtime.backend)
         self.model.train()

@@ -106,7 +106,7 @@ def _write_llama4(router: Any, output: Any, experts_TK: Tensor, weights_TK: Tens
 def _read_jetmoe(router: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Assignments sorted by expert, how many each has, and the place each came from."""
     places_R, _, weights_R, sizes, logits_TE = output
-    counts_E = torch.tensor(sizes, device=places_R.device)
+    counts_E = torch.tensor(sizes, dtype=torch.int64, device=places_R.device)
     experts_R = torch.arange(len(sizes), device=places_R.device).repeat_interleave(counts_E)
     shape = (len(logits_TE), router.top_k)
     experts_TK = torch.empty_like(places_R).index_copy(0, places_R, experts_R).view(shape)
