@@ -71,6 +71,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint: what a kill leaves of it is not taken for one, and swept up later."""
+    leaving = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people and programs: indented, with a final newline."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -44,6 +44,7 @@ from moestro.models.checkpoint import (
     newest_checkpoint,
     read_json,
     read_tensors,
+    remove_folder,
     save_model,
     step_folders,
     verify_folder,
@@ -329,7 +330,7 @@ def prune(run: Path, step: int, keep: int) -> None:
     """Delete the oldest checkpoints up to `step`, which was just verified, beyond `keep`."""
     upto = [path for number, path in step_folders(run).items() if number <= step]
     for path in upto[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
 
 
 def clear_leftovers(run: Path) -> None:
@@ -359,7 +360,7 @@ def _make_room(target: Path) -> None:
         try:
             verify_folder(target)
         except CheckpointError:
-            shutil.rmtree(target)
+            remove_folder(target)
 
 
 def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:
