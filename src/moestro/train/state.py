@@ -36,10 +36,10 @@ from moestro.errors import (
     MoestroError,
     TrainingError,
 )
+from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.models.checkpoint import (
     CHECKPOINTS,
-    UNFINISHED,
     atomic_folder,
     newest_checkpoint,
     read_json,
@@ -48,7 +48,6 @@ from moestro.models.checkpoint import (
     save_model,
     step_folders,
     verify_folder,
-    write_json,
 )
 from moestro.models.companions import keep_companions
 from moestro.text import Tokenizer
@@ -304,9 +303,7 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     try:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         clear_leftovers(run)
-        fresh = run / f"{SETTINGS_NAME}.tmp"
-        write_json(fresh, cfg.model_dump(mode="json"))
-        fresh.replace(run / SETTINGS_NAME)
+        write_json(run / SETTINGS_NAME, cfg.model_dump(mode="json"))
     except OSError as error:
         raise _unwritable(run, error) from None
     return checkpoint
