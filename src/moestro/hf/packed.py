@@ -87,9 +87,10 @@ def quantize(
     missing = native_cpu.available()
     if missing is not None:
         raise BackendError(missing)
+    modules = dict(model.named_modules())
     for name, module in found.items():
         _check(name, module)
-        _refuse_wrapped(name, model)
+        _refuse_wrapped(name, modules)
     projections = _projections(model) if linears else {}
     for name, linear in projections.items():
         _check_weights(name, [linear.weight])
@@ -121,13 +122,13 @@ def _check(name: str, module: nn.Module) -> None:
     _check_weights(name, weights.tensors)
 
 
-def _refuse_wrapped(name: str, model: nn.Module) -> None:
+def _refuse_wrapped(name: str, modules: dict[str, nn.Module]) -> None:
     """An adapter changes weights that would no longer be there."""
-    wrapper = model.get_submodule(name.rpartition(".")[0])
-    if routers.passes_on(wrapper) and wrapper is not model:
+    outer = routers.outermost(modules, name)
+    if outer != name:
         raise BackendError(
-            f"the experts {name} are inside a {type(wrapper).__name__}, which needs their weights; "
-            "merge adapters into them first (model.merge_and_unload())"
+            f"the experts {name} are inside of {type(modules[outer]).__name__}, which needs their "
+            "weights; merge adapters into them first (model.merge_and_unload())"
         )
 
 

@@ -81,7 +81,7 @@ def taps(model: nn.Module) -> list[Tap]:
         other = routers.kind(module) in routers.OTHERS
         if not other and not _takes_choices(inner, module):
             continue
-        name = _outermost(modules, inner)
+        name = routers.outermost(modules, inner)
         if any(tap.name == name for tap in found):  # one wrapper may hold two, of which one runs
             continue
         parent = modules.get(name.rpartition(".")[0])
@@ -249,16 +249,6 @@ def _takes_choices(name: str, module: nn.Module) -> bool:
 def _names(experts: nn.Module) -> list[str]:
     """What an experts module calls the indices and the weights that it is handed."""
     return list(inspect.signature(type(experts).forward).parameters)[2:4]
-
-
-def _outermost(modules: dict[str, nn.Module], name: str) -> str:
-    """The name of the outermost module that only passes calls on to the one of that name."""
-    outer = name.rpartition(".")[0]
-    while outer and routers.passes_on(modules[outer]):
-        if not isinstance(modules[outer], nn.ModuleDict | nn.ModuleList):
-            name = outer
-        outer = outer.rpartition(".")[0]
-    return name
 
 
 def _beside(modules: dict[str, nn.Module], name: str) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,16 @@ def passes_on(module: nn.Module) -> bool:
 def core(module: nn.Module) -> nn.Module:
     """What a wrapper holds, or the module itself: the first that names what it takes."""
     return next((each for each in module.modules() if not passes_on(each)), module)
+
+
+def outermost(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name of the outermost module that only passes calls on to the one of that name."""
+    outer = name.rpartition(".")[0]
+    while outer and passes_on(modules[outer]):
+        if not isinstance(modules[outer], nn.ModuleDict | nn.ModuleList):
+            name = outer
+        outer = outer.rpartition(".")[0]
+    return name
 
 
 def kind(module: object) -> str:
