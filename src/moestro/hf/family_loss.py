@@ -75,6 +75,7 @@ class OwnLoss:
 
     def remove(self) -> None:
         """Let the model do as it likes again."""
+        self._put_back()
         for hook in self._hooks:
             hook.remove()
 
