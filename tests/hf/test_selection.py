@@ -14,6 +14,7 @@ import moestro.hf as hf
 from moestro.errors import CheckpointError, MoestroError
 from moestro.hf.selection import RULES
 
+from ..probe import foreign_zoo
 from .zoo import NAMES, build, tokens
 
 OWN = ("deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2")
@@ -221,7 +222,10 @@ def test_a_family_of_unknown_rule_is_left_untouched():
 
 
 # Family, whether it is balanced before it is sharded, and whether its parts are by themselves.
-SHARDED = (("ernie4_5_moe", True, False), ("ernie4_5_moe", False, True), ("qwen3_moe", True, True))
+SHARDED = (
+    ("ernie4_5_moe", True, False), ("ernie4_5_moe", False, True), ("qwen3_moe", True, True),
+    ("AfmoeForCausalLM", True, True),
+)  # fmt: skip
 RANK_OF_TWO = """
 import sys, warnings
 warnings.filterwarnings("error", module="moestro")
@@ -243,7 +247,9 @@ def run(root, rank, mesh, early, parts):
     model.load_state_dict(load_file(root / "start.safetensors"))
     balancer = hf.balance(model, **SETTINGS) if early else None
     for layer in model.model.layers if parts else ():
-        for part in (layer.mlp.gate, layer.mlp.experts, layer):
+        blocks = [layer.mlp] if hasattr(layer.mlp, "experts") else []
+        routers = [getattr(each, "gate", None) or each.router for each in blocks]
+        for part in (*routers, *(each.experts for each in blocks), layer):
             fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     balancer = balancer or hf.balance(model, **SETTINGS)
@@ -259,10 +265,11 @@ def run(root, rank, mesh, early, parts):
     (logits.sum() + balancer.loss()).backward()
     for name, value in balancer.state_dict().items():
         torch.testing.assert_close(value, state[name] + 1, rtol=0, atol=0)
-    held = [p for n, p in model.named_parameters() if "correction_bias" in n]
-    assert len(held) == (2 if "ernie" in root.name else 0)
+    names = ("correction_bias", "expert_bias")
+    held = [value for name, value in model.named_parameters() if name.endswith(names)]
+    assert bool(held) != balancer.adds_bias
     for value, wanted in zip(held, balancer.state_dict().values()):
-        torch.testing.assert_close(value.full_tensor()[0], wanted, rtol=0, atol=0)
+        torch.testing.assert_close(value.full_tensor().flatten(), wanted, rtol=0, atol=0)
 
 with joined(torch.device("cpu")) as ranks:
     mesh = init_device_mesh("cpu", (2,))
@@ -272,10 +279,14 @@ with joined(torch.device("cpu")) as ranks:
 """
 
 
+def sharded(name):
+    return foreign_zoo.build(name).train() if name[0].isupper() else training(name)
+
+
 def test_ranks_that_share_a_sharded_model_are_one(tmp_path):
     cases, batch = {"-".join(map(str, case)): case[0] for case in SHARDED}, tokens(4)
     for case, name in cases.items():
-        model = training(name)
+        model = sharded(name)
         model.config.save_pretrained(tmp_path / case)
         save_file(model.state_dict(), tmp_path / case / "start.safetensors")
         save_file({"tokens": batch}, tmp_path / case / "batch.safetensors")
@@ -299,7 +310,7 @@ def test_ranks_that_share_a_sharded_model_are_one(tmp_path):
     for child, (_, errors) in zip(children, found, strict=True):
         assert child.returncode == 0, errors
     for case, name in cases.items():
-        model = training(name)
+        model = sharded(name)
         balancer = hf.balance(model, switch=0.5, scope="global", bias_rate=0.01)
         for _ in range(2):
             (model(batch).logits.square().mean() + balancer.loss()).backward()
