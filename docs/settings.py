@@ -64,7 +64,7 @@ MEANINGS = {
 HEAD = """# Settings
 
 Everything a run can be told. This page is written by `python docs/settings.py` from
-`src/moestro/config.py`; do not edit it by hand.
+`src/moestro/config/`; do not edit it by hand.
 
 A run's settings come from a TOML or JSON file (`moestro train --config run.toml`), and single ones
 from `--set NAME=VALUE`, as in `moestro train --set train.steps=200`. What a file leaves out has the

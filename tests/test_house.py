@@ -20,6 +20,7 @@ LEVELS = {
     "sandbox": 1,
     "streaming": 1,
     "machine": 1,
+    "files": 1,
     "config": 2,
     "text": 2,
     "chat": 2,

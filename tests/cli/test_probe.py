@@ -8,7 +8,8 @@ import torch
 
 from moestro.cli.main import main
 from moestro.config import RunConfig
-from moestro.models.checkpoint import atomic_folder, load_model, save_model, write_json
+from moestro.files import write_json
+from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.decoder import Decoder
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.text import ByteTokenizer

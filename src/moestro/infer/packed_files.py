@@ -125,7 +125,7 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
-    """Map a packed model; nothing is read before it is used.
+    """Map a packed model; the system reads ahead of its use.
 
     Args:
         path: from `save`. It must not be written to while the model lives.
