@@ -113,7 +113,7 @@ def test_gradients_pass_through_an_edit_and_recomputation_repeats_it():
 
 
 def test_encoder_decoders_can_be_rerouted_too():
-    model = EncDec(settings()).eval()
+    model = EncDec(settings(vocab_size=VOCABULARY)).eval()
     places = []
 
     def edit(place, experts_TK, weights_TK):
