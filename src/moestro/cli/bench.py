@@ -188,8 +188,7 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
     """Rows of what is compared with."""
     import torch
 
-    from moestro.cli.peers import llama_bench
-    from moestro.infer.gguf import KINDS
+    from moestro.cli.peers import llama_bench, llama_kinds
 
     for name, program in peers:
         if program is None:
@@ -199,7 +198,8 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
         wanted = dict.fromkeys(
             kind.partition("-")[0] if kind != "as-is" else "bf16" for kind in kinds
         )
-        for kind in (KINDS[each] for each in wanted if each in KINDS):
+        known = llama_kinds()
+        for kind in (known[each] for each in wanted if each in known):
             speed = llama_bench(
                 program, plan.cfg, kind, plan.prompt, plan.tokens, plan.rounds,
                 torch.get_num_threads(),
