@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moestro.cli.opening import (
+    AcceptField,
     Device,
     Dtype,
     ModelName,
@@ -135,6 +136,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
 
@@ -161,7 +163,7 @@ def generate(
     folder = find_weighted(path, weights, packed)
     tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_weighted(folder, device, dtype, weights, packed)
+    model = open_weighted(folder, device, dtype, weights, packed, accept_field)
     layers = _chosen_layers(model)
     column = _column(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
