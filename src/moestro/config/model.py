@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from moestro.config.attention import AttentionConfig, RelativeConfig, RopeConfig
 from moestro.config.mixture import DenseConfig, MoEConfig
-from moestro.config.number import Layers, Positive, PositiveFloat
+from moestro.config.number import Layers, Natural, Positive, PositiveFloat
 from moestro.settings import Settings
 
 
@@ -88,7 +88,7 @@ class ModelConfig(NetworkConfig):
     """A decoder language model; `moe` unset is a dense one."""
 
     num_layers: Layers = Field(4, description="L, transformer blocks.")
-    dense_first: Annotated[int, Field(ge=0)] = Field(0, description="First layers kept dense.")
+    dense_first: Natural = Field(0, description="First layers kept dense.")
 
     @model_validator(mode="after")
     def _some_mixture(self) -> Self:

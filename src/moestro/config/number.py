@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-# Products of a few such numbers stay far from what overflows.
-MOST = 2**31 - 1
+# Beyond any model; a product of several such numbers does not overflow.
+MOST = 2**40
 # What is said or built layer by layer answers at once.
 MOST_LAYERS = 10_000
 
+Natural = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
