@@ -115,14 +115,13 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
     from moestro.config import ModelConfig
     from moestro.models.hub import find_checkpoint
     from moestro.models.pretrained import settings_of
-    from moestro.plan.presets import names
+    from moestro.plan.presets import is_preset
     from moestro.plan.subject import from_file, from_preset
 
     path, folder = Path(name), None
-    known = name.lower().replace("/", "-") in names()
     if path.suffix in (".toml", ".json"):
         cfg = from_file(path).cfg
-    elif known and not path.exists():
+    elif is_preset(name) and not path.exists():
         cfg = from_preset(name).cfg
         if cfg is None:
             raise ConfigError(f"{name}'s settings are not known or cannot be expressed")

@@ -51,7 +51,8 @@ PackedFile = Annotated[
     Path | None,
     typer.Option(
         "--packed",
-        help="Where the packed form is kept for the next start; default: beside the checkpoint.",
+        help="Where the packed form is kept for the next start; default: beside the checkpoint, "
+        "or in ~/.cache/moestro where that is the hub's cache or cannot be written.",
     ),
 ]
 
