@@ -179,6 +179,7 @@ def test_what_the_hub_answers(cache, monkeypatch, kind, message):
             "tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
             "tokenizer.model", "pytorch_model.bin", "original/model.safetensors", "README.md",
             "consolidated-00001.safetensors", "modeling_own.py", "original/config.json",
+            "tiktoken.model", "original/tokenizer.model",
         ],
         allow_patterns=asked["allow_patterns"],
         ignore_patterns=asked["ignore_patterns"],
@@ -186,5 +187,5 @@ def test_what_the_hub_answers(cache, monkeypatch, kind, message):
     assert list(kept) == [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
         "tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
-        "tokenizer.model",
+        "tokenizer.model", "tiktoken.model",
     ]  # fmt: skip

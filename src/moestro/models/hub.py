@@ -19,7 +19,7 @@ _REMOTE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights, settings, tokenizers and chat templates. Subfolders and "consolidated" files hold the
 # same weights again, in their makers' own layouts.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "*.model"]
-UNWANTED = ["*/*.safetensors", "*/*.json", "consolidated*"]
+UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
 INSTALL = "pip install 'moestro[hf]'"
 
 
