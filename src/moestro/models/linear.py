@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import PackedMatrix
 from moestro.moe.experts import compute_dtype
@@ -15,7 +16,10 @@ SMALL = 2**15
 
 
 class Embedding(nn.Embedding):
-    """`torch.nn.Embedding` whose vectors start N(0, scale² / D)."""
+    """`torch.nn.Embedding` whose vectors start N(0, scale² / D), and which names ids without a row.
+
+    On CPU only: elsewhere that would wait for the device, and torch ends the kernel there.
+    """
 
     def __init__(self, tokens: int, dim: int, scale: float = 1.0) -> None:
         self.scale = scale
@@ -24,6 +28,25 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw the vectors anew."""
         nn.init.normal_(self.weight, std=self.scale * self.embedding_dim**-0.5)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[...] → [..., D].
+
+        Raises:
+            ShapeError: ids are no int64 or int32, or not of the vocabulary.
+        """
+        if tokens_BS.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"token ids are int64; given {tokens_BS.dtype}")
+        if torch.compiler.is_compiling():
+            return super().forward(tokens_BS)
+        try:
+            return super().forward(tokens_BS)
+        except IndexError:
+            wrong = tokens_BS[(tokens_BS < 0) | (tokens_BS >= self.num_embeddings)]
+            raise ShapeError(
+                f"token ids are from 0 to {self.num_embeddings - 1}, the model's vocabulary; given "
+                f"{wrong[:4].tolist()}. Use the tokenizer that the model was trained with"
+            ) from None
 
 
 class Linear(nn.Linear):
