@@ -206,6 +206,19 @@ def test_what_decodes_in_python_says_why(name: str) -> None:
         NativeDecoder(model)
 
 
+def test_what_stands_around_a_modules_forward_decodes_in_python() -> None:
+    """Hooks, and experts that somebody wrapped: the native step would pass them by."""
+    model = decoder(moe=MOE)
+    experts = model.mixtures()[0].experts
+    for register in (experts.register_forward_hook, experts.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert "ffn.experts has hooks" in str(supports(model))
+        handle.remove()
+    assert supports(model) is None
+    model.mixtures()[0].experts = torch.nn.Sequential(experts)
+    assert "Sequential decode in Python" in str(supports(model))
+
+
 def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not Linear" in str(supports(torch.nn.Linear(2, 2)))
     assert "float64" in str(supports(decoder().double()))

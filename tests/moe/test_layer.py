@@ -75,8 +75,7 @@ def mixture_by_definition(layer, x_TD, routing):
         hidden = reference.activate(x_TD @ layer.shared.gate_up[0].T, cfg.activation)
         shared_TD = hidden @ layer.shared.down[0].T
         if cfg.shared.gate:
-            # The gate is computed in fp32 whatever the dtype.
-            shared_TD = shared_TD * (x_TD @ layer.shared_gate.weight.T).float().sigmoid()
+            shared_TD = shared_TD * (x_TD @ layer.shared_gate.weight.T).sigmoid()
         y_TD = y_TD + shared_TD
     return y_TD
 

@@ -33,7 +33,7 @@ def test_an_edit_is_what_the_model_uses_and_returns():
     # By hand: the layer with the same assignments.
     layer, x_TD = model.mixtures()[0], torch.randn(5, 32)
     alone = layer.router(x_TD)
-    by_hand = layer._mix(x_TD, alone._replace(experts_R=(alone.experts_R + 1) % 6))
+    by_hand = layer.experts(x_TD, alone._replace(experts_R=(alone.experts_R + 1) % 6))
     with rerouted(layer, lambda place, experts, weights: ((experts + 1) % 6, weights)):
         torch.testing.assert_close(layer(x_TD)[0], by_hand)
 

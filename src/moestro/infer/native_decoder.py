@@ -25,9 +25,9 @@ from moestro.models.decoder import Block, Decoder
 from moestro.models.linear import PackedLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import RotaryTable
-from moestro.moe.experts import Experts
+from moestro.moe.experts import StackedWeights
 from moestro.moe.layer import MoE
-from moestro.moe.packed import PackedExperts
+from moestro.moe.packed import PackedWeights
 from moestro.moe.routers import TopKRouter
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -92,8 +92,13 @@ def _weights(model: Decoder) -> str | None:
         odd = parameter.dim() > 1 and parameter.shape[-1] % 2
         if not parameter.is_contiguous() or (odd and parameter.dtype == torch.bfloat16):
             return f"native decoding takes contiguous weights of even widths; {name} is not so"
-    for module in model.modules():
-        if isinstance(module, Experts):
+    for layer in model.mixtures():
+        if not isinstance(layer.experts, StackedWeights | PackedWeights):
+            return f"experts of the class {type(layer.experts).__name__} decode in Python"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks, which only decoding in Python calls"
+        if isinstance(module, StackedWeights):
             asked = forced if module.backend == "auto" else module.backend
             if asked not in ("auto", "native"):
                 return f"the kernel backend {asked} was asked for"
@@ -239,9 +244,9 @@ def _bias(linear: nn.Module) -> Tensor | None:
 
 def _experts(experts: nn.Module) -> packing.PackedExperts:
     """Experts' weights, packed or as they are."""
-    if isinstance(experts, PackedExperts):
+    if isinstance(experts, PackedWeights):
         return experts.weights
-    assert isinstance(experts, Experts)
+    assert isinstance(experts, StackedWeights)
     up_EH, down_ED = experts.biases or (None, None)
     return native_cpu.plain_experts(
         experts.gate_up.detach(),

@@ -31,7 +31,7 @@ from moestro.models.checkpoint import CONFIG, MANIFEST
 from moestro.models.linear import PackedLinear
 from moestro.models.materialize import without_memory
 from moestro.moe import packed as modules
-from moestro.moe.experts import Experts
+from moestro.moe.experts import StackedWeights
 
 MAGIC = b"moestro packed model\n"
 VERSION = 1
@@ -293,7 +293,7 @@ def _packed_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, PackedLinear):
             parts = {"packed": module.weights.data, "bias_O": module.bias_O}
         else:
-            assert isinstance(module, modules.PackedExperts)
+            assert isinstance(module, modules.PackedWeights)
             weights = module.weights
             parts = {
                 "packed": weights.data, "up_bias": weights.up_bias, "down_bias": weights.down_bias
@@ -308,7 +308,7 @@ def _described(module: modules.Packed) -> dict[str, Any]:
     if isinstance(module, PackedLinear):
         weights = module.weights
         return {"rows": weights.rows, "columns": weights.columns, **weights.format._asdict()}
-    assert isinstance(module, modules.PackedExperts)
+    assert isinstance(module, modules.PackedWeights)
     packed = module.weights
     return {
         "experts": packed.num_experts,
@@ -344,7 +344,7 @@ def _check_sizes(module: modules.Packed, replaced: nn.Module) -> None:
         data, size = weights.data, native_cpu.matrix_bytes(rows, columns, weights.format)
         given, wanted = (weights.rows, weights.columns), (rows, columns)
         biases = [(module.bias_O, replaced.bias)]
-    elif isinstance(module, modules.PackedExperts) and isinstance(replaced, Experts):
+    elif isinstance(module, modules.PackedWeights) and isinstance(replaced, StackedWeights):
         packed, (num_experts, dim, hidden_dim) = module.weights, replaced.down.shape
         slab = native_cpu.slab_bytes(dim, hidden_dim, packed.activation, packed.format)
         data, size = packed.data, num_experts * slab

@@ -21,7 +21,7 @@ from moestro.machine import Energy, peak_bytes
 from moestro.models.decoder import Decoder
 from moestro.models.linear import PackedLinear
 from moestro.moe.layer import MoE
-from moestro.moe.packed import PackedExperts
+from moestro.moe.packed import PackedWeights
 
 # Far larger than a cache, far smaller than a memory.
 READ_BYTES = 512 * 2**20
@@ -152,7 +152,7 @@ def weight_bytes(model: nn.Module) -> float:
     }
     total = 0.0
     for module in modules:
-        if isinstance(module, PackedLinear | PackedExperts):
+        if isinstance(module, PackedLinear | PackedWeights):
             size = module.weights.data.numel()
         elif isinstance(module, nn.Embedding):
             continue  # a tied head has the same tensor, and is counted

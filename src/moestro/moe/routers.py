@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.kernels import pointwise
+from moestro.moe.dispatch import capacity
 from moestro.moe.routing import Routing
 
 
@@ -116,7 +117,7 @@ class TopKRouter(Router):
             weights_TK = logs_TE.gather(-1, experts_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)
-        return _token_choice(experts_TK, weights_TK * router.scale, logits_TE, probs_TE, valid_T)
+        return Routing.of_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T, router.scale)
 
     def _select(self, scores_TE: Tensor) -> Tensor:
         """The K experts of each token, best first, within its best groups. int64 [T, K]."""
@@ -175,8 +176,9 @@ class NoisyTopKRouter(Router):
             weights_TK, experts_TK = probs_TE.topk(self.cfg.top_k, dim=-1)
             if self.cfg.renormalizes:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        weights_TK = weights_TK * self.cfg.router.scale
-        routing = _token_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T)
+        routing = Routing.of_choice(
+            experts_TK, weights_TK, logits_TE, probs_TE, valid_T, self.cfg.router.scale
+        )
         return routing._replace(load_TE=load_TE)
 
 
@@ -204,8 +206,8 @@ class SparseMixerRouter(Router):
         weights_TK = torch.cat([first_weight_T1, second_weight_T1], dim=-1)
         if self.cfg.router.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        weights_TK = weights_TK * self.cfg.router.scale
-        return _token_choice(experts_TK, weights_TK, logits_TE, logits_TE.softmax(-1), valid_T)
+        probs_TE, scale = logits_TE.softmax(-1), self.cfg.router.scale
+        return Routing.of_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T, scale)
 
     def _best(self, logits_TE: Tensor, open_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the open experts, and its share among those near it.
@@ -246,8 +248,8 @@ class ExpertChoiceRouter(Router):
         if valid_T is not None:
             bids_TE = probs_TE.masked_fill(~valid_T[:, None], -1.0)
             num_tokens = int(valid_T.sum())
-        capacity = math.ceil(num_tokens * self.cfg.top_k / self.cfg.num_experts)
-        weights_CE, tokens_CE = bids_TE.topk(min(capacity, num_tokens), dim=0)
+        rows = capacity(1.0, num_tokens, self.cfg.top_k, self.cfg.num_experts)
+        weights_CE, tokens_CE = bids_TE.topk(min(rows, num_tokens), dim=0)
         experts_CE = torch.arange(self.cfg.num_experts, device=x_TD.device).expand_as(tokens_CE)
         return Routing(
             tokens_CE.flatten(),
@@ -291,8 +293,8 @@ class HashRouter(nn.Module):
         )
         weights_TK = zeros_TE.new_full(experts_TK.shape, 1 / top_k)
         probs_TE = zeros_TE.scatter(-1, experts_TK, 1 / top_k)
-        weights_TK = weights_TK * self.cfg.router.scale
-        return _token_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T)
+        scale = self.cfg.router.scale
+        return Routing.of_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T, scale)
 
 
 ROUTERS: dict[str, Any] = {
@@ -314,27 +316,6 @@ def build_router(cfg: MoEConfig) -> Router | HashRouter:
 def _router_dtype(x_TD: Tensor) -> torch.dtype:
     """fp32 for every model dtype; fp64 stays, so that gradcheck can pass through."""
     return torch.promote_types(x_TD.dtype, torch.float32)
-
-
-def _token_choice(
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    logits_TE: Tensor,
-    probs_TE: Tensor,
-    valid_T: Tensor | None,
-) -> Routing:
-    """Flatten K choices per token into a Routing, token by token, first choice first."""
-    num_tokens, top_k = experts_TK.shape
-    tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
-    return Routing(
-        tokens_R,
-        experts_TK.flatten(),
-        weights_TK.flatten(),
-        logits_TE,
-        probs_TE,
-        top_k=top_k,
-        valid_T=valid_T,
-    )
 
 
 def _chance_of_choice(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
