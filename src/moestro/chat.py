@@ -21,6 +21,7 @@ from jinja2.exceptions import SecurityError
 
 from moestro.errors import DataError
 from moestro.sandbox import RefusedError, pieces
+from moestro.strictjson import read_object
 
 SETTINGS, TEMPLATE, MORE_TEMPLATES = (
     "tokenizer_config.json",
@@ -124,12 +125,7 @@ def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
 
 def _settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty without the file."""
-    if not path.exists():
-        return {}
-    values = json.loads(_read(path, "{}"))
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
+    return read_object(path, DataError, "fetch it again") if path.exists() else {}
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -142,14 +138,11 @@ def _files(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read(path: Path, json_of: str = "") -> str:
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        if json_of:
-            json.loads(text)
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    return text
 
 
 def _listed(value: Any, path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.errors import DataError
+from moestro.strictjson import read_object
 
 END_OF_TEXT = "<|end_of_text|>"
 # What published tokenizers call the token that ends a document, best guess first.
@@ -261,11 +262,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if (folder / HF_FILE).exists():
             return tokenizer_file(folder / HF_FILE)
         raise DataError(f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there")
+    values = read_object(note, DataError, "write the tokenizer again")
     try:
-        values = json.loads(note.read_text(encoding="utf-8"))
         name, end_of_text = str(values["name"]), int(values["end_of_text"])
         ends = [int(number) for number in values.get("ends", ())]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{note} cannot be read ({error}); write the tokenizer again") from None
     if name == ByteTokenizer.name:
         return ByteTokenizer()
@@ -372,13 +373,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty without the file."""
     if not path.exists():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
+    return read_object(path, DataError, "fetch it again", finite=False)
 
 
 def _write_note(folder: Path, tokenizer: Tokenizer) -> None:

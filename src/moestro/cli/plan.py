@@ -174,15 +174,19 @@ def open_subject(name: str) -> Subject:
     """
     from moestro.errors import ConfigError
     from moestro.plan.subject import from_file, from_preset, from_settings
+    from moestro.strictjson import read_object
 
+    advice = "give a config.json, a .toml or a preset"
     path = Path(name)
     if path.is_dir():
         path = _config_in(path)
     if not path.is_file():
         if path.suffix in (".json", ".toml"):
-            raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
+            raise ConfigError(f"there is no file {path}; {advice}")
         return from_preset(name)
-    if path.suffix == ".json" and _is_hugging_face(path):
+    if path.suffix == ".json" and "model_type" in read_object(
+        path, ConfigError, advice, finite=False
+    ):
         from moestro.models.pretrained import read_config
 
         described = read_config(path)
@@ -203,14 +207,6 @@ def _config_in(folder: Path) -> Path:
     if not saved:
         raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")
     return saved[-1]
-
-
-def _is_hugging_face(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # said with its reason by whoever reads it
-    return isinstance(values, dict) and "model_type" in values
 
 
 def _device(name: str) -> Device:

@@ -77,8 +77,7 @@ def is_pretrained(folder: Path) -> bool:
     path = folder / CONFIG
     if not path.is_file():
         return False
-    fields = read_json(path)
-    return isinstance(fields, dict) and "model_type" in fields
+    return "model_type" in read_json(path, finite=False)
 
 
 def read_config(path: Path) -> Described:
@@ -92,8 +91,8 @@ def read_config(path: Path) -> Described:
         ConfigError: its model_type or a field is not known, or a value cannot be expressed.
     """
     path = path / CONFIG if path.is_dir() else path
-    fields = read_json(path)
-    if not isinstance(fields, dict) or "model_type" not in fields:
+    fields = read_json(path, finite=False)
+    if "model_type" not in fields:
         raise ConfigError(f"{path} names no model_type, so it is not of Hugging Face's layout")
     family = _family(fields["model_type"], str(path))
     try:
@@ -231,7 +230,7 @@ def open_model(
     # The same in every checkpoint of a run.
     places = (folder / HF_CONFIG for folder in (path, *checkpoints(path)))
     found = next((place for place in places if place.is_file()), None)
-    fields = None if found is None else read_json(found)
+    fields = None if found is None else read_json(found, finite=False)
     return Pretrained(model, None if fields is None else fields.get("model_type"), fields)
 
 

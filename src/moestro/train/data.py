@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moestro.config import DataConfig
 from moestro.errors import DataError
+from moestro.strictjson import read_object
 from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 from moestro.train.corpus import source_state, stable_hash
 from moestro.train.tokenfiles import ENDS_FILE, HELD_FILE, TRAIN_FILE, write_token_files
@@ -264,7 +265,7 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     """The meta file of a folder whose files are all there in full; else None."""
     try:
-        meta: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        meta = read_object(folder / META_FILE, DataError, "it is written again")
         whole = meta["format"] == FORMAT and all(
             (folder / name).stat().st_size == size for name, size in meta["files"].items()
         )

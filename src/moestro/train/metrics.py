@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import CheckpointError, ConfigError, TrainingError
+from moestro.strictjson import parse
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -78,10 +79,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise CheckpointError(
                 f"{path} line {number} is not a metrics record: {line[:60]!r}; "
                 "remove that line, then go on with --resume"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from moestro.errors import DataError
 from moestro.probe.recording.tracecheck import check, check_subject, dtypes
 from moestro.probe.recording.traces import Subject, Trace, join, require_same
+from moestro.strictjson import parse
 
 FORMAT = "moestro trace"
 VERSION = 1
@@ -233,7 +234,7 @@ class _Reader:
     def read(self, part: int) -> Trace:
         place, num_experts = f"part-{part:05d}", self.subject.num_experts
         with self._damage(f"{place}/{_NAMES} cannot be read"):
-            names = json.loads(self._bytes(f"{place}/{_NAMES}"))
+            names = parse(self._bytes(f"{place}/{_NAMES}"), surrogates=True)
             domains, documents = names["domains"], names["documents"]
             if not isinstance(domains, list) or not isinstance(documents, list):
                 raise TypeError("domains and documents must be lists")
@@ -278,7 +279,7 @@ class _Reader:
         if _HEADER not in self._members:
             raise DataError(f"{self._path} is no trace: it has no member {_HEADER}")
         with self._damage(f"{_HEADER} cannot be read"):
-            header = json.loads(self._bytes(_HEADER))
+            header = parse(self._bytes(_HEADER))
             if header["format"] != FORMAT:
                 raise DataError(f"{self._path} is no trace: its format is {header['format']!r}")
             if header["version"] != VERSION:
