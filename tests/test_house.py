@@ -18,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "strictjson": 0,
     "settings": 1,
+    "templates": 0,
     "sandbox": 1,
     "config": 2,
     "text": 2,

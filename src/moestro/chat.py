@@ -16,11 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
-
 from moestro.errors import DataError
-from moestro.sandbox import RefusedError, pieces
+from moestro.sandbox import RefusedError, render
 from moestro.strictjson import read_object
 
 SETTINGS, TEMPLATE, MORE_TEMPLATES = (
@@ -70,23 +67,9 @@ class ChatTemplate(NamedTuple):
         given = {"tools": None, "documents": None, **self.tokens, **_plain(variables)}
         given |= {"messages": messages, "add_generation_prompt": reply}
         try:
-            return "".join(pieces(self.source, given))
+            return render(self.source, given)
         except RefusedError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from None
-        except SecurityError as error:
-            raise DataError(f"the chat template is not safe to run: {error}") from None
-        except TemplateError as error:
-            line = getattr(error, "lineno", None)
-            where = f" in line {line}" if line else ""
-            raise DataError(
-                f"the chat template fails{where}: {error.message}; check the messages, or the "
-                "template"
-            ) from None
-        except Exception as error:  # a program of someone else's may fail in any way
-            raise DataError(
-                f"the chat template fails with {type(error).__name__}: {error}; check the "
-                "messages, or the template"
-            ) from None
 
 
 def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
