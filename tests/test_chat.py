@@ -127,6 +127,35 @@ def test_text_and_tokens_are_those_of_transformers(tokenizer, tmp_path, source, 
     assert load_tokenizer(tmp_path).encode_prompt(text, templated=True) == tokens
 
 
+CALLS = """{% for message in messages %}{{ message.role }}:
+{%- if message['content'] is none %} none{% elif message.content is defined %} is{% endif %}
+{%- if 'content' in message %} in{% endif %} {{ message.content }}{{ message.get('content', 'x') }}
+{%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{%- if "thinking" in message %}<|channel|>analysis{{ message.thinking }}{% endif %}
+{%- if message.tool_calls %}{% for call in message.tool_calls %}{{ call.function|tojson }}
+{{- call.id is none }}{% endfor %}{% endif %}{{ message|tojson }}
+{% endfor %}{{ tools is none }}{{ documents is none }}"""
+CALL = {"id": None, "type": "function", "function": {"name": "add", "arguments": {"a": None}}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"content": None, "tool_calls": [CALL]},
+        {"tool_calls": [CALL]},
+        {"content": "", "tool_calls": None},
+        {"content": None, "tool_calls": [CALL], "reasoning": "so"},
+        {"content": None, "tool_calls": [CALL], "thinking": "so", "reasoning": "then"},
+        {"content": None, "tool_calls": [CALL], "reasoning_content": "so", "thinking": "then"},
+        {"content": "4", "reasoning_content": None, "thinking": "", "reasoning": "then"},
+    ],
+)
+def test_null_and_thoughts_are_shown_as_by_transformers(tokenizer, reply):
+    talk = [TALK[0], {"role": "assistant", **reply}, {"role": "tool", "content": "3"}]
+    wanted = tokenizer.apply_chat_template(talk, chat_template=CALLS, tokenize=False)
+    assert ChatTemplate(CALLS, {}).render(talk, reply=False) == wanted
+
+
 def test_a_prompt_is_encoded_as_transformers_does(tokenizer, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)

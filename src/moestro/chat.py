@@ -32,6 +32,9 @@ TOKENS = (
 # Characters; published ones have some 20 thousand at most.
 LONGEST_TEMPLATE = 2**18
 
+# What a message calls the model's thoughts; templates ask for the first, gpt-oss' for the second.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
 Message = Mapping[str, Any]
 
 
@@ -53,17 +56,15 @@ class ChatTemplate(NamedTuple):
 
         Args:
             messages: Each at least with `role` and `content`; plain data, as in JSON. A value of
-                None counts as not given.
+                None, such as content beside tool calls, counts as not given. Thoughts may go by
+                any name of `THOUGHTS`.
             reply: End with what begins the model's reply (`add_generation_prompt`).
             variables: What else this template takes, such as `tools` or `enable_thinking`.
 
         Raises:
             DataError: the template refuses the messages, fails, or is not safe to run.
         """
-        messages = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in _plain(messages)
-        ]
+        messages = list(map(_as_templates_ask, _plain(messages)))
         given = {"tools": None, "documents": None, **self.tokens, **_plain(variables)}
         given |= {"messages": messages, "add_generation_prompt": reply}
         try:
@@ -143,6 +144,15 @@ def _listed(value: Any, path: Path) -> dict[str, str]:
             "fetch it again"
         )
     return found
+
+
+def _as_templates_ask(message: Message) -> dict[str, Any]:
+    """A message without values of None, its thoughts by each name that templates ask for."""
+    given = {key: value for key, value in message.items() if value is not None}
+    for name in THOUGHTS:
+        if name in given:
+            return {"thinking": given[name], **given, "reasoning_content": given[name]}
+    return given
 
 
 def _plain(value: Any) -> Any:

@@ -156,9 +156,9 @@ def test_all_to_all_of_expert_parallelism(told) -> None:
 
 
 def test_this_machine_is_measured(monkeypatch, told) -> None:
-    from moestro.plan import machine
+    from moestro.plan import measured
 
-    monkeypatch.setattr(machine, "measure", lambda: Device("this machine", 2**30, 1e9, 1e12, "x"))
+    monkeypatch.setattr(measured, "measure", lambda: Device("this machine", 2**30, 1e9, 1e12, "x"))
     answer = told("qwen3-0.6b", "--device", "this")
     (model,) = answer["models"]
     assert answer["question"]["device"]["name"] == "this machine"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.doctor import GIB, cpu_name, memory_bytes
+from moestro.cli.doctor import GIB
 from moestro.errors import ConfigError
+from moestro.machine import cpu_name, forget_peak, memory_bytes
 
 if TYPE_CHECKING:
     from moestro.config import ModelConfig
@@ -140,7 +141,7 @@ def _plan(name: str, prompt: int, tokens: int, rounds: int) -> Plan:
 def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
     """A row for each kind of weights; one model is in memory at a time."""
     from moestro.infer.native_decoder import supports
-    from moestro.infer.speed import Reading, forget_peak, measure, rounds_of, weight_bytes
+    from moestro.infer.speed import Reading, measure, rounds_of, weight_bytes
 
     for kind in kinds:
         _check_memory(plan, kind)
@@ -209,7 +210,7 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
 def _transformers(plan: Plan) -> Iterator[Row]:
     """A row for each of its ways to run experts."""
     from moestro.cli.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.infer.speed import Reading, forget_peak, measure
+    from moestro.infer.speed import Reading, measure
     from moestro.models.count import count
 
     forget_peak()

@@ -59,7 +59,7 @@ def compare(
     goes to stderr, the result to stdout; the run folder gets compare.json and compare.png.
     """
     from moestro.errors import ConfigError
-    from moestro.models.checkpoint import write_json
+    from moestro.files import write_json
     from moestro.train.compare import as_json as to_json
     from moestro.train.compare import plan
     from moestro.train.figures import comparison_figure

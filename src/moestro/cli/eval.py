@@ -81,6 +81,7 @@ def _text(
 ) -> tuple[dict[str, HeldOut], int]:
     """Held-out windows by domain, and their length."""
     from moestro.config import EncDecConfig
+    from moestro.infer.engine import check_known
     from moestro.models.checkpoint import CONFIG, read_own_config
     from moestro.models.pretrained import is_pretrained, read_config
 
@@ -90,7 +91,11 @@ def _text(
         raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)
-    return corpus.held_out(tokens), corpus.seq_len
+    held_out = corpus.held_out(tokens)
+    for domain, (tokens_NS, _) in held_out.items():
+        what = f"the text of {domain}"
+        check_known(tokens_NS.flatten().tolist(), cfg.vocab_size, corpus.tokenizer, what)
+    return held_out, corpus.seq_len
 
 
 def _measure(checkpoint: Path, kind: str, held_out: dict[str, HeldOut]) -> dict[str, float]:

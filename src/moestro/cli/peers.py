@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import statistics
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moestro.errors import ConfigError
+from moestro.machine import Energy, children_peak_bytes
 from moestro.strictjson import parse
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def transformers_rounds(
     """
     import torch
 
-    from moestro.infer.speed import Energy, Round
+    from moestro.infer.speed import Round
 
     energy = Energy()
     generator = torch.Generator().manual_seed(seed)
@@ -101,11 +101,20 @@ def transformers_rounds(
         joules = energy.joules()
         begun = time.perf_counter()
         for token_11 in later:
-            output = model(token_11, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token_11, use_cache=True, **cache_of(output))
         decode_s = time.perf_counter() - begun
         return Round(prefilled - start, first - start, decode_s, energy.since(joules))
 
     return run
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The keyword that hands the cache of an output of transformers on to the next call.
+
+    Named `past_key_values` before transformers 5.24, and `cache` since.
+    """
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
 
 
 def llama_bench(
@@ -143,7 +152,7 @@ def llama_bench(
         weight_bytes=size,
         read_per_s=None,
         share=None,
-        peak_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        peak_bytes=children_peak_bytes(),
         joules=None,
     )
 

@@ -215,7 +215,7 @@ def _device(name: str) -> Device:
 
     if name.lower() != THIS:
         return device(name)
-    from moestro.plan.machine import measure
+    from moestro.plan.measured import measure
 
     typer.echo("measuring this machine …", err=True)
     return measure()

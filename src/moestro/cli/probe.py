@@ -10,6 +10,7 @@ import typer
 
 from moestro.cli.opening import ModelName
 from moestro.errors import ConfigError, MoestroError
+from moestro.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -329,7 +330,7 @@ def write(path: Path, text: str) -> None:
         MoestroError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise _unwritable(path, error) from None
 

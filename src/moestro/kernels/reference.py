@@ -43,7 +43,9 @@ def activate(hidden_RH: Tensor, activation: str) -> Tensor:
     if activation in GATED:
         gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
         if activation == "clamped_swiglu":
-            gate_RF, up_RF = gate_RF.clamp(max=CLAMP), up_RF.clamp(-CLAMP, CLAMP)
+            # Not clamp, whose gradient at the cut itself differs between releases of torch.
+            gate_RF = torch.where(gate_RF > CLAMP, CLAMP, gate_RF)
+            up_RF = torch.where(up_RF.abs() > CLAMP, up_RF.sign() * CLAMP, up_RF)
             return gate_RF * torch.sigmoid(STEEPNESS * gate_RF) * (up_RF + 1)
         act_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
         return act_RF * up_RF

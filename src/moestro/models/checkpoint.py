@@ -8,7 +8,6 @@ Only safetensors and JSON are read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
+from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model, build_model
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import Stored, open_file, read, read_into
@@ -33,7 +33,6 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-UNFINISHED = ".unfinished-"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -71,9 +70,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs: indented, with a final newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint: what a kill leaves of it is not taken for one, and swept up later."""
+    leaving = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:

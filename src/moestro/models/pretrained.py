@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.errors import ConfigError
+from moestro.files import write_json
 from moestro.models.build import Model, build_model
 from moestro.models.checkpoint import (
     CONFIG,
@@ -22,7 +23,6 @@ from moestro.models.checkpoint import (
     load_model,
     open_own,
     read_json,
-    write_json,
 )
 from moestro.models.families import FAMILIES
 from moestro.models.families.pieces import Piece

@@ -31,7 +31,7 @@ from moestro.train.diagnose import first_bad_gradient, first_bad_value
 from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
-from moestro.train.interrupt import StopRequest
+from moestro.train.interrupt import READER_LEFT, StopRequest
 from moestro.train.metrics import METRICS_NAME, MetricsLog, read_metrics
 from moestro.train.objective import Objective
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -120,7 +120,8 @@ class Trainer:
     def train(self, resume: bool = False) -> Result:
         """Train to the last step, saving and evaluating on the way.
 
-        SIGINT and SIGTERM end it after the step at hand, with a checkpoint.
+        SIGINT, SIGTERM, SIGHUP and a display that nobody reads any more end it after the step at
+        hand, with a checkpoint.
 
         Args:
             resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.
@@ -219,6 +220,8 @@ class Trainer:
                 self.progress.update(record, cfg.steps)
                 for message in record.get("warnings", ()):
                     self.progress.warn(f"step {self._step}: {message}")
+                if self.progress.lost:  # the next step is the last, on every rank
+                    stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
                 checkpoint = self._save()
         assert checkpoint is not None  # at least one step ran, or it was resumed at the end

@@ -35,18 +35,18 @@ from moestro.errors import (
     MoestroError,
     TrainingError,
 )
+from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.models.checkpoint import (
     CHECKPOINTS,
-    UNFINISHED,
     atomic_folder,
     newest_checkpoint,
     read_json,
     read_tensors,
+    remove_folder,
     save_model,
     step_folders,
     verify_folder,
-    write_json,
 )
 from moestro.models.companions import keep_companions
 from moestro.text import Tokenizer
@@ -302,9 +302,7 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     try:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         clear_leftovers(run)
-        fresh = run / f"{SETTINGS_NAME}.tmp"
-        write_json(fresh, cfg.model_dump(mode="json"))
-        fresh.replace(run / SETTINGS_NAME)
+        write_json(run / SETTINGS_NAME, cfg.model_dump(mode="json"))
     except OSError as error:
         raise _unwritable(run, error) from None
     return checkpoint
@@ -328,7 +326,7 @@ def prune(run: Path, step: int, keep: int) -> None:
     """Delete the oldest checkpoints up to `step`, which was just verified, beyond `keep`."""
     upto = [path for number, path in step_folders(run).items() if number <= step]
     for path in upto[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
 
 
 def clear_leftovers(run: Path) -> None:
@@ -358,7 +356,7 @@ def _make_room(target: Path) -> None:
         try:
             verify_folder(target)
         except CheckpointError:
-            shutil.rmtree(target)
+            remove_folder(target)
 
 
 def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:
