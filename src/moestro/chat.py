@@ -109,7 +109,7 @@ def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
 
 def _settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty without the file."""
-    return read_object(path, DataError, "fetch it again") if path.exists() else {}
+    return read_object(path, DataError, "fetch it again", finite=False) if path.exists() else {}
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -257,7 +257,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path} has no weight_map of keys and files; download it again")
     for key, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or len(name) > 255:
             raise CheckpointError(f"{path} puts {key} into {name!r}, which is not in the folder")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{path} puts {key} into {name!r}; only safetensors is read")

@@ -33,11 +33,6 @@ _HEADER, _NAMES = "header.json", "names.json"
 _OPTIONAL = "kept_TLK"
 _MEMBER = re.compile(r"part-(\d{5,})/(\w+\.npy|names\.json)")
 _PIECE = 2**20
-# What the readers of zip, JSON and npy headers raise on bytes that are none.
-_DAMAGE = (
-    zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError,
-    MemoryError, NotImplementedError, RuntimeError, SyntaxError,
-)  # fmt: skip
 
 
 class TraceWriter:
@@ -252,12 +247,11 @@ class _Reader:
         """Turn what is raised on unsound bytes into an error that names the file."""
         try:
             yield
-        except DataError:
+        except (DataError, OSError):
             raise
-        except _DAMAGE as error:
-            raise DataError(
-                f"{self._path}: {what} ({type(error).__name__}: {error}); record the trace again"
-            ) from error
+        except Exception as error:  # the readers of zip and npy raise nearly anything
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise DataError(f"{self._path}: {what} ({reason}); record the trace again") from error
 
     def _list(self) -> dict[str, zipfile.ZipInfo]:
         """The members by name; their sizes are no more than the file holds."""
