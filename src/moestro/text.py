@@ -34,6 +34,8 @@ SMALLEST_BPE = 257
 _LONG_RUN = re.compile(r"(\S{256}|\s{256})")
 NOTE_FILE = "moestro_tokenizer.json"
 HF_FILE = "tokenizer.json"
+# Tokenizers in forms that are not read.
+OTHER_FILES = ("tokenizer.model", "tiktoken.model", "spiece.model")
 # Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
 END_FILES = ("generation_config.json", "config.json")
 HF_SETTINGS = "tokenizer_config.json"
@@ -242,7 +244,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not note.exists():
         if (folder / HF_FILE).exists():
             return tokenizer_file(folder / HF_FILE)
-        raise DataError(f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there")
+        hint = "".join(
+            f". {name} is: put beside it the {HF_FILE} that transformers makes of it, "
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained(NEW_FOLDER)"
+            for name in OTHER_FILES
+            if (folder / name).is_file()
+        )
+        raise DataError(
+            f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there{hint}"
+        )
     values = read_object(note, DataError, "write the tokenizer again")
     try:
         name, end_of_text = str(values["name"]), int(values["end_of_text"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError
+from moestro.errors import MoestroError, ShapeError
 from moestro.infer.decoding import Decoding, NativeDecoding
 from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.infer.quantize import WEIGHTS, pack
@@ -217,3 +217,14 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = decoder()
     pack(packed, WEIGHTS["int8"])
     assert supports(packed) is None
+
+
+def test_ids_that_are_no_tokens():
+    decoding = NativeDecoding(Decoder(ModelConfig(**SIZES)).eval())
+    past, _ = decoding.begin([1, 2])
+    for token in (70, -1):
+        with pytest.raises(ShapeError, match=rf"from 0 to 69.*given \[{token}\]"):
+            decoding.step([token], [past])
+        with pytest.raises(ShapeError, match=rf"given \[{token}\]"):
+            decoding.begin([1, token])
+    assert decoding.step([3], [past])

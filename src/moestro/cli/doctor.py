@@ -14,6 +14,7 @@ import typer
 from moestro.machine import cpu_name, memory_bytes
 
 EXTRAS = {
+    "gguf": ("files to measure llama.cpp with", "pip install 'moestro[gguf]'"),
     "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
     "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moestro.cli.opening import (
+    AcceptField,
     Device,
     Dtype,
     ModelName,
@@ -135,6 +136,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
 
@@ -153,15 +155,12 @@ def generate(
         repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
         seed=seed, stop=tuple(stop) if stop else None,
     )  # fmt: skip
-    if layer is not None and not show_experts:
-        raise ConfigError("--layer chooses what --show-experts shows; add --show-experts")
-    if system is not None and not chat:
-        raise ConfigError("--system is a part of a conversation; add --chat")
+    _check_pairs(layer, show_experts, system, chat)
     text = _read_prompt(prompt)
     folder = find_weighted(path, weights, packed)
     tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_weighted(folder, device, dtype, weights, packed)
+    model = open_weighted(folder, device, dtype, weights, packed, accept_field)
     layers = _chosen_layers(model)
     column = _column(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
@@ -172,6 +171,14 @@ def generate(
         _print_plain(choose(pieces))
     else:
         _print_experts(choose(pieces), model, layers[column], column)
+
+
+def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat: bool) -> None:
+    """Refuse an option that means nothing without another."""
+    if layer is not None and not show_experts:
+        raise ConfigError("--layer chooses what --show-experts shows; add --show-experts")
+    if system is not None and not chat:
+        raise ConfigError("--system is a part of a conversation; add --chat")
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moestro.errors import ConfigError
 from moestro.machine import Energy, children_peak_bytes
@@ -115,6 +115,18 @@ def cache_of(output: Any) -> dict[str, Any]:
     """
     name = "cache" if "cache" in output else "past_key_values"
     return {name: output[name]}
+
+
+def llama_kinds() -> Mapping[str, Kind]:
+    """llama.cpp's kinds of weights by ours.
+
+    Raises:
+        ConfigError: the package that writes its files is not installed.
+    """
+    try:
+        return cast("Mapping[str, Kind]", import_module("moestro.infer.gguf").KINDS)
+    except ImportError:
+        raise ConfigError("--compare llama.cpp needs gguf: pip install 'moestro[gguf]'") from None
 
 
 def llama_bench(

@@ -50,9 +50,21 @@ class _Section(NamedTuple):
 
 
 def default_path(folder: Path, format: Format) -> Path:
-    """Where the packed form of a checkpoint is kept: beside its weights."""
+    """Where the packed form of a checkpoint is kept: beside its weights.
+
+    Or, where that is a folder of the Hugging Face hub's cache or cannot be written, in a cache of
+    our own: $XDG_CACHE_HOME/moestro, or ~/.cache/moestro, under the checkpoint's fingerprint.
+    """
     group = "" if format.kind == "bfloat16" else f"-{format.group}"
-    return folder / f"packed-{format.kind}{group}.moestro"
+    name = f"packed-{format.kind}{group}.moestro"
+    inner = folder.absolute()
+    of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
+    if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
+        return folder / name
+    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = stated if stated.is_absolute() else Path.home() / ".cache"
+    key = hashlib.sha256(json.dumps(fingerprint(folder)).encode()).hexdigest()
+    return cache / "moestro" / key[:32] / name
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -125,7 +137,7 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
-    """Map a packed model; nothing is read before it is used.
+    """Map a packed model; the system reads ahead of its use.
 
     Args:
         path: from `save`. It must not be written to while the model lives.

@@ -7,7 +7,7 @@ of which decoding multiplies in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +123,12 @@ def packed(place: Place, format: Format) -> Packed:
         raise ShapeError(f"{place.path}: {error}") from None
 
 
-def read_packed(folder: Path, format: Format, progress: Progress | None = None) -> Model:
+def read_packed(
+    folder: Path,
+    format: Format,
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
     Memory peaks at the packed model and one module.
@@ -132,13 +137,14 @@ def read_packed(folder: Path, format: Format, progress: Progress | None = None) 
         folder: from `moestro.models.hub.find_checkpoint`.
         format: of all packed weights.
         progress: called with (bytes read so far, bytes in all).
+        accept_fields: see `models.pretrained.read_config`.
 
     Raises:
         CheckpointError, ConfigError: see `models.pretrained.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
     native_cpu.library()
-    unread = open_unread(folder)
+    unread = open_unread(folder, accept_fields=accept_fields)
     model, dtype = unread.model, unread.matched.dtype
     total, done = sum(source.bytes for _, source in unread.matched.sources), 0
 

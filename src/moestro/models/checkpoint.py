@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model, build_model
+from moestro.models.count import count
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import Stored, open_file, read, read_into
 from moestro.strictjson import read_object
@@ -246,11 +247,30 @@ def open_own(folder: Path, backend: str = "auto") -> tuple[Model, dict[str, Stor
     Raises:
         CheckpointError: the settings are not valid, or a key or shape does not fit them.
     """
+    cfg, stored = read_own_config(folder / CONFIG), open_file(folder / WEIGHTS)
+    check_room(folder, cfg, stored)
     with without_memory():
-        model = build_model(read_own_config(folder / CONFIG), backend)
-    stored = open_file(folder / WEIGHTS)
+        model = build_model(cfg, backend)
     _check_fit(model, folder, stored)
     return model, stored
+
+
+def check_room(folder: Path, cfg: ModelConfig | EncDecConfig, stored: Mapping[str, Stored]) -> None:
+    """Refuse settings of a far larger model than the files hold, before it is built.
+
+    Raises:
+        CheckpointError: a parameter would have less than half a byte, or a layer no tensor.
+    """
+    size, parameters = sum(one.bytes for one in stored.values()), count(cfg).total
+    layers = (
+        cfg.encoder_layers + cfg.decoder_layers if isinstance(cfg, EncDecConfig) else cfg.num_layers
+    )
+    if parameters > 2 * size or layers > len(stored):
+        raise CheckpointError(
+            f"{folder} does not fit its {CONFIG}: that describes {parameters:,} parameters in "
+            f"{layers:,} layers, and the weights are {len(stored):,} tensors of {size:,} bytes in "
+            "all; use another checkpoint"
+        )
 
 
 def read_own_config(path: Path) -> ModelConfig | EncDecConfig:

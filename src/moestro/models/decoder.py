@@ -17,7 +17,7 @@ from moestro.errors import ShapeError
 from moestro.models.attention import Attention, reach, relative_bias
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.latent import LatentAttention
-from moestro.models.linear import Linear
+from moestro.models.linear import Embedding, Linear
 from moestro.models.norms import norm_of
 from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
 from moestro.moe.experts import FeedForward, compute_dtype
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         positions, heads = cfg.attention.positions, cfg.attention.num_heads
         if isinstance(positions, RopeConfig):
             frequencies(positions, turning_width(cfg))  # Refuses lists of the wrong length.
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.embed = Embedding(cfg.vocab_size, cfg.dim)
         self.relative = None
         if isinstance(positions, RelativeConfig) and positions.shared:
             self.relative = relative_bias(positions, heads)

@@ -27,6 +27,7 @@ from moestro.models.encdec_attention import (
     cross_bias,
     self_bias,
 )
+from moestro.models.linear import Embedding
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
 from moestro.moe.experts import FeedForward
@@ -192,7 +193,7 @@ class EncDec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpoint_activations = False
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.embed = Embedding(cfg.vocab_size, cfg.dim)
         self.encoder = Stack(cfg, cfg.encoder_layers, False, backend)
         self.decoder = Stack(cfg, cfg.decoder_layers, True, backend)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=cfg.head.bias)

@@ -1,10 +1,11 @@
-"""Projections: torch's with a faster product for one token on CPU, and packed ones."""
+"""Embedding and projections: torch's, with errors for people and a fast product for one token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import PackedMatrix
 from moestro.moe.experts import compute_dtype
@@ -12,6 +13,32 @@ from moestro.moe.packed import Packed
 
 # Weights of so few numbers are cast to fp32: torch's 16-bit product takes 15 µs however small.
 SMALL = 2**15
+
+
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding`, which says what is wrong with ids that it has no rows for.
+
+    On CPU only: on another device that would wait for it, and torch ends the kernel there.
+    """
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[...] → [..., D].
+
+        Raises:
+            ShapeError: ids are no int64 or int32, or not of the vocabulary.
+        """
+        if tokens_BS.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"token ids are int64; given {tokens_BS.dtype}")
+        if torch.compiler.is_compiling():
+            return super().forward(tokens_BS)
+        try:
+            return super().forward(tokens_BS)
+        except IndexError:
+            wrong = tokens_BS[(tokens_BS < 0) | (tokens_BS >= self.num_embeddings)]
+            raise ShapeError(
+                f"token ids are from 0 to {self.num_embeddings - 1}, the model's vocabulary; given "
+                f"{wrong[:4].tolist()}. Use the tokenizer that the model was trained with"
+            ) from None
 
 
 class Linear(nn.Linear):
