@@ -257,7 +257,6 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
         "{{ '{:999999999}'.format(1) }}",
         "{{ '{:{}}'.format(1, 999999999) }}",
         "{{ (1).to_bytes(999999999) }}",
-        "{{ strftime_now('%9999999999Y') }}",
         f"{GROW}{{% set ns.x = ns.x ~ ns.x %}}{{% endfor %}}",
         f"{GROW}{{% set ns.x = ns.x + ns.x %}}{{% endfor %}}",
         f"{GROW}{{% set ns.x = ns.x * 9 %}}{{% endfor %}}",
@@ -270,7 +269,6 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
         GROW + "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
         f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{{{ ns.l }}}}",
         f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{{{ ns.l|tojson }}}}",
-        f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{% if ns.l == [] %}}{{% endif %}}",
         f"{GROW}{{% set ns.x = (ns.x == 'x') * 7 + 9 * (ns.x|int + 9) ** 9 %}}{{% endfor %}}",
         f"{FOREVER}{{% endfor %}}{{% endfor %}}",
         f"{FOREVER}some text{{% endfor %}}{{% endfor %}}",
@@ -280,7 +278,9 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
     ],
 )
 def test_harmful_templates_are_refused(source, monkeypatch):
-    monkeypatch.setattr(sandbox, "MOST_WORK", 2**25)  # so that no test takes seconds
+    # So that no test takes seconds.
+    monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "MOST_MEMORY", 2**28)
     with pytest.raises(DataError, match="not safe to run"):
         rendered(source)
 

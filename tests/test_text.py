@@ -226,6 +226,25 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_what_the_library_raises_late_is_one_error(tmp_path: Path) -> None:
+    """A token that is not there, and a template without its token, on which the library panics."""
+    train_bpe(["text"], 260).save(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+
+    def loaded(**changes: object) -> Tokenizer:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
+        return load_tokenizer(tmp_path)
+
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    with pytest.raises(DataError, match=r"cannot encode this text \(.*\); use another"):
+        loaded(model=words, pre_tokenizer=None).encode("b")
+    part = {"Sequence": {"id": "A", "type_id": 0}}
+    lost = [{"SpecialToken": {"id": "<q>", "type_id": 0}}, part]
+    template = {"type": "TemplateProcessing", "single": lost, "pair": [part], "special_tokens": {}}
+    with pytest.raises(DataError, match="cannot encode this text"):
+        loaded(post_processor=template).encode_prompt("text")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "spiece.model"])
 def test_a_tokenizer_in_another_form_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")

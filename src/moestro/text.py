@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moestro.errors import DataError
 from moestro.streaming import StreamDecoder as StreamDecoder
 from moestro.streaming import characters_apart
+from moestro.strictjson import read_object
 
 END_OF_TEXT = "<|end_of_text|>"
 # What published tokenizers call the token that ends a document, best guess first.
@@ -133,7 +135,8 @@ class SubwordTokenizer:
     @cached_property
     def _for_documents(self) -> tokenizers.Tokenizer:
         """The same, but a text that spells a special token out gets its characters."""
-        twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        with _library("the tokenizer cannot be copied"):
+            twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
         twin.encode_special_tokens = True
         return twin
 
@@ -141,19 +144,23 @@ class SubwordTokenizer:
         """Token ids of `text`, without the special tokens that a template would add.
 
         Raises:
-            DataError: the text holds half of a surrogate pair.
+            DataError: the text holds half of a surrogate pair, or what the tokenizer has no
+                token for.
         """
         utf8(text)
-        return list(self._for_documents.encode(text, add_special_tokens=False).ids)
+        inner = self._for_documents
+        with _library("the tokenizer cannot encode this text"):
+            return list(inner.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
         """Token ids of a prompt; what is put around it is tokenizer.json's post-processor's choice.
 
         Raises:
-            DataError: the text holds half of a surrogate pair.
+            DataError: as `encode`.
         """
         utf8(text)
-        return list(self._inner.encode(text, add_special_tokens=not templated).ids)
+        with _library("the tokenizer cannot encode this text"):
+            return list(self._inner.encode(text, add_special_tokens=not templated).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out; what is not UTF-8 becomes U+FFFD.
@@ -162,10 +169,11 @@ class SubwordTokenizer:
             DataError: an id is not in [0, vocab_size).
         """
         _check_ids(ids, self.vocab_size)
-        if self._byte_decoder is None:
-            return str(self._inner.decode(list(ids), skip_special_tokens=True))
-        tokens = (self._inner.id_to_token(each) for each in ids if each not in self.specials)
-        return str(self._byte_decoder.decode(characters_apart(filter(None, tokens))))
+        with _library("the tokenizer cannot decode these tokens"):
+            if self._byte_decoder is None:
+                return str(self._inner.decode(list(ids), skip_special_tokens=True))
+            tokens = (self._inner.id_to_token(each) for each in ids if each not in self.specials)
+            return str(self._byte_decoder.decode(characters_apart(filter(None, tokens))))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and a note with its name and the ids that end a text."""
@@ -245,11 +253,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise DataError(
             f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there{hint}"
         )
+    values = read_object(note, DataError, "write the tokenizer again")
     try:
-        values = json.loads(note.read_text(encoding="utf-8"))
         name, end_of_text = str(values["name"]), int(values["end_of_text"])
         ends = [int(number) for number in values.get("ends", ())]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{note} cannot be read ({error}); write the tokenizer again") from None
     if name == ByteTokenizer.name:
         return ByteTokenizer()
@@ -312,13 +320,7 @@ def optional_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
+    return read_object(path, DataError, "fetch it again", finite=False)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -343,12 +345,20 @@ def _check_bpe_size(size: int | None, given: str) -> None:
 
 
 def _read_hf(path: Path) -> tokenizers.Tokenizer:
-    try:
+    with _library(f"{path} is not a tokenizer.json that the tokenizers library can read"):
         return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception for whatever it dislikes
-        raise DataError(
-            f"{path} is not a tokenizer.json that the tokenizers library can read ({error})"
-        ) from None
+
+
+@contextmanager
+def _library(failure: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises on a file that it half understands into DataError."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises plain Exception for whatever it dislikes, and a panic is not even one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{failure} ({str(error)[:200]}); use another tokenizer.json") from None
 
 
 def _specials(inner: tokenizers.Tokenizer) -> dict[int, str]:

@@ -242,3 +242,21 @@ def test_too_little_memory_is_one_sentence(
     doctor_is(fail)
     assert main(["doctor"]) == 1
     assert "not enough memory" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_message_cannot_steer_the_terminal(doctor_is, capsys):
+    """A name in a damaged file can hold escape sequences, or be very long."""
+    doctor_is(raising(DataError("no \x1b[2Jfile 'é\udcff\r' 😀\n" + "x" * 9999)))
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moestro: error: no \\x1b[2Jfile 'é\\udcff\\r' 😀\nxxx")
+    assert said.endswith("x …\n")
+    assert len(said) < 4100
+
+    def doctor() -> None:
+        warnings.warn("a \x1b[2Jwarning", stacklevel=1)
+
+    doctor_is(doctor)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().err == "moestro: warning: a \\x1b[2Jwarning\n"

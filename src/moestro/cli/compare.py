@@ -166,8 +166,8 @@ def _settle(
 def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
     """Train one run to its end, or read it where it has been trained already."""
     from moestro.train.compare import Curve, done
-    from moestro.train.loop import Trainer, history
-    from moestro.train.metrics import METRICS_NAME, read_metrics
+    from moestro.train.loop import Trainer
+    from moestro.train.metrics import METRICS_NAME, history, read_metrics
     from moestro.train.progress import ProgressDisplay
     from moestro.train.state import newest_or_none
 

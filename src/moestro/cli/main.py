@@ -39,6 +39,7 @@ VERBS = {
 }
 
 FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
+LONGEST_MESSAGE = 4000  # characters
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -147,14 +148,20 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line for a person, without file and line of the code that gave it."""
-    typer.echo(f"moestro: warning: {message}", err=True)
+    typer.echo(f"moestro: warning: {_printable(str(message))}", err=True)
+
+
+def _printable(message: str) -> str:
+    """A message without what would move a terminal's cursor, as names in damaged files can hold."""
+    shown = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} …"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
 
 
 def _report(message: str, code: int) -> int:
     if os.environ.get("MOESTRO_DEBUG"):
         traceback.print_exc()
     with suppress(OSError):  # the terminal may be gone
-        typer.echo(f"moestro: error: {message}", err=True)
+        typer.echo(f"moestro: error: {_printable(message)}", err=True)
     return code
 
 

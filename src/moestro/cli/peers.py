@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moestro.errors import ConfigError
 from moestro.machine import Energy, children_peak_bytes
+from moestro.strictjson import parse
 
 if TYPE_CHECKING:
     from moestro.config import ModelConfig
@@ -185,10 +185,8 @@ def _run(program: Path, words: list[str]) -> str:
 
 
 def _rows(text: str) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(ValueError):
-        for row in json.loads(text):
-            if isinstance(row, dict):
-                yield row
+    with contextlib.suppress(ValueError, TypeError):
+        yield from (row for row in parse(text) if isinstance(row, dict))
 
 
 def _rate(program: Path, rows: list[dict[str, Any]], field: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +35,15 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
     from moestro.errors import ConfigError
     from moestro.plan.presets import is_preset
     from moestro.plan.subject import from_file, from_preset
+    from moestro.strictjson import read_object
 
+    advice = "give a config.json, a .toml or a preset"
     path, title = Path(name), None
     if path.is_dir():
         path = _config_in(path)
     elif not path.exists():
         if path.suffix in (".json", ".toml"):
-            raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
+            raise ConfigError(f"there is no file {path}; {advice}")
         if is_preset(name) or "/" not in name:
             return from_preset(name)
         from moestro.models.hub import find_settings
@@ -50,7 +51,9 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
         path, title = find_settings(name), name
     if title is None:
         title = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if path.suffix == ".json" and _is_hugging_face(path):
+    if path.suffix == ".json" and "model_type" in read_object(
+        path, ConfigError, advice, finite=False
+    ):
         return _published(title, path, accept_fields)
     if path.suffix not in (".json", ".toml"):
         from moestro.models.hub import check_kind
@@ -84,11 +87,3 @@ def _config_in(folder: Path) -> Path:
         check_kind(folder)
         raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")
     return saved[-1]
-
-
-def _is_hugging_face(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # said with its reason by whoever reads it
-    return isinstance(values, dict) and "model_type" in values

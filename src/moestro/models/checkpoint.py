@@ -8,7 +8,6 @@ Only safetensors and JSON are read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from moestro.models.build import Model, build_model
 from moestro.models.count import count
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import Stored, open_file, read, read_into
-from moestro.settings import load_settings
+from moestro.strictjson import read_object
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -80,16 +79,19 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON that belongs to a checkpoint.
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """Read a JSON object that belongs to a checkpoint.
+
+    Args:
+        path: the file.
+        finite: refuse NaN and Infinity, which some published files hold.
 
     Raises:
-        CheckpointError: the file is missing or no JSON.
+        CheckpointError: the file is missing, damaged, or holds no object.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    return read_object(
+        path, CheckpointError, "use another checkpoint, or fetch this one again", finite=finite
+    )
 
 
 def verify_folder(folder: Path) -> None:
@@ -122,8 +124,7 @@ def verify_folder(folder: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
-    content = read_json(folder / MANIFEST)
-    files = content.get("files") if isinstance(content, dict) else None
+    files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not files or not all(map(_is_record, files.values())):
         raise CheckpointError(
             f"{folder / MANIFEST} does not list the checkpoint's files with their sizes and "
@@ -280,9 +281,7 @@ def read_own_config(path: Path) -> ModelConfig | EncDecConfig:
     """
     values = read_json(path)
     try:
-        if isinstance(values, dict) and "encoder_layers" in values:
-            return load_settings(EncDecConfig, path)
-        return load_settings(ModelConfig, path)
+        return EncDecConfig(**values) if "encoder_layers" in values else ModelConfig(**values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

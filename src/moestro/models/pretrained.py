@@ -84,8 +84,7 @@ def is_pretrained(folder: Path) -> bool:
     path = folder / CONFIG
     if not path.is_file():
         return False
-    fields = read_json(path)
-    return isinstance(fields, dict) and "model_type" in fields
+    return "model_type" in read_json(path, finite=False)
 
 
 def read_config(path: Path, accept_fields: Collection[str] = ()) -> Described:
@@ -102,8 +101,8 @@ def read_config(path: Path, accept_fields: Collection[str] = ()) -> Described:
             field that is to be accepted has a meaning.
     """
     path = path / CONFIG if path.is_dir() else path
-    fields = read_json(path)
-    if not isinstance(fields, dict) or "model_type" not in fields:
+    fields = read_json(path, finite=False)
+    if "model_type" not in fields:
         raise ConfigError(f"{path} names no model_type, so it is not of Hugging Face's layout")
     family = _family(fields["model_type"], str(path))
     meant = sorted(fields_with_meaning(family) & set(accept_fields))
@@ -284,7 +283,7 @@ def open_model(
     # The same in every checkpoint of a run.
     places = (folder / HF_CONFIG for folder in (path, *checkpoints(path)))
     found = next((place for place in places if place.is_file()), None)
-    fields = None if found is None else read_json(found)
+    fields = None if found is None else read_json(found, finite=False)
     return Pretrained(model, None if fields is None else fields.get("model_type"), fields)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,29 +32,11 @@ from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
-from moestro.train.metrics import METRICS_NAME, MetricsLog, read_metrics
+from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
 from moestro.train.objective import Objective
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
-
-
-class Point(NamedTuple):
-    """One held-out evaluation of a run.
-
-    Attributes:
-        step: Steps done.
-        tokens: Tokens trained on.
-        seconds: Seconds spent in the steps, evaluation and saving not counted.
-        train_flops: Floating-point operations of those steps, counted from the settings.
-        bits_per_byte: By domain, and `all`.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    train_flops: float
-    bits_per_byte: dict[str, float]
 
 
 class Result(NamedTuple):
@@ -379,15 +361,6 @@ class Trainer:
     def _history(self) -> list[Point]:
         """Every evaluation that metrics.jsonl holds."""
         return history(read_metrics(self.folder / METRICS_NAME))
-
-
-def history(records: Sequence[dict[str, Any]]) -> list[Point]:
-    """The evaluations among metrics records, oldest first."""
-    return [
-        Point(r["step"], r["tokens"], r["seconds"], r["train_flops"], r["bits_per_byte"])
-        for r in records
-        if "bits_per_byte" in r
-    ]
 
 
 def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:

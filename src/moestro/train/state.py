@@ -15,7 +15,6 @@ step and the rank.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -129,7 +128,7 @@ def restore(
         CheckpointError: a file is missing or does not fit the model.
     """
     try:
-        values = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        values = read_json(checkpoint / "trainer.json")
         window_WLE = read_tensors(checkpoint / "trainer.safetensors")["window"].clone()
         tensors = read_tensors(checkpoint / "optimizer.safetensors")
         numbers = Numbers(
@@ -139,7 +138,7 @@ def restore(
             window_WLE=window_WLE,
             corpus=str(values["corpus"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot go on from {checkpoint}: {error!r}; use an older checkpoint of the run"
         ) from None
@@ -190,8 +189,8 @@ def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
     """
     path = folder / name
     try:
-        return RunConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return RunConfig(**read_json(path))
+    except ConfigError as error:
         raise CheckpointError(f"cannot read the settings {path}: {error}") from None
 
 
