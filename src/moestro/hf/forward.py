@@ -54,7 +54,7 @@ def mixture(
         _note(self, None, packed.format.kind)
         return y_TD
     weights = layouts.read(self)
-    if through_ops(hidden_states, weights.up_EHD):
+    if through_ops(hidden_states, weights.up_EHD, weights.down_EDF):
         return ops.traced(self, weights, *inputs)
     if ops.wanted(hidden_states, top_k_weights, *weights.tensors):
         _note(self, "gradients are wanted")
