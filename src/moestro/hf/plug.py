@@ -103,8 +103,7 @@ def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked
         for name, module in found.items()
     ]
     try:
-        stance = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), stance, watching() as seen:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), watching() as seen:
             _ = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     finally:
         for hook in hooks:
