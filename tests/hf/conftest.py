@@ -7,6 +7,6 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch):
-    from moestro.hf import forward
+    from moestro.hf import compute
 
-    monkeypatch.setattr(forward, "_said", set())
+    monkeypatch.setattr(compute, "_said", set())

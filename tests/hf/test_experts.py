@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import moestro.hf as hf
-from moestro.hf import forward, layouts
-from moestro.kernels import native_cpu
+from moestro.errors import BackendError
+from moestro.hf import compute, forward, layouts
+from moestro.kernels import backends, native_cpu
+
+from .zoo import build, tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -170,10 +173,10 @@ def test_no_tokens_and_no_experts_here(native, monkeypatch):
     assert torch.equal(away, torch.zeros(T, D))
 
 
-@pytest.mark.parametrize("tokens", [1, T])
-def test_without_the_native_library(tokens, monkeypatch):
+@pytest.mark.parametrize("length", [1, T])
+def test_without_the_native_library(length, monkeypatch):
     monkeypatch.setattr(native_cpu, "available", lambda: "there is no library")
-    experts, inputs = make(), [each[:tokens] for each in draw()]
+    experts, inputs = make(), [each[:length] for each in draw()]
     with torch.no_grad():
         with pytest.warns(UserWarning, match="there is no library"):
             ours = run(experts, "moestro", *inputs)
@@ -206,16 +209,51 @@ def test_weights_are_not_copied():
         before = run(experts, "moestro", *inputs)
         experts.down_proj.mul_(2.0)
         close(run(experts, "moestro", *inputs), 2 * before)
-        plain = forward._plain(layouts.read(experts)) if NATIVE else None
+        plain = compute._plain(layouts.read(experts)) if NATIVE else None
     if plain is not None:
         assert plain.data.data_ptr() == experts.gate_up_proj.data_ptr()
         assert plain.down.data_ptr() == experts.down_proj.data_ptr()
 
 
-def test_compile_goes_around_it():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["segments", "reference", "native", "torch", "nonsense"])
+def test_a_backend_asked_for_by_name(name, compiled, monkeypatch):
+    """It runs or raises, with gradients and without; nothing is said where it was asked for."""
+    monkeypatch.setenv(backends.ENVIRONMENT, name)
     experts, inputs = make(), draw()
-    compiled = torch.compile(experts, backend="eager")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = run(experts, "moestro", *inputs)
-        assert torch.equal(compiled(*inputs), ours)
+    experts.config._experts_implementation = "moestro"
+    forwards = torch.compile(experts, backend="eager") if compiled else experts
+    hf.install()
+    refused = {"torch": "slower than segments", "nonsense": "unknown kernel backend"}
+    if not NATIVE:
+        refused["native"] = str(native_cpu.available())
+    with torch.no_grad(), forward.watching() as ran:
+        if name in refused:
+            with pytest.raises(BackendError, match=refused[name]):
+                forwards(*inputs)
+            return
+        ours = forwards(*inputs)
+        if not compiled:
+            (line,) = ran[id(experts)]
+            assert line.startswith(
+                "native" if name == "native" else "torch kernels: MOESTRO_BACKEND"
+            )
+        close(ours, run(experts, "eager", *inputs))
+
+
+def test_native_asked_for_names_both_reasons(monkeypatch):
+    """Of the kernel for whole mixtures, and of the one that trains."""
+    monkeypatch.setenv(backends.ENVIRONMENT, "native")
+    experts, inputs = make("NemotronHExperts", "nemotron_h"), draw()
+    whole = "activation or gate of their own" if NATIVE else str(native_cpu.available())
+    with torch.no_grad(), pytest.raises(BackendError, match=f"for bfloat16 only.*{whole}"):
+        run(experts, "moestro", *inputs)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library on this machine")
+def test_packed_weights_refuse_another_backend(monkeypatch):
+    model = build("mixtral")
+    hf.quantize(model, "int8")
+    monkeypatch.setenv(backends.ENVIRONMENT, "segments")
+    with pytest.raises(BackendError, match=r"MOESTRO_BACKEND is 'segments'.*native kernels alone"):
+        hf.check(model, tokens())

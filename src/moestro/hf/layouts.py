@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation, SiLUActivation
@@ -178,16 +179,20 @@ def _holds_experts(module: nn.Module) -> bool:
 def _activation(experts: Any) -> str | None:
     if not experts.has_gate:
         return {"relu": "relu", "gelu": "gelu"}.get(_bend(experts.act_fn))
-    gate = type(experts)._apply_gate
     if "_apply_gate" in vars(experts):
         return None
-    if gate is _default_apply_gate:
+    if type(experts)._apply_gate is _default_apply_gate:
         return {"silu": "swiglu", "gelu": "geglu"}.get(_bend(experts.act_fn))
-    owner = gate.__qualname__.split(".")[0]
-    if not gate.__module__.startswith("transformers.models.") or owner not in CLAMPED:
-        return None
-    values = tuple(getattr(experts, name, None) for name in CLAMPED[owner])
+    values = tuple(getattr(experts, name, None) for name in _clamped(type(experts)))
     return "clamped_swiglu" if values == (STEEPNESS, CLAMP) else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _clamped(kind: Any) -> tuple[str, ...]:
+    """The attributes of the clamped gate, where this class has it; the compiler asks once."""
+    gate = kind._apply_gate
+    known = gate.__module__.startswith("transformers.models.")
+    return CLAMPED.get(gate.__qualname__.split(".")[0], ()) if known else ()
 
 
 def _bend(act_fn: object) -> str:

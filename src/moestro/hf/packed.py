@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError, ShapeError
-from moestro.hf import layouts
-from moestro.hf.forward import PACKED
+from moestro.hf import layouts, ops
+from moestro.hf.forward import PACKED, through_ops
 from moestro.hf.plug import use
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, check_format
@@ -47,6 +47,12 @@ class PackedProjection(PackedLinear):
         bias_O = None if linear.bias is None else linear.bias.detach().float().clone()
         super().__init__(native_cpu.pack_matrix(linear.weight, format), bias_O)
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def product(self, rows_TI: Tensor) -> Tensor:
+        """See `PackedLinear.product`."""
+        if through_ops(rows_TI):
+            return ops.traced_linear(self.weights, rows_TI, self.bias_O)
+        return super().product(rows_TI)
 
     def _save_to_state_dict(self, *_: Any) -> None:
         _refuse_saving(self)

@@ -61,8 +61,7 @@ def install() -> Installed:
         What was done, and which kernels will run.
     """
     if NAME not in ALL_EXPERTS_FUNCTIONS:
-        opaque: Any = torch.compiler.disable  # the native library is nothing to trace
-        ExpertsInterface.register(NAME, opaque(mixture))
+        ExpertsInterface.register(NAME, mixture)
         base: Any = PreTrainedModel
         base.post_init = _guarded_construction(base.post_init)
         base.set_experts_implementation = _guarded_setting(base.set_experts_implementation)
@@ -89,6 +88,8 @@ def use(model: PreTrainedModel) -> dict[str, nn.Module]:
 def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked:
     """Run a forward pass, without gradients, and make sure that each mixture was computed here.
 
+    Of a compiled model too, whose Python then runs as it does without a compiler.
+
     Args:
         model: of transformers.
         inputs: token ids, or the keywords of the model's forward.
@@ -103,7 +104,7 @@ def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked
         for name, module in found.items()
     ]
     try:
-        with torch.no_grad(), watching() as seen:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), watching() as seen:
             _ = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     finally:
         for hook in hooks:

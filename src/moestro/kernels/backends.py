@@ -181,6 +181,11 @@ TABLE: tuple[Backend, ...] = (
 )
 
 
+def forced() -> str:
+    """What MOESTRO_BACKEND says; "auto" where it says nothing."""
+    return os.environ.get(ENVIRONMENT, "auto")
+
+
 def choose(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> Backend:
     """The backend that runs.
 
@@ -194,7 +199,7 @@ def choose(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...] =
         BackendError: the name is unknown, or that backend cannot run this.
     """
     if name == "auto":
-        name = os.environ.get(ENVIRONMENT, "auto")
+        name = forced()
     if name == "auto":
         return next(row for row in TABLE if row.supports(device, dtype, widths).ok)
     named = [row for row in TABLE if row.name == name]

@@ -125,8 +125,12 @@ class PackedLinear(Packed):
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O], in the dtype to compute in."""
         rows_TI = self.rows(x_TI).reshape(-1, x_TI.shape[-1])
-        y_TO = native_cpu.linear(self.weights, rows_TI, self.bias_O)
+        y_TO = self.product(rows_TI)
         return y_TO.to(compute_dtype(x_TI)).view(*x_TI.shape[:-1], -1)
+
+    def product(self, rows_TI: Tensor) -> Tensor:
+        """[T, I] → [T, O] in the rows' dtype."""
+        return native_cpu.linear(self.weights, rows_TI, self.bias_O)
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""

@@ -31,12 +31,14 @@ class ExpertWeights(NamedTuple):
         activation: see `reference.activate`; a function in its place runs between two products,
             where a name lets a kernel fuse all three.
         biases: of the experts that have them.
+        norm: of each row after the second product; None: none.
     """
 
     up_EHD: Tensor
     down_EDF: Tensor
     activation: Activation
     biases: Biases | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
 
 
 def mix(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "auto") -> Tensor:
@@ -54,9 +56,9 @@ def mix(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "
     kernel = _kernel(x_TD, weights, backend)
     if routing.weights_R.dtype.itemsize < 4:  # A wrapper cast its inputs, as FSDP2 does.
         routing = routing._replace(weights_R=routing.weights_R.float())
-    if kernel.mixture is not None:
+    if kernel.mixture is not None and weights.norm is None:
         rows = (routing.tokens_R, routing.experts_R, routing.weights_R)
-        return kernel.mixture(x_TD, *rows, *weights, routing.kept_R)
+        return kernel.mixture(x_TD, *rows, *weights[:4], routing.kept_R)
     few = routing.top_k and len(routing.experts_R) <= FEW_ROWS
     single = _single(kernel, weights) if few else None
     if single is not None:
@@ -64,6 +66,8 @@ def mix(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "
     plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
     rows_RD = dispatch.dispatch(x_TD, plan)
     rows_RD = _ffn(kernel, rows_RD, weights, plan.offsets_E, plan.experts_E)
+    if weights.norm is not None:
+        rows_RD = weights.norm(rows_RD)
     return dispatch.combine(rows_RD, routing.weights_R, plan)
 
 
@@ -91,9 +95,9 @@ def _single(
     For generating text, where so few rows are multiplied that grouping them costs more. None where
     grouping is better or needed: gradients, a kernel without such a function, no named activation.
     """
-    up_EHD, down_EDF, activation, biases = weights
+    up_EHD, down_EDF, activation, biases, norm = weights
     single_ffn = kernel.single_ffn
-    if single_ffn is None or callable(activation) or torch.is_grad_enabled():
+    if single_ffn is None or callable(activation) or norm or torch.is_grad_enabled():
         return None
     return lambda rows_PD, expert: single_ffn(rows_PD, expert, up_EHD, down_EDF, activation, biases)
 
@@ -106,7 +110,7 @@ def _ffn(
     experts_E: Tensor | None,
 ) -> Tensor:
     """Each row through its expert; rows past the last offset give zero."""
-    up_EHD, down_EDF, activation, biases = weights
+    up_EHD, down_EDF, activation, biases, _ = weights
     if not callable(activation):
         return kernel.expert_ffn(
             rows_RD, up_EHD, down_EDF, offsets_E, activation, experts_E, biases

@@ -1,0 +1,216 @@
+"""What computes the experts of a model of transformers, on tensors alone.
+
+Without gradients on CPU the native kernels run, on the model's own weights or on packed ones.
+Everything else runs on the torch kernels that this project trains with: gradients, GPUs, a missing
+native library, and what the native kernels have no form for; on CPU without gradients the reason
+is said once, as a warning. MOESTRO_BACKEND forces either; see `moestro.kernels.backends`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.errors import BackendError
+from moestro.hf.layouts import Weights
+from moestro.kernels import backends, native_cpu
+from moestro.kernels.packing import PackedExperts
+from moestro.kernels.reference import Biases
+from moestro.moe import dispatch, mixing
+from moestro.moe.experts import compute_dtype
+from moestro.moe.mixing import ExpertWeights
+from moestro.moe.routing import Routing
+
+_said: set[str] = set()
+
+
+def without_gradients(
+    weights: Weights,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    name: str,
+    experts: Any = None,
+) -> tuple[Tensor, str | None]:
+    """The mixture where no gradients are wanted.
+
+    Args:
+        weights: of the experts.
+        x_TD: tokens.
+        experts_TK: the experts of each token; E and above: of another rank, takes no part.
+        weights_TK: their weights.
+        name: of the experts, for the warning.
+        experts: see `by_torch`.
+
+    Returns:
+        y_TD in the tokens' dtype, and why the native kernels did not run (None: they did).
+
+    Raises:
+        BackendError: what MOESTRO_BACKEND names cannot run.
+    """
+    inputs, forced = (x_TD, experts_TK, weights_TK), backends.forced()
+    if forced not in ("auto", "native"):
+        return by_torch(weights, *inputs, experts), f"{backends.ENVIRONMENT} is {forced}"
+    reason = why_not_native(weights, x_TD)
+    if reason is None:
+        return _native(_plain(weights), *inputs), None
+    if forced == "auto" and x_TD.device.type == "cpu":
+        _say_once(f"{name} runs on moestro's torch kernels: {reason}")
+    try:
+        return by_torch(weights, *inputs, experts), reason
+    except BackendError as error:  # native was asked for, and is not a kernel of training either
+        raise BackendError(f"{error}; and without gradients: {reason}") from error
+
+
+def why_not_native(weights: Weights, x_TD: Tensor) -> str | None:
+    """Why the native kernels cannot multiply these weights as they lie; None: they can."""
+    if x_TD.device.type != "cpu":
+        return f"the model is on {x_TD.device.type}"
+    missing = native_cpu.available()
+    if missing is not None:
+        return missing
+    dtypes = {weights.up_EHD.dtype, weights.down_EDF.dtype}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return "its weights are neither float32 nor bfloat16; load it in one of them"
+    if compute_dtype(x_TD) not in (torch.float32, weights.up_EHD.dtype):
+        return (
+            f"tokens are {compute_dtype(x_TD)} and weights {weights.up_EHD.dtype}; load the model "
+            "in the dtype to compute in, without autocast"
+        )
+    odd = weights.odd()
+    if odd is not None:
+        return f"they have {odd}"
+    if torch.bfloat16 in dtypes and (weights.up_EHD.shape[2] % 2 or weights.down_EDF.shape[2] % 2):
+        return "its bfloat16 weights have an odd width"
+    if weights.interleaved or weights.transposed:
+        return "its weights lie transposed; moestro.hf.quantize(model, 'bfloat16') packs them"
+    if not (weights.up_EHD.is_contiguous() and weights.down_EDF.is_contiguous()):
+        return "its weights are not contiguous"
+    return None
+
+
+def by_packed(
+    packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The mixture of packed experts, without gradients.
+
+    Raises:
+        BackendError: MOESTRO_BACKEND names what cannot run it.
+    """
+    if backends.forced() not in ("auto", "native"):
+        raise BackendError(
+            f"{backends.ENVIRONMENT} is {backends.forced()!r}, and packed weights run by the "
+            "native kernels alone; unset it, or load the model without moestro.hf.quantize"
+        )
+    return _native(packed, x_TD, experts_TK, weights_TK)
+
+
+def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    experts_A, weights_A = experts_TK.reshape(-1).long(), weights_TK.detach().reshape(-1)
+    here_A = experts_A < packed.num_experts
+    complete = bool(here_A.all())
+    tokens_A = _tokens(*experts_TK.shape)
+    if not complete:
+        tokens_A, experts_A, weights_A = tokens_A[here_A], experts_A[here_A], weights_A[here_A]
+    dtype = compute_dtype(x_TD)
+    y_TD = native_cpu.mixture(packed, x_TD.to(dtype), tokens_A, experts_A, weights_A)
+    return y_TD.to(x_TD.dtype)
+
+
+def by_torch(
+    weights: Weights, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any = None
+) -> Tensor:
+    """Dispatch, experts and combine by the kernels of training, with their gradients.
+
+    Args:
+        weights: of the experts.
+        x_TD: tokens.
+        experts_TK: see `without_gradients`.
+        weights_TK: their weights.
+        experts: the module, whose own functions run between and after the products where
+            `fused` has no name for them.
+    """
+    rows_TD = x_TD.to(compute_dtype(x_TD))
+    biases = None
+    if weights.up_EH is not None and weights.down_ED is not None:
+        biases = Biases(weights.up_EH, weights.down_ED)
+    values = ExpertWeights(
+        weights.up_EHD,
+        weights.down_EDF,
+        fused(weights) or bend(experts),
+        biases,
+        experts.post_expert_norm if weights.post_norm else None,
+    )
+    routing = _routing(experts_TK, weights_TK, len(weights.up_EHD))
+    return mixing.mix(rows_TD, routing, values).to(x_TD.dtype)
+
+
+def fused(weights: Weights) -> str | None:
+    """The activation, where a kernel takes it between the two products; None: split there."""
+    return weights.activation if not (weights.interleaved or weights.post_norm) else None
+
+
+def bend(experts: Any) -> Callable[[Tensor], Tensor]:
+    """What a module of transformers does between its two products."""
+    function: Callable[[Tensor], Tensor] = (
+        experts._apply_gate if experts.has_gate else experts.act_fn
+    )
+    return function
+
+
+def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+    """Multiply each row by its expert's matrix, by the kernels of training; rows in any order.
+
+    Returns:
+        [A, O] in the rows' dtype; zero where the expert is that of another rank.
+    """
+    kernel = _kernel(x_AI, *w_EOI.shape[1:])
+    routing = _routing(experts_A[:, None], x_AI.new_ones(len(x_AI), 1), len(w_EOI))
+    plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_AI.dtype))
+    rows_RI = dispatch.dispatch(x_AI, plan)
+    y_RO = kernel.grouped_mm(rows_RI, w_EOI, plan.offsets_E, plan.experts_E, bias_EO)
+    return dispatch.combine(y_RO, routing.weights_R, plan)
+
+
+def _kernel(rows_RD: Tensor, *widths: int) -> backends.Backend:
+    return backends.choose("auto", rows_RD.device.type, rows_RD.dtype, widths)
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(reason, stacklevel=4)
+
+
+def _plain(weights: Weights) -> PackedExperts:
+    """The model's own weights, not copied."""
+    assert weights.activation is not None
+    both = (weights.up_EHD, weights.down_EDF, weights.activation)
+    return native_cpu.plain_experts(*both, weights.up_EH, weights.down_ED)
+
+
+@lru_cache(maxsize=64)
+def _tokens(num_tokens: int, top_k: int) -> Tensor:
+    """The token of each assignment, where all take part; on CPU, whatever the default device."""
+    return torch.arange(num_tokens, device="cpu").repeat_interleave(top_k)
+
+
+def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
+    """A router's choice as a Routing; experts of other ranks count as dropped."""
+    experts_TK = experts_TK.long()
+    # In at least fp32, and zero where nobody may read it: zero times NaN would not be.
+    weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
+    here_TK = experts_TK < num_experts
+    kept_R = None
+    if not bool(here_TK.all()):
+        kept_R = here_TK.flatten()
+        weights_TK = weights_TK.masked_fill(~here_TK, 0)
+        experts_TK = experts_TK.masked_fill(~here_TK, 0)
+    # Nobody asks for the logits here, only for their shape.
+    shape_TE = torch.empty(len(experts_TK), num_experts, dtype=torch.float32, device="meta")
+    return Routing.of_choice(experts_TK, weights_TK, shape_TE, shape_TE)._replace(kept_R=kept_R)

@@ -1,0 +1,219 @@
+"""The plug as operators of torch: what `torch.compile` and `torch.export` keep as one node.
+
+What the experts do depends on the data (group sizes, few rows, the native library), so none of it
+can be traced. In its place stand `torch.ops.moestro.*`, with the shape of what they return and
+their gradients. These are computed by running the operator again under autograd, as under gradient
+checkpointing: the same bits as without a compiler, and nothing more to keep than the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moestro.hf import compute
+from moestro.hf.layouts import Weights
+from moestro.kernels import native_cpu
+from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
+from moestro.moe.experts import compute_dtype
+
+# A CUDA graph would replay the group sizes of its first batch.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+def traced(
+    experts: Any, weights: Weights, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The mixture of a module of transformers, by operators; see `forward.mixture`.
+
+    Functions of its own between and after the products are left to the compiler.
+    """
+    num_tokens, top_k = experts_TK.shape
+    rows_TD = _rows(x_TD)
+    tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
+    activation = compute.fused(weights)
+    if activation is not None:
+        inputs = (rows_TD, experts_TK, weights_TK, *tensors)
+        grads = wanted(x_TD, weights_TK, *weights.tensors)
+        y_TD: Tensor = _ops().mixture(*inputs, weights.transposed, activation, grads)
+        return y_TD.to(x_TD.dtype)
+
+    experts_A = experts_TK.reshape(-1)
+    rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+    hidden_AH = _ops().product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
+    act_AF = compute.bend(experts)(hidden_AH)
+    rows_AD = _ops().product(act_AF, experts_A, weights.down_EDF, weights.down_ED)
+    if weights.post_norm:
+        rows_AD = experts.post_expert_norm(rows_AD)
+    dtype = torch.promote_types(rows_AD.dtype, torch.float32)
+    # Zero where nobody may read it: zero times NaN would not be.
+    weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
+    y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
+    return y_TD.to(rows_TD.dtype).to(x_TD.dtype)
+
+
+def traced_packed(
+    packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """`compute.by_packed`, by an operator."""
+    sizes = [packed.num_experts, packed.dim, packed.hidden_dim]
+    how = (packed.activation, *packed.format, sizes)
+    tensors = (packed.data, packed.up_bias, packed.down_bias)
+    rows_TD = _rows(x_TD)
+    y_TD: Tensor = _ops().packed_mixture(rows_TD, experts_TK, weights_TK, *tensors, *how)
+    return y_TD.to(x_TD.dtype)
+
+
+def traced_linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`native_cpu.linear`, by an operator."""
+    shape = [packed.rows, packed.columns]
+    y_TO: Tensor = _ops().packed_linear(x_TI, packed.data, bias_O, *packed.format, shape)
+    return y_TO
+
+
+def wanted(*tensors: Tensor) -> bool:
+    """Whether gradients of any of these are wanted."""
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+
+
+def _rows(x_TD: Tensor) -> Tensor:
+    """Tokens in the dtype to compute in; autocast does not know the meta device."""
+    return x_TD if x_TD.device.type == "meta" else x_TD.to(compute_dtype(x_TD))
+
+
+def _ops() -> Any:
+    return torch.ops.moestro
+
+
+def _register(
+    name: str, arguments: str, run: Callable[..., Tensor], like: Callable[..., Tensor]
+) -> None:
+    """An operator without gradients: `run` computes it, `like` makes an empty result."""
+    torch.library.define(f"moestro::{name}", f"({arguments}) -> Tensor", tags=_TAGS)
+    torch.library.impl(f"moestro::{name}", "default")(run)
+    torch.library.register_fake(f"moestro::{name}")(like)
+
+
+def _register_with_gradients(
+    name: str, arguments: str, run: Callable[..., Tensor], like: Callable[..., Tensor]
+) -> None:
+    """`_register`, and gradients of the tensors by another operator, which runs it again."""
+
+    def forward(*args: Any) -> Tensor:
+        return run(*(each.detach() if isinstance(each, Tensor) else each for each in args))
+
+    def gradients(grad: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
+        leaves = [
+            each.detach().requires_grad_(need) if isinstance(each, Tensor) else each
+            for each, need in zip(args, needs, strict=True)
+        ]
+        with torch.enable_grad():
+            y = run(*leaves)
+        asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        return [each.contiguous() for each in torch.autograd.grad(y, asked, grad)]
+
+    def gradients_like(grad: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
+        asked = [each for each, need in zip(args, needs, strict=True) if need]
+        return [each.new_empty(each.shape) for each in asked]
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
+        ctx.others = [None if isinstance(each, Tensor) else (each,) for each in inputs]
+
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = iter(ctx.saved_tensors), list(ctx.needs_input_grad)
+        args = [next(saved) if other is None else other[0] for other in ctx.others]
+        found = iter(getattr(_ops(), f"{name}_gradients")(grad.contiguous(), needs, *args))
+        return tuple(next(found) if need else None for need in needs)
+
+    _register(name, arguments, forward, like)
+    torch.library.register_autograd(f"moestro::{name}", backward, setup_context=keep)
+    qualified = f"moestro::{name}_gradients"
+    schema = f"(Tensor grad, bool[] needs, {arguments}) -> Tensor[]"
+    torch.library.define(qualified, schema, tags=_TAGS)
+    torch.library.impl(qualified, "default")(gradients)
+    torch.library.register_fake(qualified)(gradients_like)
+
+
+def _mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    up_EH: Tensor | None,
+    down_ED: Tensor | None,
+    transposed: bool,
+    activation: str,
+    grads: bool,
+) -> Tensor:
+    gated = up_EHD.shape[1] != down_EDF.shape[2]
+    tensors = (up_EHD, down_EDF, up_EH, down_ED)
+    weights = Weights(*tensors, gated, False, transposed, activation, False)
+    inputs = (weights, x_TD, experts_TK, weights_TK)
+    with torch.set_grad_enabled(grads):  # which decides the path, as it does without a compiler
+        if grads:
+            return compute.by_torch(*inputs)
+        return compute.without_gradients(*inputs, "a compiled mixture")[0]
+
+
+def _packed_mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    data: Tensor,
+    up_EH: Tensor | None,
+    down_ED: Tensor | None,
+    activation: str,
+    kind: str,
+    group: int,
+    sizes: list[int],
+) -> Tensor:
+    num_experts, dim, hidden = sizes
+    how = (activation, Format(kind, group))
+    packed = PackedExperts(data, num_experts, dim, hidden, *how, up_EH, down_ED)
+    return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
+
+
+def _packed_linear(
+    x_TI: Tensor, data: Tensor, bias_O: Tensor | None, kind: str, group: int, shape: list[int]
+) -> Tensor:
+    rows, columns = shape
+    return native_cpu.linear(PackedMatrix(data, rows, columns, Format(kind, group)), x_TI, bias_O)
+
+
+def _like_tokens(x_TD: Tensor, *_: Any) -> Tensor:
+    return x_TD.new_empty(x_TD.shape)
+
+
+_register_with_gradients(
+    "mixture",
+    "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, "
+    "Tensor? down_bias, bool transposed, str activation, bool grads",
+    _mixture,
+    _like_tokens,
+)
+_register_with_gradients(
+    "product",
+    "Tensor x, Tensor experts, Tensor weight, Tensor? bias",
+    compute.product,
+    lambda x, experts, weight, bias: x.new_empty(len(x), weight.shape[1]),
+)
+_register(
+    "packed_mixture",
+    "Tensor x, Tensor experts, Tensor weights, Tensor data, Tensor? up_bias, Tensor? down_bias, "
+    "str activation, str kind, int group, int[] sizes",
+    _packed_mixture,
+    _like_tokens,
+)
+_register(
+    "packed_linear",
+    "Tensor x, Tensor data, Tensor? bias, str kind, int group, int[] shape",
+    _packed_linear,
+    lambda x, data, bias, kind, group, shape: x.new_empty(len(x), shape[0]),
+)
