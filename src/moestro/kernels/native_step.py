@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
+from moestro.kernels.addresses import FLOATS, FP32, ROWS, address, check
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library
+from moestro.kernels.native_library import Experts, Matrix, library, refusal
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FIRST_CAPACITY = 256
 
 
@@ -153,19 +153,26 @@ class StepDecoder:
             cache_dtype: of keys and values, fp32 or bf16.
 
         Raises:
-            ShapeError: a tensor is not fp32 and contiguous on CPU.
+            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU.
         """
+        _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.cache_dtype = shape, cache_dtype
         self.num_layers = len(layers)
         self._alive = (list(layers), norm, head, head_bias)
-        self._layers = (_Layer * len(layers))(*map(_layer, layers))
+        self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
-            shape.top_k, shape.sigmoid, shape.renormalize, CACHE_DTYPES[cache_dtype],
+            shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _address(norm), matrix_of(head),
-            _address(head_bias),
+            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            _matrix(head, "head", shape.vocab, shape.dim),
+            _maybe(head_bias, "head_bias", shape.vocab),
         )  # fmt: skip
+
+    @property
+    def past_kind(self) -> tuple[int, int, int, torch.dtype]:
+        """What a past must have in common with the decoder: L, G, A and the dtype."""
+        return self.num_layers, self.shape.groups, self.shape.head_dim, self.cache_dtype
 
     def step(
         self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[Past]
@@ -176,7 +183,7 @@ class StepDecoder:
             x_BD: fp32, the tokens' embeddings.
             cos_BA: fp32 [B, A/2], cosines of their positions.
             sin_BA: fp32 [B, A/2], sines.
-            pasts: of the sequences, each its own.
+            pasts: of the sequences, each its own, and made for such a decoder.
 
         Returns:
             (logits fp32 [B, V], experts int64 [L, B, K], weights fp32 [L, B, K]; those of dense
@@ -185,24 +192,33 @@ class StepDecoder:
         Raises:
             ShapeError: shapes do not fit.
         """
-        batch, shape = len(pasts), self.shape
-        sizes = ((batch, shape.dim), (batch, shape.head_dim // 2), (batch, shape.head_dim // 2))
-        given = (x_BD, cos_BA, sin_BA)
-        if any(tuple(x.shape) != size for x, size in zip(given, sizes, strict=True)):
-            raise ShapeError(f"a step takes {sizes}; given {[tuple(x.shape) for x in given]}")
+        batch, shape, kind = len(pasts), self.shape, self.past_kind
+        if len(set(map(id, pasts))) != max(batch, 1) or any(each.kind != kind for each in pasts):
+            raise ShapeError(
+                f"a step takes sequences, each with a past of its own of {kind} (layers, groups, "
+                f"head_dim, dtype); given {[each.kind for each in pasts]}"
+            )
+        half = shape.head_dim // 2
+        inputs = [
+            check(each, name, (batch, size), FLOATS).float().contiguous()
+            for each, name, size in (
+                (x_BD, "embeddings", shape.dim), (cos_BA, "cosines", half), (sin_BA, "sines", half)
+            )
+        ]  # fmt: skip
+        addresses = [address(each, "inputs", each.shape, FP32) for each in inputs]
         for past in pasts:
             past.make_room()
         structures = (_Past * batch)(*(past.structure() for past in pasts))
-        logits_BV = torch.empty(batch, shape.vocab)
-        experts_LBK = torch.full((self.num_layers, batch, shape.top_k), -1)
-        weights_LBK = torch.zeros(self.num_layers, batch, shape.top_k)
-        inputs = [x.float().contiguous() for x in given]
+        sizes = (self.num_layers, batch, shape.top_k)
+        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device="cpu")
+        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device="cpu")
+        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device="cpu")
         code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, *(_address(x) for x in inputs), structures,
+            ctypes.byref(self._decoder), batch, *addresses, structures,
             logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
         )  # fmt: skip
         if code:
-            raise ShapeError(f"the native decoder refused its arguments (code {code})")
+            raise refusal(code)
         for past in pasts:
             past.position += 1
         return logits_BV, experts_LBK, weights_LBK
@@ -213,6 +229,7 @@ class Past:
 
     Attributes:
         position: of the next token.
+        kind: see `StepDecoder.past_kind`.
     """
 
     def __init__(self, decoder: StepDecoder, limits: Sequence[int]) -> None:
@@ -221,8 +238,15 @@ class Past:
         Args:
             decoder: whose past it is.
             limits: most positions that each layer looks back on, the newest included.
+
+        Raises:
+            ShapeError: there is not one limit for each layer, or one is below 1.
         """
-        self.position = 0
+        if len(limits) != decoder.num_layers or min(limits) < 1:
+            raise ShapeError(
+                f"{decoder.num_layers} layers have a limit each, 1 or more; given {list(limits)}"
+            )
+        self.position, self.kind = 0, decoder.past_kind
         self._limits = list(limits)
         self._sizes = (decoder.shape.groups, decoder.shape.head_dim)
         self._dtype = decoder.cache_dtype
@@ -238,8 +262,18 @@ class Past:
             keys_GPA: rotated keys, oldest first.
             values_GPA: values.
             end: the position after the last of them.
+
+        Raises:
+            ShapeError: there is no such layer, or fewer positions than it looks back on.
         """
-        kept = min(keys_GPA.shape[1], self._limits[layer], end)
+        if not 0 <= layer < len(self._limits) or end < 1:
+            raise ShapeError(
+                f"layers are 0 to {len(self._limits) - 1} and end 1 or more; given {layer}, {end}"
+            )
+        kept, (groups, width) = min(self._limits[layer], end), self._sizes
+        for name, each in (("keys", keys_GPA), ("values", values_GPA)):
+            if check(each, name, (groups, None, width), FLOATS).shape[1] < kept:
+                raise ShapeError(f"{name} of {kept} positions are needed; given {each.shape[1]}")
         self._grow(layer, end + 1)
         slots = torch.arange(end - kept, end) % len(self._keys[layer])
         for ring, new_GPA in ((self._keys, keys_GPA), (self._values, values_GPA)):
@@ -263,7 +297,7 @@ class Past:
         return _Past(*self._addresses, self.position)
 
     def _new(self, capacity: int) -> Tensor:
-        return torch.zeros(capacity, *self._sizes, dtype=self._dtype)
+        return torch.zeros(capacity, *self._sizes, dtype=self._dtype, device="cpu")
 
     def _grow(self, layer: int, positions: int) -> None:
         """Room for `positions` in one layer, by doubling; a ring at its limit stays."""
@@ -290,23 +324,61 @@ class Past:
         self._addresses = tuple(ctypes.cast(array, _POINTER) for array in self._arrays)
 
 
-def _layer(layer: StepLayer) -> _Layer:
-    shared = Experts() if layer.shared is None else experts_of(layer.shared)
+def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:
+    """Refuse numbers that no decoder has."""
+    least = min(shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab, num_layers)
+    if least < 1 or shape.top_k < 0 or shape.heads % shape.groups or shape.head_dim % 2:
+        raise ShapeError(
+            f"a decoder has layers, a multiple of groups as heads, and an even head_dim; given "
+            f"{num_layers} layers and {shape}"
+        )
+    if cache_dtype not in ROWS:
+        raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
+
+
+def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
+    dim, width = shape.dim, shape.head_dim
+    queries, routed = shape.heads * width, layer.router is not None
+    wide = queries + 2 * shape.groups * width
+    count = layer.experts.num_experts
+    if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
+        raise ShapeError(
+            f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
+            f"one a single expert; given window {layer.window}, {count} experts, {shape}"
+        )
+    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
     return _Layer(
-        _address(layer.attention_norm), _address(layer.ffn_norm), matrix_of(layer.qkv),
-        matrix_of(layer.out), _address(layer.qkv_bias), _address(layer.out_bias),
-        _address(layer.q_norm), _address(layer.k_norm), _address(layer.sinks), layer.window,
-        _address(layer.router), _address(layer.logit_bias), _address(layer.selection_bias),
-        experts_of(layer.experts), shared, _address(layer.shared_gate),
+        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
+        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
+        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
+        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
+        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
+        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
+        _maybe(layer.selection_bias, "selection_bias", count),
+        _experts(layer.experts, "experts", count, dim), shared,
+        _maybe(layer.shared_gate, "shared_gate", dim),
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
+    if (packed.rows, packed.columns) != (rows, columns):
         raise ShapeError(
-            f"the native decoder takes fp32 tensors, contiguous and on CPU; given {tensor.dtype} "
-            f"{list(tensor.shape)} on {tensor.device}"
+            f"{name} must be {rows} × {columns}; given {packed.rows} × {packed.columns}"
         )
-    return tensor.data_ptr()
+    return matrix_of(packed)
+
+
+def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
+    if (packed.num_experts, packed.dim) != (count, dim):
+        raise ShapeError(
+            f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
+        )
+    return experts_of(packed)
+
+
+def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
+    return address(tensor, name, shape, FP32)
+
+
+def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
+    return None if tensor is None else address(tensor, name, shape, FP32)
