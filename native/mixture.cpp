@@ -153,12 +153,12 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
 int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t, const int64_t *tokens,
                         const int64_t *experts, const float *weights, int64_t assignments, void *y) {
     if (!w || !valid(*w) || !valid_rows(dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
-    if (t == 0) return 0;
-    if (!x || !y || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
+    if ((t && (!x || !y)) || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
     for (int64_t a = 0; a < assignments; a++) {
         if (experts[a] < 0 || experts[a] >= w->experts || tokens[a] < 0 || tokens[a] >= t) return MOESTRO_EBAD;
         if (a && tokens[a] < tokens[a - 1]) return MOESTRO_EBAD;
     }
+    if (t == 0) return 0;
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
     try {

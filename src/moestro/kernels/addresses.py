@@ -82,7 +82,7 @@ def _refusal(
 ) -> ShapeError:
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
-    given = repr(tensor)[:80]
+    given = type(tensor).__name__
     if isinstance(tensor, Tensor):
         given = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}".removeprefix("torch.")
         given += f", strides {tensor.stride()}" if place else ""

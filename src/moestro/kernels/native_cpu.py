@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import FP32, INT64, ROWS, UINT8, address, check
+from moestro.kernels.addresses import FLOATS, FP32, INT64, ROWS, UINT8, address, check
 from moestro.kernels.native_library import Experts, Matrix, refusal
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
@@ -158,7 +158,9 @@ def mixture(
     experts, x_TD, (size,) = experts_of(packed), x_TD.contiguous(), (tokens_A.numel(),)
     x_at = address(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
     tokens_A, experts_A = tokens_A.contiguous(), experts_A.contiguous()
-    weights_A = weights_A.float().contiguous()
+    if weights_A.dtype != torch.float32:
+        weights_A = check(weights_A, "weights", (size,), FLOATS).float()
+    weights_A = weights_A.contiguous()
     y_TD = torch.empty_like(x_TD)
     code = library().moestro_mixture(
         ctypes.byref(experts), ROWS[x_TD.dtype], x_at, x_TD.shape[0],

@@ -275,7 +275,7 @@ class Past:
             if check(each, name, (groups, None, width), FLOATS).shape[1] < kept:
                 raise ShapeError(f"{name} of {kept} positions are needed; given {each.shape[1]}")
         self._grow(layer, end + 1)
-        slots = torch.arange(end - kept, end) % len(self._keys[layer])
+        slots = torch.arange(end - kept, end, device="cpu") % len(self._keys[layer])
         for ring, new_GPA in ((self._keys, keys_GPA), (self._values, values_GPA)):
             ring[layer][slots] = new_GPA[:, -kept:].transpose(0, 1).to(self._dtype)
         self.position = end

@@ -98,7 +98,8 @@ def expert_ffn(
     if activation != "swiglu" or biases is not None:
         return NATIVE.expert_ffn(x_RD, up_EHD, down_EDF, offsets_E, activation, experts_E, biases)
     check(x_RD, "rows", (None, None), _BF16)
-    check(up_EHD, "up", (None, None, None), FLOATS)
+    for name, weight in (("up", up_EHD), ("down", down_EDF)):
+        check(weight, name, (None, None, None), FLOATS)
     groups, inputs = Groups(offsets_E, experts_E), (x_RD, up_EHD, down_EDF)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         y_RD: Tensor = _SwiGLU.apply(*inputs, groups)
