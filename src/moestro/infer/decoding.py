@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from moestro.config import LongRopeScaling, ModelConfig, RopeConfig
+from moestro.errors import DataError
 from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder, DecoderOutput
@@ -83,6 +84,20 @@ class NativeDecoding:
         first_BL = stepped.experts_LBK[:, :, :1].transpose(0, 1).flatten(1).tolist()
         rows = zip(stepped.logits_BV, first_BL, strict=True)
         return [Passed(logits_V[None], tuple(experts)) for logits_V, experts in rows]
+
+
+def check_tokens(tokens: Sequence[Any], vocab_size: int) -> None:
+    """Refuse what are no tokens of a model.
+
+    Raises:
+        DataError: one is no whole number, or is outside the model's vocabulary.
+    """
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise DataError(
+                f"a token is a whole number from 0 to {vocab_size - 1}, the model's vocabulary; "
+                f"given {token!r:.80} of type {type(token).__name__}"
+            )
 
 
 def prefill(model: Decoder, tokens: Sequence[int], chunk: int = CHUNK) -> tuple[KVCache, Passed]:

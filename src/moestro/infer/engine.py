@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import MoestroError
-from moestro.infer.decoding import Decoding, decoding_of, first_expert
+from moestro.infer.decoding import Decoding, check_tokens, decoding_of, first_expert
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.models.decoder import Decoder, DecoderOutput
 from moestro.models.encdec import EncDec, EncDecOutput
@@ -214,7 +214,7 @@ class Session:
         check_ready(model, tokenizer)
         self._tokenizer, self._context = tokenizer, model.cfg.attention.context
         self._decoding: Decoding = decoding_of(model)
-        self._most = most
+        self._most, self._vocab_size = most, model.cfg.vocab_size
         self._waiting: deque[tuple[int, list[int], Writer]] = deque()
         self._running: list[_Live] = []
         self._count = 0
@@ -225,9 +225,14 @@ class Session:
         return len(self._waiting) + len(self._running)
 
     def add(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> int:
-        """Take a request, which begins with a later `step`; returns its number, from 0."""
-        number, self._count = self._count, self._count + 1
+        """Take a request, which begins with a later `step`; returns its number, from 0.
+
+        Raises:
+            DataError: a token of the prompt is none of the model's.
+        """
         tokens, _ = encode_prompt(self._tokenizer, prompt, self._context)
+        check_tokens(tokens, self._vocab_size)
+        number, self._count = self._count, self._count + 1
         self._waiting.append((number, tokens, Writer(self._tokenizer, sampling)))
         return number
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from moestro.infer.decoding import check_tokens
 from moestro.infer.engine import Piece, Prompt, check_ready, generate
 from moestro.infer.sampling import SamplingConfig
 from moestro.models.encdec import START_TOKEN, EncDec, EncDecCache, EncDecOutput
@@ -64,6 +65,7 @@ def encode_source(
             tokens = tokenizer.encode_prompt(source)
     else:
         tokens = list(source)
+        check_tokens(tokens, vocab_size)
     end = tokens.pop() if tokens and tokens[-1] in tokenizer.ends else tokenizer.end_of_text
     most = context - 1
     return Prompt([*tokens[:most], end], max(0, len(tokens) - most))
