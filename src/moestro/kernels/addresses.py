@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 
+CPU = torch.device("cpu")
 ROWS = {torch.float32: 0, torch.bfloat16: 1}  # as native/moestro.h numbers them
 FP32 = (torch.float32,)
 INT64 = (torch.int64,)

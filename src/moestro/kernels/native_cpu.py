@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import FLOATS, FP32, INT64, ROWS, UINT8, address, check
+from moestro.kernels.addresses import CPU, FLOATS, FP32, INT64, ROWS, UINT8, address, check
 from moestro.kernels.native_library import Experts, Matrix, refusal
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
@@ -37,7 +37,7 @@ _LINE = 64  # what packed weights begin at a multiple of, in bytes
 
 def aligned(nbytes: int) -> Tensor:
     """Uninitialised uint8 memory that starts on a page."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=CPU)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]
 
@@ -328,7 +328,7 @@ def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
 
 
 def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
-    w_OI = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
     code = library().moestro_unpack(*_code(format), at, rows, columns, step, w_OI.data_ptr())
     if code:
         raise refusal(code)

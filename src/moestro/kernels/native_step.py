@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import FLOATS, FP32, ROWS, address, check
+from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
 from moestro.kernels.native_cpu import experts_of, matrix_of
 from moestro.kernels.native_library import Experts, Matrix, library, refusal
 from moestro.kernels.packing import PackedExperts, PackedMatrix
@@ -131,7 +131,11 @@ class _Past(ctypes.Structure):
 
 
 class StepDecoder:
-    """A decoder as the native library sees it; keeps the tensors alive that it points to."""
+    """A decoder as the native library sees it; keeps the tensors alive that it points to.
+
+    Attributes:
+        past_kind: what its pasts have in common with it: L, G, A and the dtype.
+    """
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class StepDecoder:
         _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.cache_dtype = shape, cache_dtype
         self.num_layers = len(layers)
+        self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
         self._alive = (list(layers), norm, head, head_bias)
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
@@ -168,11 +173,6 @@ class StepDecoder:
             _matrix(head, "head", shape.vocab, shape.dim),
             _maybe(head_bias, "head_bias", shape.vocab),
         )  # fmt: skip
-
-    @property
-    def past_kind(self) -> tuple[int, int, int, torch.dtype]:
-        """What a past must have in common with the decoder: L, G, A and the dtype."""
-        return self.num_layers, self.shape.groups, self.shape.head_dim, self.cache_dtype
 
     def step(
         self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[Past]
@@ -192,29 +192,25 @@ class StepDecoder:
         Raises:
             ShapeError: shapes do not fit.
         """
-        batch, shape, kind = len(pasts), self.shape, self.past_kind
-        if len(set(map(id, pasts))) != max(batch, 1) or any(each.kind != kind for each in pasts):
+        batch, shape, half = len(pasts), self.shape, self.shape.head_dim // 2
+        kinds = [past.kind for past in pasts]
+        if kinds != [self.past_kind] * max(batch, 1) or len({id(past) for past in pasts}) < batch:
             raise ShapeError(
-                f"a step takes sequences, each with a past of its own of {kind} (layers, groups, "
-                f"head_dim, dtype); given {[each.kind for each in pasts]}"
+                f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
+                f"dtype); given {kinds}"
             )
-        half = shape.head_dim // 2
-        inputs = [
-            check(each, name, (batch, size), FLOATS).float().contiguous()
-            for each, name, size in (
-                (x_BD, "embeddings", shape.dim), (cos_BA, "cosines", half), (sin_BA, "sines", half)
-            )
-        ]  # fmt: skip
-        addresses = [address(each, "inputs", each.shape, FP32) for each in inputs]
+        x_BD, x_at = _input(x_BD, "embeddings", batch, shape.dim)
+        cos_BA, cos_at = _input(cos_BA, "cosines", batch, half)
+        sin_BA, sin_at = _input(sin_BA, "sines", batch, half)
         for past in pasts:
             past.make_room()
         structures = (_Past * batch)(*(past.structure() for past in pasts))
         sizes = (self.num_layers, batch, shape.top_k)
-        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device="cpu")
-        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device="cpu")
-        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device="cpu")
+        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device=CPU)
+        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
+        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
         code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, *addresses, structures,
+            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
         )  # fmt: skip
         if code:
@@ -275,7 +271,7 @@ class Past:
             if check(each, name, (groups, None, width), FLOATS).shape[1] < kept:
                 raise ShapeError(f"{name} of {kept} positions are needed; given {each.shape[1]}")
         self._grow(layer, end + 1)
-        slots = torch.arange(end - kept, end, device="cpu") % len(self._keys[layer])
+        slots = torch.arange(end - kept, end, device=CPU) % len(self._keys[layer])
         for ring, new_GPA in ((self._keys, keys_GPA), (self._values, values_GPA)):
             ring[layer][slots] = new_GPA[:, -kept:].transpose(0, 1).to(self._dtype)
         self.position = end
@@ -297,7 +293,7 @@ class Past:
         return _Past(*self._addresses, self.position)
 
     def _new(self, capacity: int) -> Tensor:
-        return torch.zeros(capacity, *self._sizes, dtype=self._dtype, device="cpu")
+        return torch.zeros(capacity, *self._sizes, dtype=self._dtype, device=CPU)
 
     def _grow(self, layer: int, positions: int) -> None:
         """Room for `positions` in one layer, by doubling; a ring at its limit stays."""
@@ -358,6 +354,14 @@ def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
         _experts(layer.experts, "experts", count, dim), shared,
         _maybe(layer.shared_gate, "shared_gate", dim),
     )  # fmt: skip
+
+
+def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
+    """A step's input in fp32 and in one piece, and where that is."""
+    if x_BX.dtype != torch.float32:
+        x_BX = check(x_BX, name, (batch, size), FLOATS).float()
+    x_BX = x_BX.contiguous()
+    return x_BX, address(x_BX, name, (batch, size), FP32)
 
 
 def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
