@@ -115,14 +115,6 @@ void Mixture::add(int64_t token, const float *weights, float *y) const {
     }
 }
 
-namespace {
-
-bool good(const moestro_experts *w, int32_t dtype) {
-    return w && w->data && valid(w->kind, w->group) && (w->down || !plain(w->kind)) && w->experts >= 1 && w->dim >= 1 && w->hidden >= 1 &&
-           (dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16) && w->activation >= MOESTRO_SWIGLU && w->activation <= MOESTRO_GELU;
-}
-
-}  // namespace
 }  // namespace moestro
 
 using namespace moestro;
@@ -130,8 +122,7 @@ using namespace moestro;
 extern "C" {
 
 int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y, const float *bias) {
-    if (!w || !w->data || !valid(w->kind, w->group) || w->n < 1 || w->k < 1 || m < 0) return MOESTRO_EBAD;
-    if (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16) return MOESTRO_EBAD;
+    if (!w || !valid(*w) || !valid_rows(dtype) || m < 0) return MOESTRO_EBAD;
     if (m == 0) return 0;
     if (!x || !y) return MOESTRO_EBAD;
     Lock lock(one_at_a_time());
@@ -161,13 +152,13 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
 
 int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t, const int64_t *tokens,
                         const int64_t *experts, const float *weights, int64_t assignments, void *y) {
-    if (!good(w, dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
-    if (t == 0) return 0;
-    if (!x || !y || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
+    if (!w || !valid(*w) || !valid_rows(dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
+    if ((t && (!x || !y)) || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
     for (int64_t a = 0; a < assignments; a++) {
         if (experts[a] < 0 || experts[a] >= w->experts || tokens[a] < 0 || tokens[a] >= t) return MOESTRO_EBAD;
         if (a && tokens[a] < tokens[a - 1]) return MOESTRO_EBAD;
     }
+    if (t == 0) return 0;
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
     try {

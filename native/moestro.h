@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 3
+#define MOESTRO_ABI 4
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -61,10 +61,6 @@ MOESTRO_API int32_t moestro_use_path(int32_t path);
  * GOMP_parallel) are used instead of own ones, so that two pools never compete. */
 MOESTRO_API int32_t moestro_threads(void);
 MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
-
-/* Bytes of a packed [n, k] matrix, a multiple of 64; of one expert's slab, a multiple of 4096. */
-MOESTRO_API int64_t moestro_matrix_bytes(int32_t kind, int32_t group, int64_t n, int64_t k);
-MOESTRO_API int64_t moestro_slab_bytes(int32_t kind, int32_t group, int32_t gated, int64_t dim, int64_t hidden);
 
 /* Pack rows [n, k] (fp32 or bf16, row stride in elements) at dst. `step` 2 leaves every other
  * block free for a second matrix (gate and up). Input that is not finite is refused

@@ -128,21 +128,10 @@ using namespace moestro;
 
 extern "C" {
 
-int64_t moestro_matrix_bytes(int32_t kind, int32_t group, int64_t n, int64_t k) {
-    if (!valid(kind, group) || n < 1 || k < 1) return MOESTRO_EBAD;
-    return blocks_of(n) * block_bytes(kind, group, k);
-}
-
-int64_t moestro_slab_bytes(int32_t kind, int32_t group, int32_t gated, int64_t dim, int64_t hidden) {
-    if (!valid(kind, group) || dim < 1 || hidden < 1) return MOESTRO_EBAD;
-    const int64_t up = moestro_matrix_bytes(kind, group, hidden, dim) * (gated ? 2 : 1);
-    return round_up(up + moestro_matrix_bytes(kind, group, dim, hidden), 4096);
-}
-
 int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k, int64_t stride,
                      void *dst, int64_t step) {
     const bool shaped = n >= 1 && k >= 1 && stride >= k && (step == 1 || step == 2);
-    if (!valid(kind, group) || plain(kind) || !shaped || !src || !dst || (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16)) return MOESTRO_EBAD;
+    if (!valid(kind, group) || plain(kind) || !shaped || !src || !dst || !valid_rows(dtype)) return MOESTRO_EBAD;
     const Source source{dtype, src, n, k, stride};
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     std::atomic<bool> bad{false};

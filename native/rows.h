@@ -26,6 +26,15 @@ inline bool valid(int32_t kind, int32_t group) {
     return whole(kind) || group == 32 || group == 64;
 }
 
+inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.group) && w.n >= 1 && w.k >= 1; }
+
+inline bool valid(const moestro_experts &w) {
+    const bool known = valid(w.kind, w.group) && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
+    return known && w.data && (w.down || !plain(w.kind)) && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
+}
+
+inline bool valid_rows(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16; }
+
 // Inputs as they are multiplied, zeros at the end.
 inline int64_t padded(int32_t kind, int32_t group, int64_t k) {
     if (fp32(kind)) return k;

@@ -219,9 +219,19 @@ struct Step {
     }
 };
 
+bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
+
+bool good(const moestro_layer &layer, const moestro_decoder &d) {
+    const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
+    const bool shared = !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
+    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) && layer.window >= 0 &&
+           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
+}
+
 bool good(const moestro_decoder *d, int64_t b) {
-    return d && d->layer && d->layers >= 1 && b >= 1 && d->groups >= 1 && d->heads % d->groups == 0 && d->head_dim % 2 == 0 &&
-           d->top_k >= 0 && d->norm && d->head.data && (d->cache_dtype == MOESTRO_ROWS_F32 || d->cache_dtype == MOESTRO_ROWS_BF16);
+    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups) return false;
+    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype)) return false;
+    return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
 
 }  // namespace

@@ -165,7 +165,7 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
 }
 
 bool good(const moestro_groups *g, int32_t dtype) {
-    if (!g || !g->ends || g->count < 1 || g->rows < 0 || (dtype != MOESTRO_ROWS_F32 && dtype != MOESTRO_ROWS_BF16)) return false;
+    if (!g || !g->ends || g->count < 1 || g->rows < 0 || !valid_rows(dtype)) return false;
     for (int64_t e = 0; e < g->count; e++)
         if (g->ends[e] < (e ? g->ends[e - 1] : 0) || g->ends[e] > g->rows) return false;
     if (!g->experts) return true;

@@ -8,6 +8,7 @@ import torch
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError
 from moestro.infer import packed_files
+from moestro.infer.packed_header import MAGIC
 from moestro.infer.quantize import WEIGHTS, pack
 from moestro.kernels import native_cpu
 from moestro.models.checkpoint import atomic_folder, save_model
@@ -80,7 +81,7 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_every_tensor_is_on_a_page_of_its_own(saved: Path) -> None:
     raw = saved.read_bytes()
-    start = len(packed_files.MAGIC) + 8
+    start = len(MAGIC) + 8
     length = int.from_bytes(raw[start - 8 : start], "little")
     header = json.loads(raw[start : start + length])
     assert len(raw) % 4096 == 0
@@ -111,7 +112,7 @@ def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
 
 def header_of(path: Path) -> dict[str, Any]:
     raw = path.read_bytes()
-    start = len(packed_files.MAGIC) + 8
+    start = len(MAGIC) + 8
     length = int.from_bytes(raw[start - 8 : start], "little")
     header: dict[str, Any] = json.loads(raw[start : start + length])
     return header
@@ -120,14 +121,13 @@ def header_of(path: Path) -> dict[str, Any]:
 def rewrite(path: Path, **changes: Any) -> None:
     """Change the header, and nothing else."""
     raw = path.read_bytes()
-    start = len(packed_files.MAGIC) + 8
+    start = len(MAGIC) + 8
     length = int.from_bytes(raw[start - 8 : start], "little")
     header = json.loads(raw[start : start + length]) | changes
     text = json.dumps(header).encode()
     begin, new = (-(-(start + size) // 4096) * 4096 for size in (length, len(text)))
     path.write_bytes(
-        (packed_files.MAGIC + len(text).to_bytes(8, "little") + text).ljust(new, b"\0")
-        + raw[begin:]
+        (MAGIC + len(text).to_bytes(8, "little") + text).ljust(new, b"\0") + raw[begin:]
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError
+from moestro.errors import DataError, MoestroError
 from moestro.infer import decoding
 from moestro.infer.decoding import Decoding, chunked, decoding_of
 from moestro.infer.engine import Session, generate_batch, stream
@@ -104,6 +104,17 @@ def test_requests_come_and_go() -> None:
     assert session.live == 0
     assert session.step() == []
     assert [pieces[number] for number in (first, second, third)] == alone
+
+
+@pytest.mark.parametrize(
+    "token", [1.0, True, -1, 256, 2**70, "a", None, [1], torch.tensor(1)], ids=str
+)
+def test_what_is_no_token_is_refused_when_it_is_given(token: Any) -> None:
+    session = Session(model_of("python"), BYTES)
+    with pytest.raises(DataError, match=r"the prompt has .*the model's vocabulary"):
+        session.add([1, token], SamplingConfig())
+    assert session.live == 0
+    assert session.add([0, 255], SamplingConfig()) == 0
 
 
 def test_waiting_requests_hold_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

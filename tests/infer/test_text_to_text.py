@@ -133,6 +133,9 @@ def test_a_long_source_keeps_its_beginning_and_an_end():
     assert encode_source(BYTES, "abc", 4, 256) == ([*b"abc", 0], 0)
     assert encode_source(BYTES, "", 4, 256) == ([0], 0)
     assert encode_source(BYTES, [5, 6, 0], 4, 256) == ([5, 6, 0], 0)
+    for wrong in (256, -1, 2.0, [3]):
+        with pytest.raises(DataError, match="the model's vocabulary"):
+            encode_source(BYTES, [5, wrong], 4, 256)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

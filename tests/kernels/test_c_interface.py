@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moestro.kernels import native_cpu, native_library, native_step, packing
-from moestro.kernels.native_step import CACHE_DTYPES
+from moestro.kernels.addresses import ROWS
 
 HEADER = (Path(__file__).parents[2] / "native" / "moestro.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
@@ -83,5 +83,5 @@ def test_numbers():
     short = {"clamped_swiglu": "CLAMPED"}
     activations = [f"MOESTRO_{short.get(a, a.upper())}" for a in native_cpu.ACTIVATIONS]
     assert [int(enums[each]) for each in activations] == list(range(len(activations)))
-    dtypes = [f"MOESTRO_ROWS_{'F32' if d is torch.float32 else 'BF16'}" for d in CACHE_DTYPES]
-    assert [int(enums[dtype]) for dtype in dtypes] == list(CACHE_DTYPES.values())
+    dtypes = [f"MOESTRO_ROWS_{'F32' if d is torch.float32 else 'BF16'}" for d in ROWS]
+    assert [int(enums[dtype]) for dtype in dtypes] == list(ROWS.values())

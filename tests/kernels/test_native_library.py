@@ -167,6 +167,15 @@ def test_threads_are_torchs_unless_the_environment_says(native, loaded_anew, mon
     assert native_cpu.library().moestro_threads() == 1
 
 
+@pytest.mark.parametrize("given", ["0", "-1", "two", "²", "1025", "99999999999999999999"])
+def test_numbers_of_threads_that_are_none_are_refused(native, monkeypatch, given):
+    monkeypatch.setenv(THREADS_VARIABLE, given)
+    with pytest.raises(BackendError, match=f"{THREADS_VARIABLE} is 1 to 1024; given '{given}'"):
+        native_cpu.library()
+    monkeypatch.delenv(THREADS_VARIABLE)
+    assert native_cpu.library().moestro_threads() == torch.get_num_threads()
+
+
 def test_a_later_set_num_threads_is_followed(native):
     code = """
 for threads in (1, 3, 2):

@@ -322,22 +322,22 @@ def test_what_does_not_fit_is_refused():
     native = native_of(model)
     past = Past(native, model)
     turn = torch.ones(1, model.cfg.head_dim // 2)
-    with pytest.raises(ShapeError, match="a step takes"):
+    with pytest.raises(ShapeError, match=r"embeddings must be .*\[1, 32\]"):
         native.step(torch.zeros(1, 31), turn, turn, [past.placed()])
-    with pytest.raises(ShapeError, match="a step takes"):
+    with pytest.raises(ShapeError, match=r"embeddings must be .*\[1, 32\]"):
         native.step(torch.zeros(2, 32), turn, turn, [past.placed()])
     view, good = StepPast(native), torch.zeros(1, model.cfg.num_kv_heads, 4, model.cfg.head_dim)
     for bad in (good[0], good[:, :1], good.double(), good.transpose(2, 3), good[:, :, ::2]):
-        with pytest.raises(ShapeError, match="takes keys and values"):
+        with pytest.raises(ShapeError, match=r"(keys|values) must be"):
             view.put(0, (good, bad), 0, 0)
-    with pytest.raises(ShapeError, match="refused"):  # a layer that was never put
+    with pytest.raises(ShapeError, match="every layer put"):  # a layer that was never put
         native.step(torch.zeros(1, 32), turn, turn, [view])
     for number in range(model.cfg.num_layers):
         view.put(number, (good, good.clone()), 4, 0)  # past the end
-    with pytest.raises(ShapeError, match="refused"):
+    with pytest.raises(ShapeError, match="every layer put"):
         native.step(torch.zeros(1, 32), turn, turn, [view])
     view.put(0, (good, good.clone()), 2, 3)  # more kept than there are
-    with pytest.raises(ShapeError, match="refused"):
+    with pytest.raises(ShapeError, match="every layer put"):
         native.step(torch.zeros(1, 32), turn, turn, [view])
     layers = [step_layer(block, None, None) for block in model.blocks]
     layers[0] = layers[0]._replace(ffn_norm=layers[0].ffn_norm.double())

@@ -285,18 +285,18 @@ def test_without_the_library_training_goes_to_torch(monkeypatch):
 def test_what_does_not_fit_is_refused():
     (x_RD, up_EHD, down_EDF), _, offsets_E = make_case([4, 3])
     ffn, mm = native_training.expert_ffn, native_training.NATIVE.grouped_mm
-    with pytest.raises(ShapeError, match=r"bfloat16 rows.*float32"):
+    with pytest.raises(ShapeError, match=r"rows must be bfloat16.*given float32"):
         ffn(x_RD.float(), up_EHD, down_EDF, offsets_E, "swiglu")
-    with pytest.raises(ShapeError, match=r"\[R, 64\].*\[7, 32\]"):
+    with pytest.raises(ShapeError, match=r"\[any, 64\].*\[7, 32\]"):
         ffn(x_RD[:, :32], up_EHD, down_EDF, offsets_E, "swiglu")
-    with pytest.raises(ShapeError, match=r"have up \[2, 192, 64\]; given \[2, 128, 64\]"):
+    with pytest.raises(ShapeError, match=r"up must be .*\[2, 192, 64\].*\[2, 128, 64\]"):
         ffn(x_RD, up_EHD[:, :128], down_EDF, offsets_E, "swiglu")
-    with pytest.raises(ShapeError, match="as many groups"):
+    with pytest.raises(ShapeError, match=r"offsets must be .*\[2\].*\[1\]"):
         ffn(x_RD, up_EHD, down_EDF, offsets_E[:1], "swiglu")
-    with pytest.raises(ShapeError, match="multiple of 32"):
+    with pytest.raises(ShapeError, match="multiples of 32"):
         mm(x_RD[:, :40], up_EHD[:, :, :40], offsets_E)
     for wrong in ([4, 3], [-1, 7], [4, 8]):
-        with pytest.raises(ShapeError, match="offsets fall or pass"):
+        with pytest.raises(ShapeError, match="neither fall nor pass"):
             ffn(x_RD, up_EHD, down_EDF, torch.tensor(wrong), "swiglu")
     for order in ([0, 0], [0, 2], [-1, 0]):
         with pytest.raises(ShapeError, match="exactly one group"):

@@ -212,8 +212,8 @@ def check_ready(model: Decoder | EncDec) -> None:
         raise MoestroError("the model is in training mode; call model.eval() before generating")
 
 
-def check_known(ids: Iterable[int], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
-    """Refuse tokens that a model does not know, as where its tokenizer has more than it.
+def check_known(ids: Iterable[Any], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
+    """Refuse what are no tokens of a model, as where its tokenizer has more than it.
 
     Args:
         ids: What is to be read.
@@ -225,6 +225,11 @@ def check_known(ids: Iterable[int], vocab_size: int, tokenizer: Tokenizer, what:
         DataError: names the first of them.
     """
     for each in ids:
+        if type(each) is not int:
+            raise DataError(
+                f"{what} has {each!r:.80} of type {type(each).__name__}; a token is a whole number "
+                f"from 0 to {vocab_size - 1}, the model's vocabulary"
+            )
         if not 0 <= each < vocab_size:
             known = 0 <= each < tokenizer.vocab_size
             name = tokenizer.specials.get(each) or (tokenizer.decode([each]) if known else "")

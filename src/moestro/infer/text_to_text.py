@@ -65,6 +65,7 @@ def encode_source(
             tokens = tokenizer.encode_prompt(source)
     else:
         tokens = list(source)
+        check_known(tokens, vocab_size, tokenizer, "the source")
     end = tokens.pop() if tokens and tokens[-1] in tokenizer.ends else tokenizer.end_of_text
     most = context - 1
     return Prompt([*tokens[:most], end], max(0, len(tokens) - most))

@@ -7,47 +7,39 @@ rows of the batch and the threads.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.native_library import Experts, Matrix
+from moestro.kernels.addresses import CPU, FLOATS, FP32, INT64, ROWS, UINT8, address, check
+from moestro.kernels.native_library import Experts, Matrix, refusal
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
 from moestro.kernels.packing import (
+    ACTIVATIONS,
     COLUMNS,
     KINDS,
     PAGE,
+    UNGATED,
     Format,
     PackedExperts,
     PackedMatrix,
-    check_format,
 )
+from moestro.kernels.packing import matrix_bytes as matrix_bytes
+from moestro.kernels.packing import slab_bytes as slab_bytes
 
-UNGATED = ("relu", "gelu")
-ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
 PLAIN = Format("plain")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LINE = 64  # what packed weights begin at a multiple of, in bytes
 
 
 def aligned(nbytes: int) -> Tensor:
     """Uninitialised uint8 memory that starts on a page."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=CPU)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]
-
-
-def matrix_bytes(rows: int, columns: int, format: Format) -> int:
-    """Bytes of a packed matrix."""
-    return int(library().moestro_matrix_bytes(*_code(format), rows, columns))
-
-
-def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> int:
-    """Bytes of one packed expert."""
-    gated = activation not in UNGATED
-    return int(library().moestro_slab_bytes(*_code(format), gated, dim, hidden_dim))
 
 
 def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
@@ -56,7 +48,7 @@ def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
     Raises:
         ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
     """
-    check_format(format)
+    w_OI = _packable(w_OI)
     rows, columns = w_OI.shape
     data = aligned(matrix_bytes(rows, columns, format))
     _pack(w_OI, format, data.data_ptr(), 1)
@@ -78,11 +70,10 @@ def pack_expert(
     Raises:
         ShapeError: see `pack_matrix`.
     """
-    check_format(format)
+    up_HD, down_DF = _packable(up_HD), _packable(down_DF)
     dim, hidden = _sizes(up_HD, down_DF, activation)
-    if slab.numel() != slab_bytes(dim, hidden, activation, format):
-        raise ShapeError(f"the slab has {slab.numel()} bytes, which does not fit the expert")
-    at, up_bytes = slab.data_ptr(), matrix_bytes(hidden, dim, format)
+    size = slab_bytes(dim, hidden, activation, format)
+    at, up_bytes = _packed_at(slab, size, "slab"), matrix_bytes(hidden, dim, format)
     if activation in UNGATED:
         _pack(up_HD, format, at, 1)
         _pack(down_DF, format, at + up_bytes, 1)
@@ -94,14 +85,26 @@ def pack_expert(
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
-    """The fp32 matrix [rows, columns] that a packed one stands for."""
-    return _unpack(packed.data.data_ptr(), packed.rows, packed.columns, packed.format, 1)
+    """The fp32 matrix [rows, columns] that a packed one stands for.
+
+    Raises:
+        ShapeError: it is plain, or its data is not what it says.
+    """
+    data, rows, columns, format = packed
+    return _unpack(_packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
 
 
 def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
-    """(up [H, D], down [D, F]) in fp32 of one expert."""
+    """(up [H, D], down [D, F]) in fp32 of one expert.
+
+    Raises:
+        ShapeError: see `unpack_matrix`; or there is no such expert.
+    """
     dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
-    at = packed.data.data_ptr() + expert * packed.slab_bytes
+    size = slab_bytes(dim, hidden, packed.activation, format)
+    if not 0 <= expert < packed.num_experts:
+        raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
+    at = _packed_at(packed.data, packed.num_experts * size) + expert * size
     up_bytes = matrix_bytes(hidden, dim, format)
     if packed.activation in UNGATED:
         up_HD = _unpack(at, hidden, dim, format, 1)
@@ -120,18 +123,15 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
     Raises:
         ShapeError: x is not [T, I] in fp32 or bf16 on CPU, or the bias not fp32 [O].
     """
-    x_TI = _rows(x_TI, packed.columns)
-    if bias_O is not None:
-        _check(bias_O, "the bias", (packed.rows,), torch.float32)
+    matrix, x_TI = matrix_of(packed), x_TI.contiguous()
+    x_at = address(x_TI, "rows", (*x_TI.shape[:1], packed.columns), ROWS)
+    bias = None if bias_O is None else address(bias_O, "bias", (packed.rows,), FP32)
     y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
-    matrix = matrix_of(packed)
-    bias = None if bias_O is None else bias_O.data_ptr()
-    _done(
-        library().moestro_linear(
-            ctypes.byref(matrix), _DTYPES[x_TI.dtype], x_TI.data_ptr(), len(x_TI), y_TO.data_ptr(),
-            bias,
-        )
-    )  # fmt: skip
+    code = library().moestro_linear(
+        ctypes.byref(matrix), ROWS[x_TI.dtype], x_at, x_TI.shape[0], y_TO.data_ptr(), bias
+    )
+    if code:
+        raise refusal(code)
     return y_TO
 
 
@@ -155,22 +155,24 @@ def mixture(
     Raises:
         ShapeError: a shape or dtype does not fit, or an index is out of range.
     """
-    x_TD = _rows(x_TD, packed.dim)
-    for name, each in (("tokens", tokens_A), ("experts", experts_A)):
-        _check(each, name, (len(tokens_A),), torch.int64, contiguous=False)
-    _check(weights_A, "weights", (len(tokens_A),), weights_A.dtype, contiguous=False)
+    experts, x_TD, (size,) = experts_of(packed), x_TD.contiguous(), (tokens_A.numel(),)
+    x_at = address(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
+    tokens_A, experts_A = tokens_A.contiguous(), experts_A.contiguous()
+    if weights_A.dtype != torch.float32:
+        weights_A = check(weights_A, "weights", (size,), FLOATS).float()
+    weights_A = weights_A.contiguous()
     y_TD = torch.empty_like(x_TD)
-    tokens_A, experts_A, weights_A = (
-        each.contiguous() for each in (tokens_A, experts_A, weights_A.float())
-    )
-    experts = experts_of(packed)
-    _done(
-        library().moestro_mixture(
-            ctypes.byref(experts), _DTYPES[x_TD.dtype], x_TD.data_ptr(), len(x_TD),
-            tokens_A.data_ptr(), experts_A.data_ptr(), weights_A.data_ptr(), len(tokens_A),
-            y_TD.data_ptr(),
-        )
+    code = library().moestro_mixture(
+        ctypes.byref(experts), ROWS[x_TD.dtype], x_at, x_TD.shape[0],
+        address(tokens_A, "tokens", (size,), INT64), address(experts_A, "experts", (size,), INT64),
+        address(weights_A, "weights", (size,), FP32), size, y_TD.data_ptr(),
     )  # fmt: skip
+    if code:
+        raise refusal(
+            code,
+            f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
+            f"{_range('experts', experts_A, packed.num_experts)}",
+        )
     return y_TD
 
 
@@ -182,8 +184,11 @@ def plain_matrix(w_OI: Tensor) -> PackedMatrix:
     Raises:
         ShapeError: it is no such matrix, or bf16 with an odd number of columns.
     """
-    w_OI = _plain(w_OI)
-    return PackedMatrix(w_OI, w_OI.shape[0], w_OI.shape[1], PLAIN)
+    w_OI = check(w_OI, "plain weights", (None, None), ROWS).detach().contiguous()
+    rows, columns = w_OI.shape
+    packed = PackedMatrix(w_OI, rows, columns, PLAIN)
+    matrix_of(packed)
+    return packed
 
 
 def plain_experts(
@@ -198,50 +203,81 @@ def plain_experts(
     Raises:
         ShapeError: see `plain_matrix`; or up and down do not fit each other.
     """
-    up_EHD, down_EDF = _plain(up_EHD), _plain(down_EDF)
-    dim, hidden = _sizes(up_EHD, down_EDF, activation)
-    num_experts = len(down_EDF)
-    if up_EHD.dtype != down_EDF.dtype:
-        raise ShapeError(f"up is {up_EHD.dtype} and down {down_EDF.dtype}; both must be the same")
+    up_EHD = check(up_EHD, "up", (None, None, None), ROWS).detach().contiguous()
+    down_EDF = check(down_EDF, "down", (None, None, None), (up_EHD.dtype,)).detach().contiguous()
     up_bias, down_bias = (
         None if each is None else each.detach().float().contiguous()
         for each in (up_bias_EH, down_bias_ED)
     )
+    dim, hidden = _sizes(up_EHD, down_EDF, activation)
     return PackedExperts(
-        up_EHD, num_experts, dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
+        up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
 
 
-def _plain(weight: Tensor) -> Tensor:
-    odd = weight.dtype == torch.bfloat16 and weight.shape[-1] % 2
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or odd:
-        raise ShapeError(
-            f"plain weights are fp32, or bf16 with an even width, on CPU; given {weight.dtype} "
-            f"{list(weight.shape)} on {weight.device}"
-        )
-    return weight.detach().contiguous()
-
-
 def matrix_of(packed: PackedMatrix) -> Matrix:
-    """The C structure; the tensor must outlive it."""
-    kind = _kind(packed.format, packed.data)
-    return Matrix(packed.data.data_ptr(), packed.rows, packed.columns, kind, packed.format.group)
+    """The C structure; the tensor must outlive it.
+
+    Raises:
+        ShapeError: the data is not what the matrix says of it.
+    """
+    data, rows, columns, format = packed
+    if format.kind == "plain":
+        at = _plain_at(data, (rows, columns))
+    else:
+        at = _packed_at(data, matrix_bytes(rows, columns, format))
+    return Matrix(at, rows, columns, _kind(format, data), format.group)
 
 
 def experts_of(packed: PackedExperts) -> Experts:
-    """The C structure; the tensors must outlive it."""
-    down, biases = packed.down, (packed.up_bias, packed.down_bias)
+    """The C structure; the tensors must outlive it.
+
+    Raises:
+        ShapeError: the tensors are not what the experts say of them.
+    """
+    data, num_experts, dim, hidden, activation, format, up_bias, down_bias, down = packed
+    if activation not in ACTIVATIONS or num_experts < 1:
+        raise ShapeError(
+            f"experts are at least one, of {', '.join(ACTIVATIONS)}; given {num_experts} of "
+            f"{activation!r}"
+        )
+    width, slab, down_at = hidden * (1 if activation in UNGATED else 2), 0, None
+    if format.kind == "plain":
+        at = _plain_at(data, (num_experts, width, dim))
+        down_at = _plain_at(down, (num_experts, dim, hidden), (data.dtype,))
+    else:
+        slab = slab_bytes(dim, hidden, activation, format)
+        at = _packed_at(data, num_experts * slab)
+    biases = (
+        None if bias is None else address(bias, "bias", (num_experts, size), FP32)
+        for bias, size in ((up_bias, width), (down_bias, dim))
+    )
     return Experts(
-        packed.data.data_ptr(), None if down is None else down.data_ptr(), packed.slab_bytes,
-        packed.num_experts, packed.dim, packed.hidden_dim, _kind(packed.format, packed.data),
-        packed.format.group, ACTIVATIONS.index(packed.activation), 0,
-        *(None if each is None else each.data_ptr() for each in biases),
+        at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
+        ACTIVATIONS.index(activation), 0, *biases,
     )  # fmt: skip
+
+
+def _packed_at(data: Tensor, nbytes: int, name: str = "packed weights") -> int:
+    return address(data, name, (nbytes,), UINT8, _LINE)
+
+
+def _plain_at(
+    weight: Tensor | None, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = ROWS
+) -> int:
+    at = address(weight, "plain weights", shape, dtypes)
+    odd = shape[-1] % 2 and weight is not None and weight.dtype == torch.bfloat16
+    if odd or min(shape) < 1:
+        raise ShapeError(
+            f"plain weights are not empty, and have an even width in bfloat16; given {list(shape)}"
+        )
+    return at
 
 
 def read(data: Tensor) -> int:
     """Read memory once with all threads, as fast as it goes: what bandwidth is measured by."""
-    return int(library().moestro_read(data.data_ptr(), data.numel() * data.element_size()))
+    at = address(data, "data", data.shape, (data.dtype,))
+    return int(library().moestro_read(at, data.nbytes))
 
 
 def _code(format: Format) -> tuple[int, int]:
@@ -269,58 +305,31 @@ def _sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
     return dim, hidden
 
 
-def _check(
-    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, contiguous: bool = True
-) -> None:
-    """Refuse what native code would read wrongly."""
-    fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
-    if not fits or (contiguous and not tensor.is_contiguous()):
-        raise ShapeError(
-            f"{name} must be {dtype} {list(shape)} on CPU; given {tensor.dtype} "
-            f"{list(tensor.shape)} on {tensor.device}"
-        )
+def _range(name: str, given_A: Tensor, count: int) -> str:
+    """Which indices are allowed and which were given."""
+    ids = given_A.tolist()
+    return f"{name} from 0 to {count - 1}, given {min(ids, default=0)} to {max(ids, default=0)}"
 
 
-def _rows(x_TI: Tensor, columns: int) -> Tensor:
-    if x_TI.dim() != 2 or x_TI.shape[1] != columns or x_TI.dtype not in _DTYPES:
-        raise ShapeError(
-            f"packed weights take fp32 or bf16 rows [T, {columns}]; given {x_TI.dtype} "
-            f"{list(x_TI.shape)}"
-        )
-    if x_TI.device.type != "cpu":
-        raise ShapeError(f"packed weights compute on CPU; the rows are on {x_TI.device}")
-    return x_TI.detach().contiguous()
+def _packable(w_OI: Tensor) -> Tensor:
+    return check(w_OI, "what is packed", (None, None), ROWS).detach().contiguous()
 
 
-def _pack(w_OI: Tensor, format: Format, address: int, step: int) -> None:
-    if w_OI.dim() != 2 or w_OI.dtype not in _DTYPES or w_OI.device.type != "cpu":
-        raise ShapeError(
-            f"what is packed is an fp32 or bf16 matrix on CPU; given {w_OI.dtype} "
-            f"{list(w_OI.shape)} on {w_OI.device}"
-        )
-    w_OI = w_OI.detach().contiguous()
+def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
     code = library().moestro_pack(
-        *_code(format), _DTYPES[w_OI.dtype], w_OI.data_ptr(), *w_OI.shape, w_OI.shape[1],
-        address, step,
+        *_code(format), ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape,
+        w_OI.shape[1], at, step,
     )  # fmt: skip
     if code:
-        raise ShapeError(
-            "the weights hold NaN or infinity, or (for int8 and int4) a size above 65504; "
-            "they cannot be packed"
+        raise refusal(
+            code,
+            "weights without NaN or infinity, and for int8 and int4 none of size above 65504",
         )
 
 
-def _unpack(address: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
-    w_OI = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-    _done(library().moestro_unpack(*_code(format), address, rows, columns, step, w_OI.data_ptr()))
-    return w_OI
-
-
-def _done(code: int) -> None:
-    if code == -2:
-        raise MemoryError("not enough memory for the native kernels' buffers")
+def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
+    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
+    code = library().moestro_unpack(*_code(format), at, rows, columns, step, w_OI.data_ptr())
     if code:
-        raise ShapeError(
-            "the native kernel refused its arguments: an expert or token is out of range, or the "
-            "assignments are not in the order of their tokens"
-        )
+        raise refusal(code)
+    return w_OI

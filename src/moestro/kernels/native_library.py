@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 import moestro.kernels
-from moestro.errors import BackendError
+from moestro.errors import BackendError, ShapeError
 
 LIBRARY = "libmoestro.so"
 LIBRARY_VARIABLE = "MOESTRO_NATIVE_LIBRARY"
 PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
-ABI = 3
+MOST_THREADS = 1024
+ABI = 4
+_EMEMORY, _EPATH = -2, -3
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -59,8 +61,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_use_path": (_INT32, (_INT32,)),
     "moestro_threads": (_INT32, ()),
     "moestro_use_threads": (_INT32, (_INT32, _POINTER)),
-    "moestro_matrix_bytes": (_INT64, (_INT32, _INT32, _INT64, _INT64)),
-    "moestro_slab_bytes": (_INT64, (_INT32, _INT32, _INT32, _INT64, _INT64)),
     "moestro_pack": (
         _INT32, (_INT32, _INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64),
     ),
@@ -114,21 +114,20 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
-_threads_told = 0
+_threads_told: str | int = 0
 
 
 def _follow_threads(loaded: ctypes.CDLL) -> None:
     """Compute in as many threads as torch does, also after `torch.set_num_threads`."""
     global _threads_told
-    wanted = _threads_wanted()
-    if wanted != _threads_told:
-        loaded.moestro_use_threads(wanted, _team())
-        _threads_told = wanted
-
-
-def _threads_wanted() -> int:
     given = os.environ.get(THREADS_VARIABLE, "")
-    return int(given) if given.isdigit() and int(given) else torch.get_num_threads()
+    wanted = given or min(torch.get_num_threads(), MOST_THREADS)
+    if wanted == _threads_told:
+        return
+    known = str(wanted).isdecimal() and 1 <= int(wanted) <= MOST_THREADS
+    if not known or loaded.moestro_use_threads(int(wanted), _team()):
+        raise BackendError(f"{THREADS_VARIABLE} is 1 to {MOST_THREADS}; given {given!r}")
+    _threads_told = wanted
 
 
 @cache
@@ -161,6 +160,15 @@ def library() -> ctypes.CDLL:
             f"is {best}"
         )
     return loaded
+
+
+def refusal(code: int, allowed: str = "what the docstrings say") -> Exception:
+    """What a code other than 0 of a native function means; `allowed` says what it takes."""
+    if code == _EMEMORY:
+        return MemoryError("not enough memory for the native kernels' buffers")
+    if code == _EPATH:
+        return BackendError("the native kernels' path changed to one without AMX tiles")
+    return ShapeError(f"the native kernels take {allowed}")
 
 
 def available() -> str | None:

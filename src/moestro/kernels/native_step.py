@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
+from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library
+from moestro.kernels.native_library import Experts, Matrix, library, refusal
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class StepLayer(NamedTuple):
@@ -136,6 +136,7 @@ class StepPast:
     Attributes:
         structure: what the native library reads.
         buffers: of each layer, as it was put.
+        kind: see `StepDecoder.past_kind`.
     """
 
     def __init__(self, decoder: StepDecoder) -> None:
@@ -144,8 +145,8 @@ class StepPast:
         Args:
             decoder: whose past it is.
         """
-        count, shape = decoder.num_layers, decoder.shape
-        self._sizes, self._dtype = (1, shape.groups, shape.head_dim), decoder.cache_dtype
+        count = decoder.num_layers
+        self.kind = decoder.past_kind
         self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
         self._keys, self._values = (_POINTER * count)(), (_POINTER * count)()
         self._rooms, self._places = (_INT64 * count)(), (_INT64 * count)()
@@ -163,26 +164,29 @@ class StepPast:
             kept: positions before it that it may see.
 
         Raises:
-            ShapeError: they are not of the decoder's shape and cache dtype, or not contiguous.
+            ShapeError: there is no such layer, or they are not of the decoder's shape and cache
+                dtype, or not contiguous. Places that do not fit are refused by the step.
         """
-        if buffers is not self.buffers[layer]:
-            for each in buffers:
-                fits = (*each.shape[:2], each.shape[-1]) == self._sizes and each.dim() == 4
-                if not fits or each.dtype != self._dtype or not each.is_contiguous():
-                    groups, head_dim = self._sizes[1:]
-                    raise ShapeError(
-                        f"the native decoder takes keys and values [1, {groups}, P, {head_dim}], "
-                        f"contiguous, in {self._dtype}; given {list(each.shape)} in {each.dtype}"
-                    )
+        if not 0 <= layer < len(self.buffers) or buffers is not self.buffers[layer]:
+            if not 0 <= layer < len(self.buffers):
+                raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
+            _, groups, width, dtype = self.kind
             keys, values = buffers
-            self._keys[layer], self._values[layer] = keys.data_ptr(), values.data_ptr()
-            self._rooms[layer] = min(keys.shape[2], values.shape[2])
+            room = check(keys, "keys", (1, groups, None, width), (dtype,)).shape[2]
+            size = (1, groups, room, width)
+            self._keys[layer] = address(keys, "keys", size, (dtype,))
+            self._values[layer] = address(values, "values", size, (dtype,))
+            self._rooms[layer] = room
             self.buffers[layer] = buffers
         self._places[layer], self._kept[layer] = place, kept
 
 
 class StepDecoder:
-    """A decoder as the native library sees it; keeps the tensors alive that it points to."""
+    """A decoder as the native library sees it; keeps the tensors alive that it points to.
+
+    Attributes:
+        past_kind: what its pasts have in common with it: L, G, A and the dtype.
+    """
 
     def __init__(
         self,
@@ -204,18 +208,21 @@ class StepDecoder:
             cache_dtype: of keys and values, fp32 or bf16.
 
         Raises:
-            ShapeError: a tensor is not fp32 and contiguous on CPU.
+            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU.
         """
+        _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.cache_dtype = shape, cache_dtype
         self.num_layers = len(layers)
+        self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
         self._alive = (list(layers), norm, head, head_bias)
-        self._layers = (_Layer * len(layers))(*map(_layer, layers))
+        self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
-            shape.top_k, shape.sigmoid, shape.renormalize, CACHE_DTYPES[cache_dtype],
+            shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _address(norm), matrix_of(head),
-            _address(head_bias),
+            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            _matrix(head, "head", shape.vocab, shape.dim),
+            _maybe(head_bias, "head_bias", shape.vocab),
         )  # fmt: skip
 
     def step(
@@ -236,43 +243,93 @@ class StepDecoder:
         Raises:
             ShapeError: shapes do not fit.
         """
-        batch, shape = len(pasts), self.shape
-        sizes = ((batch, shape.dim), (batch, shape.head_dim // 2), (batch, shape.head_dim // 2))
-        given = (x_BD, cos_BA, sin_BA)
-        if any(tuple(x.shape) != size for x, size in zip(given, sizes, strict=True)):
-            raise ShapeError(f"a step takes {sizes}; given {[tuple(x.shape) for x in given]}")
+        batch, half = len(pasts), self.shape.head_dim // 2
+        kinds = [past.kind for past in pasts]
+        if kinds != [self.past_kind] * max(batch, 1) or len({id(past) for past in pasts}) < batch:
+            raise ShapeError(
+                f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
+                f"dtype); given {kinds}"
+            )
+        x_BD, x_at = _input(x_BD, "embeddings", batch, self.shape.dim)
+        cos_BA, cos_at = _input(cos_BA, "cosines", batch, half)
+        sin_BA, sin_at = _input(sin_BA, "sines", batch, half)
         structures = (_Past * batch)(*(past.structure for past in pasts))
-        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device="cpu")
-        choices = (self.num_layers, batch, shape.top_k)
-        experts_LBK = torch.full(choices, -1, dtype=torch.int64, device="cpu")
-        weights_LBK = torch.zeros(choices, dtype=torch.float32, device="cpu")
-        inputs = [x.float().contiguous() for x in given]
+        sizes = (self.num_layers, batch, self.shape.top_k)
+        logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
+        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
+        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
         code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, *(_address(x) for x in inputs), structures,
+            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
         )  # fmt: skip
         if code:
-            raise ShapeError(f"the native decoder refused its arguments (code {code})")
+            raise refusal(code, "pasts with every layer put, at a place within its room")
         return logits_BV, experts_LBK, weights_LBK
 
 
-def _layer(layer: StepLayer) -> _Layer:
-    shared = Experts() if layer.shared is None else experts_of(layer.shared)
+def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:
+    """Refuse numbers that no decoder has."""
+    least = min(shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab, num_layers)
+    if least < 1 or shape.top_k < 0 or shape.heads % shape.groups or shape.head_dim % 2:
+        raise ShapeError(
+            f"a decoder has layers, a multiple of groups as heads, and an even head_dim; given "
+            f"{num_layers} layers and {shape}"
+        )
+    if cache_dtype not in ROWS:
+        raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
+
+
+def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
+    dim, width = shape.dim, shape.head_dim
+    queries, routed = shape.heads * width, layer.router is not None
+    wide = queries + 2 * shape.groups * width
+    count = layer.experts.num_experts
+    if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
+        raise ShapeError(
+            f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
+            f"one a single expert; given window {layer.window}, {count} experts, {shape}"
+        )
+    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
     return _Layer(
-        _address(layer.attention_norm), _address(layer.ffn_norm), matrix_of(layer.qkv),
-        matrix_of(layer.out), _address(layer.qkv_bias), _address(layer.out_bias),
-        _address(layer.q_norm), _address(layer.k_norm), _address(layer.sinks), layer.window,
-        _address(layer.router), _address(layer.logit_bias), _address(layer.selection_bias),
-        experts_of(layer.experts), shared, _address(layer.shared_gate),
+        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
+        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
+        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
+        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
+        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
+        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
+        _maybe(layer.selection_bias, "selection_bias", count),
+        _experts(layer.experts, "experts", count, dim), shared,
+        _maybe(layer.shared_gate, "shared_gate", dim),
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
+    """A step's input in fp32 and in one piece, and where that is."""
+    if x_BX.dtype != torch.float32:
+        x_BX = check(x_BX, name, (batch, size), FLOATS).float()
+    x_BX = x_BX.contiguous()
+    return x_BX, address(x_BX, name, (batch, size), FP32)
+
+
+def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
+    if (packed.rows, packed.columns) != (rows, columns):
         raise ShapeError(
-            f"the native decoder takes fp32 tensors, contiguous and on CPU; given {tensor.dtype} "
-            f"{list(tensor.shape)} on {tensor.device}"
+            f"{name} must be {rows} × {columns}; given {packed.rows} × {packed.columns}"
         )
-    return tensor.data_ptr()
+    return matrix_of(packed)
+
+
+def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
+    if (packed.num_experts, packed.dim) != (count, dim):
+        raise ShapeError(
+            f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
+        )
+    return experts_of(packed)
+
+
+def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
+    return address(tensor, name, shape, FP32)
+
+
+def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
+    return None if tensor is None else address(tensor, name, shape, FP32)

@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.errors import BackendError, ShapeError
-from moestro.kernels.native_library import PATHS, Grouping, library
+from moestro.errors import BackendError
+from moestro.kernels.addresses import FLOATS, INT64, ROWS, address, check
+from moestro.kernels.native_library import PATHS, Grouping, library, refusal
 from moestro.kernels.reference import Biases
 from moestro.kernels.torch_grouped import Groups, Products, clear_tail, segments_add_bias
 
 WIDTH = 32  # of which widths are multiples
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BF16, _WHOLE = (torch.bfloat16,), (*INT64, torch.int32)
+_ALLOWED = (
+    f"widths that are multiples of {WIDTH}, offsets that neither fall nor pass the last row, and "
+    "exactly one group for each expert"
+)
 
 
 def reason_against(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
@@ -51,34 +56,29 @@ def mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
     """
     w_EOI = _weights(w_EOI)
     num_experts, outputs, inputs = w_EOI.shape
-    _check_rows(x_RI, outputs if back else inputs)
-    x_RI = x_RI.contiguous()
+    x_RI = _rows(x_RI, outputs if back else inputs)
     y_RO = x_RI.new_empty(x_RI.shape[0], inputs if back else outputs)
     grouping = _Grouping(groups, num_experts, len(x_RI))
-    _done(
-        library().moestro_grouped(
-            *grouping.given, _DTYPES[w_EOI.dtype], w_EOI.data_ptr(), outputs, inputs, back,
-            x_RI.data_ptr(), y_RO.data_ptr(),
-        )
-    )  # fmt: skip
+    code = library().moestro_grouped(
+        *grouping.given, ROWS[w_EOI.dtype], _at(w_EOI), outputs, inputs, back, _at(x_RI), _at(y_RO)
+    )
+    if code:
+        raise refusal(code, _ALLOWED)
     return y_RO
 
 
 def weight_grad(grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
     """See `torch_grouped.Products.weight_grad`; raises as `mm` does."""
-    for rows in (grad_RO, x_RI):
-        _check_rows(rows, rows.shape[-1])
-    grad_RO, x_RI = grad_RO.contiguous(), x_RI.contiguous()
+    grad_RO, x_RI = _rows(grad_RO), _rows(x_RI)
     num_experts, outputs, inputs = len(groups.offsets_E), grad_RO.shape[1], x_RI.shape[1]
-    made = dtype if dtype in _DTYPES else torch.float32
+    made = dtype if dtype in ROWS else torch.float32
     grad_EOI = x_RI.new_empty(num_experts, outputs, inputs, dtype=made)
     grouping = _Grouping(groups, num_experts, min(len(x_RI), len(grad_RO)))
-    _done(
-        library().moestro_grouped_grad(
-            *grouping.given, _DTYPES[made], outputs, inputs, grad_RO.data_ptr(), x_RI.data_ptr(),
-            grad_EOI.data_ptr(),
-        )
-    )  # fmt: skip
+    code = library().moestro_grouped_grad(
+        *grouping.given, ROWS[made], outputs, inputs, _at(grad_RO), _at(x_RI), _at(grad_EOI)
+    )
+    if code:
+        raise refusal(code, _ALLOWED)
     return grad_EOI.to(dtype)
 
 
@@ -97,6 +97,9 @@ def expert_ffn(
     """`reference.expert_ffn` by these kernels; raises as `mm` does."""
     if activation != "swiglu" or biases is not None:
         return NATIVE.expert_ffn(x_RD, up_EHD, down_EDF, offsets_E, activation, experts_E, biases)
+    check(x_RD, "rows", (None, None), _BF16)
+    for name, weight in (("up", up_EHD), ("down", down_EDF)):
+        check(weight, name, (None, None, None), FLOATS)
     groups, inputs = Groups(offsets_E, experts_E), (x_RD, up_EHD, down_EDF)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         y_RD: Tensor = _SwiGLU.apply(*inputs, groups)
@@ -138,16 +141,15 @@ def _forward(
     """y_RD; writes what the backward wants to `hidden_RH`."""
     up_EHD, down_EDF = _expert_weights(up_EHD, down_EDF)
     num_experts, dim, hidden = down_EDF.shape
-    _check_rows(x_RD, dim)
+    x_RD = _rows(x_RD, dim)
     y_RD = torch.empty_like(x_RD)
     grouping = _Grouping(groups, num_experts, len(x_RD))
-    _done(
-        library().moestro_ffn(
-            *grouping.given, _DTYPES[up_EHD.dtype], up_EHD.data_ptr(), down_EDF.data_ptr(), dim,
-            hidden, x_RD.data_ptr(), None if hidden_RH is None else hidden_RH.data_ptr(),
-            y_RD.data_ptr(),
-        )
+    code = library().moestro_ffn(
+        *grouping.given, ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden, _at(x_RD),
+        None if hidden_RH is None else _at(hidden_RH, len(x_RD), 2 * hidden), _at(y_RD),
     )  # fmt: skip
+    if code:
+        raise refusal(code, _ALLOWED)
     return clear_tail(y_RD, groups)
 
 
@@ -157,18 +159,17 @@ def _backward(
     """(gradient of the hidden rows, activated rows, gradient of the rows)."""
     up_EHD, down_EDF = _expert_weights(up_EHD, down_EDF)
     num_experts, dim, hidden = down_EDF.shape
-    _check_rows(grad_RD, dim)
+    grad_RD = _rows(grad_RD, dim)
     grad_hidden_RH = torch.empty_like(hidden_RH)
     act_RF = grad_RD.new_empty(len(grad_RD), hidden)
     grad_x_RD = torch.empty_like(grad_RD)
     grouping = _Grouping(groups, num_experts, len(grad_RD))
-    _done(
-        library().moestro_ffn_back(
-            *grouping.given, _DTYPES[up_EHD.dtype], up_EHD.data_ptr(), down_EDF.data_ptr(), dim,
-            hidden, grad_RD.data_ptr(), hidden_RH.data_ptr(), grad_hidden_RH.data_ptr(),
-            act_RF.data_ptr(), grad_x_RD.data_ptr(),
-        )
+    code = library().moestro_ffn_back(
+        *grouping.given, ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden, _at(grad_RD),
+        _at(hidden_RH, len(grad_RD), 2 * hidden), _at(grad_hidden_RH), _at(act_RF), _at(grad_x_RD),
     )  # fmt: skip
+    if code:
+        raise refusal(code, _ALLOWED)
     return grad_hidden_RH, act_RF, clear_tail(grad_x_RD, groups)
 
 
@@ -176,57 +177,37 @@ class _Grouping:
     """The C structure of some groups, with the tensors that it points to."""
 
     def __init__(self, groups: Groups, num_experts: int, num_rows: int) -> None:
-        order_E = groups.experts_E
-        lengths = {len(groups.offsets_E), num_experts if order_E is None else len(order_E)}
-        if lengths != {num_experts}:
-            raise ShapeError(f"{num_experts} experts have as many groups; given {lengths}")
+        given = (("offsets", groups.offsets_E), ("experts", groups.experts_E))
         self.kept = [
-            None if each is None else each.to("cpu", torch.int64).contiguous()
-            for each in (groups.offsets_E, order_E)
+            None if each is None else check(each, name, (num_experts,), _WHOLE).long().contiguous()
+            for name, each in given
         ]
-        addresses = (None if each is None else each.data_ptr() for each in self.kept)
+        addresses = (
+            None if each is None else address(each, "groups", (num_experts,), INT64)
+            for each in self.kept
+        )
         self.given = (ctypes.byref(Grouping(*addresses, num_experts, num_rows)),)
 
 
 def _weights(w_EOI: Tensor) -> Tensor:
     """As the kernels read them: fp32 or bf16 in one piece."""
-    if w_EOI.dim() != 3 or w_EOI.device.type != "cpu":
-        raise ShapeError(
-            f"weights are [E, O, I] on CPU; given {list(w_EOI.shape)} on {w_EOI.device}"
-        )
-    return (w_EOI if w_EOI.dtype in _DTYPES else w_EOI.to(torch.bfloat16)).contiguous()
+    check(w_EOI, "weights", (None, None, None), FLOATS)
+    return (w_EOI if w_EOI.dtype in ROWS else w_EOI.to(torch.bfloat16)).contiguous()
 
 
 def _expert_weights(up_EHD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
     """Both weights in one dtype."""
     if up_EHD.dtype != down_EDF.dtype:
         up_EHD, down_EDF = up_EHD.to(torch.bfloat16), down_EDF.to(torch.bfloat16)
-    up_EHD, down_EDF = _weights(up_EHD), _weights(down_EDF)
+    down_EDF = _weights(down_EDF)
     num_experts, dim, hidden = down_EDF.shape
-    if up_EHD.shape != (num_experts, 2 * hidden, dim):
-        raise ShapeError(
-            f"swiglu experts with down {list(down_EDF.shape)} have up "
-            f"{[num_experts, 2 * hidden, dim]}; given {list(up_EHD.shape)}"
-        )
+    up_EHD = _weights(check(up_EHD, "up", (num_experts, 2 * hidden, dim), FLOATS))
     return up_EHD, down_EDF
 
 
-def _check_rows(rows_RI: Tensor, width: int) -> None:
-    fits = rows_RI.dim() == 2 and rows_RI.shape[1] == width and rows_RI.dtype == torch.bfloat16
-    if not fits or rows_RI.device.type != "cpu":
-        raise ShapeError(
-            f"AMX tiles take bfloat16 rows [R, {width}] on CPU; given {rows_RI.dtype} "
-            f"{list(rows_RI.shape)} on {rows_RI.device}"
-        )
+def _rows(rows_RI: Tensor, width: int | None = None) -> Tensor:
+    return check(rows_RI, "rows", (None, width), _BF16).contiguous()
 
 
-def _done(code: int) -> None:
-    if code == -2:
-        raise MemoryError("not enough memory for the native kernels' buffers")
-    if code == -3:
-        raise BackendError("the native kernels' path changed to one without AMX tiles")
-    if code:
-        raise ShapeError(
-            f"the native kernel refused its arguments: a width is no multiple of {WIDTH}, offsets "
-            "fall or pass the last row, or an expert has not exactly one group"
-        )
+def _at(tensor: Tensor, *shape: int) -> int:
+    return address(tensor, "memory", shape or tensor.shape, ROWS)

@@ -14,6 +14,7 @@ Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidde
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,12 @@ from moestro.errors import ShapeError
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
 KINDS = ("bfloat16", "int8", "int4", "float32", "plain")
+UNGATED = ("relu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
 QUANTISED = ("int8", "int4")
 GROUPS = (32, 64)
 COLUMNS = 32
+PAIRS = 32
 PAGE = 4096
 
 
@@ -80,11 +84,6 @@ class PackedExperts(NamedTuple):
     down_bias: Tensor | None = None
     down: Tensor | None = None
 
-    @property
-    def slab_bytes(self) -> int:
-        """Bytes from one expert to the next."""
-        return self.data.numel() // self.num_experts
-
 
 def check_format(format: Format) -> None:
     """Refuse a kind or group length that does not exist.
@@ -94,8 +93,41 @@ def check_format(format: Format) -> None:
     """
     if format.kind not in KINDS or format.kind == "plain":
         raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {format.kind!r}")
-    if format.kind in QUANTISED and format.group not in GROUPS:
-        raise ShapeError(f"groups have 32 or 64 inputs; given {format.group}")
+    unknown = format.kind in QUANTISED and format.group not in GROUPS
+    if unknown or type(format.group) is not int:
+        raise ShapeError(f"groups have 32 or 64 inputs; given {format.group!r}")
+
+
+@lru_cache(typed=True)
+def matrix_bytes(rows: int, columns: int, format: Format) -> int:
+    """Bytes of a packed matrix, a multiple of 64.
+
+    Raises:
+        ShapeError: it is empty, or there is no such format.
+    """
+    check_format(format)
+    if rows < 1 or columns < 1:
+        raise ShapeError(f"a packed matrix has rows and columns; given {rows} × {columns}")
+    blocks = -(-rows // COLUMNS)
+    if format.kind == "float32":
+        return blocks * COLUMNS * columns * 4
+    if format.kind == "bfloat16":
+        return blocks * COLUMNS * -(-columns // PAIRS) * PAIRS * 2
+    scales, weights = 2 * COLUMNS, COLUMNS * format.group // (2 if format.kind == "int4" else 1)
+    return blocks * -(-columns // format.group) * (scales + weights)
+
+
+@lru_cache(typed=True)
+def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> int:
+    """Bytes of one packed expert, a multiple of 4096.
+
+    Raises:
+        ShapeError: as `matrix_bytes`, or there is no such activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
+    up = matrix_bytes(hidden_dim, dim, format) * (1 if activation in UNGATED else 2)
+    return -(-(up + matrix_bytes(dim, hidden_dim, format)) // PAGE) * PAGE
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:

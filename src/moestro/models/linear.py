@@ -122,6 +122,17 @@ class PackedLinear(Packed):
         super().__init__()
         self.weights, self.bias_O = weights, bias_O
 
+    def parts(self) -> dict[str, Tensor]:
+        """Packed bytes, and the bias where there is one."""
+        return {"packed": self.weights.data} | (
+            {} if self.bias_O is None else {"bias_O": self.bias_O}
+        )
+
+    def use(self, parts: dict[str, Tensor]) -> None:
+        """Take others in their place."""
+        self.weights = self.weights._replace(data=parts["packed"])
+        self.bias_O = parts.get("bias_O")
+
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O], in the dtype to compute in."""
         rows_TI = self.rows(x_TI).reshape(-1, x_TI.shape[-1])

@@ -51,6 +51,14 @@ class Packed(nn.Module):
         x_TI = x_TI.to(compute_dtype(x_TI))
         return x_TI.float() if x_TI.dtype == torch.float16 else x_TI
 
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it is made of, by the names that `use` takes."""
+        raise NotImplementedError
+
+    def use(self, parts: dict[str, Tensor]) -> None:
+        """Take others in their place, of the same shapes and dtypes."""
+        raise NotImplementedError
+
     def _save_to_state_dict(self, *_: Any) -> None:
         raise MoestroError(
             "packed weights belong in no state dict; write them with "
@@ -68,6 +76,18 @@ class PackedWeights(Packed):
     def __init__(self, weights: packing.PackedExperts) -> None:
         super().__init__()
         self.weights = weights
+
+    def parts(self) -> dict[str, Tensor]:
+        """Packed bytes, and biases where there are some."""
+        data, biases = self.weights.data, (self.weights.up_bias, self.weights.down_bias)
+        up_down = zip(("up_bias", "down_bias"), biases, strict=True)
+        return {"packed": data} | {name: bias for name, bias in up_down if bias is not None}
+
+    def use(self, parts: dict[str, Tensor]) -> None:
+        """Take others in their place."""
+        self.weights = self.weights._replace(
+            data=parts["packed"], up_bias=parts.get("up_bias"), down_bias=parts.get("down_bias")
+        )
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
