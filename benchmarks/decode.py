@@ -18,6 +18,7 @@ import measure
 import torch
 
 from moestro import Decoder, ModelConfig
+from moestro.cli.peers import cache_of
 from moestro.infer.native_decoder import NativeDecoder
 from moestro.models.count import count
 
@@ -96,12 +97,12 @@ def native_steps(model: Decoder, vocab: int) -> Callable[[], None]:
     """The same through the native step, which is what `moestro generate` does."""
     native, cache = NativeDecoder(model), model.new_cache()
     logits = model(torch.randint(0, vocab, (1, PROMPT)), cache=cache).logits[:, -1]
-    token, past = int(logits.argmax()), native.past(cache)
+    token = int(logits.argmax())
 
     def run() -> None:
         nonlocal token
         for _ in range(TOKENS):
-            token = int(native.step([token], [past]).logits_BV.argmax())
+            token = int(native.step([token], [cache]).logits_BV.argmax())
 
     return run
 
@@ -110,13 +111,13 @@ def their_steps(model: Any, kind: str, vocab: int) -> Callable[[], None]:
     """The same with transformers' own cache and one of its expert implementations."""
     model.set_experts_implementation(kind)
     first = model(torch.randint(0, vocab, (1, PROMPT)), use_cache=True)
-    tokens, cache = first.logits[:, -1:].argmax(-1), first.past_key_values
+    tokens, cache = first.logits[:, -1:].argmax(-1), cache_of(first)
 
     def run() -> None:
         nonlocal tokens
         model.set_experts_implementation(kind)
         for _ in range(TOKENS):
-            output = model(tokens, past_key_values=cache, use_cache=True)
+            output = model(tokens, use_cache=True, **cache)
             tokens = output.logits[:, -1:].argmax(-1)
 
     return run

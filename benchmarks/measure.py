@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moestro.machine import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,18 +48,13 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
     commit = _git("rev-parse", "--short", "HEAD")
     if _git("status", "--porcelain", "--", "src", "benchmarks/*.py"):
         commit += "-dirty"  # the code measured is not the commit's
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

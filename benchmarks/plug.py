@@ -17,6 +17,7 @@ import measure
 import torch
 
 import moestro.hf
+from moestro.cli.peers import cache_of
 
 PROMPT, TOKENS = 512, 12
 OWN = ("eager", "grouped_mm", "batched_mm")
@@ -28,14 +29,14 @@ def decoding(model: Any, kind: str | None) -> Callable[[], None]:
     if kind is not None:
         model.set_experts_implementation(kind)
     first = model(torch.randint(0, SIZE["vocab"], (1, 32)), use_cache=True)
-    tokens, cache = first.logits[:, -1:].argmax(-1), first.past_key_values
+    tokens, cache = first.logits[:, -1:].argmax(-1), cache_of(first)
 
     def run() -> None:
         nonlocal tokens
         if kind is not None:
             model.set_experts_implementation(kind)
         for _ in range(TOKENS):
-            output = model(tokens, past_key_values=cache, use_cache=True)
+            output = model(tokens, use_cache=True, **cache)
             tokens = output.logits[:, -1:].argmax(-1)
 
     return run

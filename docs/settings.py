@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from moestro.config import EncDecConfig, ModelConfig, MoEConfig, RunConfig
+from moestro.config.number import MOST
 from moestro.settings import Settings, settings_classes
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -64,7 +65,7 @@ MEANINGS = {
 HEAD = """# Settings
 
 Everything a run can be told. This page is written by `python docs/settings.py` from
-`src/moestro/config.py`; do not edit it by hand.
+`src/moestro/config/`; do not edit it by hand.
 
 A run's settings come from a TOML or JSON file (`moestro train --config run.toml`), and single ones
 from `--set NAME=VALUE`, as in `moestro train --set train.steps=200`. What a file leaves out has the
@@ -72,7 +73,7 @@ default below. Without `--config`, `moestro train` and `moestro compare` start f
 [demo.toml](../src/moestro/demo.toml), which sets some of them otherwise. `--set model.moe=null`
 unsets a table. A `model` that sets `encoder_layers` or `decoder_layers` is an encoder-decoder. A
 name that does not exist is an error, and the message names the nearest one that does. The settings
-as used are saved in the run's folder and in every checkpoint.
+as used are saved in the run's folder and in every checkpoint. No whole number may be above 2^40.
 
 In Python the same names are classes: `RunConfig(train={"steps": 200})`.
 """
@@ -112,14 +113,14 @@ def values_of(annotation: object) -> str:
 
 
 def limits(metadata: Iterable[object]) -> str:
-    """The limits of a number, as in ` ≥ 1`."""
+    """The limits of a number, as in ` ≥ 1`; without the one that all whole numbers have."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     single = [part for item in metadata for part in (item, *getattr(item, "metadata", ()))]
     found = [
-        f"{sign} {getattr(part, name):g}"
+        f"{sign} {limit:,g}"
         for part in single
         for name, sign in signs.items()
-        if getattr(part, name, None) is not None
+        if (limit := getattr(part, name, None)) is not None and limit != MOST
     ]
     return f" {', '.join(found)}" if found else ""
 

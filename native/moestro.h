@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 2
+#define MOESTRO_ABI 3
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -111,13 +111,12 @@ typedef struct {
     const float *head_bias;
 } moestro_decoder;
 
-/* The past of one sequence: for each layer keys and values [capacity, G, A], position p at p modulo
- * capacity. */
+/* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
+ * by side: `kept` of them before `place`, where the new one is written. */
 typedef struct {
     void *const *keys;
     void *const *values;
-    const int64_t *capacity;
-    int64_t position;      /* of the new token */
+    const int64_t *room, *place, *kept;
 } moestro_past;
 
 /* One new token for each of b sequences. x [b, D] fp32 are their embeddings; cosines and sines

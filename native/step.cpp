@@ -65,25 +65,20 @@ struct Step {
     // Rotate a group's key and its queries, keep key and value, attend.
     template <class T> void attend(int64_t l, int64_t t, int64_t g, std::vector<float> &spare) {
         const moestro_layer &layer = d.layer[l];
-        const int64_t a = d.head_dim, each = d.heads / d.groups, capacity = past[t].capacity[l];
-        const int64_t stride = d.groups * a;
-        const int64_t position = past[t].position, window = layer.window ? layer.window : position + 1;
-        const int64_t seen = std::min({position + 1, window, capacity}), first = position + 1 - seen;
+        const int64_t a = d.head_dim, each = d.heads / d.groups, place = past[t].place[l];
+        const int64_t all = past[t].kept[l] + 1, seen = layer.window ? std::min(all, layer.window) : all, first = place + 1 - seen;
         float *row = qkv.data() + t * wide(), *key = row + (d.heads + g) * a, *value = key + d.groups * a;
-        auto keys = static_cast<T *>(past[t].keys[l]), values = static_cast<T *>(past[t].values[l]);
+        const int64_t group = g * past[t].room[l] * a;
+        auto keys = static_cast<T *>(past[t].keys[l]) + group, values = static_cast<T *>(past[t].values[l]) + group;
         spare.resize(size_t(std::max(seen, a)));
         turn(key, layer.k_norm, t, spare);
-        const int64_t slot = position % capacity * stride + g * a;
-        keep(key, keys + slot, a);
-        keep(value, values + slot, a);
+        keep(key, keys + place * a, a);
+        keep(value, values + place * a, a);
         for (int64_t h = g * each; h < (g + 1) * each; h++) {
             float *query = row + h * a, *out = mixed.data() + (t * d.heads + h) * a, most = -3e38f;
             turn(query, layer.q_norm, t, spare);
-            // The ring from its oldest position on: up to its end, then from its beginning.
-            const int64_t start = first % capacity, before = std::min(seen, capacity - start);
             const bool fp32 = std::is_same_v<T, float>;
-            kernels().scores(query, keys + start * stride + g * a, fp32, stride, before, a, d.score_scale, spare.data());
-            kernels().scores(query, keys + g * a, fp32, stride, seen - before, a, d.score_scale, spare.data() + before);
+            kernels().scores(query, keys + first * a, fp32, a, seen, a, d.score_scale, spare.data());
             for (int64_t p = 0; p < seen; p++) most = std::max(most, spare[size_t(p)]);
             if (layer.sinks) most = std::max(most, layer.sinks[h]);
             float sum = kernels().exponentials(spare.data(), most, seen);
@@ -93,8 +88,7 @@ struct Step {
             }
             for (int64_t p = 0; p < seen; p++) spare[size_t(p)] /= sum;
             std::fill(out, out + a, 0.0f);
-            kernels().mix(spare.data(), values + start * stride + g * a, fp32, stride, before, a, out);
-            kernels().mix(spare.data() + before, values + g * a, fp32, stride, seen - before, a, out);
+            kernels().mix(spare.data(), values + first * a, fp32, a, seen, a, out);
         }
     }
     static void keep(const float *from, float *to, int64_t n) { std::copy(from, from + n, to); }
@@ -240,7 +234,7 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
     for (int64_t t = 0; t < b; t++)
         for (int64_t l = 0; l < d->layers; l++)
-            if (past[t].capacity[l] < 1 || past[t].position < 0) return MOESTRO_EBAD;
+            if (past[t].kept[l] < 0 || past[t].place[l] < past[t].kept[l] || past[t].place[l] >= past[t].room[l]) return MOESTRO_EBAD;
     Lock lock(one_at_a_time());
     try {
         Step step(*d, b);

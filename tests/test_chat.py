@@ -127,6 +127,35 @@ def test_text_and_tokens_are_those_of_transformers(tokenizer, tmp_path, source, 
     assert load_tokenizer(tmp_path).encode_prompt(text, templated=True) == tokens
 
 
+CALLS = """{% for message in messages %}{{ message.role }}:
+{%- if message['content'] is none %} none{% elif message.content is defined %} is{% endif %}
+{%- if 'content' in message %} in{% endif %} {{ message.content }}{{ message.get('content', 'x') }}
+{%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{%- if "thinking" in message %}<|channel|>analysis{{ message.thinking }}{% endif %}
+{%- if message.tool_calls %}{% for call in message.tool_calls %}{{ call.function|tojson }}
+{{- call.id is none }}{% endfor %}{% endif %}{{ message|tojson }}
+{% endfor %}{{ tools is none }}{{ documents is none }}"""
+CALL = {"id": None, "type": "function", "function": {"name": "add", "arguments": {"a": None}}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"content": None, "tool_calls": [CALL]},
+        {"tool_calls": [CALL]},
+        {"content": "", "tool_calls": None},
+        {"content": None, "tool_calls": [CALL], "reasoning": "so"},
+        {"content": None, "tool_calls": [CALL], "thinking": "so", "reasoning": "then"},
+        {"content": None, "tool_calls": [CALL], "reasoning_content": "so", "thinking": "then"},
+        {"content": "4", "reasoning_content": None, "thinking": "", "reasoning": "then"},
+    ],
+)
+def test_null_and_thoughts_are_shown_as_by_transformers(tokenizer, reply):
+    talk = [TALK[0], {"role": "assistant", **reply}, {"role": "tool", "content": "3"}]
+    wanted = tokenizer.apply_chat_template(talk, chat_template=CALLS, tokenize=False)
+    assert ChatTemplate(CALLS, {}).render(talk, reply=False) == wanted
+
+
 def test_a_prompt_is_encoded_as_transformers_does(tokenizer, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
@@ -228,7 +257,6 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
         "{{ '{:999999999}'.format(1) }}",
         "{{ '{:{}}'.format(1, 999999999) }}",
         "{{ (1).to_bytes(999999999) }}",
-        "{{ strftime_now('%9999999999Y') }}",
         f"{GROW}{{% set ns.x = ns.x ~ ns.x %}}{{% endfor %}}",
         f"{GROW}{{% set ns.x = ns.x + ns.x %}}{{% endfor %}}",
         f"{GROW}{{% set ns.x = ns.x * 9 %}}{{% endfor %}}",
@@ -241,7 +269,6 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
         GROW + "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
         f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{{{ ns.l }}}}",
         f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{{{ ns.l|tojson }}}}",
-        f"{GROW}{{% set ns.l = [ns.l, ns.l] %}}{{% endfor %}}{{% if ns.l == [] %}}{{% endif %}}",
         f"{GROW}{{% set ns.x = (ns.x == 'x') * 7 + 9 * (ns.x|int + 9) ** 9 %}}{{% endfor %}}",
         f"{FOREVER}{{% endfor %}}{{% endfor %}}",
         f"{FOREVER}some text{{% endfor %}}{{% endfor %}}",
@@ -251,7 +278,9 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
     ],
 )
 def test_harmful_templates_are_refused(source, monkeypatch):
-    monkeypatch.setattr(sandbox, "MOST_WORK", 2**25)  # so that no test takes seconds
+    # So that no test takes seconds.
+    monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "MOST_MEMORY", 2**28)
     with pytest.raises(DataError, match="not safe to run"):
         rendered(source)
 

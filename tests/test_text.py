@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from moestro.errors import DataError
 from moestro.text import (
     ByteTokenizer,
-    StreamDecoder,
     Tokenizer,
     build_tokenizer,
     check_tokenizer,
@@ -42,38 +41,24 @@ def test_bytes_are_utf8(text: str) -> None:
     assert bytes(ByteTokenizer().encode(text)) == text.encode()
 
 
-@BOTH
-@given(text=texts)
-def test_stream_of_text(tokenizer: Tokenizer, text: str) -> None:
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(number) for number in tokenizer.encode(text)]
-    assert "".join(pieces) + decoder.flush() == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@BOTH
-@given(data=st.data())
-def test_stream_of_anything_equals_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    top = tokenizer.vocab_size - 1
-    ids = data.draw(st.lists(st.integers(0, top) | st.integers(min(top, 0xC0), top), max_size=120))
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(number) for number in ids]
-    assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
-    assert decoder.flush() == ""
-
-
-def test_stream_holds_a_character_back() -> None:
-    decoder = StreamDecoder(ByteTokenizer())
-    assert [decoder.push(number) for number in "a漢b".encode()] == ["a", "", "", "漢", "b"]
-    decoder.push(0xE6)
-    assert decoder.flush() == "\ufffd"
-
-
 def test_bpe_shortens_and_knows_its_name() -> None:
     assert len(BPE.encode(SAMPLE[0])) < len(SAMPLE[0].encode()) / 2
     assert BPE.name == "bpe:300"
     assert 257 < BPE.vocab_size <= 300
+
+
+def test_bpe_is_trained_in_linear_time_on_text_without_breaks() -> None:
+    """Words are bounded: a pair merged in a word costs the length of the word."""
+    for run in ("=" * 100_000, "ACGT" * 25_000, " " * 100_000):
+        tokenizer = train_bpe([run], 400)
+        assert tokenizer.decode(tokenizer.encode(run)) == run
+        longest = max(len(tokenizer.decode([number])) for number in range(tokenizer.vocab_size))
+        assert 16 <= longest <= 256
+    # Words of other text are trained on whole.
+    words = ["ab" * 100 + " " + "cd" * 100 + "\n"] * 3
+    assert train_bpe(words, 290).encode(words[0]) == train_bpe(["".join(words)], 290).encode(
+        words[0]
+    )
 
 
 def test_bpe_of_little_text_says_its_real_size() -> None:
@@ -238,6 +223,33 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "moestro_tokenizer.json").write_text("[]")
     with pytest.raises(DataError, match="write the tokenizer again"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_the_library_raises_late_is_one_error(tmp_path: Path) -> None:
+    """A token that is not there, and a template without its token, on which the library panics."""
+    train_bpe(["text"], 260).save(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+
+    def loaded(**changes: object) -> Tokenizer:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | changes))
+        return load_tokenizer(tmp_path)
+
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    with pytest.raises(DataError, match=r"cannot encode this text \(.*\); use another"):
+        loaded(model=words, pre_tokenizer=None).encode("b")
+    part = {"Sequence": {"id": "A", "type_id": 0}}
+    lost = [{"SpecialToken": {"id": "<q>", "type_id": 0}}, part]
+    template = {"type": "TemplateProcessing", "single": lost, "pair": [part], "special_tokens": {}}
+    with pytest.raises(DataError, match="cannot encode this text"):
+        loaded(post_processor=template).encode_prompt("text")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "spiece.model"])
+def test_a_tokenizer_in_another_form_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    message = rf"{name} is: put beside it the tokenizer\.json that transformers makes of it, Auto"
+    with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path)
 
 

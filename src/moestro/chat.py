@@ -16,11 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
-
 from moestro.errors import DataError
-from moestro.sandbox import RefusedError, pieces
+from moestro.sandbox import RefusedError, render
+from moestro.strictjson import read_object
 
 SETTINGS, TEMPLATE, MORE_TEMPLATES = (
     "tokenizer_config.json",
@@ -33,6 +31,9 @@ TOKENS = (
 )  # fmt: skip
 # Characters; published ones have some 20 thousand at most.
 LONGEST_TEMPLATE = 2**18
+
+# What a message calls the model's thoughts; templates ask for the first, gpt-oss' for the second.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
 
@@ -55,37 +56,21 @@ class ChatTemplate(NamedTuple):
 
         Args:
             messages: Each at least with `role` and `content`; plain data, as in JSON. A value of
-                None counts as not given.
+                None, such as content beside tool calls, counts as not given. Thoughts may go by
+                any name of `THOUGHTS`.
             reply: End with what begins the model's reply (`add_generation_prompt`).
             variables: What else this template takes, such as `tools` or `enable_thinking`.
 
         Raises:
             DataError: the template refuses the messages, fails, or is not safe to run.
         """
-        messages = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in _plain(messages)
-        ]
+        messages = list(map(_as_templates_ask, _plain(messages)))
         given = {"tools": None, "documents": None, **self.tokens, **_plain(variables)}
         given |= {"messages": messages, "add_generation_prompt": reply}
         try:
-            return "".join(pieces(self.source, given))
+            return render(self.source, given)
         except RefusedError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from None
-        except SecurityError as error:
-            raise DataError(f"the chat template is not safe to run: {error}") from None
-        except TemplateError as error:
-            line = getattr(error, "lineno", None)
-            where = f" in line {line}" if line else ""
-            raise DataError(
-                f"the chat template fails{where}: {error.message}; check the messages, or the "
-                "template"
-            ) from None
-        except Exception as error:  # a program of someone else's may fail in any way
-            raise DataError(
-                f"the chat template fails with {type(error).__name__}: {error}; check the "
-                "messages, or the template"
-            ) from None
 
 
 def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
@@ -124,12 +109,7 @@ def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
 
 def _settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty without the file."""
-    if not path.exists():
-        return {}
-    values = json.loads(_read(path, "{}"))
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
+    return read_object(path, DataError, "fetch it again", finite=False) if path.exists() else {}
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -142,14 +122,11 @@ def _files(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read(path: Path, json_of: str = "") -> str:
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        if json_of:
-            json.loads(text)
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    return text
 
 
 def _listed(value: Any, path: Path) -> dict[str, str]:
@@ -167,6 +144,15 @@ def _listed(value: Any, path: Path) -> dict[str, str]:
             "fetch it again"
         )
     return found
+
+
+def _as_templates_ask(message: Message) -> dict[str, Any]:
+    """A message without values of None, its thoughts by each name that templates ask for."""
+    given = {key: value for key, value in message.items() if value is not None}
+    for name in THOUGHTS:
+        if name in given:
+            return {"thinking": given[name], **given, "reasoning_content": given[name]}
+    return given
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ suggests the nearest known one. No tensor here: it imports without torch.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moestro.errors import ConfigError
+from moestro.strictjson import read_object
 
 UNKNOWN = "unknown setting "
 
@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -66,18 +66,14 @@ def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, A
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".json":
+        return read_object(path, ConfigError, "settings are an object of names and values")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; settings are a table of names")
-    return values
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:
@@ -88,7 +84,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set takes NAME=VALUE such as model.dim=256; given: {assignment!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also of numbers of thousands of digits
         value = text.strip()
     level = values
     for key in keys[:-1]:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a trained byte-level BPE, any tokenizer.json; and decoding as a stream.
+"""Tokenizers: bytes, a trained byte-level BPE, any tokenizer.json.
 
 The byte tokenizer needs nothing on disk and is the default. A document and a prompt are encoded
 differently: a document that spells a special token out gets its characters, a prompt the special
@@ -8,7 +8,9 @@ token, and what else the tokenizer.json puts around a text. Nothing here imports
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.errors import DataError
+from moestro.streaming import StreamDecoder as StreamDecoder
+from moestro.streaming import characters_apart
+from moestro.strictjson import read_object
 
 END_OF_TEXT = "<|end_of_text|>"
 # What published tokenizers call the token that ends a document, best guess first.
@@ -25,12 +30,15 @@ KNOWN_ENDS = (
     "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]",
 )  # fmt: skip
 SMALLEST_BPE = 257
+# Training a BPE takes the square of the longest run of characters without a break (DNA, ====).
+_LONG_RUN = re.compile(r"(\S{256}|\s{256})")
 NOTE_FILE = "moestro_tokenizer.json"
 HF_FILE = "tokenizer.json"
+# Tokenizers in forms that are not read.
+OTHER_FILES = ("tokenizer.model", "tiktoken.model", "spiece.model")
 # Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
 END_FILES = ("generation_config.json", "config.json")
 HF_SETTINGS = "tokenizer_config.json"
-_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(Protocol):
@@ -41,12 +49,14 @@ class Tokenizer(Protocol):
         vocab_size: Ids are in [0, vocab_size).
         end_of_text: The id that ends a document.
         ends: Every id that ends a generated text; `end_of_text` is one of them.
+        specials: Tokens that `decode` leaves out, as a prompt spells them.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
     ends: frozenset[int]
+    specials: Mapping[int, str]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no `end_of_text` among them unless the text holds a NUL."""
@@ -72,6 +82,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = 0
     ends = frozenset({0})
+    specials: Mapping[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text` in UTF-8.
@@ -112,16 +123,20 @@ class SubwordTokenizer:
         self.name = name
         self.end_of_text = end_of_text
         self.ends = frozenset({end_of_text, *ends})
+        self.specials: Mapping[int, str] = _specials(inner)
         # Some published vocabularies have gaps, so the number of entries is not enough.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
+        decoder = inner.decoder
+        self._byte_decoder = decoder if decoder and decoder.decode(["<0x41>"]) == "A" else None
 
     @cached_property
     def _for_documents(self) -> tokenizers.Tokenizer:
         """The same, but a text that spells a special token out gets its characters."""
-        twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        with _library("the tokenizer cannot be copied"):
+            twin = tokenizers.Tokenizer.from_str(self._inner.to_str())
         twin.encode_special_tokens = True
         return twin
 
@@ -129,19 +144,23 @@ class SubwordTokenizer:
         """Token ids of `text`, without the special tokens that a template would add.
 
         Raises:
-            DataError: the text holds half of a surrogate pair.
+            DataError: the text holds half of a surrogate pair, or what the tokenizer has no
+                token for.
         """
         utf8(text)
-        return list(self._for_documents.encode(text, add_special_tokens=False).ids)
+        inner = self._for_documents
+        with _library("the tokenizer cannot encode this text"):
+            return list(inner.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
         """Token ids of a prompt; what is put around it is tokenizer.json's post-processor's choice.
 
         Raises:
-            DataError: the text holds half of a surrogate pair.
+            DataError: as `encode`.
         """
         utf8(text)
-        return list(self._inner.encode(text, add_special_tokens=not templated).ids)
+        with _library("the tokenizer cannot encode this text"):
+            return list(self._inner.encode(text, add_special_tokens=not templated).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out; what is not UTF-8 becomes U+FFFD.
@@ -150,47 +169,16 @@ class SubwordTokenizer:
             DataError: an id is not in [0, vocab_size).
         """
         _check_ids(ids, self.vocab_size)
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        with _library("the tokenizer cannot decode these tokens"):
+            if self._byte_decoder is None:
+                return str(self._inner.decode(list(ids), skip_special_tokens=True))
+            tokens = (self._inner.id_to_token(each) for each in ids if each not in self.specials)
+            return str(self._byte_decoder.decode(characters_apart(filter(None, tokens))))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and a note with its name and the ids that end a text."""
         self._inner.save(str(folder / HF_FILE))
         _write_note(folder, self)
-
-
-class StreamDecoder:
-    """Decodes tokens one at a time, holding back a character until all its bytes are there.
-
-    The pushed pieces and the flushed rest, joined, are what `decode` gives for all tokens.
-    """
-
-    # A character spans at most 4 tokens; a few more give decoders that look at their left
-    # neighbour (a leading space, for one) the context they need.
-    _keep, _most = 8, 32
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._recent: list[int] = []
-        self._given = 0  # characters of the recent tokens' text already handed out
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often empty within a multi-byte character."""
-        self._recent.append(token)
-        # Only a last U+FFFD can still turn into something else.
-        text = self._tokenizer.decode(self._recent).removesuffix(_REPLACEMENT)
-        new = text[self._given :]
-        self._given = max(self._given, len(text))
-        if len(self._recent) > self._most:
-            self._recent = self._recent[-self._keep :]
-            text = self._tokenizer.decode(self._recent)
-            self._given = len(text.removesuffix(_REPLACEMENT))
-        return new
-
-    def flush(self) -> str:
-        """What is still held back; the decoder is then as new."""
-        rest = self._tokenizer.decode(self._recent)[self._given :]
-        self._recent, self._given = [], 0
-        return rest
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -214,7 +202,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator((piece for text in texts for piece in _LONG_RUN.split(text)), trainer)
     end = inner.token_to_id(END_OF_TEXT)
     assert end is not None
     return SubwordTokenizer(inner, f"bpe:{vocab_size}", end)
@@ -230,11 +218,7 @@ def tokenizer_file(path: Path) -> Tokenizer:
         DataError: a file cannot be read, or no token is known to end a document.
     """
     inner = _read_hf(path)
-    special = {
-        token.content: number
-        for number, token in inner.get_added_tokens_decoder().items()
-        if token.special
-    }
+    special = {name: number for number, name in _specials(inner).items()}
     known = [special[name] for name in KNOWN_ENDS if name in special]
     stated = _stated_ends(path.parent, inner)
     # A chat model states several: the end of a turn too. That of a document has a known name.
@@ -260,12 +244,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not note.exists():
         if (folder / HF_FILE).exists():
             return tokenizer_file(folder / HF_FILE)
-        raise DataError(f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there")
+        hint = "".join(
+            f". {name} is: put beside it the {HF_FILE} that transformers makes of it, "
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained(NEW_FOLDER)"
+            for name in OTHER_FILES
+            if (folder / name).is_file()
+        )
+        raise DataError(
+            f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there{hint}"
+        )
+    values = read_object(note, DataError, "write the tokenizer again")
     try:
-        values = json.loads(note.read_text(encoding="utf-8"))
         name, end_of_text = str(values["name"]), int(values["end_of_text"])
         ends = [int(number) for number in values.get("ends", ())]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{note} cannot be read ({error}); write the tokenizer again") from None
     if name == ByteTokenizer.name:
         return ByteTokenizer()
@@ -320,6 +312,17 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    return read_object(path, DataError, "fetch it again", finite=False)
+
+
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise DataError(
@@ -342,19 +345,32 @@ def _check_bpe_size(size: int | None, given: str) -> None:
 
 
 def _read_hf(path: Path) -> tokenizers.Tokenizer:
-    try:
+    with _library(f"{path} is not a tokenizer.json that the tokenizers library can read"):
         return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception for whatever it dislikes
-        raise DataError(
-            f"{path} is not a tokenizer.json that the tokenizers library can read ({error})"
-        ) from None
+
+
+@contextmanager
+def _library(failure: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises on a file that it half understands into DataError."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises plain Exception for whatever it dislikes, and a panic is not even one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{failure} ({str(error)[:200]}); use another tokenizer.json") from None
+
+
+def _specials(inner: tokenizers.Tokenizer) -> dict[int, str]:
+    added = inner.get_added_tokens_decoder().items()
+    return {number: token.content for number, token in added if token.special}
 
 
 def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
     """Ids that the files beside a tokenizer.json call the end of a text, the likeliest first."""
     found: list[int] = []
     for name in END_FILES:
-        value = _optional_json(folder / name).get("eos_token_id")
+        value = optional_json(folder / name).get("eos_token_id")
         numbers = value if isinstance(value, list) else [value] if value is not None else []
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise DataError(
@@ -362,23 +378,10 @@ def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
                 "of them"
             )
         found += numbers
-    token = _optional_json(folder / HF_SETTINGS).get("eos_token")
+    token = optional_json(folder / HF_SETTINGS).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     number = inner.token_to_id(content) if isinstance(content, str) else None
     return list(dict.fromkeys([*found, *([] if number is None else [number])]))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty without the file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__} instead of an object")
-    return values
 
 
 def _write_note(folder: Path, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,8 @@
 """A tiny published checkpoint: weights, tokenizer, chat template, as on the Hugging Face hub."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -58,4 +60,15 @@ def published(tmp_path_factory):
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": begin, "eos_token_id": [end, user]})
     )
+    return folder
+
+
+@pytest.fixture
+def larger(published, tmp_path) -> Path:
+    """A copy whose tokenizer has two tokens more than the model: [PAD], special, and <tool>."""
+    folder = shutil.copytree(published, tmp_path / "larger")
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_special_tokens(["[PAD]"])
+    inner.add_tokens(["<tool>"])
+    inner.save(str(folder / "tokenizer.json"))
     return folder

@@ -7,6 +7,8 @@ import pytest
 
 from moestro.cli import bench
 from moestro.cli.main import main
+from moestro.cli.peers import llama_kinds
+from moestro.errors import ConfigError
 from moestro.kernels import native_cpu
 
 NEEDS_NATIVE = pytest.mark.skipif(
@@ -161,3 +163,12 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
     monkeypatch.setattr(bench, "memory_bytes", lambda: 10_000)
     assert main(["bench", settings, *SHORT]) == 2
     assert "choose smaller --weights" in capsys.readouterr().err
+
+
+def test_llama_cpp_without_the_package_that_writes_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "moestro.infer.gguf", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'moestro\[gguf\]'"):
+        llama_kinds()

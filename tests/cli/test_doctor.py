@@ -44,7 +44,7 @@ def test_text_shows_every_backend_with_its_reason(capsys: pytest.CaptureFixture[
 def test_extras_come_with_their_install_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor"])
     out = capsys.readouterr().out
-    for name, extra in (("transformers", "hf"), ("tensorboard", "tensorboard")):
+    for name, extra in (("gguf", "gguf"), ("transformers", "hf"), ("tensorboard", "tensorboard")):
         line = next(line for line in out.splitlines() if line.strip().startswith(name))
         if find_spec(name):
             assert line.endswith("found")

@@ -59,6 +59,17 @@ def test_as_is_needs_no_native_library(
     assert torch.tensor(bits).isfinite()
 
 
+def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
+    larger: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(larger), "--tokens", "500", "--weights", "as-is", "--source"]
+    assert main([*words, text]) == 0
+    calls = tmp_path / "calls.txt"
+    calls.write_text("[PAD] and <tool>\n" * 200)
+    assert main([*words, str(calls)]) == 2
+    assert "the text of calls has token 261, '<tool>', but" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

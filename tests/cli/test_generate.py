@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.cli.generate import PICTURES, expert_style
+from moestro.cli.generate import PICTURES
 from moestro.cli.main import main
+from moestro.cli.painting import expert_style
 from moestro.config import ModelConfig
 from moestro.infer.engine import stream
 from moestro.infer.sampling import SamplingConfig
@@ -101,6 +102,10 @@ def test_the_help_states_the_defaults_that_are_used(capsys: pytest.CaptureFixtur
         ("temperature", default.temperature),
         ("top-k", "all" if default.top_k is None else default.top_k),
         ("top-p", default.top_p),
+        ("min-p", default.min_p),
+        ("repetition-penalty", default.repetition_penalty),
+        ("presence-penalty", default.presence_penalty),
+        ("frequency-penalty", default.frequency_penalty),
         ("seed", default.seed),
     ]:
         assert re.search(rf"--{option} [^-]*default {re.escape(str(value))}\b", text), option

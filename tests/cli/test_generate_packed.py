@@ -9,6 +9,8 @@ import torch
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.infer import quantize
+from moestro.infer.packed_files import default_path
+from moestro.infer.quantize import WEIGHTS
 from moestro.kernels import native_cpu
 from moestro.models.checkpoint import atomic_folder, save_model
 from moestro.models.decoder import Decoder
@@ -75,13 +77,45 @@ def test_a_changed_checkpoint_and_a_broken_file_are_refused(
     assert main(words) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_place_that_cannot_be_written_is_said(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["of the hub", "read-only"])
+def test_a_folder_that_is_not_ours_stays_as_it_is(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.chmod(0o555)
-    assert main(["generate", str(folder), "a", "--weights", "int8", "--max-tokens", "2"]) == 0
-    assert "is not kept" in capsys.readouterr().err
+    """The packed form is kept in a cache of our own, by what is in the folder."""
+    home = folder.parent / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    if kind == "of the hub":
+        snapshots = folder.parent / "models--org--tiny" / "snapshots"
+        snapshots.mkdir(parents=True)
+        folder = folder.rename(snapshots / ("0" * 40))
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    before = sorted(folder.iterdir())
+    words = [str(folder), "hello", "--weights", "int4"]
+    first = text(capsys, *words)
+    assert sorted(folder.iterdir()) == before
+    (kept,) = home.rglob("*.moestro")
+    assert kept.relative_to(home).parts[::2] == ("moestro", "packed-int4-32.moestro")
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "read_packed", None)
+        assert text(capsys, *words) == first
+    # Another content is another model.
+    config = folder / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert text(capsys, *words) == first
+    assert len(list(home.rglob("*.moestro"))) == 2
+
+
+@pytest.mark.parametrize("stated", ["", "relative", None])
+def test_the_cache_without_a_place_of_its_own(
+    stated: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", stated)
+    place = default_path(Path("models--a--b/snapshots/1"), WEIGHTS["int8"])
+    assert place.parent.parent == tmp_path / ".cache" / "moestro"
 
 
 def test_a_full_disk_is_said_and_the_text_comes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,69 @@ def test_a_model_is_settings_anywhere(kind: str, tmp_path: Path, told) -> None:
     assert told(str(path))["models"][0]["total"] == count(cfg).total
 
 
+def test_settings_of_one_folder_have_titles_of_their_own(tmp_path: Path, told) -> None:
+    for name in ("one.json", "two.json", "a/m/config.json", "b/m/config.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(HUGGING_FACE))
+    one, two = str(tmp_path / "one.json"), str(tmp_path / "two.json")
+    assert [m["name"] for m in told(one, "--against", two)["models"]] == ["one", "two"]
+    paths = [str(tmp_path / side / "m") for side in "ab"]
+    assert [m["name"] for m in told(paths[0], "--against", paths[1])["models"]] == paths
+
+
+def test_a_model_of_the_hub_by_its_settings_alone(tmp_path: Path, monkeypatch, told) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "cache" / "models--org--tiny"
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "blobs").mkdir()
+    (home / "blobs" / "1").write_text(json.dumps(HUGGING_FACE))
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (tmp_path / "org").mkdir()
+    (model,) = told("org/tiny")["models"]
+    assert (model["name"], model["total"]) == ("org/tiny", MIXTRAL)
+    (model,) = told(str(snapshot))["models"]
+    assert model["name"] == "0" * 40
+
+
+def test_what_is_found_of_quantisation_is_a_note(tmp_path: Path, told, capsys) -> None:
+    path = tmp_path / "mine.json"
+    stored = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path.write_text(json.dumps(HUGGING_FACE | stored))
+    (model,) = told(str(path))["models"]
+    assert (model["total"], model["note"]) == (
+        MIXTRAL, "Its weights are stored quantised by GPTQ in 4 bits.",
+    )  # fmt: skip
+    assert "stored quantised by GPTQ in 4 bits" in " ".join(said(capsys, str(path)).split())
+
+
+def test_a_context_that_the_model_cannot_see_is_said(told, capsys) -> None:
+    (model,) = told("mixtral-8x7b", "--context", "100000")["models"]
+    assert model["context"] == 32_768
+    clipped = "Planned for 32,768 tokens, the most that it looks back on."
+    assert model["note"].endswith(f"say. {clipped}")
+    assert clipped in " ".join(said(capsys, "mixtral-8x7b", "--context", "100000").split())
+    assert "Planned" not in told("mixtral-8x7b", "--context", "32768")["models"][0]["note"]
+
+
+@pytest.mark.parametrize("huge", [10**9, 2**40, 2**41, 2**62, 10**400])
+def test_sizes_beyond_any_model_are_planned_or_refused_at_once(
+    huge: int, tmp_path: Path, capsys
+) -> None:
+    path, start = tmp_path / "mine.json", time.process_time()
+    for name in (key for key, value in HUGGING_FACE.items() if type(value) is int):
+        path.write_text(json.dumps(HUGGING_FACE | {name: huge}))
+        assert main(["plan", str(path), "--memory", "24GiB", "--device", "h100"]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    assert time.process_time() - start < 10
+
+
 @pytest.mark.parametrize("name", ["mistral", "mistral/config.json"])
 def test_a_hugging_face_folder(name: str, tmp_path: Path, told) -> None:
     (tmp_path / "mistral").mkdir()
@@ -156,9 +220,9 @@ def test_all_to_all_of_expert_parallelism(told) -> None:
 
 
 def test_this_machine_is_measured(monkeypatch, told) -> None:
-    from moestro.plan import machine
+    from moestro.plan import measured
 
-    monkeypatch.setattr(machine, "measure", lambda: Device("this machine", 2**30, 1e9, 1e12, "x"))
+    monkeypatch.setattr(measured, "measure", lambda: Device("this machine", 2**30, 1e9, 1e12, "x"))
     answer = told("qwen3-0.6b", "--device", "this")
     (model,) = answer["models"]
     assert answer["question"]["device"]["name"] == "this machine"
@@ -192,8 +256,10 @@ def test_a_figure(tmp_path: Path, capsys) -> None:
         (["nowhere.toml"], "there is no file nowhere.toml"),
         (["."], "neither a config.json nor checkpoints"),
         (["bad.toml"], "unknown setting dims: did you mean dim?"),
-        (["broken.toml"], "cannot read the settings of a model"),
-        (["broken.json"], "cannot read the settings of a model"),
+        (["broken.toml"], "broken.toml is not valid TOML"),
+        (["broken.json"], "broken.json cannot be read"),
+        (["ggufs/x.gguf"], "x.gguf is GGUF"),
+        (["ggufs"], "x.gguf is GGUF"),
         (["gpt-3", "--memory", "plenty"], "'plenty' is no number of bytes"),
         (["gpt-3", "--device", "h1000"], "did you mean h100"),
         (["gpt-3", "--price-per-hour", "2"], "name it with --device"),
@@ -216,6 +282,8 @@ def test_what_is_refused(
     (tmp_path / "bad.toml").write_text("dims = 3")
     (tmp_path / "broken.toml").write_text("dim = = 3")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "ggufs").mkdir()
+    (tmp_path / "ggufs" / "x.gguf").write_bytes(b"GGUF")
     assert main(["plan", *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err

@@ -8,7 +8,8 @@ import torch
 
 from moestro.cli.main import main
 from moestro.config import RunConfig
-from moestro.models.checkpoint import atomic_folder, load_model, save_model, write_json
+from moestro.files import write_json
+from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.decoder import Decoder
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.text import ByteTokenizer
@@ -324,3 +325,16 @@ def test_by_transformers_own_code(published, tmp_path, texts, capsys) -> None:
     assert "leaves no room for text" in capsys.readouterr().err
     # The same choices, save where rounding decides between two experts.
     assert np.allclose(theirs["table_LME"], ours["table_LME"], atol=0.02)
+
+
+def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(larger, tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts")
+    words = ["probe", str(larger), "--tokens", "600", "--out", str(tmp_path / "out"), "--source"]
+    assert main([*words, str(texts), "--report", str(tmp_path / "page.html")]) == 0
+    (texts / "calls").mkdir()
+    (texts / "calls" / "call.txt").write_text("[PAD] and <tool>\n" * 200)
+    capsys.readouterr()
+    assert main([*words, str(texts)]) == 2
+    err = capsys.readouterr().err
+    assert "calls/call" in err
+    assert "has token 261; the model's vocabulary is 0 to 259" in err

@@ -137,7 +137,8 @@ def test_a_run_that_fails_exits_with_1(words, tmp_path, capsys):
     assert "good checkpoint" in err
 
 
-def test_ctrl_c_saves_and_another_process_goes_on(words, tmp_path, capsys):
+def saved_after(words, run, ask):
+    """Start a long run in a process of its own, ask it to stop once it has begun, and wait."""
     many = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
     child = subprocess.Popen(
         [sys.executable, "-m", "moestro", *words(*many)],
@@ -146,22 +147,45 @@ def test_ctrl_c_saves_and_another_process_goes_on(words, tmp_path, capsys):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = run / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 60
         while not (metrics.exists() and read_metrics(metrics)):
             assert child.poll() is None, child.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        ask(child)
+        child.wait(timeout=60)
+        out, err = (
+            "" if stream.closed else stream.read() for stream in (child.stdout, child.stderr)
+        )
     finally:
         child.kill()
-    assert child.returncode == 130, err
-    assert f"moestro train --resume --out {tmp_path / 'run'}" in err
+        child.stdout.close()
+        child.stderr.close()
     steps = len(read_metrics(metrics))
-    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
+    assert (run / "checkpoints" / f"step-{steps:06d}").is_dir(), err
+    return child.returncode, out, err, steps
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_another_process_goes_on(which, code, words, tmp_path):
+    run = tmp_path / "run"
+    returned, out, err, steps = saved_after(words, run, lambda child: child.send_signal(which))
+    assert returned == code, err
+    assert f"moestro train --resume --out {run}" in err
     assert f"trained {steps} of 100000 steps" in out
+
+
+def test_a_display_that_nobody_reads_saves(words, tmp_path):
+    """As in `moestro train … 2>&1 | head -c 1`."""
+
+    def leave(child):
+        child.stdout.close()
+        child.stderr.close()
+
+    returned, _, _, _ = saved_after(words, tmp_path / "run", leave)
+    assert returned == 141
 
 
 def held_text(run):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import moestro.hf as hf
 from moestro.errors import CheckpointError, ConfigError, MoestroError
-from moestro.hf.balance_callback import FILE
+from moestro.hf.balance_callback import FILE, _share
 
 from .zoo import build, tokens
 
@@ -74,6 +74,16 @@ def test_micro_batches_count_by_their_labels(tmp_path):
         model(batch, labels=label, num_items_in_batch=torch.tensor(28)).loss.backward()
     call("on_optimizer_step")
     torch.testing.assert_close(gradient(model), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_shares_are_exact_whatever_the_default_dtype():
+    labels = torch.full((1, 1002), 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        share = _share(training(), {"labels": labels, "num_items_in_batch": torch.tensor(3003)})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert share.item() == pytest.approx(1 / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])

@@ -1,13 +1,20 @@
 """Loss-free balancing of transformers' mixtures: a bias that chooses and is in no weight."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import moestro.hf as hf
 from moestro.errors import CheckpointError, MoestroError
 from moestro.hf.selection import RULES
 
+from ..probe import foreign_zoo
 from .zoo import NAMES, build, tokens
 
 OWN = ("deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2")
@@ -66,7 +73,8 @@ def test_a_step_moves_each_bias_by_the_sign_of_its_load(name):
     for experts_TK, key in zip(used, after, strict=True):
         counts_E = F.one_hot(experts_TK, len(after[key])).sum((0, 1)).float()
         assert counts_E.std() > 0
-        wanted_E = before[key] + 0.01 * torch.sign(counts_E.mean() - counts_E)
+        signs_E = torch.sign(counts_E.mean() - counts_E)
+        wanted_E = before[key] + 0.01 * (signs_E - signs_E.mean())
         torch.testing.assert_close(after[key], wanted_E)
 
 
@@ -208,7 +216,105 @@ def test_a_router_that_chooses_otherwise_is_noticed():
 def test_a_family_of_unknown_rule_is_left_untouched():
     model = training("qwen3_moe")
     last = model.model.layers[1].mlp.gate
-    last.__class__ = type("PhimoeTopKRouter", (type(last),), {})
+    last.__class__ = type("PhimoeTopKRouter", (type(last),), {"forward": type(last).forward})
     with pytest.raises(MoestroError, match=r"layers\.1.*PhimoeTopKRouter"):
         hf.balance(model, switch=0.0, bias_rate=0.1)
     assert not model.model.layers[0].mlp.gate._forward_hooks
+
+
+# Family, whether it is balanced before it is sharded, and whether its parts are by themselves.
+SHARDED = (
+    ("ernie4_5_moe", True, False), ("ernie4_5_moe", False, True), ("qwen3_moe", True, True),
+    ("AfmoeForCausalLM", True, True),
+)  # fmt: skip
+RANK_OF_TWO = """
+import sys, warnings
+warnings.filterwarnings("error", module="moestro")
+from pathlib import Path
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import moestro.hf as hf
+from moestro.train.distributed import joined
+
+SETTINGS = {"switch": 0.5, "scope": "global", "bias_rate": 0.01}
+
+def run(root, rank, mesh, early, parts):
+    config = transformers.AutoConfig.from_pretrained(root)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    model.load_state_dict(load_file(root / "start.safetensors"))
+    balancer = hf.balance(model, **SETTINGS) if early else None
+    for layer in model.model.layers if parts else ():
+        blocks = [layer.mlp] if hasattr(layer.mlp, "experts") else []
+        routers = [getattr(each, "gate", None) or each.router for each in blocks]
+        for part in (*routers, *(each.experts for each in blocks), layer):
+            fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    balancer = balancer or hf.balance(model, **SETTINGS)
+    mine = load_file(root / "batch.safetensors")["tokens"].chunk(2)[rank]
+    for _ in range(2):
+        (model(mine).logits.square().mean() + balancer.loss()).backward()
+        balancer.step()
+    state = balancer.state_dict()
+    if rank == 0:
+        save_file(state, root / "biases.safetensors")
+    logits = model(mine).logits  # gathers what is not let go of before the backward pass
+    balancer.load_state_dict({name: value + 1 for name, value in state.items()})
+    (logits.sum() + balancer.loss()).backward()
+    for name, value in balancer.state_dict().items():
+        torch.testing.assert_close(value, state[name] + 1, rtol=0, atol=0)
+    names = ("correction_bias", "expert_bias")
+    held = [value for name, value in model.named_parameters() if name.endswith(names)]
+    assert bool(held) != balancer.adds_bias
+    for value, wanted in zip(held, balancer.state_dict().values()):
+        torch.testing.assert_close(value.full_tensor().flatten(), wanted, rtol=0, atol=0)
+
+with joined(torch.device("cpu")) as ranks:
+    mesh = init_device_mesh("cpu", (2,))
+    for case in sys.argv[2:]:
+        name, early, parts = case.split("-")
+        run(Path(sys.argv[1], case), ranks.rank, mesh, early == "True", parts == "True")
+"""
+
+
+def sharded(name):
+    return foreign_zoo.build(name).train() if name[0].isupper() else training(name)
+
+
+def test_ranks_that_share_a_sharded_model_are_one(tmp_path):
+    cases, batch = {"-".join(map(str, case)): case[0] for case in SHARDED}, tokens(4)
+    for case, name in cases.items():
+        model = sharded(name)
+        model.config.save_pretrained(tmp_path / case)
+        save_file(model.state_dict(), tmp_path / case / "start.safetensors")
+        save_file({"tokens": batch}, tmp_path / case / "batch.safetensors")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_OF_TWO, tmp_path, *cases],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        found = [child.communicate(timeout=100) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, (_, errors) in zip(children, found, strict=True):
+        assert child.returncode == 0, errors
+    for case, name in cases.items():
+        model = sharded(name)
+        balancer = hf.balance(model, switch=0.5, scope="global", bias_rate=0.01)
+        for _ in range(2):
+            (model(batch).logits.square().mean() + balancer.loss()).backward()
+            balancer.step()
+        biases = load_file(tmp_path / case / "biases.safetensors")
+        torch.testing.assert_close(biases, balancer.state_dict(), rtol=0, atol=1e-7)

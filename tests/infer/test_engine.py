@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError
+from moestro.errors import DataError, MoestroError
 from moestro.infer.decoding import first_expert
-from moestro.infer.engine import Piece, encode_prompt, find_stop, stream
-from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
+from moestro.infer.engine import encode_prompt, stream
+from moestro.infer.sampling import (
+    Past,
+    SamplingConfig,
+    new_generator,
+    next_tokens,
+    penalised,
+)
+from moestro.infer.writing import Piece, find_stop
 from moestro.models.decoder import Decoder, DecoderOutput
 from moestro.moe.routing import Routing
-from moestro.text import ByteTokenizer, train_bpe
+from moestro.text import ByteTokenizer, SubwordTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
 MOE = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
@@ -195,13 +203,27 @@ def test_stop_strings_across_long_tokens() -> None:
     assert pieces[-1].finish == "stop"
 
 
-def test_training_mode_and_a_foreign_tokenizer_are_refused() -> None:
-    model = Scripted(b"x")
-    model.cfg.vocab_size = 100
-    with pytest.raises(MoestroError, match="256 tokens, the model only 100"):
-        next(stream(model, BYTES, "a", SamplingConfig()))
+def test_training_mode_is_refused() -> None:
     with pytest.raises(MoestroError, match=r"model\.eval"):
         next(stream(Scripted(b"x").train(), BYTES, "a", SamplingConfig()))
+
+
+def test_of_a_tokenizer_with_more_tokens_only_a_prompt_with_one_is_refused() -> None:
+    tokenizer = train_bpe(["abc"], 300)
+    inner = tokenizer._inner
+    inner.add_special_tokens(["[PAD]"])
+    inner.add_tokens(["longer"])
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    tokenizer = SubwordTokenizer(inner, "file", tokenizer.end_of_text)
+    hot = SamplingConfig(temperature=100.0, max_tokens=300)
+    pieces = list(stream(model, tokenizer, "abc", hot))
+    assert max(piece.token for piece in pieces) < model.cfg.vocab_size < tokenizer.vocab_size
+    for prompt, name in (("a[PAD]", "[PAD]"), ("a longer", "longer")):
+        with pytest.raises(DataError, match=rf"the prompt has token \d+, '{re.escape(name)}',"):
+            next(stream(model, tokenizer, prompt, hot))
+    for token in (-1, model.cfg.vocab_size + 2):
+        with pytest.raises(DataError, match=f"the prompt has token {token} but the model's"):
+            next(stream(model, tokenizer, [token], hot))
 
 
 def test_first_expert_without_a_fixed_number() -> None:
@@ -224,20 +246,24 @@ def tiny(**changes: Any) -> Decoder:
 
 
 @pytest.mark.parametrize("moe", [MOE, None])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_cache_changes_nothing(moe: dict[str, int] | None, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.0}, {"temperature": 1.0}, {"repetition_penalty": 3.0}]
+)
+def test_the_cache_changes_nothing(moe: dict[str, int] | None, changes: dict[str, float]) -> None:
     """Past the context too: 8 tokens of prompt and 20 new ones, in a context of 12."""
     model = tiny(moe=moe)
-    sampling = SamplingConfig(temperature=temperature, max_tokens=20, seed=3)
+    sampling = SamplingConfig(max_tokens=20, seed=3, **changes)
     prompt = "a prompt"
     pieces = list(stream(model, BYTES, prompt, sampling))
     sequence = list(prompt.encode())
-    generator = new_generator(sampling)
+    generator, past = new_generator(sampling), Past(sequence)
     for piece in pieces:
         with torch.inference_mode():
             output = model(torch.tensor([sequence]))
-        assert piece.token == int(next_tokens(output.logits[:, -1], sampling, [generator]))
+        logits_1V = penalised(output.logits[:, -1], sampling, [past])
+        assert piece.token == int(next_tokens(logits_1V, sampling, [generator]))
         sequence.append(piece.token)
+        past.chosen[piece.token] += 1
     with torch.inference_mode():
         routings = model(torch.tensor([sequence])).routings
     for place, routing in enumerate(routings):

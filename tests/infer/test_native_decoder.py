@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError
-from moestro.infer.decoding import NativeDecoding, PythonDecoding
+from moestro.errors import MoestroError, ShapeError
+from moestro.infer.decoding import Decoding, NativeDecoding
 from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.infer.quantize import WEIGHTS, pack
 from moestro.kernels import native_cpu
@@ -105,7 +105,7 @@ def decoder(**changes: Any) -> Decoder:
 
 def both(model: Decoder, steps: int = 24) -> list[tuple[Any, Any]]:
     """What Python and native code give for a prompt and the tokens after it, past the context."""
-    python, native = PythonDecoding(model), NativeDecoding(model)
+    python, native = Decoding(model), NativeDecoding(model)
     prompt = torch.randint(0, 70, (7,)).tolist()
     (mine, first), (theirs, second) = native.begin(prompt), python.begin(prompt)
     results = [(first, second)]
@@ -157,13 +157,40 @@ def test_a_sequence_does_not_see_its_neighbours(weights: str) -> None:
             assert alone.experts == output[place].experts
 
 
+@pytest.mark.parametrize("name", ["plain", "int4"])
+def test_a_prompt_is_read_between_steps_and_a_past_is_forked(name: str) -> None:
+    """One memory for both ways: read, step, read on, fork, past windows of 5, context of 16."""
+    model = decoder(moe=MOE, attention={**SIZES["attention"], "window": {"size": 5}})
+    if name != "plain":
+        pack(model, WEIGHTS[name])
+    way, tokens = NativeDecoding(model), torch.randint(0, 70, (40,)).tolist()
+    past, other = way.new(), way.new()
+    way.read(past, tokens[:9])
+    way.read(other, tokens[:4])
+    way.step(tokens[9:10], [past])
+    way.read(other, tokens[4:9])
+    way.step(tokens[9:10], [other])
+    first = way.read(past, tokens[10:20])
+    twin = past.fork()
+    for at in range(20, 40):  # the fork's text goes another way, and leaves no trace in the first
+        stepped = way.step([tokens[at], tokens[at - 20]], [past, twin])
+    with torch.inference_mode():
+        whole = model(torch.tensor([tokens])).logits[0]
+        branch = model(torch.tensor([tokens[:20] + tokens[:20]])).logits[0]
+    near = {"atol": 2e-4, "rtol": 2e-4} if name == "plain" else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(first.logits_1V[0], whole[19], **near)
+    torch.testing.assert_close(stepped[0].logits_1V[0], whole[-1], **near)
+    torch.testing.assert_close(stepped[1].logits_1V[0], branch[-1], **near)
+    assert past.position == twin.position == 40
+
+
 def test_weights_of_the_experts_are_returned() -> None:
     model = decoder(moe=MOE)
     native = NativeDecoder(model)
     cache = model.new_cache(1)
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3]]), cache=cache)
-        stepped = native.step([4], [native.past(cache)])
+        stepped = native.step([4], [cache.fork()])
         routings = model(torch.tensor([[4]]), cache=cache).routings
     for layer, routing in enumerate(routings):
         assert torch.equal(stepped.experts_LBK[layer], routing.experts_TK())
@@ -179,6 +206,19 @@ def test_what_decodes_in_python_says_why(name: str) -> None:
         NativeDecoder(model)
 
 
+def test_what_stands_around_a_modules_forward_decodes_in_python() -> None:
+    """Hooks, and experts that somebody wrapped: the native step would pass them by."""
+    model = decoder(moe=MOE)
+    experts = model.mixtures()[0].experts
+    for register in (experts.register_forward_hook, experts.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert "ffn.experts has hooks" in str(supports(model))
+        handle.remove()
+    assert supports(model) is None
+    model.mixtures()[0].experts = torch.nn.Sequential(experts)
+    assert "Sequential decode in Python" in str(supports(model))
+
+
 def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not Linear" in str(supports(torch.nn.Linear(2, 2)))
     assert "float64" in str(supports(decoder().double()))
@@ -190,3 +230,14 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = decoder()
     pack(packed, WEIGHTS["int8"])
     assert supports(packed) is None
+
+
+def test_ids_that_are_no_tokens():
+    decoding = NativeDecoding(Decoder(ModelConfig(**SIZES)).eval())
+    past, _ = decoding.begin([1, 2])
+    for token in (70, -1):
+        with pytest.raises(ShapeError, match=rf"from 0 to 69.*given \[{token}\]"):
+            decoding.step([token], [past])
+        with pytest.raises(ShapeError, match=rf"given \[{token}\]"):
+            decoding.begin([1, token])
+    assert decoding.step([3], [past])

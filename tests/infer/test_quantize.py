@@ -23,8 +23,8 @@ from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.models.linear import PackedLinear
 from moestro.models.pretrained import write_pretrained
-from moestro.moe.experts import Experts
-from moestro.moe.packed import PackedExperts, PackedFeedForward
+from moestro.moe.experts import StackedWeights
+from moestro.moe.packed import PackedFeedForward, PackedWeights
 
 pytestmark = pytest.mark.skipif(
     native_cpu.available() is not None, reason=str(native_cpu.available())
@@ -96,8 +96,8 @@ def unpacked(original: nn.Module, packed: nn.Module) -> nn.Module:
                 # A tied head must not change the embedding.
                 own.weight = nn.Parameter(weight_OI)
                 continue
-            assert isinstance(own, Experts)
-            assert isinstance(module, PackedExperts)
+            assert isinstance(own, StackedWeights)
+            assert isinstance(module, PackedWeights)
             for expert in range(len(own.down)):
                 gate_up, down = native_cpu.unpack_expert(module.weights, expert)
                 own.gate_up[expert], own.down[expert] = gate_up, down

@@ -1,12 +1,22 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.errors import ConfigError, MoestroError, ShapeError
-from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens, probabilities
+from moestro.errors import ConfigError, DataError, MoestroError, ShapeError
+from moestro.infer.sampling import (
+    Past,
+    SamplingConfig,
+    new_generator,
+    next_tokens,
+    penalised,
+    probabilities,
+    stated_sampling,
+)
 
 # Few distinct values, so that ties are common; -inf is a masked token.
 LOGIT = st.sampled_from([-math.inf, -3.0, -1.0, 0.0, 0.5, 2.0]) | st.floats(-30, 30)
@@ -164,6 +174,10 @@ def test_wrong_shapes_are_refused() -> None:
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.01),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3.0),
         ("max_tokens", 0),
         ("seed", -1),
         ("stop", ("",)),
@@ -184,3 +198,120 @@ def test_the_extreme_draws_are_not_masked_tokens(
     sampling = SamplingConfig(temperature=1.0)
     logits_BV = torch.tensor([[-math.inf, 0.1, 0.7, -math.inf]])
     assert int(next_tokens(logits_BV, sampling, [new_generator(sampling)])) == token
+
+
+def by_transformers(
+    logits_V: torch.Tensor, sampling: SamplingConfig, prompt: list[int], chosen: list[int]
+) -> torch.Tensor:
+    """The distribution after its processors, in its order; [V]."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    # It has no presence and frequency penalties: these are OpenAI's formula.
+    ids_1S = torch.tensor([prompt + chosen])
+    repetition = process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+    scores_1V = repetition(ids_1S, logits_V[None].clone())
+    for token in set(chosen):
+        times = chosen.count(token)
+        scores_1V[0, token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+    steps = [process.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k is not None:
+        steps.append(process.TopKLogitsWarper(sampling.top_k))
+    steps += [process.TopPLogitsWarper(sampling.top_p), process.MinPLogitsWarper(sampling.min_p)]
+    for step in steps:
+        scores_1V = step(ids_1S, scores_1V)
+    return scores_1V[0].softmax(-1)
+
+
+def past_of(prompt: list[int], chosen: list[int]) -> Past:
+    past = Past(prompt)
+    past.chosen.update(chosen)
+    return past
+
+
+TOKENS = st.lists(st.integers(0, 19), min_size=1, max_size=30)
+PENALISED = st.builds(
+    SamplingConfig,
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.none() | st.integers(1, 22),
+    top_p=st.sampled_from([0.3, 0.8, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    repetition_penalty=st.sampled_from([0.7, 1.0, 1.1, 2.0]),
+    presence_penalty=st.sampled_from([-1.0, 0.0, 0.5, 2.0]),
+    frequency_penalty=st.sampled_from([-0.5, 0.0, 0.3, 2.0]),
+)
+
+
+@given(PENALISED, TOKENS, TOKENS, st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_every_setting_together_is_that_of_transformers(
+    sampling: SamplingConfig, prompt: list[int], chosen: list[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = 3 * torch.randn(20, generator=generator, dtype=torch.float64)
+    logits_V[seed % 20] = -math.inf
+    logits_BV = penalised(logits_V[None], sampling, [past_of(prompt, chosen)])
+    got_V = probabilities(logits_BV, sampling)[0]
+    torch.testing.assert_close(got_V, by_transformers(logits_V, sampling, prompt, chosen))
+
+
+def test_penalties_by_hand() -> None:
+    logits_BV = torch.tensor([[2.0, -2.0, 4.0, 0.0, 1.0]])
+    past = past_of([0, 1], [2, 2, 3])
+    alone = {
+        "repetition_penalty": [1.0, -4.0, 2.0, 0.0, 1.0],
+        "presence_penalty": [2.0, -2.0, 2.0, -2.0, 1.0],
+        "frequency_penalty": [2.0, -2.0, 0.0, -2.0, 1.0],
+    }
+    for name, want in alone.items():
+        sampling = SamplingConfig(**{name: 2.0})
+        assert penalised(logits_BV, sampling, [past]).tolist() == [want]
+    assert penalised(logits_BV, SamplingConfig(), [past]) is logits_BV
+    greedy = SamplingConfig(temperature=0.0, presence_penalty=2.0, repetition_penalty=3.0)
+    assert int(penalised(logits_BV, greedy, [past]).argmax()) == 4
+
+
+def test_a_row_is_penalised_for_its_own_past() -> None:
+    sampling = SamplingConfig(frequency_penalty=1.0)
+    logits_BV = torch.zeros(2, 3)
+    pasts = [past_of([], [1]), past_of([1], [2, 2])]
+    got_BV = penalised(logits_BV, sampling, pasts)
+    assert got_BV.tolist() == [[0, -1, 0], [0, 0, -2]]
+    assert logits_BV.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.95}, None),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, None),
+        ({"do_sample": True, "eos_token_id": 5, "temperature": None, "typical_p": 0.5}, {}),
+        ({"top_k": 0, "temperature": 1}, {"temperature": 1.0}),
+        ({"top_k": -1}, {}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 5}, {"temperature": 0.0}),
+        (
+            {"do_sample": False, "repetition_penalty": 1.2},
+            {"temperature": 0.0, "repetition_penalty": 1.2},
+        ),
+    ],
+)
+def test_what_a_checkpoint_states(tmp_path: Path, values: dict, want: dict | None) -> None:
+    assert stated_sampling(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    assert stated_sampling(tmp_path) == (values if want is None else want)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"temperature": "hot"}', "temperature = 'hot' is not allowed"),
+        ('{"top_p": 7}', "top_p = 7 is not allowed"),
+        ('{"top_k": [3]}', "top_k"),
+        ('{"repetition_penalty": -1}', "repetition_penalty"),
+        ("[]", "list instead of an object"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_bad_statement_names_its_file(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DataError, match=rf"generation_config\.json.*{message}"):
+        stated_sampling(tmp_path)

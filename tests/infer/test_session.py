@@ -7,11 +7,12 @@ import torch
 from moestro.config import ModelConfig
 from moestro.errors import MoestroError
 from moestro.infer import decoding
-from moestro.infer.decoding import PythonDecoding, chunked, decoding_of, prefill
-from moestro.infer.engine import Piece, Session, generate_batch, stream
+from moestro.infer.decoding import Decoding, chunked, decoding_of
+from moestro.infer.engine import Session, generate_batch, stream
 from moestro.infer.native_decoder import supports
 from moestro.infer.quantize import WEIGHTS, pack
 from moestro.infer.sampling import SamplingConfig
+from moestro.infer.writing import Piece
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer
@@ -19,12 +20,15 @@ from moestro.text import ByteTokenizer
 BYTES = ByteTokenizer()
 MOE: dict[str, Any] = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
 HEADS = {"num_heads": 2, "context": 24}
-PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words"]
+PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words", "aaaa"]
 SAMPLINGS = [
     SamplingConfig(seed=5, max_tokens=9),
     SamplingConfig(temperature=0.0, max_tokens=30),
     SamplingConfig(seed=6, max_tokens=3, top_k=3),
     SamplingConfig(temperature=1.2, max_tokens=12, stop=("e", "t")),
+    SamplingConfig(
+        max_tokens=20, min_p=0.1, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=1
+    ),
 ]
 
 
@@ -106,13 +110,13 @@ def test_waiting_requests_hold_no_cache(monkeypatch: pytest.MonkeyPatch) -> None
     """No more than `most` have begun at any time."""
     model = model_of("python")
     begun: list[int] = []
-    begin = PythonDecoding.begin
+    begin = Decoding.begin
 
-    def counted(self: PythonDecoding, tokens: Any) -> Any:
+    def counted(self: Decoding, tokens: Any) -> Any:
         begun.append(len(tokens))
         return begin(self, tokens)
 
-    monkeypatch.setattr(PythonDecoding, "begin", counted)
+    monkeypatch.setattr(Decoding, "begin", counted)
     session = Session(model, BYTES, most=2)
     for length in range(1, 6):
         session.add("x" * length, SamplingConfig(temperature=0.0, max_tokens=4))
@@ -129,8 +133,11 @@ def test_a_prompt_in_chunks_is_the_prompt(window: dict[str, int] | None) -> None
     cfg = ModelConfig(dim=16, num_layers=2, attention={**HEADS, "window": window}, moe=MOE)
     model = Decoder(cfg).eval()
     tokens = torch.randint(0, 256, (40,)).tolist()
-    whole_cache, whole = prefill(model, tokens)
-    cache, parts = prefill(model, tokens, chunk=7)
+    way = Decoding(model)
+    whole_cache, whole = way.begin(tokens)
+    cache = way.new()
+    for start in range(0, 40, 7):
+        parts = way.read(cache, tokens[start : start + 7])
     torch.testing.assert_close(parts.logits_1V, whole.logits_1V)
     assert parts.experts == whole.experts
     assert cache.position == whole_cache.position == 40
@@ -150,7 +157,8 @@ def test_what_chunks_would_change_passes_whole(monkeypatch: pytest.MonkeyPatch) 
         assert not chunked(cfg)
         model = Decoder(cfg).eval()
         tokens = torch.randint(0, 256, (20,)).tolist()
-        _, passed = prefill(model, tokens, chunk=5)
+        monkeypatch.setattr(decoding, "CHUNK", 5)
+        _, passed = Decoding(model).begin(tokens)
         with torch.no_grad():
             want = model(torch.tensor([tokens])).logits[:, -1]
         assert torch.equal(passed.logits_1V, want)
@@ -161,5 +169,5 @@ def test_native_text_is_the_forwards_text(monkeypatch: pytest.MonkeyPatch) -> No
     greedy = SamplingConfig(temperature=0.0, max_tokens=40)
     native = list(stream(model, BYTES, "some words", greedy))
     monkeypatch.setattr(decoding, "supports", lambda model: "not now")
-    assert isinstance(decoding_of(model), PythonDecoding)
+    assert type(decoding_of(model)) is Decoding
     assert list(stream(model, BYTES, "some words", greedy)) == native

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from moestro.config import ModelConfig
 from moestro.infer import speed
 from moestro.infer.quantize import WEIGHTS, pack
-from moestro.infer.speed import Energy, Reading, Round, measure, rounds_of, weight_bytes
+from moestro.infer.speed import Reading, Round, measure, rounds_of, weight_bytes
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
 
@@ -88,25 +87,3 @@ def test_a_round_takes_the_prompt_and_the_tokens(monkeypatch: pytest.MonkeyPatch
 
 def test_reading_gives_bytes_per_second() -> None:
     assert 1e7 < Reading(1 << 22)() < 1e13
-
-
-def test_energy_of_the_packages(tmp_path: Path) -> None:
-    def zone(name: str, now: int, most: int = 1000) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / "energy_uj").write_text(f"{now}\n")
-        (folder / "max_energy_range_uj").write_text(f"{most}\n")
-        return folder
-
-    assert Energy(tmp_path / "none").joules() is None
-    assert Energy(tmp_path / "none").since(None) is None
-    zone("intel-rapl:0", 100)
-    zone("intel-rapl:0:0", 50)  # the cores of that package
-    zone("intel-rapl:1", 990)
-    (tmp_path / "intel-rapl").mkdir()
-    energy = Energy(tmp_path)
-    before = energy.joules()
-    assert before == [100, 990]
-    zone("intel-rapl:0", 300)
-    zone("intel-rapl:1", 9)
-    assert energy.since(before) == pytest.approx((200 + 20) / 1e6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moestro.config import EncDecConfig
-from moestro.errors import MoestroError
+from moestro.errors import DataError, MoestroError
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.infer.text_to_text import encode_source, gap_tokens, stream
 from moestro.models.encdec import START_TOKEN, EncDec, EncDecOutput, Encoded
@@ -165,8 +165,20 @@ def test_a_seed_gives_the_same_text():
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_training_mode_and_a_foreign_tokenizer_are_refused():
+def test_training_mode_and_a_token_that_the_model_does_not_know_are_refused():
     with pytest.raises(MoestroError, match=r"model\.eval"):
         next(stream(tiny().train(), BYTES, "a", SamplingConfig()))
-    with pytest.raises(MoestroError, match="256 tokens, the model only 100"):
-        next(stream(tiny(vocab_size=100), BYTES, "a", SamplingConfig()))
+    small = tiny(vocab_size=100)
+    pieces = list(stream(small, BYTES, "A", SamplingConfig(temperature=9.0, max_tokens=50)))
+    assert max(piece.token for piece in pieces) < 100
+    with pytest.raises(DataError, match=r"the source has token 122, 'z', but .* 0 to 99"):
+        next(stream(small, BYTES, "az", SamplingConfig()))
+
+
+def test_the_decoders_start_counts_for_the_repetition_penalty():
+    logits_BTV = torch.zeros(1, 1, VOCAB)
+    logits_BTV[..., START_TOKEN], logits_BTV[..., 65] = 9.0, 8.0
+    model = Scripted()
+    model.decode = lambda tokens_BT, cache: EncDecOutput(logits_BTV, ())
+    sampling = SamplingConfig(temperature=0.0, max_tokens=1, repetition_penalty=2.0)
+    assert [piece.token for piece in stream(model, BYTES, "x", sampling)] == [65]

@@ -10,7 +10,7 @@ from moestro.config import ModelConfig
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.native_library import _team
-from moestro.kernels.native_step import FIRST_CAPACITY, Past, StepDecoder, StepLayer, StepShape
+from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
 from moestro.kernels.packing import Format, PackedExperts
 from moestro.models.decoder import Decoder
 from moestro.models.rotary import rotary
@@ -144,8 +144,22 @@ def native_of(
     return StepDecoder(layers, shape, norm, head, fp32(model.head.bias), cache_dtype)
 
 
-def limits_of(model: Decoder) -> list[int]:
-    return [layer.limit for layer in model.new_cache(1).layers]
+class Past:
+    """One sequence's cache, and the step's view of it."""
+
+    def __init__(self, native: StepDecoder, model: Decoder) -> None:
+        self.cache, self.view = model.new_cache(1), StepPast(native)
+        size = (1, model.cfg.num_kv_heads, 0, model.cfg.head_dim)
+        self._like = (torch.empty(size, dtype=native.cache_dtype),) * 2
+
+    @property
+    def position(self) -> int:
+        return self.cache.position
+
+    def placed(self) -> StepPast:
+        for number, layer in enumerate(self.cache.layers):
+            self.view.put(number, *layer.room(*self._like), layer.length)
+        return self.view
 
 
 @torch.inference_mode()
@@ -153,13 +167,17 @@ def step(model: Decoder, native: StepDecoder, tokens_B: Tensor, pasts: list[Past
     device = torch.device("cpu")
     turns = [rotary(past.position, 1, model.cfg, device, torch.float32) for past in pasts]
     cos_BA, sin_BA = (torch.cat(each) for each in zip(*turns, strict=True))
-    return native.step(model.embed(tokens_B).float(), cos_BA, sin_BA, pasts)
+    x_BD, placed = model.embed(tokens_B).float(), [past.placed() for past in pasts]
+    results = native.step(x_BD, cos_BA, sin_BA, placed)
+    for past in pasts:
+        past.cache.advance()
+    return results
 
 
 def same(model: Decoder, native: StepDecoder, tokens_BS: Tensor, share: float) -> None:
     """Token by token, logits and routing as the forward's, for all sequences together."""
     batch, length = tokens_BS.shape
-    pasts = [Past(native, limits_of(model)) for _ in range(batch)]
+    pasts = [Past(native, model) for _ in range(batch)]
     cache = model.new_cache(batch)
     for position in range(length):
         with torch.inference_mode():
@@ -200,7 +218,7 @@ def test_packed_steps_are_the_forward_of_what_is_packed(name, kind):
             for part in parameter.view(-1, *parameter.shape[-2:]):
                 part.copy_(native_cpu.unpack_matrix(native_cpu.pack_matrix(part, format)))
         expected = model(tokens_B[:, None]).logits[:, 0]
-    pasts = [Past(native, limits_of(model)) for _ in tokens_B]
+    pasts = [Past(native, model) for _ in tokens_B]
     logits_BV, _, _ = step(model, native, tokens_B, pasts)
     error = ((logits_BV - expected).norm() / expected.norm()).item()
     assert error < {"float32": 1e-5, "bfloat16": 0.02}.get(kind, 0.05)
@@ -228,14 +246,14 @@ def test_a_sequence_alone_or_in_a_batch(kind, cache_dtype, on_every_path):
     def alone() -> list[Tensor]:
         results = []
         for tokens_S, start in zip(tokens_BS, starts, strict=True):
-            past = Past(native, limits_of(model))
+            past = Past(native, model)
             for token in tokens_S[: start + 2]:
                 last = step(model, native, token[None], [past])
             results.append(torch.cat([last[0][0], last[1].flatten(), last[2].flatten()]))
         return torch.stack(results)
 
     def together() -> list[Tensor]:
-        pasts = [Past(native, limits_of(model)) for _ in starts]
+        pasts = [Past(native, model) for _ in starts]
         for past, tokens_S, start in zip(pasts, tokens_BS, starts, strict=True):
             for token in tokens_S[:start]:
                 step(model, native, token[None], [past])
@@ -257,7 +275,7 @@ def test_threads_do_not_show(native):
 
     def run(threads: int) -> Tensor:
         native.moestro_use_threads(threads, None)
-        pasts = [Past(decoder, limits_of(model)) for _ in range(5)]
+        pasts = [Past(decoder, model) for _ in range(5)]
         return torch.stack([step(model, decoder, tokens, pasts)[0] for tokens in tokens_BS.T])
 
     try:
@@ -268,23 +286,24 @@ def test_threads_do_not_show(native):
         native.moestro_use_threads(before, _team())
 
 
-@pytest.mark.parametrize("length", [FIRST_CAPACITY - 1, FIRST_CAPACITY, 3 * FIRST_CAPACITY])
-def test_a_prompt_and_rings_that_grow(length):
-    """Filled from a prefill's keys and values; growing moves no position."""
+@pytest.mark.parametrize("length", [1, 255, 700])
+def test_steps_go_on_from_a_prompt_in_the_same_memory(length):
+    """The forward and the step take turns on one cache, which grows and slides meanwhile."""
     changes = VARIANTS["gpt-oss"]
-    model = new_model(**{**changes, "attention": {**changes["attention"], "context": 1000}})
-    native, tokens_1S = native_of(model), torch.randint(0, VOCAB, (1, length + 3))
-    past, cache = Past(native, limits_of(model)), model.new_cache(1)
+    model = new_model(**{**changes, "attention": {**changes["attention"], "context": 300}})
+    native, tokens_1S = native_of(model), torch.randint(0, VOCAB, (1, length + 60))
+    past, cache = Past(native, model), model.new_cache(1)
     with torch.inference_mode():
-        model(tokens_1S[:, :length], cache=cache)
-        for number, layer in enumerate(cache.layers):
-            keys_1GPA, values_1GPA = layer.held()
-            past.fill(number, keys_1GPA[0], values_1GPA[0], length)
-        for position in range(length, length + 3):
+        for each in (past.cache, cache):
+            model(tokens_1S[:, :length], cache=each)
+        for position in range(length, length + 60):
             expected = model(tokens_1S[:, position : position + 1], cache=cache).logits[0]
-            logits_BV, _, _ = step(model, native, tokens_1S[:, position], [past])
+            if position % 3 == 0:
+                got_BV = model(tokens_1S[:, position : position + 1], cache=past.cache).logits[0]
+            else:
+                got_BV, _, _ = step(model, native, tokens_1S[:, position], [past])
             size = expected.abs().max().item()
-            torch.testing.assert_close(logits_BV, expected, rtol=0, atol=2e-5 * size)
+            torch.testing.assert_close(got_BV, expected, rtol=0, atol=2e-5 * size)
 
 
 def test_16_bit_weights_and_past():
@@ -293,7 +312,7 @@ def test_16_bit_weights_and_past():
     tokens_B = torch.randint(0, VOCAB, (2,))
     with torch.inference_mode():
         expected_BV = model.float()(tokens_B[:, None]).logits[:, 0]
-    pasts = [Past(native, limits_of(model)) for _ in range(2)]
+    pasts = [Past(native, model) for _ in range(2)]
     logits_BV, _, _ = step(model, native, tokens_B, pasts)
     assert ((logits_BV - expected_BV).norm() / expected_BV.norm()).item() < 0.02
 
@@ -301,13 +320,25 @@ def test_16_bit_weights_and_past():
 def test_what_does_not_fit_is_refused():
     model = new_model()
     native = native_of(model)
-    past = Past(native, limits_of(model))
+    past = Past(native, model)
     turn = torch.ones(1, model.cfg.head_dim // 2)
     with pytest.raises(ShapeError, match="a step takes"):
-        native.step(torch.zeros(1, 31), turn, turn, [past])
+        native.step(torch.zeros(1, 31), turn, turn, [past.placed()])
     with pytest.raises(ShapeError, match="a step takes"):
-        native.step(torch.zeros(2, 32), turn, turn, [past])
-    assert past.position == 0
+        native.step(torch.zeros(2, 32), turn, turn, [past.placed()])
+    view, good = StepPast(native), torch.zeros(1, model.cfg.num_kv_heads, 4, model.cfg.head_dim)
+    for bad in (good[0], good[:, :1], good.double(), good.transpose(2, 3), good[:, :, ::2]):
+        with pytest.raises(ShapeError, match="takes keys and values"):
+            view.put(0, (good, bad), 0, 0)
+    with pytest.raises(ShapeError, match="refused"):  # a layer that was never put
+        native.step(torch.zeros(1, 32), turn, turn, [view])
+    for number in range(model.cfg.num_layers):
+        view.put(number, (good, good.clone()), 4, 0)  # past the end
+    with pytest.raises(ShapeError, match="refused"):
+        native.step(torch.zeros(1, 32), turn, turn, [view])
+    view.put(0, (good, good.clone()), 2, 3)  # more kept than there are
+    with pytest.raises(ShapeError, match="refused"):
+        native.step(torch.zeros(1, 32), turn, turn, [view])
     layers = [step_layer(block, None, None) for block in model.blocks]
     layers[0] = layers[0]._replace(ffn_norm=layers[0].ffn_norm.double())
     with pytest.raises(ShapeError, match="float64"):

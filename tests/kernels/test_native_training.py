@@ -222,8 +222,8 @@ def test_a_layer_under_autocast_with_fp32_weights():
     cfg = MoEConfig(dim=32, hidden_dim=64, num_experts=4, top_k=2)
     layer, slow = MoE(cfg), MoE(cfg, "reference")
     slow.load_state_dict(copy.deepcopy(layer.state_dict()))
-    assert layer.experts.kernel("cpu", BF16).name == "native"
-    assert layer.experts.kernel("cpu", FP32).name == "segments"
+    assert backends.choose("auto", "cpu", BF16, (32, 128, 64)).name == "native"
+    assert backends.choose("auto", "cpu", FP32, (32, 128, 64)).name == "segments"
     x_BSD = torch.randn(3, 50, 32)
     results = []
     for each in (layer, slow):

@@ -53,6 +53,10 @@ def test_expert_ffn_by_hand():
     assert y.item() == pytest.approx(down * silu * 4.5)
 
 
+def test_a_function_stands_for_itself():
+    assert reference.activate(torch.tensor([[2.0]]), lambda hidden: hidden**3).item() == 8
+
+
 def test_mixture_by_hand():
     x = torch.tensor([[1.0], [2.0], [3.0]])
     up_EHD = torch.tensor([[[1.0]], [[10.0]]])
@@ -73,6 +77,24 @@ def test_biases_by_hand():
     who = (torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]), torch.tensor([0.25, 0.5, 2.0]))
     y = reference.mixture(x, *who, *weights, "relu", biases)
     assert y.tolist() == [[25.0 + 122.5], [0.0], [2 * 305.0]]
+
+
+def test_what_is_not_kept_takes_no_part():
+    """Nor does what its token holds, in values and in gradients."""
+    x = torch.tensor([[1.0], [math.nan], [3.0]], requires_grad=True)
+    up_EHD, down_EDF = (torch.tensor(each, requires_grad=True) for each in (
+        [[[1.0]], [[10.0]]], [[[2.0]], [[3.0]]]
+    ))  # fmt: skip
+    who = (torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]))
+    weights_R = torch.tensor([0.25, 0.75, 9.0, 0.5], requires_grad=True)
+    kept_R = torch.tensor([True, False, False, True])
+    y = reference.mixture(x, *who, weights_R, up_EHD, down_EDF, "relu", None, kept_R)
+    assert y.tolist() == [[0.5], [0.0], [3.0]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[0.5], [0.0], [1.0]]
+    assert weights_R.grad.tolist() == [2.0, 0.0, 0.0, 6.0]
+    assert up_EHD.grad.flatten().tolist() == [0.25 * 2 + 0.5 * 2 * 3, 0.0]
+    assert down_EDF.grad.flatten().tolist() == [0.25 + 0.5 * 3, 0.0]
 
 
 def test_mixture_of_no_tokens():

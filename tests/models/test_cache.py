@@ -104,3 +104,27 @@ def test_each_layer_keeps_its_window():
     wide = {"context": 3, "window": {"size": 4}}
     model = Decoder(ModelConfig(dim=16, num_layers=2, attention=wide))
     assert [layer.limit for layer in model.new_cache().layers] == [3, 3]
+
+
+def test_who_writes_in_place_finds_room_after_what_is_kept():
+    """As the native step does: whole buffers, the place of the next position, then `advance`."""
+    limit, cache, like = 20, LayerCache(20), tuple(each[:, :, :0] for each in positions(0, 1))
+    for passed in range(100):
+        buffers, place = cache.room(*like)
+        for buffer, new in zip(buffers, positions(passed, 1), strict=True):
+            buffer[:, :, place] = new[:, :, 0]
+        cache.length += 1
+        first = max(0, passed + 1 - limit)
+        for held, expected in zip(cache.held(), positions(first, passed + 1 - first), strict=True):
+            assert torch.equal(held, expected)
+
+
+def test_a_fork_has_memory_of_its_own():
+    cache = LayerCache(20)
+    cache.extend(*positions(0, 30))
+    twin = cache.fork()
+    seen = cache.extend(*positions(30, 2))
+    other = twin.extend(*positions(30, 3))
+    for mine, theirs, expected in zip(seen, other, positions(11, 22), strict=True):
+        assert torch.equal(mine, expected[:, :, :21])
+        assert torch.equal(theirs, expected)

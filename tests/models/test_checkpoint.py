@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
 from moestro.errors import CheckpointError
+from moestro.models import checkpoint
 from moestro.models.checkpoint import (
     atomic_folder,
     checkpoints,
@@ -163,6 +164,20 @@ def test_settings_that_do_not_fit(tmp_path, change, words):
     folder = save(new_model(), tmp_path / "model")
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=words):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_layers": 10_000}, {"dim": 2**30, "moe": None}, {"vocab_size": 2**40}]
+)
+def test_a_model_far_larger_than_its_file_is_not_built(tmp_path, change, monkeypatch):
+    def never(*_):
+        raise AssertionError("it was built")
+
+    folder = save(new_model(), tmp_path / "model")
+    rewrite(folder, lambda _, cfg: cfg.update(change))
+    monkeypatch.setattr(checkpoint, "build_model", never)
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json: that describes"):
         load_model(folder)
 
 

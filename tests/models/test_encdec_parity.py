@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moestro.cli.peers import cache_of
 from moestro.models.encdec import START_TOKEN, EncDec
 
 from .tiny_encdec import CAPACITY, settings
@@ -177,7 +178,7 @@ def test_token_by_token_as_transformers_does_it(pair):
     """With capacity, one step counts only its own token: both models agree on that too."""
     theirs, ours = pair
     source_BS, target_BT = batch()
-    past = None
+    past = {}
     with torch.no_grad():
         encoded = theirs.encoder(input_ids=source_BS)
         cache = ours.new_cache(ours.encode(source_BS).memory)
@@ -185,10 +186,10 @@ def test_token_by_token_as_transformers_does_it(pair):
             expected = theirs(
                 encoder_outputs=encoded,
                 decoder_input_ids=target_BT[:, t : t + 1],
-                past_key_values=past,
                 use_cache=True,
+                **past,
             )
-            past = expected.past_key_values
+            past = cache_of(expected)
             close(ours.decode(target_BT[:, t : t + 1], cache).logits, expected.logits)
     assert cache.position == target_BT.shape[1]
 

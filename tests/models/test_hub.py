@@ -6,7 +6,7 @@ import json
 import pytest
 
 from moestro.errors import CheckpointError
-from moestro.models.hub import find_checkpoint, find_model
+from moestro.models.hub import check_kind, find_checkpoint, find_model, find_settings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -47,9 +47,70 @@ def test_what_is_here_comes_first(cache, tmp_path):
     here.mkdir(parents=True)
     assert find_model("org/tiny") == here.relative_to(tmp_path)
     assert find_model(here) == here
-    # The folder org is here, so nothing else in it is looked for elsewhere.
-    with pytest.raises(CheckpointError, match=r"org/other does not exist; .* as org/model"):
+
+
+def test_a_folder_of_the_organisations_name_hides_no_cached_model(cache, tmp_path, monkeypatch):
+    """And a path that is misspelt is asked of nobody else."""
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    snapshot = cache(model_safetensors="")
+    (tmp_path / "org").mkdir()
+    assert find_model("org/tiny").samefile(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked, real = [], huggingface_hub.snapshot_download
+
+    def noted(name, **options):
+        asked.append(options["local_files_only"])
+        return real(name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    message = r"org/other is neither in the folder org nor in .* cache; .* hf download org/other"
+    with pytest.raises(CheckpointError, match=message):
         find_model("org/other")
+    assert asked == [True]
+
+
+def test_settings_alone_need_no_weights(cache):
+    snapshot = cache(config_json="{}")
+    assert find_settings("org/tiny").samefile(snapshot / "config.json")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        find_model("org/tiny")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"org/tiny has no config\.json"):
+        find_settings("org/tiny")
+
+
+def gguf(folder):
+    (folder / "q4.gguf").write_bytes(b"GGUF")
+
+
+def adapter(folder):
+    base = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (gguf, r"q4\.gguf is GGUF, llama\.cpp's format.* layout"),
+        (adapter, r"is an adapter for org/base.* AutoPeftModelForCausalLM.*merge_and_unload"),
+    ],
+)
+def test_other_programs_models_are_named(make, words, tmp_path):
+    make(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        find_checkpoint(tmp_path)
+    for path in tmp_path.glob("*.gguf"):
+        with pytest.raises(CheckpointError, match=words):
+            find_checkpoint(path)
+    # Beside a whole model, or in a run's folder, such files are nobody's business.
+    (tmp_path / "checkpoints").mkdir()
+    check_kind(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "model.safetensors").touch()
+    check_kind(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tiny", "./org/tiny", "../org", "a/b/c", "/nowhere/x", "-/x", ""])
@@ -118,6 +179,7 @@ def test_what_the_hub_answers(cache, monkeypatch, kind, message):
             "tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
             "tokenizer.model", "pytorch_model.bin", "original/model.safetensors", "README.md",
             "consolidated-00001.safetensors", "modeling_own.py", "original/config.json",
+            "tiktoken.model", "original/tokenizer.model",
         ],
         allow_patterns=asked["allow_patterns"],
         ignore_patterns=asked["ignore_patterns"],
@@ -125,5 +187,5 @@ def test_what_the_hub_answers(cache, monkeypatch, kind, message):
     assert list(kept) == [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
         "tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
-        "tokenizer.model",
+        "tokenizer.model", "tiktoken.model",
     ]  # fmt: skip

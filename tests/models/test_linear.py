@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moestro.models.linear import SMALL, Linear
+from moestro import Decoder, ModelConfig
+from moestro.config import EncDecConfig
+from moestro.errors import ShapeError
+from moestro.models.encdec import EncDec
+from moestro.models.linear import SMALL, Embedding, Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -32,3 +36,35 @@ def test_one_row_trains_and_takes_autocasts_dtype():
     assert module.weight.grad is not None
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert module(x_TI).dtype == module(x_TI.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_the_embedding_is_torchs(dtype):
+    module = Embedding(5, 3)
+    tokens_BS = torch.tensor([[0, 4], [2, 2]], dtype=dtype)
+    expected = F.embedding(tokens_BS, module.weight)
+    assert torch.equal(module(tokens_BS), expected)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(tokens_BS), expected)
+    assert module.to("meta")(tokens_BS.to("meta")).shape == (2, 2, 3)
+
+
+WRONG = [(torch.tensor([[3, 256, 7, 10**12]]), r"0 to 255.*given \[256, 1000000000000\]"),
+         (torch.tensor([[-1, 2]]), r"given \[-1\]"),
+         (torch.tensor([[True]]), "token ids are int64; given torch.bool"),
+         (torch.tensor([[3]], dtype=torch.uint8), "given torch.uint8")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens_BS", "words"), WRONG)
+def test_ids_that_are_no_tokens(tokens_BS, words):
+    """A decoder, with and without a cache, and both sides of an encoder-decoder."""
+    model, both = Decoder(ModelConfig()), EncDec(EncDecConfig())
+    good_BS = torch.tensor([[1, 2]])
+    for use in (
+        lambda: model(tokens_BS),
+        lambda: model(tokens_BS, cache=model.new_cache()),
+        lambda: both(tokens_BS, good_BS),
+        lambda: both(good_BS, tokens_BS),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            use()

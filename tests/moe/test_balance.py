@@ -227,16 +227,69 @@ def test_no_real_token_gives_a_finite_loss_without_gradient(name, num_tokens):
     assert not grad_TE.any()
 
 
-def test_bias_moves_by_the_sign_of_the_violation():
-    bias_E = torch.tensor([0.0, 0.5, -0.5, 0.25])
+def test_bias_moves_by_the_sign_of_the_violation_and_its_mean_stays():
+    before = [0.0, 0.5, -0.5, 0.25]
+    bias_E = torch.tensor(before)
     balance.update_bias(bias_E, torch.tensor([10, 0, 4, 2]), 1e-3)
-    assert bias_E.tolist() == pytest.approx([-1e-3, 0.501, -0.5, 0.251])
+    wanted = [b + 1e-3 * (s - 0.25) for b, s in zip(before, [-1, 1, 0, 1], strict=True)]
+    assert bias_E.tolist() == pytest.approx(wanted)
+
+
+def test_a_dead_expert_rises_over_the_others_and_carries_none_away():
+    bias_E, counts_E = torch.zeros(64), torch.full((64,), 102)
+    counts_E[0] = 0
+    for _ in range(5000):
+        balance.update_bias(bias_E, counts_E, 1e-3)
+    assert abs(bias_E.mean().item()) < 1e-4
+    assert (bias_E[0] - bias_E[1:]).tolist() == pytest.approx([10.0] * 63, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
+def test_bias_compares_counts_exactly(dtype):
+    """2²⁴ + 1 is no fp32 number, and 1001 no bf16 one."""
+    bias_E = torch.zeros(3)
+    balance.update_bias(bias_E, torch.tensor([2**24 + 1, 2**24 - 1, 2**24], dtype=dtype), 1.0)
+    assert bias_E.tolist() == [-1, 1, 0]
+
+
+def test_a_bias_of_16_bits_is_refused():
+    with pytest.raises(ShapeError, match=r"bfloat16.*float32"):
+        balance.update_bias(torch.zeros(4, dtype=torch.bfloat16), torch.arange(4), 1e-3)
 
 
 def test_bias_stays_at_balance():
     bias_E = torch.zeros(4)
     balance.update_bias(bias_E, torch.full((4,), 7), 1e-3)
     assert not bias_E.any()
+
+
+LOSSES = {
+    "switch": balance.switch_loss,
+    "sequence": lambda routing: balance.sequence_loss(routing, 3),
+    "importance": balance.importance_loss,
+    "load": balance.load_loss,
+    "z": balance.z_loss,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_what_padding_holds_is_in_no_loss_and_no_gradient(loss, poison):
+    clean = random_routing()._replace(valid_T=torch.arange(12) < 8)
+
+    def value_and_gradients(fill):
+        held = {}
+        for name in ("logits_TE", "probs_TE", "weights_R", "load_TE"):
+            real = clean.valid_T[clean.tokens_R] if name == "weights_R" else clean.valid_T
+            tensor = getattr(clean, name).clone()
+            tensor[~real] = fill
+            held[name] = tensor.requires_grad_()
+        value = loss(clean._replace(**held))
+        return value, *torch.autograd.grad(value, list(held.values()), materialize_grads=True)
+
+    found, wanted = value_and_gradients(poison), value_and_gradients(0.25)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert any(gradient.any() for gradient in found[1:])
 
 
 def test_repeated_updates_balance_a_skewed_router(tiny):

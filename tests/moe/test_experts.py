@@ -3,8 +3,16 @@ import torch
 
 from moestro.kernels import reference
 from moestro.moe.experts import Experts, FeedForward, compute_dtype
+from moestro.moe.routing import Routing
 
 KINDS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
+
+
+def routed(experts_T, num_experts):
+    """Each token to one expert, with weight 1."""
+    experts_T1 = torch.tensor(experts_T)[:, None]
+    any_TE = torch.zeros(len(experts_T), num_experts)
+    return Routing.of_choice(experts_T1, torch.ones(experts_T1.shape), any_TE, any_TE)
 
 
 @pytest.mark.parametrize("activation", KINDS)
@@ -23,10 +31,9 @@ def test_layout_of_the_weights(activation):
 @pytest.mark.parametrize("activation", KINDS)
 def test_equal_the_definition(activation):
     experts = Experts(3, 8, 5, activation)
-    rows_RD, offsets_E = torch.randn(9, 8), torch.tensor([4, 4, 9])
-    weights = (experts.gate_up, experts.down)
-    expected = reference.expert_ffn(rows_RD, *weights, offsets_E, activation)
-    torch.testing.assert_close(experts(rows_RD, offsets_E), expected)
+    x_TD, weights = torch.randn(9, 8), (experts.gate_up, experts.down)
+    expected_TD = reference.expert_ffn(x_TD, *weights, torch.tensor([4, 4, 9]), activation)
+    torch.testing.assert_close(experts(x_TD, routed([0] * 4 + [2] * 5, 3)), expected_TD)
 
 
 def test_gate_rows_come_first():
@@ -36,7 +43,7 @@ def test_gate_rows_come_first():
         experts.down.fill_(1)
     x_RD = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
     expected = torch.nn.functional.silu(torch.tensor(2.0, dtype=torch.float64)) * 3
-    torch.testing.assert_close(experts(x_RD, torch.tensor([1])), expected.expand(1, 2))
+    torch.testing.assert_close(experts(x_RD, routed([0], 1)), expected.expand(1, 2))
 
 
 def test_a_feed_forward_network_is_a_mixture_of_one():
@@ -61,12 +68,12 @@ def test_dropout_zeroes_hidden_units_in_training_only():
     with torch.no_grad():
         experts.gate_up.fill_(1)
         experts.down.fill_(1)
-    rows_RD, offsets_E = torch.ones(50, 1), torch.tensor([20, 50])
-    assert (experts.eval()(rows_RD, offsets_E) == 1000).all()
-    kept_R = experts.train()(rows_RD, offsets_E)[:, 0] * 0.6
-    assert kept_R.mean().item() == pytest.approx(600, rel=0.02)
-    assert kept_R.std() > 5
-    assert Experts(2, 1, 4, dropout=0.0).train()(rows_RD, offsets_E).isfinite().all()
+    x_TD, routing = torch.ones(50, 1), routed([0] * 20 + [1] * 30, 2)
+    assert (experts.eval()(x_TD, routing) == 1000).all()
+    kept_T = experts.train()(x_TD, routing)[:, 0] * 0.6
+    assert kept_T.mean().item() == pytest.approx(600, rel=0.02)
+    assert kept_T.std() > 5
+    assert Experts(2, 1, 4, dropout=0.0).train()(x_TD, routing).isfinite().all()
 
 
 def test_dropout_keeps_the_biases():
@@ -77,12 +84,11 @@ def test_dropout_keeps_the_biases():
         experts.gate_up_bias.copy_(torch.tensor([[1.0], [2.0]]).expand(2, 1000))
         experts.down.fill_(1)
         experts.down_bias.copy_(torch.tensor([[5000.0], [7000.0]]))
-    rows_RD, offsets_E = torch.ones(50, 1), torch.tensor([20, 50])
-    y_R = experts.train()(rows_RD, offsets_E)[:, 0]
-    assert y_R[:20].mean().item() == pytest.approx(6000, rel=0.01)
-    assert y_R[20:].mean().item() == pytest.approx(9000, rel=0.01)
-    assert y_R[:20].std() > 5
-    y_R.sum().backward()
+    y_T = experts.train()(torch.ones(50, 1), routed([0] * 20 + [1] * 30, 2))[:, 0]
+    assert y_T[:20].mean().item() == pytest.approx(6000, rel=0.01)
+    assert y_T[20:].mean().item() == pytest.approx(9000, rel=0.01)
+    assert y_T[:20].std() > 5
+    y_T.sum().backward()
     assert experts.down_bias.grad.flatten().tolist() == [20, 30]
     assert experts.gate_up_bias.grad.sum(-1).tolist() == pytest.approx([20e3, 30e3], rel=0.02)
 

@@ -75,8 +75,7 @@ def mixture_by_definition(layer, x_TD, routing):
         hidden = reference.activate(x_TD @ layer.shared.gate_up[0].T, cfg.activation)
         shared_TD = hidden @ layer.shared.down[0].T
         if cfg.shared.gate:
-            # The gate is computed in fp32 whatever the dtype.
-            shared_TD = shared_TD * (x_TD @ layer.shared_gate.weight.T).float().sigmoid()
+            shared_TD = shared_TD * (x_TD @ layer.shared_gate.weight.T).sigmoid()
         y_TD = y_TD + shared_TD
     return y_TD
 
@@ -198,12 +197,12 @@ def test_padding_never_counts(tiny, router, limited):
     x = torch.randn(4, 6, 8, dtype=torch.float64)
     ids = torch.randint(0, 50, (4, 6))
     other, other_ids = x.clone(), ids.clone()
-    other[~valid], other_ids[~valid] = 5 * torch.randn(int((~valid).sum()), 8).double(), 7
+    other[~valid], other_ids[~valid] = float("nan"), 7
     (y, routing), (y2, routing2) = (
         layer(x, token_ids=ids, valid=valid),
         layer(other, token_ids=other_ids, valid=valid),
     )
-    torch.testing.assert_close(y[valid], y2[valid], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, y2, rtol=1e-12, atol=1e-12)
     assert torch.equal(routing.counts_E(), routing2.counts_E())
     assert routing.dropped() == routing2.dropped()
     assert routing.counts_E().sum() == (
@@ -216,7 +215,7 @@ def test_padding_never_counts(tiny, router, limited):
         lambda r: balance.sequence_loss(r, 4),
     )
     for loss in losses:
-        torch.testing.assert_close(loss(routing), loss(routing2), rtol=1e-12, atol=1e-12)
+        assert torch.equal(loss(routing), loss(routing2))
     if router != "hash":
         alone, _ = layer(x[valid], token_ids=ids[valid])
         torch.testing.assert_close(alone, y[valid], rtol=1e-10, atol=1e-10)

@@ -15,6 +15,7 @@ from moestro.probe.report.pieces import Pieces, visible
 from moestro.probe.report.samples import Room, passages, without_dropped
 from moestro.text import ByteTokenizer, train_bpe
 
+from ..vocabularies import byte_fallback
 from .changed import make_ablations
 from .traces import make_trace
 
@@ -143,6 +144,20 @@ def test_half_a_character_is_named_by_the_whole():
     assert Pieces(merged, tokens).name(mixed[0]) == " ⟨part of 中丰⟩"
     assert pieces.name(tokenizer.end_of_text) == "⟨end of text⟩"
     assert pieces.passage([tokenizer.end_of_text]) == ["⟨end of text⟩"]
+
+
+def test_characters_spelled_in_bytes_come_whole_and_spaces_stay():
+    tokenizer = byte_fallback()
+    tokens = np.array(tokenizer.encode(" 😀 the — é"), dtype=np.int32)
+    pieces = Pieces(tokenizer, tokens)
+    given = pieces.passage(tokens.tolist())
+    assert given == [" ", " ", *[""] * 3, "😀", " ", "th", "e", " ", "", "", "—", " ", "é"]
+    emoji, dash = tokens[2:6].tolist(), tokens[10:13].tolist()
+    assert [pieces.name(token) for token in emoji[:3]] == ["⟨part of 😀⟩"] * 3
+    assert pieces.name(emoji[3]) == pieces.name(dash[1]) == "⟨part of 😀—⟩"
+    first, inner = tokenizer.encode("a")[0], tokenizer.encode("ta")[-1]
+    assert [pieces.name(token) for token in (first, inner)] == [" a", "a"]
+    assert pieces.passage([2, *dash[:2]]) == ["⟨end of text⟩", "", "\ufffd\ufffd"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from moestro.errors import MoestroError
 from moestro.probe.measures.measure import measure
 from moestro.probe.measures.saturation import saturation
-from moestro.probe.report.tables import save_tables, write_whole
+from moestro.probe.report.tables import save_tables, save_text
 
 from .changed import make_ablations
 from .traces import make_trace
@@ -84,5 +84,5 @@ def test_files_are_written_whole_or_not_at_all(findings, tmp_path):
         save_tables(findings, tmp_path / "missing")
     (tmp_path / "taken").mkdir()
     with pytest.raises(MoestroError, match="cannot write it"):
-        write_whole(tmp_path / "taken", "text", "it")
+        save_text(tmp_path / "taken", "text", "it")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

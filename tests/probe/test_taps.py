@@ -33,7 +33,7 @@ def test_an_edit_is_what_the_model_uses_and_returns():
     # By hand: the layer with the same assignments.
     layer, x_TD = model.mixtures()[0], torch.randn(5, 32)
     alone = layer.router(x_TD)
-    by_hand = layer._mix(x_TD, alone._replace(experts_R=(alone.experts_R + 1) % 6))
+    by_hand = layer.experts(x_TD, alone._replace(experts_R=(alone.experts_R + 1) % 6))
     with rerouted(layer, lambda place, experts, weights: ((experts + 1) % 6, weights)):
         torch.testing.assert_close(layer(x_TD)[0], by_hand)
 
@@ -113,7 +113,7 @@ def test_gradients_pass_through_an_edit_and_recomputation_repeats_it():
 
 
 def test_encoder_decoders_can_be_rerouted_too():
-    model = EncDec(settings()).eval()
+    model = EncDec(settings(vocab_size=VOCABULARY)).eval()
     places = []
 
     def edit(place, experts_TK, weights_TK):

@@ -294,10 +294,15 @@ def npy(values, dtype=None, shape=None, order="C"):
     """The bytes of an .npy file; its header says what it is told to."""
     plain = np.asarray(values)
     about = np.dtype(dtype or plain.dtype).str, order == "F", shape or plain.shape
-    text = "{{'descr': {!r}, 'fortran_order': {}, 'shape': {}, }}".format(*about).ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + plain.tobytes()
+    text = "{{'descr': {!r}, 'fortran_order': {}, 'shape': {}, }}".format(*about)
+    return npy_header(text) + plain.tobytes()
 
 
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+
+NO_DTYPE = "{'descr': ('<i4',), 'fortran_order': False, 'shape': ()}"
 TOKENS = np.zeros(96, dtype=np.int32)
 MEMBERS = {
     "no header": ({"header.json": None}, "no trace: it has no member header.json"),
@@ -314,6 +319,8 @@ MEMBERS = {
     "unknown member": ({"part-00000/more.npy": b""}, "has no member 'part-00000/more.npy'"),
     "a path": ({"../tokens_T.npy": b""}, r"has no member '\.\./tokens_T.npy'"),
     "no npy": ({"part-00000/tokens_T.npy": b"no"}, "tokens_T.npy is damaged"),
+    "no header at all": ({"part-00000/tokens_T.npy": npy_header("(((")}, "tokens_T.npy is damaged"),
+    "no dtype": ({"part-00000/tokens_T.npy": npy_header(NO_DTYPE)}, "tokens_T.npy is damaged"),
     "pickle": (
         {"part-00000/tokens_T.npy": npy(TOKENS, "O")}, "holds object, but must hold int32",
     ),

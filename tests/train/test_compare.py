@@ -12,7 +12,7 @@ from moestro.models.count import count
 from moestro.train import compare
 from moestro.train.compare import Curve, crossing, judge, plan, sentence
 from moestro.train.figures import comparison_figure
-from moestro.train.loop import Point
+from moestro.train.metrics import Point
 
 
 def points(*bits: float, flops: float = 100.0, seconds: float = 10.0) -> list[Point]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from moestro.config import DataConfig
 from moestro.errors import DataError
+from moestro.train import corpus
 from moestro.train.corpus import (
     Document,
     choose_held_out,
@@ -320,3 +322,57 @@ def test_one_huge_document_does_not_swallow_the_evaluation() -> None:
     groups = np.array([1, 2**63, 2**63 + 5], dtype=np.uint64)  # the first falls below the share
     held = choose_held_out(np.zeros(3, np.int64), groups, np.array([10, 10_000, 50]), 0.1, 1000)
     assert held.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "line", ["ein Wort und 😀 ", "ß", "語\n"], ids=["spaces", "no break", "lines"]
+)
+def test_a_long_file_comes_in_parts_of_one_group(tmp_path, monkeypatch, line: str) -> None:
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1000)
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 64)
+    text = line * 800
+    path = write(tmp_path / "long.txt", "short\0" + text + "\0end")
+    first, *parts, last = read(path)
+    assert (first.text, last.text) == ("short", "end")
+    assert "".join(part.text for part in parts) == text
+    assert [part.name for part in parts[:2]] == [
+        f"{path.parent.name}/long.txt#1",
+        parts[0].name + "@1",
+    ]
+    assert {part.group or part.name for part in parts} == {parts[0].name}
+    assert max(len(part.text.encode()) for part in parts) <= 1064
+    assert all(part.text.endswith("\n") for part in parts) == ("\n" in line)
+    assert len({part.name for part in parts}) == len(parts) > 1
+
+
+def test_bytes_that_are_no_text_are_named_by_their_place_in_the_whole_file(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 64)
+    path = write(tmp_path / "bad.txt", b"a\0" + b"word " * 60 + b"\xff rest")
+    with pytest.raises(DataError, match="byte 302 is 0xff"):
+        read(path)
+    with pytest.raises(DataError, match="byte 0 is 0x80"):
+        read(write(tmp_path / "worse.txt", b"\x80" * 300))
+
+
+def test_memory_does_not_depend_on_the_length_of_a_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1 << 20)
+    path = tmp_path / "one_line.txt"
+    path.write_bytes(b"a cde" * (4 << 20))
+    tracemalloc.start()
+    total = sum(len(document.text) for document in read_documents(DataConfig(sources=(str(path),))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 20 << 20
+    assert peak < 12 << 20  # held whole it would be four times the file
+
+
+def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(corpus, "LONGEST_LINE", 1 << 20)
+    path = write(tmp_path / "x.jsonl", json.dumps({"text": "short"}) + "\n")
+    assert len(read(path)) == 1
+    write(path, json.dumps({"text": "a" * (1 << 20)}) + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl has a line longer than 1 MiB; put one document"):
+        read(path)

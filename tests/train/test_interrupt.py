@@ -7,7 +7,7 @@ import pytest
 from moestro.train.interrupt import StopRequest
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_kept_and_the_handlers_come_back(which):
     before = signal.getsignal(which)
     with StopRequest() as stop:

@@ -1,12 +1,20 @@
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
 from moestro.errors import CheckpointError, ConfigError, TrainingError
-from moestro.train.metrics import METRICS_NAME, MetricsLog, flatten, read_metrics
+from moestro.train.metrics import (
+    METRICS_NAME,
+    MetricsLog,
+    cut_after,
+    flatten,
+    history,
+    read_metrics,
+)
 
 
 def write(folder: Path, steps, **options) -> None:
@@ -118,3 +126,30 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
 def test_flatten_names_nested_numbers_and_skips_text():
     record = {"step": 1, "a": 1, "b": {"c": 2.5}, "d": [{"e": 3}], "warnings": ["text"]}
     assert dict(flatten(record)) == {"a": 1.0, "b/c": 2.5, "d/0/e": 3.0}
+
+
+@pytest.mark.parametrize("step", ["[1]", "null", '"1"', "1.5", "true", "9" * 5000, "[" * 5000])
+def test_a_step_that_is_no_number_is_refused(tmp_path, step):
+    path = tmp_path / METRICS_NAME
+    path.write_text(f'{{"step": 1}}\n{{"step": {step}}}\n')
+    for read in (read_metrics, lambda path: cut_after(path, 1)):
+        with pytest.raises(CheckpointError, match=r"line 2 is not a metrics record: .*remove that"):
+            read(path)
+
+
+def test_evaluations_among_records():
+    measured = {"step": 2, "tokens": 64, "seconds": 0.5, "train_flops": 1e9}
+    found = history([{"step": 1}, {**measured, "bits_per_byte": {"all": 1.5, "code": None}}])
+    assert [point[:4] for point in found] == [(2, 64, 0.5, 1e9)]
+    assert found[0].bits_per_byte["all"] == 1.5
+    assert math.isnan(found[0].bits_per_byte["code"])
+    for damage in (
+        {"bits_per_byte": 3},
+        {"bits_per_byte": {"all": {}}},
+        {"bits_per_byte": {}, "tokens": []},
+    ):
+        with pytest.raises(CheckpointError, match=r"metrics of step 2 are no evaluation .*remove"):
+            history([{**measured, **damage}])
+    del measured["seconds"]
+    with pytest.raises(CheckpointError, match="seconds"):
+        history([{**measured, "bits_per_byte": {}}])

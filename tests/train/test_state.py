@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 
 from moestro.config import OptimConfig
 from moestro.errors import CheckpointError, ConfigError, TrainingError
-from moestro.models.checkpoint import load_model, newest_checkpoint, read_tensors
+from moestro.models.checkpoint import load_model, newest_checkpoint, read_tensors, step_folders
 from moestro.models.decoder import Decoder
 from moestro.train import state
 from moestro.train.loop import Trainer
 from moestro.train.optim import make_optimizer
+from moestro.train.state import checkpoint_folder, clear_leftovers, prune
 
 
 def step_names(run):
@@ -236,3 +237,28 @@ def test_a_process_killed_while_saving_loses_nothing(
     straight = read_tensors(tmp_path / "straight/checkpoints/step-000006/model.safetensors")
     resumed = read_tensors(result.checkpoint / "model.safetensors")
     assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_none_that_is_half_there(tmp_path, monkeypatch):
+    """It is renamed first; the next start sweeps it up."""
+    folders = [checkpoint_folder(tmp_path, step) for step in (1, 2, 3)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+
+    def killed(path, ignore_errors=False):
+        if not path.exists():
+            return
+        (path / "a").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 3, keep=1)
+    assert list(step_folders(tmp_path).values()) == folders[1:]
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in folders[0].parent.iterdir()) == [
+        "step-000002", "step-000003",
+    ]  # fmt: skip

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.doctor import GIB, cpu_name, memory_bytes
+from moestro.cli.doctor import GIB
+from moestro.cli.opening import AcceptField
 from moestro.errors import ConfigError
+from moestro.machine import cpu_name, forget_peak, memory_bytes
 
 if TYPE_CHECKING:
     from moestro.config import ModelConfig
@@ -52,11 +54,12 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is measured: settings, the folder of a checkpoint, tokens and rounds."""
+    """What is measured: settings, a checkpoint's folder and fields to accept, tokens, rounds."""
 
     name: str
     cfg: ModelConfig
     folder: Path | None
+    accept_fields: tuple[str, ...]
     prompt: int
     tokens: int
     rounds: int
@@ -70,6 +73,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; medians are shown.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    accept_field: AcceptField = None,
 ) -> None:
     """Measure how fast a model runs on this machine's processor.
 
@@ -83,7 +87,7 @@ def bench(
     for kind in kinds:
         format_of(kind)
     peers = [_peer(each) for each in compare or ()]
-    plan = _plan(model, prompt, tokens, rounds)
+    plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)
     rows = [*_ours(plan, kinds), *_theirs(plan, kinds, peers)]
     if as_json:
         typer.echo(json.dumps(_facts(plan, rows), indent=2))
@@ -106,27 +110,24 @@ def _peer(text: str) -> tuple[str, Path | None]:
     )
 
 
-def _plan(name: str, prompt: int, tokens: int, rounds: int) -> Plan:
+def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int) -> Plan:
     """The model's settings, and its folder if it has weights."""
     from moestro.config import ModelConfig
-    from moestro.models.checkpoint import CONFIG, read_own_config
     from moestro.models.hub import find_checkpoint
-    from moestro.models.pretrained import is_pretrained, read_config
-    from moestro.plan.presets import names
+    from moestro.models.pretrained import settings_of
+    from moestro.plan.presets import is_preset
     from moestro.plan.subject import from_file, from_preset
 
     path, folder = Path(name), None
-    known = name.lower().replace("/", "-") in names()
     if path.suffix in (".toml", ".json"):
         cfg = from_file(path).cfg
-    elif known and not path.exists():
+    elif is_preset(name) and not path.exists():
         cfg = from_preset(name).cfg
         if cfg is None:
             raise ConfigError(f"{name}'s settings are not known or cannot be expressed")
     else:
         folder = find_checkpoint(name)
-        theirs = is_pretrained(folder)
-        cfg = read_config(folder).cfg if theirs else read_own_config(folder / CONFIG)
+        cfg = settings_of(folder, accept_fields)
     if not isinstance(cfg, ModelConfig):
         raise ConfigError(f"{name} is an encoder-decoder; bench measures decoders")
     if prompt + tokens > cfg.attention.context:
@@ -134,13 +135,13 @@ def _plan(name: str, prompt: int, tokens: int, rounds: int) -> Plan:
             f"{prompt} tokens of prompt and {tokens} after it exceed the model's context of "
             f"{cfg.attention.context}; lower --prompt or --tokens"
         )
-    return Plan(name, cfg, folder, prompt, tokens, rounds)
+    return Plan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
 
 
 def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
     """A row for each kind of weights; one model is in memory at a time."""
     from moestro.infer.native_decoder import supports
-    from moestro.infer.speed import Reading, forget_peak, measure, rounds_of, weight_bytes
+    from moestro.infer.speed import Reading, measure, rounds_of, weight_bytes
 
     for kind in kinds:
         _check_memory(plan, kind)
@@ -164,8 +165,8 @@ def _open(plan: Plan, kind: str) -> Any:
     if plan.folder is None:
         return random_model(plan.cfg, format)
     if format is None:
-        return open_model(plan.folder).model
-    return read_packed(plan.folder, format)
+        return open_model(plan.folder, accept_fields=plan.accept_fields).model
+    return read_packed(plan.folder, format, accept_fields=plan.accept_fields)
 
 
 def _check_memory(plan: Plan, kind: str) -> None:
@@ -187,8 +188,7 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
     """Rows of what is compared with."""
     import torch
 
-    from moestro.cli.peers import llama_bench
-    from moestro.infer.gguf import KINDS
+    from moestro.cli.peers import llama_bench, llama_kinds
 
     for name, program in peers:
         if program is None:
@@ -198,7 +198,8 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
         wanted = dict.fromkeys(
             kind.partition("-")[0] if kind != "as-is" else "bf16" for kind in kinds
         )
-        for kind in (KINDS[each] for each in wanted if each in KINDS):
+        known = llama_kinds()
+        for kind in (known[each] for each in wanted if each in known):
             speed = llama_bench(
                 program, plan.cfg, kind, plan.prompt, plan.tokens, plan.rounds,
                 torch.get_num_threads(),
@@ -209,7 +210,7 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
 def _transformers(plan: Plan) -> Iterator[Row]:
     """A row for each of its ways to run experts."""
     from moestro.cli.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.infer.speed import Reading, forget_peak, measure
+    from moestro.infer.speed import Reading, measure
     from moestro.models.count import count
 
     forget_peak()

@@ -59,7 +59,7 @@ def compare(
     goes to stderr, the result to stdout; the run folder gets compare.json and compare.png.
     """
     from moestro.errors import ConfigError
-    from moestro.models.checkpoint import write_json
+    from moestro.files import write_json
     from moestro.train.compare import as_json as to_json
     from moestro.train.compare import plan
     from moestro.train.figures import comparison_figure
@@ -166,8 +166,8 @@ def _settle(
 def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
     """Train one run to its end, or read it where it has been trained already."""
     from moestro.train.compare import Curve, done
-    from moestro.train.loop import Trainer, history
-    from moestro.train.metrics import METRICS_NAME, read_metrics
+    from moestro.train.loop import Trainer
+    from moestro.train.metrics import METRICS_NAME, history, read_metrics
     from moestro.train.progress import ProgressDisplay
     from moestro.train.state import newest_or_none
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import Dtype, ModelName, open_shown, pick_dtype
+from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown, pick_dtype
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def convert(
     dtype: Dtype = None,
     family: Family = None,
     shard_size: ShardSize = "5GB",
+    accept_field: AcceptField = None,
 ) -> None:
     """Write a checkpoint in another layout, number type or size of shards.
 
@@ -55,7 +56,7 @@ def convert(
         raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
     _check_new(target)
     folder = find_checkpoint(source)
-    opened = open_shown(folder, dtype=dtype)
+    opened = open_shown(folder, dtype=dtype, accept_fields=accept_field)
     with _whole(target) as fresh:
         if to == "hf":
             notes = _write_hf(opened, folder, fresh, family, shard_bytes)

@@ -7,12 +7,14 @@ import os
 import platform
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moestro.machine import cpu_name, memory_bytes
+
 EXTRAS = {
+    "gguf": ("files to measure llama.cpp with", "pip install 'moestro[gguf]'"),
     "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
     "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
 }
@@ -131,27 +133,6 @@ def _cpu_features() -> dict[str, bool]:
 
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return {name: bool(known.get(name, False)) for name in CPU_FEATURES}
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int | None:
-    """Memory this process may use: the machine's, or the container's limit where that is lower."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
 
 
 def _cuda() -> dict[str, Any] | None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moestro.cli.held_out import open_corpus
-from moestro.cli.opening import ModelName, open_shown, read_packed_shown
+from moestro.cli.opening import AcceptField, ModelName, open_shown, read_packed_shown
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.models.build import Model
+    from moestro.models.families.table import Config
     from moestro.train.data import HeldOut
 
 Source = Annotated[
@@ -53,6 +54,7 @@ def eval(
     weights: Kinds = None,
     tokens: Tokens = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    accept_field: AcceptField = None,
 ) -> None:
     """Measure how many bits a model needs for a byte of held-out text.
 
@@ -61,15 +63,17 @@ def eval(
     """
     from moestro.infer.quantize import format_of
     from moestro.models.hub import find_checkpoint
+    from moestro.models.pretrained import settings_of
 
     kinds = list(dict.fromkeys(weights or DEFAULT))
     for kind in kinds:
         format_of(kind)
     checkpoint = find_checkpoint(path)
     with ExitStack() as stack:
-        held_out, seq_len = _text(checkpoint, tuple(source or ()), tokens, stack)
+        cfg = settings_of(checkpoint, accept_field or ())
+        held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
-    rows = [Row(kind, _measure(checkpoint, kind, held_out)) for kind in kinds]
+    rows = [Row(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(_facts(checkpoint, read, rows)))
     else:
@@ -77,38 +81,43 @@ def eval(
 
 
 def _text(
-    checkpoint: Path, sources: tuple[str, ...], tokens: int, stack: ExitStack
+    checkpoint: Path, cfg: Config, sources: tuple[str, ...], tokens: int, stack: ExitStack
 ) -> tuple[dict[str, HeldOut], int]:
     """Held-out windows by domain, and their length."""
     from moestro.config import EncDecConfig
-    from moestro.models.checkpoint import CONFIG, read_own_config
-    from moestro.models.pretrained import is_pretrained, read_config
+    from moestro.infer.engine import check_known
 
-    theirs = is_pretrained(checkpoint)
-    cfg = read_config(checkpoint).cfg if theirs else read_own_config(checkpoint / CONFIG)
     if isinstance(cfg, EncDecConfig):
         raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)
-    return corpus.held_out(tokens), corpus.seq_len
+    held_out = corpus.held_out(tokens)
+    for domain, (tokens_NS, _) in held_out.items():
+        what = f"the text of {domain}"
+        check_known(tokens_NS.flatten().tolist(), cfg.vocab_size, corpus.tokenizer, what)
+    return held_out, corpus.seq_len
 
 
-def _measure(checkpoint: Path, kind: str, held_out: dict[str, HeldOut]) -> dict[str, float]:
+def _measure(
+    checkpoint: Path, kind: str, held_out: dict[str, HeldOut], accept_fields: list[str] | None
+) -> dict[str, float]:
     """Bits per byte in one kind of weights; the model is gone afterwards."""
     from moestro.train.evaluate import evaluate
 
-    model = _open(checkpoint, kind)
+    model = _open(checkpoint, kind, accept_fields)
     bits = evaluate(model, held_out, BATCH)
     del model
     gc.collect()
     return bits
 
 
-def _open(checkpoint: Path, kind: str) -> Model:
+def _open(checkpoint: Path, kind: str, accept_fields: list[str] | None) -> Model:
     from moestro.infer.quantize import format_of
 
     format = format_of(kind)
-    return open_shown(checkpoint).model if format is None else read_packed_shown(checkpoint, format)
+    if format is None:
+        return open_shown(checkpoint, accept_fields=accept_fields).model
+    return read_packed_shown(checkpoint, format, accept_fields)
 
 
 def _over(row: Row, first: Row) -> float:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moestro.cli.opening import (
+    AcceptField,
     Device,
     Dtype,
     ModelName,
@@ -22,13 +22,13 @@ from moestro.cli.opening import (
     find_weighted,
     open_weighted,
 )
+from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moestro.infer.engine import Piece, Prompt
+    from moestro.infer.engine import Prompt
     from moestro.infer.sampling import SamplingConfig
+    from moestro.infer.writing import Piece
     from moestro.models.build import Model
     from moestro.text import Tokenizer
 
@@ -60,10 +60,45 @@ TopP = Annotated[
         help="Only the likeliest tokens that together reach this probability; default 1.0."
     ),
 ]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Only tokens at least this many times as likely as the likeliest; default 0.0."
+    ),
+]
+Repetition = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        help="Above 1, tokens of the prompt and the text so far become less likely; default 1.0.",
+    ),
+]
+Presence = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        help="Taken from the logit of each token that was generated before; default 0.0.",
+    ),
+]
+Frequency = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty",
+        help="Taken from a token's logit for each time that it was generated; default 0.0.",
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option(help="The same seed gives the same text again; default 0.")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
+Special = Annotated[
+    bool,
+    typer.Option(
+        "--special",
+        help="Spell special tokens out, and show all of a reply; else a special token ends a line, "
+        "and --chat shows the reply's final channel only.",
+    ),
+]
 ShowExperts = Annotated[
     bool, typer.Option("--show-experts", help="Mark each token by its first expert.")
 ]
@@ -87,8 +122,13 @@ def generate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
+    repetition: Repetition = None,
+    presence: Presence = None,
+    frequency: Frequency = None,
     seed: Seed = None,
     stop: Stop = None,
+    special: Special = False,
     show_experts: ShowExperts = False,
     layer: Layer = None,
     as_json: AsJson = False,
@@ -96,47 +136,69 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
 
     The tokenizer and the chat template are the checkpoint's own; special tokens may be spelled out
-    in a prompt. An encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
+    in a prompt. How its generation_config.json chooses tokens comes before the defaults here. An
+    encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
 
     Only the continuation goes to stdout; what there is to say about it goes to stderr. Without
     colour (a pipe, or NO_COLOR set) --show-experts prints the expert's number in brackets
     wherever the expert changes.
     """
-    from moestro.infer.sampling import SamplingConfig
     from moestro.text import load_tokenizer
 
-    given: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": tuple(stop) if stop else None,
-    }
-    sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
+    given = _given(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
+        seed=seed, stop=tuple(stop) if stop else None,
+    )  # fmt: skip
+    _check_pairs(layer, show_experts, system, chat)
+    text = _read_prompt(prompt)
+    folder = find_weighted(path, weights, packed)
+    tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
+    start = _conversation(folder, tokenizer, text, system) if chat else text
+    model = open_weighted(folder, device, dtype, weights, packed, accept_field)
+    layers = _chosen_layers(model)
+    column = _column(layers, layer) if show_experts else None
+    dropped, pieces = _start(model, tokenizer, start, sampling, special)
+    choose = _answer if chat and not special else iter
+    if as_json:
+        typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
+    elif column is None:
+        _print_plain(choose(pieces))
+    else:
+        _print_experts(choose(pieces), model, layers[column], column)
+
+
+def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat: bool) -> None:
+    """Refuse an option that means nothing without another."""
     if layer is not None and not show_experts:
         raise ConfigError("--layer chooses what --show-experts shows; add --show-experts")
     if system is not None and not chat:
         raise ConfigError("--system is a part of a conversation; add --chat")
-    text = _read_prompt(prompt)
-    folder = find_weighted(path, weights, packed)
-    tokenizer = load_tokenizer(folder)
-    start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_weighted(folder, device, dtype, weights, packed)
-    layers = _chosen_layers(model)
-    column = _column(layers, layer) if show_experts else None
-    prepared, pieces = _start(model, tokenizer, start, sampling)
-    _say_dropped(prepared, model)
-    if as_json:
-        typer.echo(json.dumps(_collect(pieces, layers, prepared.dropped)))
-    elif column is None:
-        _print_plain(pieces)
-    else:
-        _print_experts(pieces, model, layers[column], column)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The sampling settings that were given, checked before anything is read."""
+    from moestro.infer.sampling import SamplingConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    SamplingConfig(**given)
+    return given
+
+
+def _sampling(folder: Path, given: dict[str, Any]) -> SamplingConfig:
+    """What was asked for, else what the checkpoint states, which is said."""
+    from moestro.infer.sampling import GENERATION_FILE, SamplingConfig, stated_sampling
+
+    stated = {n: value for n, value in stated_sampling(folder).items() if n not in given}
+    if stated:
+        values = ", ".join(f"{name} {value}" for name, value in stated.items())
+        typer.echo(f"moestro: as {GENERATION_FILE} states: {values}", err=True)
+    return SamplingConfig(**{**stated, **given})
 
 
 def _read_prompt(prompt: str) -> str:
@@ -162,22 +224,39 @@ def _conversation(
     messages = [{"role": "user", "content": message}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return tokenizer.encode_prompt(load_chat(folder).render(messages), templated=True)
+    template = load_chat(folder)
+    try:
+        text = template.render(messages)
+    except DataError as error:
+        if system is None:
+            raise
+        raise DataError(
+            f"{error}; not every template takes the system message of --system: leave it out, or "
+            "begin the prompt with it"
+        ) from None
+    return tokenizer.encode_prompt(text, templated=True)
 
 
 def _start(
-    model: Model, tokenizer: Tokenizer, prompt: str | list[int], sampling: SamplingConfig
-) -> tuple[Prompt, Iterator[Piece]]:
-    """The prompt as the model gets it, and the text that it will write."""
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | list[int],
+    sampling: SamplingConfig,
+    special: bool,
+) -> tuple[int, Iterator[Piece]]:
+    """How many tokens of the prompt are left out, which is said, and the text to come."""
     from moestro.infer import engine, text_to_text
     from moestro.models.encdec import EncDec
 
     context = model.cfg.attention.context
     if isinstance(model, EncDec):
-        source = text_to_text.encode_source(tokenizer, prompt, context, model.cfg.vocab_size)
-        return source, text_to_text.stream(model, tokenizer, prompt, sampling)
-    encoded = engine.encode_prompt(tokenizer, prompt, context)
-    return encoded, engine.stream(model, tokenizer, prompt, sampling)
+        encoded = text_to_text.encode_source(tokenizer, prompt, context, model.cfg.vocab_size)
+        pieces = text_to_text.stream(model, tokenizer, prompt, sampling, special)
+    else:
+        encoded = engine.encode_prompt(tokenizer, prompt, context)
+        pieces = engine.stream(model, tokenizer, prompt, sampling, special)
+    _say_dropped(encoded, model)
+    return encoded.dropped, pieces
 
 
 def _chosen_layers(model: Model) -> tuple[int, ...]:
@@ -214,13 +293,45 @@ def _column(moe_layers: tuple[int, ...], layer: int | None) -> int:
     return moe_layers.index(layer)
 
 
-def _collect(pieces: Iterator[Piece], layers: tuple[int, ...], dropped: int) -> dict[str, Any]:
-    """The whole continuation as one JSON-ready object."""
+def _answer(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The text of the final channel alone; says so where it remains empty beside others."""
+    from moestro.infer.channels import FINAL
+
+    others, answered = "", False
+    for piece in pieces:
+        if piece.channel == FINAL:
+            answered = answered or piece.text != ""
+            yield piece
+        else:
+            others = others or piece.channel
+            yield piece._replace(text="")
+    if others and not answered:
+        typer.echo(
+            f"moestro: no answer, only text in the channel {others}; --special shows it, "
+            "--max-tokens gives room for more",
+            err=True,
+        )
+
+
+def _collect(
+    pieces: Iterator[Piece],
+    layers: tuple[int, ...],
+    dropped: int,
+    choose: Callable[[Iterable[Piece]], Iterator[Piece]],
+) -> dict[str, Any]:
+    """The whole continuation as one JSON-ready object; its text is of the chosen pieces."""
+    from moestro.infer.channels import FINAL, HEADER
+
     start = time.perf_counter()
     made = list(pieces)
     seconds = time.perf_counter() - start
+    channels: dict[str, str] = {}
+    for piece in made:
+        if piece.channel not in (FINAL, HEADER):
+            channels[piece.channel] = channels.get(piece.channel, "") + piece.text
     return {
-        "text": "".join(piece.text for piece in made),
+        "text": "".join(piece.text for piece in choose(made)),
+        "channels": channels,
         "tokens": [piece.token for piece in made],
         "layers": list(layers),
         "experts": [list(piece.experts) for piece in made],
@@ -248,7 +359,7 @@ def _print_experts(pieces: Iterator[Piece], model: Model, layer: int, column: in
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    paint = _Paint(console, model.cfg.moe.num_experts if model.cfg.moe else 0)
+    paint = Paint(console, model.cfg.moe.num_experts if model.cfg.moe else 0)
     counts: Counter[int] = Counter()
     last: int | None = None
     try:
@@ -262,49 +373,3 @@ def _print_experts(pieces: Iterator[Piece], model: Model, layer: int, column: in
     finally:
         console.print()
         paint.legend(layer, counts)
-
-
-class _Paint(NamedTuple):
-    """Marks text by expert: in colour where the terminal has it, in brackets otherwise."""
-
-    console: Console
-    num_experts: int
-
-    def token(self, text: str, expert: int | None, *, changed: bool) -> None:
-        """Print one token's text."""
-        coloured = self._coloured()
-        if not coloured and changed and expert is not None:
-            text = f"[{_name(expert)}]{text}"
-        style = expert_style(expert, self.num_experts) if coloured and expert is not None else ""
-        self.console.print(text, style=style, end="", markup=False, emoji=False)
-        self.console.file.flush()
-
-    def legend(self, layer: int, counts: Counter[int]) -> None:
-        """Print which experts were met and how often."""
-        total = counts.total()
-        if not total:
-            return
-        self.console.print(f"\nfirst expert in layer {layer}, share of {total} tokens:", end="")
-        for expert in sorted(counts):
-            self.console.print("  ", end="")
-            style = expert_style(expert, self.num_experts) if self._coloured() else ""
-            label = f" {_name(expert)} " if style else f"[{_name(expert)}]"
-            self.console.print(label, style=style, end="", markup=False)
-            self.console.print(f" {counts[expert] / total:.0%}", end="")
-        self.console.print()
-
-    def _coloured(self) -> bool:
-        return self.console.color_system is not None and not self.console.no_color
-
-
-def _name(expert: int) -> str:
-    return "none" if expert < 0 else str(expert)
-
-
-def expert_style(expert: int, num_experts: int) -> str:
-    """A rich style for one expert: black on a light colour, readable on any background."""
-    if expert < 0:
-        return "reverse"
-    lightness = (0.82, 0.66)[expert % 2]
-    red, green, blue = colorsys.hls_to_rgb(expert / max(1, num_experts), lightness, 0.75)
-    return f"#000000 on #{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"

@@ -49,7 +49,9 @@ def held_out_passages(checkpoint: Path, home: Path, tokens: int, context: int) -
         wanted = max(1, tokens // len(pool) // corpus.seq_len)
         for domain, (tokens_NS, _) in pool.items():
             there = len(tokens_NS)
-            chosen = torch.arange(min(wanted, there)) * there // max(1, min(wanted, there))
+            chosen = (
+                torch.arange(min(wanted, there), device="cpu") * there // max(1, min(wanted, there))
+            )
             # Where documents end shows only in text that lies together, so all of it is numbered.
             # A window's last token is the next one's first: without its first each counts once.
             numbers_N = _documents(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)

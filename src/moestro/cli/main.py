@@ -1,20 +1,23 @@
 """The `moestro` command: finds the verb, loads only its file, and turns errors into exit codes.
 
     0    done                       2    something the user can fix: input, settings, options
-    1    the run itself failed      130  Ctrl-C
+    1    the run itself failed      130  Ctrl-C      141  the reader of the output left
 
 `MOESTRO_DEBUG=1` prints the traceback of an expected error too.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,7 +38,8 @@ VERBS = {
     "doctor": "Show what this machine can run, and why.",
 }
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
+LONGEST_MESSAGE = 4000  # characters
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after `moestro`; None takes the process's own.
     """
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    for name in ("stdout", "stderr"):  # closed when the process began
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     try:
@@ -59,10 +66,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(str(error), FAILED if isinstance(error, TrainingError) else BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        return _reader_left()
     except OSError as error:
-        return _report(str(error), FAILED)
+        _let_go()
+        left = error.errno in (errno.EPIPE, errno.EIO)
+        return READER_LEFT if left else _report(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -71,8 +78,9 @@ def main(args: Sequence[str] | None = None) -> int:
             "or raise train.accumulate",
             FAILED,
         )
-    except SystemExit as leaving:  # a reader that closed the pipe, seen by typer first
-        return leaving.code if isinstance(leaving.code, int) else FAILED
+    except SystemExit:  # a reader that left, seen by typer or rich first
+        _let_go()
+        return READER_LEFT
     return code if isinstance(code, int) else 0
 
 
@@ -140,17 +148,27 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line for a person, without file and line of the code that gave it."""
-    typer.echo(f"moestro: warning: {message}", err=True)
+    typer.echo(f"moestro: warning: {_printable(str(message))}", err=True)
+
+
+def _printable(message: str) -> str:
+    """A message without what would move a terminal's cursor, as names in damaged files can hold."""
+    shown = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} …"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
 
 
 def _report(message: str, code: int) -> int:
     if os.environ.get("MOESTRO_DEBUG"):
         traceback.print_exc()
-    typer.echo(f"moestro: error: {message}", err=True)
+    with suppress(OSError):  # the terminal may be gone
+        typer.echo(f"moestro: error: {_printable(message)}", err=True)
     return code
 
 
-def _reader_left() -> int:
-    """Point stdout away, so that the interpreter's last flush does not complain either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return FAILED
+def _let_go() -> None:
+    """Point what cannot be written away, so that the interpreter's last flush says nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

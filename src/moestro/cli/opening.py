@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,11 +39,20 @@ Weights = Annotated[
         "share a scale; int8-64 and int4-64: of 64)."
     ),
 ]
+AcceptField = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A field of config.json that is not known here and changes nothing of what the model "
+        "computes; may be repeated.",
+    ),
+]
 PackedFile = Annotated[
     Path | None,
     typer.Option(
         "--packed",
-        help="Where the packed form is kept for the next start; default: beside the checkpoint.",
+        help="Where the packed form is kept for the next start; default: beside the checkpoint, "
+        "or in ~/.cache/moestro where that is the hub's cache or cannot be written.",
     ),
 ]
 
@@ -81,7 +90,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        usable = torch.zeros(1, device=name).item() == 0
+        usable = torch.zeros(1, dtype=torch.float32, device=name).item() == 0
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
@@ -92,19 +101,27 @@ def pick_device(name: str) -> str:
     return name
 
 
-def open_shown(folder: Path, device: str = "cpu", dtype: str | None = None) -> Pretrained:
+def open_shown(
+    folder: Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    accept_fields: Collection[str] | None = None,
+) -> Pretrained:
     """Read a checkpoint of either layout, with a bar on stderr where that is a terminal.
 
     Args:
         folder: The checkpoint's own, from `moestro.models.hub.find_checkpoint`.
         device: As `pick_device` gives it.
         dtype: As for `pick_dtype`.
+        accept_fields: As --accept-field takes them.
     """
     from moestro.models.pretrained import open_model
 
-    kind = pick_dtype(dtype)
+    kind, accepted = pick_dtype(dtype), accept_fields or ()
     with _reading(folder.name) as progress:
-        return open_model(folder, device=device, dtype=kind, progress=progress)
+        return open_model(
+            folder, device=device, dtype=kind, progress=progress, accept_fields=accepted
+        )
 
 
 def find_weighted(name: str | Path, weights: str = "as-is", packed: Path | None = None) -> Path:
@@ -137,6 +154,7 @@ def open_weighted(
     dtype: str | None = None,
     weights: str = "as-is",
     packed: Path | None = None,
+    accept_fields: Collection[str] | None = None,
 ) -> Model:
     """Open a checkpoint for inference, its weights packed where that is asked for.
 
@@ -147,7 +165,8 @@ def open_weighted(
         device: auto, cpu, cuda or cuda:N.
         dtype: As for `pick_dtype`.
         weights: As --weights takes it.
-        packed: The file of the packed form; None: beside the checkpoint.
+        packed: The file of the packed form; None: see `packed_files.default_path`.
+        accept_fields: As --accept-field takes them.
 
     Raises:
         ConfigError: options do not go together.
@@ -159,15 +178,17 @@ def open_weighted(
     if format is None:
         if packed is not None:
             raise ConfigError("--packed says where packed weights are kept; add --weights")
-        return open_shown(folder, pick_device(device), dtype).model
+        return open_shown(folder, pick_device(device), dtype, accept_fields).model
     if dtype is not None:
         raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
-    return _open_packed(folder, format, packed)
+    return _open_packed(folder, format, packed, accept_fields)
 
 
-def _open_packed(folder: Path, format: Format, packed: Path | None) -> Model:
+def _open_packed(
+    folder: Path, format: Format, packed: Path | None, accept_fields: Collection[str] | None
+) -> Model:
     """Map the packed form, or make it and keep it."""
     from moestro.errors import CheckpointError
     from moestro.infer import packed_files
@@ -182,7 +203,7 @@ def _open_packed(folder: Path, format: Format, packed: Path | None) -> Model:
                 f"{format.group}; give another --packed, or remove the file"
             )
         return model
-    model = read_packed_shown(folder, format)
+    model = read_packed_shown(folder, format, accept_fields)
     try:
         packed_files.save(model, path, format, source)
     except OSError as error:
@@ -191,12 +212,14 @@ def _open_packed(folder: Path, format: Format, packed: Path | None) -> Model:
     return model
 
 
-def read_packed_shown(folder: Path, format: Format) -> Model:
+def read_packed_shown(
+    folder: Path, format: Format, accept_fields: Collection[str] | None = None
+) -> Model:
     """Read a checkpoint straight into packed form, with a bar as `open_shown` has."""
     from moestro.infer.quantize import read_packed
 
     with _reading(folder.name) as progress:
-        return read_packed(folder, format, progress)
+        return read_packed(folder, format, progress, accept_fields or ())
 
 
 @contextmanager

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import resource
 import statistics
 import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moestro.errors import ConfigError
+from moestro.machine import Energy, children_peak_bytes
+from moestro.strictjson import parse
 
 if TYPE_CHECKING:
     from moestro.config import ModelConfig
@@ -81,12 +81,13 @@ def transformers_rounds(
     """
     import torch
 
-    from moestro.infer.speed import Energy, Round
+    from moestro.infer.speed import Round
 
     energy = Energy()
     generator = torch.Generator().manual_seed(seed)
     shape = (1, prompt + tokens)
-    ids_1S = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    vocab = model.config.vocab_size
+    ids_1S = torch.randint(0, vocab, shape, generator=generator, device="cpu")
     later = [ids_1S[:, place : place + 1] for place in range(prompt, prompt + tokens)]
 
     @torch.inference_mode()
@@ -101,11 +102,32 @@ def transformers_rounds(
         joules = energy.joules()
         begun = time.perf_counter()
         for token_11 in later:
-            output = model(token_11, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token_11, use_cache=True, **cache_of(output))
         decode_s = time.perf_counter() - begun
         return Round(prefilled - start, first - start, decode_s, energy.since(joules))
 
     return run
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The keyword that hands the cache of an output of transformers on to the next call.
+
+    Named `past_key_values` before transformers 5.24, and `cache` since.
+    """
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
+def llama_kinds() -> Mapping[str, Kind]:
+    """llama.cpp's kinds of weights by ours.
+
+    Raises:
+        ConfigError: the package that writes its files is not installed.
+    """
+    try:
+        return cast("Mapping[str, Kind]", import_module("moestro.infer.gguf").KINDS)
+    except ImportError:
+        raise ConfigError("--compare llama.cpp needs gguf: pip install 'moestro[gguf]'") from None
 
 
 def llama_bench(
@@ -143,7 +165,7 @@ def llama_bench(
         weight_bytes=size,
         read_per_s=None,
         share=None,
-        peak_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        peak_bytes=children_peak_bytes(),
         joules=None,
     )
 
@@ -163,10 +185,8 @@ def _run(program: Path, words: list[str]) -> str:
 
 
 def _rows(text: str) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(ValueError):
-        for row in json.loads(text):
-            if isinstance(row, dict):
-                yield row
+    with contextlib.suppress(ValueError, TypeError):
+        yield from (row for row in parse(text) if isinstance(row, dict))
 
 
 def _rate(program: Path, rows: list[dict[str, Any]], field: str) -> float:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moestro.cli.opening import AcceptField
+from moestro.cli.subjects import open_subjects
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +55,10 @@ class Parallel(StrEnum):
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A preset, a model's folder, a config.json, or a .toml of settings."),
+    typer.Argument(
+        help="A preset, a model's folder, a config.json, a .toml of settings, or the name of a "
+        "model on the Hugging Face hub as org/model."
+    ),
 ]
 Against = Annotated[
     list[str] | None, typer.Option(help="Another model, side by side; may be repeated.")
@@ -104,6 +110,7 @@ def plan(
     figure: FigurePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+    accept_field: AcceptField = None,
 ) -> None:
     """Say what a model costs before anything is loaded.
 
@@ -121,7 +128,7 @@ def plan(
         return
     if model is None:
         raise ConfigError("name a model to plan for; `moestro plan --list` shows the presets")
-    subjects = [open_subject(name) for name in (model, *(against or ()))]
+    subjects = open_subjects([model, *(against or ())], accept_field or ())
     _check(subjects, device, price_per_hour, ranks, parallel)
     question = Question(
         context=context,
@@ -165,61 +172,13 @@ def _check(
         raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
 
 
-def open_subject(name: str) -> Subject:
-    """What a name on the command line means: a file or folder that is there, else a preset.
-
-    Raises:
-        ConfigError: it is neither, or its settings are not allowed.
-        CheckpointError: a folder's config.json cannot be read.
-    """
-    from moestro.errors import ConfigError
-    from moestro.plan.subject import from_file, from_preset, from_settings
-
-    path = Path(name)
-    if path.is_dir():
-        path = _config_in(path)
-    if not path.is_file():
-        if path.suffix in (".json", ".toml"):
-            raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
-        return from_preset(name)
-    if path.suffix == ".json" and _is_hugging_face(path):
-        from moestro.models.pretrained import read_config
-
-        described = read_config(path)
-        return from_settings(path.resolve().parent.name, described.cfg, str(path))
-    subject = from_file(path)
-    if path.name == "config.json":
-        return subject._replace(name=path.resolve().parent.name)
-    return subject
-
-
-def _config_in(folder: Path) -> Path:
-    """The settings in a model's folder, or in a run's newest checkpoint."""
-    from moestro.errors import ConfigError
-
-    if (folder / "config.json").is_file():
-        return folder / "config.json"
-    saved = sorted(folder.glob("checkpoints/step-*/config.json"))
-    if not saved:
-        raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")
-    return saved[-1]
-
-
-def _is_hugging_face(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # said with its reason by whoever reads it
-    return isinstance(values, dict) and "model_type" in values
-
-
 def _device(name: str) -> Device:
     """A device of the table, or this machine."""
     from moestro.plan.devices import THIS, device
 
     if name.lower() != THIS:
         return device(name)
-    from moestro.plan.machine import measure
+    from moestro.plan.measured import measure
 
     typer.echo("measuring this machine …", err=True)
     return measure()

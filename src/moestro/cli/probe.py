@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.opening import ModelName
+from moestro.cli.opening import AcceptField, ModelName
 from moestro.errors import ConfigError, MoestroError
+from moestro.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,6 +105,7 @@ class Wanted(NamedTuple):
     ablate: int
     generate: int
     transformers: bool
+    accept_fields: tuple[str, ...]
 
 
 class Looked(NamedTuple):
@@ -155,6 +157,7 @@ def probe(
     transformers: Transformers = False,
     as_json: AsJson = False,
     seed: Seed = 0,
+    accept_field: AcceptField = None,
 ) -> None:
     """Measure which expert does what, over labelled held-out text.
 
@@ -163,8 +166,9 @@ def probe(
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
     wanted = Wanted(
-        tokens, tuple(source or ()), tuple(by or ()), seed, trace, ablate, generate, transformers
-    )
+        tokens, tuple(source or ()), tuple(by or ()), seed, trace, ablate, generate, transformers,
+        tuple(accept_field or ()),
+    )  # fmt: skip
     if compare is not None:
         from moestro.cli.probe_compare import run_compare
 
@@ -263,7 +267,7 @@ def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None
         return Looked(read_trace(Path(path)), None, [])
     from moestro.cli.probe_model import open_probed
 
-    probed = open_probed(path, wanted.transformers, wanted.generate)
+    probed = open_probed(path, wanted.transformers, wanted.generate, wanted.accept_fields)
     passages = passages or probed.passages(wanted.sources, wanted.tokens)
     parts = []
     with bar("probing held-out text") as progress:
@@ -329,7 +333,7 @@ def write(path: Path, text: str) -> None:
         MoestroError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise _unwritable(path, error) from None
 

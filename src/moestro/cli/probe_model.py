@@ -49,13 +49,19 @@ class Probed(NamedTuple):
         return held_out_passages(self.folder, self.home, tokens, self.length)
 
 
-def open_probed(name: str | Path, transformers: bool = False, generate: int = 0) -> Probed:
+def open_probed(
+    name: str | Path,
+    transformers: bool = False,
+    generate: int = 0,
+    accept_fields: tuple[str, ...] = (),
+) -> Probed:
     """The model that a name means.
 
     Args:
         name: a run, a checkpoint of either layout, or `org/model`.
         transformers: run it by transformers' own code, whatever its family.
         generate: tokens that it is to write after each passage.
+        accept_fields: As --accept-field takes them; transformers asks about none.
 
     Raises:
         MoestroError: there is no such checkpoint, an encoder-decoder, or no room to write in.
@@ -69,7 +75,7 @@ def open_probed(name: str | Path, transformers: bool = False, generate: int = 0)
 
     folder = find_checkpoint(name)
     home = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    model = open_shown(folder, pick_device("auto")).model
+    model = open_shown(folder, pick_device("auto"), accept_fields=accept_fields).model
     if not isinstance(model, Decoder):
         raise ConfigError(f"{folder} is an encoder-decoder; probe reads decoders only")
     data = read_settings(folder).data if (folder / "run.json").exists() else None

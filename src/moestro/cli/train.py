@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import moestro
+from moestro.cli.opening import AcceptField
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moestro.config import RunConfig
     from moestro.train.data import Corpus
     from moestro.train.distributed import Ranks
@@ -64,6 +67,7 @@ def train(
     init: Init = None,
     resume: Resume = False,
     as_json: AsJson = False,
+    accept_field: AcceptField = None,
 ) -> None:
     """Train a language model on text, as a mixture of experts or dense.
 
@@ -83,11 +87,12 @@ def train(
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     begin = None if init is None else find_checkpoint(init)
-    cfg = _settings(config, folder, assignments or [], source or [], resume, begin)
+    accepted = accept_field or ()
+    cfg = _settings(config, folder, assignments or [], source or [], resume, begin, accepted)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
     with joined(device) as ranks:
         if begin is not None:
-            _begin(cfg, folder, begin, ranks)
+            _begin(cfg, folder, begin, ranks, accepted)
         cfg, result = _train(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
         if as_json:
@@ -119,6 +124,7 @@ def _settings(
     sources: list[str],
     resume: bool,
     begin: Path | None,
+    accept_fields: Sequence[str],
 ) -> RunConfig:
     """The run's settings: from the file, else on resume from the run itself, else the defaults."""
     from moestro.config import RunConfig
@@ -132,11 +138,13 @@ def _settings(
     if sources:
         assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
     if begin is not None:
-        return initial_settings(begin, folder, DEMO, config, assignments)
+        return initial_settings(begin, folder, DEMO, config, assignments, accept_fields)
     return load_settings(RunConfig, config or DEMO, assignments)
 
 
-def _begin(cfg: RunConfig, folder: Path, begin: Path, ranks: Ranks) -> None:
+def _begin(
+    cfg: RunConfig, folder: Path, begin: Path, ranks: Ranks, accept_fields: Sequence[str]
+) -> None:
     """Save the weights to begin from as the run's step 0; one process does, the others wait."""
     from moestro.cli.opening import open_shown
     from moestro.train.initial import keep_origin, save_step_zero
@@ -144,7 +152,7 @@ def _begin(cfg: RunConfig, folder: Path, begin: Path, ranks: Ranks) -> None:
 
     if ranks.writes:
         claim_folder(folder, resume=False)
-        model = open_shown(begin, dtype="fp32").model
+        model = open_shown(begin, dtype="fp32", accept_fields=accept_fields).model
         keep_origin(begin, folder)
         save_step_zero(folder, cfg, model, corpus_of(folder / "data", cfg.data, None))
     ranks.wait()

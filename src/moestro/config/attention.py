@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from moestro.config.number import Positive, PositiveFloat
+from moestro.config.number import MOST, Natural, Positive, PositiveFloat
 from moestro.settings import Settings
 
 
@@ -82,7 +82,9 @@ class RelativeConfig(Settings):
     """
 
     kind: Literal["relative"] = "relative"
-    buckets: Annotated[int, Field(ge=4)] = Field(32, description="Entries of the table per head.")
+    buckets: Annotated[int, Field(ge=4, le=MOST)] = Field(
+        32, description="Entries of the table per head."
+    )
     max_distance: Positive = Field(128, description="From here on all distances share one bucket.")
     shared: bool = Field(False, description="One table for all layers (T5) or one in each (GLaM).")
 
@@ -102,7 +104,7 @@ class WindowConfig(Settings):
     """Layers that look back on a few tokens only."""
 
     size: Positive = Field(description="Tokens a position sees, itself included.")
-    full_every: Annotated[int, Field(ge=0)] = Field(
+    full_every: Natural = Field(
         0, description="Every n-th layer sees everything all the same; 0: none does."
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from moestro.config.attention import AttentionConfig, RelativeConfig, RopeConfig
 from moestro.config.mixture import DenseConfig, MoEConfig
-from moestro.config.number import Positive, PositiveFloat
+from moestro.config.number import Layers, Natural, Positive, PositiveFloat
 from moestro.settings import Settings
 
 
@@ -87,8 +87,8 @@ class NetworkConfig(Settings):
 class ModelConfig(NetworkConfig):
     """A decoder language model; `moe` unset is a dense one."""
 
-    num_layers: Positive = Field(4, description="L, transformer blocks.")
-    dense_first: Annotated[int, Field(ge=0)] = Field(0, description="First layers kept dense.")
+    num_layers: Layers = Field(4, description="L, transformer blocks.")
+    dense_first: Natural = Field(0, description="First layers kept dense.")
 
     @model_validator(mode="after")
     def _some_mixture(self) -> Self:
@@ -120,8 +120,8 @@ class EncDecConfig(NetworkConfig):
     """
 
     attention: AttentionConfig = AttentionConfig(positions=RelativeConfig(shared=True))
-    encoder_layers: Positive = Field(4, description="Transformer blocks of the encoder.")
-    decoder_layers: Positive = Field(4, description="Transformer blocks of the decoder.")
+    encoder_layers: Layers = Field(4, description="Transformer blocks of the encoder.")
+    decoder_layers: Layers = Field(4, description="Transformer blocks of the decoder.")
 
     @model_validator(mode="after")
     def _t5(self) -> Self:

@@ -6,7 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-Positive = Annotated[int, Field(ge=1)]
+# Beyond any model; a product of several such numbers does not overflow.
+MOST = 2**40
+# What is said or built layer by layer answers at once.
+MOST_LAYERS = 10_000
+
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Coefficient = Annotated[float, Field(ge=0.0)]

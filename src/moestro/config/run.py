@@ -99,7 +99,7 @@ class TrainConfig(Settings):
 
 
 def _kind(value: Any) -> str:
-    names = value if isinstance(value, dict) else type(value).model_fields
+    names = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
     two_sided = "encoder_layers" in names or "decoder_layers" in names
     return "encoder-decoder" if two_sided else "decoder"
 

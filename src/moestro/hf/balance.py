@@ -14,7 +14,7 @@ See docs/balance.md. Letters: T tokens, E experts, K experts per token, L mixtur
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Never, Self
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,11 @@ from moestro.config import BalanceConfig
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.hf.balance_callback import BalanceCallback
 from moestro.hf.family_loss import OwnLoss, chosen_per_token, converted, own_coefficient
-from moestro.hf.selection import AddedBias, Bias, bias_of
+from moestro.hf.selection import AddedBias, Bias, bias_of, reshard
 from moestro.hf.watch import Watch
 from moestro.moe.balance import update_bias
 from moestro.moe.routing import Routing
+from moestro.probe.recording import hooks, routers
 from moestro.probe.recording.foreign import Tap, taps
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.health import LayerHealth, Tally
@@ -66,7 +67,8 @@ def balance(
     """
     inner = _inner(model)
     found = _mixtures(inner, bool(z))
-    if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in _pre_hooks(inner)):
+    hooks.drop_copied(inner)
+    if any(isinstance(getattr(each, "__self__", None), Watch) for each in hooks.functions(inner)):
         raise MoestroError("this model is balanced already; call remove() on the first balancer")
     if switch is None:
         switch = _family_switch(inner, found, optional=bool(z or bias_rate))
@@ -94,9 +96,8 @@ class Balance:
         self._tally: Tally | None = None
         self._last: Tally | None = None
         self._taken = self._reached = 0
-        self._own = OwnLoss(model)
         self._biases = _biases(model, found) if cfg.bias_rate else {}
-        self._own.stop()
+        self._own = OwnLoss(model)
         self._watch = Watch(model, found, self._begins, self._seen, self._has_losses)
 
     def loss(self) -> Tensor:
@@ -116,13 +117,22 @@ class Balance:
         (routings, num_sequences), self._pending = self._pending, None
         self.parts = {}
         if not self._has_losses:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         total = routings[0].logits_TE.new_zeros(())
         for name, weight, values_L in self._objective.balance(routings, num_sequences):
             total = total + weight * values_L.sum()
             self.parts[name] = values_L.detach().mean()
         self._follow(total)
         return total
+
+    def valid(self, mask: Tensor) -> None:
+        """Say which tokens of the next forward pass are real, where its attention mask does not.
+
+        Args:
+            mask: nonzero for real tokens, one place for each token that is routed, sequence by
+                sequence: [B, S] or [T].
+        """
+        self._watch.valid(mask)
 
     def step(self) -> None:
         """After the optimizer's step, on every rank: sum up the counts, move the biases.
@@ -141,9 +151,10 @@ class Balance:
         self._refuse_lost()
         self._tally.reduce(self._ranks)
         if self.cfg.bias_rate:
+            reshard(self.model)
             for bias, counts_E in zip(self._biases.values(), self._tally.counts_LE, strict=True):
-                value_E = bias.value_E.clone()
-                update_bias(value_E, counts_E.to(value_E.device), self.cfg.bias_rate)
+                value_E = bias.value_E.to(counts_E.device, copy=True)
+                update_bias(value_E, counts_E, self.cfg.bias_rate)
                 bias.set(value_E)
         self._last = self._tally
         self.restart()
@@ -166,7 +177,10 @@ class Balance:
         return {tap.name: layer for tap, layer in zip(self._mixtures, layers, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The biases by mixture, fp32 [E]; empty without. To be saved between steps."""
+        """The biases by mixture, fp32 [E]; empty without. To be saved between steps.
+
+        Under FSDP call it on every rank, as the model's own: a family's bias may be sharded.
+        """
         return {name: bias.value_E.cpu().clone() for name, bias in self._biases.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -179,6 +193,7 @@ class Balance:
             self._check_state(state)
             if not self._biases:
                 self._biases = _biases(self.model, self._mixtures)
+        reshard(self.model)
         for name, bias in self._biases.items():
             bias.set(state[name])
 
@@ -194,11 +209,18 @@ class Balance:
                 them the model routes otherwise than it was trained to.
         """
         self._watch.remove()
-        self._own.restore()
+        self._own.remove()
         self.restart()
         if not keep_bias:
             for bias in self._biases.values():
                 bias.remove()
+
+    def __reduce__(self) -> Never:
+        raise MoestroError(
+            "a balancer belongs to one model in one process and cannot be copied or pickled. The "
+            "model can, without what watches it: call moestro.hf.balance on the copy, and hand the "
+            "biases over with state_dict() and load_state_dict()"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -224,8 +246,7 @@ class Balance:
             )
         self._refuse_untaken()
 
-    def _seen(self, routings: list[Routing], num_sequences: int, output: Any) -> None:
-        self._own.check(output)
+    def _seen(self, routings: list[Routing], num_sequences: int) -> None:
         if self._tally is None:
             device = routings[0].logits_TE.device
             self._tally = Tally(len(routings), routings[0].num_experts, device)
@@ -301,15 +322,15 @@ def _mixtures(model: nn.Module, z: bool) -> list[Tap]:
     if len(sizes) > 1:
         raise MoestroError(f"mixtures of {sizes} experts in one model cannot be balanced together")
     for tap in found:
-        kind = type(tap.router).__name__
+        kind, experts = routers.named(tap.router), routers.core(tap.experts)
         if tap.router is None or tap.scoring is None:
             raise MoestroError(
-                f"how {tap.name} ({kind if tap.router else type(tap.experts).__name__}) chooses is "
-                "not known: no router of a known class is beside it, so it cannot be balanced"
+                f"how {tap.name} ({kind if tap.router else routers.kind(experts)}) chooses is not "
+                "known: no router of a known class is beside it, so it cannot be balanced"
             )
         if z and tap.scoring == "none":
             raise MoestroError(f"{kind} shows probabilities and no logits: set z to 0")
-        if getattr(tap.experts, "_is_expert_parallel", False):
+        if getattr(experts, "_is_expert_parallel", False):
             raise MoestroError(
                 f"the experts of {tap.name} are spread over processes, which count them by local "
                 "numbers; balance works with whole experts on each rank"
@@ -336,10 +357,6 @@ def _ranks() -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size())
-
-
-def _pre_hooks(model: nn.Module) -> list[Any]:
-    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
 
 
 def _family_switch(model: nn.Module, found: list[Tap], optional: bool) -> float:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.probe.recording import hooks
 
 if TYPE_CHECKING:
     from moestro.hf.balance import Balance
@@ -72,7 +73,8 @@ class BalanceCallback(TrainerCallback):
         # The Trainer begins again where memory did not suffice for a batch (auto_find_batch_size).
         self.balance.restart()
         if self._add_loss:
-            self._hook = self.balance.model.register_forward_hook(self._add, with_kwargs=True)
+            register = self.balance.model.register_forward_hook
+            self._hook = hooks.add(register, self._add, with_kwargs=True)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move the biases."""
@@ -171,5 +173,5 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
         # A causal model's loss leaves the first label of a sequence out, and so does the Trainer.
         if LOSS_MAPPING.get(str(getattr(model, "loss_type", ""))) is ForCausalLMLoss:
             labels = labels[..., 1:]
-    share: Tensor = (labels != _IGNORED).sum() / items
+    share: Tensor = (labels != _IGNORED).sum().float() / items  # not in the default dtype
     return share

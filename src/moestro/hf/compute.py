@@ -22,7 +22,8 @@ from moestro.kernels import backends, native_cpu
 from moestro.kernels.packing import PackedExperts
 from moestro.kernels.reference import Biases
 from moestro.moe import dispatch
-from moestro.moe.experts import FEW_ROWS, compute_dtype
+from moestro.moe.experts import compute_dtype
+from moestro.moe.mixing import ExpertWeights, mix
 from moestro.moe.routing import Routing
 
 _said: set[str] = set()
@@ -135,34 +136,48 @@ def by_torch(
             `fused` has no name for them.
     """
     rows_TD = x_TD.to(compute_dtype(x_TD))
-    up_EHD, down_EDF = weights.up_EHD, weights.down_EDF
-    kernel = _kernel(rows_TD, up_EHD.shape[2], up_EHD.shape[1], down_EDF.shape[2])
-    routing = _routing(experts_TK, weights_TK, len(up_EHD))
+    if weights.post_norm:
+        return split(weights, rows_TD, experts_TK, weights_TK, experts, product).to(x_TD.dtype)
     biases = None
     if weights.up_EH is not None and weights.down_ED is not None:
         biases = Biases(weights.up_EH, weights.down_ED)
-    activation = fused(weights)
+    activation = fused(weights) or bend(experts)
+    values = ExpertWeights(weights.up_EHD, weights.down_EDF, activation, biases)
+    return mix(rows_TD, _routing(experts_TK, weights_TK, len(weights.up_EHD)), values).to(
+        x_TD.dtype
+    )
 
-    few = len(routing.experts_R) <= FEW_ROWS and not torch.is_grad_enabled()
-    single = kernel.single_ffn
-    if few and activation is not None and single is not None and routing.num_tokens:
-        one = (up_EHD, down_EDF, activation, biases)
-        y_TD = dispatch.mix_few(rows_TD, routing, lambda rows_PD, e: single(rows_PD, e, *one))
-        return y_TD.to(x_TD.dtype)
 
-    plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, rows_TD.dtype))
-    rows_RD = dispatch.dispatch(rows_TD, plan)
-    groups = (plan.offsets_E, plan.experts_E)
-    if activation is not None:
-        args = (plan.offsets_E, activation, plan.experts_E, biases)
-        rows_RD = kernel.expert_ffn(rows_RD, up_EHD, down_EDF, *args)
-    else:
-        hidden_RH = kernel.grouped_mm(rows_RD, up_EHD, *groups, weights.up_EH)
-        act_RF = bend(experts)(hidden_RH)
-        rows_RD = kernel.grouped_mm(act_RF, down_EDF, *groups, weights.down_ED)
-        if weights.post_norm:
-            rows_RD = experts.post_expert_norm(rows_RD)
-    return dispatch.combine(rows_RD, routing.weights_R, plan).to(x_TD.dtype)
+def split(
+    weights: Weights,
+    rows_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: Any,
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """The mixture in steps, where a module's own functions run between or after the products.
+
+    Args:
+        weights: of the experts.
+        rows_TD: tokens in the dtype to compute in.
+        experts_TK: see `without_gradients`.
+        weights_TK: their weights.
+        experts: the module.
+        product: the function of that name, or its operator.
+    """
+    num_tokens, top_k = experts_TK.shape
+    experts_A = experts_TK.reshape(-1)
+    rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+    hidden_AH = product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
+    rows_AD = product(bend(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    if weights.post_norm:
+        rows_AD = experts.post_expert_norm(rows_AD)
+    dtype = torch.promote_types(rows_AD.dtype, torch.float32)
+    # Zero where nobody may read it: zero times NaN would not be.
+    weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
+    y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
+    return y_TD.to(rows_TD.dtype)
 
 
 def fused(weights: Weights) -> str | None:
@@ -184,16 +199,12 @@ def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | No
     Returns:
         [A, O] in the rows' dtype; zero where the expert is that of another rank.
     """
-    kernel = _kernel(x_AI, *w_EOI.shape[1:])
+    kernel = backends.choose("auto", x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:]))
     routing = _routing(experts_A[:, None], x_AI.new_ones(len(x_AI), 1), len(w_EOI))
     plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_AI.dtype))
     rows_RI = dispatch.dispatch(x_AI, plan)
     y_RO = kernel.grouped_mm(rows_RI, w_EOI, plan.offsets_E, plan.experts_E, bias_EO)
     return dispatch.combine(y_RO, routing.weights_R, plan)
-
-
-def _kernel(rows_RD: Tensor, *widths: int) -> backends.Backend:
-    return backends.choose("auto", rows_RD.device.type, rows_RD.dtype, widths)
 
 
 def _say_once(reason: str) -> None:
@@ -231,5 +242,5 @@ def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routin
         experts_R = experts_R.masked_fill(~here_R, 0)
     tokens_R = torch.arange(num_tokens, device=experts_R.device).repeat_interleave(top_k)
     # Nobody asks for the logits here, only for their shape.
-    shape_TE = torch.empty(num_tokens, num_experts, device="meta")
+    shape_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device="meta")
     return Routing(tokens_R, experts_R, weights_R, shape_TE, shape_TE, top_k, kept_R=here_R)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from moestro.errors import ConfigError, MoestroError
+from moestro.errors import ConfigError
+from moestro.probe.recording import hooks, routers
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-# Where the models keep what they multiply their losses by.
-_HELD = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
+# What models, or their configurations, call what they multiply their losses by.
+_HELD = {*COEFFICIENTS, "router_z_loss_coef"}
 
 
 def converted(coefficient: float, top_k: int, layers: int) -> float:
@@ -42,71 +43,83 @@ def own_coefficient(model: nn.Module) -> float | None:
 
 
 class OwnLoss:
-    """The family's own balance loss, which `stop` switches off until `restore`.
+    """Keeps the balance loss that a family has itself out of what is differentiated.
 
-    The coefficients that modules hold become 0, which leaves configurations, and what a checkpoint
-    saves of them, as they are. A model that reads its configuration instead stops to compute the
-    loss: its `output_router_logits` becomes False.
+    While the model runs, every coefficient that it could multiply that loss by is 0, whatever it
+    was set to meanwhile. Outside of forward passes they are what they were set to, and so is what a
+    checkpoint saves of them. `aux_loss` in the output keeps its value and loses its gradient.
 
     Args:
         model: of transformers. Where its own loss is on, a warning says that it will be off.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held = [
-            (module, name, value)
-            for module in model.modules()
-            for name in _HELD
-            if isinstance(value := vars(module).get(name), int | float)
-        ]
+        self._owners = [*model.modules(), *_configs(model)]
+        self._owners = [each for each in self._owners if not _HELD.isdisjoint(vars(each))]
+        self._held: list[tuple[Any, str, Any]] = []
         coefficient = own_coefficient(model)
-        asking = [each for each in _configs(model) if getattr(each, "output_router_logits", False)]
-        if asking and coefficient:
+        asking = any(getattr(each, "output_router_logits", False) for each in _configs(model))
+        self._said = bool(asking and coefficient)
+        if self._said:
             warnings.warn(
                 f"{type(model).__name__} adds a balance loss of its own "
-                f"(coefficient {coefficient}); it is off while moestro.hf.balance is "
-                "at work, so that balance is not paid for twice",
+                f"(coefficient {coefficient}); it is off while moestro.hf.balance is at work, so "
+                "that balance is not paid for twice; aux_loss in its output is without gradient",
                 UserWarning,
                 stacklevel=4,
             )
-        # Without a coefficient it only returns the routers' logits, which may go on.
-        self._asking = asking if coefficient and not self._held else []
+        self._hooks = [
+            hooks.add(model.register_forward_pre_hook, self._stop),
+            hooks.add(model.register_forward_hook, self._resume, always_call=True),
+        ]
 
-    def stop(self) -> None:
-        """From now on the model adds nothing."""
-        for module, name, _ in self._held:
-            setattr(module, name, 0.0)
-        for config in self._asking:
-            config.output_router_logits = False
+    def remove(self) -> None:
+        """Let the model do as it likes again."""
+        self._put_back()
+        for hook in self._hooks:
+            hook.remove()
 
-    def check(self, output: Any) -> None:
-        """Refuse an output that has the family's own loss in it after all.
+    def _stop(self, *_: Any) -> None:
+        self._put_back()  # what a pass that was interrupted left at 0
+        self._held = [
+            (owner, name, value)
+            for owner in self._owners
+            for name in _HELD
+            if isinstance(value := vars(owner).get(name), int | float)
+        ]
+        for owner, name, _ in self._held:
+            setattr(owner, name, 0.0)
 
-        Raises:
-            MoestroError: it has.
-        """
-        if not self._held and getattr(output, "aux_loss", None) is not None:
-            raise MoestroError(
-                "the model computed a balance loss of its own beside the one of "
-                "moestro.hf.balance; do not pass output_router_logits=True"
+    def _resume(self, model: nn.Module, _: Any, output: Any) -> None:
+        self._put_back()
+        loss = getattr(output, "aux_loss", None)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        output.aux_loss = loss.detach()
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"{type(model).__name__} computed a balance loss of its own beside that of "
+                "moestro.hf.balance; so that balance is not paid for twice, aux_loss in its output "
+                "is without gradient. Do not ask for it (output_router_logits), or call remove() "
+                "on the balancer to train with it",
+                UserWarning,
+                stacklevel=2,
             )
 
-    def restore(self) -> None:
-        """As it was before."""
-        for module, name, value in self._held:
-            setattr(module, name, value)
-        for config in self._asking:
-            config.output_router_logits = True
-        self._held, self._asking = [], []
+    def _put_back(self) -> None:
+        for owner, name, value in self._held:
+            setattr(owner, name, value)
+        self._held = []
 
 
-def chosen_per_token(model: nn.Module, routers: Sequence[nn.Module | None]) -> int:
+def chosen_per_token(model: nn.Module, beside: Sequence[nn.Module | None]) -> int:
     """K, as the routers state it.
 
     Raises:
         ConfigError: they do not, or differ; what to give instead.
     """
-    stated = {getattr(router, "top_k", None) for router in routers}
+    stated = {getattr(each and routers.core(each), "top_k", None) for each in beside}
     top_k = stated.pop() if len(stated) == 1 else None
     if not isinstance(top_k, int):
         raise ConfigError(
@@ -116,9 +129,12 @@ def chosen_per_token(model: nn.Module, routers: Sequence[nn.Module | None]) -> i
     return top_k
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """The configuration of a model, of its text part and of its networks."""
-    config = getattr(model, "config", None)
-    for each in (config, *(getattr(config, n, None) for n in ("text_config", "ffn_config"))):
-        if each is not None:
-            yield each
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model, of its text part and of its networks, its own first."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for each in (config, *(getattr(config, n, None) for n in ("text_config", "ffn_config"))):
+            if hasattr(each, "__dict__"):
+                found[id(each)] = each
+    return list(found.values())

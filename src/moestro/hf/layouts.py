@@ -132,7 +132,7 @@ def refuse_unreachable(model: nn.Module) -> None:
             continue
         if interface is not None:
             fp8.add(type(module).__name__)
-        elif _experts(name, module) or (_block(module) and not _holds_experts(module)):
+        elif (_experts(name, module) or _block(module)) and not _holds_experts(module):
             other.add(type(module).__name__)
     if fp8:
         raise BackendError(

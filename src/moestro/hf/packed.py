@@ -14,6 +14,7 @@ from moestro.hf.plug import use
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, check_format
 from moestro.models.linear import PackedLinear
+from moestro.probe.recording import routers
 
 
 class PackedModel(NamedTuple):
@@ -92,8 +93,10 @@ def quantize(
     missing = native_cpu.available()
     if missing is not None:
         raise BackendError(missing)
+    modules = dict(model.named_modules())
     for name, module in found.items():
         _check(name, module)
+        _refuse_wrapped(name, modules)
     projections = _projections(model) if linears else {}
     for name, linear in projections.items():
         _check_weights(name, [linear.weight])
@@ -123,6 +126,16 @@ def _check(name: str, module: nn.Module) -> None:
             "they cannot be packed"
         )
     _check_weights(name, weights.tensors)
+
+
+def _refuse_wrapped(name: str, modules: dict[str, nn.Module]) -> None:
+    """An adapter changes weights that would no longer be there."""
+    outer = routers.outermost(modules, name)
+    if outer != name:
+        raise BackendError(
+            f"the experts {name} are inside of {type(modules[outer]).__name__}, which needs their "
+            "weights; merge adapters into them first (model.merge_and_unload())"
+        )
 
 
 def _check_weights(name: str, tensors: list[Tensor]) -> None:

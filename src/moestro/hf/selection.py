@@ -12,12 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moestro.errors import MoestroError
+from moestro.probe.recording import routers
 
 # What families call the bias that they choose with and that is in no weight.
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -29,53 +33,72 @@ Rule = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 class OwnBias:
     """A bias tensor of the model's own, updated through a copy in fp32.
 
-    Steps of 1e-3 are lost in a bfloat16 tensor, so the copy holds what the steps add up to.
+    Steps of 1e-3 are lost in a bfloat16 tensor, so the copy holds what the steps add up to. A
+    tensor that is sharded is gathered to be read: read and set it on every rank.
     """
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        self._owner, self._name = owner, name
-        self._exact_E = self._held_E().float().clone()
+    def __init__(self, owner: nn.Module, path: str) -> None:
+        self._owner, self._path = owner, path
+        self._exact_E: Tensor | None = None
 
     @property
     def value_E(self) -> Tensor:
         """fp32 [E]; what the tensor holds, should others have written to it meanwhile."""
-        held_E = self._held_E()
-        exact_E = self._exact_E.to(held_E.device)
-        return exact_E if torch.equal(exact_E.to(held_E.dtype), held_E) else held_E.float().clone()
+        held = self._held()
+        held_E = (held.full_tensor() if isinstance(held, DTensor) else held).reshape(-1)
+        if self._exact_E is not None:
+            exact_E = self._exact_E.to(held_E.device)
+            if torch.equal(exact_E.to(held_E.dtype), held_E):
+                return exact_E
+        return held_E.to(torch.float32, copy=True)
 
     def set(self, bias_E: Tensor) -> None:
         """Take fp32 [E] over, rounded to the tensor's dtype where the model reads it."""
-        held_E = self._held_E()
-        self._exact_E = bias_E.detach().to(held_E.device, torch.float32).clone()
-        held_E.copy_(self._exact_E)
+        held = self._held()
+        self._exact_E = bias_E.detach().to(held.device, torch.float32, copy=True)
+        value = self._exact_E.view(held.shape)
+        if isinstance(held, DTensor):
+            # Every rank has the whole, so each keeps its own part of it.
+            places = (held.device_mesh, held.placements)
+            value = distribute_tensor(value, *places, src_data_rank=None)
+        held.copy_(value)
 
     def remove(self) -> None:
         """Nothing: the bias is the model's and stays."""
 
-    def _held_E(self) -> Tensor:
-        """A view of the tensor as it is now: moving a model replaces its buffers."""
-        tensor: Tensor = getattr(self._owner, self._name)
-        return tensor.detach().view(-1)
+    def _held(self) -> Tensor:
+        """The tensor as it is now: moving or sharding a model replaces it."""
+        tensor: Tensor = attrgetter(self._path)(self._owner)
+        return tensor.detach()
 
 
 class AddedBias:
     """A bias that the family does not have: a hook on the router chooses again with it.
 
-    Until it is removed the model chooses with it, in training and in use. The first call makes the
-    choice with a bias of zero too and compares it with the router's.
+    Until it is removed the model chooses with it, in training and in use, and so does a copy of
+    the model, with a bias of its own. The first call makes the choice with a bias of zero too and
+    compares it with the router's.
+
+    Attributes:
+        held: whether a balancer has it; not in a copy, whose bias the next balancer takes over.
     """
 
     def __init__(self, name: str, router: nn.Module, num_experts: int) -> None:
-        rule = RULES.get(type(router).__name__)
+        kind = routers.named(router)
+        rule = RULES.get(kind)
         if rule is None:
             raise MoestroError(
-                f"{name} is a {type(router).__name__}: it has no selection bias, and how it "
-                "chooses is not known here, so none can be added; balance this family with "
-                "switch=, and leave bias_rate at 0"
+                f"{name} is a {kind}: it has no selection bias, and how it chooses is not known "
+                "here, so none can be added; balance this family with switch=, and leave "
+                "bias_rate at 0"
             )
+        self.held = True
         self._name, self._rule, self._proven = name, rule, False
-        self._bias_E = torch.zeros(num_experts)
+        self._bias_E = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
         self._hook = router.register_forward_hook(self._choose)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": False}
 
     @property
     def value_E(self) -> Tensor:
@@ -84,7 +107,7 @@ class AddedBias:
 
     def set(self, bias_E: Tensor) -> None:
         """Take fp32 [E] over."""
-        self._bias_E = bias_E.detach().float().clone()
+        self._bias_E = bias_E.detach().to(torch.float32, copy=True)
 
     def remove(self) -> None:
         """Let the router choose by itself again."""
@@ -92,21 +115,22 @@ class AddedBias:
 
     def _choose(self, router: nn.Module, _: Any, output: Any) -> Any:
         logits_TE = output[0]
-        if not self._proven and logits_TE.numel():
-            self._prove(router, output)
-        self._bias_E = self._bias_E.to(logits_TE.device)
-        weights_TK, experts_TK = self._rule(router, logits_TE, self._bias_E)
+        bias_E = self._bias_E.to(logits_TE.device)
+        if not logits_TE.is_meta:  # a pass that only asks for shapes leaves nothing behind
+            self._bias_E = bias_E
+            if not self._proven and logits_TE.numel():
+                self._prove(routers.core(router), output)
+        weights_TK, experts_TK = self._rule(routers.core(router), logits_TE, bias_E)
         return (logits_TE, weights_TK.to(output[1].dtype), experts_TK, *output[3:])
 
     @torch.no_grad()
     def _prove(self, router: nn.Module, output: Any) -> None:
         logits_TE, weights_TK, experts_TK = output[:3]
-        zero_E = torch.zeros_like(self._bias_E, device=logits_TE.device)
-        again_TK, chosen_TK = self._rule(router, logits_TE, zero_E)
+        again_TK, chosen_TK = self._rule(router, logits_TE, torch.zeros_like(self._bias_E))
         same = torch.equal(chosen_TK, experts_TK)
         if not same or not torch.equal(again_TK.to(weights_TK.dtype), weights_TK):
             raise MoestroError(
-                f"{self._name} ({type(router).__name__}) does not choose by the rule that its "
+                f"{self._name} ({routers.kind(router)}) does not choose by the rule that its "
                 "class is known for, so a bias cannot be added to its choice; balance this model "
                 "with switch=, and leave bias_rate at 0"
             )
@@ -128,20 +152,41 @@ def bias_of(name: str, router: nn.Module, block: nn.Module, num_experts: int) ->
     Raises:
         MoestroError: there is none, and the router's rule is not known.
     """
-    for module in (*router.modules(), block):
+    inner = routers.core(router)
+    within = [path for path, _ in inner.named_modules()]
+    # A wrapper that holds two routers shows the attributes of the one that runs; others show none.
+    places = [(owner, path) for path in within for owner in (router, inner)]
+    for owner, path in (*places, (block, "")):
         for own in BIASES:
-            tensor = getattr(module, own, None)
+            name_in = f"{path}.{own}" if path else own
+            tensor = _reach(owner, name_in)
             if isinstance(tensor, Tensor) and tensor.numel() == num_experts:
-                return OwnBias(module, own)
-    if any(isinstance(getattr(h, "__self__", None), AddedBias) for h in _hooks(router)):
-        raise MoestroError(
-            f"{name} still chooses with the bias of an earlier balancer; call remove() on that"
-        )
+                return OwnBias(owner, name_in)
+    for hook in router._forward_hooks.values():
+        added = getattr(hook, "__self__", None)
+        if isinstance(added, AddedBias):
+            if added.held:
+                raise MoestroError(
+                    f"{name} still chooses with the bias of an earlier balancer; call remove() on "
+                    "that"
+                )
+            added.held = True
+            return added
     return AddedBias(name, router, num_experts)
 
 
-def _hooks(router: nn.Module) -> list[Any]:
-    return list(router._forward_hooks.values())
+def _reach(owner: nn.Module, path: str) -> Any:
+    try:
+        return attrgetter(path)(owner)
+    except AttributeError:
+        return None
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP gathered: what is written there is lost, the shards are what counts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _softmax(

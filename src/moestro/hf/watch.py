@@ -10,19 +10,21 @@ Letters: T tokens, B sequences, S their length, E experts, K experts per token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError, ShapeError
 from moestro.moe.routing import Routing
+from moestro.probe.recording import hooks, routers
 from moestro.probe.recording.foreign import Chosen, Tap, probabilities, tapped
 
-# Takes the Routings of a forward pass, one for each mixture, its number of sequences, its output.
-Seen = Callable[[list[Routing], int, Any], None]
+# Takes the Routings of a forward pass, one for each mixture, and its number of sequences.
+Seen = Callable[[list[Routing], int], None]
 
 
 class Watch:
@@ -46,15 +48,19 @@ class Watch:
     ) -> None:
         self._mixtures, self._begins, self._seen = mixtures, begins, seen
         self._differentiable = differentiable
-        self._names = _argument_names(model)
         self._listening = False
-        self._inputs: dict[str, Any] = {}
+        self._given_T: Tensor | None = None
+        self._valid_T: Tensor | None = None
+        self._sequences = 1
         self._chosen: dict[int, Chosen] = {}
+        reader = _reader(model, mixtures)
+        self._names = tuple(inspect.signature(reader.forward).parameters)
         self._hooks = ExitStack()
         self._hooks.enter_context(tapped(mixtures, self._see))
         for handle in (
-            model.register_forward_pre_hook(self._start, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
+            hooks.add(model.register_forward_pre_hook, self._start, in_copies=_unbalanced),
+            hooks.add(reader.register_forward_pre_hook, self._read, with_kwargs=True),
+            hooks.add(model.register_forward_hook, self._end, always_call=True),
         ):
             self._hooks.callback(handle.remove)
 
@@ -62,19 +68,27 @@ class Watch:
         """Take all hooks off."""
         self._hooks.close()
 
-    def __deepcopy__(self, _: Any) -> Self:
-        raise MoestroError(
-            "a model cannot be copied while it is balanced: the copy would call the hooks of the "
-            "original; copy it before moestro.hf.balance, or after remove()"
-        )
+    def valid(self, mask: Tensor) -> None:
+        """Say which tokens of the next forward pass are real, whatever its attention mask says."""
+        self._given_T = mask.bool().flatten()
 
-    def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start(self, model: nn.Module, _: Any) -> None:
         self._listening = model.training and torch.is_grad_enabled()
         if self._listening:
             _refuse_again()
-            self._inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            self._chosen = {}
+            self._valid_T, self._sequences, self._chosen = None, 1, {}
             self._begins()
+
+    def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._listening:
+            return
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        mask, cache = inputs.get("attention_mask"), _first(inputs, "cache", "past_key_values")
+        tokens = _first(inputs, "inputs_embeds", "input_ids", "attention_mask")
+        self._sequences, length = getattr(tokens, "shape", (1, 0))[:2]
+        self._valid_T = self._given_T
+        if self._valid_T is None:
+            self._valid_T = real_tokens(mask, self._sequences, length, cache)
 
     def _see(self, place: int, chosen: Chosen) -> None:
         if not self._listening:
@@ -94,25 +108,12 @@ class Watch:
         # Nothing is computed here: a layer that is computed again must save the same tensors.
         self._chosen[place] = chosen
 
-    def _valid(self) -> Tensor | None:
-        """The attention mask as bool [B, S]; None: no padding."""
-        mask = self._inputs.get("attention_mask")
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ShapeError(
-                f"attention_mask is {given}; which tokens are padding, which must not count, can "
-                "only be read from a mask [sequences, tokens]"
-            )
-        return mask.bool()
-
-    def _end(self, model: nn.Module, _: Any, output: Any) -> None:
+    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         if not self._listening:
             return
         self._listening, chosen, self._chosen = False, self._chosen, {}
+        valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if output is None:  # the forward pass failed: nothing of it may be held on to
-            self._inputs = {}
             return
         missing = [tap.name for n, tap in enumerate(self._mixtures) if n not in chosen]
         if missing:
@@ -120,24 +121,50 @@ class Watch:
                 f"{', '.join(missing)} did not run in this forward pass: these inputs pass by, or "
                 "a kernel from the hub stands in for the block; load without use_kernels"
             )
-        valid_BS, sequences = self._valid(), self._sequences()
         routings = [
-            routing_of(tap, chosen[place], valid_BS) for place, tap in enumerate(self._mixtures)
+            routing_of(tap, chosen[place], valid_T) for place, tap in enumerate(self._mixtures)
         ]
-        self._inputs = {}
         first = routings[0].logits_TE.device
-        self._seen([_moved(routing, first) for routing in routings], sequences, output)
-
-    def _sequences(self) -> int:
-        """B."""
-        for name in ("input_ids", "inputs_embeds", "attention_mask"):
-            given = self._inputs.get(name)
-            if isinstance(given, Tensor):
-                return given.shape[0]
-        return 1
+        self._seen([_moved(routing, first) for routing in routings], self._sequences)
 
 
-def routing_of(tap: Tap, chosen: Chosen, valid_BS: Tensor | None) -> Routing:
+def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | None:
+    """Which of B · S tokens an attention mask says are no padding, bool [T]; None: all.
+
+    Args:
+        mask: [B, N], nonzero for real tokens; or [B, H, S, N] (bool, or 0 and less to be added to
+            scores), where a token is real that may attend to itself. N is S and the tokens in the
+            cache. Some models have several by name.
+        sequences: B.
+        length: S.
+        cache: of earlier tokens, by transformers; None: there are none.
+
+    Raises:
+        ShapeError: it is neither.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((each for each in mask.values() if each is not None), None)
+    if mask is None:
+        return None
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    end, shape = cached + length, tuple(getattr(mask, "shape", ()))
+    if shape == (sequences, end):
+        real: Tensor = mask[:, cached:].bool()
+        return real.flatten()
+    if len(shape) == 4 and shape[0] in (1, sequences) and shape[2:] == (length, end):
+        itself = mask.diagonal(offset=cached, dim1=2, dim2=3)
+        real = (itself >= 0 if mask.is_floating_point() else itself.bool()).any(1)
+        return real.expand(sequences, length).flatten()
+    given = list(shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ShapeError(
+        f"attention_mask is {given}, and {sequences} sequences of {length} tokens are routed after "
+        f"{cached} cached ones; which of them are padding, which must not count, can be read from "
+        f"[{sequences}, {end}] or [{sequences}, 1, {length}, {end}]. For other masks, say which "
+        "tokens are real with balancer.valid(mask) before each forward pass"
+    )
+
+
+def routing_of(tap: Tap, chosen: Chosen, valid_T: Tensor | None) -> Routing:
     """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients.
 
     Raises:
@@ -147,15 +174,16 @@ def routing_of(tap: Tap, chosen: Chosen, valid_BS: Tensor | None) -> Routing:
     probs_TE = probabilities(tap, chosen.logits_TE)
     if chosen.logits_TE is None or probs_TE is None:
         raise MoestroError(
-            f"{tap.name} ({type(tap.router).__name__}) showed no logits that probabilities could "
+            f"{tap.name} ({routers.named(tap.router)}) showed no logits that probabilities could "
             "be made of, so it cannot be balanced; if the model was compiled and run before, "
             "balance it first"
         )
     num_tokens, top_k = chosen.experts_TK.shape
-    if valid_BS is not None and valid_BS.numel() != num_tokens:
+    if valid_T is not None and len(valid_T) != num_tokens:
         raise ShapeError(
-            f"{tap.name} routes {num_tokens} tokens, but attention_mask has "
-            f"{list(valid_BS.shape)} places; give the mask of exactly these tokens"
+            f"{tap.name} routes {num_tokens} tokens, and the mask has {len(valid_T)} places; say "
+            f"which of these {num_tokens} tokens are real with balancer.valid(mask) before the "
+            "forward pass"
         )
     tokens_T = torch.arange(num_tokens, device=chosen.experts_TK.device)
     return Routing(
@@ -165,17 +193,39 @@ def routing_of(tap: Tap, chosen: Chosen, valid_BS: Tensor | None) -> Routing:
         chosen.logits_TE.to(probs_TE.dtype),
         probs_TE,
         top_k,
-        None if valid_BS is None else valid_BS.flatten().to(probs_TE.device),
+        None if valid_T is None else valid_T.to(probs_TE.device),
     )
 
 
-def _argument_names(model: nn.Module) -> tuple[str, ...]:
-    """What a model calls its arguments; what the one inside calls them where a wrapper does not."""
-    for module in model.modules():
-        parameters = inspect.signature(module.forward).parameters
-        if all(each.kind is not each.VAR_POSITIONAL for each in parameters.values()):
-            return tuple(parameters)
-    return ()
+def _reader(model: nn.Module, mixtures: Sequence[Tap]) -> nn.Module:
+    """The innermost module around all mixtures that is given tokens and their mask.
+
+    Wrappers add tokens of their own (prompt tuning) or a cache (prefix tuning) on the way to it.
+    """
+    found = model
+    for name, module in model.named_modules():
+        around = f"{name}." if name else ""
+        if all(tap.name.startswith(around) for tap in mixtures):
+            parameters = inspect.signature(module.forward).parameters
+            if "attention_mask" in parameters and "inputs_embeds" in parameters:
+                found = module
+    return found
+
+
+def _first(inputs: Mapping[str, Any], *names: str) -> Any:
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
+
+
+def _unbalanced(model: nn.Module, *_: Any) -> None:
+    """What a copy calls in the place of `Watch._start`: says once that it is not watched."""
+    if model.training and torch.is_grad_enabled():
+        hooks.drop_copied(model)
+        warnings.warn(
+            f"this {type(model).__name__} is a copy of a model that moestro.hf.balance watches, "
+            "and is not watched itself: call moestro.hf.balance on the copy to balance it",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_again() -> None:

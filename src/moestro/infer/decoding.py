@@ -7,7 +7,7 @@ native, where no row depends on another, or taken sequence by sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -33,65 +33,56 @@ class Passed(NamedTuple):
     experts: tuple[int, ...]
 
 
-class Decoding(Protocol):
-    """A way to decode: `begin` a sequence with its prompt, `step` many by a token each."""
-
-    def begin(self, tokens: Sequence[int]) -> tuple[Any, Passed]:
-        """Pass a prompt; returns the sequence's memory and what its last token gave."""
-        ...
-
-    def step(self, tokens: Sequence[int], pasts: Sequence[Any]) -> list[Passed]:
-        """Pass one token of each sequence, whose memory is extended in place."""
-        ...
-
-
-def decoding_of(model: Decoder) -> Decoding:
-    """Native where `native_decoder.supports` says so, else the Python forward."""
-    return NativeDecoding(model) if supports(model) is None else PythonDecoding(model)
-
-
-class PythonDecoding:
+class Decoding:
     """Every step through the model's own forward, sequence by sequence."""
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
 
+    def new(self) -> KVCache:
+        """The memory of a sequence that has not begun; `fork` it where two texts begin alike."""
+        return self.model.new_cache(1)
+
+    def read(self, past: KVCache, tokens: Sequence[int]) -> Passed:
+        """Pass tokens of a prompt, at least one, after those already passed.
+
+        A prompt may come in any number of calls, between steps of other sequences; not that of a
+        model that is not `chunked`, which passes in one.
+        """
+        size = CHUNK if chunked(self.model.cfg) else len(tokens)
+        for start in range(0, len(tokens), size):
+            output = _forward(self.model, tokens[start : start + size], past)
+        return _passed(output)
+
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
-        """See `Decoding`."""
-        return prefill(self.model, tokens)
+        """A new sequence that has read its prompt, and what the last token gave."""
+        past = self.new()
+        return past, self.read(past, tokens)
+
+    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
+        """Pass one token of each sequence, whose memory is extended in place."""
+        pairs = zip(tokens, pasts, strict=True)
+        return [_passed(_forward(self.model, [token], past)) for token, past in pairs]
+
+
+def decoding_of(model: Decoder) -> Decoding:
+    """Native where `native_decoder.supports` says so, else the Python forward."""
+    return NativeDecoding(model) if supports(model) is None else Decoding(model)
+
+
+class NativeDecoding(Decoding):
+    """Prompts through the model's own forward, every step in native code, on the same memory."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self._native = NativeDecoder(model)
 
     def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
         """See `Decoding`."""
-        pairs = zip(tokens, pasts, strict=True)
-        return [_passed(_forward(self.model, [token], cache)) for token, cache in pairs]
-
-
-class NativeDecoding:
-    """The prompt through the model's own forward, every step in native code."""
-
-    def __init__(self, model: Decoder) -> None:
-        self.model, self.native = model, NativeDecoder(model)
-
-    def begin(self, tokens: Sequence[int]) -> tuple[Any, Passed]:
-        """See `Decoding`."""
-        cache, passed = prefill(self.model, tokens)
-        return self.native.past(cache), passed
-
-    def step(self, tokens: Sequence[int], pasts: Sequence[Any]) -> list[Passed]:
-        """See `Decoding`."""
-        stepped = self.native.step(tokens, pasts)
+        stepped = self._native.step(tokens, pasts)
         first_BL = stepped.experts_LBK[:, :, :1].transpose(0, 1).flatten(1).tolist()
         rows = zip(stepped.logits_BV, first_BL, strict=True)
         return [Passed(logits_V[None], tuple(experts)) for logits_V, experts in rows]
-
-
-def prefill(model: Decoder, tokens: Sequence[int], chunk: int = CHUNK) -> tuple[KVCache, Passed]:
-    """Pass a prompt, chunk by chunk, and return the cache and what its last token gave."""
-    cache = model.new_cache(1)
-    size = chunk if chunked(model.cfg) else len(tokens)
-    for start in range(0, len(tokens), size):
-        output = _forward(model, tokens[start : start + size], cache)
-    return cache, _passed(output)
 
 
 def chunked(cfg: ModelConfig) -> bool:

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from moestro.errors import MoestroError
+from moestro.errors import DataError, MoestroError
 from moestro.infer.decoding import Decoding, decoding_of, first_expert
-from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
+from moestro.infer.sampling import SamplingConfig
+from moestro.infer.writing import Piece, Writer
 from moestro.models.decoder import Decoder, DecoderOutput
 from moestro.models.encdec import EncDec, EncDecOutput
-from moestro.text import StreamDecoder, Tokenizer
+from moestro.text import Tokenizer
 
-Finish = Literal["stop", "length", "end_of_text"]
 Step = Callable[[Sequence[int]], DecoderOutput | EncDecOutput]
 # Requests that write at once; each holds a cache.
 MOST_LIVE = 16
-
-
-class Piece(NamedTuple):
-    """One generated token.
-
-    Attributes:
-        text: What it adds to the text; empty while a character is incomplete, for the token that
-            ends the text, and from where a stop string begins.
-        token: Its id.
-        experts: The first expert that it met in each MoE layer, in the order of
-            `model.moe_layers`, -1 where none took it; () for a dense model and for the end of text.
-        finish: Why the text ends with this token; None while it goes on.
-    """
-
-    text: str
-    token: int
-    experts: tuple[int, ...] = ()
-    finish: Finish | None = None
 
 
 class Prompt(NamedTuple):
@@ -63,7 +44,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], context: in
 
 
 def stream(
-    model: Decoder, tokenizer: Tokenizer, prompt: str | Sequence[int], sampling: SamplingConfig
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    sampling: SamplingConfig,
+    special: bool = False,
 ) -> Iterator[Piece]:
     """Continue a prompt, yielding each token as soon as its text is certain.
 
@@ -75,16 +60,17 @@ def stream(
         tokenizer: The one that the model was trained with.
         prompt: Text of any length, or its tokens; see `encode_prompt` for what is kept of it.
         sampling: How to choose tokens and when to stop.
+        special: Spell special tokens out; otherwise one that does not end the text is a line's end.
 
     Yields:
         One Piece per generated token; the texts joined are the continuation, without the stop
         string. The last one, and only that one, has a `finish`.
 
     Raises:
-        MoestroError: the model is in training mode, has no room for the tokenizer's vocabulary, or
-            its logits allow no choice.
+        MoestroError: the model is in training mode, does not know a token of the prompt, or its
+            logits allow no choice.
     """
-    for _, piece in generate_batch(model, tokenizer, [prompt], [sampling]):
+    for _, piece in generate_batch(model, tokenizer, [prompt], [sampling], special):
         yield piece
 
 
@@ -93,6 +79,7 @@ def generate_batch(
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     samplings: Sequence[SamplingConfig],
+    special: bool = False,
 ) -> Iterator[tuple[int, Piece]]:
     """Continue several prompts at once; what one gets does not depend on the others.
 
@@ -101,6 +88,7 @@ def generate_batch(
         tokenizer: The one that the model was trained with.
         prompts: As for `stream`, of any lengths.
         samplings: One for each prompt, or one for all.
+        special: As for `stream`.
 
     Yields:
         (number of the prompt, Piece), the pieces of each prompt as from `stream`.
@@ -117,69 +105,9 @@ def generate_batch(
         )
     session = Session(model, tokenizer)
     for prompt, sampling in zip(prompts, samplings, strict=True):
-        session.add(prompt, sampling)
+        session.add(prompt, sampling, special)
     while session.live:
         yield from session.step()
-
-
-class Writer:
-    """One text as it is written: chooses tokens, spells them, and knows when it ends.
-
-    Attributes:
-        token: The one chosen last, which must pass through the model next.
-        done: Nothing more is to come.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        sampling: SamplingConfig,
-        marks: Mapping[int, str] | None = None,
-    ) -> None:
-        """Begin a text.
-
-        Args:
-            tokenizer: The one that the model was trained with.
-            sampling: How to choose tokens and when to stop.
-            marks: Text of tokens that are none of the tokenizer's, or no text to it.
-        """
-        self.token, self.done = -1, False
-        self._tokenizer, self._sampling, self._marks = tokenizer, sampling, marks or {}
-        self._decoder, self._gate = StreamDecoder(tokenizer), _StopGate(sampling.stop)
-        self._generator = new_generator(sampling)
-        self._number = 0
-        # A vocabulary padded to a round number has ids that mean nothing.
-        self._size = max([tokenizer.vocab_size, *(token + 1 for token in self._marks)])
-        unnamed = set(range(tokenizer.vocab_size, self._size)) - self._marks.keys()
-        self._nameless_N = torch.tensor(sorted(unnamed), dtype=torch.int64)
-
-    def choose(self, logits_1V: Tensor) -> list[Piece]:
-        """Choose the next token; returns what is certain if it ends the text."""
-        logits_1V = logits_1V[:, : self._size]
-        if len(self._nameless_N):
-            nameless_N = self._nameless_N.to(logits_1V.device)
-            logits_1V = logits_1V.index_fill(1, nameless_N, -torch.inf)
-        self.token = int(next_tokens(logits_1V, self._sampling, [self._generator]))
-        if self.token not in self._tokenizer.ends:
-            return []
-        return self._push(Piece(self._decoder.flush(), self.token, (), "end_of_text"))
-
-    def passed(self, experts: tuple[int, ...]) -> list[Piece]:
-        """Take the experts that the chosen token met; returns what is certain now."""
-        if self.token in self._marks:
-            text = self._decoder.flush() + self._marks[self.token]
-        else:
-            text = self._decoder.push(self.token)
-        self._number += 1
-        finish: Finish | None = None
-        if self._number == self._sampling.max_tokens:
-            text, finish = text + self._decoder.flush(), "length"
-        return self._push(Piece(text, self.token, experts, finish))
-
-    def _push(self, piece: Piece) -> list[Piece]:
-        pieces = list(self._gate.push(piece))
-        self.done = piece.finish is not None or self._gate.stopped
-        return pieces
 
 
 class _Live(NamedTuple):
@@ -209,10 +137,10 @@ class Session:
             most: Requests written at once; others wait for their turn.
 
         Raises:
-            MoestroError: the model is in training mode, or too small for the tokenizer.
+            MoestroError: the model is in training mode.
         """
-        check_ready(model, tokenizer)
-        self._tokenizer, self._context = tokenizer, model.cfg.attention.context
+        check_ready(model)
+        self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
         self._waiting: deque[tuple[int, list[int], Writer]] = deque()
@@ -224,11 +152,20 @@ class Session:
         """Requests that are not done, waiting ones included."""
         return len(self._waiting) + len(self._running)
 
-    def add(self, prompt: str | Sequence[int], sampling: SamplingConfig) -> int:
-        """Take a request, which begins with a later `step`; returns its number, from 0."""
+    def add(
+        self, prompt: str | Sequence[int], sampling: SamplingConfig, special: bool = False
+    ) -> int:
+        """Take a request, which begins with a later `step`; returns its number, from 0.
+
+        Raises:
+            DataError: the prompt has a token that the model does not know.
+        """
+        tokenizer = self._tokenizer
+        tokens, _ = encode_prompt(tokenizer, prompt, self._cfg.attention.context)
+        check_known(tokens, self._cfg.vocab_size, tokenizer, "the prompt")
         number, self._count = self._count, self._count + 1
-        tokens, _ = encode_prompt(self._tokenizer, prompt, self._context)
-        self._waiting.append((number, tokens, Writer(self._tokenizer, sampling)))
+        marks = tokenizer.specials if special else None
+        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, tokens)))
         return number
 
     def drop(self, number: int) -> None:
@@ -265,19 +202,37 @@ class Session:
         return made
 
 
-def check_ready(model: Decoder | EncDec, tokenizer: Tokenizer) -> None:
-    """Refuse to generate with a model in training mode, or too small for the tokenizer.
+def check_ready(model: Decoder | EncDec) -> None:
+    """Refuse to generate with a model in training mode.
 
     Raises:
-        MoestroError: it is one of them.
+        MoestroError: it is.
     """
     if model.training:
         raise MoestroError("the model is in training mode; call model.eval() before generating")
-    if model.cfg.vocab_size < tokenizer.vocab_size:
-        raise MoestroError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model only "
-            f"{model.cfg.vocab_size}; use the tokenizer that the model was trained with"
-        )
+
+
+def check_known(ids: Iterable[int], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
+    """Refuse tokens that a model does not know, as where its tokenizer has more than it.
+
+    Args:
+        ids: What is to be read.
+        vocab_size: The model's, V.
+        tokenizer: The model's.
+        what: What to call the text.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    for each in ids:
+        if not 0 <= each < vocab_size:
+            known = 0 <= each < tokenizer.vocab_size
+            name = tokenizer.specials.get(each) or (tokenizer.decode([each]) if known else "")
+            raise DataError(
+                f"{what} has token {each}{f', {name!r},' if name else ''} but the model's "
+                f"vocabulary is 0 to {vocab_size - 1}; leave that token out, or use the tokenizer "
+                "that the model was trained with"
+            )
 
 
 def generate(
@@ -296,7 +251,7 @@ def generate(
         sampling: How to choose tokens and when to stop.
         marks: Text of tokens that are none of the tokenizer's, or no text to it.
     """
-    writer = Writer(tokenizer, sampling, marks)
+    writer = Writer(tokenizer, sampling, marks, start)
     output = step(start)
     while True:
         yield from writer.choose(output.logits[:, -1])
@@ -306,53 +261,3 @@ def generate(
         yield from writer.passed(tuple(map(first_expert, output.routings)))
         if writer.done:
             return
-
-
-class _StopGate:
-    """Holds pieces back while their text may belong to a stop string.
-
-    The stop string that is complete first counts, whatever the tokens' borders; of two that end
-    together, the longer.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held: list[Piece] = []
-        self.stopped = False
-
-    def push(self, piece: Piece) -> Iterator[Piece]:
-        """Take one piece; yield those whose text is now certain."""
-        self._held.append(piece)
-        text = "".join(each.text for each in self._held)
-        start = find_stop(text, self._stops)
-        if start is not None:
-            self.stopped = True
-            self._held[-1] = piece._replace(finish="stop")
-            yield from _cut(self._held, start)
-            return
-        certain = len(text) if piece.finish else len(text) - _beginning(text, self._stops)
-        while self._held and len(self._held[0].text) <= certain:
-            certain -= len(self._held[0].text)
-            yield self._held.pop(0)
-
-
-def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string that is complete first begins in `text`; None without one."""
-    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
-    return min(found)[1] if found else None
-
-
-def _beginning(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which some stop string begins."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
-
-
-def _cut(pieces: Sequence[Piece], length: int) -> Iterator[Piece]:
-    """The same pieces, with the first `length` characters of their text."""
-    for piece in pieces:
-        yield piece._replace(text=piece.text[:length])
-        length = max(0, length - len(piece.text))

@@ -6,20 +6,16 @@ with one scale that keeps activations of order one. The file holds no tokenizer.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import ConfigError
-
-_VERSION, _ALIGNMENT = 3, 32
-_UINT32, _FLOAT32, _STRING = 4, 6, 8
-_CHUNK = 1 << 22
 
 
 class Kind(NamedTuple):
@@ -107,30 +103,36 @@ def write_random(cfg: ModelConfig, kind: Kind, path: Path, seed: int = 0) -> Non
         OSError: the disk is full or the place cannot be written.
     """
     check(cfg, kind)
-    fields, tensors = _fields(cfg), list(_tensors(cfg, kind))
-    rng = np.random.default_rng(seed)
-    with path.open("wb") as file:
-        file.write(b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(fields)))
-        for name, value in fields.items():
-            file.write(_string(name) + _value(value))
-        at = 0
+    tensors = list(_tensors(cfg, kind))
+    architecture = "qwen3moe" if cfg.attention.qk_norm == "head" else "llama"
+    writer = GGUFWriter(path, architecture)
+    writer.add_string("tokenizer.ggml.model", "none")
+    for key, value in _fields(cfg).items():
+        name = f"{architecture}.{key}"
+        if isinstance(value, int):
+            writer.add_uint32(name, value)
+        else:
+            writer.add_float32(name, value)
+    for tensor in tensors:
+        number = GGMLQuantizationType(tensor.kind.number)
+        shape, dtype = tensor.shape, np.dtype(np.float32)
+        writer.add_tensor_info(tensor.name, shape, dtype, tensor.bytes, raw_dtype=number)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        rng = np.random.default_rng(seed)
         for tensor in tensors:
-            shape = tensor.shape[::-1]
-            numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.kind.number, at)
-            file.write(_string(tensor.name) + numbers)
-            at += -(-tensor.bytes // _ALIGNMENT) * _ALIGNMENT
-        for tensor in tensors:
-            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            _write(file, tensor, rng)
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            writer.write_tensor_data(_random(tensor, rng))
+    finally:
+        writer.close()
 
 
-def _fields(cfg: ModelConfig) -> dict[str, str | int | float]:
+def _fields(cfg: ModelConfig) -> dict[str, int | float]:
     """What llama.cpp reads of a model's settings."""
     moe, attention = cfg.moe, cfg.attention
     assert isinstance(attention.positions, RopeConfig)
-    name = "qwen3moe" if attention.qk_norm == "head" else "llama"
-    fields: dict[str, str | int | float] = {
+    fields: dict[str, int | float] = {
         "block_count": cfg.num_layers,
         "context_length": attention.context,
         "embedding_length": cfg.dim,
@@ -147,8 +149,7 @@ def _fields(cfg: ModelConfig) -> dict[str, str | int | float]:
     if moe is not None:
         fields["expert_count"], fields["expert_used_count"] = moe.num_experts, moe.top_k
         fields["expert_feed_forward_length"] = moe.hidden_dim
-    named = {f"{name}.{key}": value for key, value in fields.items()}
-    return {"general.architecture": name, "tokenizer.ggml.model": "none", **named}
+    return fields
 
 
 def _tensors(cfg: ModelConfig, kind: Kind) -> Iterator[_Tensor]:
@@ -182,15 +183,11 @@ def _tensors(cfg: ModelConfig, kind: Kind) -> Iterator[_Tensor]:
             yield _Tensor(f"{block}.ffn_{name}{end}.weight", (*stack, *shape), kind)
 
 
-def _write(file: IO[bytes], tensor: _Tensor, rng: np.random.Generator) -> None:
-    """Random blocks of one tensor, a few megabytes at a time."""
-    blocks = tensor.bytes // tensor.kind.bytes
+def _random(tensor: _Tensor, rng: np.random.Generator) -> NDArray[np.generic]:
+    """Random blocks of one tensor; ones for a norm."""
     if len(tensor.shape) == 1:
-        file.write(np.ones(tensor.shape, np.float32).tobytes())
-        return
-    std = tensor.shape[-1] ** -0.5
-    for start in range(0, blocks, _CHUNK):
-        file.write(_blocks(tensor.kind, min(_CHUNK, blocks - start), std, rng).tobytes())
+        return np.ones(tensor.shape, np.float32)
+    return _blocks(tensor.kind, tensor.bytes // tensor.kind.bytes, tensor.shape[-1] ** -0.5, rng)
 
 
 def _blocks(kind: Kind, count: int, std: float, rng: np.random.Generator) -> NDArray[np.generic]:
@@ -204,15 +201,3 @@ def _blocks(kind: Kind, count: int, std: float, rng: np.random.Generator) -> NDA
     made["scale"] = std / _SPREAD[kind.name]
     made["integers"] = rng.integers(0, 256, (count, kind.bytes - 2), np.uint8)
     return made
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value(value: str | int | float) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _string(value)
-    kind, code = (_UINT32, "I") if isinstance(value, int) else (_FLOAT32, "f")
-    return struct.pack(f"<I{code}", kind, value)

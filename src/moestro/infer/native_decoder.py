@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,17 @@ from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import MoestroError
 from moestro.kernels import native_cpu, packing
 from moestro.kernels.backends import ENVIRONMENT
-from moestro.kernels.native_step import Past, StepDecoder, StepLayer, StepShape
+from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
 from moestro.kernels.packing import PackedMatrix
-from moestro.models.attention import Attention, reach
+from moestro.models.attention import Attention
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Block, Decoder
 from moestro.models.linear import PackedLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import RotaryTable
-from moestro.moe.experts import Experts
+from moestro.moe.experts import StackedWeights
 from moestro.moe.layer import MoE
-from moestro.moe.packed import PackedExperts
+from moestro.moe.packed import PackedWeights
 from moestro.moe.routers import TopKRouter
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -91,8 +92,13 @@ def _weights(model: Decoder) -> str | None:
         odd = parameter.dim() > 1 and parameter.shape[-1] % 2
         if not parameter.is_contiguous() or (odd and parameter.dtype == torch.bfloat16):
             return f"native decoding takes contiguous weights of even widths; {name} is not so"
-    for module in model.modules():
-        if isinstance(module, Experts):
+    for layer in model.mixtures():
+        if not isinstance(layer.experts, StackedWeights | PackedWeights):
+            return f"experts of the class {type(layer.experts).__name__} decode in Python"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks, which only decoding in Python calls"
+        if isinstance(module, StackedWeights):
             asked = forced if module.backend == "auto" else module.backend
             if asked not in ("auto", "native"):
                 return f"the kernel backend {asked} was asked for"
@@ -116,8 +122,10 @@ class NativeDecoder:
         self.model, cfg = model, model.cfg
         attention = model.blocks[0].attention
         assert isinstance(attention, Attention)
-        self._limits = [reach(cfg, n) for n in range(cfg.num_layers)]
         self._rotary = RotaryTable(cfg)
+        self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
+        empty = model.embed.weight.new_empty(1, cfg.num_kv_heads, 0, cfg.head_dim)
+        self._like = (empty, empty)
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
             _shape(cfg, attention.scale),
@@ -127,25 +135,34 @@ class NativeDecoder:
             model.embed.weight.dtype,
         )
 
-    def past(self, cache: KVCache) -> Past:
-        """The past of one sequence, from what its prefill left in a cache of batch 1."""
-        past = Past(self._step, self._limits)
-        for number, (layer, limit) in enumerate(zip(cache.layers, self._limits, strict=True)):
-            keys_GPA, values_GPA = (each[0, :, -limit:] for each in layer.held())
-            past.fill(number, keys_GPA, values_GPA, cache.position)
-        return past
-
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], pasts: Sequence[Past]) -> Stepped:
-        """One new token of each sequence; what a sequence gets does not depend on the others."""
-        tokens_B = torch.tensor(tokens, dtype=torch.int64)
+    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> Stepped:
+        """One new token of each sequence; what a sequence gets does not depend on the others.
+
+        Args:
+            tokens: one for each sequence.
+            pasts: caches of batch 1, each its own; the step extends them in place.
+        """
+        tokens_B = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         x_BD = self.model.embed(tokens_B).float()
         device = torch.device("cpu")
         angles = [self._rotary.at(past.position, 1, device, torch.float32) for past in pasts]
         cos_BA, sin_BA = (torch.cat(each) for each in zip(*angles, strict=True))
-        logits_BV, experts_LBK, weights_LBK = self._step.step(x_BD, cos_BA, sin_BA, pasts)
+        places = [self._place(past) for past in pasts]
+        logits_BV, experts_LBK, weights_LBK = self._step.step(x_BD, cos_BA, sin_BA, places)
+        for past in pasts:
+            past.advance()
         mixtures = list(self.model.moe_layers)
         return Stepped(logits_BV, experts_LBK[mixtures], weights_LBK[mixtures])
+
+    def _place(self, cache: KVCache) -> StepPast:
+        """Where the new position of a sequence goes."""
+        past = self._pasts.get(cache)
+        if past is None:
+            past = self._pasts[cache] = StepPast(self._step)
+        for number, layer in enumerate(cache.layers):
+            past.put(number, *layer.room(*self._like), layer.length)
+        return past
 
 
 def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
@@ -227,9 +244,9 @@ def _bias(linear: nn.Module) -> Tensor | None:
 
 def _experts(experts: nn.Module) -> packing.PackedExperts:
     """Experts' weights, packed or as they are."""
-    if isinstance(experts, PackedExperts):
+    if isinstance(experts, PackedWeights):
         return experts.weights
-    assert isinstance(experts, Experts)
+    assert isinstance(experts, StackedWeights)
     up_EH, down_ED = experts.biases or (None, None)
     return native_cpu.plain_experts(
         experts.gate_up.detach(),

@@ -31,7 +31,7 @@ from moestro.models.checkpoint import CONFIG, MANIFEST
 from moestro.models.linear import PackedLinear
 from moestro.models.materialize import without_memory
 from moestro.moe import packed as modules
-from moestro.moe.experts import Experts
+from moestro.moe.experts import StackedWeights
 
 MAGIC = b"moestro packed model\n"
 VERSION = 1
@@ -50,9 +50,21 @@ class _Section(NamedTuple):
 
 
 def default_path(folder: Path, format: Format) -> Path:
-    """Where the packed form of a checkpoint is kept: beside its weights."""
+    """Where the packed form of a checkpoint is kept: beside its weights.
+
+    Or, where that is a folder of the Hugging Face hub's cache or cannot be written, in a cache of
+    our own: $XDG_CACHE_HOME/moestro, or ~/.cache/moestro, under the checkpoint's fingerprint.
+    """
     group = "" if format.kind == "bfloat16" else f"-{format.group}"
-    return folder / f"packed-{format.kind}{group}.moestro"
+    name = f"packed-{format.kind}{group}.moestro"
+    inner = folder.absolute()
+    of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
+    if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
+        return folder / name
+    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = stated if stated.is_absolute() else Path.home() / ".cache"
+    key = hashlib.sha256(json.dumps(fingerprint(folder)).encode()).hexdigest()
+    return cache / "moestro" / key[:32] / name
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -125,7 +137,7 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
-    """Map a packed model; nothing is read before it is used.
+    """Map a packed model; the system reads ahead of its use.
 
     Args:
         path: from `save`. It must not be written to while the model lives.
@@ -253,7 +265,7 @@ def _mapped(memory: mmap.mmap, offset: int, dtype: str, shape: list[int]) -> Ten
     if not isinstance(kind, torch.dtype) or offset < 0:
         raise ValueError(f"no tensor is {dtype} at {offset}")
     if count == 0:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     return torch.frombuffer(memory, dtype=kind, count=count, offset=offset).view(shape)
 
 
@@ -281,7 +293,7 @@ def _packed_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, PackedLinear):
             parts = {"packed": module.weights.data, "bias_O": module.bias_O}
         else:
-            assert isinstance(module, modules.PackedExperts)
+            assert isinstance(module, modules.PackedWeights)
             weights = module.weights
             parts = {
                 "packed": weights.data, "up_bias": weights.up_bias, "down_bias": weights.down_bias
@@ -296,7 +308,7 @@ def _described(module: modules.Packed) -> dict[str, Any]:
     if isinstance(module, PackedLinear):
         weights = module.weights
         return {"rows": weights.rows, "columns": weights.columns, **weights.format._asdict()}
-    assert isinstance(module, modules.PackedExperts)
+    assert isinstance(module, modules.PackedWeights)
     packed = module.weights
     return {
         "experts": packed.num_experts,
@@ -332,7 +344,7 @@ def _check_sizes(module: modules.Packed, replaced: nn.Module) -> None:
         data, size = weights.data, native_cpu.matrix_bytes(rows, columns, weights.format)
         given, wanted = (weights.rows, weights.columns), (rows, columns)
         biases = [(module.bias_O, replaced.bias)]
-    elif isinstance(module, modules.PackedExperts) and isinstance(replaced, Experts):
+    elif isinstance(module, modules.PackedWeights) and isinstance(replaced, StackedWeights):
         packed, (num_experts, dim, hidden_dim) = module.weights, replaced.down.shape
         slab = native_cpu.slab_bytes(dim, hidden_dim, packed.activation, packed.format)
         data, size = packed.data, num_experts * slab

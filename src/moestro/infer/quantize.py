@@ -7,7 +7,7 @@ of which decoding multiplies in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +25,9 @@ from moestro.models.linear import PackedLinear
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.pretrained import open_unread
 from moestro.models.transfer import Progress, pour
-from moestro.moe.experts import Experts, FeedForward
+from moestro.moe.experts import FeedForward, StackedWeights
 from moestro.moe.layer import MoE
-from moestro.moe.packed import Packed, PackedExperts, PackedFeedForward
+from moestro.moe.packed import Packed, PackedExperts, PackedFeedForward, PackedWeights
 
 WEIGHTS = {
     "fp32": Format("float32"),
@@ -72,7 +72,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
     for path, parent in model.named_modules():
         for name, module in parent.named_children():
             kept = any(isinstance(parent, kind) and name == own for kind, own in _KEPT)
-            if isinstance(module, nn.Linear | Experts) and not kept:
+            if isinstance(module, nn.Linear | StackedWeights) and not kept:
                 yield Place(f"{path}.{name}" if path else name, parent, name, module)
 
 
@@ -117,13 +117,18 @@ def packed(place: Place, format: Format) -> Packed:
     try:
         if isinstance(place.module, nn.Linear):
             return _packed_linear(place.module, format)
-        assert isinstance(place.module, Experts)
+        assert isinstance(place.module, StackedWeights)
         return _packed_experts(place.module, format)
     except ShapeError as error:
         raise ShapeError(f"{place.path}: {error}") from None
 
 
-def read_packed(folder: Path, format: Format, progress: Progress | None = None) -> Model:
+def read_packed(
+    folder: Path,
+    format: Format,
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
     Memory peaks at the packed model and one module.
@@ -132,13 +137,14 @@ def read_packed(folder: Path, format: Format, progress: Progress | None = None) 
         folder: from `moestro.models.hub.find_checkpoint`.
         format: of all packed weights.
         progress: called with (bytes read so far, bytes in all).
+        accept_fields: see `models.pretrained.read_config`.
 
     Raises:
         CheckpointError, ConfigError: see `models.pretrained.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
     native_cpu.library()
-    unread = open_unread(folder)
+    unread = open_unread(folder, accept_fields=accept_fields)
     model, dtype = unread.model, unread.matched.dtype
     total, done = sum(source.bytes for _, source in unread.matched.sources), 0
 
@@ -228,7 +234,7 @@ def _packed_linear(linear: nn.Linear, format: Format) -> PackedLinear:
     return PackedLinear(native_cpu.pack_matrix(_packable(linear.weight), format), bias_O)
 
 
-def _packed_experts(experts: Experts, format: Format) -> PackedExperts:
+def _packed_experts(experts: StackedWeights, format: Format) -> PackedWeights:
     num_experts, dim, hidden_dim = experts.down.shape
     activation = experts.activation
     size = native_cpu.slab_bytes(dim, hidden_dim, activation, format)

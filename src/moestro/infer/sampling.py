@@ -1,22 +1,32 @@
-"""Choosing the next token: temperature, top-k, top-p, and one random draw per token.
+"""Choosing the next token: penalties, temperature, top-k, top-p, min-p, one random draw per token.
 
-The order is: divide by the temperature, softmax, keep the top_k likeliest, keep the smallest
-likeliest set whose share of what is left reaches top_p, renormalise, draw. Between equal
-probabilities the lower token id counts as likelier. All of it runs on the CPU in float64, so that
-a seed gives the same tokens on every device for the same logits.
+The order is that of transformers: repetition penalty; presence and frequency penalties; divide by
+the temperature, softmax; keep the top_k likeliest, then the smallest likeliest set whose share of
+what is left reaches top_p, then what is at least min_p times as likely as the likeliest;
+renormalise, draw. Between equal probabilities the lower token id counts as likelier. All of it
+runs on the CPU in float64, so that a seed gives the same tokens on every device for the same
+logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Self
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from moestro.errors import MoestroError, ShapeError
+from moestro.errors import ConfigError, DataError, MoestroError, ShapeError
 from moestro.settings import Settings
+from moestro.text import optional_json
+
+GENERATION_FILE = "generation_config.json"
+# What a checkpoint may state of how to choose its tokens.
+STATED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
 class SamplingConfig(Settings):
@@ -31,6 +41,18 @@ class SamplingConfig(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="Only the likeliest tokens that together reach this probability."
     )
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="Only tokens at least this many times as likely as the likeliest."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="Above 1, tokens of the prompt and the text so far become less likely."
+    )
+    presence_penalty: Penalty = Field(
+        0.0, description="Taken from the logit of each token that was chosen before."
+    )
+    frequency_penalty: Penalty = Field(
+        0.0, description="Taken from a token's logit for each time that it was chosen before."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_tokens: Annotated[int, Field(ge=1)] = 256
     stop: tuple[str, ...] = Field((), description="Strings that end the text; never part of it.")
@@ -42,9 +64,78 @@ class SamplingConfig(Settings):
         return self
 
 
+class Past:
+    """The tokens of one text so far, as penalties see them.
+
+    Attributes:
+        prompt: What the model read before the first token that was chosen.
+        chosen: How often each token was chosen.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self.prompt = frozenset(prompt)
+        self.chosen: Counter[int] = Counter()
+
+
+def stated_sampling(folder: Path) -> dict[str, Any]:
+    """The settings that a checkpoint's generation_config.json states; none without the file.
+
+    `do_sample: false` states a temperature of 0 and nothing else.
+
+    Raises:
+        DataError: the file cannot be read, or a value is not allowed.
+    """
+    path = folder / GENERATION_FILE
+    values = optional_json(path)
+    stated = {name: values[name] for name in STATED if values.get(name) is not None}
+    if values.get("do_sample") is False:
+        stated = {"temperature": 0.0} | {
+            name: value for name, value in stated.items() if name == "repetition_penalty"
+        }
+    # Older files write "all" as 0 or -1.
+    if stated.get("top_k") in (0, -1):
+        del stated["top_k"]
+    try:
+        checked = SamplingConfig(**stated)
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from None
+    return {name: getattr(checked, name) for name in stated}
+
+
 def new_generator(sampling: SamplingConfig) -> Generator:
     """The source of randomness of one request, on the CPU, at the start of its seed."""
     return torch.Generator().manual_seed(sampling.seed)
+
+
+def penalised(logits_BV: Tensor, sampling: SamplingConfig, pasts: Sequence[Past]) -> Tensor:
+    """The logits after the penalties, to be given to `next_tokens`.
+
+    The repetition penalty divides the logits above 0 of every token of the prompt or the text so
+    far, and multiplies those below (Keskar et al. 2019, arXiv:1909.05858). The presence penalty is
+    taken once, the frequency penalty as often as a token was chosen, from what was chosen alone
+    (OpenAI's definition).
+
+    Args:
+        logits_BV: any float dtype, any device; -inf masks a token.
+        sampling: the three penalties are used.
+        pasts: one per row.
+
+    Returns:
+        float64 [B, V] on the CPU; the logits as they are where no penalty is set.
+    """
+    repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
+    frequency = sampling.frequency_penalty
+    if (repetition, presence, frequency) == (1.0, 0.0, 0.0):
+        return logits_BV
+    logits_BV = logits_BV.detach().to("cpu", torch.float64, copy=True)
+    for logits_V, past in zip(logits_BV, pasts, strict=True):
+        seen_N = logits_V.new_tensor(sorted(past.prompt.union(past.chosen)), dtype=torch.int64)
+        old_N = logits_V[seen_N]
+        logits_V[seen_N] = torch.where(old_N > 0, old_N / repetition, old_N * repetition)
+        chosen_N = logits_V.new_tensor(list(past.chosen.keys()), dtype=torch.int64)
+        times_N = logits_V.new_tensor(list(past.chosen.values()))
+        logits_V[chosen_N] -= presence + frequency * times_N
+    return logits_BV
 
 
 def probabilities(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -52,7 +143,7 @@ def probabilities(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
 
     Args:
         logits_BV: any float dtype, any device; -inf masks a token.
-        sampling: temperature, top_k and top_p are used.
+        sampling: temperature, top_k, top_p and min_p are used.
 
     Returns:
         float64 [B, V] on the CPU: rows sum to 1, 0 for every token that is not kept.
@@ -67,7 +158,7 @@ def probabilities(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
     # The maximum goes first: a tiny temperature would otherwise overflow.
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     p_BV = torch.softmax(shifted_BV / sampling.temperature, -1)
-    if sampling.top_k is None and sampling.top_p == 1.0:
+    if sampling.top_k is None and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return p_BV
     # Sorted by logit, where what the softmax rounds to equal still has its order.
     order_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
@@ -78,6 +169,7 @@ def probabilities(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
         share_BV = p_BV / p_BV.sum(-1, keepdim=True)
         reached_BV = share_BV.cumsum(-1) >= sampling.top_p
         p_BV[:, 1:][reached_BV[:, :-1]] = 0.0
+    p_BV[p_BV < sampling.min_p * p_BV[:, :1]] = 0.0
     p_BV = p_BV / p_BV.sum(-1, keepdim=True)
     return torch.zeros_like(p_BV).scatter(-1, order_BV, p_BV)
 
@@ -110,7 +202,10 @@ def next_tokens(
     if sampling.temperature == 0.0:
         return _checked(logits_BV).argmax(-1)
     p_BV = probabilities(logits_BV, sampling)
-    draws = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+    draws = [
+        torch.rand(1, generator=each, dtype=torch.float64, device=each.device)
+        for each in generators
+    ]
     draw_B1 = torch.stack(draws) if draws else p_BV.new_zeros(0, 1)
     ends_BV = p_BV.cumsum(-1)
     # Rounding can lift a draw to the very end, past the last token that is kept.

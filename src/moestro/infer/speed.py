@@ -6,12 +6,8 @@ measured between the rounds of the same run.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -21,15 +17,14 @@ from torch import Tensor, nn
 from moestro.infer.decoding import decoding_of
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.kernels import native_cpu
+from moestro.machine import Energy, peak_bytes
 from moestro.models.decoder import Decoder
 from moestro.models.linear import PackedLinear
 from moestro.moe.layer import MoE
-from moestro.moe.packed import PackedExperts
+from moestro.moe.packed import PackedWeights
 
 # Far larger than a cache, far smaller than a memory.
 READ_BYTES = 512 * 2**20
-POWERCAP = Path("/sys/class/powercap")
-_CLEAR_PEAK = "5"
 
 
 class Round(NamedTuple):
@@ -126,7 +121,8 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
     """
     decoding, energy = decoding_of(model), Energy()
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.cfg.vocab_size, (prompt + tokens,), generator=generator).tolist()
+    length, vocab = (prompt + tokens,), model.cfg.vocab_size
+    ids = torch.randint(0, vocab, length, generator=generator, device="cpu").tolist()
     greedy = SamplingConfig(temperature=0.0)
 
     def run() -> Round:
@@ -156,7 +152,7 @@ def weight_bytes(model: nn.Module) -> float:
     }
     total = 0.0
     for module in modules:
-        if isinstance(module, PackedLinear | PackedExperts):
+        if isinstance(module, PackedLinear | PackedWeights):
             size = module.weights.data.numel()
         elif isinstance(module, nn.Embedding):
             continue  # a tied head has the same tensor, and is counted
@@ -178,7 +174,9 @@ class Reading:
         self.size = size
         native = native_cpu.available() is None
         self._buffer: Tensor = (
-            native_cpu.aligned(size).fill_(1) if native else torch.ones(size // 4)
+            native_cpu.aligned(size).fill_(1)
+            if native
+            else torch.ones(size // 4, dtype=torch.float32, device="cpu")
         )
         self._read: Callable[[], object] = (
             (lambda: native_cpu.read(self._buffer)) if native else self._buffer.sum
@@ -192,47 +190,3 @@ class Reading:
             self._read()
             best = min(best, time.perf_counter() - start)
         return self.size / best
-
-
-class Energy:
-    """What the processors' counters under /sys/class/powercap say, where they can be read."""
-
-    def __init__(self, root: Path = POWERCAP) -> None:
-        self._counters: list[tuple[Path, int]] = []
-        for zone in sorted(root.glob("*:*")) if root.is_dir() else ():
-            if zone.name.count(":") > 1:
-                continue  # a part of a package, which is counted with it
-            with suppress(OSError, ValueError):
-                most = int((zone / "max_energy_range_uj").read_text())
-                int((zone / "energy_uj").read_text())
-                self._counters.append((zone / "energy_uj", most))
-
-    def joules(self) -> list[int] | None:
-        """The counters now, in microjoules; None where there are none."""
-        if not self._counters:
-            return None
-        return [int(path.read_text()) for path, _ in self._counters]
-
-    def since(self, before: list[int] | None) -> float | None:
-        """Joules since `joules` gave `before`; a counter that began anew is taken as such."""
-        now = self.joules()
-        if before is None or now is None:
-            return None
-        pairs = zip(now, before, self._counters, strict=True)
-        return sum((new - old) % (most + 1) for new, old, (_, most) in pairs) / 1e6
-
-
-def forget_peak() -> None:
-    """Let `peak_bytes` count from here, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held, since `forget_peak` where the system can."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from moestro.infer.engine import Piece, Prompt, check_ready, generate
+from moestro.infer.engine import Prompt, check_known, check_ready, generate
 from moestro.infer.sampling import SamplingConfig
+from moestro.infer.writing import Piece
 from moestro.models.encdec import START_TOKEN, EncDec, EncDecCache, EncDecOutput
 from moestro.text import Tokenizer
 
@@ -70,7 +71,11 @@ def encode_source(
 
 
 def stream(
-    model: EncDec, tokenizer: Tokenizer, source: str | Sequence[int], sampling: SamplingConfig
+    model: EncDec,
+    tokenizer: Tokenizer,
+    source: str | Sequence[int],
+    sampling: SamplingConfig,
+    special: bool = False,
 ) -> Iterator[Piece]:
     """Answer a source, yielding each token as soon as its text is certain.
 
@@ -82,18 +87,21 @@ def stream(
         tokenizer: The one that the model was trained with.
         source: Text of any length, or its tokens; see `encode_source` for what is kept of it.
         sampling: How to choose tokens and when to stop.
+        special: As for `moestro.infer.engine.stream`.
 
     Yields:
         As `moestro.infer.engine.stream`; gaps appear in the text as they are written.
 
     Raises:
-        MoestroError: the model is in training mode, has no room for the tokenizer's vocabulary, or
-            its logits allow no choice.
+        MoestroError: the model is in training mode, does not know a token of the source, or its
+            logits allow no choice.
     """
-    check_ready(model, tokenizer)
+    check_ready(model)
     vocab_size = model.cfg.vocab_size
     tokens, _ = encode_source(tokenizer, source, model.cfg.attention.context, vocab_size)
+    check_known(tokens, vocab_size, tokenizer, "the source")
     marks = {token: name for name, token in gap_tokens(tokenizer, vocab_size).items()}
+    marks |= tokenizer.specials if special else {}
     cache = _read(model, tokens)
     yield from generate(
         lambda new: _decode(model, new, cache), [START_TOKEN], tokenizer, sampling, marks

@@ -7,12 +7,16 @@ P keys, H heads, G key/value heads, A width of a head, N = B · H or the rows of
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moestro.kernels.pointwise import transformed
 
 # Longest sequence for which keeping the probabilities, S²/2 for each head, is worth its memory.
 LONGEST = 512
@@ -93,7 +97,7 @@ def causal(q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, scale: float | None =
     On CPU, torch's flash kernel takes twice the time of plain products in 16 bits when it trains
     on short sequences; everywhere else it is the better one.
     """
-    training = torch.is_grad_enabled() and q_BHSA.requires_grad
+    training = torch.is_grad_enabled() and q_BHSA.requires_grad and not transformed()
     sixteen_bits = q_BHSA.dtype in (torch.bfloat16, torch.float16)
     if training and sixteen_bits and q_BHSA.device.type == "cpu" and q_BHSA.shape[2] <= LONGEST:
         return short_causal(q_BHSA, k_BGSA, v_BGSA, scale)
@@ -207,9 +211,11 @@ def _fused(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q_BHSA.dtype)
     grouped = q_BHSA.shape[1] != k_BGPA.shape[1]
-    y_BHSA = F.scaled_dot_product_attention(
-        q_BHSA, k_BGPA, v_BGPA, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    # The fused kernels have neither forward derivatives nor a rule for vmap.
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        y_BHSA = F.scaled_dot_product_attention(
+            q_BHSA, k_BGPA, v_BGPA, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return y_BHSA[..., :value_width]
 
 

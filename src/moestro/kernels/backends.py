@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.errors import BackendError
-from moestro.kernels import native_training, reference, torch_grouped
+from moestro.kernels import native_training, pointwise, reference, torch_grouped
 from moestro.kernels.reference import Biases
 
 ENVIRONMENT = "MOESTRO_BACKEND"
@@ -28,6 +28,9 @@ class Verdict(NamedTuple):
 
     ok: bool
     reason: str
+
+
+Supports = Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
 
 
 class Backend(NamedTuple):
@@ -42,16 +45,19 @@ class Backend(NamedTuple):
             `torch_grouped.single_ffn`. None: grouping is as good for few rows.
         rooms: (rows of each expert, dtype) → rows to give it, padding included. Groups are laid
             out by falling room where the two differ, else in the order of the experts.
+        mixture: the whole mixture in one call; see `reference.mixture`. None: dispatch, experts
+            and combine, one after another.
     """
 
     name: str
-    supports: Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
+    supports: Supports
     grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     expert_ffn: Callable[
         [Tensor, Tensor, Tensor, Tensor, str, Tensor | None, Biases | None], Tensor
     ]
     single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None
     rooms: Callable[[Tensor, torch.dtype], Tensor]
+    mixture: Callable[..., Tensor] | None = None
 
 
 class Row(NamedTuple):
@@ -123,10 +129,25 @@ def _anywhere(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdi
     return Verdict(True, "any device and dtype")
 
 
+def _own_autograd(supports: Supports) -> Supports:
+    """The predicate of a kernel with its own autograd, which `torch.func` cannot pass through."""
+
+    def verdict(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
+        if pointwise.transformed():
+            return Verdict(
+                False,
+                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
+                'build the model with backend="reference", or leave it "auto"',
+            )
+        return supports(device, dtype, widths)
+
+    return verdict
+
+
 TABLE: tuple[Backend, ...] = (
     Backend(
         "torch",
-        _supports_torch,
+        _own_autograd(_supports_torch),
         torch_grouped.TORCH.grouped_mm,
         torch_grouped.TORCH.expert_ffn,
         None,
@@ -134,7 +155,7 @@ TABLE: tuple[Backend, ...] = (
     ),
     Backend(
         "native",
-        _supports_native,
+        _own_autograd(_supports_native),
         native_training.NATIVE.grouped_mm,
         native_training.expert_ffn,
         torch_grouped.single_ffn,
@@ -142,13 +163,21 @@ TABLE: tuple[Backend, ...] = (
     ),
     Backend(
         "segments",
-        _anywhere,
+        _own_autograd(_anywhere),
         torch_grouped.SEGMENTS.grouped_mm,
         torch_grouped.SEGMENTS.expert_ffn,
         torch_grouped.single_ffn,
         _few_sizes,
     ),
-    Backend("reference", _anywhere, reference.grouped_mm, reference.expert_ffn, None, _no_padding),
+    Backend(
+        "reference",
+        _anywhere,
+        reference.grouped_mm,
+        reference.expert_ffn,
+        None,
+        _no_padding,
+        reference.mixture,
+    ),
 )
 
 

@@ -34,7 +34,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def aligned(nbytes: int) -> Tensor:
     """Uninitialised uint8 memory that starts on a page."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]
 
@@ -311,7 +311,7 @@ def _pack(w_OI: Tensor, format: Format, address: int, step: int) -> None:
 
 
 def _unpack(address: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
-    w_OI = torch.empty(rows, columns)
+    w_OI = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
     _done(library().moestro_unpack(*_code(format), address, rows, columns, step, w_OI.data_ptr()))
     return w_OI
 

@@ -21,7 +21,7 @@ LIBRARY_VARIABLE = "MOESTRO_NATIVE_LIBRARY"
 PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
-ABI = 2
+ABI = 3
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 

@@ -23,7 +23,6 @@ from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-FIRST_CAPACITY = 256
 
 
 class StepLayer(NamedTuple):
@@ -126,8 +125,60 @@ class _Past(ctypes.Structure):
     """`moestro_past`."""
 
     _fields_ = (
-        ("keys", _POINTER), ("values", _POINTER), ("capacity", _POINTER), ("position", _INT64),
+        ("keys", _POINTER), ("values", _POINTER), ("room", _POINTER), ("place", _POINTER),
+        ("kept", _POINTER),
     )  # fmt: skip
+
+
+class StepPast:
+    """Where one sequence's keys and values are, and where the step writes those of its new token.
+
+    Attributes:
+        structure: what the native library reads.
+        buffers: of each layer, as it was put.
+    """
+
+    def __init__(self, decoder: StepDecoder) -> None:
+        """Of no layer yet.
+
+        Args:
+            decoder: whose past it is.
+        """
+        count, shape = decoder.num_layers, decoder.shape
+        self._sizes, self._dtype = (1, shape.groups, shape.head_dim), decoder.cache_dtype
+        self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
+        self._keys, self._values = (_POINTER * count)(), (_POINTER * count)()
+        self._rooms, self._places = (_INT64 * count)(), (_INT64 * count)()
+        self._kept = (_INT64 * count)()
+        self._arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
+        self.structure = _Past(*(ctypes.cast(array, _POINTER) for array in self._arrays))
+
+    def put(self, layer: int, buffers: tuple[Tensor, ...], place: int, kept: int) -> None:
+        """Say where a layer's keys and values are, before each step.
+
+        Args:
+            layer: its number.
+            buffers: keys and values [1, G, P, A], consecutive positions side by side.
+            place: of the new token in P.
+            kept: positions before it that it may see.
+
+        Raises:
+            ShapeError: they are not of the decoder's shape and cache dtype, or not contiguous.
+        """
+        if buffers is not self.buffers[layer]:
+            for each in buffers:
+                fits = (*each.shape[:2], each.shape[-1]) == self._sizes and each.dim() == 4
+                if not fits or each.dtype != self._dtype or not each.is_contiguous():
+                    groups, head_dim = self._sizes[1:]
+                    raise ShapeError(
+                        f"the native decoder takes keys and values [1, {groups}, P, {head_dim}], "
+                        f"contiguous, in {self._dtype}; given {list(each.shape)} in {each.dtype}"
+                    )
+            keys, values = buffers
+            self._keys[layer], self._values[layer] = keys.data_ptr(), values.data_ptr()
+            self._rooms[layer] = min(keys.shape[2], values.shape[2])
+            self.buffers[layer] = buffers
+        self._places[layer], self._kept[layer] = place, kept
 
 
 class StepDecoder:
@@ -168,15 +219,15 @@ class StepDecoder:
         )  # fmt: skip
 
     def step(
-        self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[Past]
+        self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[StepPast]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One new token for each of B sequences, whose pasts grow by it.
+        """One new token for each of B sequences; its key and value are written into their pasts.
 
         Args:
             x_BD: fp32, the tokens' embeddings.
             cos_BA: fp32 [B, A/2], cosines of their positions.
             sin_BA: fp32 [B, A/2], sines.
-            pasts: of the sequences, each its own.
+            pasts: of the sequences, each its own; every layer of them must be `put`.
 
         Returns:
             (logits fp32 [B, V], experts int64 [L, B, K], weights fp32 [L, B, K]; those of dense
@@ -190,12 +241,11 @@ class StepDecoder:
         given = (x_BD, cos_BA, sin_BA)
         if any(tuple(x.shape) != size for x, size in zip(given, sizes, strict=True)):
             raise ShapeError(f"a step takes {sizes}; given {[tuple(x.shape) for x in given]}")
-        for past in pasts:
-            past.make_room()
-        structures = (_Past * batch)(*(past.structure() for past in pasts))
-        logits_BV = torch.empty(batch, shape.vocab)
-        experts_LBK = torch.full((self.num_layers, batch, shape.top_k), -1)
-        weights_LBK = torch.zeros(self.num_layers, batch, shape.top_k)
+        structures = (_Past * batch)(*(past.structure for past in pasts))
+        logits_BV = torch.empty(batch, shape.vocab, dtype=torch.float32, device="cpu")
+        choices = (self.num_layers, batch, shape.top_k)
+        experts_LBK = torch.full(choices, -1, dtype=torch.int64, device="cpu")
+        weights_LBK = torch.zeros(choices, dtype=torch.float32, device="cpu")
         inputs = [x.float().contiguous() for x in given]
         code = library().moestro_step(
             ctypes.byref(self._decoder), batch, *(_address(x) for x in inputs), structures,
@@ -203,91 +253,7 @@ class StepDecoder:
         )  # fmt: skip
         if code:
             raise ShapeError(f"the native decoder refused its arguments (code {code})")
-        for past in pasts:
-            past.position += 1
         return logits_BV, experts_LBK, weights_LBK
-
-
-class Past:
-    """Keys and values of one sequence: rings that grow up to each layer's limit.
-
-    Attributes:
-        position: of the next token.
-    """
-
-    def __init__(self, decoder: StepDecoder, limits: Sequence[int]) -> None:
-        """Start empty.
-
-        Args:
-            decoder: whose past it is.
-            limits: most positions that each layer looks back on, the newest included.
-        """
-        self.position = 0
-        self._limits = list(limits)
-        self._sizes = (decoder.shape.groups, decoder.shape.head_dim)
-        self._dtype = decoder.cache_dtype
-        self._keys = [self._new(min(limit, FIRST_CAPACITY)) for limit in limits]
-        self._values = [self._new(min(limit, FIRST_CAPACITY)) for limit in limits]
-        self._point()
-
-    def fill(self, layer: int, keys_GPA: Tensor, values_GPA: Tensor, end: int) -> None:
-        """Copy the last positions of a layer in, such as those of a prompt.
-
-        Args:
-            layer: its number.
-            keys_GPA: rotated keys, oldest first.
-            values_GPA: values.
-            end: the position after the last of them.
-        """
-        kept = min(keys_GPA.shape[1], self._limits[layer], end)
-        self._grow(layer, end + 1)
-        slots = torch.arange(end - kept, end) % len(self._keys[layer])
-        for ring, new_GPA in ((self._keys, keys_GPA), (self._values, values_GPA)):
-            ring[layer][slots] = new_GPA[:, -kept:].transpose(0, 1).to(self._dtype)
-        self.position = end
-        self._point()
-
-    def make_room(self) -> None:
-        """Grow the rings that the next position would close too early."""
-        if all(
-            self.position < len(keys) or len(keys) == limit
-            for keys, limit in zip(self._keys, self._limits, strict=True)
-        ):
-            return
-        for layer in range(len(self._limits)):
-            self._grow(layer, self.position + 1)
-        self._point()
-
-    def structure(self) -> _Past:
-        """What the native library reads."""
-        return _Past(*self._addresses, self.position)
-
-    def _new(self, capacity: int) -> Tensor:
-        return torch.zeros(capacity, *self._sizes, dtype=self._dtype)
-
-    def _grow(self, layer: int, positions: int) -> None:
-        """Room for `positions` in one layer, by doubling; a ring at its limit stays."""
-        old = len(self._keys[layer])
-        capacity = old
-        while capacity < positions:
-            capacity *= 2
-        capacity = min(capacity, self._limits[layer])
-        if capacity == old:
-            return
-        # Nothing has been overwritten yet, so slot and position are still the same.
-        for ring in (self._keys, self._values):
-            larger = self._new(capacity)
-            larger[:old] = ring[layer]
-            ring[layer] = larger
-
-    def _point(self) -> None:
-        count = len(self._limits)
-        self._arrays = (
-            (_POINTER * count)(*(each.data_ptr() for each in self._keys)),
-            (_POINTER * count)(*(each.data_ptr() for each in self._values)),
-            (_INT64 * count)(*(len(each) for each in self._keys)),
-        )
-        self._addresses = tuple(ctypes.cast(array, _POINTER) for array in self._arrays)
 
 
 def _layer(layer: StepLayer) -> _Layer:

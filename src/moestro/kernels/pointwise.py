@@ -3,6 +3,7 @@
 They pass over memory less often and keep less than autograd would. The definitions are
 `reference.rms_norm`, `reference.rotate` and `reference.fp32_linear`; one token's numbers, as when
 generating text, go through few plain ops instead, since there each call costs more than its work.
+So does everything under the transforms of `torch.func`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from moestro.kernels import reference
 SMALL = 2**14
 
 
-def _small(x: Tensor) -> bool:
-    return x.numel() <= SMALL and not torch.is_grad_enabled()
+def transformed() -> bool:
+    """Whether `torch.func` (grad, vmap, jvp, …) is at work, for which own autograd is no way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _plain(x: Tensor) -> bool:
+    return (x.numel() <= SMALL and not torch.is_grad_enabled()) or transformed()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`reference.rms_norm`."""
-    if _small(x_TD):
+    if _plain(x_TD):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         shape = weight_D.shape
         return F.rms_norm(x_TD.to(wide), shape, weight_D.to(wide), eps).to(dtype)
@@ -93,23 +99,30 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """`reference.rotate`."""
-    if _small(x_BSHA):
+    if _plain(x_BSHA):
         return reference.rotate(x_BSHA, cos_SA, sin_SA)
     y_BSHA: Tensor = _Rotate.apply(x_BSHA, cos_SA.to(x_BSHA.dtype), sin_SA.to(x_BSHA.dtype))
     return y_BSHA
 
 
 class _Fp32Linear(torch.autograd.Function):
-    """Keeps the input as it came, not its fp32 copy."""
+    """Keeps the input as it came, not its fp32 copy; differentiable twice, and forward."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x_TI, w_OI)
+        ctx.save_for_forward(x_TI, w_OI)
         dtype = torch.promote_types(x_TI.dtype, torch.float32)
         return torch.mm(x_TI.to(dtype), w_OI.to(dtype).t())
 
     @staticmethod
-    @once_differentiable
+    def jvp(ctx: Any, dx_TI: Tensor | None, dw_OI: Tensor | None) -> Tensor:
+        x_TI, w_OI = ctx.saved_tensors
+        dx_TI = torch.zeros_like(x_TI) if dx_TI is None else dx_TI
+        dw_OI = torch.zeros_like(w_OI) if dw_OI is None else dw_OI
+        return reference.fp32_linear(dx_TI, w_OI) + reference.fp32_linear(x_TI, dw_OI)
+
+    @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
         x_TI, w_OI = ctx.saved_tensors
         grad_x_TI = torch.mm(grad_TO, w_OI.to(grad_TO.dtype)).to(x_TI.dtype)
@@ -119,7 +132,7 @@ class _Fp32Linear(torch.autograd.Function):
 
 def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     """`reference.fp32_linear`."""
-    if _small(x_TI):
+    if _plain(x_TI):
         return reference.fp32_linear(x_TI, w_OI)
     y_TO: Tensor = _Fp32Linear.apply(x_TI, w_OI)
     return y_TO

@@ -6,6 +6,7 @@ O/I out and in of a matrix, T tokens, B batch, S sequence, A width of one attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ CLAMP = 7.0
 STEEPNESS = 1.702
 
 
+# The name of a non-linearity, or a function in its place: hidden rows → activated rows.
+Activation = str | Callable[[Tensor], Tensor]
+
+
 class Biases(NamedTuple):
     """What each expert adds after its two products; cast to the rows' dtype."""
 
@@ -27,7 +32,7 @@ class Biases(NamedTuple):
     down_ED: Tensor
 
 
-def activate(hidden_RH: Tensor, activation: str) -> Tensor:
+def activate(hidden_RH: Tensor, activation: Activation) -> Tensor:
     """Apply an expert's non-linearity.
 
     Args:
@@ -35,15 +40,19 @@ def activate(hidden_RH: Tensor, activation: str) -> Tensor:
         activation: swiglu (SiLU(gate) · up), geglu (GELU(gate) · up), relu, gelu.
             Gated: Shazeer 2020, "GLU Variants Improve Transformer". GELU is the exact one.
             clamped_swiglu: gate · sigmoid(1.702 · gate) · (up + 1) of a gate cut above 7 and an
-            up cut at ±7 (gpt-oss 2025, its reference code).
+            up cut at ±7 (gpt-oss 2025, its reference code). A function stands for itself.
 
     Returns:
         [R, F].
     """
+    if callable(activation):
+        return activation(hidden_RH)
     if activation in GATED:
         gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
         if activation == "clamped_swiglu":
-            gate_RF, up_RF = gate_RF.clamp(max=CLAMP), up_RF.clamp(-CLAMP, CLAMP)
+            # Not clamp, whose gradient at the cut itself differs between releases of torch.
+            gate_RF = torch.where(gate_RF > CLAMP, CLAMP, gate_RF)
+            up_RF = torch.where(up_RF.abs() > CLAMP, up_RF.sign() * CLAMP, up_RF)
             return gate_RF * torch.sigmoid(STEEPNESS * gate_RF) * (up_RF + 1)
         act_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
         return act_RF * up_RF
@@ -120,14 +129,17 @@ def mixture(
     weights_R: Tensor,
     up_EHD: Tensor,
     down_EDF: Tensor,
-    activation: str,
+    activation: Activation,
     biases: Biases | None = None,
+    kept_R: Tensor | None = None,
 ) -> Tensor:
     """The whole mixture, one assignment at a time: what dispatch, experts and combine must equal.
 
+    No step asks for a value, so that gradients of any order and `torch.func` pass through.
+
     Args:
         x_TD: tokens.
-        tokens_R: int64, token of each assignment (dropped assignments left out).
+        tokens_R: int64, token of each assignment.
         experts_R: int64, expert of each assignment.
         weights_R: fp32, weight of each assignment.
         up_EHD: see `expert_ffn`.
@@ -135,21 +147,31 @@ def mixture(
         activation: see `activate`.
         biases: of the experts that have them; the down bias is part of an expert's output, so
             the weight multiplies it too.
+        kept_R: bool, False for an assignment that takes no part; None: all do.
 
     Returns:
         y_TD in the tokens' dtype, summed in at least fp32.
     """
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    y_TD = [torch.zeros_like(x_D, dtype=sum_dtype) for x_D in x_TD]
-    for token, expert, weight in zip(tokens_R.tolist(), experts_R.tolist(), weights_R, strict=True):
-        hidden_H = up_EHD[expert].to(x_TD.dtype) @ x_TD[token]
-        if biases is not None:
-            hidden_H = hidden_H + biases.up_EH[expert].to(x_TD.dtype)
-        out_D = down_EDF[expert].to(x_TD.dtype) @ activate(hidden_H[None], activation)[0]
-        if biases is not None:
-            out_D = out_D + biases.down_ED[expert].to(x_TD.dtype)
-        y_TD[token] = y_TD[token] + weight * out_D.to(sum_dtype)
-    return torch.stack(y_TD).to(x_TD.dtype) if y_TD else torch.zeros_like(x_TD)
+    x_RD = x_TD.to(sum_dtype)[tokens_R].to(x_TD.dtype)
+    if kept_R is not None:
+        x_RD = x_RD.masked_fill(~kept_R[:, None], 0)
+
+    def linear(x_1I: Tensor, expert_1: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        # The sum of one matrix; of none, where there is no assignment: then gradients are zero.
+        y_1O = F.linear(x_1I, w_EOI[expert_1].to(x_1I.dtype).sum(0))
+        return y_1O if bias_EO is None else y_1O + bias_EO[expert_1].to(x_1I.dtype)
+
+    up_EH, down_ED = biases or (None, None)
+    out_RD = []
+    for x_1D, expert_1 in zip(x_RD.split(1), experts_R.split(1), strict=True):
+        act_1F = activate(linear(x_1D, expert_1, up_EHD, up_EH), activation)
+        out_RD.append(linear(act_1F, expert_1, down_EDF, down_ED).to(sum_dtype))
+    weighted_RD = weights_R[:, None] * torch.cat(out_RD)
+    if kept_R is not None:
+        weighted_RD = weighted_RD.masked_fill(~kept_R[:, None], 0)
+    zeros_TD = torch.zeros_like(x_TD, dtype=sum_dtype)
+    return zeros_TD.index_add(0, tokens_R, weighted_RD).to(x_TD.dtype)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

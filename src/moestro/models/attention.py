@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moestro.config import ModelConfig, RelativeConfig
 from moestro.kernels import attention, pointwise
 from moestro.models.cache import LayerCache
-from moestro.models.linear import Linear
+from moestro.models.linear import QKV, Linear
 from moestro.models.norms import RMSNorm
 from moestro.models.relative import RelativeBias
 from moestro.models.rotary import Rotary
@@ -29,38 +29,41 @@ def relative_bias(cfg: RelativeConfig, num_heads: int) -> RelativeBias:
 
 
 class Attention(nn.Module):
-    """Causal self-attention over the last positions: the layer's window, at most the context."""
+    """Causal self-attention over the last positions: the layer's window, at most the context.
 
-    def __init__(self, cfg: ModelConfig, layer: int = 0) -> None:
+    Args:
+        cfg: of the model.
+        layer: its number.
+        out_scale: of the output's weights at the start.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int = 0, out_scale: float = 1.0) -> None:
         super().__init__()
         settings, positions = cfg.attention, cfg.attention.positions
         self.num_heads, self.num_kv_heads = settings.num_heads, cfg.num_kv_heads
         self.head_dim, self.window = cfg.head_dim, reach(cfg, layer)
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv = Linear(cfg.dim, wide + 2 * narrow, bias=settings.bias != "none")
-        self.out = Linear(wide, cfg.dim, bias=settings.bias == "all")
+        relative = isinstance(positions, RelativeConfig)
+        # T5 has the scale of the scores in the initial queries instead.
+        root = self.head_dim**-0.5
+        self.scale, query_scale = 1.0 if relative else root, root if relative else 1.0
+        self.qkv = QKV(cfg.dim, wide, 2 * narrow, settings.bias != "none", query_scale)
+        self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None
         self.norm_all = settings.qk_norm == "full"
         if settings.qk_norm != "none":
             self.q_norm = RMSNorm(wide if self.norm_all else self.head_dim, cfg.norm.eps)
             self.k_norm = RMSNorm(narrow if self.norm_all else self.head_dim, cfg.norm.eps)
-        self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if settings.sinks else None
-        relative = isinstance(positions, RelativeConfig)
-        # T5 has the scale in the initial queries instead.
-        self.scale = 1.0 if relative else self.head_dim**-0.5
+        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if settings.sinks else None
         self.relative = None
         if isinstance(positions, RelativeConfig) and not positions.shared:
             self.relative = relative_bias(positions, self.num_heads)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each row N(0, 1/D); biases 0; unscaled queries sqrt(A) times smaller (T5)."""
-        for linear in (self.qkv, self.out):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        if self.scale == 1.0:
-            with torch.no_grad():
-                self.qkv.weight[: self.num_heads * self.head_dim] *= self.head_dim**-0.5
+        """Sinks of 0: each head's own weight on nothing is that of a score of 0."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def forward(
         self,

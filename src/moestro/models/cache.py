@@ -48,29 +48,51 @@ class LayerCache:
                 f"the cache holds a batch of {self._buffers[0].shape[0]}, and {new[0].shape[0]} "
                 "were given; use a new cache for another batch"
             )
-        kept = min(self.length, self.limit - 1)
-        self._start += self.length - kept
+        kept = self._forget()
         total = kept + added
         # Autograd keeps what it is given, so there nothing may be written in place.
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in new)
         if tracked or total > self._most:
             return self._joined(new, kept)
-        if not self._fits(total):
+        # Tensors of inference mode cannot be written to outside it.
+        sealed = not torch.is_inference_mode_enabled() and self._buffers[:1]
+        if not self._fits(total) or (sealed and sealed[0].is_inference()):
             self._move(new, kept, total)
         for buffer, tensor in zip(self._buffers, new, strict=True):
             buffer.narrow(-2, self._start + kept, added).copy_(tensor)
         self.length = total
         return tuple(buffer.narrow(-2, self._start, total) for buffer in self._buffers)
 
+    def room(self, *like: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """The whole buffers, and the place of the next position in them, for who writes there.
+
+        Args:
+            like: tensors [..., 0, A] of the buffers' shapes and dtypes.
+        """
+        kept = self._forget()
+        if not self._fits(kept + 1):
+            self._move(like, kept, kept + 1)
+        return self._buffers, self._start + kept
+
+    def fork(self) -> LayerCache:
+        """The same positions in memory of their own."""
+        twin = LayerCache(self.limit)
+        twin._buffers, twin.length = tuple(each.clone() for each in self.held()), self.length
+        return twin
+
     def held(self) -> tuple[Tensor, ...]:
         """Views [..., P, A] of what is kept, oldest first; they hold until the next `extend`."""
         return tuple(buffer.narrow(-2, self._start, self.length) for buffer in self._buffers)
 
+    def _forget(self) -> int:
+        """Let go what the next position cannot see; returns the number of positions kept."""
+        kept = min(self.length, self.limit - 1)
+        self._start += self.length - kept
+        self.length = kept
+        return kept
+
     def _fits(self, total: int) -> bool:
-        if not self._buffers or self._start + total > self._buffers[0].shape[-2]:
-            return False
-        # Tensors of inference mode cannot be written to outside it.
-        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+        return bool(self._buffers) and self._start + total <= self._buffers[0].shape[-2]
 
     def _move(self, new: Sequence[Tensor], kept: int, total: int) -> None:
         """Bring what is kept to the front of larger buffers."""
@@ -108,3 +130,15 @@ class KVCache:
         self.layers = [LayerCache(limit) for limit in limits]
         self.rotary = rotary
         self.position = 0
+
+    def fork(self) -> KVCache:
+        """The same past in memory of its own: both may go on, each its own way."""
+        twin = KVCache((), self.rotary)
+        twin.layers, twin.position = [layer.fork() for layer in self.layers], self.position
+        return twin
+
+    def advance(self) -> None:
+        """Count the position that the native step has written."""
+        for layer in self.layers:
+            layer.length += 1
+        self.position += 1

@@ -8,11 +8,10 @@ Only safetensors and JSON are read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from torch import Tensor
 
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
+from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model, build_model
+from moestro.models.count import count
 from moestro.models.materialize import materialize, without_memory
 from moestro.models.shards import Stored, open_file, read, read_into
-from moestro.settings import load_settings
+from moestro.strictjson import read_object
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-UNFINISHED = ".unfinished-"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -71,21 +71,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs: indented, with a final newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint: what a kill leaves of it is not taken for one, and swept up later."""
+    leaving = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON that belongs to a checkpoint.
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """Read a JSON object that belongs to a checkpoint.
+
+    Args:
+        path: the file.
+        finite: refuse NaN and Infinity, which some published files hold.
 
     Raises:
-        CheckpointError: the file is missing or no JSON.
+        CheckpointError: the file is missing, damaged, or holds no object.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    return read_object(
+        path, CheckpointError, "use another checkpoint, or fetch this one again", finite=finite
+    )
 
 
 def verify_folder(folder: Path) -> None:
@@ -118,8 +124,7 @@ def verify_folder(folder: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file, by name."""
-    content = read_json(folder / MANIFEST)
-    files = content.get("files") if isinstance(content, dict) else None
+    files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not files or not all(map(_is_record, files.values())):
         raise CheckpointError(
             f"{folder / MANIFEST} does not list the checkpoint's files with their sizes and "
@@ -242,11 +247,30 @@ def open_own(folder: Path, backend: str = "auto") -> tuple[Model, dict[str, Stor
     Raises:
         CheckpointError: the settings are not valid, or a key or shape does not fit them.
     """
+    cfg, stored = read_own_config(folder / CONFIG), open_file(folder / WEIGHTS)
+    check_room(folder, cfg, stored)
     with without_memory():
-        model = build_model(read_own_config(folder / CONFIG), backend)
-    stored = open_file(folder / WEIGHTS)
+        model = build_model(cfg, backend)
     _check_fit(model, folder, stored)
     return model, stored
+
+
+def check_room(folder: Path, cfg: ModelConfig | EncDecConfig, stored: Mapping[str, Stored]) -> None:
+    """Refuse settings of a far larger model than the files hold, before it is built.
+
+    Raises:
+        CheckpointError: a parameter would have less than half a byte, or a layer no tensor.
+    """
+    size, parameters = sum(one.bytes for one in stored.values()), count(cfg).total
+    layers = (
+        cfg.encoder_layers + cfg.decoder_layers if isinstance(cfg, EncDecConfig) else cfg.num_layers
+    )
+    if parameters > 2 * size or layers > len(stored):
+        raise CheckpointError(
+            f"{folder} does not fit its {CONFIG}: that describes {parameters:,} parameters in "
+            f"{layers:,} layers, and the weights are {len(stored):,} tensors of {size:,} bytes in "
+            "all; use another checkpoint"
+        )
 
 
 def read_own_config(path: Path) -> ModelConfig | EncDecConfig:
@@ -257,9 +281,7 @@ def read_own_config(path: Path) -> ModelConfig | EncDecConfig:
     """
     values = read_json(path)
     try:
-        if isinstance(values, dict) and "encoder_layers" in values:
-            return load_settings(EncDecConfig, path)
-        return load_settings(ModelConfig, path)
+        return EncDecConfig(**values) if "encoder_layers" in values else ModelConfig(**values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

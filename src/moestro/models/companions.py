@@ -22,6 +22,7 @@ NAMES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tiktoken.model",
     "spiece.model",
     "generation_config.json",
     "chat_template.jinja",

@@ -5,7 +5,6 @@ Letters: B batch, S sequence, T = B · S tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,8 @@ from moestro.errors import ShapeError
 from moestro.models.attention import Attention, reach, relative_bias
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.latent import LatentAttention
-from moestro.models.linear import Linear
+from moestro.models.linear import Embedding, Linear
+from moestro.models.network import Network
 from moestro.models.norms import norm_of
 from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
 from moestro.moe.experts import FeedForward, compute_dtype
@@ -44,19 +44,22 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
+        # What writes to the residual stream starts smaller, by the root of its number (GPT-2).
+        scale = (2 * cfg.num_layers) ** -0.5
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
         self.attention: Attention | LatentAttention
         if cfg.attention.latent is None:
-            self.attention = Attention(cfg, layer)
+            self.attention = Attention(cfg, layer, scale)
         else:
-            self.attention = LatentAttention(cfg)
+            self.attention = LatentAttention(cfg, scale)
         self.ffn_norm = norm_of(cfg.norm, cfg.dim)
         self.ffn: MoE | FeedForward
         if cfg.moe is not None and cfg.is_moe_layer(layer):
-            self.ffn = MoE(cfg.moe, backend)
+            self.ffn = MoE(cfg.moe, backend, scale)
         else:
+            dense = cfg.dense
             self.ffn = FeedForward(
-                cfg.dim, cfg.dense.hidden_dim, cfg.dense.activation, backend=backend
+                cfg.dim, dense.hidden_dim, dense.activation, backend=backend, out_scale=scale
             )
 
     def forward(
@@ -79,7 +82,7 @@ class Block(nn.Module):
         return x_BSD + self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD), None
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """A decoder-only language model; `cfg.moe` unset makes it a dense one.
 
     Attributes:
@@ -101,33 +104,16 @@ class Decoder(nn.Module):
         positions, heads = cfg.attention.positions, cfg.attention.num_heads
         if isinstance(positions, RopeConfig):
             frequencies(positions, turning_width(cfg))  # Refuses lists of the wrong length.
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.embed = Embedding(cfg.vocab_size, cfg.dim)
         self.relative = None
         if isinstance(positions, RelativeConfig) and positions.shared:
             self.relative = relative_bias(positions, heads)
         self.blocks = nn.ModuleList(Block(cfg, n, backend) for n in range(cfg.num_layers))
         self.norm = norm_of(cfg.norm, cfg.dim)
-        self.head = Linear(cfg.dim, cfg.vocab_size, bias=cfg.head.bias)
+        self.head = Linear(cfg.dim, cfg.vocab_size, cfg.head.bias)
         if cfg.head.tied:
             self.head.weight = self.embed.weight
         self.moe_layers = tuple(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Embeddings N(0, 1/D); what writes to the residual stream shrunk by sqrt(2L) (GPT-2)."""
-        nn.init.normal_(self.embed.weight, std=self.cfg.dim**-0.5)
-        if not self.cfg.head.tied:
-            nn.init.normal_(self.head.weight, std=self.cfg.dim**-0.5)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
-        shrink = 1 / math.sqrt(2 * self.cfg.num_layers)
-        for module in self.modules():
-            if isinstance(module, Attention | LatentAttention):
-                module.reset_parameters()
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.endswith(("attention.out.weight", ".down")):
-                    weight.mul_(shrink)
 
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""

@@ -9,7 +9,6 @@ Letters: B batch, S source, T target, D width, V vocabulary, H heads.
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import NamedTuple
 
@@ -27,6 +26,8 @@ from moestro.models.encdec_attention import (
     cross_bias,
     self_bias,
 )
+from moestro.models.linear import Embedding, Linear
+from moestro.models.network import Network
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
 from moestro.moe.experts import FeedForward
@@ -83,17 +84,23 @@ class EncDecBlock(nn.Module):
 
     def __init__(self, cfg: EncDecConfig, layer: int, crosses: bool, backend: str) -> None:
         super().__init__()
+        # What writes to the residual stream starts smaller, by the root of its number: GPT-2's
+        # rule, which T5 leaves out.
+        writers = 3 * cfg.decoder_layers if crosses else 2 * cfg.encoder_layers
+        scale = writers**-0.5
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
-        self.attention = SelfAttention(cfg)
+        self.attention = SelfAttention(cfg, scale)
         self.cross_norm = norm_of(cfg.norm, cfg.dim) if crosses else None
-        self.cross = CrossAttention(cfg) if crosses else None
+        self.cross = CrossAttention(cfg, scale) if crosses else None
         self.ffn_norm = norm_of(cfg.norm, cfg.dim)
         self.ffn: MoE | FeedForward
         if cfg.moe is not None and cfg.is_moe_layer(layer):
-            self.ffn = MoE(cfg.moe, backend)
+            self.ffn = MoE(cfg.moe, backend, scale)
         else:
             dense = cfg.dense
-            self.ffn = FeedForward(cfg.dim, dense.hidden_dim, dense.activation, backend=backend)
+            self.ffn = FeedForward(
+                cfg.dim, dense.hidden_dim, dense.activation, backend=backend, out_scale=scale
+            )
 
     def forward(
         self,
@@ -169,7 +176,7 @@ class Stack(nn.Module):
         return self.norm(x_BSD), tuple(routings)
 
 
-class EncDec(nn.Module):
+class EncDec(Network):
     """An encoder-decoder language model; `cfg.moe` unset makes it a dense one (T5).
 
     A mixture's `capacity.per_sequence` counts within each sequence of one call: the steps of a
@@ -192,37 +199,16 @@ class EncDec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpoint_activations = False
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        # Logits start near N(0, 1).
+        scale = 1 / cfg.head.scale
+        self.embed = Embedding(cfg.vocab_size, cfg.dim, scale)
         self.encoder = Stack(cfg, cfg.encoder_layers, False, backend)
         self.decoder = Stack(cfg, cfg.decoder_layers, True, backend)
-        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=cfg.head.bias)
+        self.head = Linear(cfg.dim, cfg.vocab_size, cfg.head.bias, scale)
         if cfg.head.tied:
             self.head.weight = self.embed.weight
         blocks = [*self.encoder.blocks, *self.decoder.blocks]
         self.moe_layers = tuple(n for n, block in enumerate(blocks) if isinstance(block.ffn, MoE))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Embeddings such that logits start near N(0, 1); T5's attention; residuals shrunk.
-
-        What writes to a residual stream is divided by the square root of its number of writers
-        (GPT-2), which T5 leaves out.
-        """
-        std = 1 / (self.cfg.head.scale * math.sqrt(self.cfg.dim))
-        nn.init.normal_(self.embed.weight, std=std)
-        if not self.cfg.head.tied:
-            nn.init.normal_(self.head.weight, std=std)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
-        for module in self.modules():
-            if isinstance(module, SelfAttention | CrossAttention):
-                module.reset_parameters()
-        writers = ("attention.out.weight", "cross.out.weight", ".down")
-        with torch.no_grad():
-            for stack, sublayers in ((self.encoder, 2), (self.decoder, 3)):
-                for name, weight in stack.named_parameters():
-                    if name.endswith(writers):
-                        weight.mul_((sublayers * len(stack.blocks)) ** -0.5)
 
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""

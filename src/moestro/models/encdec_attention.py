@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moestro.config import EncDecConfig
 from moestro.models.cache import LayerCache
+from moestro.models.linear import QKV, Linear
 from moestro.models.relative import RelativeBias
 
 
@@ -27,15 +28,20 @@ class KeysValues(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Every position looks at the positions of its own stack."""
+    """Every position looks at the positions of its own stack.
 
-    def __init__(self, cfg: EncDecConfig) -> None:
+    Args:
+        cfg: of the model.
+        out_scale: of the output's weights at the start.
+    """
+
+    def __init__(self, cfg: EncDecConfig, out_scale: float = 1.0) -> None:
         super().__init__()
         self.heads, self.groups = cfg.attention.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
-        width = (self.heads + 2 * self.groups) * self.head_dim
-        self.qkv = nn.Linear(cfg.dim, width, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, cfg.dim, bias=False)
+        wide, narrow = self.heads * self.head_dim, self.groups * self.head_dim
+        self.qkv = QKV(cfg.dim, wide, 2 * narrow, query_scale=self.head_dim**-0.5)
+        self.out = Linear(wide, cfg.dim, scale=out_scale)
 
     def forward(self, x_BSD: Tensor, bias: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attend. [B, S, D] → [B, S, D].
@@ -54,24 +60,18 @@ class SelfAttention(nn.Module):
         y_BSD: Tensor = self.out(_attend(q_BHSA, KeysValues(k_BGPA, v_BGPA), bias))
         return y_BSD
 
-    def reset_parameters(self) -> None:
-        """Normal, σ² = 1 / D, of the queries 1 / (D · A) since their scores are not scaled."""
-        _reset(self.qkv)
-        _reset(self.out)
-        with torch.no_grad():
-            self.qkv.weight[: self.heads * self.head_dim] *= self.head_dim**-0.5
-
 
 class CrossAttention(nn.Module):
-    """Every position of the decoder looks at all of what the encoder made."""
+    """Every position of the decoder looks at all of what the encoder made; made as the other."""
 
-    def __init__(self, cfg: EncDecConfig) -> None:
+    def __init__(self, cfg: EncDecConfig, out_scale: float = 1.0) -> None:
         super().__init__()
         self.heads, self.groups = cfg.attention.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
-        self.q = nn.Linear(cfg.dim, self.heads * self.head_dim, bias=False)
-        self.kv = nn.Linear(cfg.dim, 2 * self.groups * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, cfg.dim, bias=False)
+        wide = self.heads * self.head_dim
+        self.q = Linear(cfg.dim, wide, scale=self.head_dim**-0.5)
+        self.kv = Linear(cfg.dim, 2 * self.groups * self.head_dim)
+        self.out = Linear(wide, cfg.dim, scale=out_scale)
 
     def look(self, memory_BPD: Tensor) -> KeysValues:
         """The keys and values of the encoder's output; they serve every step of a generation."""
@@ -89,13 +89,6 @@ class CrossAttention(nn.Module):
         q_BHSA = self.q(x_BSD).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         y_BSD: Tensor = self.out(_attend(q_BHSA, memory, bias))
         return y_BSD
-
-    def reset_parameters(self) -> None:
-        """As in `SelfAttention`."""
-        for linear in (self.q, self.kv, self.out):
-            _reset(linear)
-        with torch.no_grad():
-            self.q.weight *= self.head_dim**-0.5
 
 
 def self_bias(
@@ -142,7 +135,3 @@ def _attend(q_BHSA: Tensor, seen: KeysValues, bias: Tensor | None) -> Tensor:
         q_BHSA, *seen, attn_mask=mask, scale=1.0, enable_gqa=grouped
     )
     return y_BHSA.transpose(1, 2).flatten(2)
-
-
-def _reset(linear: nn.Linear) -> None:
-    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

@@ -25,9 +25,13 @@ class LatentAttention(nn.Module):
 
     The cache keeps R + A numbers per position: the latent vector after its norm, and the rotated
     part of the keys, which all heads share.
+
+    Args:
+        cfg: of the model.
+        out_scale: of the output's weights at the start.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, out_scale: float = 1.0) -> None:
         super().__init__()
         latent, positions = cfg.attention.latent, cfg.attention.positions
         assert latent is not None
@@ -37,22 +41,16 @@ class LatentAttention(nn.Module):
         key_dim = latent.nope_dim + latent.rope_dim
         self.scale = key_dim**-0.5 * score_scale(positions)
         if latent.q_rank is None:
-            self.q = Linear(cfg.dim, self.num_heads * key_dim, bias=False)
+            self.q = Linear(cfg.dim, self.num_heads * key_dim)
         else:
-            self.q_down = Linear(cfg.dim, latent.q_rank, bias=False)
+            self.q_down = Linear(cfg.dim, latent.q_rank)
             self.q_norm = RMSNorm(latent.q_rank, NORM_EPS)
-            self.q_up = Linear(latent.q_rank, self.num_heads * key_dim, bias=False)
-        self.kv_down = Linear(cfg.dim, latent.kv_rank + latent.rope_dim, bias=False)
+            self.q_up = Linear(latent.q_rank, self.num_heads * key_dim)
+        self.kv_down = Linear(cfg.dim, latent.kv_rank + latent.rope_dim)
         self.kv_norm = RMSNorm(latent.kv_rank, NORM_EPS)
         up_dim = self.num_heads * (latent.nope_dim + latent.value_dim)
-        self.kv_up = Linear(latent.kv_rank, up_dim, bias=False)
-        self.out = Linear(self.num_heads * latent.value_dim, cfg.dim, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Each row N(0, 1/fan-in)."""
-        for module in self.children():
-            if isinstance(module, Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        self.kv_up = Linear(latent.kv_rank, up_dim)
+        self.out = Linear(self.num_heads * latent.value_dim, cfg.dim, scale=out_scale)
 
     def forward(
         self,

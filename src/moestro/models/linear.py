@@ -1,10 +1,11 @@
-"""Projections: torch's with a faster product for one token on CPU, and packed ones."""
+"""Embeddings and projections: torch's, begun at this project's scales, and packed ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import PackedMatrix
 from moestro.moe.experts import compute_dtype
@@ -14,11 +15,56 @@ from moestro.moe.packed import Packed
 SMALL = 2**15
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear`. One row in 16 bits on CPU goes through the product of a vector.
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding` whose vectors start N(0, scale² / D), and which names ids without a row.
 
-    That reads weights up to twice as fast there as torch's product of matrices.
+    On CPU only: elsewhere that would wait for the device, and torch ends the kernel there.
     """
+
+    def __init__(self, tokens: int, dim: int, scale: float = 1.0) -> None:
+        self.scale = scale
+        super().__init__(tokens, dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the vectors anew."""
+        nn.init.normal_(self.weight, std=self.scale * self.embedding_dim**-0.5)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[...] → [..., D].
+
+        Raises:
+            ShapeError: ids are no int64 or int32, or not of the vocabulary.
+        """
+        if tokens_BS.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"token ids are int64; given {tokens_BS.dtype}")
+        if torch.compiler.is_compiling():
+            return super().forward(tokens_BS)
+        try:
+            return super().forward(tokens_BS)
+        except IndexError:
+            wrong = tokens_BS[(tokens_BS < 0) | (tokens_BS >= self.num_embeddings)]
+            raise ShapeError(
+                f"token ids are from 0 to {self.num_embeddings - 1}, the model's vocabulary; given "
+                f"{wrong[:4].tolist()}. Use the tokenizer that the model was trained with"
+            ) from None
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose weights start N(0, scale² / I), and its bias at zero.
+
+    One row in 16 bits on CPU goes through the product of a vector, which reads weights up to twice
+    as fast there as torch's product of matrices.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, scale: float = 1.0) -> None:
+        self.scale = scale
+        super().__init__(inputs, outputs, bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.weight, std=self.scale * self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O]."""
@@ -37,6 +83,31 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y_O = y_O + self.bias
         return y_O.to(dtype).view(*x_TI.shape[:-1], -1)
+
+
+class QKV(Linear):
+    """Queries, keys and values in one projection.
+
+    Args:
+        dim: D.
+        queries: rows of the queries, which come first.
+        others: rows of keys and values together.
+        bias: whether there is one.
+        query_scale: of the queries' weights at the start; T5 has there what others divide scores
+            by.
+    """
+
+    def __init__(
+        self, dim: int, queries: int, others: int, bias: bool = False, query_scale: float = 1.0
+    ) -> None:
+        self.queries, self.query_scale = queries, query_scale
+        super().__init__(dim, queries + others, bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight[: self.queries] *= self.query_scale
 
 
 class PackedLinear(Packed):

@@ -7,28 +7,35 @@ a byte of a tensor is read: an unknown, missing, misshapen or surplus one is ref
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from moestro.errors import ConfigError
+from moestro.files import write_json
 from moestro.models.build import Model, build_model
 from moestro.models.checkpoint import (
     CONFIG,
     atomic_folder,
+    check_room,
     checkpoints,
     load_model,
     open_own,
     read_json,
-    write_json,
+    read_own_config,
 )
 from moestro.models.families import FAMILIES
 from moestro.models.families.pieces import Piece
 from moestro.models.families.table import Config, Family
-from moestro.models.families.translate import to_fields, to_settings
+from moestro.models.families.translate import (
+    fields_with_meaning,
+    to_fields,
+    to_settings,
+)
 from moestro.models.materialize import materialize, without_memory
+from moestro.models.quantized import quantisation
 from moestro.models.shards import open_folder, some, write_folder
 from moestro.models.transfer import Matched, Progress, Source, find_sources, match, outgoing, pour
 
@@ -77,29 +84,51 @@ def is_pretrained(folder: Path) -> bool:
     path = folder / CONFIG
     if not path.is_file():
         return False
-    fields = read_json(path)
-    return isinstance(fields, dict) and "model_type" in fields
+    return "model_type" in read_json(path, finite=False)
 
 
-def read_config(path: Path) -> Described:
+def read_config(path: Path, accept_fields: Collection[str] = ()) -> Described:
     """Our settings for a checkpoint, without its weights.
 
     Args:
         path: the folder, or its config.json.
+        accept_fields: fields of config.json that are not known here, and change nothing of what
+            the model computes.
 
     Raises:
         CheckpointError: there is no readable config.json.
-        ConfigError: its model_type or a field is not known, or a value cannot be expressed.
+        ConfigError: its model_type or a field is not known, or a value cannot be expressed; or a
+            field that is to be accepted has a meaning.
     """
     path = path / CONFIG if path.is_dir() else path
-    fields = read_json(path)
-    if not isinstance(fields, dict) or "model_type" not in fields:
+    fields = read_json(path, finite=False)
+    if "model_type" not in fields:
         raise ConfigError(f"{path} names no model_type, so it is not of Hugging Face's layout")
     family = _family(fields["model_type"], str(path))
+    meant = sorted(fields_with_meaning(family) & set(accept_fields))
+    if meant:
+        raise ConfigError(
+            f"{meant[0]} says what a model of {family.model_type} computes, so it is read and not "
+            "only accepted; leave it out of the fields to accept"
+        )
     try:
-        return Described(to_settings(family, fields), family.model_type, fields)
+        cfg = to_settings(family, fields, accept_fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return Described(cfg, family.model_type, fields)
+
+
+def settings_of(folder: Path, accept_fields: Collection[str] = ()) -> Config:
+    """The settings of a checkpoint of either layout whose weights will be read.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_config`; or its quantisation is not read here.
+    """
+    if not is_pretrained(folder):
+        return read_own_config(folder / CONFIG)
+    described = read_config(folder, accept_fields)
+    _check_quantisation(folder, described)
+    return described.cfg
 
 
 def read_pretrained(
@@ -109,6 +138,7 @@ def read_pretrained(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
 ) -> Pretrained:
     """Load a checkpoint in evaluation mode; memory peaks at the model and one tensor.
 
@@ -118,16 +148,17 @@ def read_pretrained(
         device: where they go.
         backend: a kernel's name, or "auto".
         progress: called with (bytes read so far, bytes in all) after each tensor.
+        accept_fields: see `read_config`.
 
     Raises:
-        ConfigError: see `read_config`.
+        ConfigError: see `read_config`; or its quantisation is not read here.
         CheckpointError: a file is missing, truncated or pickle, or a tensor is missing, unknown,
             or of another shape or dtype than its family has; names file and key.
 
     Warns:
         UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
-    described = read_config(folder)
+    described = read_config(folder, accept_fields)
     model, matched, _ = _unread(folder, described, backend)
     if dtype is None and (rounded := matched.rounded(model, matched.dtype)):
         warnings.warn(
@@ -141,14 +172,14 @@ def read_pretrained(
     return Pretrained(model.eval(), described.family, described.hf_config)
 
 
-def open_unread(folder: Path, backend: str = "auto") -> Unread:
+def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[str] = ()) -> Unread:
     """Check a checkpoint of either layout against its model; read nothing of its tensors yet.
 
     Raises:
         ConfigError, CheckpointError: see `read_pretrained` and `checkpoint.open_own`.
     """
     if is_pretrained(folder):
-        return _unread(folder, read_config(folder), backend)
+        return _unread(folder, read_config(folder, accept_fields), backend)
     model, stored = open_own(folder, backend)
     tied = stored.pop("head.weight", None) if model.cfg.head.tied else None
     sources = [
@@ -161,11 +192,24 @@ def open_unread(folder: Path, backend: str = "auto") -> Unread:
 
 
 def _unread(folder: Path, described: Described, backend: str) -> Unread:
-    family = FAMILIES[described.family]
-    sources = find_sources(open_folder(folder), described.hf_config)
+    _check_quantisation(folder, described)
+    family, stored = FAMILIES[described.family], open_folder(folder)
+    check_room(folder, described.cfg, stored)
+    sources = find_sources(stored, described.hf_config)
     with without_memory():
         model = build_model(described.cfg, backend)
     return Unread(model, match(folder, family, model, sources), described)
+
+
+def _check_quantisation(folder: Path, described: Described) -> None:
+    """Refuse weights in a form that is not read for this family."""
+    family, stated = FAMILIES[described.family], quantisation(described.hf_config)
+    if stated is not None and stated.method not in family.quantised:
+        raise ConfigError(
+            f"{folder / CONFIG}: the weights are quantised by {stated.words}; read for "
+            f"{family.model_type}: {_names(family.quantised)}, or not quantised. Take the "
+            "checkpoint in bfloat16 that this one was made from; --weights int4 packs that here"
+        )
 
 
 def write_pretrained(
@@ -217,6 +261,7 @@ def open_model(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
 ) -> Pretrained:
     """Load a model from either layout: a run or checkpoint of ours, or Hugging Face's.
 
@@ -224,20 +269,30 @@ def open_model(
         CheckpointError, ConfigError: see `read_pretrained` and `checkpoint.load_model`.
     """
     if is_pretrained(path):
-        return read_pretrained(path, dtype=dtype, device=device, backend=backend, progress=progress)
+        return read_pretrained(
+            path,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            progress=progress,
+            accept_fields=accept_fields,
+        )
     model = load_model(path, str(device), backend)
     if dtype is not None:
         model.to(dtype)
     # The same in every checkpoint of a run.
     places = (folder / HF_CONFIG for folder in (path, *checkpoints(path)))
     found = next((place for place in places if place.is_file()), None)
-    fields = None if found is None else read_json(found)
+    fields = None if found is None else read_json(found, finite=False)
     return Pretrained(model, None if fields is None else fields.get("model_type"), fields)
 
 
 def _family(name: Any, where: str) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(f"{where}: model_type {name!r} is not known; known: {_names(FAMILIES)}")
+        raise ConfigError(
+            f"{where}: model_type {name!r} is not known; known: {_names(FAMILIES)}. transformers "
+            "runs others: load it there, and moestro.hf.install() speeds up its experts"
+        )
     return FAMILIES[name]
 
 

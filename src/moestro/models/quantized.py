@@ -26,6 +26,36 @@ _GROUP = 32
 _GROUPS_AT_ONCE = 1 << 16
 
 
+# quant_method → its name in sentences.
+_NAMES = {
+    "awq": "AWQ", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
+    "fp8": "fp8", "gptq": "GPTQ", "mlx": "MLX", "modelopt": "ModelOpt", "mxfp4": "MXFP4",
+}  # fmt: skip
+
+
+class Quantisation(NamedTuple):
+    """What a config.json says of its weights: the quant_method, and in words."""
+
+    method: str
+    words: str
+
+
+def quantisation(hf_config: Mapping[str, Any]) -> Quantisation | None:
+    """How the weights beside a config.json are quantised; None where they are plain.
+
+    MLX states bits and groups without a method, in `quantization` and `quantization_config`.
+    """
+    stated = hf_config.get("quantization_config") or hf_config.get("quantization")
+    if not stated:
+        return None
+    settings = stated if isinstance(stated, Mapping) else {"quant_method": stated}
+    method = str(settings.get("quant_method", "mlx" if "bits" in settings else "an unnamed method"))
+    loaded = {8: settings.get("load_in_8bit"), 4: settings.get("load_in_4bit")}
+    bits = settings.get("bits") or next((bits for bits, yes in loaded.items() if yes is True), None)
+    words = _NAMES.get(method, method)
+    return Quantisation(method, words if bits is None else f"{words} in {bits} bits")
+
+
 class Scheme(NamedTuple):
     """How a checkpoint stores one tensor as two, values and scales.
 

@@ -46,7 +46,7 @@ def frequencies(rope: RopeConfig, width: int, total: int = 0) -> Tensor:
     Raises:
         ConfigError: longrope's lists are not A/2 long.
     """
-    base_A = rope.theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    base_A = rope.theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     scaling = rope.scaling
     if isinstance(scaling, LinearScaling):
         return base_A / scaling.factor
@@ -61,7 +61,7 @@ def frequencies(rope: RopeConfig, width: int, total: int = 0) -> Tensor:
                 f"attention.positions.scaling has {len(divisors)} factors; "
                 f"heads of width {width} turn {width // 2} pairs, so give {width // 2}"
             )
-        return base_A / torch.tensor(divisors, dtype=torch.float64)
+        return base_A / base_A.new_tensor(divisors)
     return base_A
 
 
@@ -127,7 +127,8 @@ def _yarn(base_A: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
         high += 0.001  # The border of both is then a step.
-    divided_A = ((torch.arange(len(base_A)) - low) / (high - low)).clamp(0, 1)
+    pairs_A = torch.arange(len(base_A), dtype=base_A.dtype, device=base_A.device)
+    divided_A = ((pairs_A - low) / (high - low)).clamp(0, 1)
     return (1 - divided_A) * base_A + divided_A * base_A / scaling.factor
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moestro.errors import CheckpointError
+from moestro.strictjson import parse, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ def open_file(path: Path) -> dict[str, Stored]:
             shapes = {key: tuple(checked.get_slice(key).get_shape()) for key in keys}
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
+            header = parse(file.read(size))
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         raise CheckpointError(
             f"cannot read {path} as safetensors: {error}. It is truncated or altered, or another "
@@ -136,7 +137,7 @@ def read_into(stored: Stored, target: Tensor) -> None:
         _fill(stored, flat, 0)
         return
     step = BUFFER_BYTES // stored.dtype.itemsize
-    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype, device="cpu")
     for start in range(0, flat.numel(), step):
         part = buffer[: flat.numel() - start]
         _fill(stored, part, start * stored.dtype.itemsize)
@@ -149,7 +150,7 @@ def read(stored: Stored) -> Tensor:
     Raises:
         CheckpointError: the file cannot be read, or ends before its tensor does.
     """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     _fill(stored, tensor.view(-1), 0)
     return tensor
 
@@ -252,28 +253,15 @@ def write_file(path: Path, tensors: Iterable[Written]) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Key → file name, every name a plain one inside the folder."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    places = index.get("weight_map") if isinstance(index, dict) else None
+    places = read_object(path, CheckpointError, "fetch it again").get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path} has no weight_map of keys and files; download it again")
     for key, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or len(name) > 255:
             raise CheckpointError(f"{path} puts {key} into {name!r}, which is not in the folder")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{path} puts {key} into {name!r}; only safetensors is read")
     return places
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refusing a key that comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)} comes twice")
-    return found
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import CheckpointError, ShapeError
-from moestro.models.families.pieces import Piece, key_pattern, pieces
+from moestro.models.families.pieces import FUSED, Piece, fused, key_pattern, pieces
 from moestro.models.families.table import LAYOUTS, Family
 from moestro.models.quantized import Scheme, pairs, scheme
 from moestro.models.shards import Stored, Written, read, read_into, some
@@ -121,6 +121,8 @@ def match(folder: Path, family: Family, model: nn.Module, sources: Mapping[str, 
     sources = _without_left_out(folder, family, model.cfg, sources)
     own = unique_tensors(model)
     rules = family.rules(model.cfg)
+    if any(key.endswith(FUSED) for key in sources):
+        rules = fused(rules, family.renamed)
     wanted = {
         piece.theirs: piece
         for piece in pieces(rules, {name: tuple(tensor.shape) for name, tensor in own.items()})

@@ -29,8 +29,9 @@ def switch_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
             step and all ranks make this the global-batch loss (Qiu et al. 2025).
     """
     counts_E = routing.counts_E() if counts_E is None else counts_E
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return routing.num_experts * (share_E.to(routing.probs_TE.dtype) * _mean_probs(routing)).sum()
+    share_E = _shares(counts_E, routing.probs_TE.dtype)
+    mean_E = _real(routing, routing.probs_TE).sum(0) / _num_real(routing)
+    return routing.num_experts * (share_E * mean_E).sum()
 
 
 def sequence_loss(routing: Routing, num_sequences: int) -> Tensor:
@@ -46,19 +47,20 @@ def sequence_loss(routing: Routing, num_sequences: int) -> Tensor:
     num_tokens, num_experts = routing.logits_TE.shape
     if num_sequences < 1 or num_tokens % num_sequences:
         raise ShapeError(f"{num_tokens} tokens do not split into {num_sequences} sequences")
-    valid_T = _valid(routing)
+    valid_T = routing.valid_T
+    if valid_T is None:
+        valid_T = torch.ones_like(routing.probs_TE[:, 0], dtype=torch.bool)
     length = num_tokens // num_sequences
     experts_R, tokens_R = routing.experts_R, routing.tokens_R
     keys_R = (tokens_R // length) * num_experts + experts_R
     keys_R = keys_R[valid_T[tokens_R]]
     counts_NE = torch.bincount(keys_R, minlength=num_sequences * num_experts)
-    counts_NE = counts_NE.view(num_sequences, num_experts)
-    share_NE = counts_NE / counts_NE.sum(-1, keepdim=True).clamp(min=1)
-    masked_TE = routing.probs_TE * valid_T[:, None]
+    share_NE = _shares(counts_NE.view(num_sequences, num_experts), routing.probs_TE.dtype)
     real_N = valid_T.view(num_sequences, length).sum(-1)
-    sums_NE = masked_TE.view(num_sequences, length, num_experts).sum(1)
+    probs_TE = _real(routing, routing.probs_TE)
+    sums_NE = probs_TE.view(num_sequences, length, num_experts).sum(1)
     probs_NE = sums_NE / real_N.clamp(min=1)[:, None]
-    losses_N = num_experts * (share_NE.to(probs_NE.dtype) * probs_NE).sum(-1)
+    losses_N = num_experts * (share_NE * probs_NE).sum(-1)
     return losses_N.sum() / (real_N > 0).sum().clamp(min=1)
 
 
@@ -66,7 +68,7 @@ def importance_loss(routing: Routing) -> Tensor:
     """CV² of the experts' summed weights: 0 at balance (Shazeer et al. 2017, eq. 6-7)."""
     weights_R = routing.weights_R
     if routing.valid_T is not None:
-        weights_R = weights_R * routing.valid_T[routing.tokens_R]
+        weights_R = weights_R.masked_fill(~routing.valid_T[routing.tokens_R], 0)
     importance_E = weights_R.new_zeros(routing.num_experts)
     importance_E = importance_E.index_add(0, routing.experts_R, weights_R)
     return _cv_squared(importance_E)
@@ -83,44 +85,60 @@ def load_loss(routing: Routing) -> Tensor:
             "the smooth load needs the noise of a noisy_top_k router in training mode; "
             "set balance.load = 0 for other routers"
         )
-    return _cv_squared((routing.load_TE * _valid(routing)[:, None]).sum(0))
+    return _cv_squared(_real(routing, routing.load_TE).sum(0))
 
 
 def z_loss(routing: Routing) -> Tensor:
     """mean_t logsumexp_e(logits)²: keeps router logits small (Zoph et al. 2022, ST-MoE eq. 5)."""
-    squares_T = routing.logits_TE.logsumexp(-1).square()
-    if routing.valid_T is None:
-        return squares_T.sum() / max(len(squares_T), 1)
-    return (squares_T * routing.valid_T).sum() / routing.valid_T.sum().clamp(min=1)
+    # Masked on both sides of the logarithm: before it for the gradient, after it for log E.
+    squares_T1 = _real(routing, routing.logits_TE).logsumexp(-1, keepdim=True).square()
+    return _real(routing, squares_T1).sum() / _num_real(routing)
 
 
 def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """One step of loss-free balancing, in place: b_e += u · sign(mean load - load_e).
+    """One step of loss-free balancing, in place: b_e += u · (s_e - mean s), s = sign(mean n - n_e).
 
     Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", alg. 1: once per optimizer step, from
-    the counts of that whole step over all ranks, after the weights have been updated.
+    the counts n of that whole step over all ranks, after the weights have been updated. Only
+    differences between biases choose, so the steps' own mean is taken out: it says nothing, and
+    with a few dead experts would carry all biases away together.
 
     Args:
         bias_E: fp32 buffer of the router.
         counts_E: assignments per expert, before drops.
         rate: u; the paper's is 1e-3.
+
+    Raises:
+        ShapeError: the bias is of 16 bits, where steps of u are lost.
     """
-    load_E = counts_E.to(bias_E.dtype)
-    bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
+    if bias_E.dtype.itemsize < 4:
+        raise ShapeError(
+            f"the selection bias is {bias_E.dtype}, where steps of {rate} are lost; keep it float32"
+        )
+    load_E = counts_E.double()  # Exact; in 16 bits 999 and 1001 are one number.
+    step_E = torch.sign(load_E.mean() - load_E)
+    bias_E.add_((step_E - step_E.mean()).to(bias_E.dtype), alpha=rate)
 
 
-def _valid(routing: Routing) -> Tensor:
-    if routing.valid_T is not None:
-        return routing.valid_T
-    return torch.ones(routing.num_tokens, dtype=torch.bool, device=routing.logits_TE.device)
+def _shares(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts over their sum, last axis; divided in `dtype`, integers would be in the default."""
+    return counts_E.to(dtype) / counts_E.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _mean_probs(routing: Routing) -> Tensor:
-    """P_e over real tokens. [E]."""
+def _real(routing: Routing, values_TE: Tensor) -> Tensor:
+    """The values with padding at 0, whatever it held: 0 times NaN would be NaN."""
+    return (
+        values_TE
+        if routing.valid_T is None
+        else values_TE.masked_fill(~routing.valid_T[:, None], 0)
+    )
+
+
+def _num_real(routing: Routing) -> Tensor | int:
+    """Tokens that are no padding, at least 1."""
     if routing.valid_T is None:
-        return routing.probs_TE.sum(0) / max(routing.num_tokens, 1)
-    real_TE = routing.probs_TE * routing.valid_T[:, None]
-    return real_TE.sum(0) / routing.valid_T.sum().clamp(min=1)
+        return max(routing.num_tokens, 1)
+    return routing.valid_T.sum().clamp(min=1)
 
 
 def _cv_squared(values_E: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Letters: T tokens, D width, E experts, K experts per token, R rows, A assignment
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -20,8 +19,10 @@ from moestro.moe.routing import Plan, Routing
 
 def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
     """C = ceil(factor · T · K / E), the most rows an expert takes (Fedus et al. 2021, eq. 3)."""
-    # As the decimal that was typed: 1.1 · 100 / 10 is 11, but 11.000000000000002 in floats.
-    return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
+    # As the decimal that was typed: 1.1 · 100 / 10 is 11, but 11.000000000000002 in floats. And
+    # in integers: under torch.compile the number of tokens is a symbol, which no Fraction takes.
+    exact = Fraction(str(factor))
+    return -(-exact.numerator * num_tokens * top_k // (exact.denominator * num_experts))
 
 
 def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) -> Routing:
@@ -59,12 +60,14 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
         ranks_R = torch.arange(len(queue_of_R), device=queue_of_R.device)
         arrival_R = (ranks_R % routing.top_k).argsort(stable=True)
     order_R = arrival_R[queue_of_R[arrival_R].argsort(stable=True)]
-    counts = torch.bincount(queue_of_R, minlength=queues + 1)
+    # Nothing in place and no shape that depends on data: torch.func and torch.compile pass through.
+    counts = queue_of_R.new_zeros(queues + 1)
+    counts = counts.scatter_add(0, queue_of_R, torch.ones_like(queue_of_R))
     starts = counts.cumsum(0) - counts
     queue_of_R = queue_of_R[order_R]
     places_R = torch.arange(len(order_R), device=order_R.device) - starts[queue_of_R]
-    kept_R = torch.empty_like(order_R, dtype=torch.bool)
-    kept_R[order_R] = (places_R < rows) & (queue_of_R < queues)
+    kept_R = (places_R < rows) & (queue_of_R < queues)
+    kept_R = torch.zeros_like(kept_R).scatter(0, order_R, kept_R)
     return routing._replace(kept_R=kept_R)
 
 
@@ -127,7 +130,7 @@ def _by_token(routing: Routing, rows_A: Tensor, num_rows: int) -> tuple[Tensor, 
     most = int(counts_T.max()) if empty else 0
     tokens_A = routing.tokens_R[order_A]
     place_A = torch.arange(empty, device=rows_A.device) - starts_T[tokens_A]
-    slots_TK = torch.full((routing.num_tokens, most), empty, device=rows_A.device)
+    slots_TK = rows_A.new_full((routing.num_tokens, most), empty)
     slots_TK[tokens_A, place_A] = order_A
     rows_TK = torch.cat([rows_A, rows_A.new_tensor([num_rows])])[slots_TK]
     return slots_TK, rows_TK, False

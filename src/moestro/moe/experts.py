@@ -1,4 +1,4 @@
-"""Stacked expert weights, and the plain feed-forward network that is a mixture of one.
+"""Experts as modules, and the plain feed-forward network that is a mixture of one.
 
 `gate_up [E, 2F, D]` (gated: gate rows first, then up) or `[E, F, D]` (plain), `down [E, D, F]`;
 where there are biases, `gate_up_bias [E, 2F]` or `[E, F]`, and `down_bias [E, D]`.
@@ -7,17 +7,18 @@ where there are biases, `gate_up_bias [E, 2F]` or `[E, F]`, and `down_bias [E, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moestro.kernels import backends, reference
+from moestro.errors import ShapeError
+from moestro.kernels import reference
 from moestro.kernels.reference import Biases
-
-# Most rows that are multiplied expert by expert instead of being grouped, without gradients.
-FEW_ROWS = 16
+from moestro.moe import mixing
+from moestro.moe.mixing import FEW_ROWS as FEW_ROWS
+from moestro.moe.mixing import ExpertWeights
+from moestro.moe.routing import Routing
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -28,8 +29,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-class Experts(nn.Module):
-    """E feed-forward networks with stacked weights.
+class StackedWeights(nn.Module):
+    """The parameters of E feed-forward networks: what `Experts` and `FeedForward` share.
 
     Args:
         num_experts: E.
@@ -41,6 +42,7 @@ class Experts(nn.Module):
         init_scale: s; weights start truncated normal with σ = sqrt(s / fan-in).
         backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
         bias: whether both projections have one; they start at zero.
+        out_scale: of the σ of `down`.
     """
 
     gate_up_bias: nn.Parameter | None
@@ -56,10 +58,11 @@ class Experts(nn.Module):
         init_scale: float = 1.0,
         backend: str = "auto",
         bias: bool = False,
+        out_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.activation, self.dropout = activation, dropout
-        self.init_scale, self.backend = init_scale, backend
+        self.init_scale, self.out_scale, self.backend = init_scale, out_scale, backend
         width = 2 * hidden_dim if activation in reference.GATED else hidden_dim
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
@@ -71,8 +74,8 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal at two σ, σ = sqrt(s / fan-in) (Fedus et al. 2021, §2.4)."""
-        for weight in (self.gate_up, self.down):
-            std = math.sqrt(self.init_scale / weight.shape[-1])
+        for weight, scale in ((self.gate_up, 1.0), (self.down, self.out_scale)):
+            std = scale * math.sqrt(self.init_scale / weight.shape[-1])
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         for bias in self.biases or ():
             nn.init.zeros_(bias)
@@ -84,55 +87,9 @@ class Experts(nn.Module):
             return None
         return Biases(self.gate_up_bias, self.down_bias)
 
-    def kernel(self, device: str, dtype: torch.dtype) -> backends.Backend:
-        """The backend that computes this layer on `device` in `dtype`."""
-        widths = (self.gate_up.shape[2], self.gate_up.shape[1], self.down.shape[2])
-        return backends.choose(self.backend, device, dtype, widths)
-
-    def forward(
-        self, rows_RD: Tensor, offsets_E: Tensor, experts_E: Tensor | None = None
-    ) -> Tensor:
-        """Run each row through its expert.
-
-        Args:
-            rows_RD: rows grouped by expert, in the dtype to compute in.
-            offsets_E: int64, end of each group.
-            experts_E: int64, expert of each group; None: group e is expert e's.
-
-        Returns:
-            [R, D] in the rows' dtype.
-        """
-        kernel = self.kernel(rows_RD.device.type, rows_RD.dtype)
-        biases = self.biases
-        if not (self.training and self.dropout):
-            weights = (self.gate_up, self.down, offsets_E, self.activation, experts_E, biases)
-            return kernel.expert_ffn(rows_RD, *weights)
-        up_EH, down_ED = biases or (None, None)
-        hidden_RH = kernel.grouped_mm(rows_RD, self.gate_up, offsets_E, experts_E, up_EH)
-        act_RF = F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
-        return kernel.grouped_mm(act_RF, self.down, offsets_E, experts_E, down_ED)
-
-    def single(self, rows: int, like: Tensor) -> Callable[[Tensor, int], Tensor] | None:
-        """One expert as a function: (rows [P, D], its number) → [P, D], without gradients.
-
-        For generating text, where so few rows are multiplied that grouping them costs more.
-
-        Args:
-            rows: how many there are for all experts together.
-            like: their device and dtype.
-
-        Returns:
-            None where grouping is better or needed: many rows, gradients, dropout, a kernel that
-            has no such function.
-        """
-        dropping = self.training and self.dropout > 0
-        if rows > FEW_ROWS or dropping or torch.is_grad_enabled():
-            return None
-        single_ffn = self.kernel(like.device.type, like.dtype).single_ffn
-        if single_ffn is None:
-            return None
-        weights = (self.gate_up, self.down, self.activation, self.biases)
-        return lambda rows_PD, expert: single_ffn(rows_PD, expert, *weights)
+    def values(self) -> ExpertWeights:
+        """The weights, for `moestro.moe.mixing`."""
+        return ExpertWeights(self.gate_up, self.down, self.activation, self.biases)
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
@@ -140,7 +97,38 @@ class Experts(nn.Module):
         return f"{num_experts} × ({dim} → {hidden_dim} → {dim}), {self.activation}"
 
 
-class FeedForward(Experts):
+class Experts(StackedWeights):
+    """E feed-forward networks, whose `forward` is the mixing."""
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Each token through its experts, and the weighted sum of what they return.
+
+        Args:
+            x_TD: tokens in the weights' dtype; under autocast in any.
+            routing: who goes where.
+
+        Returns:
+            y_TD in the dtype computed in.
+
+        Raises:
+            ShapeError: the tokens have another dtype than the weights.
+        """
+        if x_TD.dtype != self.down.dtype and not torch.is_autocast_enabled(x_TD.device.type):
+            raise ShapeError(
+                f"x is {x_TD.dtype} but the experts are {self.down.dtype}; convert one of them, "
+                "or run under torch.autocast"
+            )
+        weights = self.values()
+        if self.training and self.dropout:
+            weights = weights._replace(activation=self._activate_and_drop)
+        mix = torch.compiler.disable(mixing.mix) if torch.compiler.is_compiling() else mixing.mix
+        return mix(x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend)
+
+    def _activate_and_drop(self, hidden_RH: Tensor) -> Tensor:
+        return F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
+
+
+class FeedForward(StackedWeights):
     """A dense feed-forward network: one expert that takes every row, by the same kernels."""
 
     def __init__(
@@ -150,16 +138,21 @@ class FeedForward(Experts):
         activation: str = "swiglu",
         init_scale: float = 1.0,
         backend: str = "auto",
+        out_scale: float = 1.0,
     ) -> None:
-        super().__init__(1, dim, hidden_dim, activation, init_scale=init_scale, backend=backend)
+        super().__init__(
+            1,
+            dim,
+            hidden_dim,
+            activation,
+            init_scale=init_scale,
+            backend=backend,
+            out_scale=out_scale,
+        )
 
-    def forward(
-        self, x_TD: Tensor, offsets_E: Tensor | None = None, experts_E: Tensor | None = None
-    ) -> Tensor:
-        """[T, D] to [T, D]; there is one group, so neither offsets nor experts are needed."""
-        x_TD = x_TD.to(compute_dtype(x_TD))
-        single = self.single(len(x_TD), x_TD)
-        if single is not None:
-            return single(x_TD, 0)
-        all_rows_E = torch.tensor([len(x_TD)], device=x_TD.device)
-        return super().forward(x_TD, all_rows_E)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] → [T, D] in the dtype computed in."""
+        ffn = (
+            torch.compiler.disable(mixing.dense) if torch.compiler.is_compiling() else mixing.dense
+        )
+        return ffn(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)

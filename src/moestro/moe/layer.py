@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.moe import dispatch
-from moestro.moe.experts import Experts, FeedForward, compute_dtype
-from moestro.moe.packed import PackedExperts, PackedFeedForward
+from moestro.moe.experts import Experts, FeedForward
 from moestro.moe.routers import build_router
 from moestro.moe.routing import Routing
 
@@ -26,17 +25,18 @@ class MoE(nn.Module):
         (torch.Size([3, 5, 16]), torch.Size([15, 2]))
     """
 
-    def __init__(self, cfg: MoEConfig, backend: str = "auto") -> None:
+    def __init__(self, cfg: MoEConfig, backend: str = "auto", out_scale: float = 1.0) -> None:
         """Build the layer.
 
         Args:
             cfg: its settings.
             backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
+            out_scale: of the σ of each `down` at the start.
         """
         super().__init__()
         self.cfg = cfg
         self.router = build_router(cfg)
-        self.experts: Experts | PackedExperts = Experts(
+        self.experts: nn.Module = Experts(
             cfg.num_experts,
             cfg.dim,
             cfg.hidden_dim,
@@ -45,12 +45,13 @@ class MoE(nn.Module):
             cfg.init_scale,
             backend,
             cfg.experts.bias,
+            out_scale,
         )
-        self.shared: FeedForward | PackedFeedForward | None = None
+        self.shared: nn.Module | None = None
         self.shared_gate: nn.Linear | None = None
         if cfg.shared is not None:
             self.shared = FeedForward(
-                cfg.dim, cfg.shared.hidden_dim, cfg.activation, cfg.init_scale, backend
+                cfg.dim, cfg.shared.hidden_dim, cfg.activation, cfg.init_scale, backend, out_scale
             )
             if cfg.shared.gate:
                 self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
@@ -64,7 +65,8 @@ class MoE(nn.Module):
             x: [..., D]; leading dimensions are flattened to T tokens. Where there is more than
                 one, the first is that of the sequences (`capacity.per_sequence` counts in each).
             token_ids: int64 [...], only for the hash router.
-            valid: bool [...], False for padding, which is computed but never counted.
+            valid: bool [...], False for padding: whatever x holds there, even NaN, y is 0, and
+                nothing else sees or counts it.
 
         Returns:
             (y like x, the Routing of the T tokens).
@@ -77,25 +79,18 @@ class MoE(nn.Module):
         valid_T = None if valid is None else valid.reshape(-1)
         ids_T = None if token_ids is None else token_ids.reshape(-1)
 
+        if valid_T is not None:
+            x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
+
         num_sequences = len(x) if x.dim() > 2 else 1
         routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
-        y_TD = self._mix(x_TD.to(compute_dtype(x_TD)), routing)
+        y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
-        return y_TD.reshape(x.shape), routing
-
-    def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Dispatch → experts → combine; of few rows without gradients, expert by expert."""
-        if isinstance(self.experts, PackedExperts):
-            return self.experts.mix(x_TD, routing)
-        single = self.experts.single(len(routing.experts_R), x_TD) if routing.top_k else None
-        if single is not None:
-            return dispatch.mix_few(x_TD, routing, single)
-        kernel = self.experts.kernel(x_TD.device.type, x_TD.dtype)
-        plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
-        rows_RD = dispatch.dispatch(x_TD, plan)
-        rows_RD = self.experts(rows_RD, plan.offsets_E, plan.experts_E)
-        return dispatch.combine(rows_RD, routing.weights_R, plan)
+        if valid_T is not None:  # Experts with biases make something of nothing.
+            y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
+        # No view, which FSDP2 warns of: whoever changed it in place would bypass the hooks on it.
+        return torch.ops.aten._unsafe_view(y_TD, x.shape), routing
 
     def _limit(self, routing: Routing, num_sequences: int) -> Routing:
         """Drop what is over capacity, where one is set."""
@@ -116,7 +111,9 @@ class MoE(nn.Module):
         assert self.shared is not None
         y_TD: Tensor = self.shared(x_TD)
         if self.shared_gate is not None:
-            y_TD = y_TD * torch.sigmoid(self.shared_gate(x_TD).float()).to(y_TD.dtype)
+            gate_T1 = self.shared_gate(x_TD)
+            gate_T1 = gate_T1.to(torch.promote_types(gate_T1.dtype, torch.float32))
+            y_TD = y_TD * torch.sigmoid(gate_T1).to(y_TD.dtype)
         return y_TD
 
     def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
@@ -124,13 +121,6 @@ class MoE(nn.Module):
             raise ShapeError(
                 f"the layer takes [..., {self.cfg.dim}]; given {list(x.shape)}. "
                 "Set MoEConfig.dim to the width of your tokens"
-            )
-        # Packed experts take rows of any dtype.
-        weights = x.dtype if isinstance(self.experts, PackedExperts) else self.experts.down.dtype
-        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
-            raise ShapeError(
-                f"x is {x.dtype} but the experts are {weights}; convert one of them, "
-                "or run under torch.autocast"
             )
         for name, value in (("token_ids", token_ids), ("valid", valid)):
             if value is not None and value.shape != x.shape[:-1]:

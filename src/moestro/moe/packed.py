@@ -58,8 +58,8 @@ class Packed(nn.Module):
         )
 
 
-class PackedExperts(Packed):
-    """E packed feed-forward networks: a whole mixture in one call.
+class PackedWeights(Packed):
+    """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share.
 
     Args:
         weights: from `native_cpu.pack_expert`, expert by expert, or mapped from a file.
@@ -69,8 +69,18 @@ class PackedExperts(Packed):
         super().__init__()
         self.weights = weights
 
-    def mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Dispatch → experts → combine. [T, D] → [T, D] in the dtype of x."""
+    def extra_repr(self) -> str:
+        """Shapes, for print(model)."""
+        packed = self.weights
+        shape = f"{packed.num_experts} × ({packed.dim} → {packed.hidden_dim} → {packed.dim})"
+        return f"{shape}, {packed.activation}, {packed.format.kind}"
+
+
+class PackedExperts(PackedWeights):
+    """Packed experts: a whole mixture in one call of the kernels."""
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """See `Experts.forward`."""
         tokens_R, experts_R, weights_R = routing.tokens_R, routing.experts_R, routing.weights_R
         if routing.kept_R is not None:
             kept_R = routing.kept_R
@@ -84,22 +94,17 @@ class PackedExperts(Packed):
             )
         rows_TD = self.rows(x_TD)
         y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_R, experts_R, weights_R)
-        return y_TD.to(x_TD.dtype)
-
-    def extra_repr(self) -> str:
-        """Shapes, for print(model)."""
-        packed = self.weights
-        shape = f"{packed.num_experts} × ({packed.dim} → {packed.hidden_dim} → {packed.dim})"
-        return f"{shape}, {packed.activation}, {packed.format.kind}"
+        return y_TD.to(compute_dtype(x_TD))
 
 
-class PackedFeedForward(PackedExperts):
+class PackedFeedForward(PackedWeights):
     """A packed dense network: one expert that takes every row."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] → [T, D], in the dtype to compute in."""
+        """See `FeedForward.forward`."""
         rows_TD = self.rows(x_TD)
-        tokens_T = torch.arange(len(rows_TD))
-        experts_T, weights_T = torch.zeros_like(tokens_T), torch.ones(len(rows_TD))
+        tokens_T = torch.arange(len(rows_TD), device="cpu")
+        experts_T = torch.zeros_like(tokens_T)
+        weights_T = torch.ones_like(tokens_T, dtype=torch.float32)
         y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_T, experts_T, weights_T)
         return y_TD.to(compute_dtype(x_TD))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.kernels import pointwise
+from moestro.moe.dispatch import capacity
 from moestro.moe.routing import Routing
 
 
@@ -27,20 +28,39 @@ class Router(nn.Module):
     """Base: a linear map to one logit per expert, and the ways in which routers differ from it."""
 
     logit_bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, cfg: MoEConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
         self.logit_bias = nn.Parameter(torch.empty(cfg.num_experts)) if cfg.router.bias else None
+        self.register_buffer("bias", None)
+        if cfg.router.selection_bias:
+            self.bias = torch.empty_like(self.weight[:, 0], dtype=torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4); the bias zero."""
+        """Truncated normal, σ = sqrt(s / D) (Fedus et al. 2021, §2.4); both biases zero."""
         std = math.sqrt(self.cfg.init_scale / self.cfg.dim)
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        if self.logit_bias is not None:
-            nn.init.zeros_(self.logit_bias)
+        for bias_E in (self.logit_bias, self.bias):
+            if bias_E is not None:
+                nn.init.zeros_(bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the selection bias too, but keep it fp32: steps of 1e-3 die in 16 bits."""
+        bias_E = self.bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
+            self.bias = bias_E.to(self.bias.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Keep the selection bias fp32 when `assign=True` puts another tensor in its place."""
+        super()._load_from_state_dict(*args)
+        if self.bias is not None:
+            self.bias = self.bias.float()
 
     def logits(self, x_TD: Tensor, jitter: float) -> Tensor:
         """fp32 logits [T, E] of the tokens, in training of jittered ones.
@@ -78,21 +98,6 @@ class TopKRouter(Router):
     chooses and is never part of a weight (Wang et al. 2024, "Auxiliary-loss-free").
     """
 
-    bias: Tensor | None
-
-    def __init__(self, cfg: MoEConfig) -> None:
-        super().__init__(cfg)
-        bias_E = torch.zeros(cfg.num_experts) if cfg.router.selection_bias else None
-        self.register_buffer("bias", bias_E)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the bias with the module, but keep it fp32: its steps of 1e-3 die in bf16."""
-        bias_E = self.bias
-        super()._apply(fn, recurse)
-        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
-            self.bias = bias_E.to(self.bias.device)
-        return self
-
     def forward(
         self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
     ) -> Routing:
@@ -112,7 +117,7 @@ class TopKRouter(Router):
             weights_TK = logs_TE.gather(-1, experts_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, experts_TK)
-        return _token_choice(experts_TK, weights_TK * router.scale, logits_TE, probs_TE, valid_T)
+        return Routing.of_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T, router.scale)
 
     def _select(self, scores_TE: Tensor) -> Tensor:
         """The K experts of each token, best first, within its best groups. int64 [T, K]."""
@@ -171,8 +176,9 @@ class NoisyTopKRouter(Router):
             weights_TK, experts_TK = probs_TE.topk(self.cfg.top_k, dim=-1)
             if self.cfg.renormalizes:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        weights_TK = weights_TK * self.cfg.router.scale
-        routing = _token_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T)
+        routing = Routing.of_choice(
+            experts_TK, weights_TK, logits_TE, probs_TE, valid_T, self.cfg.router.scale
+        )
         return routing._replace(load_TE=load_TE)
 
 
@@ -200,8 +206,8 @@ class SparseMixerRouter(Router):
         weights_TK = torch.cat([first_weight_T1, second_weight_T1], dim=-1)
         if self.cfg.router.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        weights_TK = weights_TK * self.cfg.router.scale
-        return _token_choice(experts_TK, weights_TK, logits_TE, logits_TE.softmax(-1), valid_T)
+        probs_TE, scale = logits_TE.softmax(-1), self.cfg.router.scale
+        return Routing.of_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T, scale)
 
     def _best(self, logits_TE: Tensor, open_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the open experts, and its share among those near it.
@@ -242,8 +248,8 @@ class ExpertChoiceRouter(Router):
         if valid_T is not None:
             bids_TE = probs_TE.masked_fill(~valid_T[:, None], -1.0)
             num_tokens = int(valid_T.sum())
-        capacity = math.ceil(num_tokens * self.cfg.top_k / self.cfg.num_experts)
-        weights_CE, tokens_CE = bids_TE.topk(min(capacity, num_tokens), dim=0)
+        rows = capacity(1.0, num_tokens, self.cfg.top_k, self.cfg.num_experts)
+        weights_CE, tokens_CE = bids_TE.topk(min(rows, num_tokens), dim=0)
         experts_CE = torch.arange(self.cfg.num_experts, device=x_TD.device).expand_as(tokens_CE)
         return Routing(
             tokens_CE.flatten(),
@@ -285,10 +291,10 @@ class HashRouter(nn.Module):
         zeros_TE = torch.zeros(
             len(x_TD), num_experts, dtype=_router_dtype(x_TD), device=x_TD.device
         )
-        weights_TK = torch.full(experts_TK.shape, 1 / top_k, device=x_TD.device).to(zeros_TE)
+        weights_TK = zeros_TE.new_full(experts_TK.shape, 1 / top_k)
         probs_TE = zeros_TE.scatter(-1, experts_TK, 1 / top_k)
-        weights_TK = weights_TK * self.cfg.router.scale
-        return _token_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T)
+        scale = self.cfg.router.scale
+        return Routing.of_choice(experts_TK, weights_TK, zeros_TE, probs_TE, valid_T, scale)
 
 
 ROUTERS: dict[str, Any] = {
@@ -310,27 +316,6 @@ def build_router(cfg: MoEConfig) -> Router | HashRouter:
 def _router_dtype(x_TD: Tensor) -> torch.dtype:
     """fp32 for every model dtype; fp64 stays, so that gradcheck can pass through."""
     return torch.promote_types(x_TD.dtype, torch.float32)
-
-
-def _token_choice(
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    logits_TE: Tensor,
-    probs_TE: Tensor,
-    valid_T: Tensor | None,
-) -> Routing:
-    """Flatten K choices per token into a Routing, token by token, first choice first."""
-    num_tokens, top_k = experts_TK.shape
-    tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
-    return Routing(
-        tokens_R,
-        experts_TK.flatten(),
-        weights_TK.flatten(),
-        logits_TE,
-        probs_TE,
-        top_k=top_k,
-        valid_T=valid_T,
-    )
 
 
 def _chance_of_choice(logits_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:

@@ -5,7 +5,7 @@ Letters: T tokens, D width, E experts, K experts per token, R assignments (token
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,32 @@ class Routing(NamedTuple):
     valid_T: Tensor | None = None
     kept_R: Tensor | None = None
     load_TE: Tensor | None = None
+
+    @classmethod
+    def of_choice(
+        cls,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        valid_T: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Self:
+        """Token choice: K experts for each token, first choice first.
+
+        Args:
+            experts_TK: int64.
+            weights_TK: before `scale`, which multiplies them.
+            logits_TE: see `Routing`.
+            probs_TE: see `Routing`.
+            valid_T: see `Routing`.
+            scale: factor of the weights.
+        """
+        num_tokens, top_k = experts_TK.shape
+        tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
+        # Multiplied last: the result is no view, which FSDP2 warns of in what a module returns.
+        weights_R = weights_TK.flatten() * scale
+        return cls(tokens_R, experts_TK.flatten(), weights_R, logits_TE, probs_TE, top_k, valid_T)
 
     @property
     def num_tokens(self) -> int:

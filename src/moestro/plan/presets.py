@@ -52,19 +52,28 @@ def names() -> list[str]:
     return list(_entries())
 
 
+def is_preset(name: str) -> bool:
+    """Whether `preset` knows the name."""
+    return _key(name) in _entries()
+
+
 def preset(name: str) -> Preset:
     """The preset of that name; capitals do not matter, and `/` may stand for `-`.
 
     Raises:
         ConfigError: no preset has that name; the message has the nearest ones.
     """
-    known = name.lower().replace("/", "-")
+    known = _key(name)
     if known not in _entries():
         longer = [one for one in names() if known and one.startswith(known)][:3]
         near = longer or difflib.get_close_matches(known, names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ConfigError(f"there is no preset {name!r}; {hint}")
     return _build(known)
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("/", "-")
 
 
 @cache

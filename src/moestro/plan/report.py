@@ -126,12 +126,15 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
         fitting = fit(cfg, counted, training, context, batch, dtype, memory)
+    notes = [subject.note] if subject.note else []
+    if question.context is not None and context < question.context:
+        notes.append(f"Planned for {context:,} tokens, the most that it looks back on.")
     models = (dense_of_equal_cost(subject), dense_of_equal_size(subject)) if with_dense else ()
     return Report(
         name=subject.name,
         rumour=RUMOUR if subject.rumour else None,
         source=subject.source,
-        note=subject.note,
+        note=" ".join(notes),
         context=context,
         total=total,
         active=active,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
-from moestro.errors import ConfigError
 from moestro.models.count import Count, count
 from moestro.models.twin import dense_twin
 from moestro.plan.presets import preset
+from moestro.settings import read_values
 
 RUMOUR = "RUMOUR"
 
@@ -65,14 +63,7 @@ def from_file(path: Path) -> Subject:
     Raises:
         ConfigError: it cannot be read, or is neither.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the settings of a model from {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no table of settings")
-    return from_settings(path.stem, _model(values), str(path))
+    return from_settings(path.stem, _model(read_values(path)), str(path))
 
 
 def _model(values: dict[str, Any]) -> ModelConfig | EncDecConfig:

@@ -18,7 +18,8 @@ from moestro.models.twin import dense_twin
 from moestro.train import state
 from moestro.train.data import Corpus
 from moestro.train.evaluate import ALL
-from moestro.train.loop import Point, Trainer
+from moestro.train.loop import Trainer
+from moestro.train.metrics import Point
 
 Kind = Literal["moe", "dense"]
 CALIBRATION_STEPS = 8

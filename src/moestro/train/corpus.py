@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import json
+import mmap
 import os
 import sys
 import zlib
@@ -36,6 +37,9 @@ TEXT_EXTENSIONS = {
 }  # fmt: skip
 JSONL_EXTENSIONS = {".jsonl", ".ndjson"}
 _CHUNK_BYTES = 1 << 20
+# Longer text files are cut at a line, so that memory does not depend on the length of a file.
+LONGEST_DOCUMENT = 16 << 20
+LONGEST_LINE = 64 << 20
 
 
 class Document(NamedTuple):
@@ -69,9 +73,11 @@ class SourceFile(NamedTuple):
 def read_documents(cfg: DataConfig) -> Iterator[Document]:
     """Every document of `cfg.sources`, one at a time, in a fixed order; blank ones are left out.
 
+    A text file longer than 16 MiB comes as several documents of one group, cut at lines.
+
     Raises:
         DataError: a source is missing, matches nothing or holds no text; a file cannot be read
-            or decoded; a line of a .jsonl file lacks its fields.
+            or decoded; a line of a .jsonl file lacks its fields or is longer than 64 MiB.
     """
     files = source_files(cfg)  # first, so that a mistake in any source is told at once
     if BUILTIN in cfg.sources:
@@ -196,6 +202,13 @@ def choose_held_out(
     return held_N
 
 
+def character_start(text: bytearray | mmap.mmap, place: int) -> int:
+    """The first byte of the character that the byte at `place` belongs to."""
+    while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
 def _builtin_documents(cfg: DataConfig) -> Iterator[Document]:
     def label(domain: str) -> str:
         return "all" if cfg.domains == "none" else domain
@@ -282,17 +295,19 @@ def _domain(file: SourceFile, cfg: DataConfig) -> str:
 
 def _read_text(file: SourceFile, cfg: DataConfig) -> Iterator[Document]:
     domain = _domain(file, cfg)
-    offset = 0
-    for number, raw in enumerate(_split_at_nul(file.path)):
+    offset = part = last = 0
+    for number, raw in _split_at_nul(file.path):
+        part, offset = (part, offset) if number == last else (0, offset + 1)
+        name = f"{file.name}#{number}" if number else file.name
         text = _decode(raw, file.path, offset)
-        offset += len(raw) + 1
-        yield Document(f"{file.name}#{number}" if number else file.name, domain, text)
+        yield Document(f"{name}@{part}" if part else name, domain, text, name if part else "")
+        offset, part, last = offset + len(raw), part + 1, number
 
 
 def _read_jsonl(file: SourceFile, cfg: DataConfig) -> Iterator[Document]:
     domain = "" if cfg.domains == "field" else _domain(file, cfg)
     offset = 0
-    for number, raw in enumerate(_lines(file.path), start=1):
+    for number, raw in enumerate(_guarded(file.path, lines=True), start=1):
         line = _decode(raw, file.path, offset)
         offset += len(raw)
         if not line.strip():
@@ -331,26 +346,33 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _split_at_nul(path: Path) -> Iterator[bytes]:
-    kept: list[bytes] = []
+def _split_at_nul(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The number of each document of a file and its bytes; a long one's in several parts."""
+    number, kept = 0, bytearray()
     for chunk in _guarded(path, lines=False):
         first, *others = chunk.split(b"\0")
-        kept.append(first)
+        kept += first
         for other in others:
-            yield b"".join(kept)
-            kept = [other]
-    yield b"".join(kept)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    return _guarded(path, lines=True)
+            yield number, bytes(kept)
+            number, kept = number + 1, bytearray(other)
+        if len(kept) > LONGEST_DOCUMENT:
+            cut = kept.rfind(b"\n") + 1 or character_start(kept, len(kept) - 1) or len(kept)
+            yield number, bytes(kept[:cut])
+            del kept[:cut]
+    yield number, bytes(kept)
 
 
 def _guarded(path: Path, lines: bool) -> Iterator[bytes]:
     """The file's bytes, unzipped, by line or by chunk; every failure is a DataError."""
     try:
         with _open(path) as stream:
-            while chunk := stream.readline() if lines else stream.read(_CHUNK_BYTES):
+            read = stream.readline if lines else stream.read
+            while chunk := read(LONGEST_LINE + 1 if lines else _CHUNK_BYTES):
+                if len(chunk) > LONGEST_LINE:
+                    raise DataError(
+                        f"{path} has a line longer than {LONGEST_LINE >> 20} MiB; put one document "
+                        "on a line, and split documents longer than that"
+                    )
                 yield chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(

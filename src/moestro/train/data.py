@@ -14,15 +14,19 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moestro.config import DataConfig
+from moestro.config.number import Positive
 from moestro.errors import DataError
+from moestro.settings import Settings
+from moestro.strictjson import read_object
 from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 from moestro.train.corpus import source_state, stable_hash
 from moestro.train.tokenfiles import ENDS_FILE, HELD_FILE, TRAIN_FILE, write_token_files
@@ -42,6 +46,41 @@ class HeldOut(NamedTuple):
 
     tokens_NS: Tensor
     bytes_per_token: float
+
+
+class _Meta(Settings):
+    """What meta.json says of a data folder, checked against itself and the sizes of the files."""
+
+    format: Literal[1]
+    inputs: str
+    fingerprint: str
+    seq_len: Positive
+    seed: int
+    domains: tuple[str, ...]
+    dtype: Literal["uint16", "uint32"]
+    train_tokens: dict[str, Annotated[int, Field(ge=0)]]
+    held_tokens: dict[str, Positive]
+    held_bytes: dict[str, Positive]
+    notes: tuple[str, ...]
+    digest: str
+    files: dict[str, int]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        size = np.dtype(self.dtype).itemsize
+        for name, tokens in ((TRAIN_FILE, self.train_tokens), (HELD_FILE, self.held_tokens)):
+            if self.files.get(name) != sum(tokens.values()) * size:
+                raise ValueError(f"{name} has another size")
+        for by_domain in (self.train_tokens, self.held_tokens, self.held_bytes):
+            if by_domain.keys() != set(self.domains):
+                raise ValueError("not all domains are counted")
+        if self.fingerprint != _fingerprint(self.seed, self.seq_len, self.digest):
+            raise ValueError("the fingerprint is another")
+        return self
+
+
+def _fingerprint(seed: int, seq_len: int, digest: str) -> str:
+    return hashlib.sha256(f"{FORMAT} {seed} {seq_len} {digest}".encode()).hexdigest()
 
 
 class Corpus:
@@ -67,18 +106,20 @@ class Corpus:
         if meta is None:
             raise DataError(f"{folder} is not a complete data folder; prepare it again")
         self.tokenizer: Tokenizer = load_tokenizer(folder)
-        self.domains: tuple[str, ...] = tuple(meta["domains"])
-        self.seq_len: int = meta["seq_len"]
-        self.fingerprint: str = meta["fingerprint"]
-        self.domain_tokens: dict[str, int] = meta["train_tokens"]
-        self.num_train_tokens: int = sum(self.domain_tokens.values())
-        self.notes: tuple[str, ...] = tuple(meta["notes"])
-        self._seed: int = meta["seed"]
-        self._held_tokens: dict[str, int] = meta["held_tokens"]
-        self._held_bytes: dict[str, int] = meta["held_bytes"]
-        self._train = np.memmap(folder / TRAIN_FILE, dtype=meta["dtype"], mode="r")
-        self._held = np.memmap(folder / HELD_FILE, dtype=meta["dtype"], mode="r")
+        self.domains = meta.domains
+        self.seq_len = meta.seq_len
+        self.fingerprint = meta.fingerprint
+        self.domain_tokens: dict[str, int] = meta.train_tokens
+        self.num_train_tokens = sum(meta.train_tokens.values())
+        self.notes = meta.notes
+        self._seed = meta.seed
+        self._held_tokens, self._held_bytes = meta.held_tokens, meta.held_bytes
+        self._train = np.memmap(folder / TRAIN_FILE, dtype=meta.dtype, mode="r")
+        self._held = np.memmap(folder / HELD_FILE, dtype=meta.dtype, mode="r")
         self._ends = np.fromfile(folder / ENDS_FILE, dtype=np.int64)
+        sizes = np.diff(self._ends, prepend=0)
+        if sizes.min(initial=0) < 0 or sizes.sum() != self.num_train_tokens:
+            raise DataError(f"{folder / ENDS_FILE} was altered; prepare the text again")
         self._epochs: dict[int, _Epoch] = {}
 
     @property
@@ -244,12 +285,11 @@ def _inputs(cfg: DataConfig) -> str:
 
 def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
     written = write_token_files(cfg, folder)
-    order = f"{FORMAT} {cfg.seed} {cfg.seq_len} {written.digest}"
     files = sorted(folder.iterdir())
     meta = {
         "format": FORMAT,
         "inputs": inputs,
-        "fingerprint": hashlib.sha256(order.encode()).hexdigest(),
+        "fingerprint": _fingerprint(cfg.seed, cfg.seq_len, written.digest),
         "seq_len": cfg.seq_len,
         "seed": cfg.seed,
         **written._asdict(),
@@ -261,21 +301,19 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
             os.fsync(stream.fileno())
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
+def _read_meta(folder: Path) -> _Meta | None:
     """The meta file of a folder whose files are all there in full; else None."""
     try:
-        meta: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        whole = meta["format"] == FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in meta["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        meta = _Meta(**read_object(folder / META_FILE, DataError, "prepare the text again"))
+        sizes = {name: (folder / name).stat().st_size for name in meta.files}
+    except (OSError, ValueError):
         return None
-    return meta if whole else None
+    return meta if sizes == meta.files else None
 
 
 def _is_current(folder: Path, inputs: str) -> bool:
     meta = _read_meta(folder)
-    return meta is not None and meta["inputs"] == inputs
+    return meta is not None and meta.inputs == inputs
 
 
 def _is_ours(folder: Path) -> bool:

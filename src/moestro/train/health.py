@@ -117,7 +117,8 @@ class CollapseWatch:
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int) -> None:
         self.top_k = top_k
-        self.window_WLE = torch.zeros(WINDOW_STEPS, num_layers, num_experts, dtype=torch.int64)
+        shape = (WINDOW_STEPS, num_layers, num_experts)
+        self.window_WLE = torch.zeros(shape, dtype=torch.int64, device="cpu")
         self.collapsed: set[int] = set()
 
     def observe(self, step: int, counts_LE: Tensor) -> list[str]:

@@ -14,9 +14,8 @@ from typing import Any
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.errors import ConfigError
 from moestro.models.build import Model
-from moestro.models.checkpoint import CONFIG, read_own_config
 from moestro.models.companions import keep_companions
-from moestro.models.pretrained import is_pretrained, read_config
+from moestro.models.pretrained import settings_of
 from moestro.settings import read_values
 from moestro.text import ByteTokenizer, load_tokenizer
 from moestro.train import state
@@ -27,7 +26,12 @@ from moestro.train.task import vocabulary
 
 
 def initial_settings(
-    init: Path, run: Path, default: Path, config: Path | None, assignments: Sequence[str]
+    init: Path,
+    run: Path,
+    default: Path,
+    config: Path | None,
+    assignments: Sequence[str],
+    accept_fields: Sequence[str] = (),
 ) -> RunConfig:
     """Settings of a run that begins from a checkpoint: its model and its tokenizer, the rest given.
 
@@ -37,12 +41,13 @@ def initial_settings(
         default: Settings where `config` is None; what they say about the model does not count.
         config: The person's own settings.
         assignments: `a.b=value` over them.
+        accept_fields: see `models.pretrained.read_config`.
 
     Raises:
         ConfigError: they state another model or tokenizer, windows are longer than the model's
             context, or its vocabulary is too small for the tokenizer.
     """
-    model = read_config(init).cfg if is_pretrained(init) else read_own_config(init / CONFIG)
+    model = settings_of(init, accept_fields)
     stated = read_values(config, assignments)
     _check_stated(stated, model, init)
     tokenizer = load_tokenizer(init)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request: finish the step, save, and leave."""
+"""Ctrl-C, SIGTERM and a closed terminal as a polite request: finish the step, save, and leave."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# Elsewhere than on Unix a closed terminal and a reader that left send no signal.
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+READER_LEFT = getattr(signal, "SIGPIPE", signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is kept in `signal`; a second Ctrl-C aborts.
+    """While entered, the first signal of `STOPPING` is kept in `signal`; a second Ctrl-C aborts.
 
     Outside the main thread Python allows no handlers, and entering changes nothing.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.config import RunConfig
 from moestro.errors import ConfigError, TrainingError
-from moestro.models.build import Model, build_model
+from moestro.models.build import Model, new_model
 from moestro.models.checkpoint import load_model
 from moestro.models.decoder import DecoderOutput
 from moestro.models.encdec import EncDecOutput
@@ -31,30 +31,12 @@ from moestro.train.diagnose import first_bad_gradient, first_bad_value
 from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
-from moestro.train.interrupt import StopRequest
-from moestro.train.metrics import METRICS_NAME, MetricsLog, read_metrics
+from moestro.train.interrupt import READER_LEFT, StopRequest
+from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
 from moestro.train.objective import Objective
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
-
-
-class Point(NamedTuple):
-    """One held-out evaluation of a run.
-
-    Attributes:
-        step: Steps done.
-        tokens: Tokens trained on.
-        seconds: Seconds spent in the steps, evaluation and saving not counted.
-        train_flops: Floating-point operations of those steps, counted from the settings.
-        bits_per_byte: By domain, and `all`.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    train_flops: float
-    bits_per_byte: dict[str, float]
 
 
 class Result(NamedTuple):
@@ -120,7 +102,8 @@ class Trainer:
     def train(self, resume: bool = False) -> Result:
         """Train to the last step, saving and evaluating on the way.
 
-        SIGINT and SIGTERM end it after the step at hand, with a checkpoint.
+        SIGINT, SIGTERM, SIGHUP and a display that nobody reads any more end it after the step at
+        hand, with a checkpoint.
 
         Args:
             resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.
@@ -166,7 +149,7 @@ class Trainer:
         cfg, runtime = self.cfg, self.cfg.train.runtime
         if checkpoint is None:
             torch.manual_seed(cfg.train.seed)
-            self.model = build_model(cfg.model, runtime.backend).to(self.device)
+            self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
             self.model = load_model(checkpoint, str(self.device), runtime.backend)
         self.model.train()
@@ -219,6 +202,8 @@ class Trainer:
                 self.progress.update(record, cfg.steps)
                 for message in record.get("warnings", ()):
                     self.progress.warn(f"step {self._step}: {message}")
+                if self.progress.lost:  # the next step is the last, on every rank
+                    stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
                 checkpoint = self._save()
         assert checkpoint is not None  # at least one step ran, or it was resumed at the end
@@ -376,15 +361,6 @@ class Trainer:
     def _history(self) -> list[Point]:
         """Every evaluation that metrics.jsonl holds."""
         return history(read_metrics(self.folder / METRICS_NAME))
-
-
-def history(records: Sequence[dict[str, Any]]) -> list[Point]:
-    """The evaluations among metrics records, oldest first."""
-    return [
-        Point(r["step"], r["tokens"], r["seconds"], r["train_flops"], r["bits_per_byte"])
-        for r in records
-        if "bits_per_byte" in r
-    ]
 
 
 def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:

@@ -6,14 +6,33 @@ import contextlib
 import importlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moestro.errors import CheckpointError, ConfigError, TrainingError
+from moestro.files import write_whole
+from moestro.strictjson import parse
 
 METRICS_NAME = "metrics.jsonl"
+
+
+class Point(NamedTuple):
+    """One held-out evaluation of a run.
+
+    Attributes:
+        step: Steps done.
+        tokens: Tokens trained on.
+        seconds: Seconds spent in the steps, evaluation and saving not counted.
+        train_flops: Floating-point operations of those steps, counted from the settings.
+        bits_per_byte: By domain, and `all`.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    train_flops: float
+    bits_per_byte: dict[str, float]
 
 
 class MetricsLog:
@@ -78,10 +97,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise CheckpointError(
                 f"{path} line {number} is not a metrics record: {line[:60]!r}; "
                 "remove that line, then go on with --resume"
@@ -90,17 +109,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def history(records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The evaluations among metrics records, oldest first; a measure of null is NaN.
+
+    Raises:
+        CheckpointError: one of them lacks a number.
+    """
+    points = []
+    for record in records:
+        if "bits_per_byte" not in record:
+            continue
+        try:
+            tokens, seconds, flops = (float(record[name]) for name in Point._fields[1:4])
+            measured = {
+                name: math.nan if value is None else float(value)
+                for name, value in record["bits_per_byte"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the metrics of step {record['step']} are no evaluation ({error!r}); remove "
+                f"their line from {METRICS_NAME}, then go on with --resume"
+            ) from None
+        points.append(Point(record["step"], int(tokens), seconds, flops, measured))
+    return points
+
+
 def cut_after(path: Path, step: int) -> None:
     """Remove the records of steps later than `step`, as a resumed run will write them again."""
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +31,9 @@ class ProgressDisplay:
         title: Shown above the numbers, such as the run's folder.
         console: Where to draw; stderr if left out.
         plain_every_s: Seconds between lines where there is no terminal.
+
+    Attributes:
+        lost: Nobody reads any more: the terminal was closed, or the reader of a pipe left.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class ProgressDisplay:
         self.title = title
         self._console = console or Console(file=sys.stderr)
         self._plain_every_s = plain_every_s
+        self.lost = False
         self._live: Live | None = None
         self._record: dict[str, Any] = {}
         self._steps = 1
@@ -61,7 +66,8 @@ class ProgressDisplay:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._writing():
+                self._live.stop()
             self._live = None
 
     def update(self, record: Mapping[str, Any], steps: int) -> None:
@@ -95,7 +101,16 @@ class ProgressDisplay:
         self._write(f"warning: {text}", style="bold yellow")
 
     def _write(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        with self._writing():
+            self._console.print(Text(text, style=style), soft_wrap=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Take note where the display can no longer be written to: that must not end a run."""
+        try:
+            yield
+        except (OSError, SystemExit):  # rich exits where a pipe is broken
+            self.lost = True
 
     def _panel(self) -> Panel:
         grid = Table.grid(padding=(0, 2))

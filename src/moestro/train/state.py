@@ -15,7 +15,6 @@ step and the rank.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -36,18 +35,18 @@ from moestro.errors import (
     MoestroError,
     TrainingError,
 )
+from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.models.checkpoint import (
     CHECKPOINTS,
-    UNFINISHED,
     atomic_folder,
     newest_checkpoint,
     read_json,
     read_tensors,
+    remove_folder,
     save_model,
     step_folders,
     verify_folder,
-    write_json,
 )
 from moestro.models.companions import keep_companions
 from moestro.text import Tokenizer
@@ -129,7 +128,7 @@ def restore(
         CheckpointError: a file is missing or does not fit the model.
     """
     try:
-        values = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        values = read_json(checkpoint / "trainer.json")
         window_WLE = read_tensors(checkpoint / "trainer.safetensors")["window"].clone()
         tensors = read_tensors(checkpoint / "optimizer.safetensors")
         numbers = Numbers(
@@ -139,7 +138,7 @@ def restore(
             window_WLE=window_WLE,
             corpus=str(values["corpus"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot go on from {checkpoint}: {error!r}; use an older checkpoint of the run"
         ) from None
@@ -190,8 +189,8 @@ def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
     """
     path = folder / name
     try:
-        return RunConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return RunConfig(**read_json(path))
+    except ConfigError as error:
         raise CheckpointError(f"cannot read the settings {path}: {error}") from None
 
 
@@ -303,9 +302,7 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     try:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         clear_leftovers(run)
-        fresh = run / f"{SETTINGS_NAME}.tmp"
-        write_json(fresh, cfg.model_dump(mode="json"))
-        fresh.replace(run / SETTINGS_NAME)
+        write_json(run / SETTINGS_NAME, cfg.model_dump(mode="json"))
     except OSError as error:
         raise _unwritable(run, error) from None
     return checkpoint
@@ -329,7 +326,7 @@ def prune(run: Path, step: int, keep: int) -> None:
     """Delete the oldest checkpoints up to `step`, which was just verified, beyond `keep`."""
     upto = [path for number, path in step_folders(run).items() if number <= step]
     for path in upto[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
 
 
 def clear_leftovers(run: Path) -> None:
@@ -359,7 +356,7 @@ def _make_room(target: Path) -> None:
         try:
             verify_folder(target)
         except CheckpointError:
-            shutil.rmtree(target)
+            remove_folder(target)
 
 
 def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moestro.config import DataConfig
 from moestro.errors import DataError
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
-from moestro.train.corpus import choose_held_out, read_documents, stable_hash
+from moestro.train.corpus import character_start, choose_held_out, read_documents, stable_hash
 
 TRAIN_FILE, HELD_FILE, ENDS_FILE = "train.bin", "held_out.bin", "train_ends.bin"
 _SPOOL_FILE = "spool.txt"
@@ -146,7 +146,7 @@ def _capped(pieces: Pieces, text: mmap.mmap, most: int) -> Pieces:
     room_N = most - (begins_N - begins_N[first_N])
     stops_N = np.minimum(pieces.stops_N, pieces.starts_N + np.maximum(room_N, 0))
     for number in np.flatnonzero((stops_N < pieces.stops_N) & (room_N > 0)):
-        stops_N[number] = _character_start(text, int(stops_N[number]))
+        stops_N[number] = character_start(text, int(stops_N[number]))
     capped = pieces._replace(stops_N=stops_N)
     return capped.where(capped.sizes_N > 0)
 
@@ -250,13 +250,7 @@ def _parts(text: mmap.mmap, start: int, stop: int) -> Iterator[bytes]:
 def _line_start(text: mmap.mmap, lowest: int, target: int) -> int:
     """The last line's start in (lowest, target]; else the start of the character at `target`."""
     newline = text.rfind(b"\n", lowest, target)
-    return newline + 1 if newline >= 0 else _character_start(text, target)
-
-
-def _character_start(text: mmap.mmap, place: int) -> int:
-    while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
+    return newline + 1 if newline >= 0 else character_start(text, target)
 
 
 def _check_length(written: Written, cfg: DataConfig) -> None:

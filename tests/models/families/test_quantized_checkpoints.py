@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro.errors import CheckpointError, ConfigError
-from moestro.models.pretrained import read_pretrained, write_pretrained
+from moestro.models.families import FAMILIES
+from moestro.models.families.translate import to_fields
+from moestro.models.pretrained import (
+    read_config,
+    read_pretrained,
+    settings_of,
+    write_pretrained,
+)
 
 from . import tiny
 
@@ -118,6 +125,48 @@ def test_fp8(deepseek, tmp_path):
     agree(read.model, tiny.load(tmp_path / "plain"))
 
 
+def test_fp8_of_any_family(tmp_path):
+    """Qwen publishes it too, and tools make it of others."""
+    folder = tmp_path / "qwen3_moe"
+    tiny.save(tiny.build("qwen3_moe"), folder)
+    rewrite(folder, to_fp8, quantization_config=FP8)
+    read = read_pretrained(folder, dtype=torch.float32)
+    rewrite(folder, from_fp8, quantization_config=None)
+    agree(read.model, tiny.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ in 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ in 4 bits"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "bitsandbytes in 8 bits",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "x"}},
+            "compressed-tensors",
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX in 4 bits"),
+        ({"quantization_config": {"group_size": 64, "bits": 6}}, "MLX in 6 bits"),
+        ({"quantization_config": {"quant_method": "of_tomorrow"}}, "of_tomorrow"),
+        ({"quantization_config": {"colour": "blue"}}, "an unnamed method"),
+    ],
+)
+def test_other_quantisations_are_named_and_refused_where_weights_are_read(fields, words, tmp_path):
+    """Their settings are read all the same: planning needs no weights."""
+    tiny.save(tiny.build("qwen3_moe"), tmp_path)
+    cfg = read_config(tmp_path).cfg
+    rewrite(tmp_path, lambda tensors: None, **fields)
+    for use in (read_pretrained, settings_of):
+        with pytest.raises(ConfigError, match=f"quantised by {words}; read for qwen3_moe: fp8, or"):
+            use(tmp_path)
+    described = read_config(tmp_path)
+    assert described.cfg == cfg
+    assert not to_fields(FAMILIES["qwen3_moe"], cfg, described.hf_config).keys() & fields.keys()
+
+
 def test_selection_biases_stay_exact_in_bfloat16(deepseek):
     stored = load_file(deepseek / "model.safetensors")
     model = read_pretrained(deepseek, dtype=torch.bfloat16).model
@@ -151,7 +200,7 @@ def test_a_broken_pair_is_refused(gpt_oss, change, message):
 
 def test_a_quantisation_of_another_family_is_refused(gpt_oss):
     rewrite(gpt_oss, lambda tensors: None, quantization_config=FP8)
-    with pytest.raises(ConfigError, match=r"quant_method 'fp8'; for gpt_oss .*: mxfp4"):
+    with pytest.raises(ConfigError, match=r"quantised by fp8; read for gpt_oss: mxfp4"):
         read_pretrained(gpt_oss)
 
 

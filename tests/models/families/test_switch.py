@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from moestro.cli.peers import cache_of
 from moestro.errors import CheckpointError, ConfigError
 from moestro.models.pretrained import read_config, read_pretrained, write_pretrained
 
@@ -88,13 +89,11 @@ def test_greedy_generation(pair):
     """Through both caches, token by token: text to text."""
     theirs, read, _ = pair
     source_BS = tokens(1, 21)
-    new, cache, expected, steps = torch.zeros(1, 1, dtype=torch.int64), None, [], []
+    new, cache, expected, steps = torch.zeros(1, 1, dtype=torch.int64), {}, [], []
     encoded = theirs.get_encoder()(input_ids=source_BS)
     for _ in range(32):
-        output = theirs(
-            encoder_outputs=encoded, decoder_input_ids=new, past_key_values=cache, use_cache=True
-        )
-        cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = theirs(encoder_outputs=encoded, decoder_input_ids=new, use_cache=True, **cache)
+        cache, new = cache_of(output), output.logits[:, -1:].argmax(-1)
         expected.append(int(new))
         steps.append(output.logits)
     ours = read.model

@@ -195,7 +195,6 @@ def test_rotary_scalings_go_both_ways(scaling, original):
         ({"rope_parameters": {"rope_theta": 1e4, "up": 1}}, "default.*up"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one set for all"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(change, words):

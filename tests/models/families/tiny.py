@@ -1,5 +1,6 @@
 """Tiny random models of transformers, one for each form that a family takes."""
 
+import copy
 import warnings
 
 import pytest
@@ -308,12 +309,14 @@ def save(model, folder) -> None:
 
 
 def load(folder, **changes):
-    """The model that transformers makes of a folder, in evaluation mode."""
+    """The model that transformers makes of a folder, in evaluation mode.
+
+    Copied into memory of its own: products may give other bits where a mapped file lies askew.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         auto = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, auto.architectures[0])
         eager = {} if kind.__name__.startswith("Switch") else {"experts_implementation": "eager"}
-        return kind.from_pretrained(
-            folder, attn_implementation="eager", **{**eager, **changes}
-        ).eval()
+        mapped = kind.from_pretrained(folder, attn_implementation="eager", **{**eager, **changes})
+        return copy.deepcopy(mapped).eval()

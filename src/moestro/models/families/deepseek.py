@@ -204,5 +204,4 @@ DEEPSEEK_V3 = Family(
     ignored=old_keys,
     left_out=_next_tokens,
     replaced={"num_nextn_predict_layers": 0},
-    quantised=("fp8",),
 )

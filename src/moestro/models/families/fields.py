@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moestro.config.number import MOST_LAYERS
 from moestro.errors import ConfigError
-from moestro.models.families.table import Config, Entry
+from moestro.models.families.table import Config, Entry, Inert
 
 REQUIRED = object()
 
 # About files, training, generation or the library, never about what the model computes.
 HARMLESS = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
-    "_experts_implementation", "_name_or_path", "architectures", "attention_dropout",
-    "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens",
-    "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "aux_loss_alpha",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "hidden_dropout", "id2label", "initializer_range",
-    "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length",
-    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "keys_to_ignore_at_inference", "label2id",
+    "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences",
     "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
     "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
     "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
@@ -33,6 +33,14 @@ HARMLESS = frozenset({
     "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
     "typical_p", "unk_token_id", "use_bfloat16", "use_cache",
 })  # fmt: skip
+# Notes of libraries and tools: `_name_or_path`, `unsloth_version`, `transformers.js_config`.
+HARMLESS_BEGINNINGS = ("_", "unsloth_", "transformers.js")
+# What transformers' base class writes for every family.
+INERT = (
+    Inert("is_encoder_decoder", (False,), "an encoder beside the decoder"),
+    Inert("add_cross_attention", (False,), "attention to an encoder in every layer"),
+    Inert("pruned_heads", ({}, []), "that attention heads are taken out"),
+)
 
 
 def setting(cfg: Config, dotted: str) -> Any:
@@ -91,6 +99,18 @@ def field(
         return {theirs: None if value is None else write(value)}
 
     return Entry((theirs,), reads, writes)
+
+
+def num_layers(hf: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`, for what is said layer by layer.
+
+    Raises:
+        ConfigError: more than any model has.
+    """
+    number: int = hf["num_hidden_layers"]
+    if number > MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {number}; at most {MOST_LAYERS:,} are allowed")
+    return number
 
 
 def choice(theirs: str, ours: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Entry:

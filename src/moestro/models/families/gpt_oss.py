@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.models.families.fields import derived, field, fixed, layer_types
+from moestro.models.families.fields import derived, field, fixed, layer_types, num_layers
 from moestro.models.families.llama import DECODER, TIED, backbone, old_keys
 from moestro.models.families.rope import rope
 from moestro.models.families.table import Family, Rule
@@ -32,9 +32,7 @@ def rules(cfg: Any) -> list[Rule]:
 
 def _alternating(hf: Mapping[str, Any]) -> list[str]:
     """The layer types where config.json does not say them: the first slides, the second not."""
-    return [
-        "full_attention" if n % 2 else "sliding_attention" for n in range(hf["num_hidden_layers"])
-    ]
+    return ["full_attention" if n % 2 else "sliding_attention" for n in range(num_layers(hf))]
 
 
 GPT_OSS = Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.models.families.fields import choice, field, fixed, layer_types, window
+from moestro.models.families.fields import choice, field, fixed, layer_types, num_layers, window
 from moestro.models.families.rope import rope
 from moestro.models.families.table import Entry, Family, Rule
 
@@ -96,7 +96,7 @@ def rules(cfg: Any) -> list[Rule]:
 def _qwen3_windows(hf: Mapping[str, Any]) -> list[str]:
     """Qwen3's layers slide from number max_window_layers on, where windows are on at all."""
     first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else None
-    sliding = [first is not None and n >= first for n in range(hf["num_hidden_layers"])]
+    sliding = [first is not None and n >= first for n in range(num_layers(hf))]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
 

@@ -40,4 +40,5 @@ MIXTRAL = Family(
     rules,
     always={"moe.router.kind": "softmax", "moe.router.renormalize": True},
     ignored=old_keys,
+    renamed={"block_sparse_moe.": "mlp."},
 )

@@ -46,4 +46,5 @@ PHIMOE = Family(
     # It blurs the tokens in training only, and our sparsemixer is for inference.
     harmless=frozenset({"input_jitter_noise"}),
     ignored=old_keys,
+    renamed={"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.": "mlp."},
 )

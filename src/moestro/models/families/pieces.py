@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moestro.models.families.table import LAYOUTS, Rule
 
+# The end of a key that only fused experts have.
+FUSED = ".experts.gate_up_proj"
 _INDEXED = re.compile(r"(?P<name>.*)\[(?P<index>\{e\}|\d+)\]")
 
 
@@ -53,6 +55,28 @@ def pieces(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list
         assert len(fitting) == 1, f"{len(fitting)} rules for {name}; a family's table needs one"
         match, rule = fitting[0]
         found += _spell_out(rule, name, match.groupdict().get("n", ""), shape)
+    return found
+
+
+def fused(rules: Sequence[Rule], renamed: Mapping[str, str]) -> list[Rule]:
+    """The rules where all experts of a layer are in one tensor, with the layout of ours.
+
+    transformers writes that with `save_original_format=False`, and names some parts anew.
+
+    Args:
+        rules: where each expert has tensors of its own.
+        renamed: parts of keys → their new names.
+    """
+    found = []
+    for rule in rules:
+        ours, each, _ = rule.ours.partition("[{e}]")
+        theirs = rule.theirs
+        if each:
+            stack = ours.rpartition(".")[2]
+            theirs = (f"{theirs[0].partition('experts.')[0]}experts.{stack}_proj",)
+        for old, new in renamed.items():
+            theirs = tuple(key.replace(old, new) for key in theirs)
+        found.append(rule._replace(theirs=theirs, ours=ours if each else rule.ours))
     return found
 
 

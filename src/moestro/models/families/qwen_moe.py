@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moestro.errors import ConfigError
-from moestro.models.families.fields import choice, field, layer_types
+from moestro.models.families.fields import choice, field, layer_types, num_layers
 from moestro.models.families.llama import (
     BIAS,
     DECODER,
@@ -19,7 +19,7 @@ from moestro.models.families.llama import (
     old_keys,
 )
 from moestro.models.families.rope import rope
-from moestro.models.families.table import Entry, Family, Rule
+from moestro.models.families.table import Entry, Family, Inert, Rule
 
 
 def rules(cfg: Any) -> list[Rule]:
@@ -39,12 +39,13 @@ def _mixed_layers() -> Entry:
     """`decoder_sparse_step`: every n-th layer is a mixture; `mlp_only_layers`: but not these."""
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        step, dense_layers = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or []
-        turns = [n for n in range(hf["num_hidden_layers"]) if (n + 1) % step == 0]
+        step, given = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or []
+        dense_layers = set(given)
+        turns = [n for n in range(num_layers(hf)) if (n + 1) % step == 0]
         mixed = [n for n in turns if n not in dense_layers]
         if not mixed or mixed != [n for n in turns if n >= mixed[0]]:
             raise ConfigError(
-                f"mlp_only_layers is {dense_layers!r}; only the first layers can be kept dense "
+                f"mlp_only_layers is {given!r}; only the first layers can be kept dense "
                 "here, and some have to be mixtures"
             )
         return {"moe_every": step, "dense_first": 0 if mixed == turns else mixed[0]}
@@ -98,7 +99,7 @@ def _switched_window() -> Entry:
 def _qwen2_windows(hf: Mapping[str, Any]) -> list[str]:
     """Of the first max_window_layers, every other one slides, where windows are on at all."""
     last = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else 0
-    sliding = [n % 2 == 0 and n < last for n in range(hf["num_hidden_layers"])]
+    sliding = [n % 2 == 0 and n < last for n in range(num_layers(hf))]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
 
@@ -133,5 +134,11 @@ QWEN3_MOE = Family(
     (*DECODER, EPS, rope(), TIED, DENSE, BIAS, *_MIXTURE, _head_dim(), _switched_window()),
     rules,
     always={"attention.qk_norm": "head", "moe.router.kind": "softmax"},
+    # Left over from Qwen2-MoE in Qwen3-Coder's.
+    inert=(
+        Inert("qkv_bias", (False,), "biases of queries, keys and values"),
+        Inert("use_qk_norm", (True,), "queries and keys without norms"),
+        Inert("shared_expert_intermediate_size", (0,), "a shared expert beside the routed ones"),
+    ),
     ignored=old_keys,
 )

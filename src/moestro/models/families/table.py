@@ -54,6 +54,20 @@ class Entry(NamedTuple):
     check: Callable[[Any, Mapping[str, Any]], None] | None = None
 
 
+class Inert(NamedTuple):
+    """A field of config.json that changes nothing while it has one of its usual values, or null.
+
+    Attributes:
+        theirs: its name.
+        allowed: the values that change nothing.
+        otherwise: what any other would mean.
+    """
+
+    theirs: str
+    allowed: tuple[Any, ...]
+    otherwise: str
+
+
 def _nothing(cfg: Any) -> tuple[str, ...]:
     return ()
 
@@ -76,6 +90,7 @@ class Family(NamedTuple):
         rules: settings → the rules of the tensors. Every tensor of our model needs exactly one.
         always: settings of ours, by dotted name, that every model of the family has.
         harmless: fields of config.json without meaning for the model, beside `fields.HARMLESS`.
+        inert: fields that must have a value without meaning, beside `fields.INERT`.
         ignored: settings → tensor names that a checkpoint may hold and that nobody needs, with
             {n} for any number and * for anything.
         left_out: settings → what a checkpoint may hold that this project does not run, by a name
@@ -83,6 +98,7 @@ class Family(NamedTuple):
         replaced: fields of config.json about what is left out, as they are written, always.
         copies: tensor names that a checkpoint may hold beside the ones that they must equal (those
             of tied parameters are known without).
+        renamed: parts of keys → what they are where experts are `fused`.
         copied: settings → whether those are written as well.
         quantised: values of quantization_config's quant_method that are read (dequantised).
         settings: the class of our settings.
@@ -94,12 +110,14 @@ class Family(NamedTuple):
     rules: Callable[[Any], list[Rule]]
     always: Mapping[str, Any] = {}
     harmless: frozenset[str] = frozenset()
+    inert: tuple[Inert, ...] = ()
     ignored: Callable[[Any], tuple[str, ...]] = _nothing
     left_out: Callable[[Any], Mapping[str, tuple[str, ...]]] = _all_runs
     replaced: Mapping[str, Any] = {}
     copies: Mapping[str, str] = {}
+    renamed: Mapping[str, str] = {}
     copied: Callable[[Any], bool] = _never
-    quantised: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ("fp8",)
     settings: type[ModelConfig] | type[EncDecConfig] = ModelConfig
 
 

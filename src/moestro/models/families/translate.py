@@ -1,39 +1,41 @@
 """Between a config.json of Hugging Face's layout and our settings, both ways, by a family's table.
 
-Nothing is dropped: a field that the table does not know is refused, and what is written is read
-back and compared before anyone relies on it.
+Nothing is dropped: a field that the table does not know is refused unless the caller accepts it by
+name, and what is written is read back and compared before anyone relies on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from moestro.config import DenseConfig, ModelConfig
 from moestro.errors import ConfigError
-from moestro.models.families.fields import HARMLESS
+from moestro.models.families.fields import HARMLESS, HARMLESS_BEGINNINGS, INERT
 from moestro.models.families.table import Config, Entry, Family
 
+# What a config.json says of how the weights are stored; the second is MLX's.
+QUANTISATION = frozenset({"quantization_config", "quantization"})
+_ACCEPT = (
+    "If it does not change what the model computes, accept it by name: --accept-field NAME, or "
+    "accept_fields=[NAME] in Python"
+)
 # Tokens that transformers would otherwise take from its own defaults.
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def to_settings(family: Family, hf: Mapping[str, Any]) -> Config:
+def to_settings(family: Family, hf: Mapping[str, Any], accepted: Container[str] = ()) -> Config:
     """Our settings for a config.json.
+
+    Args:
+        family: of its model_type.
+        hf: its fields. Those about quantisation are about the files, and not looked at.
+        accepted: fields without a meaning here that it may have all the same.
 
     Raises:
         ConfigError: a field is unknown, missing, or has a value that cannot be expressed.
     """
-    known = {name for entry in family.entries for name in entry.theirs}
-    known |= HARMLESS | family.harmless | family.replaced.keys()
-    unknown = sorted(name for name in hf if name not in known and name != "quantization_config")
-    if unknown:
-        raise ConfigError(
-            f"unknown field {', '.join(unknown)} for model_type {family.model_type}: its meaning "
-            "is not known here, so it is not ignored. If it does not change what the model "
-            "computes, remove it from config.json"
-        )
-    _check_quantisation(family, hf)
+    _check_fields(family, hf, accepted)
     values: dict[str, Any] = {}
     for dotted, value in family.always.items():
         _put(values, dotted, value)
@@ -65,7 +67,7 @@ def to_fields(family: Family, cfg: Config, original: Mapping[str, Any]) -> dict[
             f"{family.model_type} takes {family.settings.__name__}, not {type(cfg).__name__}"
         )
     cfg = _spelled_out(cfg)
-    fields = {name: value for name, value in original.items() if name != "quantization_config"}
+    fields = {name: value for name, value in original.items() if name not in QUANTISATION}
     if not original:
         cfg = _with_kv_heads(cfg)
         fields = {"architectures": [family.architecture], "model_type": family.model_type}
@@ -79,7 +81,7 @@ def to_fields(family: Family, cfg: Config, original: Mapping[str, Any]) -> dict[
             fields.pop(name, None)
         fields |= written
     fields |= family.replaced
-    lost = _difference(canonical(cfg), canonical(to_settings(family, fields)))
+    lost = _difference(canonical(cfg), canonical(to_settings(family, fields, fields)))
     if lost is not None:
         name, ours, theirs = lost
         raise ConfigError(
@@ -147,20 +149,37 @@ def _with_kv_heads(cfg: Config) -> Config:
     return cfg.model_copy(update={"attention": attention})
 
 
-def _check_quantisation(family: Family, hf: Mapping[str, Any]) -> None:
-    config = hf.get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, Mapping) else config
-    if method is not None and method not in family.quantised:
-        known = ", ".join(family.quantised) or "none"
+def _check_fields(family: Family, hf: Mapping[str, Any], accepted: Container[str]) -> None:
+    """Refuse fields that may mean what is not expressed here."""
+    known = fields_with_meaning(family) | HARMLESS | family.harmless | QUANTISATION
+    inert = {one.theirs: one for one in (*INERT, *family.inert) if one.theirs not in known}
+    for name in sorted(hf.keys() & inert.keys()):
+        allowed, value = inert[name].allowed, hf[name]
+        if value is not None and value not in allowed and name not in accepted:
+            raise ConfigError(
+                f"{name} is {value!r}, which would mean {inert[name].otherwise}; only "
+                f"{allowed[0]!r} can be expressed here. {_ACCEPT}"
+            )
+    unknown = [
+        name
+        for name in sorted(hf.keys() - known - inert.keys())
+        if name not in accepted and not name.startswith(HARMLESS_BEGINNINGS)
+    ]
+    if unknown:
         raise ConfigError(
-            f"quantization_config has quant_method {method!r}; for {family.model_type} the "
-            f"quantisations read here are: {known}. Convert the checkpoint to bfloat16 first"
+            f"unknown field {', '.join(unknown)} for model_type {family.model_type}: its meaning "
+            f"is not known here, so it is not ignored. {_ACCEPT}"
         )
+
+
+def fields_with_meaning(family: Family) -> set[str]:
+    """The fields of config.json that a family's settings are made from."""
+    return {name for entry in family.entries for name in entry.theirs} | family.replaced.keys()
 
 
 def _read_before(family: Family, original: Mapping[str, Any]) -> dict[str, Any] | None:
     """The canonical settings of the original config.json; None where there is none."""
-    return canonical(to_settings(family, original)) if original else None
+    return canonical(to_settings(family, original, original)) if original else None
 
 
 def _agrees(entry: Entry, original: Mapping[str, Any], before: dict[str, Any], cfg: Config) -> bool:

@@ -169,7 +169,7 @@ class Run:
 
     def _count(self, looked: Looked, batch: Batch, counted: Iterable[int]) -> None:
         """Add up who handled the tokens that have a loss, by document."""
-        document_BS = torch.full(batch.tokens_BS.shape, -1)
+        document_BS = torch.full_like(batch.tokens_BS, -1)
         for row_S, reading in zip(document_BS, batch.readings, strict=True):
             row_S[: len(reading.tokens_S) - 1] = self.number[reading.document]
         document_T = document_BS.flatten().numpy()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import DataError, MoestroError
-from moestro.probe.recording import routers
+from moestro.probe.recording import hooks, routers
 from moestro.probe.recording.choices import Choice, Kept
 
 # What blocks are called that hold a mixture, in transformers and in code that came with a model.
@@ -33,8 +33,9 @@ class Tap(NamedTuple):
         layer: number of its layer.
         name: of the experts module.
         num_experts: E.
-        experts: the module of the experts; the router itself where they get no choices.
-        router: the module beside it whose output holds the logits; None: not found.
+        experts: the module of the experts, or the outermost that only passes calls on to it (an
+            adapter); the router itself where they get no choices.
+        router: the module beside it whose output holds the logits, found alike; None: not found.
         scoring: how its logits become probabilities, see `routers.probabilities`; None: unknown.
     """
 
@@ -76,14 +77,18 @@ def taps(model: nn.Module) -> list[Tap]:
         )
     modules = {name: module for name, module in model.named_modules() if not _ASIDE.search(name)}
     found: list[Tap] = []
-    for name, module in modules.items():
-        kind = type(module).__name__
-        if kind in routers.OTHERS:
-            parent = modules.get(name.rpartition(".")[0])
-            if type(parent).__name__ not in routers.NOT_FEED_FORWARD:
-                found.append(_tap(name, module, module))
-        elif _takes_choices(name, module):
-            found.append(_tap(name, module, _beside(modules, name)))
+    for inner, module in modules.items():
+        other = routers.kind(module) in routers.OTHERS
+        if not other and not _takes_choices(inner, module):
+            continue
+        name = routers.outermost(modules, inner)
+        if any(tap.name == name for tap in found):  # one wrapper may hold two, of which one runs
+            continue
+        parent = modules.get(name.rpartition(".")[0])
+        if other and routers.kind(parent) in routers.NOT_FEED_FORWARD:
+            continue
+        router = modules[name] if other else _beside(modules, name)
+        found.append(_tap(name, modules[name], router))
     _refuse_unseen(model, modules, found)
     if not found:
         raise MoestroError(
@@ -109,10 +114,10 @@ def tapped(found: Sequence[Tap], see: See, *, again: bool = False) -> Iterator[N
             needs that, a count must not have it.
     """
     logits: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
 
-        def add(handle: Any) -> None:
-            hooks.callback(handle.remove)
+        def add(register: Any, hook: Any, **options: Any) -> None:
+            stack.callback(hooks.add(register, hook, **options).remove)
 
         def shown(place: int, chosen: Chosen) -> tuple[Tensor, Tensor] | None:
             # Number of the running backward pass; -1 outside of one.
@@ -121,14 +126,15 @@ def tapped(found: Sequence[Tap], see: See, *, again: bool = False) -> Iterator[N
             return see(place, chosen)
 
         for place, tap in enumerate(found):
-            other = routers.OTHERS.get(type(tap.experts).__name__)
+            other = routers.OTHERS.get(routers.kind(routers.core(tap.experts)))
             if other is not None:
-                add(tap.experts.register_forward_hook(_after(place, other, shown)))
+                add(tap.experts.register_forward_hook, _after(place, other, shown))
                 continue
             if tap.router is not None:
-                add(tap.router.register_forward_hook(_remember(place, tap.num_experts, logits)))
-            hook = _before(place, tap, logits, shown)
-            add(tap.experts.register_forward_pre_hook(hook, with_kwargs=True))
+                remember = _remember(place, tap.num_experts, logits)
+                add(tap.router.register_forward_hook, remember)
+            before = _before(place, tap, logits, shown)
+            add(tap.experts.register_forward_pre_hook, before, with_kwargs=True)
         yield
 
 
@@ -218,12 +224,13 @@ def _settings(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _tap(name: str, experts: Any, router: nn.Module | None) -> Tap:
+def _tap(name: str, experts: nn.Module, router: nn.Module | None) -> Tap:
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    kind = type(experts).__name__
-    count = getattr(experts, routers.COUNTS.get(kind, "num_experts"), None)
+    inner = routers.core(experts)
+    kind = routers.kind(inner)
+    count: Any = getattr(inner, routers.COUNTS.get(kind, "num_experts"), None)
     if count is None:
-        count = getattr(experts, "out_features", None)
+        count = getattr(inner, "out_features", None)
     if count is None:
         raise MoestroError(f"{name} ({kind}) does not say how many experts it has")
     count = int(count) + (kind in routers.SKIPPING)
@@ -263,14 +270,15 @@ def _refuse_unseen(model: nn.Module, modules: dict[str, nn.Module], found: list[
         last = name.split(".")[-1]
         # "Shared" experts take every token: nothing is chosen there.
         experts = last == "experts" or (kind.endswith("Experts") and "Shared" not in kind)
-        block = _BLOCK.search(kind) is not None and kind not in routers.NOT_FEED_FORWARD
-        if not (experts or block) or module is model or kind in routers.NOT_FEED_FORWARD:
+        block = _BLOCK.search(kind) is not None
+        skipped = module is model or routers.kind(module) in routers.NOT_FEED_FORWARD
+        if skipped or not (experts or block):
             continue
         parent = name.rpartition(".")[0]
         inside = any(tap == name or tap.startswith(f"{name}.") for tap in seen)
         # Experts are seen where their router is: in the same block.
         beside = experts and any(tap.rpartition(".")[0] == parent for tap in seen)
-        aside = experts and type(modules.get(parent)).__name__ in routers.NOT_FEED_FORWARD
+        aside = experts and routers.kind(modules.get(parent)) in routers.NOT_FEED_FORWARD
         within = any(name.startswith(f"{tap}.") for tap in seen)
         if not (inside or beside or aside or within):
             unseen.add(kind)
@@ -293,7 +301,8 @@ def _remember(place: int, num_experts: int, logits: dict[int, Tensor]) -> Any:
 
 
 def _before(place: int, tap: Tap, logits: dict[int, Tensor], see: See) -> Any:
-    skip, names = type(tap.experts).__name__ in routers.SKIPPING, _names(tap.experts)
+    inner = routers.core(tap.experts)
+    skip, names = routers.kind(inner) in routers.SKIPPING, _names(inner)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The tokens come first by position; all families do so.
@@ -317,12 +326,13 @@ def _before(place: int, tap: Tap, logits: dict[int, Tensor], see: See) -> Any:
 
 def _after(place: int, other: routers.Other, see: See) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        experts_TK, weights_TK, logits_TE = other.read(module, output)
+        router = routers.core(module)
+        experts_TK, weights_TK, logits_TE = other.read(router, output)
         changed = see(place, Chosen(experts_TK, weights_TK, logits_TE))
         if changed is None:
             return None
         num_experts = logits_TE.shape[1]
-        return other.write(module, output, *_in_range(changed, weights_TK, num_experts))
+        return other.write(router, output, *_in_range(changed, weights_TK, num_experts))
 
     return hook
 

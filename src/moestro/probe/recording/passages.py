@@ -125,7 +125,7 @@ def prepare(texts: Iterable[Passage | str], tokenizer: Encodes | None) -> list[R
         texts = [texts]
     for place, text in enumerate(texts):
         passage = Passage(_encode(text, tokenizer)) if isinstance(text, str) else text
-        tokens_S = torch.as_tensor(passage.tokens).detach().cpu()
+        tokens_S = torch.as_tensor(passage.tokens, device="cpu").detach()
         domain, document = passage.domain, passage.document
         if not tokens_S.numel():
             raise DataError(f"text {place} ({domain}) has no tokens; leave it out")
@@ -170,14 +170,14 @@ def in_batches(readings: Sequence[Reading], batch_size: int) -> list[tuple[Readi
 
 def pad(readings: tuple[Reading, ...]) -> Batch:
     """The sequences side by side, padded on the right."""
-    length_B = torch.tensor([len(reading.tokens_S) for reading in readings])
     tokens_BS = torch.nn.utils.rnn.pad_sequence(
         [reading.tokens_S for reading in readings], batch_first=True
     )
+    length_B = tokens_BS.new_tensor([len(reading.tokens_S) for reading in readings])
     width = tokens_BS.shape[1]
     valid_BS = None
     if bool((length_B < width).any()):
-        valid_BS = torch.arange(width) < length_B[:, None]
+        valid_BS = torch.arange(width, device="cpu") < length_B[:, None]
     return Batch(readings, tokens_BS, valid_BS, length_B)
 
 

@@ -220,7 +220,8 @@ def check_tokens(model: nn.Module, readings: list[Reading], generate: int = 0) -
         if low < 0 or high >= size:
             raise DataError(
                 f"text {place} ({reading.document}) has token {low if low < 0 else high}; the "
-                f"model's vocabulary is 0 to {size - 1}. Use the tokenizer that it was trained with"
+                f"model's vocabulary is 0 to {size - 1}. Leave the text out, or use the tokenizer "
+                "that the model was trained with"
             )
         length = len(reading.tokens_S) + generate
         if context is not None and length > context:

@@ -167,7 +167,7 @@ def _parts(trace: Trace) -> Iterator[_Part]:
         one = trace.choose(chosen_N)
         tokens = torch.split(torch.from_numpy(one.tokens_T).long(), one.length_N.tolist())
         batch = pad(tuple(Reading(each, "", "", len(each)) for each in tokens))
-        rows_T = torch.arange(batch.tokens_BS.numel())
+        rows_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
         if batch.valid_BS is not None:
             rows_T = rows_T[batch.valid_BS.flatten()]
         kept = one.kept_TLK

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How routers turn logits into scores, of transformers 5.23. In all, the probabilities are the
+# How routers turn logits into scores, of transformers 5.24. In all, the probabilities are the
 # scores divided by their sum.
 _SIGMOID = (
     "AXK1TopkRouter", "AXK2TopkRouter", "AfmoeTokenChoiceRouter", "BailingHybridTopkRouter",
@@ -17,16 +18,18 @@ _SIGMOID = (
     "Dots3NoteTextTopkRouter", "ExaoneMoeTopkRouter", "FlintTopKRouter",
     "Glm4MoeLiteTopkRouter", "Glm4MoeTopkRouter", "Glm4vMoeTextTopkRouter",
     "Glm5NextTextTopkRouter", "GlmMoeDsaTopkRouter", "HYV3TopKRouter", "HYV4TopkRouter",
-    "InklingTopkRouter", "KimiLinearTopkRouter", "Kolibri1TopKRouter", "LagunaTopKRouter",
-    "Lfm2MoeTopKRouter", "Llama4Router", "MiMoV2FlashTopkRouter", "MiniMaxM2TopKRouter",
-    "MiniMaxM3VLTopKRouter", "NemotronHTopkRouter", "SolarOpenTopkRouter", "Step3p7TopKRouter",
+    "HYV4VLTopkRouter", "InklingTopkRouter", "KimiLinearTopkRouter", "Kolibri1TopKRouter",
+    "LagunaTopKRouter", "Lfm2MoeTopKRouter", "Llama4Router", "MiMoV2FlashTopkRouter",
+    "MiniMaxM2TopKRouter", "MiniMaxM3VLTopKRouter", "NemotronHTopkRouter", "SolarOpenTopkRouter",
+    "Step3p7TopKRouter",
 )  # fmt: skip
 _SOFTMAX = (
     "AriaTextTopKRouter", "DbrxRouter", "DeepseekOcr2TextTopkRouter", "DeepseekV2TopkRouter",
     "Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter", "FlexOlmoTopKRouter",
     "GptOssTopKRouter", "GraniteMoeHybridTopKRouter", "GraniteMoeSWATopKRouter",
     "GraniteMoeSharedTopKRouter", "GraniteMoeTopKRouter", "HunYuanMoEV1Gate", "JambaTopKRouter",
-    "JetMoeTopKGating", "LongcatFlashTopkRouter", "MellumTopKRouter", "MiniMaxTopKRouter",
+    "JetMoeTopKGating", "LaraMiniTopKRouter", "LongcatFlashTopkRouter", "MellumTopKRouter",
+    "MiniMaxTopKRouter",
     "Mistral4TopkRouter", "MistralLarge4TextTopkRouter", "MixtralTopKRouter", "OlmoeTopKRouter",
     "OpenAIPrivacyFilterTopKRouter", "PhimoeTopKRouter", "Qwen2MoeTopKRouter",
     "Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "Qwen3OmniMoeTextTopKRouter",
@@ -44,6 +47,7 @@ SCORING = {
     "DeepseekV4HashRouter": "score_fn",
     "DeepseekV4TopKRouter": "score_fn",
     "Inkling2TopKRouter": "score_fn",
+    "Inkling2LoopTopKRouter": "score_fn",
     "MuseSparkTopkRouter": "scoring_function",
 }
 # Where the number of experts stands, for classes that count those that pass tokens on unchanged.
@@ -66,12 +70,49 @@ class Other(NamedTuple):
     write: Callable[[Any, Any, Tensor, Tensor], Any]
 
 
+def passes_on(module: nn.Module) -> bool:
+    """Whether a module takes whatever it is given, as wrappers do (adapters, compiled modules)."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(each.kind is each.VAR_POSITIONAL for each in parameters)
+
+
+def core(module: nn.Module) -> nn.Module:
+    """What a wrapper holds, or the module itself: the first that names what it takes."""
+    return next((each for each in module.modules() if not passes_on(each)), module)
+
+
+def outermost(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name of the outermost module that only passes calls on to the one of that name."""
+    outer = name.rpartition(".")[0]
+    while outer and passes_on(modules[outer]):
+        if not isinstance(modules[outer], nn.ModuleDict | nn.ModuleList):
+            name = outer
+        outer = outer.rpartition(".")[0]
+    return name
+
+
+def kind(module: object) -> str:
+    """The name of the class whose forward a module runs.
+
+    Classes that are made at run time around another (FSDP, parametrizations) inherit its forward.
+    """
+    classes = type(module).__mro__
+    return next((each.__name__ for each in classes if "forward" in vars(each)), classes[0].__name__)
+
+
+def named(module: nn.Module | None) -> str:
+    """What to call a module in messages: its class, within wrappers."""
+    return "no router" if module is None else kind(core(module))
+
+
 def scoring(router: nn.Module | None) -> str | None:
     """How a router's logits become probabilities; None: not known."""
-    found = SCORING.get(type(router).__name__)
+    if router is None:
+        return None
+    found = SCORING.get(kind(core(router)))
     if found is None or found in ("sigmoid", "softmax", "none"):
         return found
-    chosen = getattr(router, found, None)
+    chosen = getattr(core(router), found, None)
     return chosen if chosen in ("sigmoid", "softmax") else found
 
 
@@ -84,7 +125,7 @@ def probabilities(how: str, router: Any, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1)
     if how == "sigmoid":
         return F.logsigmoid(logits_TE).softmax(-1)
-    scores_TE: Tensor = getattr(router, how)(logits_TE)
+    scores_TE: Tensor = getattr(core(router), how)(logits_TE)
     return scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
@@ -103,7 +144,7 @@ def _write_llama4(router: Any, output: Any, experts_TK: Tensor, weights_TK: Tens
 def _read_jetmoe(router: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Assignments sorted by expert, how many each has, and the place each came from."""
     places_R, _, weights_R, sizes, logits_TE = output
-    counts_E = torch.tensor(sizes, device=places_R.device)
+    counts_E = torch.tensor(sizes, dtype=torch.int64, device=places_R.device)
     experts_R = torch.arange(len(sizes), device=places_R.device).repeat_interleave(counts_E)
     shape = (len(logits_TE), router.top_k)
     experts_TK = torch.empty_like(places_R).index_copy(0, places_R, experts_R).view(shape)

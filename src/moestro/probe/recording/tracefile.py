@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from moestro.errors import DataError
 from moestro.probe.recording.tracecheck import check, check_subject, dtypes
 from moestro.probe.recording.traces import Subject, Trace, join, require_same
+from moestro.strictjson import parse
 
 FORMAT = "moestro trace"
 VERSION = 1
@@ -32,11 +33,6 @@ _HEADER, _NAMES = "header.json", "names.json"
 _OPTIONAL = "kept_TLK"
 _MEMBER = re.compile(r"part-(\d{5,})/(\w+\.npy|names\.json)")
 _PIECE = 2**20
-# What the readers of zip, JSON and npy headers raise on bytes that are none.
-_DAMAGE = (
-    zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError,
-    MemoryError, NotImplementedError, RuntimeError, SyntaxError,
-)  # fmt: skip
 
 
 class TraceWriter:
@@ -233,7 +229,7 @@ class _Reader:
     def read(self, part: int) -> Trace:
         place, num_experts = f"part-{part:05d}", self.subject.num_experts
         with self._damage(f"{place}/{_NAMES} cannot be read"):
-            names = json.loads(self._bytes(f"{place}/{_NAMES}"))
+            names = parse(self._bytes(f"{place}/{_NAMES}"), surrogates=True)
             domains, documents = names["domains"], names["documents"]
             if not isinstance(domains, list) or not isinstance(documents, list):
                 raise TypeError("domains and documents must be lists")
@@ -251,12 +247,11 @@ class _Reader:
         """Turn what is raised on unsound bytes into an error that names the file."""
         try:
             yield
-        except DataError:
+        except (DataError, OSError):
             raise
-        except _DAMAGE as error:
-            raise DataError(
-                f"{self._path}: {what} ({type(error).__name__}: {error}); record the trace again"
-            ) from error
+        except Exception as error:  # the readers of zip and npy raise nearly anything
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise DataError(f"{self._path}: {what} ({reason}); record the trace again") from error
 
     def _list(self) -> dict[str, zipfile.ZipInfo]:
         """The members by name; their sizes are no more than the file holds."""
@@ -278,7 +273,7 @@ class _Reader:
         if _HEADER not in self._members:
             raise DataError(f"{self._path} is no trace: it has no member {_HEADER}")
         with self._damage(f"{_HEADER} cannot be read"):
-            header = json.loads(self._bytes(_HEADER))
+            header = parse(self._bytes(_HEADER))
             if header["format"] != FORMAT:
                 raise DataError(f"{self._path} is no trace: its format is {header['format']!r}")
             if header["version"] != VERSION:

@@ -22,7 +22,7 @@ from moestro.probe.report import tabulated
 from moestro.probe.report.charts import saturation_chart
 from moestro.probe.report.pieces import Pieces, visible
 from moestro.probe.report.summary import summary
-from moestro.probe.report.tables import write_whole
+from moestro.probe.report.tables import save_text
 from moestro.probe.report.view import view
 from moestro.text import Tokenizer
 
@@ -102,7 +102,7 @@ def write_report(path: Path, page: str) -> None:
     Raises:
         MoestroError: the file cannot be written.
     """
-    write_whole(path, page, f"the report {path}")
+    save_text(path, page, f"the report {path}")
 
 
 def _check(findings: Findings, trace: Trace) -> None:

@@ -29,6 +29,8 @@ class Pieces:
         self._tokenizer = tokenizer
         self._tokens_T = tokens_T
         self._names: dict[int, str] = {}
+        # Text begins with a space that some decoders take off, but no token here begins a text.
+        self._before = tokenizer.encode("a")
 
     def passage(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token where it stands.
@@ -37,6 +39,8 @@ class Pieces:
         so is nothing else, since a special token has a name.
         """
         stream, pieces = StreamDecoder(self._tokenizer), []
+        for token in self._before:
+            stream.push(token)
         for token in tokens:
             piece = stream.push(token)
             pieces.append(visible(piece) or self._special(token))
@@ -51,7 +55,7 @@ class Pieces:
         Part of a character is named by the characters that it was part of in the text.
         """
         if token not in self._names:
-            text = self._tokenizer.decode([token])
+            text = self._alone(token)
             if not text:
                 self._names[token] = self._special(token) or f"⟨token {token}⟩"
             elif _REPLACEMENT in text:
@@ -63,11 +67,17 @@ class Pieces:
                 self._names[token] = visible(text)
         return self._names[token]
 
+    def _alone(self, token: int) -> str:
+        """The text of one token within a text."""
+        before = len(self._tokenizer.decode(self._before))
+        return self._tokenizer.decode([*self._before, token])[before:]
+
     def _special(self, token: int) -> str:
         """The name of a token that has no text; empty for part of a character."""
-        if token in self._tokenizer.ends and not self._tokenizer.decode([token]).strip("\0"):
+        text = self._alone(token)
+        if token in self._tokenizer.ends and not text.strip("\0"):
             return "⟨end of text⟩"
-        return "" if self._tokenizer.decode([token]) else f"⟨token {token}⟩"
+        return "" if text else f"⟨token {token}⟩"
 
     def _wholes(self, token: int, lead: int) -> list[str]:
         """The characters, most frequent first, that a token is part of after `lead` whole ones."""

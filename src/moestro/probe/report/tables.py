@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moestro.errors import MoestroError
+from moestro.files import write_whole
 from moestro.probe.ablation.effects import Ablations
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.measure import Findings
@@ -64,12 +63,12 @@ def save_tables(
         text = _csv(rows)
         if text:
             path = folder / f"{table}.csv"
-            write_whole(path, text, f"the table {path}")
+            save_text(path, text, f"the table {path}")
             paths.append(path)
     return paths
 
 
-def write_whole(path: Path, text: str, what: str) -> None:
+def save_text(path: Path, text: str, what: str) -> None:
     """Write a file whole or not at all, in UTF-8.
 
     Args:
@@ -80,19 +79,11 @@ def write_whole(path: Path, text: str, what: str) -> None:
     Raises:
         MoestroError: it cannot be written.
     """
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8"))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        write_whole(path, text)
     except OSError as error:
         reason = error.strerror or error
         raise MoestroError(f"cannot write {what}: {reason}; choose another place") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _csv(rows: Iterator[Row]) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from moestro.errors import MoestroError
+from moestro.machine import memory_bytes
 from moestro.plan.devices import Device
 
 # Read at once: far larger than any cache, far smaller than any memory.
 ARRAY_BYTES = 512 * 2**20
 CPU_SIDE, CUDA_SIDE = 2048, 8192
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def measure(
@@ -33,13 +32,16 @@ def measure(
     """
     cuda = torch.cuda.is_available()
     place = torch.device("cuda" if cuda else "cpu")
+    memory: int | None
     if cuda:
         properties = torch.cuda.get_device_properties(0)
-        name, memory_bytes = properties.name, properties.total_memory
+        name, memory = properties.name, properties.total_memory
     else:
-        name, memory_bytes = f"{torch.get_num_threads()} processor threads", _memory_bytes()
-    numbers = max(1, min(array_bytes, memory_bytes // 8) // 4)
-    array = torch.ones(numbers, device=place)
+        name, memory = f"{torch.get_num_threads()} processor threads", memory_bytes()
+        if memory is None:
+            raise MoestroError("the system does not say how much memory it has; name a device")
+    numbers = max(1, min(array_bytes, memory // 8) // 4)
+    array = torch.ones(numbers, dtype=torch.float32, device=place)
     read_s = _best(lambda: array.sum(), seconds, cuda)
     side = side or (CUDA_SIDE if cuda else CPU_SIDE)
     product_s = min(
@@ -48,7 +50,7 @@ def measure(
     )
     return Device(
         name="this machine",
-        memory_bytes=memory_bytes,
+        memory_bytes=memory,
         bytes_per_s=4 * numbers / read_s,
         flops_per_s=2 * side**3 / product_s,
         source=f"measured, {name}",
@@ -75,10 +77,3 @@ def _best(call: Callable[[], object], seconds: float, cuda: bool) -> float:
                 return max(best, 1e-9)
         else:
             end = now + seconds
-
-
-def _memory_bytes() -> int:
-    """The machine's memory, or the container's limit where that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total

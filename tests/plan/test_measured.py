@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from moestro.plan import machine
-from moestro.plan.machine import measure
+from moestro import machine
+from moestro.errors import MoestroError
+from moestro.plan import measured
+from moestro.plan.measured import measure
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +27,26 @@ def test_a_measured_device():
 
 def test_the_container_limits_the_memory(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
     limit.write_text("max\n")
     whole = measure(seconds=0.001, array_bytes=64, side=2).memory_bytes
     limit.write_text("1000000\n")
     assert measure(seconds=0.001, array_bytes=64, side=2).memory_bytes == 1_000_000 < whole
 
 
+def test_a_system_that_does_not_say_its_memory(monkeypatch):
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: int("unknown"))
+    with pytest.raises(MoestroError, match="does not say how much memory"):
+        measure(seconds=0.001, array_bytes=64, side=2)
+
+
 def test_the_time_is_that_of_one_call(monkeypatch):
     """A call of two seconds on a clock that moves only with it."""
     now = [0.0]
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
 
     def call():
         now[0] += 2.0
 
-    assert machine._best(call, seconds=3.0, cuda=False) == 2.0
+    assert measured._best(call, seconds=3.0, cuda=False) == 2.0
     assert now[0] == 6.0

@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+# What a kill leaves behind begins with it.
+UNFINISHED = ".unfinished-"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; what was there is untouched.
+    """
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f"{UNFINISHED}{path.name}-", delete=False
+    ) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write text in UTF-8.
+
+    Raises:
+        OSError: as in `whole_file`.
+    """
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people and programs: indented, with a final newline.
+
+    Raises:
+        OSError: as in `whole_file`.
+    """
+    write_whole(path, json.dumps(value, indent=2) + "\n")
