@@ -143,9 +143,8 @@ def by_torch(
         biases = Biases(weights.up_EH, weights.down_ED)
     activation = fused(weights) or bend(experts)
     values = ExpertWeights(weights.up_EHD, weights.down_EDF, activation, biases)
-    return mix(rows_TD, _routing(experts_TK, weights_TK, len(weights.up_EHD)), values).to(
-        x_TD.dtype
-    )
+    routing = _routing(experts_TK, weights_TK, len(weights.up_EHD))
+    return mix(rows_TD, routing, values).to(x_TD.dtype)
 
 
 def split(
