@@ -150,6 +150,38 @@ def by_torch(
     return mixing.mix(rows_TD, routing, values).to(x_TD.dtype)
 
 
+def split(
+    weights: Weights,
+    rows_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: Any,
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """The mixture in steps, where a module's own functions run between or after the products.
+
+    Args:
+        weights: of the experts.
+        rows_TD: tokens in the dtype to compute in.
+        experts_TK: see `without_gradients`.
+        weights_TK: their weights.
+        experts: the module.
+        product: the function of that name, or its operator.
+    """
+    num_tokens, top_k = experts_TK.shape
+    experts_A = experts_TK.reshape(-1)
+    rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+    hidden_AH = product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
+    rows_AD = product(bend(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    if weights.post_norm:
+        rows_AD = experts.post_expert_norm(rows_AD)
+    dtype = torch.promote_types(rows_AD.dtype, torch.float32)
+    # Zero where nobody may read it: zero times NaN would not be.
+    weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
+    y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
+    return y_TD.to(rows_TD.dtype)
+
+
 def fused(weights: Weights) -> str | None:
     """The activation, where a kernel takes it between the two products; None: split there."""
     return weights.activation if not (weights.interleaved or weights.post_norm) else None
@@ -169,16 +201,12 @@ def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | No
     Returns:
         [A, O] in the rows' dtype; zero where the expert is that of another rank.
     """
-    kernel = _kernel(x_AI, *w_EOI.shape[1:])
+    kernel = backends.choose("auto", x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:]))
     routing = _routing(experts_A[:, None], x_AI.new_ones(len(x_AI), 1), len(w_EOI))
     plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_AI.dtype))
     rows_RI = dispatch.dispatch(x_AI, plan)
     y_RO = kernel.grouped_mm(rows_RI, w_EOI, plan.offsets_E, plan.experts_E, bias_EO)
     return dispatch.combine(y_RO, routing.weights_R, plan)
-
-
-def _kernel(rows_RD: Tensor, *widths: int) -> backends.Backend:
-    return backends.choose("auto", rows_RD.device.type, rows_RD.dtype, widths)
 
 
 def _say_once(reason: str) -> None:

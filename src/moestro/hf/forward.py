@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moestro.errors import BackendError
 from moestro.hf import compute, layouts, ops
-from moestro.kernels import native_cpu
+from moestro.kernels import native_cpu, pointwise
 from moestro.kernels.packing import PackedExperts
 
 # Where a module's packed experts hang; see `moestro.hf.packed`.
@@ -72,7 +72,7 @@ def through_ops(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if torch._C._are_functorch_transforms_active():
+    if pointwise.transformed():
         raise BackendError(
             "moestro's kernels have gradients of their own, which the transforms of torch.func "
             "(grad, vmap, jvp, …) cannot pass through; call "

@@ -32,28 +32,16 @@ def traced(
 
     Functions of its own between and after the products are left to the compiler.
     """
-    num_tokens, top_k = experts_TK.shape
     rows_TD = _rows(x_TD)
-    tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
     activation = compute.fused(weights)
-    if activation is not None:
-        inputs = (rows_TD, experts_TK, weights_TK, *tensors)
-        grads = wanted(x_TD, weights_TK, *weights.tensors)
-        y_TD: Tensor = _ops().mixture(*inputs, weights.transposed, activation, grads)
-        return y_TD.to(x_TD.dtype)
-
-    experts_A = experts_TK.reshape(-1)
-    rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
-    hidden_AH = _ops().product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
-    act_AF = compute.bend(experts)(hidden_AH)
-    rows_AD = _ops().product(act_AF, experts_A, weights.down_EDF, weights.down_ED)
-    if weights.post_norm:
-        rows_AD = experts.post_expert_norm(rows_AD)
-    dtype = torch.promote_types(rows_AD.dtype, torch.float32)
-    # Zero where nobody may read it: zero times NaN would not be.
-    weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
-    y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
-    return y_TD.to(rows_TD.dtype).to(x_TD.dtype)
+    if activation is None:
+        how = (experts, _ops().product)
+        return compute.split(weights, rows_TD, experts_TK, weights_TK, *how).to(x_TD.dtype)
+    inputs = (rows_TD, experts_TK, weights_TK)
+    tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
+    grads = wanted(x_TD, weights_TK, *weights.tensors)
+    y_TD: Tensor = _ops().mixture(*inputs, *tensors, weights.transposed, activation, grads)
+    return y_TD.to(x_TD.dtype)
 
 
 def traced_packed(
