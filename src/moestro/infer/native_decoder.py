@@ -5,7 +5,6 @@ Weights are used where they are, packed or plain; only norms and routers are cop
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import MoestroError
-from moestro.kernels import native_cpu, packing
-from moestro.kernels.backends import ENVIRONMENT
+from moestro.kernels import backends, native_cpu, packing
 from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
 from moestro.kernels.packing import PackedMatrix
 from moestro.models.attention import Attention
@@ -83,7 +81,7 @@ def _settings(cfg: ModelConfig) -> str | None:
 
 def _weights(model: Decoder) -> str | None:
     """What about the tensors the native step cannot take."""
-    forced = os.environ.get(ENVIRONMENT, "auto")
+    forced = backends.forced()
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             return f"native decoding runs on CPU; {name} is on {parameter.device}"
