@@ -11,7 +11,6 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import CheckpointError
+from moestro.files import whole_file
 from moestro.infer import packed_header
 from moestro.infer.packed_header import Section
 from moestro.kernels.packing import Format
@@ -83,20 +83,12 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
     """
     start, sections, length = packed_header.make(model, format, source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
-        try:
-            file.write(start)
-            for tensor, offset in sections.values():
-                file.seek(len(start) + offset)
-                _write(file, tensor)
-            file.truncate(len(start) + length)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with whole_file(path) as file:
+        file.write(start)
+        for tensor, offset in sections.values():
+            file.seek(len(start) + offset)
+            _write(file, tensor)
+        file.truncate(len(start) + length)
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
