@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.text import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
+from moestro.streaming import StreamDecoder
+from moestro.text import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 from .vocabularies import byte_fallback
 

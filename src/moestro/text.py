@@ -19,7 +19,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.errors import DataError
-from moestro.streaming import StreamDecoder as StreamDecoder
 from moestro.streaming import characters_apart
 from moestro.strictjson import read_object
 

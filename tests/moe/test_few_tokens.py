@@ -5,7 +5,7 @@ import torch
 
 from moestro import MoE
 from moestro.kernels import reference
-from moestro.moe import dispatch, experts
+from moestro.moe import dispatch, mixing
 from moestro.moe.experts import FeedForward
 
 ROUTERS = {
@@ -125,13 +125,13 @@ def test_when_the_long_way_is_taken(tiny, taken, case):
     else:
         layer = layer_of(tiny, backend=backend, **changes)
     layer.train(case == "dropout")
-    num_tokens = experts.FEW_ROWS if case == "many rows" else 2
+    num_tokens = mixing.FEW_ROWS if case == "many rows" else 2
     with torch.set_grad_enabled(case == "gradients"):
         layer(torch.randn(num_tokens, 8))
     assert not taken
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, experts.FEW_ROWS + 1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, mixing.FEW_ROWS + 1])
 def test_a_dense_network_too(num_tokens):
     dense = FeedForward(8, 5, "geglu")
     x_TD = torch.randn(num_tokens, 8)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moestro.infer.channels import FINAL, Channels
 from moestro.infer.sampling import Past, SamplingConfig, new_generator, next_tokens, penalised
-from moestro.text import StreamDecoder, Tokenizer
+from moestro.streaming import StreamDecoder
+from moestro.text import Tokenizer
 
 Finish = Literal["stop", "length", "end_of_text"]
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moestro.errors import BackendError
 from moestro.kernels import native_training, pointwise, reference, torch_grouped
@@ -99,8 +98,6 @@ def _size_above(count: int) -> int:
 
 
 def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-    if not hasattr(F, "grouped_mm"):
-        return Verdict(False, f"torch {torch.__version__} has no grouped_mm; install torch>=2.10")
     if device != "cuda":
         return Verdict(False, "slower than segments off CUDA, where it is a loop over all experts")
     if not torch.cuda.is_available():

@@ -16,7 +16,6 @@ from moestro.errors import ShapeError
 from moestro.kernels import reference
 from moestro.kernels.reference import Biases
 from moestro.moe import mixing
-from moestro.moe.mixing import FEW_ROWS as FEW_ROWS
 from moestro.moe.mixing import ExpertWeights
 from moestro.moe.routing import Routing
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moestro.text import StreamDecoder, Tokenizer
+from moestro.streaming import StreamDecoder
+from moestro.text import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _LONGEST = 48  # characters of one token
