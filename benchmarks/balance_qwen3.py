@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moestro.hf
+from moestro.data.builtin import arithmetic_texts, library_texts
 from moestro.probe.recording.passages import Passage
 from moestro.probe.recording.record import record
-from moestro.train.builtin import arithmetic_texts, library_texts
 
 LENGTH, BATCH, MICRO = 128, 16, 2
 HELD_OUT = 64  # windows

@@ -18,7 +18,7 @@ import measure
 import torch
 
 from moestro import Decoder, ModelConfig
-from moestro.cli.peers import cache_of
+from moestro.bench.peers import cache_of
 from moestro.infer.native_decoder import NativeDecoder
 from moestro.models.count import count
 

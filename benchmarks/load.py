@@ -26,9 +26,9 @@ import torch
 from step_memory import resident
 
 from moestro import Decoder, ModelConfig
+from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+from moestro.checkpoints.tensor_files import open_folder
 from moestro.models.materialize import materialize, without_memory
-from moestro.models.pretrained import read_pretrained, write_pretrained
-from moestro.models.shards import open_folder
 
 SHARDS = 4
 BUFFER_BYTES = 1 << 24

@@ -17,7 +17,7 @@ import measure
 import torch
 
 import moestro.hf
-from moestro.cli.peers import cache_of
+from moestro.bench.peers import cache_of
 
 PROMPT, TOKENS = 512, 12
 OWN = ("eager", "grouped_mm", "batched_mm")

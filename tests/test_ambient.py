@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from moestro import Decoder, ModelConfig, MoE
+from moestro.checkpoints import packed_files
+from moestro.checkpoints.folders import atomic_folder, load_model, save_model
+from moestro.checkpoints.pretrained import open_model, write_pretrained
+from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import BalanceConfig, EncDecConfig, OptimConfig, RunConfig
-from moestro.infer import packed_files
+from moestro.data.windows import prepare
 from moestro.infer.engine import generate_batch
-from moestro.infer.quantize import WEIGHTS, pack
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.text_to_text import stream
 from moestro.kernels import native_cpu
 from moestro.models.build import new_model
-from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.encdec import EncDec
-from moestro.models.pretrained import open_model, write_pretrained
 from moestro.moe import balance
 from moestro.probe.ablation.ablate import ablate
 from moestro.probe.ablation.targets import Target
 from moestro.probe.recording.passages import Passage
 from moestro.probe.recording.record import record
 from moestro.text import ByteTokenizer
-from moestro.train.data import prepare
 from moestro.train.health import CollapseWatch, Tally
 from moestro.train.loop import Trainer
 from moestro.train.objective import Objective

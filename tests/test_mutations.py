@@ -11,19 +11,19 @@ import tokenizers
 import torch
 
 from moestro.chat import load_chat
+from moestro.checkpoints.folders import load_model, load_weights, read_own_config, verify_folder
+from moestro.checkpoints.pretrained import read_config, write_pretrained
+from moestro.checkpoints.tensor_files import open_folder
 from moestro.config import ModelConfig, RunConfig
+from moestro.data.windows import Corpus
 from moestro.errors import MoestroError
 from moestro.infer.sampling import stated_sampling
-from moestro.models.checkpoint import load_model, load_weights, read_own_config, verify_folder
 from moestro.models.decoder import Decoder
-from moestro.models.pretrained import read_config, write_pretrained
-from moestro.models.shards import open_folder
 from moestro.plan.subject import from_file
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.settings import load_settings
 from moestro.text import load_tokenizer, train_bpe
 from moestro.train import state
-from moestro.train.data import Corpus
 from moestro.train.loop import Trainer
 from moestro.train.metrics import cut_after, history, read_metrics
 from moestro.train.optim import make_optimizer

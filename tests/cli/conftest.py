@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 import torch
 
+from moestro.checkpoints.pretrained import write_pretrained
 from moestro.config import ModelConfig
 from moestro.models.decoder import Decoder
-from moestro.models.pretrained import write_pretrained
 
 MARKS = ("<s>", "</s>", "<|user|>", "<|reply|>")
 TEMPLATE = (

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from moestro.bench.peers import llama_kinds
 from moestro.cli import bench
 from moestro.cli.main import main
-from moestro.cli.peers import llama_kinds
 from moestro.errors import ConfigError
 from moestro.kernels import native_cpu
 
@@ -35,7 +35,7 @@ def settings(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading half a gigabyte in a test says nothing more."""
-    from moestro.infer import speed
+    from moestro.bench import speed
 
     monkeypatch.setattr(speed.Reading.__init__, "__defaults__", (1 << 20,))
 
@@ -169,6 +169,6 @@ def test_llama_cpp_without_the_package_that_writes_its_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moestro.infer.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "moestro.checkpoints.gguf", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'moestro\[gguf\]'"):
         llama_kinds()

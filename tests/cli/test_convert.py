@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.chat import load_chat
+from moestro.checkpoints.folders import atomic_folder, load_model, save_model, verify_folder
+from moestro.checkpoints.pretrained import read_pretrained
 from moestro.cli.main import main
 from moestro.config import ModelConfig
-from moestro.models.checkpoint import atomic_folder, load_model, save_model, verify_folder
 from moestro.models.decoder import Decoder
-from moestro.models.pretrained import read_pretrained
 from moestro.text import ByteTokenizer, load_tokenizer
 
 

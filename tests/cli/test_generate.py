@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.checkpoints.folders import atomic_folder, load_model, save_model
 from moestro.cli.generate import PICTURES
 from moestro.cli.main import main
 from moestro.cli.painting import expert_style
 from moestro.config import ModelConfig
 from moestro.infer.engine import stream
 from moestro.infer.sampling import SamplingConfig
-from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer, load_tokenizer
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.checkpoints import quantize
+from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints.packed_files import default_path
+from moestro.checkpoints.quantize import WEIGHTS
 from moestro.cli.main import main
 from moestro.config import ModelConfig
-from moestro.infer import quantize
-from moestro.infer.packed_files import default_path
-from moestro.infer.quantize import WEIGHTS
 from moestro.kernels import native_cpu
-from moestro.models.checkpoint import atomic_folder, save_model
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer
 

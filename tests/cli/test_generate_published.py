@@ -12,15 +12,15 @@ import pytest
 import tokenizers
 import torch
 
+from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints.pretrained import read_pretrained
 from moestro.cli.main import main
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.infer import writing
 from moestro.infer.engine import stream
 from moestro.infer.sampling import SamplingConfig
-from moestro.models.checkpoint import atomic_folder, save_model
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
-from moestro.models.pretrained import read_pretrained
 from moestro.text import ByteTokenizer, SubwordTokenizer, load_tokenizer
 
 from ..vocabularies import byte_fallback

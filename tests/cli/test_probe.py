@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from moestro.checkpoints.folders import atomic_folder, load_model, save_model
 from moestro.cli.main import main
 from moestro.config import RunConfig
+from moestro.data.windows import prepare
 from moestro.files import write_json
-from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.decoder import Decoder
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.text import ByteTokenizer
-from moestro.train.data import prepare
 
 WORDS = {"animals": "cat dog hen cow", "numbers": "12 90 74 33", "shouts": "HEY WOW NO GO"}
 FIGURES = {"load", "experts_by_domain", "specialisation", "repetition", "caching"}

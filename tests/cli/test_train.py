@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 import torch
 
+from moestro.checkpoints.folders import atomic_folder, load_model, save_model
+from moestro.checkpoints.pretrained import read_pretrained
 from moestro.cli.main import main
 from moestro.config import EncDecConfig
-from moestro.models.checkpoint import atomic_folder, load_model, save_model
 from moestro.models.encdec import EncDec
-from moestro.models.pretrained import read_pretrained
 from moestro.text import ByteTokenizer, load_tokenizer
 from moestro.train.metrics import read_metrics
 

@@ -13,7 +13,7 @@ from moestro.errors import BackendError
 from moestro.hf import layouts
 from moestro.kernels import native_cpu
 
-from ..models.families.tiny import BODY, build_switch
+from ..checkpoints.families.tiny import BODY, build_switch
 from .zoo import build, tokens
 
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from ..models.families.tiny import BODY, TINY, randomise
+from ..checkpoints.families.tiny import BODY, TINY, randomise
 
 transformers = pytest.importorskip("transformers")
 

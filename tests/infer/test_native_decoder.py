@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.errors import MoestroError, ShapeError
 from moestro.infer.decoding import Decoding, NativeDecoding
 from moestro.infer.native_decoder import NativeDecoder, supports
-from moestro.infer.quantize import WEIGHTS, pack
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
 

@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.errors import DataError, MoestroError
 from moestro.infer import decoding
 from moestro.infer.decoding import Decoding, chunked, decoding_of
 from moestro.infer.engine import Session, generate_batch, stream
 from moestro.infer.native_decoder import supports
-from moestro.infer.quantize import WEIGHTS, pack
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Piece
 from moestro.kernels import native_cpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moestro.cli.peers import cache_of
+from moestro.bench.peers import cache_of
 from moestro.models.encdec import START_TOKEN, EncDec
 
 from .tiny_encdec import CAPACITY, settings

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from moestro import MoE
+from moestro.checkpoints.quantize import Place, packed
 from moestro.errors import ShapeError
-from moestro.infer.quantize import Place, packed
 from moestro.kernels.packing import Format
 from moestro.moe import mixing
 from moestro.moe.experts import FeedForward

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from moestro.checkpoints.families import FAMILIES
+from moestro.checkpoints.families.translate import to_fields
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
-from moestro.models.families import FAMILIES
-from moestro.models.families.translate import to_fields
 from moestro.plan.presets import names, preset
 
 # Published in layouts that no family here reads.

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from moestro.config import DataConfig, RunConfig
-from moestro.train.data import prepare
+from moestro.data.windows import prepare
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "fox", "run", "far")
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from moestro.checkpoints.folders import read_tensors
 from moestro.errors import ConfigError
-from moestro.models.checkpoint import read_tensors
 from moestro.train.distributed import ALONE, Ranks, joined, pick_device, pick_dtype, ranks_from
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
@@ -18,7 +18,7 @@ warnings.filterwarnings("error")
 from pathlib import Path
 import torch
 from moestro.train import state
-from moestro.train.data import Corpus
+from moestro.data.windows import Corpus
 from moestro.train.distributed import joined
 from moestro.train.loop import Trainer
 

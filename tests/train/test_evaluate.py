@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from moestro.data.windows import HeldOut
 from moestro.models.decoder import Decoder
-from moestro.train.data import HeldOut
 from moestro.train.distributed import Ranks
 from moestro.train.evaluate import evaluate
 

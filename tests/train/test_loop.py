@@ -7,9 +7,9 @@ from functools import partialmethod
 import pytest
 import torch
 
+from moestro.checkpoints.folders import load_model, newest_checkpoint, read_tensors
+from moestro.data.windows import DataConfig, prepare
 from moestro.errors import ConfigError, TrainingError
-from moestro.models.checkpoint import load_model, newest_checkpoint, read_tensors
-from moestro.train.data import DataConfig, prepare
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 from moestro.train.progress import ProgressDisplay

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from moestro.checkpoints.folders import load_model, newest_checkpoint, read_tensors, step_folders
 from moestro.config import OptimConfig
 from moestro.errors import CheckpointError, ConfigError, TrainingError
-from moestro.models.checkpoint import load_model, newest_checkpoint, read_tensors, step_folders
 from moestro.models.decoder import Decoder
 from moestro.train import state
 from moestro.train.loop import Trainer
@@ -193,7 +193,7 @@ KILLED_MID_SAVE = """
 import sys, time
 from pathlib import Path
 from moestro.train import state
-from moestro.train.data import Corpus
+from moestro.data.windows import Corpus
 from moestro.train.loop import Trainer
 
 run, data = Path(sys.argv[1]), Path(sys.argv[2])

@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moestro.checkpoints.folders import load_model
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.data.spans import corrupt, hidden
+from moestro.data.windows import HeldOut
 from moestro.errors import ConfigError
-from moestro.models.checkpoint import load_model
 from moestro.models.count import count
 from moestro.models.encdec import START_TOKEN, EncDec
 from moestro.text import ByteTokenizer
-from moestro.train.data import HeldOut
 from moestro.train.distributed import Ranks
 from moestro.train.evaluate import evaluate
 from moestro.train.loop import Trainer
-from moestro.train.spans import corrupt, hidden
 from moestro.train.task import (
     NEXT_TOKEN,
     FillSpans,

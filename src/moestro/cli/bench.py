@@ -17,8 +17,8 @@ from moestro.errors import ConfigError
 from moestro.machine import cpu_name, forget_peak, memory_bytes
 
 if TYPE_CHECKING:
+    from moestro.bench.speed import Speed
     from moestro.config import ModelConfig
-    from moestro.infer.speed import Speed
 
 Subject = Annotated[
     str,
@@ -81,7 +81,7 @@ def bench(
     that each token reads and their share of what plain reading reaches in the same run, the most
     memory held, and energy where the machine says. Tokens are random, so that experts rotate.
     """
-    from moestro.infer.quantize import format_of
+    from moestro.checkpoints.quantize import format_of
 
     kinds = weights or ["as-is"]
     for kind in kinds:
@@ -112,9 +112,9 @@ def _peer(text: str) -> tuple[str, Path | None]:
 
 def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int) -> Plan:
     """The model's settings, and its folder if it has weights."""
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.pretrained import settings_of
     from moestro.config import ModelConfig
-    from moestro.models.hub import find_checkpoint
-    from moestro.models.pretrained import settings_of
     from moestro.plan.presets import is_preset
     from moestro.plan.subject import from_file, from_preset
 
@@ -140,8 +140,8 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
 
 def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
     """A row for each kind of weights; one model is in memory at a time."""
+    from moestro.bench.speed import Reading, measure, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
-    from moestro.infer.speed import Reading, measure, rounds_of, weight_bytes
 
     for kind in kinds:
         _check_memory(plan, kind)
@@ -158,8 +158,8 @@ def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
 
 def _open(plan: Plan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
-    from moestro.infer.quantize import format_of, random_model, read_packed
-    from moestro.models.pretrained import open_model
+    from moestro.checkpoints.pretrained import open_model
+    from moestro.checkpoints.quantize import format_of, random_model, read_packed
 
     format = format_of(kind)
     if plan.folder is None:
@@ -171,7 +171,7 @@ def _open(plan: Plan, kind: str) -> Any:
 
 def _check_memory(plan: Plan, kind: str) -> None:
     """Refuse a model that cannot fit, before anything is built."""
-    from moestro.infer.quantize import format_of
+    from moestro.checkpoints.quantize import format_of
     from moestro.models.count import count
 
     format, counted, there = format_of(kind), count(plan.cfg), memory_bytes()
@@ -188,7 +188,7 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
     """Rows of what is compared with."""
     import torch
 
-    from moestro.cli.peers import llama_bench, llama_kinds
+    from moestro.bench.peers import llama_bench, llama_kinds
 
     for name, program in peers:
         if program is None:
@@ -209,8 +209,8 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
 
 def _transformers(plan: Plan) -> Iterator[Row]:
     """A row for each of its ways to run experts."""
-    from moestro.cli.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.infer.speed import Reading, measure
+    from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
+    from moestro.bench.speed import Reading, measure
     from moestro.models.count import count
 
     forget_peak()

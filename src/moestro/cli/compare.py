@@ -22,8 +22,8 @@ from moestro.cli.train import (
 
 if TYPE_CHECKING:
     from moestro.config import RunConfig
+    from moestro.data.windows import Corpus
     from moestro.train.compare import Curve, Entry
-    from moestro.train.data import Corpus
 
 Minutes = Annotated[
     float | None,
@@ -98,9 +98,9 @@ def _open(
 ) -> tuple[RunConfig, Corpus]:
     """Settings and text of a new comparison, in a folder that holds nothing of the kind."""
     from moestro.config import RunConfig
+    from moestro.data.windows import prepare
     from moestro.errors import ConfigError
     from moestro.settings import load_settings
-    from moestro.train.data import prepare
     from moestro.train.state import holds_run
 
     if (folder / SETTINGS_NAME).exists():
@@ -119,9 +119,9 @@ def _open(
 
 def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
     """Settings, text and seeds of a comparison to go on with."""
+    from moestro.checkpoints.folders import read_json
     from moestro.config import RunConfig
     from moestro.errors import CheckpointError, ConfigError
-    from moestro.models.checkpoint import read_json
     from moestro.train.compare import plan
     from moestro.train.state import corpus_of, newest_or_none
 

@@ -14,7 +14,7 @@ from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown, pick_
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from moestro.models.pretrained import Pretrained
+    from moestro.checkpoints.pretrained import Pretrained
 
 Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The new folder.")]
 Layout = Annotated[
@@ -47,7 +47,7 @@ def convert(
     Tokenizer, chat template and what the makers state for generation go with it. The target
     appears whole or not at all, and nothing is overwritten.
     """
-    from moestro.models.hub import find_checkpoint
+    from moestro.checkpoints.hub import find_checkpoint
     from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
@@ -100,8 +100,8 @@ def _write_hf(
     opened: Pretrained, source: Path, folder: Path, family: str | None, shard_bytes: int
 ) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
-    from moestro.models.companions import copy_companions
-    from moestro.models.pretrained import write_pretrained
+    from moestro.checkpoints.pretrained import write_pretrained
+    from moestro.checkpoints.sidecar_files import copy_companions
     from moestro.text import HF_FILE
 
     same = family in (None, opened.family)
@@ -120,8 +120,8 @@ def _write_hf(
 
 def _write_own(opened: Pretrained, source: Path, folder: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
-    from moestro.models.checkpoint import atomic_folder, save_model
-    from moestro.models.companions import TEMPLATES, keep_companions
+    from moestro.checkpoints.folders import atomic_folder, save_model
+    from moestro.checkpoints.sidecar_files import TEMPLATES, keep_companions
     from moestro.text import NOTE_FILE
 
     with atomic_folder(folder) as inner:

@@ -15,9 +15,9 @@ from moestro.cli.opening import AcceptField, ModelName, open_shown, read_packed_
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moestro.checkpoints.families.table import Config
+    from moestro.data.windows import HeldOut
     from moestro.models.build import Model
-    from moestro.models.families.table import Config
-    from moestro.train.data import HeldOut
 
 Source = Annotated[
     list[str] | None,
@@ -61,9 +61,9 @@ def eval(
     Once for each kind of weights, of the same model on the same text: what packing costs in
     quality. Text that the run held out, or other text with --source.
     """
-    from moestro.infer.quantize import format_of
-    from moestro.models.hub import find_checkpoint
-    from moestro.models.pretrained import settings_of
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.pretrained import settings_of
+    from moestro.checkpoints.quantize import format_of
 
     kinds = list(dict.fromkeys(weights or DEFAULT))
     for kind in kinds:
@@ -112,7 +112,7 @@ def _measure(
 
 
 def _open(checkpoint: Path, kind: str, accept_fields: list[str] | None) -> Model:
-    from moestro.infer.quantize import format_of
+    from moestro.checkpoints.quantize import format_of
 
     format = format_of(kind)
     if format is None:

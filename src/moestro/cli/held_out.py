@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moestro.errors import DataError
 
 if TYPE_CHECKING:
-    from moestro.train.data import Corpus
+    from moestro.data.windows import Corpus
 
 
 def open_corpus(
@@ -29,7 +29,7 @@ def open_corpus(
         DataError: there is no text.
     """
     from moestro.config import DataConfig
-    from moestro.train.data import Corpus, prepare
+    from moestro.data.windows import Corpus, prepare
     from moestro.train.state import corpus_fingerprint, read_settings
 
     if not sources:

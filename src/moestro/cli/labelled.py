@@ -14,8 +14,8 @@ from moestro.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moestro.data.documents import Document
     from moestro.probe.recording.passages import Encodes, Passage
-    from moestro.train.corpus import Document
 
 Domains = Literal["folder", "field"]
 
@@ -107,7 +107,7 @@ def _documents(tokens_NS: Tensor, end_of_text: int) -> list[int]:
 def _draw(sources: tuple[str, ...], by: Domains) -> dict[str, list[Document]]:
     """Documents of each domain, at most `MOST_DOCUMENTS`, drawn by their names."""
     from moestro.config import DataConfig
-    from moestro.train.corpus import read_documents
+    from moestro.data.documents import read_documents
 
     heaps: dict[str, list[tuple[int, int, Document]]] = {}
     for number, document in enumerate(read_documents(DataConfig(sources=sources, domains=by))):

@@ -15,9 +15,9 @@ from moestro.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from moestro.checkpoints.pretrained import Pretrained
     from moestro.kernels.packing import Format
     from moestro.models.build import Model
-    from moestro.models.pretrained import Pretrained
 
 ModelName = Annotated[
     str,
@@ -110,12 +110,12 @@ def open_shown(
     """Read a checkpoint of either layout, with a bar on stderr where that is a terminal.
 
     Args:
-        folder: The checkpoint's own, from `moestro.models.hub.find_checkpoint`.
+        folder: The checkpoint's own, from `moestro.checkpoints.hub.find_checkpoint`.
         device: As `pick_device` gives it.
         dtype: As for `pick_dtype`.
         accept_fields: As --accept-field takes them.
     """
-    from moestro.models.pretrained import open_model
+    from moestro.checkpoints.pretrained import open_model
 
     kind, accepted = pick_dtype(dtype), accept_fields or ()
     with _reading(folder.name) as progress:
@@ -130,12 +130,12 @@ def find_weighted(name: str | Path, weights: str = "as-is", packed: Path | None 
     One whose packed form is kept is not read through: what is mapped was made from good files.
 
     Raises:
-        CheckpointError: see `moestro.models.hub.find_checkpoint`.
+        CheckpointError: see `moestro.checkpoints.hub.find_checkpoint`.
         ConfigError: --weights has no such value.
     """
-    from moestro.infer import packed_files
-    from moestro.infer.quantize import format_of
-    from moestro.models.hub import find_checkpoint
+    from moestro.checkpoints import packed_files
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.quantize import format_of
 
     format = format_of(weights)
     if format is None:
@@ -172,7 +172,7 @@ def open_weighted(
         ConfigError: options do not go together.
         CheckpointError: the checkpoint or the kept packed form cannot be used; says why.
     """
-    from moestro.infer.quantize import format_of
+    from moestro.checkpoints.quantize import format_of
 
     format = format_of(weights)
     if format is None:
@@ -190,8 +190,8 @@ def _open_packed(
     folder: Path, format: Format, packed: Path | None, accept_fields: Collection[str] | None
 ) -> Model:
     """Map the packed form, or make it and keep it."""
+    from moestro.checkpoints import packed_files
     from moestro.errors import CheckpointError
-    from moestro.infer import packed_files
 
     path = packed or packed_files.default_path(folder, format)
     source = packed_files.fingerprint(folder)
@@ -216,7 +216,7 @@ def read_packed_shown(
     folder: Path, format: Format, accept_fields: Collection[str] | None = None
 ) -> Model:
     """Read a checkpoint straight into packed form, with a bar as `open_shown` has."""
-    from moestro.infer.quantize import read_packed
+    from moestro.checkpoints.quantize import read_packed
 
     with _reading(folder.name) as progress:
         return read_packed(folder, format, progress, accept_fields or ())

@@ -306,7 +306,7 @@ def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, .
 
 def _beside(path: str | Path, probed: Probed | None) -> Path:
     """Where the files go unless told: a published checkpoint is not ours to write into."""
-    from moestro.models.pretrained import is_pretrained
+    from moestro.checkpoints.pretrained import is_pretrained
 
     if probed is not None and not is_pretrained(probed.folder):
         return probed.home / "probe"

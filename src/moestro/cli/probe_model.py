@@ -68,8 +68,8 @@ def open_probed(
     """
     if transformers:
         return _by_transformers(name, generate)
+    from moestro.checkpoints.hub import find_checkpoint
     from moestro.models.decoder import Decoder
-    from moestro.models.hub import find_checkpoint
     from moestro.text import load_tokenizer
     from moestro.train.state import read_settings
 
@@ -92,7 +92,7 @@ def _by_transformers(name: str | Path, generate: int) -> Probed:
         raise ConfigError(
             "--transformers needs transformers; install it: pip install 'moestro[hf]'"
         ) from None
-    from moestro.models.hub import find_model
+    from moestro.checkpoints.hub import find_model
     from moestro.text import load_tokenizer
 
     folder = find_model(name)

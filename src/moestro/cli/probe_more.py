@@ -79,8 +79,8 @@ def saturation_of_run(looked: Looked, seed: int) -> Saturation:
     Raises:
         ConfigError: it is no run with several checkpoints.
     """
+    from moestro.checkpoints.folders import step_folders
     from moestro.cli.opening import open_shown
-    from moestro.models.checkpoint import step_folders
     from moestro.probe.measures.saturation import saturation
     from moestro.probe.recording.record import record
 

@@ -46,7 +46,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
             raise ConfigError(f"there is no file {path}; {advice}")
         if is_preset(name) or "/" not in name:
             return from_preset(name)
-        from moestro.models.hub import find_settings
+        from moestro.checkpoints.hub import find_settings
 
         path, title = find_settings(name), name
     if title is None:
@@ -56,7 +56,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
     ):
         return _published(title, path, accept_fields)
     if path.suffix not in (".json", ".toml"):
-        from moestro.models.hub import check_kind
+        from moestro.checkpoints.hub import check_kind
 
         check_kind(path)
     return from_file(path)._replace(name=title)
@@ -64,8 +64,8 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
     """A config.json of Hugging Face's layout; how its weights are stored is only noted."""
-    from moestro.models.pretrained import read_config
-    from moestro.models.quantized import quantisation
+    from moestro.checkpoints.pretrained import read_config
+    from moestro.checkpoints.quantized import quantisation
     from moestro.plan.subject import from_settings
 
     described = read_config(path, accept_fields)
@@ -82,7 +82,7 @@ def _config_in(folder: Path) -> Path:
         return folder / "config.json"
     saved = sorted(folder.glob("checkpoints/step-*/config.json"))
     if not saved:
-        from moestro.models.hub import check_kind
+        from moestro.checkpoints.hub import check_kind
 
         check_kind(folder)
         raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")

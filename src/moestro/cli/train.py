@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moestro.config import RunConfig
-    from moestro.train.data import Corpus
+    from moestro.data.windows import Corpus
     from moestro.train.distributed import Ranks
     from moestro.train.loop import Result
 
@@ -74,8 +74,8 @@ def train(
     Progress goes to stderr, the result to stdout. Ctrl-C finishes the step and saves; --resume
     goes on from there. Under torchrun the batch is shared by all processes.
     """
+    from moestro.checkpoints.hub import find_checkpoint
     from moestro.errors import ConfigError
-    from moestro.models.hub import find_checkpoint
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
 

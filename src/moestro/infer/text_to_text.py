@@ -26,7 +26,7 @@ def gap_tokens(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
     """The ids of the gaps, by how they are written.
 
     They are the tokenizer's own where it has them, else what is left of the model's vocabulary
-    beyond it, from the end down (T5, and `moestro.train.spans`).
+    beyond it, from the end down (T5, and `moestro.data.spans`).
 
     Args:
         tokenizer: The one that the model was trained with.

@@ -1,7 +1,7 @@
 """Packed experts in the place of `Experts`, and a packed dense network: no gradients, CPU only.
 
 A quantised model is the same model with other experts. The packed bytes are no parameters: `to`
-neither moves nor converts them, and they are saved by `moestro.infer.packed_files` only.
+neither moves nor converts them, and they are saved by `moestro.checkpoints.packed_files` only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Packed(nn.Module):
     def _save_to_state_dict(self, *_: Any) -> None:
         raise MoestroError(
             "packed weights belong in no state dict; write them with "
-            "moestro.infer.packed_files.save, or save the model before packing it"
+            "moestro.checkpoints.packed_files.save, or save the model before packing it"
         )
 
 

@@ -32,7 +32,7 @@ class Preset:
         source: the paper and table, or the model card.
         note: what is assumed, or not modelled.
         family: `model_type` in the config.json of its published checkpoint, whether or not
-            `models.families` reads it; None without one.
+            `checkpoints.families` reads it; None without one.
         rumour: nothing about it was ever confirmed; say so wherever it is shown.
         illustrative: made up to illustrate a sentence, no model of the world.
     """

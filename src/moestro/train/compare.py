@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moestro.config import RunConfig
+from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.models.twin import dense_twin
 from moestro.train import state
-from moestro.train.data import Corpus
 from moestro.train.evaluate import ALL
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point

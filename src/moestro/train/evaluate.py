@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from moestro.train.data import HeldOut
+from moestro.data.windows import HeldOut
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.task import NEXT_TOKEN, Example, Task
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moestro.checkpoints.pretrained import settings_of
+from moestro.checkpoints.sidecar_files import keep_companions
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
 from moestro.models.build import Model
-from moestro.models.companions import keep_companions
-from moestro.models.pretrained import settings_of
 from moestro.settings import read_values
 from moestro.text import ByteTokenizer, load_tokenizer
 from moestro.train import state
-from moestro.train.data import Corpus
 from moestro.train.health import CollapseWatch
 from moestro.train.optim import make_optimizer
 from moestro.train.task import vocabulary

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moestro.checkpoints.folders import load_model
 from moestro.config import RunConfig
+from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
-from moestro.models.checkpoint import load_model
 from moestro.models.decoder import DecoderOutput
 from moestro.models.encdec import EncDecOutput
 from moestro.moe.balance import update_bias
 from moestro.train import state
-from moestro.train.data import Corpus, HeldOut
 from moestro.train.diagnose import first_bad_gradient, first_bad_value
 from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate

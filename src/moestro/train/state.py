@@ -27,17 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moestro.config import DataConfig, RunConfig
-from moestro.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MoestroError,
-    TrainingError,
-)
-from moestro.files import UNFINISHED, write_json
-from moestro.models.build import Model
-from moestro.models.checkpoint import (
+from moestro.checkpoints.folders import (
     CHECKPOINTS,
     atomic_folder,
     newest_checkpoint,
@@ -48,9 +38,19 @@ from moestro.models.checkpoint import (
     step_folders,
     verify_folder,
 )
-from moestro.models.companions import keep_companions
+from moestro.checkpoints.sidecar_files import keep_companions
+from moestro.config import DataConfig, RunConfig
+from moestro.data.windows import Corpus, prepare
+from moestro.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoestroError,
+    TrainingError,
+)
+from moestro.files import UNFINISHED, write_json
+from moestro.models.build import Model
 from moestro.text import Tokenizer
-from moestro.train.data import Corpus, prepare
 from moestro.train.metrics import METRICS_NAME
 
 SETTINGS_NAME = "config.json"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moestro.config import EncDecConfig, ModelConfig
+from moestro.data.spans import corrupt, hidden
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
-from moestro.train.spans import corrupt, hidden
 
 AnyConfig = ModelConfig | EncDecConfig
 Place = tuple[object, ...]

@@ -1,0 +1,1 @@
+"""Weights on disk: one door to every layout, and what is written."""

@@ -1,0 +1,207 @@
+"""DeepSeekMoE 16B, DeepSeek-V2 and DeepSeek-V3: many small experts, and latent attention.
+
+Dai et al. 2024; DeepSeek-V2 (2024, §2); DeepSeek-V3 (2024, §2). V3 is published in fp8, with a
+layer at the end for predicting two tokens at once, which this project does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moestro.checkpoints.families.fields import derived, field, fixed
+from moestro.checkpoints.families.llama import (
+    BIAS,
+    DECODER,
+    DENSE,
+    EPS,
+    TIED,
+    backbone,
+    dense,
+    gated,
+    old_keys,
+)
+from moestro.checkpoints.families.rope import rope
+from moestro.checkpoints.families.table import Entry, Family, Rule
+from moestro.errors import ConfigError
+
+
+def _mixture(cfg: Any) -> list[Rule]:
+    """The feed-forward networks of all three."""
+    layer, names = "model.layers.{n}.mlp.", ("gate_proj", "up_proj", "down_proj")
+    return [
+        *dense(cfg),
+        Rule((f"{layer}gate.weight",), "blocks.{n}.ffn.router.weight"),
+        Rule((f"{layer}gate.e_score_correction_bias",), "blocks.{n}.ffn.router.bias"),
+        *gated(f"{layer}experts.{{e}}.", "blocks.{n}.ffn.experts.{}[{e}]", names),
+        *gated(f"{layer}shared_experts.", "blocks.{n}.ffn.shared.{}[0]", names),
+    ]
+
+
+def rules(cfg: Any) -> list[Rule]:
+    """Every tensor of the first DeepSeekMoE, whose attention is Llama's."""
+    return backbone(cfg) + _mixture(cfg)
+
+
+def latent_rules(cfg: Any) -> list[Rule]:
+    """Every tensor of V2 and V3; both turn rotary pairs that lie side by side."""
+    theirs, ours = "model.layers.{n}.self_attn.", "blocks.{n}.attention."
+    shared = [rule for rule in backbone(cfg) if not rule.theirs[0].startswith(theirs)]
+    return [
+        *shared,
+        Rule((f"{theirs}q_proj.weight",), f"{ours}q.weight", "rope_pairs_of_heads"),
+        Rule((f"{theirs}q_a_proj.weight",), f"{ours}q_down.weight"),
+        Rule((f"{theirs}q_a_layernorm.weight",), f"{ours}q_norm.weight"),
+        Rule((f"{theirs}q_b_proj.weight",), f"{ours}q_up.weight", "rope_pairs_of_heads"),
+        Rule((f"{theirs}kv_a_proj_with_mqa.weight",), f"{ours}kv_down.weight", "rope_pairs_at_end"),
+        Rule((f"{theirs}kv_a_layernorm.weight",), f"{ours}kv_norm.weight"),
+        Rule((f"{theirs}kv_b_proj.weight",), f"{ours}kv_up.weight"),
+        Rule((f"{theirs}o_proj.weight",), f"{ours}out.weight"),
+        *_mixture(cfg),
+    ]
+
+
+def _next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
+    """The layer after the last, for predicting two tokens at once (V3, §2.2)."""
+    return {"a layer for multi-token prediction": (f"model.layers.{cfg.num_layers}.*",)}
+
+
+def _shared() -> Entry:
+    """`n_shared_experts`, which lie side by side as one, so many times as wide as an expert."""
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        number = hf.get("n_shared_experts")
+        if not number:
+            return {"moe.shared": None}
+        return {"moe.shared.hidden_dim": number * hf["moe_intermediate_size"]}
+
+    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+        shared, width = cfg.moe.shared, cfg.moe.hidden_dim
+        if shared is None or shared.hidden_dim % width:
+            raise ConfigError(
+                f"moe.shared is {shared}; this layout has a shared expert that is a multiple of "
+                f"moe.hidden_dim ({width}) wide"
+            )
+        return {"n_shared_experts": shared.hidden_dim // width}
+
+    return Entry(("n_shared_experts",), read, write)
+
+
+def _v2_groups() -> Entry:
+    """`topk_method`: the best experts, or the best of the best groups (V2, §2.2.2)."""
+    names = ("topk_method", "n_group", "topk_group")
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        method = hf.get("topk_method") or "greedy"
+        if method not in ("greedy", "group_limited_greedy"):
+            raise ConfigError(
+                f"topk_method is {method!r}; only 'greedy' or 'group_limited_greedy' can be "
+                "expressed here"
+            )
+        if method == "greedy":
+            return {"moe.router.num_groups": 1, "moe.router.top_groups": 1}
+        missing = [name for name in names[1:] if hf.get(name) is None]
+        if missing:
+            raise ConfigError(f"{missing[0]} is missing; topk_method {method!r} needs it")
+        return {"moe.router.num_groups": hf["n_group"], "moe.router.top_groups": hf["topk_group"]}
+
+    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+        router = cfg.moe.router
+        method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
+        return dict(zip(names, (method, router.num_groups, router.top_groups), strict=True))
+
+    return Entry(names, read, write)
+
+
+_MIXTURE = (
+    EPS,
+    TIED,
+    DENSE,
+    field("first_k_dense_replace", "dense_first", 0),
+    fixed("moe_layer_freq", 1),
+    field("moe_intermediate_size", "moe.hidden_dim"),
+    field("n_routed_experts", "moe.num_experts"),
+    field("num_experts_per_tok", "moe.top_k"),
+    _shared(),
+)
+_LATENT = (
+    *(entry for entry in DECODER if entry.theirs != ("num_key_value_heads",)),
+    derived("num_key_value_heads", lambda cfg: cfg.attention.num_heads),
+    rope(),
+    *_MIXTURE,
+    fixed("attention_bias", False),
+    field("q_lora_rank", "attention.latent.q_rank", None),
+    field("kv_lora_rank", "attention.latent.kv_rank"),
+    field("qk_nope_head_dim", "attention.latent.nope_dim"),
+    field("qk_rope_head_dim", "attention.latent.rope_dim"),
+    field("v_head_dim", "attention.latent.value_dim"),
+    derived("head_dim", lambda cfg: cfg.attention.latent.rope_dim),
+    derived(
+        "qk_head_dim", lambda cfg: cfg.attention.latent.nope_dim + cfg.attention.latent.rope_dim
+    ),
+)
+# Where the program that trained it put its experts.
+_HARMLESS = frozenset({"ep_size"})
+
+
+DEEPSEEK = Family(
+    "deepseek",
+    "DeepseekForCausalLM",
+    (
+        *DECODER,
+        rope(),
+        *_MIXTURE,
+        BIAS,
+        field("norm_topk_prob", "moe.router.renormalize", False),
+        fixed("scoring_func", "softmax"),
+    ),
+    rules,
+    always={"moe.router.kind": "softmax"},
+    harmless=_HARMLESS,
+    ignored=old_keys,
+)
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    (
+        *_LATENT,
+        _v2_groups(),
+        field("routed_scaling_factor", "moe.router.scale", 1.0),
+        fixed("mlp_bias", False),
+        # transformers never divides V2's weights by their sum, whatever the field says.
+        fixed("norm_topk_prob", False),
+        fixed("scoring_func", "softmax"),
+    ),
+    latent_rules,
+    always={
+        "moe.router.kind": "softmax",
+        "moe.router.renormalize": False,
+        "moe.router.group_score": "max",
+    },
+    harmless=_HARMLESS,
+    ignored=old_keys,
+)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    (
+        *_LATENT,
+        field("n_group", "moe.router.num_groups", 8),
+        field("topk_group", "moe.router.top_groups", 4),
+        field("routed_scaling_factor", "moe.router.scale", 2.5),
+        field("norm_topk_prob", "moe.router.renormalize", True),
+        fixed("rope_interleave", True),
+        fixed("scoring_func", "sigmoid"),
+        fixed("topk_method", "noaux_tc"),
+    ),
+    latent_rules,
+    always={
+        "moe.router.kind": "sigmoid",
+        "moe.router.selection_bias": True,
+        "moe.router.group_score": "top2",
+    },
+    harmless=_HARMLESS,
+    ignored=old_keys,
+    left_out=_next_tokens,
+    replaced={"num_nextn_predict_layers": 0},
+)

@@ -1,0 +1,242 @@
+"""Entries of a family's table: the fields of config.json and the settings of ours that they mean.
+
+A field that no entry names, and that is not known to be harmless, is refused by `translate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moestro.checkpoints.families.table import Config, Entry, Inert
+from moestro.config.number import MOST_LAYERS
+from moestro.errors import ConfigError
+
+REQUIRED = object()
+
+# About files, training, generation or the library, never about what the model computes.
+HARMLESS = frozenset({
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "aux_loss_alpha",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "keys_to_ignore_at_inference", "label2id",
+    "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
+    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "router_z_loss_coef", "sep_token_id", "seq_aux", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
+    "typical_p", "unk_token_id", "use_bfloat16", "use_cache",
+})  # fmt: skip
+# Notes of libraries and tools: `_name_or_path`, `unsloth_version`, `transformers.js_config`.
+HARMLESS_BEGINNINGS = ("_", "unsloth_", "transformers.js")
+# What transformers' base class writes for every family.
+INERT = (
+    Inert("is_encoder_decoder", (False,), "an encoder beside the decoder"),
+    Inert("add_cross_attention", (False,), "attention to an encoder in every layer"),
+    Inert("pruned_heads", ({}, []), "that attention heads are taken out"),
+)
+
+
+def setting(cfg: Config, dotted: str) -> Any:
+    """The value of our setting `dotted`, such as `attention.num_heads`.
+
+    Raises:
+        ConfigError: a part of the way is unset, such as `moe` in a dense model.
+    """
+    value: Any = cfg
+    for part in dotted.split("."):
+        if value is None:
+            raise ConfigError(f"{dotted} is not set, and this layout needs it")
+        value = getattr(value, part)
+    return value
+
+
+def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field's value; one that is missing or null has its default.
+
+    Except for a switch that is on by default: null would turn it off in transformers.
+    """
+    value = hf.get(name)
+    if value is not None:
+        return value
+    if default is True and name in hf:
+        raise ConfigError(f"{name} is null; it has to be true or false")
+    if default is REQUIRED:
+        raise ConfigError(f"{name} is missing; a config.json of this model_type needs it")
+    return default
+
+
+def field(
+    theirs: str,
+    ours: str,
+    default: Any = REQUIRED,
+    *,
+    read: Callable[[Any], Any] = lambda value: value,
+    write: Callable[[Any], Any] = lambda value: value,
+) -> Entry:
+    """One field, one setting.
+
+    Args:
+        theirs: the field.
+        ours: the setting's dotted name.
+        default: the field's value where it is missing or null.
+        read: field's value → ours (not called for None).
+        write: ours → field's value (not called for None).
+    """
+
+    def reads(hf: Mapping[str, Any]) -> dict[str, Any]:
+        value = _given(hf, theirs, default)
+        return {ours: None if value is None else read(value)}
+
+    def writes(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
+        value = setting(cfg, ours)
+        return {theirs: None if value is None else write(value)}
+
+    return Entry((theirs,), reads, writes)
+
+
+def num_layers(hf: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`, for what is said layer by layer.
+
+    Raises:
+        ConfigError: more than any model has.
+    """
+    number: int = hf["num_hidden_layers"]
+    if number > MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {number}; at most {MOST_LAYERS:,} are allowed")
+    return number
+
+
+def choice(theirs: str, ours: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Entry:
+    """One field whose values have other names in ours; `values` maps theirs → ours."""
+    back = {name: value for value, name in values.items()}
+
+    def read(value: Any) -> Any:
+        if value not in values:
+            raise ConfigError(_only(theirs, value, list(values)))
+        return values[value]
+
+    def write(value: Any) -> Any:
+        if value not in back:
+            raise ConfigError(_only(ours, value, list(back)))
+        return back[value]
+
+    return field(theirs, ours, default, read=read, write=write)
+
+
+def fixed(theirs: str, *allowed: Any) -> Entry:
+    """A field that may be missing, or else has one of the values `allowed`; the first is written.
+
+    None among them allows null; it need not be said where null is like missing, which it is but
+    for a switch that is on.
+    """
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        value = hf.get(theirs)
+        missing = value is None and not (allowed[0] is True and theirs in hf)
+        if not missing and value not in allowed:
+            raise ConfigError(_only(theirs, value, list(allowed)))
+        return {}
+
+    return Entry((theirs,), read, lambda cfg, original: {theirs: allowed[0]})
+
+
+def derived(theirs: str, value: Callable[[Any], Any]) -> Entry:
+    """A field that follows from our settings by `value`: if it is there, it must agree."""
+
+    def check(cfg: Config, hf: Mapping[str, Any]) -> None:
+        given = hf.get(theirs)
+        if given is not None and given != value(cfg):
+            raise ConfigError(
+                f"{theirs} is {given!r}, but the other fields make it {value(cfg)!r}; "
+                "no other value can be expressed here"
+            )
+
+    return Entry((theirs,), lambda hf: {}, lambda cfg, original: {theirs: value(cfg)}, check)
+
+
+def _only(name: str, value: Any, allowed: list[Any]) -> str:
+    known = " or ".join(repr(one) for one in allowed)
+    return f"{name} is {value!r}; only {known} can be expressed here"
+
+
+def window(default: int | None = None) -> Entry:
+    """`sliding_window`: tokens that every layer looks back on, or null."""
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        size = hf.get("sliding_window", default)
+        return {"attention.window": None if size is None else {"size": size}}
+
+    def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
+        window = cfg.attention.window
+        return {"sliding_window": None if window is None else window.size}
+
+    return Entry(("sliding_window",), read, write)
+
+
+def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool) -> Entry:
+    """`layer_types`: which layers slide and which see everything, and the window's size.
+
+    Args:
+        kinds: config.json → the layer types where the field is missing.
+        switch: `use_sliding_window` turns the whole on (Qwen); else a size does (gpt-oss).
+    """
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        size = hf.get("sliding_window")
+        if switch and not hf.get("use_sliding_window", False):
+            size = None
+        given = hf.get("layer_types")
+        sliding = [kind == "sliding_attention" for kind in (kinds(hf) if given is None else given)]
+        unknown = set(given or ()) - {"sliding_attention", "full_attention"}
+        if unknown:
+            raise ConfigError(_only("layer_types", unknown.pop(), list(_KINDS)))
+        if not any(sliding):
+            return {"attention.window": None}
+        if size is None:
+            raise ConfigError("layer_types has sliding layers, but sliding_window is not set")
+        return {"attention.window": {"size": size, "full_every": _full_every(sliding)}}
+
+    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+        window = cfg.attention.window
+        layers = range(cfg.num_layers)
+        values: dict[str, Any] = {
+            "sliding_window": None if window is None else window.size,
+            "layer_types": [_KINDS[cfg.window(layer) is None] for layer in layers],
+        }
+        if switch:
+            values["use_sliding_window"] = window is not None
+            values["max_window_layers"] = cfg.num_layers if window is None else 0
+        return values
+
+    def check(cfg: Any, hf: Mapping[str, Any]) -> None:
+        given = hf.get("layer_types")
+        if given is not None and len(given) != cfg.num_layers:
+            raise ConfigError(f"layer_types has {len(given)} entries for {cfg.num_layers} layers")
+
+    names: tuple[str, ...] = ("sliding_window", "layer_types")
+    if switch:
+        names += ("use_sliding_window", "max_window_layers")
+    return Entry(names, read, write, check)
+
+
+_KINDS = ("sliding_attention", "full_attention")
+
+
+def _full_every(sliding: list[bool]) -> int:
+    """The n where every n-th layer sees everything; 0 where none does."""
+    if all(sliding):
+        return 0
+    every = sliding.index(False) + 1
+    if sliding != [(layer + 1) % every != 0 for layer in range(len(sliding))]:
+        raise ConfigError(
+            "layer_types is neither all sliding, all full, nor full in every n-th layer; "
+            "no other pattern can be expressed here"
+        )
+    return every

@@ -1,0 +1,144 @@
+"""Qwen1.5-MoE and Qwen2-MoE with a gated shared expert; Qwen3-MoE with norms per head, none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moestro.checkpoints.families.fields import choice, field, layer_types, num_layers
+from moestro.checkpoints.families.llama import (
+    BIAS,
+    DECODER,
+    DENSE,
+    EPS,
+    TIED,
+    backbone,
+    dense,
+    gated,
+    old_keys,
+)
+from moestro.checkpoints.families.rope import rope
+from moestro.checkpoints.families.table import Entry, Family, Inert, Rule
+from moestro.errors import ConfigError
+
+
+def rules(cfg: Any) -> list[Rule]:
+    """Every tensor of both."""
+    layer, names = "model.layers.{n}.mlp.", ("gate_proj", "up_proj", "down_proj")
+    return [
+        *backbone(cfg),
+        *dense(cfg),
+        Rule((f"{layer}gate.weight",), "blocks.{n}.ffn.router.weight"),
+        *gated(f"{layer}experts.{{e}}.", "blocks.{n}.ffn.experts.{}[{e}]", names),
+        *gated(f"{layer}shared_expert.", "blocks.{n}.ffn.shared.{}[0]", names),
+        Rule((f"{layer}shared_expert_gate.weight",), "blocks.{n}.ffn.shared_gate.weight"),
+    ]
+
+
+def _mixed_layers() -> Entry:
+    """`decoder_sparse_step`: every n-th layer is a mixture; `mlp_only_layers`: but not these."""
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        step, given = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or []
+        dense_layers = set(given)
+        turns = [n for n in range(num_layers(hf)) if (n + 1) % step == 0]
+        mixed = [n for n in turns if n not in dense_layers]
+        if not mixed or mixed != [n for n in turns if n >= mixed[0]]:
+            raise ConfigError(
+                f"mlp_only_layers is {given!r}; only the first layers can be kept dense "
+                "here, and some have to be mixtures"
+            )
+        return {"moe_every": step, "dense_first": 0 if mixed == turns else mixed[0]}
+
+    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+        layers = list(range(cfg.dense_first))
+        return {"decoder_sparse_step": cfg.moe_every, "mlp_only_layers": layers}
+
+    return Entry(("decoder_sparse_step", "mlp_only_layers"), read, write)
+
+
+def _num_experts() -> Entry:
+    """`num_experts`, which transformers 5 writes as `num_local_experts` for Qwen3-MoE."""
+    names = ("num_experts", "num_local_experts")
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        given = {hf[name] for name in names if hf.get(name) is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                f"num_experts and num_local_experts say {sorted(given)}; one number is needed"
+            )
+        return {"moe.num_experts": given.pop()}
+
+    return Entry(names, read, lambda cfg, original: {names[0]: cfg.moe.num_experts})
+
+
+def _head_dim() -> Entry:
+    """`head_dim`, never written as null: transformers would take that for the width."""
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention.head_dim": hf.get("head_dim")}
+
+    return Entry(("head_dim",), read, lambda cfg, original: {"head_dim": cfg.head_dim})
+
+
+def _switched_window() -> Entry:
+    """Qwen3-MoE's window: of all layers, where `use_sliding_window` turns it on."""
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+        return {"attention.window": None if size is None else {"size": size}}
+
+    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+        window = cfg.attention.window
+        size = None if window is None else window.size
+        return {"use_sliding_window": size is not None, "sliding_window": size}
+
+    return Entry(("use_sliding_window", "sliding_window", "max_window_layers"), read, write)
+
+
+def _qwen2_windows(hf: Mapping[str, Any]) -> list[str]:
+    """Of the first max_window_layers, every other one slides, where windows are on at all."""
+    last = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else 0
+    sliding = [n % 2 == 0 and n < last for n in range(num_layers(hf))]
+    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+_MIXTURE = (
+    field("moe_intermediate_size", "moe.hidden_dim"),
+    field("num_experts_per_tok", "moe.top_k"),
+    field("norm_topk_prob", "moe.router.renormalize", False),
+    _num_experts(),
+    _mixed_layers(),
+)
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    (
+        *DECODER,
+        EPS,
+        rope(),
+        TIED,
+        DENSE,
+        *_MIXTURE,
+        field("shared_expert_intermediate_size", "moe.shared.hidden_dim"),
+        choice("qkv_bias", "attention.bias", {True: "qkv", False: "none"}, True),
+        layer_types(_qwen2_windows, switch=True),
+    ),
+    rules,
+    always={"moe.router.kind": "softmax", "moe.shared.gate": True},
+    ignored=old_keys,
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    (*DECODER, EPS, rope(), TIED, DENSE, BIAS, *_MIXTURE, _head_dim(), _switched_window()),
+    rules,
+    always={"attention.qk_norm": "head", "moe.router.kind": "softmax"},
+    # Left over from Qwen2-MoE in Qwen3-Coder's.
+    inert=(
+        Inert("qkv_bias", (False,), "biases of queries, keys and values"),
+        Inert("use_qk_norm", (True,), "queries and keys without norms"),
+        Inert("shared_expert_intermediate_size", (0,), "a shared expert beside the routed ones"),
+    ),
+    ignored=old_keys,
+)

@@ -1,0 +1,154 @@
+"""Finds the folder that a name means: one on this machine, or a model of the Hugging Face hub.
+
+The network is used for a name of the form `org/model` only, and only where there is no folder
+`org` here: else a misspelt path would be asked for. The hub's cache is looked into either way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moestro.checkpoints.folders import CHECKPOINTS, CONFIG, newest_checkpoint, read_json
+from moestro.checkpoints.pretrained import is_pretrained
+from moestro.checkpoints.tensor_files import INDEX, SINGLE
+from moestro.errors import CheckpointError
+
+_REMOTE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights, settings, tokenizers and chat templates. Subfolders and "consolidated" files hold the
+# same weights again, in their makers' own layouts.
+WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "*.model"]
+UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
+INSTALL = "pip install 'moestro[hf]'"
+
+
+def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = None) -> Path:
+    """The checkpoint's folder that a name means, in either layout.
+
+    Args:
+        name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
+            checkpoint's, or `org/model`.
+        known: whether a checkpoint of ours is known to be good, so that it is not read through.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or another program's; see also
+            `find_model`.
+    """
+    folder = find_model(name)
+    check_kind(folder)
+    return folder if is_pretrained(folder) else newest_checkpoint(folder, known)
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder or file that a name means; what is on this machine comes first.
+
+    Args:
+        name: a path, or `org/model`: that is fetched into huggingface_hub's cache, or taken from
+            there.
+
+    Raises:
+        CheckpointError: there is no such path or model, huggingface_hub is not installed, or the
+            hub cannot be reached and the cache does not have it.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    folder = _fetch(str(name), WANTED)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{name} has no safetensors file in the Hugging Face hub's main branch, or in its "
+            "cache; weights in pickle files or GGUF are not read. transformers can write the "
+            "former anew as safetensors"
+        )
+    return folder
+
+
+def find_settings(name: str) -> Path:
+    """The config.json of a model of the hub; nothing else of it is fetched.
+
+    Raises:
+        CheckpointError: see `find_model`; or it has none.
+    """
+    path = _fetch(name, [CONFIG]) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{name} has no {CONFIG} on the Hugging Face hub")
+    return path
+
+
+def check_kind(path: Path) -> None:
+    """Refuse other programs' models by saying what they are, and what to do with them.
+
+    Raises:
+        CheckpointError: it is GGUF, or an adapter.
+    """
+    if any((path / name).exists() for name in (SINGLE, INDEX, CHECKPOINTS)):
+        return
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files:
+        raise CheckpointError(
+            f"{files[0]} is GGUF, llama.cpp's format, which is not read here. Give the model that "
+            "it was made from, in Hugging Face's layout (--weights int4 packs it as small), or "
+            "run the file with llama.cpp"
+        )
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        fields = read_json(adapter)
+        base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
+        raise CheckpointError(
+            f"{path} is an adapter for {base or 'a model'}, not a whole model. Merge the two with "
+            f"peft and give the new folder: AutoPeftModelForCausalLM.from_pretrained('{path}')"
+            ".merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+
+
+def _fetch(name: str, wanted: Sequence[str]) -> Path:
+    """The folder of a model of the hub, in huggingface_hub's cache."""
+    if not _REMOTE.fullmatch(name):
+        raise CheckpointError(
+            f"{name} does not exist; give a run's folder, a checkpoint's, or the name of a model "
+            "on the Hugging Face hub as org/model"
+        )
+    here = Path(name).parent
+    try:
+        import huggingface_hub.errors
+    except ImportError:
+        raise CheckpointError(
+            f"{name} is no folder here; to fetch a model of that name from the Hugging Face hub, "
+            f"install huggingface_hub: {INSTALL}"
+        ) from None
+    errors = huggingface_hub.errors
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=list(wanted),
+            ignore_patterns=UNWANTED,
+            local_files_only=here.exists(),
+        )
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{name} is open only to those who accept its terms: do so on "
+            f"https://huggingface.co/{name}, then log in with `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a model on the Hugging Face hub; check the "
+            "name, or log in with `hf auth login` if it is private"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if here.exists():
+            raise CheckpointError(
+                f"{name} is neither in the folder {here} nor in the Hugging Face hub's cache; "
+                f"check the path, or fetch the hub's model of that name: hf download {name}"
+            ) from None
+        raise CheckpointError(
+            f"{name} is no folder here, the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE "
+            f"is set), and its cache does not have the whole model: {_first_line(error)}"
+        ) from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise CheckpointError(f"cannot fetch {name}: {_first_line(error)}") from None
+    return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].strip()

@@ -1,0 +1,170 @@
+"""Packed models on disk: one file, mapped into memory instead of read.
+
+The file is a line that says what it is, the length of a JSON header, the header, and every tensor
+on a page of its own: packed weights as the kernels stream them, other parameters as they are. The
+header holds the model's settings, the place of each tensor, and the checkpoint's fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor, nn
+
+from moestro.checkpoints import packed_header
+from moestro.checkpoints.folders import CONFIG, MANIFEST
+from moestro.checkpoints.packed_header import Section
+from moestro.errors import CheckpointError
+from moestro.files import whole_file
+from moestro.kernels.packing import Format
+from moestro.models.build import Model
+from moestro.moe.packed import Packed
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def default_path(folder: Path, format: Format) -> Path:
+    """Where the packed form of a checkpoint is kept: beside its weights.
+
+    Or, where that is a folder of the Hugging Face hub's cache or cannot be written, in a cache of
+    our own: $XDG_CACHE_HOME/moestro, or ~/.cache/moestro, under the checkpoint's fingerprint.
+    """
+    group = "" if format.kind == "bfloat16" else f"-{format.group}"
+    name = f"packed-{format.kind}{group}.moestro"
+    inner = folder.absolute()
+    of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
+    if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
+        return folder / name
+    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = stated if stated.is_absolute() else Path.home() / ".cache"
+    key = hashlib.sha256(json.dumps(fingerprint(folder)).encode()).hexdigest()
+    return cache / "moestro" / key[:32] / name
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What tells one checkpoint from another: a SHA-256 for each file that holds its weights.
+
+    Of a large file only its size and 16 pieces of 64 KiB count, so that a start stays quick; one of
+    ours has a manifest with the sums of all its files, which is taken.
+    """
+    manifest = folder / MANIFEST
+    wanted = [manifest] if manifest.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [*wanted, folder / CONFIG]
+    return {path.name: _sampled(path) for path in files if path.is_file()}
+
+
+def is_of(path: Path, folder: Path) -> bool:
+    """Whether a file is the packed form of this very checkpoint, as far as its header says."""
+    try:
+        return path.is_file() and packed_header.read(path)[0]["source"] == fingerprint(folder)
+    except (CheckpointError, OSError):
+        return False
+
+
+def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> None:
+    """Write a packed model, whole or not at all.
+
+    Args:
+        model: packed.
+        path: the new file; one that is there is replaced.
+        format: that it was packed in.
+        source: the checkpoint's `fingerprint`.
+
+    Raises:
+        ShapeError: its parameters have several dtypes.
+        OSError: the disk is full or the place cannot be written.
+    """
+    start, sections, length = packed_header.make(model, format, source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(start)
+        for tensor, offset in sections.values():
+            file.seek(len(start) + offset)
+            _write(file, tensor)
+        file.truncate(len(start) + length)
+
+
+def load(path: Path, source: dict[str, str] | None = None) -> Model:
+    """Map a packed model; the system reads ahead of its use.
+
+    Args:
+        path: from `save`. It must not be written to while the model lives.
+        source: the `fingerprint` of the checkpoint that it must be of; None: any.
+
+    Raises:
+        CheckpointError: it is missing, no packed model, truncated, of another version of this
+            program, or of another checkpoint.
+    """
+    header, begin = packed_header.read(path)
+    if source is not None and header["source"] != source:
+        raise CheckpointError(
+            f"{path} is the packed form of another checkpoint than the one beside it, or that one "
+            "has changed; remove the file to pack it again"
+        )
+    try:
+        with path.open("rb") as file:
+            # Private: a write to a parameter stays in this process instead of ending it.
+            memory = mmap.mmap(
+                file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    model, sections = packed_header.unfilled(path, header, len(memory) - begin)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_WILLNEED)
+    _fill(model, {name: _mapped(memory, begin, each) for name, each in sections.items()})
+    return model
+
+
+def stored_format(path: Path) -> Format:
+    """The format that a file's weights are packed in.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    return packed_header.format_of(path, packed_header.read(path)[0])
+
+
+def _fill(model: Model, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors where the model has such without memory."""
+    made: dict[Tensor, Tensor] = {old: tensors[name] for name, old in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        made[parameter] = nn.Parameter(tensors[name], requires_grad=False)
+    for path, module in model.named_modules():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, old in own:
+            setattr(module, name, made[old])
+        if isinstance(module, Packed):
+            module.use({part: tensors[f"{path}.{part}"] for part in module.parts()})
+
+
+def _mapped(memory: mmap.mmap, begin: int, section: Section) -> Tensor:
+    like, at = section.tensor, begin + section.offset
+    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
+    return flat.view(like.shape)
+
+
+def _write(file: IO[bytes], tensor: Tensor) -> None:
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel():
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for sample in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,286 @@
+"""The header of a packed file: made for a model, read, and held against its own settings.
+
+A file is not trusted. Its settings say which tensors it has, of which shape and dtype; a header
+that says otherwise, or puts them outside the file or over each other, is refused before they are
+used.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moestro.checkpoints.quantize import places
+from moestro.config import EncDecConfig, ModelConfig
+from moestro.errors import CheckpointError, ShapeError
+from moestro.kernels.addresses import FLOATS
+from moestro.kernels.packing import (
+    PAGE,
+    Format,
+    PackedExperts,
+    PackedMatrix,
+    check_format,
+    matrix_bytes,
+    slab_bytes,
+)
+from moestro.models.build import Model, build_model
+from moestro.models.count import count
+from moestro.models.linear import PackedLinear
+from moestro.models.materialize import without_memory
+from moestro.moe import packed as modules
+from moestro.moe.experts import FeedForward, StackedWeights
+
+MAGIC = b"moestro packed model\n"
+VERSION = 1
+# What the bytes of packed tensors mean: `moestro.kernels.packing`.
+LAYOUT = 1
+FIELDS = ("weights", "source", "model", "packed", "tensors")
+_START = len(MAGIC) + 8
+_MOST_BYTES = 1 << 22
+_LAYERS = {"num_layers", "encoder_layers", "decoder_layers"}
+# What a header of wrong types or sizes may raise in the checks and settings that it meets.
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Section(NamedTuple):
+    """A tensor, perhaps without memory, and where it stands, counted from the header's end."""
+
+    tensor: Tensor
+    offset: int
+
+
+def make(
+    model: Model, format: Format, source: dict[str, str]
+) -> tuple[bytes, dict[str, Section], int]:
+    """The first bytes of a model's file, where each tensor follows, and their length in all.
+
+    Raises:
+        ShapeError: the parameters are not of one dtype.
+    """
+    _check_dtypes(model, tensors(model))
+    at, sections = 0, {}
+    for name, tensor in tensors(model).items():
+        sections[name] = Section(tensor, at)
+        at += -(-tensor.nbytes // PAGE) * PAGE
+    header = {
+        "version": VERSION,
+        "layout": LAYOUT,
+        "weights": format._asdict(),
+        "source": source,
+        "model": model.cfg.model_dump(mode="json"),
+        "packed": _described(model),
+        "tensors": {
+            name: {"offset": offset, "dtype": _name(tensor), "shape": list(tensor.shape)}
+            for name, (tensor, offset) in sections.items()
+        },
+    }
+    text = json.dumps(header).encode()
+    start = MAGIC + len(text).to_bytes(8, "little") + text
+    return start.ljust(-(-len(start) // PAGE) * PAGE, b"\0"), sections, at
+
+
+def read(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, which has all its fields, and where its tensors begin.
+
+    Raises:
+        CheckpointError: there is none, or one of another version of this program.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START)
+            if not start.startswith(MAGIC):
+                raise CheckpointError(
+                    f"{path} is no packed model of moestro; remove it to pack the checkpoint again"
+                )
+            length = int.from_bytes(start[len(MAGIC) :], "little")
+            text = file.read(length) if length < _MOST_BYTES else b""
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if len(start) < _START or len(text) < length:
+        raise broken(path, "it ends within its header")
+    try:
+        header = json.loads(text, parse_int=_whole, parse_float=_float)
+        version, layout = header["version"], header["layout"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise broken(path, "its header is no JSON, or has numbers beyond any size") from None
+    if (version, layout) != (VERSION, LAYOUT):
+        raise CheckpointError(
+            f"{path} was packed by another version of moestro (format {version!r:.40}, layout "
+            f"{layout!r:.40}; this one reads {VERSION} and {LAYOUT}); remove it to pack the "
+            "checkpoint again"
+        )
+    for field in FIELDS:
+        if not isinstance(header.get(field), dict):
+            raise broken(path, f"its header does not fit together: it has no {field}")
+    return header, -(-(_START + length) // PAGE) * PAGE
+
+
+def format_of(path: Path, header: dict[str, Any]) -> Format:
+    """The format of all packed weights.
+
+    Raises:
+        CheckpointError: there is none like this.
+    """
+    try:
+        format = Format(**header["weights"])
+        check_format(format)
+    except _UNFIT as error:
+        raise broken(path, f"its header does not fit together: {error}") from None
+    return format
+
+
+def unfilled(path: Path, header: dict[str, Any], nbytes: int) -> tuple[Model, dict[str, Section]]:
+    """The packed model of a header's settings, without memory, and where its tensors are.
+
+    Args:
+        path: of the file.
+        header: from `read`.
+        nbytes: of the file after its header.
+
+    Raises:
+        CheckpointError: the header says what its settings do not, or more than the file has.
+    """
+    format = format_of(path, header)
+    try:
+        model = _model(header["model"], format, nbytes)
+        if header["packed"] != _described(model):
+            raise ValueError("its modules are packed otherwise than its settings say")
+        return model, _sections(header["tensors"], model, nbytes)
+    except _UNFIT as error:
+        why = " ".join(str(error).split())[:300]
+        raise broken(path, f"its header does not fit together: {why}") from None
+
+
+def broken(path: Path, why: str) -> CheckpointError:
+    """What is said of a file that cannot be used."""
+    return CheckpointError(
+        f"{path} is truncated or altered: {why}; remove it to pack the checkpoint again"
+    )
+
+
+def tensors(model: Model) -> dict[str, Tensor]:
+    """All that a packed model's file holds: parameters, buffers, packed bytes and their biases."""
+    found: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
+    for path, module in model.named_modules():
+        if isinstance(module, modules.Packed):
+            found |= {f"{path}.{part}": tensor for part, tensor in module.parts().items()}
+    return found
+
+
+def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
+    # Before anything is built as large as they say: a tensor has a page, and a weight four bits.
+    for name in _LAYERS & settings.keys():
+        if type(settings[name]) is not int or settings[name] > nbytes // PAGE:
+            raise ValueError(f"{name} is {settings[name]!r} in {nbytes} bytes")
+    cfg = (EncDecConfig if "encoder_layers" in settings else ModelConfig)(**settings)
+    total = count(cfg).total
+    if total > 2 * nbytes:
+        raise ValueError(f"its settings have {total} parameters, which {nbytes} bytes do not hold")
+    with without_memory():
+        model = build_model(cfg)
+    for place in places(model):
+        setattr(place.parent, place.name, _packed(place.module, format))
+    return model.eval()
+
+
+def _packed(module: nn.Module, format: Format) -> modules.Packed:
+    """What a module is packed as, without memory."""
+
+    def data(nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+
+    def bias(own: Tensor | None) -> Tensor | None:
+        return None if own is None else torch.empty_like(own, dtype=torch.float32)
+
+    if isinstance(module, nn.Linear):
+        rows, columns = module.weight.shape
+        matrix = PackedMatrix(data(matrix_bytes(rows, columns, format)), rows, columns, format)
+        return PackedLinear(matrix, bias(module.bias))
+    assert isinstance(module, StackedWeights)
+    (num_experts, dim, hidden), activation = module.down.shape, module.activation
+    slabs = data(num_experts * slab_bytes(dim, hidden, activation, format))
+    biases = map(bias, module.biases or (None, None))
+    kind = modules.PackedFeedForward if isinstance(module, FeedForward) else modules.PackedExperts
+    return kind(PackedExperts(slabs, num_experts, dim, hidden, activation, format, *biases))
+
+
+def _described(model: Model) -> dict[str, dict[str, Any]]:
+    """What the header says of each packed module."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            matrix = module.weights
+            found[path] = {"rows": matrix.rows, "columns": matrix.columns}
+        elif isinstance(module, modules.PackedWeights):
+            experts = module.weights
+            found[path] = {
+                "experts": experts.num_experts,
+                "dim": experts.dim,
+                "hidden_dim": experts.hidden_dim,
+                "activation": experts.activation,
+                "dense": isinstance(module, modules.PackedFeedForward),
+            }
+        else:
+            continue
+        found[path] |= module.weights.format._asdict()
+    return found
+
+
+def _sections(given: dict[str, Any], model: Model, nbytes: int) -> dict[str, Section]:
+    """Where the file has each tensor of the model.
+
+    Raises:
+        ValueError: a tensor is missing, or is one too many, or is not what the model has; or it
+            is outside the file or over another.
+    """
+    wanted, found = tensors(model), {}
+    if given.keys() != wanted.keys():
+        raise ValueError(f"its tensors are not the settings': {given.keys() ^ wanted.keys()}")
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for name, like in wanted.items():
+        offset, dtype, shape = (given[name][key] for key in ("offset", "dtype", "shape"))
+        dtypes = FLOATS if name in own and like.is_floating_point() else (like.dtype,)
+        made = {_name(each): each for each in (like.to(kind) for kind in dtypes)}
+        if dtype not in tuple(made) or shape != list(like.shape):
+            raise ValueError(
+                f"{name} is {dtype} {shape} where the settings have {' or '.join(made)} "
+                f"{list(like.shape)}"
+            )
+        end = offset + made[dtype].nbytes
+        if type(offset) is not int or offset < 0 or offset % PAGE or end > nbytes:
+            raise ValueError(f"{name} is at {offset} to {end} of {nbytes} bytes")
+        found[name] = Section(made[dtype], offset)
+    _check_dtypes(model, {name: section.tensor for name, section in found.items()})
+    spans = sorted((at, at + tensor.nbytes, name) for name, (tensor, at) in found.items())
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"{name} and {other} overlap")
+    return found
+
+
+def _check_dtypes(model: Model, given: dict[str, Tensor]) -> None:
+    dtypes = {_name(given[name]) for name, _ in model.named_parameters()}
+    if len(dtypes) > 1:
+        raise ShapeError(f"the parameters of a packed model have one dtype; given {dtypes}")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 16:
+        raise ValueError(f"{text[:16]}… is too large")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if abs(number) > 1e12:
+        raise ValueError(f"{number} is too large")
+    return number
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Text as documents, tokens on disk, and the windows that training reads."""

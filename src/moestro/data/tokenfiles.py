@@ -1,0 +1,270 @@
+"""From documents to token files: spool the text, choose and split it, write it as tokens.
+
+Every document is read once, into one spool file; only numbers about it stay in memory. What goes
+into training and what is held out is then a choice of byte ranges of that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.config import DataConfig
+from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
+from moestro.errors import DataError
+from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
+
+TRAIN_FILE, HELD_FILE, ENDS_FILE = "train.bin", "held_out.bin", "train_ends.bin"
+_SPOOL_FILE = "spool.txt"
+_PIECE_BYTES = 1 << 20
+
+
+class Pieces(NamedTuple):
+    """Byte ranges of the spool, by domain, in shuffled order within each.
+
+    Attributes:
+        domains_N: Number of the domain.
+        starts_N: First byte.
+        stops_N: One past the last byte.
+        groups_N: Seeded hash of the group that is held out together.
+    """
+
+    domains_N: NDArray[np.int64]
+    starts_N: NDArray[np.int64]
+    stops_N: NDArray[np.int64]
+    groups_N: NDArray[np.uint64]
+
+    @property
+    def sizes_N(self) -> NDArray[np.int64]:
+        """Bytes of each piece."""
+        return self.stops_N - self.starts_N
+
+    def where(self, kept_N: NDArray[Any]) -> Pieces:
+        """The pieces that a mask or an index picks."""
+        return Pieces(*(column_N[kept_N] for column_N in self))
+
+
+class Written(NamedTuple):
+    """What is in the token files; goes into the folder's meta file as it is."""
+
+    domains: list[str]
+    dtype: str
+    train_tokens: dict[str, int]
+    held_tokens: dict[str, int]
+    held_bytes: dict[str, int]
+    notes: list[str]
+    digest: str
+
+
+def write_token_files(cfg: DataConfig, folder: Path) -> Written:
+    """Read all sources and write their tokens, and the tokenizer, into an existing folder.
+
+    Raises:
+        DataError: as in `read_documents`; or there is too little text for one context.
+        OSError: the folder cannot be written.
+    """
+    spool = folder / _SPOOL_FILE
+    with spool.open("wb") as writing:
+        domains, pieces = _spool(cfg, writing)
+    if not domains:
+        raise DataError(
+            f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
+        )
+    with spool.open("rb") as stream, _mapped(stream) as text:
+        if cfg.domain_bytes is not None:
+            pieces = _capped(pieces, text, cfg.domain_bytes)
+        train, held, notes = _split(pieces, text, cfg, domains)
+        tokenizer = build_tokenizer(cfg.tokenizer, _texts(train, text))
+        digest = hashlib.sha256()
+        counts = [
+            _write(side, text, tokenizer, folder / name, digest, len(domains))
+            for side, name in ((train, TRAIN_FILE), (held, HELD_FILE))
+        ]
+    spool.unlink()
+    (train_ends, train_tokens), (held_ends, held_tokens) = counts
+    train_ends.tofile(folder / ENDS_FILE)
+    digest.update(train_ends.tobytes() + held_ends.tobytes())
+    tokenizer.save(folder)
+    held_bytes = np.bincount(held.domains_N, held.sizes_N + 1, len(domains)).astype(np.int64)
+    written = Written(
+        domains,
+        token_dtype(tokenizer).name,
+        dict(zip(domains, train_tokens, strict=True)),
+        dict(zip(domains, held_tokens, strict=True)),
+        dict(zip(domains, held_bytes.tolist(), strict=True)),
+        notes,
+        digest.hexdigest(),
+    )
+    _check_length(written, cfg)
+    return written
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """uint16 where the vocabulary fits, else uint32."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _mapped(stream: IO[bytes]) -> mmap.mmap:
+    return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Pieces]:
+    """Write all text end to end; returns the sorted domains and the documents in shuffled order."""
+    numbers: dict[str, int] = {}
+    domains, stops = array("q"), array("q")
+    orders, groups = array("Q"), array("Q")
+    place = 0
+    for document in read_documents(cfg):
+        place += stream.write(utf8(document.text))
+        stops.append(place)
+        domains.append(numbers.setdefault(document.domain, len(numbers)))
+        # Two hashes: with one, a capped domain would keep just the documents to hold out.
+        orders.append(stable_hash("order", cfg.seed, document.name))
+        groups.append(stable_hash("held out", cfg.seed, document.group or document.name))
+    names = sorted(numbers)
+    rank_of = np.empty(len(names), dtype=np.int64)
+    rank_of[[numbers[name] for name in names]] = np.arange(len(names))
+    stops_N = np.array(stops, dtype=np.int64)
+    starts_N = np.concatenate((np.zeros(min(1, len(stops)), np.int64), stops_N[:-1]))
+    domains_N = rank_of[np.array(domains, dtype=np.int64)]
+    pieces = Pieces(domains_N, starts_N, stops_N, np.array(groups, dtype=np.uint64))
+    return names, pieces.where(np.lexsort((np.array(orders, dtype=np.uint64), domains_N)))
+
+
+def _capped(pieces: Pieces, text: mmap.mmap, most: int) -> Pieces:
+    """At most `most` bytes of each domain: its first documents, the last of them cut."""
+    ends_N = np.cumsum(pieces.sizes_N)
+    begins_N = ends_N - pieces.sizes_N
+    first_N = np.searchsorted(pieces.domains_N, pieces.domains_N)
+    room_N = most - (begins_N - begins_N[first_N])
+    stops_N = np.minimum(pieces.stops_N, pieces.starts_N + np.maximum(room_N, 0))
+    for number in np.flatnonzero((stops_N < pieces.stops_N) & (room_N > 0)):
+        stops_N[number] = character_start(text, int(stops_N[number]))
+    capped = pieces._replace(stops_N=stops_N)
+    return capped.where(capped.sizes_N > 0)
+
+
+def _split(
+    pieces: Pieces, text: mmap.mmap, cfg: DataConfig, domains: list[str]
+) -> tuple[Pieces, Pieces, list[str]]:
+    """Training and held-out pieces, and a note on every domain that had to be cut in two."""
+    context = cfg.seq_len + 1
+    # A few windows' worth, so that a small domain's number is not one window's luck.
+    least = 8 * context
+    held_N = choose_held_out(pieces.domains_N, pieces.groups_N, pieces.sizes_N, cfg.held_out, least)
+    sides: tuple[list[Pieces], list[Pieces]] = ([], [])
+    notes = []
+    for number, domain in enumerate(domains):
+        inside_N = pieces.domains_N == number
+        train, held = pieces.where(inside_N & ~held_N), pieces.where(inside_N & held_N)
+        if min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
+            whole = pieces.where(inside_N)
+            total = int(whole.sizes_N.sum())
+            train, held = _cut(whole, text, max(int(total * cfg.held_out), min(total // 2, least)))
+            notes.append(
+                f"domain {domain!r} has too few documents to hold some out whole, so it is cut in "
+                f"two by position: the last {held.sizes_N.sum() / total:.0%} of it is held out"
+            )
+        sides[0].append(train)
+        sides[1].append(held)
+    return _joined(sides[0]), _joined(sides[1]), notes
+
+
+def _cut(pieces: Pieces, text: mmap.mmap, wanted: int) -> tuple[Pieces, Pieces]:
+    """Part one domain by position: about the last `wanted` bytes, whole lines if possible."""
+    ends_N = np.cumsum(pieces.sizes_N)
+    place = int(ends_N[-1]) - wanted
+    cut = int(np.searchsorted(ends_N, place, side="right"))
+    target = int(pieces.stops_N[cut] - (ends_N[cut] - place))
+    where = _line_start(text, max(int(pieces.starts_N[cut]), target - wanted), target)
+    numbers_N = np.arange(len(ends_N))
+    first, last = pieces.where(numbers_N <= cut), pieces.where(numbers_N >= cut)
+    first.stops_N[-1] = where
+    last.starts_N[0] = where
+    return first.where(first.sizes_N > 0), last.where(last.sizes_N > 0)
+
+
+def _joined(parts: list[Pieces]) -> Pieces:
+    return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _write(
+    pieces: Pieces,
+    text: mmap.mmap,
+    tokenizer: Tokenizer,
+    path: Path,
+    digest: hashlib._Hash,
+    num_domains: int,
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Write one side's tokens; returns each document's end in the file and tokens by domain."""
+    dtype = token_dtype(tokenizer)
+    ends, place = array("q"), 0
+    totals = [0] * num_domains
+    with path.open("wb") as stream:
+        for domain, start, stop in zip(*(a.tolist() for a in pieces[:3]), strict=True):
+            begin = place
+            for part in _parts(text, start, stop):
+                place += _append(_encode(tokenizer, part, dtype), stream, digest)
+            place += _append(np.array([tokenizer.end_of_text], dtype), stream, digest)
+            ends.append(place)
+            totals[domain] += place - begin
+    return np.array(ends, dtype=np.int64), totals
+
+
+def _append(tokens: NDArray[Any], stream: IO[bytes], digest: hashlib._Hash) -> int:
+    raw = tokens.tobytes()
+    stream.write(raw)
+    digest.update(raw)
+    return len(tokens)
+
+
+def _encode(tokenizer: Tokenizer, raw: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if isinstance(tokenizer, ByteTokenizer):  # without the detour over a list
+        return np.frombuffer(raw, dtype=np.uint8).astype(dtype)
+    return np.array(tokenizer.encode(raw.decode("utf-8")), dtype=dtype)
+
+
+def _texts(pieces: Pieces, text: mmap.mmap) -> Iterator[str]:
+    for start, stop in zip(pieces.starts_N.tolist(), pieces.stops_N.tolist(), strict=True):
+        for part in _parts(text, start, stop):
+            yield part.decode("utf-8")
+
+
+def _parts(text: mmap.mmap, start: int, stop: int) -> Iterator[bytes]:
+    """A document in parts of bounded size, cut at lines if possible, never inside a character."""
+    while start < stop:
+        cut = stop
+        if stop - start > _PIECE_BYTES:
+            cut = _line_start(text, start + 1, start + _PIECE_BYTES)
+        yield text[start:cut]
+        start = cut
+
+
+def _line_start(text: mmap.mmap, lowest: int, target: int) -> int:
+    """The last line's start in (lowest, target]; else the start of the character at `target`."""
+    newline = text.rfind(b"\n", lowest, target)
+    return newline + 1 if newline >= 0 else character_start(text, target)
+
+
+def _check_length(written: Written, cfg: DataConfig) -> None:
+    context = cfg.seq_len + 1
+    advice = (
+        f"one context needs {context} (data.seq_len + 1): add text, lower data.seq_len, "
+        "{} data.held_out, or merge domains with data.domains = 'none'"
+    )
+    train = sum(written.train_tokens.values())
+    if train < context:
+        raise DataError(f"only {train} tokens are left for training, but " + advice.format("lower"))
+    for domain, held in written.held_tokens.items():
+        if held < context:
+            raise DataError(
+                f"domain {domain!r} has {held} held-out tokens (and "
+                f"{written.train_tokens[domain]} for training), but " + advice.format("raise")
+            )

@@ -1,0 +1,102 @@
+"""What the tables of the families refuse, and what they make of fields said in several ways."""
+
+import pytest
+
+from moestro.checkpoints.families import FAMILIES
+from moestro.checkpoints.families.translate import to_fields, to_settings
+from moestro.config import ModelConfig
+from moestro.errors import ConfigError
+
+from .published import PUBLISHED
+
+
+def settings(name, **changes):
+    fields = {**PUBLISHED[name][0], **changes}
+    fields = {key: value for key, value in fields.items() if value != "left out"}
+    return to_settings(FAMILIES[fields["model_type"]], fields)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_unknown_field_is_refused(name):
+    with pytest.raises(ConfigError, match="unknown field attention_of_tomorrow"):
+        settings(name, attention_of_tomorrow=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("OLMoE-1B-7B-0924", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ("OLMoE-1B-7B-0924", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [3]}, "only the first layers can be kept dense"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": list(range(48))}, "some have to be mixtures"),
+        ("Qwen3-30B-A3B", {"num_local_experts": 64}, r"say \[64, 128\]"),
+        ("Qwen3-30B-A3B", {"num_experts": "left out"}, r"say \[\]"),
+        ("deepseek-moe-16b-base", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ("deepseek-moe-16b-base", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ("DeepSeek-V2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("DeepSeek-V2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("DeepSeek-V2", {"num_key_value_heads": 8}, "num_key_value_heads is 8.* make it 128"),
+        ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave is False"),
+        ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("DeepSeek-V3", {"attention_bias": True}, "attention_bias is True"),
+        ("gpt-oss-20b", {"swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
+        ("gpt-oss-20b", {"experts_per_token": 8}, "experts_per_token is 8.* make it 4"),
+        ("gpt-oss-20b", {"sliding_window": None}, "sliding_window is not set"),
+        ("gpt-oss-20b", {"layer_types": ["full_attention"] * 7}, "7 entries for 24 layers"),
+        ("Phi-3.5-MoE-instruct", {"num_experts_per_tok": 3}, "sparsemixer chooses 2"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(name, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(name, **changes)
+
+
+def test_first_layers_kept_dense_and_every_other_layer_a_mixture():
+    cfg = settings("Qwen3-30B-A3B", mlp_only_layers=[0, 1, 2, 3], decoder_sparse_step=2)
+    assert [n for n in range(8) if cfg.is_moe_layer(n)] == [5, 7]
+    fields = to_fields(FAMILIES["qwen3_moe"], cfg, {})
+    assert (fields["mlp_only_layers"][-1], fields["decoder_sparse_step"]) in ((3, 2), (4, 2))
+    assert to_settings(FAMILIES["qwen3_moe"], fields).is_moe_layer(5)
+
+
+def test_the_number_of_experts_has_two_names():
+    cfg = settings("Qwen3-30B-A3B", num_local_experts=128, num_experts="left out")
+    assert cfg.moe.num_experts == 128
+    original = {**PUBLISHED["Qwen3-30B-A3B"][0], "num_local_experts": 128}
+    del original["num_experts"]
+    assert to_fields(FAMILIES["qwen3_moe"], cfg, original) == original
+
+
+def test_windows_that_are_switched_off_are_no_windows():
+    assert settings("Qwen1.5-MoE-A2.7B").attention.window is None
+    cfg = settings("Qwen1.5-MoE-A2.7B", use_sliding_window=True, max_window_layers=24)
+    assert [cfg.window(n) for n in range(4)] == [32768, None, 32768, None]
+    cfg = settings("Qwen3-30B-A3B", use_sliding_window=True, sliding_window=512)
+    assert [cfg.window(n) for n in range(3)] == [512] * 3
+    cfg = settings("gpt-oss-20b", layer_types="left out")
+    assert [cfg.window(n) for n in range(4)] == [128, None, 128, None]
+
+
+def test_shared_experts_lie_side_by_side():
+    assert settings("DeepSeek-V2").moe.shared.hidden_dim == 2 * 1536
+    cfg = settings("DeepSeek-V2")
+    odd = cfg.model_copy(
+        update={"moe": cfg.moe.model_copy(update={"shared": cfg.moe.shared.model_copy(
+            update={"hidden_dim": 1000})})}
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"a multiple of moe\.hidden_dim"):
+        to_fields(FAMILIES["deepseek_v2"], odd, {})
+
+
+def test_a_family_refuses_settings_that_it_cannot_express():
+    with pytest.raises(ConfigError, match="cannot express"):
+        to_fields(FAMILIES["mixtral"], settings("OLMoE-1B-7B-0924"), {})
+    with pytest.raises(ConfigError, match="takes ModelConfig, not EncDecConfig"):
+        to_fields(FAMILIES["mixtral"], settings("switch-base-8"), {})
+
+
+def test_key_value_heads_are_written_out_where_ours_leaves_them_to_the_heads():
+    """Not every class of transformers takes null for "as many as heads"."""
+    experts = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    cfg = ModelConfig(dim=32, head={"tied": False}, attention={"num_heads": 4}, moe=experts)
+    assert to_fields(FAMILIES["mixtral"], cfg, {})["num_key_value_heads"] == 4

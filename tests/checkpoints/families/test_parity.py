@@ -1,0 +1,145 @@
+"""Every family against transformers: the same numbers forwards, backwards, cached and written back.
+
+A tiny model of transformers is saved, read, and compared; see tiny.py for what is in the models.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+
+from . import tiny
+
+
+class Pair(NamedTuple):
+    """transformers' model, ours with its weights, and the folder that they went through."""
+
+    theirs: Any
+    ours: Any
+    family: str
+    hf_config: dict[str, Any]
+    folder: Any
+
+
+@pytest.fixture(scope="module", params=tiny.TINY)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = tiny.build(request.param)
+    tiny.save(theirs, folder)
+    read = read_pretrained(folder)
+    return Pair(theirs, read.model.eval(), read.family, read.hf_config, folder)
+
+
+def tokens(batch, length):
+    return torch.randint(0, tiny.VOCABULARY, (batch, length))
+
+
+def close(ours, theirs, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest number."""
+    scale = theirs.abs().max().item()
+    assert scale > 0.5, "numbers too small to tell anything"
+    torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_logits_and_routing(pair):
+    tokens_BS = tokens(3, 19)
+    choices = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: choices.append(output))
+        for module in pair.theirs.modules()
+        if type(module).__name__.endswith("Router")
+    ]
+    theirs = pair.theirs(tokens_BS).logits
+    for hook in hooks:
+        hook.remove()
+    ours = pair.ours(tokens_BS)
+    close(ours.logits, theirs)
+    assert len(ours.routings) == len(choices)
+    for routing, (logits_TE, weights_TK, experts_TK) in zip(ours.routings, choices, strict=True):
+        close(routing.logits_TE, logits_TE.view_as(routing.logits_TE))
+        order_TK = experts_TK.argsort(-1)
+        own_TK = routing.experts_TK().argsort(-1)
+        assert torch.equal(routing.experts_TK().gather(1, own_TK), experts_TK.gather(1, order_TK))
+        torch.testing.assert_close(
+            routing.weights_R.view_as(own_TK).gather(1, own_TK),
+            weights_TK.gather(1, order_TK),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+@torch.no_grad()
+def test_token_by_token_through_the_cache(pair):
+    tokens_BS = tokens(2, 23)
+    expected = pair.theirs(tokens_BS).logits
+    cache = pair.ours.new_cache(2)
+    first = pair.ours(tokens_BS[:, :9], cache=cache).logits
+    rest = [pair.ours(tokens_BS[:, i : i + 1], cache=cache).logits for i in range(9, 23)]
+    close(torch.cat([first, *rest], dim=1), expected)
+
+
+@torch.no_grad()
+def test_greedy_generations(pair):
+    expected = prompt = tokens(1, 5)
+    for _ in range(32):
+        expected = torch.cat([expected, pair.theirs(expected).logits[:, -1:].argmax(-1)], 1)
+    cache, new, generated = pair.ours.new_cache(1), prompt, [prompt]
+    for _ in range(32):
+        new = pair.ours(new, cache=cache).logits[:, -1:].argmax(-1)
+        generated.append(new)
+    assert len(set(expected[0].tolist())) > 4, "a constant proves nothing"
+    assert torch.equal(torch.cat(generated, 1), expected)
+
+
+def test_gradients(pair, tmp_path):
+    """Theirs become ours by being saved and read as if they were weights."""
+    tokens_BS = tokens(3, 19)
+    for model in (pair.theirs, pair.ours):
+        model.zero_grad()
+        logits = model(tokens_BS).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()).backward()
+    gradients = copy.deepcopy(pair.theirs)
+    with torch.no_grad():
+        for copied, parameter in zip(gradients.parameters(), pair.theirs.parameters(), strict=True):
+            copied.copy_(torch.zeros_like(copied) if parameter.grad is None else parameter.grad)
+    tiny.save(gradients, tmp_path)
+    expected = dict(read_pretrained(tmp_path).model.named_parameters())
+    for name, parameter in pair.ours.named_parameters():
+        scale = expected[name].abs().max().item()
+        assert scale > 0, f"{name}: no gradient to compare"
+        error = (parameter.grad - expected[name]).abs().max().item()
+        assert error <= 1e-4 * scale, f"{name}: {error / scale}"
+
+
+@torch.no_grad()
+def test_written_back(pair, tmp_path):
+    write_pretrained(pair.ours, tmp_path / "back", family=pair.family, hf_config=pair.hf_config)
+    before = load_file(pair.folder / "model.safetensors")
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype, key
+        assert torch.equal(after[key].view(torch.uint8), tensor.view(torch.uint8)), key
+    tokens_BS = tokens(2, 19)
+    loaded = tiny.load(tmp_path / "back")
+    assert torch.equal(loaded(tokens_BS).logits, pair.theirs(tokens_BS).logits)
+    own = pair.theirs.config.to_dict()
+    assert {k: v for k, v in loaded.config.to_dict().items() if k != "_name_or_path"} == {
+        k: v for k, v in own.items() if k != "_name_or_path"
+    }
+
+
+@torch.no_grad()
+def test_written_from_our_settings_alone(pair, tmp_path):
+    """Without the original config.json the model is the same."""
+    write_pretrained(pair.ours, tmp_path / "back", family=pair.family)
+    tokens_BS = tokens(2, 19)
+    loaded = tiny.load(tmp_path / "back")
+    assert torch.equal(loaded(tokens_BS).logits, pair.theirs(tokens_BS).logits)
+    assert read_pretrained(tmp_path / "back").model.cfg == pair.ours.cfg

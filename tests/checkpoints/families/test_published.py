@@ -1,0 +1,63 @@
+"""Published settings are read whole, and the models they describe have the published sizes."""
+
+import json
+
+import pytest
+import torch
+
+from moestro.checkpoints.families import FAMILIES
+from moestro.checkpoints.families.translate import to_fields
+from moestro.checkpoints.pretrained import read_config
+from moestro.checkpoints.transfer import unique_tensors
+from moestro.config import EncDecConfig
+from moestro.models.count import count
+from moestro.models.decoder import Decoder
+from moestro.models.encdec import EncDec
+
+from .published import PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_model_has_the_published_size(name, tmp_path):
+    fields, total = PUBLISHED[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    described = read_config(path)
+    assert described.family == fields["model_type"]
+    assert described.hf_config == fields
+    kind = EncDec if isinstance(described.cfg, EncDecConfig) else Decoder
+    with torch.device("meta"):
+        model = kind(described.cfg)
+    # Selection biases count as published, though no gradient moves them.
+    assert sum(tensor.numel() for tensor in unique_tensors(model).values()) == total
+    assert count(described.cfg).total == total
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_written_settings_keep_every_field(name, tmp_path):
+    """But what they say of quantisation, since weights are written plain, and of a second head."""
+    fields, _ = PUBLISHED[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    described = read_config(path)
+    written = to_fields(FAMILIES[described.family], described.cfg, fields)
+    expected = {key: value for key, value in fields.items() if key != "quantization_config"}
+    if "num_nextn_predict_layers" in expected:
+        expected["num_nextn_predict_layers"] = 0
+    assert written == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_written_from_our_settings_alone_they_mean_the_same(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PUBLISHED[name][0]))
+    described = read_config(path)
+    path.write_text(json.dumps(to_fields(FAMILIES[described.family], described.cfg, {})))
+    again = read_config(path)
+    with torch.device("meta"):
+        kind = EncDec if isinstance(again.cfg, EncDecConfig) else Decoder
+        shapes = [
+            {key: tensor.shape for key, tensor in kind(one.cfg).state_dict().items()}
+            for one in (described, again)
+        ]
+    assert shapes[0] == shapes[1]

@@ -1,0 +1,226 @@
+"""gpt-oss in MXFP4 and DeepSeek-V3 in fp8: the models that transformers makes of the same bytes."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moestro.checkpoints.families import FAMILIES
+from moestro.checkpoints.families.translate import to_fields
+from moestro.checkpoints.pretrained import (
+    read_config,
+    read_pretrained,
+    settings_of,
+    write_pretrained,
+)
+from moestro.errors import CheckpointError, ConfigError
+
+from . import tiny
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+BLOCK = 2
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+
+def rewrite(folder, change, **fields):
+    """Change the tensors and config.json of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def to_mxfp4(tensors):
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width_in, width_out = tensors.pop(key).shape
+        rows = (experts, width_out, width_in // 32)
+        tensors[f"{key}_blocks"] = torch.randint(0, 256, (*rows, 16), dtype=torch.uint8)
+        tensors[f"{key}_scales"] = torch.randint(122, 126, rows, dtype=torch.uint8)
+
+
+def to_fp8(tensors):
+    """What DeepSeek-V3 keeps in fp8: all projections, but neither router, embedding nor head."""
+    for key in [key for key in tensors if "_proj" in key]:
+        weight_OI = tensors[key]
+        rows, columns = (-(-side // BLOCK) for side in weight_OI.shape)
+        scales = torch.rand(rows, columns) * 0.004 + 0.001
+        spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        values = (weight_OI / spread).clamp(-448, 448)
+        tensors[key] = values.to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale_inv"] = scales
+
+
+def from_fp8(tensors):
+    """By transformers' code; its loader for fp8 needs another package."""
+    for key in [key for key in tensors if key.endswith("_scale_inv")]:
+        name = key.removesuffix("_scale_inv")
+        scales = tensors.pop(key)
+        tensors[name] = Fp8Dequantize(None)._dequantize_one(tensors[name], scales, torch.float32)
+
+
+@torch.no_grad()
+def agree(ours, theirs):
+    tokens_BS = torch.randint(0, tiny.VOCABULARY, (2, 19))
+    expected = theirs(tokens_BS).logits
+    scale = expected.abs().max()
+    assert scale > 0.5
+    torch.testing.assert_close(ours(tokens_BS).logits / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def gpt_oss(tmp_path):
+    folder = tmp_path / "gpt_oss"
+    tiny.save(tiny.build("gpt_oss_even"), folder)
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    rewrite(folder, to_mxfp4, quantization_config=settings)
+    return folder
+
+
+@pytest.fixture
+def deepseek(tmp_path):
+    folder = tmp_path / "deepseek"
+    tiny.save(tiny.build("deepseek_v3"), folder)
+    rewrite(folder, to_fp8, quantization_config=FP8)
+    return folder
+
+
+def test_mxfp4(gpt_oss, tmp_path):
+    read = read_pretrained(gpt_oss, dtype=torch.float32)
+    dequantize = tiny.transformers.Mxfp4Config(dequantize=True)
+    theirs = tiny.load(gpt_oss, quantization_config=dequantize, dtype=torch.float32)
+    agree(read.model, theirs)
+    write_pretrained(read.model, tmp_path / "plain", hf_config=read.hf_config)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    agree(read.model, tiny.load(tmp_path / "plain"))
+
+
+def test_mxfp4_in_bfloat16_is_exact(gpt_oss):
+    """Four bits times a power of two fit: nothing is lost in the dtype of the published rest."""
+    wide = read_pretrained(gpt_oss, dtype=torch.float32).model
+    narrow = read_pretrained(gpt_oss, dtype=torch.bfloat16).model
+    for block, other in zip(wide.blocks, narrow.blocks, strict=True):
+        assert other.ffn.experts.gate_up.dtype == torch.bfloat16
+        assert torch.equal(block.ffn.experts.gate_up, other.ffn.experts.gate_up.float())
+        assert torch.equal(block.ffn.experts.down, other.ffn.experts.down.float())
+
+
+def test_fp8(deepseek, tmp_path):
+    read = read_pretrained(deepseek, dtype=torch.float32)
+    write_pretrained(read.model, tmp_path / "plain", hf_config=read.hf_config)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    rewrite(deepseek, from_fp8, quantization_config=None)
+    theirs = tiny.load(deepseek)
+    agree(read.model, theirs)
+    agree(read.model, tiny.load(tmp_path / "plain"))
+
+
+def test_fp8_of_any_family(tmp_path):
+    """Qwen publishes it too, and tools make it of others."""
+    folder = tmp_path / "qwen3_moe"
+    tiny.save(tiny.build("qwen3_moe"), folder)
+    rewrite(folder, to_fp8, quantization_config=FP8)
+    read = read_pretrained(folder, dtype=torch.float32)
+    rewrite(folder, from_fp8, quantization_config=None)
+    agree(read.model, tiny.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ in 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ in 4 bits"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "bitsandbytes in 8 bits",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "x"}},
+            "compressed-tensors",
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX in 4 bits"),
+        ({"quantization_config": {"group_size": 64, "bits": 6}}, "MLX in 6 bits"),
+        ({"quantization_config": {"quant_method": "of_tomorrow"}}, "of_tomorrow"),
+        ({"quantization_config": {"colour": "blue"}}, "an unnamed method"),
+    ],
+)
+def test_other_quantisations_are_named_and_refused_where_weights_are_read(fields, words, tmp_path):
+    """Their settings are read all the same: planning needs no weights."""
+    tiny.save(tiny.build("qwen3_moe"), tmp_path)
+    cfg = read_config(tmp_path).cfg
+    rewrite(tmp_path, lambda tensors: None, **fields)
+    for use in (read_pretrained, settings_of):
+        with pytest.raises(ConfigError, match=f"quantised by {words}; read for qwen3_moe: fp8, or"):
+            use(tmp_path)
+    described = read_config(tmp_path)
+    assert described.cfg == cfg
+    assert not to_fields(FAMILIES["qwen3_moe"], cfg, described.hf_config).keys() & fields.keys()
+
+
+def test_selection_biases_stay_exact_in_bfloat16(deepseek):
+    stored = load_file(deepseek / "model.safetensors")
+    model = read_pretrained(deepseek, dtype=torch.bfloat16).model
+    for n in (1, 2):
+        expected = stored[f"model.layers.{n}.mlp.gate.e_score_correction_bias"]
+        assert torch.equal(model.blocks[n].ffn.router.bias, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.experts.down_proj_scales"),
+            "lacks .*down_proj_scales",
+        ),
+        (
+            lambda t: t.pop("model.layers.1.mlp.experts.down_proj_blocks"),
+            "lacks .*down_proj_blocks",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.experts.down_proj_scales": torch.zeros(2, 3)}),
+            "down_proj",
+        ),
+    ],
+)
+def test_a_broken_pair_is_refused(gpt_oss, change, message):
+    rewrite(gpt_oss, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_pretrained(gpt_oss)
+
+
+def test_a_quantisation_of_another_family_is_refused(gpt_oss):
+    rewrite(gpt_oss, lambda tensors: None, quantization_config=FP8)
+    with pytest.raises(ConfigError, match=r"quantised by fp8; read for gpt_oss: mxfp4"):
+        read_pretrained(gpt_oss)
+
+
+def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):
+    """It lies behind the last layer; config.json no longer speaks of it when it is written."""
+    folder = tmp_path / "deepseek"
+    theirs = tiny.build("deepseek_v3")
+    tiny.save(theirs, folder)
+    extra = {
+        "model.layers.3.eh_proj.weight": torch.ones(48, 96),
+        "model.layers.3.enorm.weight": torch.ones(48),
+        "model.layers.3.self_attn.q_a_proj.weight": torch.ones(18, 48),
+    }
+    rewrite(folder, lambda tensors: tensors.update(extra), num_nextn_predict_layers=1)
+    message = "multi-token prediction.* 3 tensors with 5,520 numbers, 22,080 bytes"
+    with pytest.warns(UserWarning, match=message):
+        read = read_pretrained(folder)
+    agree(read.model, theirs)
+    write_pretrained(read.model, tmp_path / "back", hf_config=read.hf_config)
+    fields = json.loads((tmp_path / "back/config.json").read_text())
+    assert fields["num_nextn_predict_layers"] == 0
+    assert not extra.keys() & load_file(tmp_path / "back/model.safetensors").keys()
+    agree(read.model, tiny.load(tmp_path / "back"))
