@@ -16,9 +16,8 @@ from moestro.checkpoints.pretrained import open_model, write_pretrained
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import BalanceConfig, EncDecConfig, OptimConfig, RunConfig
 from moestro.data.windows import prepare
-from moestro.infer.engine import generate_batch
+from moestro.infer.engine import generate_batch, stream
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.text_to_text import stream
 from moestro.kernels import native_cpu
 from moestro.models.build import new_model
 from moestro.models.encdec import EncDec

@@ -1,19 +1,44 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from moestro.config import EncDecConfig
 from moestro.errors import DataError, MoestroError
+from moestro.infer.engine import stream
+from moestro.infer.prompts import encode_source, gap_tokens
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
-from moestro.infer.text_to_text import encode_source, gap_tokens, stream
-from moestro.models.encdec import START_TOKEN, EncDec, EncDecOutput, Encoded
+from moestro.models.cache import KVCache, Source
+from moestro.models.encdec import START_TOKEN, EncDec, Encoded
+from moestro.models.network import ModelOutput
 from moestro.text import ByteTokenizer
 
 BYTES = ByteTokenizer()
 VOCAB = 256 + 3  # three gaps: 258, 257, 256
 GREEDY = SamplingConfig(temperature=0.0)
+
+
+POSITIONS = {
+    "positions": {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12},
+}
+
+
+def settings(**changes) -> EncDecConfig:
+    """Of a small model with a mixture in each layer."""
+    values = {
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "attention": {"num_heads": 2, "context": 12, **POSITIONS},
+        "moe": {"hidden_dim": 16, "num_experts": 4, "top_k": 2},
+        "head": {"tied": False},
+    }
+    return EncDecConfig(**(values | changes))
+
+
+class Cacheless(nn.Module):
+    def new_cache(self) -> KVCache:
+        return KVCache(())
 
 
 class Scripted(nn.Module):
@@ -22,7 +47,8 @@ class Scripted(nn.Module):
     def __init__(self, *says: int, context: int = 64) -> None:
         super().__init__()
         self.embed = nn.Embedding(1, 1)
-        self.cfg = SimpleNamespace(vocab_size=VOCAB, attention=SimpleNamespace(context=context))
+        self.cfg = settings(vocab_size=VOCAB, attention={"context": context, **POSITIONS})
+        self.decoder = Cacheless()
         self.says = says
         self.sources: list[list[int]] = []
         self.calls: list[list[int]] = []
@@ -32,34 +58,21 @@ class Scripted(nn.Module):
         self.sources.append(source_BS[0].tolist())
         return Encoded(source_BS, ())
 
-    def new_cache(self, memory: torch.Tensor) -> object:
-        return object()
+    def look(self, memory: torch.Tensor) -> Source:
+        return Source((), None)
 
-    def decode(self, tokens_BT: torch.Tensor, cache: object) -> EncDecOutput:
+    def decode(self, tokens_BT: torch.Tensor, cache: object) -> ModelOutput:
         self.calls.append(tokens_BT[0].tolist())
         logits_BTV = torch.zeros(1, tokens_BT.shape[1], VOCAB)
         said = len(self.calls) - 1
         logits_BTV[0, -1, self.says[said] if said < len(self.says) else 0] = 9.0
-        return EncDecOutput(logits_BTV, ())
+        return ModelOutput(logits_BTV, ())
 
 
 def tiny(**changes) -> EncDec:
-    """A model with a mixture in each layer, and weights that make it say various things."""
+    """A model with weights that make it say various things."""
     torch.manual_seed(0)
-    values = {
-        "vocab_size": VOCAB,
-        "dim": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "attention": {
-            "num_heads": 2,
-            "context": 12,
-            "positions": {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12},
-        },
-        "moe": {"hidden_dim": 16, "num_experts": 4, "top_k": 2},
-        "head": {"tied": False},
-    }
-    model = EncDec(EncDecConfig(**(values | changes))).eval()
+    model = EncDec(settings(**changes)).eval()
     nn.init.normal_(model.decoder.relative.weight)
     return model
 
@@ -120,10 +133,10 @@ def test_without_gaps_ids_beyond_the_tokenizer_are_never_said():
 
     assert gap_tokens(NoRoom(), VOCAB) == {}
     many = Scripted(100)
-    many.cfg.vocab_size = 500  # more than there are gaps
+    many.cfg = settings(vocab_size=500)  # more than there are gaps
     logits_BTV = torch.zeros(1, 1, 500)
     logits_BTV[..., 300], logits_BTV[..., 100] = 9.0, 8.0
-    many.decode = lambda tokens_BT, cache: EncDecOutput(logits_BTV, ())
+    many.decode = lambda tokens_BT, cache: ModelOutput(logits_BTV, ())
     sampling = SamplingConfig(temperature=0.0, max_tokens=1)
     assert [piece.token for piece in stream(many, BYTES, "x", sampling)] == [100]
 
@@ -182,6 +195,6 @@ def test_the_decoders_start_counts_for_the_repetition_penalty():
     logits_BTV = torch.zeros(1, 1, VOCAB)
     logits_BTV[..., START_TOKEN], logits_BTV[..., 65] = 9.0, 8.0
     model = Scripted()
-    model.decode = lambda tokens_BT, cache: EncDecOutput(logits_BTV, ())
+    model.decode = lambda tokens_BT, cache: ModelOutput(logits_BTV, ())
     sampling = SamplingConfig(temperature=0.0, max_tokens=1, repetition_penalty=2.0)
     assert [piece.token for piece in stream(model, BYTES, "x", sampling)] == [65]

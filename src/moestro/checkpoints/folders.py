@@ -262,9 +262,7 @@ def check_room(folder: Path, cfg: ModelConfig | EncDecConfig, stored: Mapping[st
         CheckpointError: a parameter would have less than half a byte, or a layer no tensor.
     """
     size, parameters = sum(one.bytes for one in stored.values()), count(cfg).total
-    layers = (
-        cfg.encoder_layers + cfg.decoder_layers if isinstance(cfg, EncDecConfig) else cfg.num_layers
-    )
+    layers = sum(len(stack.layers) for stack in cfg.stacks())
     if parameters > 2 * size or layers > len(stored):
         raise CheckpointError(
             f"{folder} does not fit its {CONFIG}: that describes {parameters:,} parameters in "

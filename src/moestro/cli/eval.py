@@ -84,10 +84,9 @@ def _text(
     checkpoint: Path, cfg: Config, sources: tuple[str, ...], tokens: int, stack: ExitStack
 ) -> tuple[dict[str, HeldOut], int]:
     """Held-out windows by domain, and their length."""
-    from moestro.config import EncDecConfig
-    from moestro.infer.engine import check_known
+    from moestro.infer.prompts import check_known
 
-    if isinstance(cfg, EncDecConfig):
+    if cfg.has_encoder:
         raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)

@@ -26,7 +26,6 @@ from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from moestro.infer.engine import Prompt
     from moestro.infer.sampling import SamplingConfig
     from moestro.infer.writing import Piece
     from moestro.models.build import Model
@@ -245,40 +244,23 @@ def _start(
     special: bool,
 ) -> tuple[int, Iterator[Piece]]:
     """How many tokens of the prompt are left out, which is said, and the text to come."""
-    from moestro.infer import engine, text_to_text
-    from moestro.models.encdec import EncDec
+    from moestro.infer import engine, prompts
 
-    context = model.cfg.attention.context
-    if isinstance(model, EncDec):
-        encoded = text_to_text.encode_source(tokenizer, prompt, context, model.cfg.vocab_size)
-        pieces = text_to_text.stream(model, tokenizer, prompt, sampling, special)
-    else:
-        encoded = engine.encode_prompt(tokenizer, prompt, context)
-        pieces = engine.stream(model, tokenizer, prompt, sampling, special)
-    _say_dropped(encoded, model)
-    return encoded.dropped, pieces
+    tokens, dropped = prompts.encode(model.cfg, tokenizer, prompt)
+    if dropped:
+        which = "last" if model.cfg.has_encoder else "first"
+        typer.echo(
+            f"moestro: the prompt is {len(tokens) + dropped} tokens long, the model's context "
+            f"{len(tokens)}; the {which} {dropped} are left out",
+            err=True,
+        )
+    return dropped, engine.stream(model, tokenizer, prompt, sampling, special)
 
 
 def _chosen_layers(model: Model) -> tuple[int, ...]:
     """Layer numbers of the mixtures that a generated token meets: a decoder's own."""
-    from moestro.models.encdec import EncDec
-
-    if not isinstance(model, EncDec):
-        return model.moe_layers
-    return tuple(n for n in model.moe_layers if n >= model.cfg.encoder_layers)
-
-
-def _say_dropped(prompt: Prompt, model: Model) -> None:
-    """Say which tokens of a prompt are left out because the context is full."""
-    from moestro.models.encdec import EncDec
-
-    kept, which = len(prompt.tokens), "last" if isinstance(model, EncDec) else "first"
-    if prompt.dropped:
-        typer.echo(
-            f"moestro: the prompt is {kept + prompt.dropped} tokens long, the model's context "
-            f"{kept}; the {which} {prompt.dropped} are left out",
-            err=True,
-        )
+    encoder_layers = sum(len(stack.layers) for stack in model.cfg.stacks()[:-1])
+    return tuple(n for n in model.moe_layers if n >= encoder_layers)
 
 
 def _column(moe_layers: tuple[int, ...], layer: int | None) -> int:

@@ -18,8 +18,9 @@ from moestro.kernels import backends, native_cpu, packing
 from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
 from moestro.kernels.packing import PackedMatrix
 from moestro.models.attention import Attention
+from moestro.models.blocks import Block
 from moestro.models.cache import KVCache
-from moestro.models.decoder import Block, Decoder
+from moestro.models.decoder import Decoder
 from moestro.models.linear import PackedLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import RotaryTable
@@ -186,6 +187,7 @@ def _layer(block: Block) -> StepLayer:
     """One block's weights."""
     attention, ffn = block.attention, block.ffn
     assert isinstance(attention, Attention)
+    assert attention.window is not None
     layer = StepLayer(
         attention_norm=_gain(block.attention_norm),
         ffn_norm=_gain(block.ffn_norm),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, RopeConfig
+from moestro.config import NetworkConfig, RopeConfig
 from moestro.kernels import attention, pointwise
 from moestro.models.cache import LayerCache
 from moestro.models.linear import Linear
@@ -31,7 +31,7 @@ class LatentAttention(nn.Module):
         out_scale: of the output's weights at the start.
     """
 
-    def __init__(self, cfg: ModelConfig, out_scale: float = 1.0) -> None:
+    def __init__(self, cfg: NetworkConfig, out_scale: float = 1.0) -> None:
         super().__init__()
         latent, positions = cfg.attention.latent, cfg.attention.positions
         assert latent is not None

@@ -15,7 +15,7 @@ from moestro.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    ModelConfig,
+    NetworkConfig,
     RopeConfig,
     YarnScaling,
 )
@@ -29,7 +29,7 @@ class Rotary(NamedTuple):
     sin_SA: Tensor
 
 
-def turning_width(cfg: ModelConfig) -> int:
+def turning_width(cfg: NetworkConfig) -> int:
     """A: the width of a head, or of the rotary part of a latent one."""
     latent = cfg.attention.latent
     return cfg.head_dim if latent is None else latent.rope_dim
@@ -135,7 +135,7 @@ def _yarn(base_A: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
 def rotary(
     start: int,
     length: int,
-    cfg: ModelConfig,
+    cfg: NetworkConfig,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Rotary:
@@ -158,7 +158,7 @@ def rotary(
     return Rotary((angles_SA.cos() * scale).to(dtype), (angles_SA.sin() * scale).to(dtype))
 
 
-def _rope_of(cfg: ModelConfig) -> RopeConfig:
+def _rope_of(cfg: NetworkConfig) -> RopeConfig:
     assert isinstance(cfg.attention.positions, RopeConfig)
     return cfg.attention.positions
 
@@ -172,7 +172,7 @@ class RotaryTable:
 
     AHEAD = 256
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: NetworkConfig) -> None:
         self.cfg = cfg
         self._start = self._stop = 0
         self._rows: Rotary | None = None
