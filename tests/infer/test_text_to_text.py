@@ -1,10 +1,13 @@
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import nn
 
 from moestro.config import EncDecConfig
 from moestro.errors import DataError, MoestroError
-from moestro.infer.engine import stream
+from moestro.infer.decoding import decoding_of
+from moestro.infer.engine import generate_batch, stream
 from moestro.infer.prompts import encode_source, gap_tokens
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.models.cache import KVCache, Source
@@ -198,3 +201,33 @@ def test_the_decoders_start_counts_for_the_repetition_penalty():
     model.decode = lambda tokens_BT, cache: ModelOutput(logits_BTV, ())
     sampling = SamplingConfig(temperature=0.0, max_tokens=1, repetition_penalty=2.0)
     assert [piece.token for piece in stream(model, BYTES, "x", sampling)] == [65]
+
+
+def test_requests_written_together_get_what_they_would_get_alone():
+    model = tiny()
+    prompts = ["a source", "another, much longer than the context", "", "a source"]
+    samplings = [SamplingConfig(seed=seed, max_tokens=5 + seed) for seed in range(4)]
+    together = defaultdict(list)
+    for number, piece in generate_batch(model, BYTES, prompts, samplings):
+        together[number].append(piece)
+    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        assert together[number] == list(stream(model, BYTES, prompt, sampling))
+
+
+def test_a_source_is_read_once_and_forks_go_their_own_way():
+    model = tiny()
+    decoding = decoding_of(model)
+    past = decoding.new()
+    first = decoding.read(past, [*b"a source", 0])
+    twin = past.fork()
+    (one,), (other,) = decoding.step([7], [past]), decoding.step([9], [twin])
+    with torch.inference_mode():
+        for passed, said in ((first, []), (one, [7]), (other, [9])):
+            target_BT = torch.tensor([[START_TOKEN, *said]])
+            output = model(torch.tensor([[*b"a source", 0]]), target_BT)
+            torch.testing.assert_close(passed.logits_1V, output.logits[:, -1])
+    together = decoding.step([5, 6], [past, twin])
+    longer = decoding.read(past, [6, 7])
+    assert past.position == 5
+    assert twin.position == 3
+    assert len(together[0].experts) == len(longer.experts) == 3

@@ -77,15 +77,7 @@ class EncDec(Network):
         return ModelOutput(output.logits, routings + output.routings)
 
     def encode(self, source_BS: Tensor, valid_BS: Tensor | None = None) -> Encoded:
-        """Read the source.
-
-        Args:
-            source_BS: int64 token ids.
-            valid_BS: bool, False for padding.
-
-        Raises:
-            ShapeError: ids are not [B, S] integers, or the mask does not fit.
-        """
+        """Read the source; arguments and errors as of `forward`."""
         check_tokens("source", source_BS, valid_BS)
         x_BSD = self.embed(source_BS)
         return Encoded(*self.encoder.run(x_BSD, source_BS, valid_BS, recompute=self.recomputes()))
@@ -97,12 +89,7 @@ class EncDec(Network):
         return Source(cross, valid_BS)
 
     def new_cache(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> KVCache:
-        """Begin a generation from what `encode` returned.
-
-        Args:
-            memory_BSD: the encoder's output.
-            valid_BS: bool, False for padding in the source.
-        """
+        """Begin a generation from what `encode` returned."""
         cache = self.decoder.new_cache()
         cache.source = self.look(memory_BSD, valid_BS)
         return cache

@@ -179,15 +179,8 @@ class RotaryTable:
 
     def at(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
         """`rotary` of these positions."""
-        rows = self._rows
-        known = (
-            rows is not None
-            and self._start <= start
-            and start + length <= self._stop
-            and rows.cos_SA.dtype == dtype
-            and rows.cos_SA.device == device
-        )
-        if not known or rows is None:
+        rows, inside = self._rows, self._start <= start and start + length <= self._stop
+        if not inside or rows is None or (rows[0].dtype, rows[0].device) != (dtype, device):
             rows = self._compute(start, length, device, dtype)
         first = start - self._start
         return Rotary(rows.cos_SA[first : first + length], rows.sin_SA[first : first + length])
