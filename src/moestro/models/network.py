@@ -97,11 +97,12 @@ def check_tokens(name: str, tokens_BS: Tensor, valid_BS: Tensor | None) -> None:
     Raises:
         ShapeError: ids are not [B, S] integers, or the mask does not fit.
     """
-    shape = list(tokens_BS.shape)
     if tokens_BS.dim() != 2 or tokens_BS.is_floating_point():
-        raise ShapeError(f"the {name} takes int64 ids [B, S]; given {tokens_BS.dtype} {shape}")
+        raise ShapeError(
+            f"the {name} takes int64 ids [B, S]; given {tokens_BS.dtype} {list(tokens_BS.shape)}"
+        )
     if valid_BS is not None and (valid_BS.shape != tokens_BS.shape or valid_BS.dtype != torch.bool):
         raise ShapeError(
-            f"the {name}'s valid mask must be bool {shape}, False for padding; given "
-            f"{valid_BS.dtype} {list(valid_BS.shape)}"
+            f"the {name}'s valid mask must be bool {list(tokens_BS.shape)}, False for padding; "
+            f"given {valid_BS.dtype} {list(valid_BS.shape)}"
         )
