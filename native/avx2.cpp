@@ -95,13 +95,13 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t *block = b.data + g * (64 + lines);
             __m256i dot[M];
-            for (int m = 0; m < M; m++)
-                dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
+            for (int m = 0; m < M; m++) dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
             for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
                 const uint8_t *line = block + 64 + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
                 __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
                 // One row waits for memory: ask for the block that follows this one.
-                if (M == 1 && part % 16 == 0) _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
+                if (M == 1 && part % 16 == 0)
+                    _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
@@ -142,5 +142,5 @@ const Kernels avx2_vnni = portable;
 #else
 const Kernels avx2 = portable;
 #endif
-}
+}  // namespace moestro
 #endif

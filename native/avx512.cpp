@@ -40,8 +40,7 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
             }
         }
         for (int m = 0; m < M; m++)
-            for (int h = 0; h < 2; h++)
-                sum[m][h] = _mm512_add_ps(sum[m][h], _mm512_add_ps(even[m][h], odd[m][h]));
+            for (int h = 0; h < 2; h++) sum[m][h] = _mm512_add_ps(sum[m][h], _mm512_add_ps(even[m][h], odd[m][h]));
     }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
@@ -56,7 +55,8 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
         for (int h = 0; h < 2; h++) {
             _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
             __m512 w = _mm512_loadu_ps(line + h * 64);
-            for (int m = 0; m < M; m++) sum[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(x.wide[(at + m) * x.k + k]), w, sum[m][h]);
+            for (int m = 0; m < M; m++)
+                sum[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(x.wide[(at + m) * x.k + k]), w, sum[m][h]);
         }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
@@ -194,7 +194,8 @@ inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
 }
 
 // sum += whole numbers of one group · its scales, for `m` rows of 32 columns.
-inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups, const int32_t *dot, float *sum) {
+inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups,
+                        const int32_t *dot, float *sum) {
     __m512 scale[2];
     for (int h = 0; h < 2; h++)
         scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales + h * 32)));
@@ -286,5 +287,5 @@ const Kernels amx = {multiply_amx, ELEMENTWISE};
 namespace moestro {
 bool amx_allowed() { return false; }
 const Kernels avx512 = portable, amx = portable;
-}
+}  // namespace moestro
 #endif

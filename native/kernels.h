@@ -9,7 +9,7 @@ constexpr int64_t PAIRS = 32;    // inputs after which bf16 sums are folded, as 
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-constexpr int64_t TILE = 16;     // rows of an AMX tile
+constexpr int64_t TILE = 16;  // rows of an AMX tile
 
 // Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `wide` [m, k]; fp32:
 // `wide` alone. int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum per group.
@@ -23,9 +23,7 @@ struct Rows {
     int64_t k = 0;                  // padded inputs
     int64_t m = 0;
 
-    const int8_t *at(int64_t row, int64_t g, int64_t group) const {
-        return bytes + tile_offset(row, g, group, k);
-    }
+    const int8_t *at(int64_t row, int64_t g, int64_t group) const { return bytes + tile_offset(row, g, group, k); }
     // Where a row's part `step` of `width` inputs begins.
     static int64_t tile_offset(int64_t row, int64_t step, int64_t width, int64_t k) {
         return row / TILE * TILE * k + (step * TILE + row % TILE) * width;
@@ -52,8 +50,10 @@ using Add = void (*)(float w, const float *x, float *y, int64_t n);
 using Dot = float (*)(const float *a, const float *b, int64_t n);
 // Scores of a query against `count` keys, and the weighted sum of as many values; both `n` wide and
 // `stride` numbers apart, fp32 (`wide`) or bf16.
-using Scores = void (*)(const float *query, const void *keys, bool wide, int64_t stride, int64_t count, int64_t n, float scale, float *scores);
-using Mix = void (*)(const float *weights, const void *values, bool wide, int64_t stride, int64_t count, int64_t n, float *out);
+using Scores = void (*)(const float *query, const void *keys, bool wide, int64_t stride, int64_t count, int64_t n,
+                        float scale, float *scores);
+using Mix = void (*)(const float *weights, const void *values, bool wide, int64_t stride, int64_t count, int64_t n,
+                     float *out);
 // x → e^(x - most); returns the sum.
 using Exponentials = float (*)(float *x, float most, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.

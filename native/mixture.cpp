@@ -50,7 +50,8 @@ Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
     if (plain(w_.kind)) {
         const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden, w_.dim};
+        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden,
+                w_.dim};
     }
     auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
     return {slab + half * block_bytes(w_.kind, w_.group, w_.dim), w_.kind, w_.group, w_.hidden, w_.dim, halves};
@@ -77,7 +78,8 @@ void Mixture::up(const Task &task, int64_t b, float *out, Buffer &turned) {
         float *line = out + r * width;
         for (int64_t i = 0; bias && i < halves; i++)
             for (int64_t c = 0; c < n; c++) line[i * COLUMNS + c] += bias[i * w_.hidden + c];
-        kernels().activate(w_.activation, line, line + COLUMNS, up_ + (task.first + r) * hidden_.rows.k + b * COLUMNS, n);
+        kernels().activate(w_.activation, line, line + COLUMNS, up_ + (task.first + r) * hidden_.rows.k + b * COLUMNS,
+                           n);
     }
 }
 
@@ -108,7 +110,8 @@ void Mixture::compute(Team &team) {
 
 void Mixture::add(int64_t token, const float *weights, float *y) const {
     const int64_t ld = blocks_of(w_.dim) * COLUMNS;
-    for (int64_t a = std::lower_bound(tokens_, tokens_ + count_, token) - tokens_; a < count_ && tokens_[a] == token; a++) {
+    for (int64_t a = std::lower_bound(tokens_, tokens_ + count_, token) - tokens_; a < count_ && tokens_[a] == token;
+         a++) {
         const float *line = down_ + place_[size_t(a)] * ld;
         if (w_.down_bias) kernels().add(weights[a], w_.down_bias + experts_[a] * w_.dim, y, w_.dim);
         kernels().add(weights[a], line, y, w_.dim);

@@ -1,8 +1,8 @@
 // Which path and which threads compute.
 #include "moestro.h"
 
-#include <atomic>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <mutex>

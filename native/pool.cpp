@@ -90,7 +90,7 @@ std::atomic<int> wanted{1};
 Parallel borrowed = nullptr;
 int (*borrowed_count)() = nullptr;  // how many of the other runtime's threads are in the team
 bool forked = false;                // this process is a child: the other runtime's threads are gone
-Pool *pool = nullptr;       // never destroyed at exit: threads may outlive static objects
+Pool *pool = nullptr;               // never destroyed at exit: threads may outlive static objects
 
 void before_fork() { gate.lock(); }
 void after_fork() { gate.unlock(); }

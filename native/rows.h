@@ -52,7 +52,11 @@ inline int64_t blocks_of(int64_t n) { return round_up(n, COLUMNS) / COLUMNS; }
 
 inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
 
-inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 inline float from_bf16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline uint16_t to_bf16(float x) {
@@ -150,13 +154,15 @@ private:
 
 inline void read_row(int32_t dtype, const void *x, int64_t row, int64_t k, int64_t padded_k, float *out) {
     if (dtype == MOESTRO_ROWS_F32) memcpy(out, static_cast<const float *>(x) + row * k, size_t(k) * 4);
-    else for (int64_t i = 0; i < k; i++) out[i] = from_bf16(static_cast<const uint16_t *>(x)[row * k + i]);
+    else
+        for (int64_t i = 0; i < k; i++) out[i] = from_bf16(static_cast<const uint16_t *>(x)[row * k + i]);
     for (int64_t i = k; i < padded_k; i++) out[i] = 0.0f;
 }
 
 inline void write_row(int32_t dtype, void *y, int64_t at, const float *from, int64_t n) {
     if (dtype == MOESTRO_ROWS_F32) memcpy(static_cast<float *>(y) + at, from, size_t(n) * 4);
-    else for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
 }
 
 // The blocks of one matrix: packed ones where they lie, plain ones turned in a thread's own memory.
@@ -169,7 +175,8 @@ public:
 
     Block at(int64_t b, Buffer &turned) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
-        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = plain_bytes(kind_, 1, k_);
+        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS,
+                      row_bytes = plain_bytes(kind_, 1, k_);
         auto to = turned.get<uint32_t>(bytes_ / 4);
         kernels().turn(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
         return {reinterpret_cast<uint8_t *>(to), fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};

@@ -66,7 +66,8 @@ struct Step {
     template <class T> void attend(int64_t l, int64_t t, int64_t g, std::vector<float> &spare) {
         const moestro_layer &layer = d.layer[l];
         const int64_t a = d.head_dim, each = d.heads / d.groups, place = past[t].place[l];
-        const int64_t all = past[t].kept[l] + 1, seen = layer.window ? std::min(all, layer.window) : all, first = place + 1 - seen;
+        const int64_t all = past[t].kept[l] + 1, seen = layer.window ? std::min(all, layer.window) : all,
+                      first = place + 1 - seen;
         float *row = qkv.data() + t * wide(), *key = row + (d.heads + g) * a, *value = key + d.groups * a;
         const int64_t group = g * past[t].room[l] * a;
         auto keys = static_cast<T *>(past[t].keys[l]) + group, values = static_cast<T *>(past[t].values[l]) + group;
@@ -123,7 +124,8 @@ struct Step {
             sum = sum + weight[k];
             *best = -INFINITY;
         }
-        for (int64_t k = 0; k < d.top_k; k++) weight[k] = (d.renormalize ? weight[k] / sum : weight[k]) * d.router_scale;
+        for (int64_t k = 0; k < d.top_k; k++)
+            weight[k] = (d.renormalize ? weight[k] / sum : weight[k]) * d.router_scale;
     }
 
     void attention(Team &team, int64_t l, std::vector<float> &spare) {
@@ -163,18 +165,22 @@ struct Step {
         const bool mixture = layer.router != nullptr;
         const int64_t count = layer.experts.experts;
         // Every thread norms for itself what it routes; the sum with the residual is done once.
-        while (team.take(b, 1, &from, &to)) kernels().add(1.0f, added.data() + from * d.dim, x.data() + from * d.dim, d.dim);
+        while (team.take(b, 1, &from, &to))
+            kernels().add(1.0f, added.data() + from * d.dim, x.data() + from * d.dim, d.dim);
         team.wait();
         std::vector<float> normed(size_t(b * d.dim));
-        for (int64_t t = 0; t < b; t++) norm(x.data() + t * d.dim, layer.ffn_norm, d.dim, d.dim, normed.data() + t * d.dim);
+        for (int64_t t = 0; t < b; t++)
+            norm(x.data() + t * d.dim, layer.ffn_norm, d.dim, d.dim, normed.data() + t * d.dim);
         while (mixture && team.take(b * count, 4, &from, &to))
             for (; from < to; from++)
-                logits_e[size_t(from)] = kernels().dot(normed.data() + from / count * d.dim, layer.router + from % count * d.dim, d.dim) +
-                                         (layer.logit_bias ? layer.logit_bias[from % count] : 0.0f);
+                logits_e[size_t(from)] =
+                    kernels().dot(normed.data() + from / count * d.dim, layer.router + from % count * d.dim, d.dim) +
+                    (layer.logit_bias ? layer.logit_bias[from % count] : 0.0f);
         team.wait();
         if (team.take(1, 1, &from, &to)) {
             for (int64_t t = 0; mixture && t < b; t++) choose(layer, t, chosen + t * d.top_k, given + t * d.top_k);
-            prepare(routed, layer.experts, mixture ? tokens : shared_tokens, mixture ? chosen : zeros.data(), normed, spare);
+            prepare(routed, layer.experts, mixture ? tokens : shared_tokens, mixture ? chosen : zeros.data(), normed,
+                    spare);
             if (layer.shared.data) prepare(shared, layer.shared, shared_tokens, zeros.data(), normed, spare);
             for (int64_t t = 0; layer.shared_gate && t < b; t++)
                 shared_weights[size_t(t)] = sigmoid(kernels().dot(normed.data() + t * d.dim, layer.shared_gate, d.dim));
@@ -184,7 +190,8 @@ struct Step {
         if (layer.shared.data) shared.compute(team);
         while (team.take(b, 1, &from, &to)) {
             routed.add(from, mixture ? given : ones(), x.data() + from * d.dim);
-            if (layer.shared.data) shared.add(from, layer.shared_gate ? shared_weights.data() : ones(), x.data() + from * d.dim);
+            if (layer.shared.data)
+                shared.add(from, layer.shared_gate ? shared_weights.data() : ones(), x.data() + from * d.dim);
         }
         team.wait();
     }
@@ -223,14 +230,19 @@ bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n 
 
 bool good(const moestro_layer &layer, const moestro_decoder &d) {
     const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
-    const bool shared = !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
-    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) && layer.window >= 0 &&
-           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
+    const bool shared =
+        !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
+    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) &&
+           layer.window >= 0 && valid(layer.experts) && layer.experts.dim == d.dim &&
+           (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {
-    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups) return false;
-    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype)) return false;
+    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
+        return false;
+    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
+        !valid_rows(d->cache_dtype))
+        return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
 
@@ -239,12 +251,14 @@ bool good(const moestro_decoder *d, int64_t b) {
 
 using namespace moestro;
 
-extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines, const float *sines,
-                                const moestro_past *past, float *logits, int64_t *experts, float *weights) {
+extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
+                                const float *sines, const moestro_past *past, float *logits, int64_t *experts,
+                                float *weights) {
     if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
     for (int64_t t = 0; t < b; t++)
         for (int64_t l = 0; l < d->layers; l++)
-            if (past[t].kept[l] < 0 || past[t].place[l] < past[t].kept[l] || past[t].place[l] >= past[t].room[l]) return MOESTRO_EBAD;
+            if (past[t].kept[l] < 0 || past[t].place[l] < past[t].kept[l] || past[t].place[l] >= past[t].room[l])
+                return MOESTRO_EBAD;
     Lock lock(one_at_a_time());
     try {
         Step step(*d, b);

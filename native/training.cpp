@@ -67,13 +67,15 @@ std::vector<Wave> waves_of(const Groups &groups, int64_t each) {
         Wave &wave = waves.back();
         const int64_t place = int64_t(wave.experts.size()) * each;
         wave.experts.push_back(groups.expert(e));
-        for (int64_t at = 0; at < size; at += CHUNK) wave.chunks.push_back({start + at, std::min(CHUNK, size - at), place});
+        for (int64_t at = 0; at < size; at += CHUNK)
+            wave.chunks.push_back({start + at, std::min(CHUNK, size - at), place});
     }
     return waves;
 }
 
 // Never destroyed: a thread may still compute when the process ends. Of whoever holds the lock.
-Buffer &packed_buffer = *new Buffer, &own_buffer = *new Buffer, &turned_buffer = *new Buffer, &sums_buffer = *new Buffer;
+Buffer &packed_buffer = *new Buffer, &own_buffer = *new Buffer, &turned_buffer = *new Buffer,
+       &sums_buffer = *new Buffer;
 
 // Pack the matrices of all experts that have rows and walk through the chunks: each(chunk, the packed
 // weights of its expert, `own` values of this thread's). Throws std::bad_alloc.
@@ -117,7 +119,8 @@ struct Place {
 
 // dw = Σ dy ⊗ x. The narrower of the two is turned into tiles once; pieces of dw then share it.
 // Throws std::bad_alloc.
-void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins, const uint16_t *dy, const uint16_t *x, void *dw) {
+void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins, const uint16_t *dy, const uint16_t *x,
+                 void *dw) {
     const bool by_dy = outs <= ins;
     const uint16_t *narrow = by_dy ? dy : x, *other = by_dy ? x : dy;
     const int64_t n = std::min(outs, ins), width = std::max(outs, ins);
@@ -134,7 +137,8 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
             for (int64_t j = 0; j < width; j += PIECE) places.push_back({e, i, j});
     }
     // The largest first, so that all threads finish together.
-    std::stable_sort(places.begin(), places.end(), [&](const Place &a, const Place &b) { return groups.size(a.group) > groups.size(b.group); });
+    std::stable_sort(places.begin(), places.end(),
+                     [&](const Place &a, const Place &b) { return groups.size(a.group) > groups.size(b.group); });
     auto turned = turned_buffer.get<uint16_t>(rows * n);
     auto rooms = own_buffer.get<uint16_t>(threads() * PIECE * PIECE);
     auto sums_of = sums_buffer.get<float>(threads() * PIECE * PIECE);
@@ -146,7 +150,8 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
                 const int64_t depth = round_up(groups.size(s.group), 32);
                 uint16_t *tile = turned + first[size_t(s.group)] * n + s.at * 16;
                 for (int64_t i = 0; i < n; i += 32)
-                    tiles().turn(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth, 16 * depth);
+                    tiles().turn(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth,
+                                 16 * depth);
             }
         team.wait();
         uint16_t *room = rooms + thread * PIECE * PIECE;
@@ -155,11 +160,15 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
             const Place p = places[size_t(from)];
             const int64_t size = groups.size(p.group), depth = round_up(size, 32);
             const int64_t high = std::min(PIECE, n - p.high), across = std::min(PIECE, width - p.across);
-            if (size) tiles().sum({turned + first[size_t(p.group)] * n + p.high * depth, depth, other + groups.start(p.group) * width + p.across, width, size, high, across}, room, sums);
+            if (size)
+                tiles().sum({turned + first[size_t(p.group)] * n + p.high * depth, depth,
+                             other + groups.start(p.group) * width + p.across, width, size, high, across},
+                            room, sums);
             else std::fill(sums, sums + PIECE * PIECE, 0.0f);
             const int64_t row = by_dy ? p.high : p.across, column = by_dy ? p.across : p.high;
             const int64_t at = (groups.expert(p.group) * outs + row) * ins + column;
-            tiles().write(sums, high, across, !by_dy, wide(dtype), static_cast<char *>(dw) + at * (wide(dtype) ? 4 : 2), ins);
+            tiles().write(sums, high, across, !by_dy, wide(dtype), static_cast<char *>(dw) + at * (wide(dtype) ? 4 : 2),
+                          ins);
         }
     });
 }
@@ -205,8 +214,8 @@ extern "C" {
 
 int32_t moestro_trains(void) { return moestro_path() == MOESTRO_AMX && tile_kernels() ? 1 : 0; }
 
-int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i, int32_t back, const void *x,
-                        void *y) {
+int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i, int32_t back,
+                        const void *x, void *y) {
     const bool given = w && (!g || !g->rows || (x && y));
     return train(g, dtype, o, i, given, [&](const Groups &groups) {
         const Matrix m{w, dtype, o, i, back != 0, 0};
@@ -217,10 +226,11 @@ int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, i
     });
 }
 
-int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy, const void *x,
-                             void *dw) {
+int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy,
+                             const void *x, void *dw) {
     const bool given = dw && (!g || !g->rows || (dy && x));
-    return train(g, dtype, o, i, given, [&](const Groups &groups) { weight_grad(groups, dtype, o, i, bits(dy), bits(x), dw); });
+    return train(g, dtype, o, i, given,
+                 [&](const Groups &groups) { weight_grad(groups, dtype, o, i, bits(dy), bits(x), dw); });
 }
 
 int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d, int64_t f,

@@ -30,11 +30,13 @@ struct TileKernels {
     // rows that are missing are zero.
     void (*pack_columns)(bool wide, const void *x, int64_t ld, int64_t rows, int64_t n, int64_t depth, uint16_t *to);
     // y [m, n] = x [m, k] · packed, for a few rows.
-    void (*multiply)(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, int64_t n, uint16_t *y, Soon soon);
+    void (*multiply)(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, int64_t n, uint16_t *y,
+                     Soon soon);
     // act [m, f] = silu(gate) · up of hidden [m, 2f].
     void (*swiglu)(const uint16_t *hidden, int64_t m, int64_t f, uint16_t *act);
     // The gradient of hidden from that of act, and act again.
-    void (*swiglu_back)(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden, uint16_t *act);
+    void (*swiglu_back)(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden,
+                        uint16_t *act);
     // `rows` ≤ 32 rows (distance `ld`) of 32 columns as two tiles of 16 columns, `apart` values apart.
     void (*turn)(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_t apart);
     // sums [PIECE, PIECE] of a piece; `room` holds PIECE · PIECE values.

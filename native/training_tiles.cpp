@@ -1,6 +1,6 @@
 // The tiles' part of training: AMX for products of bf16, AVX-512 with BF16 for everything beside them.
-#include "training.h"
 #include "kernels.h"
+#include "training.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,7 +30,7 @@ inline void write16(uint16_t *to, __m512i x) {
 
 // Rows a and b, 32 wide, as 32 pairs (a[n], b[n]).
 inline void pair_up(__m512i a, __m512i b, __m512i *low, __m512i *high) {
-    alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+    alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i first = _mm512_load_si512(FIRST), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     *low = _mm512_permutex2var_epi16(a, first, b);
@@ -82,7 +82,8 @@ void turn(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_t apa
     const __m512i none = _mm512_setzero_si512();
     __m512i r[2][16];
     for (int i = 0; i < 16; i++)
-        pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none, &r[0][i], &r[1][i]);
+        pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none,
+                &r[0][i], &r[1][i]);
     for (int half = 0; half < 2; half++) {
         turn_words16(r[half]);
         for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * apart + i * 32, r[half][i]);
@@ -106,7 +107,8 @@ inline void fetch_some(Soon &soon, int64_t &column) {
     for (int64_t i = 0; i < soon.lines && soon.rows; i++) {
         fetch(static_cast<const char *>(soon.at) + column);
         column += 64;
-        if (column >= soon.row_bytes) soon.at = static_cast<const char *>(soon.at) + soon.step_bytes, column = 0, soon.rows--;
+        if (column >= soon.row_bytes)
+            soon.at = static_cast<const char *>(soon.at) + soon.step_bytes, column = 0, soon.rows--;
     }
 }
 
@@ -124,7 +126,8 @@ struct Beside {
 
 // Tiles 0-3 += rows · 32 columns over k inputs. The rows' tiles begin at a and a2; each step is `next` values on.
 template <bool TWO>
-inline void dots(const uint16_t *a, const uint16_t *a2, int64_t ld, int64_t next, const uint16_t *b, int64_t k, Beside &beside) {
+inline void dots(const uint16_t *a, const uint16_t *a2, int64_t ld, int64_t next, const uint16_t *b, int64_t k,
+                 Beside &beside) {
     for (int64_t at = 0; at < k; at += 32, a += next, a2 += next, b += 1024) {
         LOAD(4, a, ld * 2);
         LOAD(6, b, 128);
@@ -184,7 +187,8 @@ void sum_piece(const Piece &p, uint16_t *room, float *sums) {
             pack_columns(false, p.other + (at + r) * p.width, p.width, rows - r, p.across, depth, room + r * 32);
         Beside beside;
         const int64_t rest = p.rows - at - rows;
-        if (rest) beside.soon = {p.other + (at + rows) * p.width, p.across * 2, p.width * 2, rest < PIECE ? rest : PIECE, 5};
+        if (rest)
+            beside.soon = {p.other + (at + rows) * p.width, p.across * 2, p.width * 2, rest < PIECE ? rest : PIECE, 5};
         for (int64_t i = 0; i < p.high; i += 32) {
             const uint16_t *a = p.turned + i * p.depth + at * 16;
             for (int64_t j = 0; j < p.across; j += 32) {
@@ -207,7 +211,8 @@ void sum_piece(const Piece &p, uint16_t *room, float *sums) {
     }
 }
 
-template <class T> void write_piece_of(const float *sums, int64_t high, int64_t across, bool turned, T *to, int64_t ld) {
+template <class T> void write_piece_of(const float *sums, int64_t high, int64_t across, bool turned, T *to,
+                                       int64_t ld) {
     for (int64_t i = 0; i < high; i += 16)
         for (int64_t j = 0; j < across; j += 16) {
             __m512i r[16];
@@ -252,7 +257,8 @@ void swiglu(const uint16_t *hidden, int64_t m, int64_t f, uint16_t *act) {
         }
 }
 
-void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden, uint16_t *act) {
+void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden,
+                 uint16_t *act) {
     for (int64_t row = 0; row < m; row++, grad += f, hidden += 2 * f, grad_hidden += 2 * f, act += f)
         for (int64_t i = 0; i < f; i += 32) {
             __m512 of_gate[2], of_up[2], y[2];
@@ -275,7 +281,8 @@ void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_
 }  // namespace
 
 const TileKernels *tile_kernels() {
-    static const TileKernels kernels = {pack_rows, pack_columns, multiply, swiglu, swiglu_back, turn, sum_piece, write_piece};
+    static const TileKernels kernels = {pack_rows,   pack_columns, multiply,  swiglu,
+                                        swiglu_back, turn,         sum_piece, write_piece};
     return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 
@@ -283,5 +290,5 @@ const TileKernels *tile_kernels() {
 #else
 namespace moestro {
 const TileKernels *tile_kernels() { return nullptr; }
-}
+}  // namespace moestro
 #endif
