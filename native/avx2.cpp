@@ -31,7 +31,7 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
                 __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
                 for (int m = 0; m < M; m++) {
-                    const float *row = x.wide + (at + m) * x.k + k + i;
+                    const float *row = x.values + (at + m) * x.k + k + i;
                     even[m] = _mm256_add_ps(even[m], _mm256_mul_ps(_mm256_broadcast_ss(row), first));
                     odd[m] = _mm256_add_ps(odd[m], _mm256_mul_ps(_mm256_broadcast_ss(row + 1), second));
                 }
@@ -51,15 +51,15 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
         for (int64_t k = 0; k < x.k; k++)
             for (int m = 0; m < M; m++)
                 for (int h = 0; h < 2; h++)
-                    sum[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(x.wide + (at + m) * x.k + k),
+                    sum[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(x.values + (at + m) * x.k + k),
                                                 _mm256_loadu_ps(weights + k * COLUMNS + part + h * 8), sum[m][h]);
         for (int m = 0; m < M; m++)
             for (int h = 0; h < 2; h++) _mm256_storeu_ps(out + (at + m) * ld + part + h * 8, sum[m][h]);
     }
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
-    turn_words(from, row_bytes, rows, 0, words, to);
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    transpose_words(from, row_bytes, rows, 0, words, to);
 }
 
 // Sum of four products of a byte from 0 and a signed one per column, exact: pairs stay within 16 bits.

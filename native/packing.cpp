@@ -116,10 +116,10 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
 
 // Whether all numbers are finite and, for integers with fp16 scales, not too large for them.
 bool packable(const Source &s, int32_t kind) {
-    const float most = whole(kind) ? 3.3e38f : 65504.0f;
+    const float limit = is_float(kind) ? 3.3e38f : 65504.0f;
     for (int64_t n = 0; n < s.n; n++)
         for (int64_t k = 0; k < s.k; k++)
-            if (!(std::fabs(s.at(n, k)) <= most)) return false;
+            if (!(std::fabs(s.at(n, k)) <= limit)) return false;
     return true;
 }
 
