@@ -68,7 +68,7 @@ inline void transpose_square(const uint8_t *from, int64_t row_bytes, const uint8
         _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T1);
         r[i] = _mm512_loadu_si512(from + i * row_bytes);
     }
-    transpose_words16(r);
+    transpose16(r);
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, r[i]);
 }
 

@@ -46,7 +46,7 @@ template <class T> void pack_rows_of(const T *w, int64_t k, uint16_t *to) {
                 if (sizeof(T) == 4) prefetch(next + i * 16), prefetch(next + 256 + i * 16);
                 r[i] = read32(w + (half * 16 + i) * k + at);
             }
-            transpose_words16(r);
+            transpose16(r);
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (at / 2 + i) * 64 + half * 32, r[i]);
         }
 }
@@ -85,7 +85,7 @@ void transpose(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_
         pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none,
                 &r[0][i], &r[1][i]);
     for (int half = 0; half < 2; half++) {
-        transpose_words16(r[half]);
+        transpose16(r[half]);
         for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * stride + i * 32, r[half][i]);
     }
 }
@@ -218,7 +218,7 @@ template <class T> void write_grad_block_of(const float *sums, int64_t height, i
         for (int64_t j = 0; j < width; j += 16) {
             __m512i r[16];
             for (int q = 0; q < 16; q++) r[q] = _mm512_loadu_si512(sums + (i + q) * GRAD_BLOCK + j);
-            if (transpose) transpose_words16(r);
+            if (transpose) transpose16(r);
             T *place = transpose ? to + j * ld + i : to + i * ld + j;
             for (int q = 0; q < 16; q++) write16(place + q * ld, r[q]);
         }
