@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "moestro"
 SOURCES = sorted(SRC.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+NATIVE = sorted(p for p in (ROOT / "native").iterdir() if p.suffix in {".cpp", ".h", ".inc"})
 
 # A room may import rooms of a lower level, and itself; rooms of one level never each other.
 LEVELS = {
@@ -76,6 +77,12 @@ def test_the_walk_finds_the_files():
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=short)
 def test_files_are_at_most_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=short)
+def test_native_lines_are_at_most_120_columns(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 120, f"line {number}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)

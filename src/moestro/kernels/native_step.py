@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,16 +97,22 @@ class StepShape(NamedTuple):
     head_scale: float = 1.0
 
 
+# Fields of `moestro_layer`, each taken from the field of StepLayer of that name. A letter is a
+# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A.
+_LAYER = (
+    ("attention_norm", _POINTER, "D"), ("ffn_norm", _POINTER, "D"), ("qkv", Matrix, "WD"),
+    ("out", Matrix, "DN"), ("qkv_bias", _POINTER, "W"), ("out_bias", _POINTER, "D"),
+    ("q_norm", _POINTER, "A"), ("k_norm", _POINTER, "A"), ("sinks", _POINTER, "H"),
+    ("window", _INT64, ""), ("router", _POINTER, "ED"), ("logit_bias", _POINTER, "E"),
+    ("selection_bias", _POINTER, "E"), ("experts", Experts, "ED"), ("shared", Experts, "1D"),
+    ("shared_gate", _POINTER, "D"),
+)  # fmt: skip
+
+
 class _Layer(ctypes.Structure):
     """`moestro_layer`."""
 
-    _fields_ = (
-        ("attention_norm", _POINTER), ("ffn_norm", _POINTER), ("qkv", Matrix), ("out", Matrix),
-        ("qkv_bias", _POINTER), ("out_bias", _POINTER), ("q_norm", _POINTER), ("k_norm", _POINTER),
-        ("sinks", _POINTER), ("window", _INT64), ("router", _POINTER), ("logit_bias", _POINTER),
-        ("selection_bias", _POINTER), ("experts", Experts), ("shared", Experts),
-        ("shared_gate", _POINTER),
-    )  # fmt: skip
+    _fields_ = tuple((name, kind) for name, kind, _ in _LAYER)
 
 
 class _Decoder(ctypes.Structure):
@@ -220,9 +226,9 @@ class StepDecoder:
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            ctypes.cast(self._layers, _POINTER), address(norm, "norm", (shape.dim,), FP32),
             _matrix(head, "head", shape.vocab, shape.dim),
-            _maybe(head_bias, "head_bias", shape.vocab),
+            None if head_bias is None else address(head_bias, "head_bias", (shape.vocab,), FP32),
         )  # fmt: skip
 
     def step(
@@ -280,27 +286,32 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
 
 
 def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
-    dim, width = shape.dim, shape.head_dim
-    queries, routed = shape.heads * width, layer.router is not None
-    wide = queries + 2 * shape.groups * width
-    count = layer.experts.num_experts
+    width, queries = shape.head_dim, shape.heads * shape.head_dim
+    count, routed = layer.experts.num_experts, layer.router is not None
     if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
         raise ShapeError(
             f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
             f"one a single expert; given window {layer.window}, {count} experts, {shape}"
         )
-    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
-    return _Layer(
-        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
-        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
-        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
-        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
-        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
-        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
-        _maybe(layer.selection_bias, "selection_bias", count),
-        _experts(layer.experts, "experts", count, dim), shared,
-        _maybe(layer.shared_gate, "shared_gate", dim),
-    )  # fmt: skip
+    sizes = {"D": shape.dim, "A": width, "H": shape.heads, "E": count, "1": 1, "N": queries}
+    sizes["W"] = queries + 2 * shape.groups * width
+    given = (
+        _field(layer, name, kind, [sizes[letter] for letter in letters])
+        for name, kind, letters in _LAYER
+    )
+    return _Layer(*given)
+
+
+def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
+    """What the C structure holds of a layer's field; an empty `kind` for an optional None."""
+    value = getattr(layer, name)
+    if value is None and name in StepLayer._field_defaults:
+        return kind()
+    if kind is _POINTER:
+        return address(value, name, tuple(sizes), FP32)
+    if kind is Matrix:
+        return _matrix(value, name, *sizes)
+    return _experts(value, name, *sizes) if kind is Experts else value
 
 
 def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
@@ -325,11 +336,3 @@ def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
             f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
         )
     return experts_of(packed)
-
-
-def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
-    return address(tensor, name, shape, FP32)
-
-
-def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
-    return None if tensor is None else address(tensor, name, shape, FP32)
