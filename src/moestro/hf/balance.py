@@ -23,14 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.config import BalanceConfig
 from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.foreign import hooks
+from moestro.foreign.classes import core, core_kind
+from moestro.foreign.taps import Tap, taps
 from moestro.hf.balance_callback import BalanceCallback
 from moestro.hf.family_loss import OwnLoss, chosen_per_token, converted, own_coefficient
 from moestro.hf.selection import AddedBias, Bias, bias_of, reshard
 from moestro.hf.watch import Watch
 from moestro.moe.balance import update_bias
 from moestro.moe.routing import Routing
-from moestro.probe.recording import hooks, routers
-from moestro.probe.recording.foreign import Tap, taps
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.health import LayerHealth, Tally
 from moestro.train.objective import Objective
@@ -322,15 +323,15 @@ def _mixtures(model: nn.Module, z: bool) -> list[Tap]:
     if len(sizes) > 1:
         raise MoestroError(f"mixtures of {sizes} experts in one model cannot be balanced together")
     for tap in found:
-        kind, experts = routers.named(tap.router), routers.core(tap.experts)
         if tap.router is None or tap.scoring is None:
             raise MoestroError(
-                f"how {tap.name} ({kind if tap.router else routers.kind(experts)}) chooses is not "
+                f"how {tap.name} ({core_kind(tap.router or tap.experts)}) chooses is not "
                 "known: no router of a known class is beside it, so it cannot be balanced"
             )
         if z and tap.scoring == "none":
-            raise MoestroError(f"{kind} shows probabilities and no logits: set z to 0")
-        if getattr(experts, "_is_expert_parallel", False):
+            shown = core_kind(tap.router)
+            raise MoestroError(f"{shown} shows probabilities and no logits: set z to 0")
+        if getattr(core(tap.experts), "_is_expert_parallel", False):
             raise MoestroError(
                 f"the experts of {tap.name} are spread over processes, which count them by local "
                 "numbers; balance works with whole experts on each rank"

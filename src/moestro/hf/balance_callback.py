@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -11,14 +12,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moestro.errors import CheckpointError, ConfigError, MoestroError
-from moestro.probe.recording import hooks
-
-if TYPE_CHECKING:
-    from moestro.hf.balance import Balance
+from moestro.foreign import hooks
+from moestro.train.health import LayerHealth
 
 # What lies beside a checkpoint's weights: biases that the model's own files have no place for.
 FILE = "moestro_balance.safetensors"
 _IGNORED = -100
+
+
+class _Balance(Protocol):
+    """What is asked of a `moestro.hf.Balance`."""
+
+    model: nn.Module
+    parts: dict[str, Tensor]
+
+    @property
+    def adds_bias(self) -> bool: ...
+    @property
+    def waiting(self) -> bool: ...
+    def loss(self) -> Tensor: ...
+    def step(self) -> None: ...
+    def restart(self) -> None: ...
+    def health(self) -> dict[str, LayerHealth]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class BalanceCallback(TrainerCallback):
@@ -42,7 +59,7 @@ class BalanceCallback(TrainerCallback):
         add_loss: False: a loss function of your own (`compute_loss_func`) adds `balance.loss()`.
     """
 
-    def __init__(self, balance: Balance, add_loss: bool = True) -> None:
+    def __init__(self, balance: _Balance, add_loss: bool = True) -> None:
         self.balance, self._add_loss = balance, add_loss
         self._hook: Any = None
         self._stepped = False

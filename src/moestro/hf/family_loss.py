@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moestro.errors import ConfigError
-from moestro.probe.recording import hooks, routers
+from moestro.foreign import hooks
+from moestro.foreign.classes import core
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 # What models, or their configurations, call what they multiply their losses by.
@@ -119,7 +120,7 @@ def chosen_per_token(model: nn.Module, beside: Sequence[nn.Module | None]) -> in
     Raises:
         ConfigError: they do not, or differ; what to give instead.
     """
-    stated = {getattr(each and routers.core(each), "top_k", None) for each in beside}
+    stated = {getattr(each and core(each), "top_k", None) for each in beside}
     top_k = stated.pop() if len(stated) == 1 else None
     if not isinstance(top_k, int):
         raise ConfigError(

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError, ShapeError
+from moestro.foreign import hooks
+from moestro.foreign.classes import core_kind
+from moestro.foreign.taps import RawChoice, Tap, tapped
 from moestro.moe.routing import Routing
-from moestro.probe.recording import hooks, routers
-from moestro.probe.recording.foreign import Chosen, Tap, probabilities, tapped
-
-# Takes the Routings of a forward pass, one for each mixture, and its number of sequences.
-Seen = Callable[[list[Routing], int], None]
 
 
 class Watch:
@@ -34,7 +32,7 @@ class Watch:
         model: whose forward is called.
         mixtures: all of its, in order.
         begins: called before a forward pass that will be watched.
-        seen: called after it.
+        seen: called after it, with the Routing of each mixture and the number of sequences.
         differentiable: refuse logits without gradients.
     """
 
@@ -43,7 +41,7 @@ class Watch:
         model: nn.Module,
         mixtures: Sequence[Tap],
         begins: Callable[[], None],
-        seen: Seen,
+        seen: Callable[[list[Routing], int], None],
         differentiable: bool,
     ) -> None:
         self._mixtures, self._begins, self._seen = mixtures, begins, seen
@@ -52,7 +50,7 @@ class Watch:
         self._given_T: Tensor | None = None
         self._valid_T: Tensor | None = None
         self._sequences = 1
-        self._chosen: dict[int, Chosen] = {}
+        self._choices: dict[int, RawChoice] = {}
         reader = _reader(model, mixtures)
         self._names = tuple(inspect.signature(reader.forward).parameters)
         self._hooks = ExitStack()
@@ -75,8 +73,13 @@ class Watch:
     def _start(self, model: nn.Module, _: Any) -> None:
         self._listening = model.training and torch.is_grad_enabled()
         if self._listening:
-            _refuse_again()
-            self._valid_T, self._sequences, self._chosen = None, 1, {}
+            if torch._C._current_graph_task_id() != -1:
+                raise MoestroError(
+                    "the whole model runs again within a backward pass, which cannot be told from "
+                    "a forward pass of its own; checkpoint its layers "
+                    "(gradient_checkpointing_enable), not the model"
+                )
+            self._valid_T, self._sequences, self._choices = None, 1, {}
             self._begins()
 
     def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,11 +93,11 @@ class Watch:
         if self._valid_T is None:
             self._valid_T = real_tokens(mask, self._sequences, length, cache)
 
-    def _see(self, place: int, chosen: Chosen) -> None:
+    def _see(self, place: int, choice: RawChoice) -> None:
         if not self._listening:
             return
         name = self._mixtures[place].name
-        if place in self._chosen:
+        if place in self._choices:
             raise MoestroError(
                 f"{name} ran twice in one forward pass; layers that are used more than once "
                 "cannot be balanced"
@@ -106,26 +109,26 @@ class Watch:
                 'it with {"use_reentrant": False}'
             )
         # Nothing is computed here: a layer that is computed again must save the same tensors.
-        self._chosen[place] = chosen
+        self._choices[place] = choice
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         if not self._listening:
             return
-        self._listening, chosen, self._chosen = False, self._chosen, {}
+        self._listening, choices, self._choices = False, self._choices, {}
         valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if output is None:  # the forward pass failed: nothing of it may be held on to
             return
-        missing = [tap.name for n, tap in enumerate(self._mixtures) if n not in chosen]
+        missing = [tap.name for place, tap in enumerate(self._mixtures) if place not in choices]
         if missing:
             raise MoestroError(
                 f"{', '.join(missing)} did not run in this forward pass: these inputs pass by, or "
                 "a kernel from the hub stands in for the block; load without use_kernels"
             )
-        routings = [
-            routing_of(tap, chosen[place], valid_T) for place, tap in enumerate(self._mixtures)
-        ]
-        first = routings[0].logits_TE.device
-        self._seen([_moved(routing, first) for routing in routings], self._sequences)
+        found = [_routing(tap, choices[n], valid_T) for n, tap in enumerate(self._mixtures)]
+        # Layers may lie on several devices.
+        device = found[0].logits_TE.device
+        found = [Routing(*(_moved(each, device) for each in routing)) for routing in found]
+        self._seen(found, self._sequences)
 
 
 def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | None:
@@ -164,37 +167,30 @@ def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | 
     )
 
 
-def routing_of(tap: Tap, chosen: Chosen, valid_T: Tensor | None) -> Routing:
+def _routing(tap: Tap, choice: RawChoice, valid_T: Tensor | None) -> Routing:
     """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients.
 
     Raises:
         MoestroError: the router showed no logits.
         ShapeError: the mask is not of these tokens.
     """
-    probs_TE = probabilities(tap, chosen.logits_TE)
-    if chosen.logits_TE is None or probs_TE is None:
+    probs_TE = tap.probabilities(choice.logits_TE)
+    if choice.logits_TE is None or probs_TE is None:
         raise MoestroError(
-            f"{tap.name} ({routers.named(tap.router)}) showed no logits that probabilities could "
+            f"{tap.name} ({core_kind(tap.router)}) showed no logits that probabilities could "
             "be made of, so it cannot be balanced; if the model was compiled and run before, "
             "balance it first"
         )
-    num_tokens, top_k = chosen.experts_TK.shape
+    num_tokens = len(choice.experts_TK)
     if valid_T is not None and len(valid_T) != num_tokens:
         raise ShapeError(
             f"{tap.name} routes {num_tokens} tokens, and the mask has {len(valid_T)} places; say "
             f"which of these {num_tokens} tokens are real with balancer.valid(mask) before the "
             "forward pass"
         )
-    tokens_T = torch.arange(num_tokens, device=chosen.experts_TK.device)
-    return Routing(
-        tokens_T.repeat_interleave(top_k),
-        chosen.experts_TK.flatten(),
-        chosen.weights_TK.flatten(),
-        chosen.logits_TE.to(probs_TE.dtype),
-        probs_TE,
-        top_k,
-        None if valid_T is None else valid_T.to(probs_TE.device),
-    )
+    valid_T = None if valid_T is None else valid_T.to(probs_TE.device)
+    logits_TE = choice.logits_TE.to(probs_TE.dtype)
+    return Routing.of_choice(choice.experts_TK, choice.weights_TK, logits_TE, probs_TE, valid_T)
 
 
 def _reader(model: nn.Module, mixtures: Sequence[Tap]) -> nn.Module:
@@ -228,17 +224,5 @@ def _unbalanced(model: nn.Module, *_: Any) -> None:
         )
 
 
-def _refuse_again() -> None:
-    if torch._C._current_graph_task_id() != -1:
-        raise MoestroError(
-            "the whole model runs again within a backward pass, which cannot be told from a "
-            "forward pass of its own; checkpoint its layers (gradient_checkpointing_enable), not "
-            "the model"
-        )
-
-
-def _moved(routing: Routing, device: torch.device) -> Routing:
-    """The same on another device: layers may lie on several."""
-    fields = routing._asdict()
-    moved: dict[str, Any] = {n: x.to(device) for n, x in fields.items() if isinstance(x, Tensor)}
-    return routing._replace(**moved)
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
