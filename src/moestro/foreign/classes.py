@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -38,16 +38,29 @@ NOT_FEED_FORWARD = frozenset({"JetMoeMoA"})
 _BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA)$")
 
 
-def is_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is routed experts, by its own name or by that of its class."""
-    kind = type(module).__name__
-    # Shared experts take every token: nothing is chosen there.
-    return name.split(".")[-1] == "experts" or ("Experts" in kind and "Shared" not in kind)
+def unaccounted(
+    modules: Mapping[str, nn.Module], known: Collection[str], *, beside: bool
+) -> list[str]:
+    """Classes that by their names, or their modules', are mixtures, and are none of the known.
 
-
-def is_block(module: nn.Module) -> bool:
-    """Whether the class of a module is named like a block that holds a mixture."""
-    return _BLOCK.search(type(module).__name__) is not None
+    Args:
+        modules: of a model, by name.
+        known: names of modules; what holds one, or lies within, is accounted for.
+        beside: so are experts in the same block as a known one.
+    """
+    found = set()
+    blocks = {name.rpartition(".")[0] for name in known if beside}
+    for name, module in modules.items():
+        own, parent = type(module).__name__, name.rpartition(".")[0]
+        # Shared experts take every token: nothing is chosen there.
+        experts = name.split(".")[-1] == "experts" or ("Experts" in own and "Shared" not in own)
+        if not name or not (experts or _BLOCK.search(own)):
+            continue
+        around = {kind(module), kind(modules.get(parent)) if experts else ""}
+        nested = any(f"{a}.".startswith(f"{b}.") for k in known for a, b in ((k, name), (name, k)))
+        if not (nested or (experts and parent in blocks) or around & NOT_FEED_FORWARD):
+            found.add(own)
+    return sorted(found)
 
 
 def kind(module: object) -> str:

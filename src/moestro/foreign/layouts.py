@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moestro.errors import BackendError, ShapeError
-from moestro.foreign.classes import EXPERTS, PLAIN, is_block, is_experts
+from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
 from moestro.kernels.reference import CLAMP, STEEPNESS
 
 
@@ -115,25 +115,21 @@ def refuse_unreachable(model: nn.Module) -> None:
     Raises:
         BackendError: names the class and what to do.
     """
-    fp8, other = set(), set()
-    for name, module in model.named_modules():
-        interface = _interface(module)
-        if interface is ALL_EXPERTS_FUNCTIONS:
-            continue
-        if interface is not None:
-            fp8.add(type(module).__name__)
-        elif (is_experts(name, module) or is_block(module)) and not _holds_experts(module):
-            other.add(type(module).__name__)
-    if fp8:
+    modules = dict(model.named_modules())
+    interfaces = {name: _interface(module) for name, module in modules.items()}
+    decorated = [name for name, each in interfaces.items() if each is not None]
+    for name in decorated:
+        if interfaces[name] is not ALL_EXPERTS_FUNCTIONS:
+            raise BackendError(
+                f"{type(modules[name]).__name__} takes its kernels from a registry of its own (FP8 "
+                "weights), which moestro does not reach; load the model with dequantised weights"
+            )
+    others = unaccounted(modules, decorated, beside=False)
+    if others:
         raise BackendError(
-            f"{', '.join(sorted(fp8))} takes its kernels from a registry of its own (FP8 weights), "
-            "which moestro does not reach; load the model with dequantised weights"
-        )
-    if other:
-        raise BackendError(
-            f"the experts of {', '.join(sorted(other))} do not use transformers' experts "
-            "interface: they would run their own code whatever the name asked for. "
-            'Use experts_implementation="eager" for this model'
+            f"{', '.join(others)} do not use transformers' experts interface: their experts would "
+            "run their own code whatever the name asked for. Use "
+            'experts_implementation="eager" for this model'
         )
 
 
@@ -149,11 +145,6 @@ def _interface(module: nn.Module) -> object | None:
                 return found
         function = getattr(function, "__wrapped__", None)
     return None
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    inner = list(module.named_modules())[1:]
-    return any(_interface(each) is not None or is_experts(name, each) for name, each in inner)
 
 
 def _activation(experts: Any) -> str | None:

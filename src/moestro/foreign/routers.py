@@ -10,22 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moestro.foreign.classes import core, core_kind
+from moestro.foreign.classes import core, core_kind, kind
 
 # What families call the bias that they choose with and that is in no weight.
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 
-class Output(NamedTuple):
-    """How to see and change what a router returns whose experts are not handed its choices.
-
-    Attributes:
-        read: (router, output) → experts_TK, weights_TK, logits_TE.
-        write: (router, output, experts_TK, weights_TK) → the output with that choice.
-    """
-
-    read: Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]]
-    write: Callable[[Any, Any, Tensor, Tensor], Any]
+# (router, output) → experts_TK, weights_TK, logits_TE
+Read = Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]]
+# (router, output, experts_TK, weights_TK) → the output with that choice
+Write = Callable[[Any, Any, Tensor, Tensor], Any]
 
 
 class Router(NamedTuple):
@@ -37,26 +31,22 @@ class Router(NamedTuple):
             their sum, scores are the probabilities.
         weigh: (router, scores [T, K] of the experts chosen) → their weights, where the K largest
             scores are chosen. None: it chooses in some other way.
-        by_logits: chosen and weighed are the logits themselves.
+        by_logits: the scores to choose and weigh by are the logits themselves.
         grouped: chosen within the best groups, where so configured.
-        output: where the experts are not handed what was chosen.
+        output: how to read what it returns, and to write another choice into it, where the experts
+            are not handed the choice.
     """
 
     scoring: str
     weigh: Callable[[Any, Tensor], Tensor] | None = None
     by_logits: bool = False
     grouped: bool = False
-    output: Output | None = None
-
-
-def known(router: nn.Module | None) -> Router | None:
-    """What is known of a router, within wrappers; None: nothing."""
-    return ROUTERS.get(core_kind(router))
+    output: tuple[Read, Write] | None = None
 
 
 def scoring(router: nn.Module | None) -> str | None:
-    """How a router's logits become probabilities, see `Router`; None: not known."""
-    row = known(router)
+    """How the logits of a router, within wrappers, become probabilities; None: not known."""
+    row = ROUTERS.get(core_kind(router))
     if router is None or row is None:
         return None
     configured = getattr(core(router), row.scoring, None)
@@ -76,15 +66,9 @@ def probabilities(scoring: str, router: Any, logits_TE: Tensor) -> Tensor:
     return scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
-def choose(row: Router, router: Any, logits_TE: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The router's own choice, made with a bias that is in no weight: weights and experts [T, K].
-
-    Args:
-        row: with `weigh`.
-        router: not its wrapper.
-        logits_TE: what it computed.
-        bias_E: added to the scores that are compared.
-    """
+def choose(router: Any, logits_TE: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and experts [T, K], as a router with a rule chooses; the bias is in no weight."""
+    row = ROUTERS[kind(router)]
     assert row.weigh is not None
     scores_TE = logits_TE
     if not row.by_logits:
@@ -100,28 +84,12 @@ def choose(row: Router, router: Any, logits_TE: Tensor, bias_E: Tensor) -> tuple
     return row.weigh(router, scores_TE.gather(-1, experts_TK)), experts_TK
 
 
-def _as_scored(router: Any, scores_TK: Tensor) -> Tensor:
-    return scores_TK
-
-
 def _normalised(router: Any, scores_TK: Tensor) -> Tensor:
     return scores_TK / scores_TK.sum(-1, keepdim=True)
 
 
 def _as_configured(router: Any, scores_TK: Tensor) -> Tensor:
     return _normalised(router, scores_TK) if router.norm_topk_prob else scores_TK
-
-
-def _scaled(router: Any, scores_TK: Tensor) -> Tensor:
-    return scores_TK.mul(router.routed_scaling_factor)
-
-
-def _softmax(router: Any, scores_TK: Tensor) -> Tensor:
-    return scores_TK.softmax(-1)
-
-
-def _softmax_in_parts(router: Any, scores_TK: Tensor) -> Tensor:
-    return scores_TK.softmax(-1).div(router.top_k)
 
 
 def _read_llama4(router: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +126,7 @@ def _write_jetmoe(router: Any, output: Any, experts_TK: Tensor, weights_TK: Tens
 
 # Of transformers 5.24.
 _ROWS: tuple[tuple[Router, str], ...] = (
-    (Router("softmax", _as_scored), "JambaTopKRouter"),
+    (Router("softmax", lambda router, scores: scores), "JambaTopKRouter"),
     (Router("softmax", _normalised), """
         HunYuanMoEV1Gate MiniMaxTopKRouter MixtralTopKRouter Qwen3OmniMoeTextTopKRouter
         Qwen3VLMoeTextTopKRouter Qwen3_5MoeTopKRouter"""),
@@ -166,19 +134,20 @@ _ROWS: tuple[tuple[Router, str], ...] = (
         FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter
         Qwen3NextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter
         Qwen4ExpTextTopKRouter"""),
-    (Router("softmax", _scaled, grouped=True), """
-        DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter"""),
-    (Router("softmax", _softmax, by_logits=True), """
+    (Router("softmax", lambda router, scores: scores * router.routed_scaling_factor, grouped=True),
+     "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter"),
+    (Router("softmax", lambda router, logits: logits.softmax(-1), by_logits=True), """
         AriaTextTopKRouter GptOssTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter
         GraniteMoeSharedTopKRouter GraniteMoeTopKRouter"""),
-    (Router("softmax", _softmax_in_parts, by_logits=True), "OpenAIPrivacyFilterTopKRouter"),
-    (Router("softmax", output=Output(_read_jetmoe, _write_jetmoe)), "JetMoeTopKGating"),
+    (Router("softmax", lambda router, logits: logits.softmax(-1) / router.top_k, by_logits=True),
+     "OpenAIPrivacyFilterTopKRouter"),
+    (Router("softmax", output=(_read_jetmoe, _write_jetmoe)), "JetMoeTopKGating"),
     (Router("softmax"), """
         DbrxRouter Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter LaraMiniTopKRouter
         LongcatFlashTopkRouter Mistral4TopkRouter MistralLarge4TextTopkRouter PhimoeTopKRouter
         ZayaRouter"""),
     (Router("sigmoid", _as_configured), "FlintTopKRouter"),
-    (Router("sigmoid", output=Output(_read_llama4, _write_llama4)), "Llama4Router"),
+    (Router("sigmoid", output=(_read_llama4, _write_llama4)), "Llama4Router"),
     (Router("sigmoid"), """
         AXK1TopkRouter AXK2TopkRouter AfmoeTokenChoiceRouter BailingHybridTopkRouter BeamTopKRouter
         DeepseekV32TopkRouter DeepseekV3TopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter

@@ -23,10 +23,9 @@ from moestro.foreign.classes import (
     NOT_FEED_FORWARD,
     PLAIN,
     core,
-    is_block,
-    is_experts,
     kind,
     outermost,
+    unaccounted,
 )
 
 # Parts of a model that text alone does not pass.
@@ -103,7 +102,13 @@ def taps(model: nn.Module) -> list[Tap]:
         beside = [f"{block}.{own}".strip(".") for own in ("gate", "router")]
         routed = name if by_router else next((each for each in beside if each in modules), "")
         found.append(_tap(name, modules[name], modules[routed] if routed else None))
-    _refuse_unseen(model, modules, found)
+    unseen = unaccounted(modules, [tap.name for tap in found], beside=True)
+    if unseen:
+        raise MoestroError(
+            f"the routing of {', '.join(unseen)} in {type(model).__name__} cannot be seen: its "
+            "experts are not handed the index and weight of each choice. Models of transformers "
+            "with an experts interface can be recorded"
+        )
     if not found:
         raise MoestroError(
             f"{type(model).__name__} has no mixture of experts that could be found, so there is no "
@@ -151,10 +156,10 @@ def _tap(name: str, experts: nn.Module, router: nn.Module | None) -> Tap:
     return Tap(layer, name, int(count) + about.skips, experts, router, routers.scoring(router))
 
 
-def _output(module: nn.Module) -> routers.Output | None:
-    """How to look at the output of a module, if that is where the choices are seen."""
+def _output(module: nn.Module) -> tuple[routers.Read, routers.Write] | None:
+    """How to read and write what a module returns, if it is a router where that is needed."""
     row = routers.ROUTERS.get(kind(module))
-    return row.output if row is not None else None
+    return None if row is None else row.output
 
 
 def _takes_choices(name: str, module: nn.Module) -> bool:
@@ -170,37 +175,12 @@ def _names(experts: nn.Module) -> list[str]:
     return list(inspect.signature(type(experts).forward).parameters)[2:4]
 
 
-def _refuse_unseen(model: nn.Module, modules: dict[str, nn.Module], found: list[Tap]) -> None:
-    """Refuse a model of which some mixture would stay out of sight."""
-    blocks = {tap.name.rpartition(".")[0] for tap in found}
-    unseen = set()
-    for name, module in modules.items():
-        experts = is_experts(name, module)
-        if module is model or not (experts or is_block(module)):
-            continue
-        parent = name.rpartition(".")[0]
-        elsewhere = {kind(module), kind(modules.get(parent)) if experts else ""} & NOT_FEED_FORWARD
-        # Experts are seen where their router is: in the same block.
-        seen = experts and parent in blocks
-        own, others = f"{name}.", [f"{tap.name}." for tap in found]
-        seen = seen or any(each.startswith(own) or own.startswith(each) for each in others)
-        if not (seen or elsewhere):
-            unseen.add(type(module).__name__)
-    if unseen:
-        raise MoestroError(
-            f"the routing of {', '.join(sorted(unseen))} in {type(model).__name__} cannot be seen: "
-            "its experts are not handed the index and weight of each choice, and moestro has no "
-            "other way to look into it. Models of transformers with an experts interface can be "
-            "recorded"
-        )
-
-
 def _listen(place: int, tap: Tap, see: See) -> Iterator[Any]:
     """Put the hooks of one mixture on; their handles."""
     inner = core(tap.experts)
     output = _output(inner)
     if output is not None:
-        yield hooks.add(tap.experts.register_forward_hook, _after(place, output, see))
+        yield hooks.add(tap.experts.register_forward_hook, _after(place, *output, see))
         return
     logits: list[Tensor] = []
 
@@ -234,16 +214,14 @@ def _before(place: int, tap: Tap, inner: nn.Module, logits: list[Tensor], see: S
     return hook
 
 
-def _after(place: int, output: routers.Output, see: See) -> Any:
-    def hook(module: nn.Module, args: Any, returned: Any) -> Any:
+def _after(place: int, read: routers.Read, write: routers.Write, see: See) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         router = core(module)
-        choice = RawChoice(*output.read(router, returned))
-        changed = see(place, choice)
+        experts_TK, weights_TK, logits_TE = read(router, output)
+        changed = see(place, RawChoice(experts_TK, weights_TK, logits_TE))
         if changed is None:
             return None
-        assert choice.logits_TE is not None
-        num_experts = choice.logits_TE.shape[1]
-        return output.write(router, returned, *_in_range(changed, choice.weights_TK, num_experts))
+        return write(router, output, *_in_range(changed, weights_TK, logits_TE.shape[1]))
 
     return hook
 

@@ -70,14 +70,14 @@ class BalanceCallback(TrainerCallback):
         """Begin to add the loss; on resuming, read the biases.
 
         Raises:
-            ConfigError: DataParallel, or another model than the balanced one.
+            ConfigError: DataParallel, or a different model than the balanced one.
             CheckpointError: there is no file of biases to resume with.
         """
         model = kwargs["model"]
         if args.n_gpu > 1:
             raise ConfigError(
-                f"the Trainer would run {args.n_gpu} GPUs in one process with DataParallel, whose "
-                "routing cannot be counted together; start it with torchrun, one process a GPU"
+                f"the Trainer would run {args.n_gpu} GPUs with DataParallel, whose routing cannot "
+                "be counted together; start it with torchrun, one process a GPU"
             )
         if self.balance.model not in (model, getattr(model, "module", None)):
             raise ConfigError(
@@ -142,9 +142,8 @@ class BalanceCallback(TrainerCallback):
             self.balance.load_state_dict(load_file(path))
         elif self.balance.adds_bias:
             raise CheckpointError(
-                f"{path} with the selection biases of this checkpoint is not there, and without "
-                "them the model routes otherwise than it was trained to; put the file there, from "
-                "the folder that the checkpoint was first saved in"
+                f"there is no {path} with the selection biases of this checkpoint, without which "
+                "the model routes otherwise than in training; copy it from where it was saved"
             )
 
     def _add(
@@ -157,9 +156,9 @@ class BalanceCallback(TrainerCallback):
         loss = output[0] if as_tuple else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MoestroError(
-                "the model's output has no loss that the balance loss could be added to (label "
-                "smoothing and compute_loss_func take the labels away); use "
-                "balancer.callback(add_loss=False), and add balancer.loss() in compute_loss_func"
+                "the model's output has no loss to add the balance loss to (label smoothing and "
+                "compute_loss_func take the labels away); use balancer.callback(add_loss=False), "
+                "and add balancer.loss() in compute_loss_func"
             )
         loss = loss + self.balance.loss().to(loss.device) * _share(model, kwargs)
         if as_tuple:

@@ -9,6 +9,7 @@ Letters: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moestro.errors import MoestroError
 from moestro.foreign import routers
 from moestro.foreign.classes import core, core_kind
+from moestro.foreign.taps import Tap
 
 
 class OwnBias:
@@ -76,15 +78,14 @@ class AddedBias:
     """
 
     def __init__(self, name: str, router: nn.Module, num_experts: int) -> None:
-        row = routers.known(router)
+        kind = core_kind(router)
+        row = routers.ROUTERS.get(kind)
         if row is None or row.weigh is None:
             raise MoestroError(
-                f"{name} is a {core_kind(router)}: it has no selection bias, and how it chooses is "
-                "not known here, so none can be added; balance this family with switch=, and leave "
-                "bias_rate at 0"
+                f"{name} is a {kind}: it has no selection bias, and none can be added because how "
+                "it chooses is not known; use switch=, and leave bias_rate at 0"
             )
-        self.held = True
-        self._name, self._row, self._proven = name, row, False
+        self.held, self._proven, self._name = True, False, name
         self._bias_E = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
         self._hook = router.register_forward_hook(self._choose)
 
@@ -110,64 +111,62 @@ class AddedBias:
         if not logits_TE.is_meta:  # a pass that only asks for shapes leaves nothing behind
             self._bias_E = bias_E
             if not self._proven and logits_TE.numel():
-                self._prove(router, *output[:3])
-        weights_TK, experts_TK = routers.choose(self._row, router, logits_TE, bias_E)
+                self._prove(router, output)
+        weights_TK, experts_TK = routers.choose(router, logits_TE, bias_E)
         return (logits_TE, weights_TK.to(output[1].dtype), experts_TK, *output[3:])
 
     @torch.no_grad()
-    def _prove(
-        self, router: nn.Module, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor
-    ) -> None:
-        zero_E = torch.zeros_like(self._bias_E)
-        again_TK, chosen_TK = routers.choose(self._row, router, logits_TE, zero_E)
-        same = torch.equal(chosen_TK, experts_TK)
-        if not same or not torch.equal(again_TK.to(weights_TK.dtype), weights_TK):
+    def _prove(self, router: nn.Module, output: Any) -> None:
+        again_TK, chosen_TK = routers.choose(router, output[0], torch.zeros_like(self._bias_E))
+        same = torch.equal(chosen_TK, output[2])
+        self._proven = same and torch.equal(again_TK.to(output[1].dtype), output[1])
+        if not self._proven:
             raise MoestroError(
-                f"{self._name} ({core_kind(router)}) does not choose by the rule that its class is "
-                "known for, so a bias cannot be added to its choice; balance this model with "
-                "switch=, and leave bias_rate at 0"
+                f"{self._name} ({core_kind(router)}) does not choose by the rule of its class, so "
+                "no bias can be added to its choice; use switch=, and leave bias_rate at 0"
             )
-        self._proven = True
 
 
 Bias = OwnBias | AddedBias
 
 
-def bias_of(name: str, router: nn.Module, block: nn.Module, num_experts: int) -> Bias:
-    """The selection bias of one mixture, the family's own or an added one.
+def biases_of(model: nn.Module, found: Sequence[Tap]) -> dict[str, Bias]:
+    """The selection bias of each mixture, by name: the family's own, or one added to all."""
+    biases: dict[str, Bias] = {}
+    try:
+        for tap in found:
+            block = model.get_submodule(tap.name.rpartition(".")[0])
+            biases[tap.name] = _bias_of(tap, block)
+    except MoestroError:
+        for bias in biases.values():
+            bias.remove()
+        raise
+    return biases
 
-    Args:
-        name: the router's, for messages.
-        router: what returns (logits, weights, experts).
-        block: the module that holds router and experts; some families keep the bias there.
-        num_experts: E.
 
-    Raises:
-        MoestroError: there is none, and the router's rule is not known.
-    """
-    inner = core(router)
-    within = [path for path, _ in inner.named_modules()]
+def _bias_of(tap: Tap, block: nn.Module) -> Bias:
+    """The bias of one mixture; some families keep theirs in the block that holds the router."""
+    router = tap.router
+    assert router is not None
     # A wrapper that holds two routers shows the attributes of the one that runs; others show none.
-    places = [(owner, path) for path in within for owner in (router, inner)]
+    owners = (router, core(router))
+    places = [(owner, path) for path, _ in owners[1].named_modules() for owner in owners]
     for owner, path in (*places, (block, "")):
         for own in routers.BIASES:
             full = [part for part in (*path.split("."), own) if part]
             tensor: Any = owner
             for part in full:
                 tensor = getattr(tensor, part, None)
-            if isinstance(tensor, Tensor) and tensor.numel() == num_experts:
+            if isinstance(tensor, Tensor) and tensor.numel() == tap.num_experts:
                 return OwnBias(owner, ".".join(full))
     for hook in router._forward_hooks.values():
         added = getattr(hook, "__self__", None)
         if isinstance(added, AddedBias):
             if added.held:
-                raise MoestroError(
-                    f"{name} still chooses with the bias of an earlier balancer; call remove() on "
-                    "that"
-                )
+                raise MoestroError(f"{tap.name} has the bias of an earlier balancer: remove() that")
             added.held = True
             return added
-    return AddedBias(name, router, num_experts)
+    return AddedBias(tap.name, router, tap.num_experts)
 
 
 def reshard(model: nn.Module) -> None:

@@ -46,11 +46,10 @@ class Watch:
     ) -> None:
         self._mixtures, self._begins, self._seen = mixtures, begins, seen
         self._differentiable = differentiable
-        self._listening = False
+        self._choices: dict[int, RawChoice] | None = None  # of a pass that is watched
         self._given_T: Tensor | None = None
         self._valid_T: Tensor | None = None
         self._sequences = 1
-        self._choices: dict[int, RawChoice] = {}
         reader = _reader(model, mixtures)
         self._names = tuple(inspect.signature(reader.forward).parameters)
         self._hooks = ExitStack()
@@ -71,19 +70,20 @@ class Watch:
         self._given_T = mask.bool().flatten()
 
     def _start(self, model: nn.Module, _: Any) -> None:
-        self._listening = model.training and torch.is_grad_enabled()
-        if self._listening:
-            if torch._C._current_graph_task_id() != -1:
-                raise MoestroError(
-                    "the whole model runs again within a backward pass, which cannot be told from "
-                    "a forward pass of its own; checkpoint its layers "
-                    "(gradient_checkpointing_enable), not the model"
-                )
-            self._valid_T, self._sequences, self._choices = None, 1, {}
-            self._begins()
+        watched = model.training and torch.is_grad_enabled()
+        self._choices = {} if watched else None
+        if not watched:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise MoestroError(
+                "the whole model runs again within a backward pass, which looks like a forward "
+                "pass of its own; checkpoint its layers (gradient_checkpointing_enable) instead"
+            )
+        self._valid_T, self._sequences = None, 1
+        self._begins()
 
     def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._listening:
+        if self._choices is None:
             return
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         mask, cache = inputs.get("attention_mask"), _first(inputs, "cache", "past_key_values")
@@ -94,27 +94,23 @@ class Watch:
             self._valid_T = real_tokens(mask, self._sequences, length, cache)
 
     def _see(self, place: int, choice: RawChoice) -> None:
-        if not self._listening:
+        if self._choices is None:
             return
         name = self._mixtures[place].name
         if place in self._choices:
-            raise MoestroError(
-                f"{name} ran twice in one forward pass; layers that are used more than once "
-                "cannot be balanced"
-            )
+            raise MoestroError(f"{name} ran twice in one forward pass, so it cannot be balanced")
         if self._differentiable and not torch.is_grad_enabled():
             raise MoestroError(
-                f"{name} runs without gradients inside a training step, so no loss on its routing "
-                "can reach the router. Reentrant activation checkpointing does this: enable "
-                'it with {"use_reentrant": False}'
+                f"{name} runs without gradients inside a training step, so no loss can reach its "
+                'router: enable activation checkpointing with {"use_reentrant": False}'
             )
         # Nothing is computed here: a layer that is computed again must save the same tensors.
         self._choices[place] = choice
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
-        if not self._listening:
+        choices, self._choices = self._choices, None
+        if choices is None:
             return
-        self._listening, choices, self._choices = False, self._choices, {}
         valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if output is None:  # the forward pass failed: nothing of it may be held on to
             return
@@ -122,7 +118,7 @@ class Watch:
         if missing:
             raise MoestroError(
                 f"{', '.join(missing)} did not run in this forward pass: these inputs pass by, or "
-                "a kernel from the hub stands in for the block; load without use_kernels"
+                "a kernel from the hub runs instead; load without use_kernels"
             )
         found = [_routing(tap, choices[n], valid_T) for n, tap in enumerate(self._mixtures)]
         # Layers may lie on several devices.
@@ -161,32 +157,25 @@ def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | 
     given = list(shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ShapeError(
         f"attention_mask is {given}, and {sequences} sequences of {length} tokens are routed after "
-        f"{cached} cached ones; which of them are padding, which must not count, can be read from "
-        f"[{sequences}, {end}] or [{sequences}, 1, {length}, {end}]. For other masks, say which "
-        "tokens are real with balancer.valid(mask) before each forward pass"
+        f"{cached} cached ones; padding can be read from [{sequences}, {end}] or [{sequences}, 1, "
+        f"{length}, {end}]. For other masks, say which tokens are real with "
+        "balancer.valid(mask) before each forward pass"
     )
 
 
 def _routing(tap: Tap, choice: RawChoice, valid_T: Tensor | None) -> Routing:
-    """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients.
-
-    Raises:
-        MoestroError: the router showed no logits.
-        ShapeError: the mask is not of these tokens.
-    """
+    """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients."""
     probs_TE = tap.probabilities(choice.logits_TE)
     if choice.logits_TE is None or probs_TE is None:
         raise MoestroError(
-            f"{tap.name} ({core_kind(tap.router)}) showed no logits that probabilities could "
-            "be made of, so it cannot be balanced; if the model was compiled and run before, "
-            "balance it first"
+            f"{tap.name} ({core_kind(tap.router)}) showed no logits that probabilities could be "
+            "made of; a model must be balanced before it is compiled and run"
         )
     num_tokens = len(choice.experts_TK)
     if valid_T is not None and len(valid_T) != num_tokens:
         raise ShapeError(
             f"{tap.name} routes {num_tokens} tokens, and the mask has {len(valid_T)} places; say "
-            f"which of these {num_tokens} tokens are real with balancer.valid(mask) before the "
-            "forward pass"
+            "which tokens are real with balancer.valid(mask) before the forward pass"
         )
     valid_T = None if valid_T is None else valid_T.to(probs_TE.device)
     logits_TE = choice.logits_TE.to(probs_TE.dtype)
