@@ -9,7 +9,8 @@ import torch
 
 import moestro.hf as hf
 from moestro.errors import BackendError
-from moestro.hf import compute, forward, layouts
+from moestro.foreign import layouts
+from moestro.hf import compute, forward
 from moestro.kernels import backends, native_cpu
 
 from .zoo import build, tokens

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import BackendError
-from moestro.hf.layouts import Weights
+from moestro.foreign.layouts import Weights
 from moestro.kernels import backends, native_cpu
 from moestro.kernels.packing import PackedExperts
 from moestro.kernels.reference import Biases

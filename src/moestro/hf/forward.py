@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError
-from moestro.hf import compute, layouts, ops
+from moestro.foreign import layouts
+from moestro.hf import compute, ops
 from moestro.kernels import native_cpu, pointwise
 from moestro.kernels.packing import PackedExperts
 

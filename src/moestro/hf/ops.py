@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro.foreign.layouts import Weights
 from moestro.hf import compute
-from moestro.hf.layouts import Weights
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
 from moestro.moe.experts import compute_dtype

@@ -22,7 +22,7 @@ from moestro.probe.ablation.verdicts import Measured, Predicted, by_domain, judg
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.recording.passages import Encodes, Passage, in_batches
 from moestro.probe.recording.record import Progress
-from moestro.probe.recording.taps import Edit
+from moestro.probe.recording.reroute import Edit
 
 __all__ = [
     "MODES", "Ablation", "Ablations", "Cost", "Masked", "Target", "ablate", "cost", "every",

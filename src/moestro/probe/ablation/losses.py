@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.errors import DataError, MoestroError
+from moestro.foreign.taps import Tap
 from moestro.models.decoder import Decoder
 from moestro.probe.ablation.targets import Target
 from moestro.probe.ablation.verdicts import Predicted
 from moestro.probe.measures.bootstrap import Ints
 from moestro.probe.recording import foreign
-from moestro.probe.recording.foreign import Tap
 from moestro.probe.recording.passages import (
     Batch,
     Encodes,
@@ -39,7 +39,7 @@ from moestro.probe.recording.record import (
     look,
     mixtures,
 )
-from moestro.probe.recording.taps import Edit, rerouted
+from moestro.probe.recording.reroute import Edit, rerouted
 from moestro.probe.recording.traces import fingerprint
 
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from moestro.errors import DataError, MoestroError
+from moestro.foreign.taps import Tap, taps
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.probe.recording import foreign
 from moestro.probe.recording.choices import Kept, choice_of, keep, trace_of
 from moestro.probe.recording.continuation import continued
-from moestro.probe.recording.foreign import Tap
 from moestro.probe.recording.passages import (
     Batch,
     Encodes,
@@ -162,7 +162,7 @@ def mixtures(model: nn.Module) -> list[Tap]:
             "left to right. Give a decoder"
         )
     if not isinstance(model, Decoder):
-        return foreign.taps(model)
+        return taps(model)
     if not model.moe_layers:
         raise MoestroError(
             "this model has no mixture layer (a dense model), so there is no routing to look at; "

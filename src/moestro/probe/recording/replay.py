@@ -15,7 +15,7 @@ from moestro.models.decoder import Decoder
 from moestro.probe.recording import foreign
 from moestro.probe.recording.passages import Batch, Reading, pad
 from moestro.probe.recording.record import evaluating, mixtures, vocabulary
-from moestro.probe.recording.taps import Edit, rerouted
+from moestro.probe.recording.reroute import Edit, rerouted
 from moestro.probe.recording.traces import Ints, Trace, fingerprint
 
 
