@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
+from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library, refusal
+from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -63,6 +63,9 @@ class StepLayer(NamedTuple):
     selection_bias: Tensor | None = None
     shared: PackedExperts | None = None
     shared_gate: Tensor | None = None
+
+
+_OPTIONAL = StepLayer._field_defaults
 
 
 class StepShape(NamedTuple):
@@ -250,20 +253,19 @@ class StepDecoder:
                 f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
                 f"dtype); given {kinds}"
             )
-        x_BD, x_at = _input(x_BD, "embeddings", batch, self.shape.dim)
-        cos_BA, cos_at = _input(cos_BA, "cosines", batch, half)
-        sin_BA, sin_at = _input(sin_BA, "sines", batch, half)
+        x_BD, x_at = piece(x_BD, "embeddings", (batch, self.shape.dim), FP32, torch.float32)
+        cos_BA, cos_at = piece(cos_BA, "cosines", (batch, half), FP32, torch.float32)
+        sin_BA, sin_at = piece(sin_BA, "sines", (batch, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
         sizes = (self.num_layers, batch, self.shape.top_k)
         logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
         experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
         weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
-        code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
+        call(
+            "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
+            takes="pasts with every layer put, at a place within its room",
         )  # fmt: skip
-        if code:
-            raise refusal(code, "pasts with every layer put, at a place within its room")
         return logits_BV, experts_LBK, weights_LBK
 
 
@@ -280,35 +282,31 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
 
 
 def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
-    dim, width = shape.dim, shape.head_dim
-    queries, routed = shape.heads * width, layer.router is not None
-    wide = queries + 2 * shape.groups * width
-    count = layer.experts.num_experts
+    dim, width, count = shape.dim, shape.head_dim, layer.experts.num_experts
+    queries = shape.heads * width
+    wide, routed = queries + 2 * shape.groups * width, layer.router is not None
     if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
         raise ShapeError(
             f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
             f"one a single expert; given window {layer.window}, {count} experts, {shape}"
         )
-    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
+    plain: dict[str, tuple[int, ...]] = {
+        "attention_norm": (dim,), "ffn_norm": (dim,), "qkv_bias": (wide,), "out_bias": (dim,),
+        "q_norm": (width,), "k_norm": (width,), "sinks": (shape.heads,), "router": (count, dim),
+        "logit_bias": (count,), "selection_bias": (count,), "shared_gate": (dim,),
+    }  # fmt: skip
+    given = {name: (getattr(layer, name), size) for name, size in plain.items()}
     return _Layer(
-        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
-        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
-        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
-        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
-        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
-        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
-        _maybe(layer.selection_bias, "selection_bias", count),
-        _experts(layer.experts, "experts", count, dim), shared,
-        _maybe(layer.shared_gate, "shared_gate", dim),
-    )  # fmt: skip
-
-
-def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
-    """A step's input in fp32 and in one piece, and where that is."""
-    if x_BX.dtype != torch.float32:
-        x_BX = check(x_BX, name, (batch, size), FLOATS).float()
-    x_BX = x_BX.contiguous()
-    return x_BX, address(x_BX, name, (batch, size), FP32)
+        qkv=_matrix(layer.qkv, "qkv", wide, dim),
+        out=_matrix(layer.out, "out", dim, queries),
+        window=layer.window,
+        experts=_experts(layer.experts, "experts", count, dim),
+        shared=Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim),
+        **{
+            name: None if tensor is None and name in _OPTIONAL else _fp32(tensor, name, *size)
+            for name, (tensor, size) in given.items()
+        },
+    )
 
 
 def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:

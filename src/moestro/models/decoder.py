@@ -20,8 +20,9 @@ from moestro.models.linear import Embedding, Linear
 from moestro.models.network import Network
 from moestro.models.norms import norm_of
 from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
-from moestro.moe.experts import FeedForward, compute_dtype
+from moestro.moe.experts import FeedForward
 from moestro.moe.layer import MoE
+from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
 
