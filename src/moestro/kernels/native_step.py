@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
+from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library, refusal
+from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -63,6 +63,9 @@ class StepLayer(NamedTuple):
     selection_bias: Tensor | None = None
     shared: PackedExperts | None = None
     shared_gate: Tensor | None = None
+
+
+_OPTIONAL = StepLayer._field_defaults
 
 
 class StepShape(NamedTuple):
@@ -256,20 +259,19 @@ class StepDecoder:
                 f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
                 f"dtype); given {kinds}"
             )
-        x_BD, x_at = _input(x_BD, "embeddings", batch, self.shape.dim)
-        cos_BA, cos_at = _input(cos_BA, "cosines", batch, half)
-        sin_BA, sin_at = _input(sin_BA, "sines", batch, half)
+        x_BD, x_at = piece(x_BD, "embeddings", (batch, self.shape.dim), FP32, torch.float32)
+        cos_BA, cos_at = piece(cos_BA, "cosines", (batch, half), FP32, torch.float32)
+        sin_BA, sin_at = piece(sin_BA, "sines", (batch, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
         sizes = (self.num_layers, batch, self.shape.top_k)
         logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
         experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
         weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
-        code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
+        call(
+            "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
+            takes="pasts with every layer put, at a place within its room",
         )  # fmt: skip
-        if code:
-            raise refusal(code, "pasts with every layer put, at a place within its room")
         return logits_BV, experts_LBK, weights_LBK
 
 
@@ -312,14 +314,6 @@ def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
     if kind is Matrix:
         return _matrix(value, name, *sizes)
     return _experts(value, name, *sizes) if kind is Experts else value
-
-
-def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
-    """A step's input in fp32 and in one piece, and where that is."""
-    if x_BX.dtype != torch.float32:
-        x_BX = check(x_BX, name, (batch, size), FLOATS).float()
-    x_BX = x_BX.contiguous()
-    return x_BX, address(x_BX, name, (batch, size), FP32)
 
 
 def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:

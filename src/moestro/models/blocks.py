@@ -18,8 +18,9 @@ from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
 from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
-from moestro.moe.experts import FeedForward, compute_dtype
+from moestro.moe.experts import FeedForward
 from moestro.moe.layer import MoE
+from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
 

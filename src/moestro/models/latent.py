@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moestro.config import NetworkConfig, RopeConfig
 from moestro.kernels import attention, pointwise
 from moestro.models.cache import LayerCache
-from moestro.models.linear import Linear
+from moestro.models.linear import Linear, PlainLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import Rotary, score_scale
 
@@ -49,7 +49,8 @@ class LatentAttention(nn.Module):
         self.kv_down = Linear(cfg.dim, latent.kv_rank + latent.rope_dim)
         self.kv_norm = RMSNorm(latent.kv_rank, NORM_EPS)
         up_dim = self.num_heads * (latent.nope_dim + latent.value_dim)
-        self.kv_up = Linear(latent.kv_rank, up_dim)
+        # Decoding multiplies by parts of it in both directions.
+        self.kv_up = PlainLinear(latent.kv_rank, up_dim)
         self.out = Linear(self.num_heads * latent.value_dim, cfg.dim, scale=out_scale)
 
     def forward(

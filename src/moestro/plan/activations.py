@@ -10,7 +10,7 @@ those marked c are in the dtype computed in, the others in fp32.
       relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
       sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
                        c · H · A                    the sum
-    dense network      D · (1 + c) + c · n · F      n = 3: gate, up, bent gate; 2 where not gated
+    dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
     mixture            D · (1 + c) + 2E             logits and probabilities of the router
       each of K rows   c · (2D + n · F)             the token's copy, hidden units, the output
     head               D · (1 + c) + V · (1 + c)    logits, and log-probabilities
