@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.checkpoints.families import FAMILIES
-from moestro.checkpoints.families.pieces import Piece
+from moestro.checkpoints.families.slices import TensorSlice
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import (
     fields_with_meaning,
@@ -191,7 +191,7 @@ def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[s
     model, stored = open_own(folder, backend)
     tied = stored.pop("head.weight", None) if model.cfg.head.tied else None
     sources = [
-        (Piece(name, name, None, None, "same", one.shape), Source(one))
+        (TensorSlice(name, name, None, None, "same", one.shape), Source(one))
         for name, one in stored.items()
     ]
     copies = [] if tied is None else [(Source(tied), "embed.weight")]

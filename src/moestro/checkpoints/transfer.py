@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moestro.checkpoints.families.pieces import FUSED, Piece, fused, key_pattern, pieces
-from moestro.checkpoints.families.table import LAYOUTS, Family
+from moestro.checkpoints.families.slices import FUSED, TensorSlice, fused, key_pattern, slices
+from moestro.checkpoints.families.table import LAYOUTS, Family, Rule
 from moestro.checkpoints.quantized import Scheme, pairs, scheme
 from moestro.checkpoints.tensor_files import Stored, Written, read, read_into, some
 from moestro.errors import CheckpointError, ShapeError
@@ -69,7 +69,7 @@ class Matched(NamedTuple):
         settings: of the model.
     """
 
-    sources: list[tuple[Piece, Source]]
+    sources: list[tuple[TensorSlice, Source]]
     copies: list[tuple[Source, str]]
     dtype: torch.dtype
     settings: Any
@@ -103,7 +103,7 @@ def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> 
     return sources
 
 
-def match(folder: Path, family: Family, model: nn.Module, sources: Mapping[str, Source]) -> Matched:
+def match(folder: Path, family: Family, model: Any, sources: Mapping[str, Source]) -> Matched:
     """Give every tensor of the model its sources; reads nothing.
 
     Args:
@@ -120,15 +120,13 @@ def match(folder: Path, family: Family, model: nn.Module, sources: Mapping[str, 
     """
     sources = _without_left_out(folder, family, model.cfg, sources)
     own = unique_tensors(model)
-    rules = family.rules(model.cfg)
+    rules: Sequence[Rule] = family.rules
     if any(key.endswith(FUSED) for key in sources):
         rules = fused(rules, family.renamed)
-    wanted = {
-        piece.theirs: piece
-        for piece in pieces(rules, {name: tuple(tensor.shape) for name, tensor in own.items()})
-    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    wanted = {piece.theirs: piece for piece in slices(rules, shapes, model.cfg)}
     copies = {**family.copies, **_tied(model, rules, wanted)}
-    harmless = [key_pattern(name) for name in family.ignored(model.cfg)]
+    harmless = [key_pattern(name) for name in family.ignored]
     missing = [key for key in wanted if key not in sources]
     problems = [f"missing {key}" for key in missing]
     for key, source in sources.items():
@@ -185,9 +183,9 @@ def pour(matched: Matched, model: nn.Module, progress: Progress | None = None) -
     total = sum(source.bytes for _, source in matched.sources)
     done = 0
 
-    def one(pair: tuple[Piece, Source]) -> int:
+    def one(pair: tuple[TensorSlice, Source]) -> int:
         piece, source = pair
-        _place(piece, source, piece.part(own[piece.ours]), matched.settings)
+        _place(piece, source, piece.of(own[piece.ours]), matched.settings)
         return source.bytes
 
     with ThreadPoolExecutor(min(_MOST_READERS, torch.get_num_threads())) as readers:
@@ -221,17 +219,17 @@ def outgoing(family: Family, model: nn.Module, dtype: torch.dtype | None) -> lis
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
 
-    def written(piece: Piece) -> Written:
+    def written(piece: TensorSlice) -> Written:
         tensor = own[piece.ours]
         to = dtype if dtype is not None and piece.ours in parameters else tensor.dtype
         layout = LAYOUTS[piece.layout]
 
         def make() -> Tensor:
-            return layout.save(piece.part(tensor), model.cfg)
+            return layout.save(piece.of(tensor), model.cfg)
 
         return Written(piece.theirs, to, piece.shape, make)
 
-    found = pieces(family.rules(model.cfg), shapes)
+    found = slices(family.rules, shapes, model.cfg)
     if family.copied(model.cfg):
         keys = {piece.theirs: piece for piece in found}
         found += [keys[of]._replace(theirs=key) for key, of in family.copies.items()]
@@ -246,7 +244,7 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found | buffers
 
 
-def _tied(model: nn.Module, rules: list[Any], wanted: Mapping[str, Piece]) -> dict[str, str]:
+def _tied(model: Any, rules: Sequence[Rule], wanted: Mapping[str, TensorSlice]) -> dict[str, str]:
     """Their keys of tied parameters → the key under which the tensor is read."""
     first: dict[Tensor, str] = {}
     found = {}
@@ -254,12 +252,12 @@ def _tied(model: nn.Module, rules: list[Any], wanted: Mapping[str, Piece]) -> di
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = first.setdefault(parameter, name)
         if owner != name:
-            for piece in pieces(rules, {name: tuple(parameter.shape)}):
+            for piece in slices(rules, {name: tuple(parameter.shape)}, model.cfg):
                 found[piece.theirs] = by_name[owner]
     return found
 
 
-def _misfits(key: str, piece: Piece, source: Source) -> list[str]:
+def _misfits(key: str, piece: TensorSlice, source: Source) -> list[str]:
     """What is wrong with the shape and dtype of a source."""
     place = f"{key} in {source.values.file.name}"
     if source.shape != piece.shape:
@@ -270,7 +268,7 @@ def _misfits(key: str, piece: Piece, source: Source) -> list[str]:
 
 
 @torch.no_grad()
-def _place(piece: Piece, source: Source, part: Tensor, settings: Any) -> None:
+def _place(piece: TensorSlice, source: Source, part: Tensor, settings: Any) -> None:
     """Read one tensor into its part; a stack that is changed on the way, entry by entry."""
     if source.scheme is None and piece.layout == "same":
         read_into(source.values, part)
