@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moestro.checkpoints.pretrained import open_unread
-from moestro.checkpoints.transfer import Progress, pour
+from moestro.checkpoints.reading import open_unread
+from moestro.checkpoints.transfer import Progress, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import native_cpu, packing
@@ -137,22 +137,22 @@ def read_packed(
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
         format: of all packed weights.
         progress: called with (bytes read so far, bytes in all).
-        accept_fields: see `models.pretrained.read_config`.
+        accept_fields: see `reading.read_settings`.
 
     Raises:
-        CheckpointError, ConfigError: see `models.pretrained.open_unread`.
+        CheckpointError, ConfigError: see `reading.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
     native_cpu.library()
     unread = open_unread(folder, accept_fields=accept_fields)
-    model, dtype = unread.model, unread.matched.dtype
-    total, done = sum(source.bytes for _, source in unread.matched.sources), 0
+    model, dtype = unread.model, unread.dtype
+    total, done = unread.bytes, 0
 
-    def fill(names: set[str], last: bool = False) -> None:
+    def fill(names: set[str]) -> None:
         nonlocal done
-        part, before = unread.part(names, last=last), done
-        pour(part, model, progress and (lambda now, _: progress(before + now, total)))
-        done += sum(source.bytes for _, source in part.sources)
+        part, before = unread.part(names), done
+        load_tensors(part, progress and (lambda now, _: progress(before + now, total)))
+        done += part.bytes
 
     alone = [place for place in places(model) if not _tied(model, place)]
     names = set(model.state_dict())
@@ -165,7 +165,7 @@ def read_packed(
         made.append(packed(place, format))
         place.module.to_empty(device="meta")
     materialize(model, dtype, "cpu", without={place.module for place in alone})
-    fill(names, last=True)
+    fill(names)
     return _finish(model, alone, made, format)
 
 

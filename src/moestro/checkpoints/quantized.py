@@ -10,12 +10,14 @@ Letters: E experts, O, I out and in of a matrix, N = I / 32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.checkpoints.tensor_files import Source, Stored
 from moestro.errors import CheckpointError, ShapeError
 
 Shape = tuple[int, ...]
@@ -151,6 +153,84 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
             scales = key.removesuffix(method.values) + method.scales
             raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
     return found
+
+
+class Quantized(NamedTuple):
+    """A tensor that two of a checkpoint's files stand for: the source of its numbers.
+
+    Attributes:
+        values: its stored values.
+        scales: what they are multiplied by.
+        scheme: how.
+    """
+
+    values: Stored
+    scales: Stored
+    scheme: Scheme
+
+    @property
+    def dtype(self) -> None:
+        """None, as of all quantised tensors."""
+
+    @property
+    def file(self) -> Path:
+        """The file of the values."""
+        return self.values.file
+
+    @property
+    def key(self) -> str:
+        """The key of the values."""
+        return self.values.key
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor."""
+        return self.scheme.shape(self.values.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return self.values.bytes + self.scales.bytes
+
+    def entry(self, index: int) -> Quantized:
+        """Entry `index` of the first axis."""
+        return Quantized(self.values.entry(index), self.scales.entry(index), self.scheme)
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in `dtype`."""
+        try:
+            return self.scheme.dequantize(self.values.load(), self.scales.load(), dtype)
+        except ShapeError as error:
+            raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of this shape; a stack entry by entry."""
+        if len(self.shape) < 3:
+            target.copy_(self.load(target.dtype))
+            return
+        for index, entry in enumerate(target):
+            self.entry(index).load_into(entry)
+
+
+def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
+    """Sources by key, quantised pairs joined under the key of the tensor that they stand for.
+
+    Raises:
+        CheckpointError: the quantisation is not known, or values lack their scales.
+    """
+    if not hf_config.get("quantization_config"):
+        return dict(stored)
+    method = scheme(hf_config["quantization_config"])
+    joined = {values: (name, scales) for name, (values, scales) in pairs(stored, method).items()}
+    used = {scales for _, scales in joined.values()}
+    sources: dict[str, Source] = {}
+    for key, one in stored.items():
+        if key in joined:
+            name, scales = joined[key]
+            sources[name] = Quantized(one, stored[scales], method)
+        elif key not in used:
+            sources[key] = one
+    return sources
 
 
 def from_fp8(

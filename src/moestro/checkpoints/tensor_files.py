@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,39 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Source(Protocol):
+    """Where a tensor comes from: a file's own (`Stored`), or one that is dequantised on the way."""
+
+    @property
+    def file(self) -> Path:
+        """The file that it is in."""
+
+    @property
+    def key(self) -> str:
+        """Its name there."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, however it is stored."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As it is stored; None: quantised, and made in the dtype that is asked for."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+
+    def entry(self, index: int) -> Source:
+        """Entry `index` of the first axis, as a tensor of its own."""
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of the same shape, converted to its dtype."""
+
+
 class Stored(NamedTuple):
     """One tensor of a file: where its bytes are and what they are."""
 
@@ -49,10 +82,62 @@ class Stored(NamedTuple):
         """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self, index: int) -> Stored:
+    def entry(self, index: int) -> Stored:
         """Entry `index` of the first axis, as a tensor of its own."""
         one = self._replace(shape=self.shape[1:])
         return one._replace(offset=self.offset + index * one.bytes)
+
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU, as it is stored whatever `dtype`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends before its tensor does.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self._fill(tensor.view(-1), 0)
+        return tensor
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill `target`, which has the stored shape, converted if its dtype differs.
+
+        Bytes go straight to the target's memory if it is contiguous, on the CPU and of the stored
+        dtype; else they pass through a buffer of at most `BUFFER_BYTES`, or of the tensor if the
+        target is not contiguous.
+
+        Raises:
+            CheckpointError: see `load`.
+        """
+        if not target.is_contiguous():
+            target.copy_(self.load())
+            return
+        flat = target.detach().view(-1)
+        if target.device.type == "cpu" and target.dtype == self.dtype:
+            self._fill(flat, 0)
+            return
+        step = BUFFER_BYTES // self.dtype.itemsize
+        buffer = torch.empty(min(step, flat.numel()), dtype=self.dtype, device="cpu")
+        for start in range(0, flat.numel(), step):
+            part = buffer[: flat.numel() - start]
+            self._fill(part, start * self.dtype.itemsize)
+            flat[start : start + step].copy_(part)
+
+    def _fill(self, flat: Tensor, skip: int) -> None:
+        """Read bytes from `skip` of the tensor on into a contiguous vector on the CPU."""
+        if not flat.numel():
+            return
+        memory = flat.view(torch.uint8).numpy().data
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset + skip)
+                while memory:
+                    count = file.readinto(memory[:BUFFER_BYTES])
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.file} ends inside {self.key}: it is truncated; copy it again"
+                        )
+                    memory = memory[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.key} of {self.file}: {error}") from None
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
@@ -104,8 +189,8 @@ def open_file(path: Path) -> dict[str, Stored]:
             header = parse(file.read(size))
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         raise CheckpointError(
-            f"cannot read {path} as safetensors: {error}. It is truncated or altered, or another "
-            "format; only safetensors is read, never pickle"
+            f"cannot read {path} as safetensors: {error}. It is truncated or altered, or not "
+            "safetensors; only safetensors is read, never pickle"
         ) from None
     stored = []
     for key, shape in shapes.items():
@@ -119,59 +204,13 @@ def open_file(path: Path) -> dict[str, Stored]:
     return {one.key: one for one in sorted(stored, key=lambda one: one.offset)}
 
 
-def read_into(stored: Stored, target: Tensor) -> None:
-    """Fill `target`, which has the stored shape, from disk; converted where its dtype differs.
-
-    Bytes go straight to the target's memory where it is contiguous, on the CPU and of the stored
-    dtype; else they pass through a buffer of at most `BUFFER_BYTES`, or of the tensor where the
-    target is not contiguous.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file, in memory of its own.
 
     Raises:
-        CheckpointError: the file cannot be read, or ends before its tensor does.
+        CheckpointError: see `open_file`.
     """
-    if not target.is_contiguous():
-        target.copy_(read(stored))
-        return
-    flat = target.detach().view(-1)
-    if target.device.type == "cpu" and target.dtype == stored.dtype:
-        _fill(stored, flat, 0)
-        return
-    step = BUFFER_BYTES // stored.dtype.itemsize
-    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype, device="cpu")
-    for start in range(0, flat.numel(), step):
-        part = buffer[: flat.numel() - start]
-        _fill(stored, part, start * stored.dtype.itemsize)
-        flat[start : start + step].copy_(part)
-
-
-def read(stored: Stored) -> Tensor:
-    """The tensor on the CPU, as it is stored.
-
-    Raises:
-        CheckpointError: the file cannot be read, or ends before its tensor does.
-    """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
-    _fill(stored, tensor.view(-1), 0)
-    return tensor
-
-
-def _fill(stored: Stored, flat: Tensor, skip: int) -> None:
-    """Read bytes from `skip` of the tensor on into a contiguous vector on the CPU."""
-    if not flat.numel():
-        return
-    memory = flat.view(torch.uint8).numpy().data
-    try:
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset + skip)
-            while memory:
-                count = file.readinto(memory[:BUFFER_BYTES])
-                if not count:
-                    raise CheckpointError(
-                        f"{stored.file} ends inside {stored.key}: it is truncated; copy it again"
-                    )
-                memory = memory[count:]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.key} of {stored.file}: {error}") from None
+    return {key: stored.load() for key, stored in open_file(path).items()}
 
 
 class Written(NamedTuple):
