@@ -10,7 +10,7 @@ Letters: E experts, O, I out and in of a matrix, N = I / 32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -155,46 +155,23 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
     return found
 
 
-class Quantized(NamedTuple):
-    """A tensor that two of a checkpoint's files stand for: the source of its numbers.
-
-    Attributes:
-        values: its stored values.
-        scales: what they are multiplied by.
-        scheme: how.
-    """
+@dataclass(frozen=True)
+class Quantized(Source):
+    """A tensor that two of a checkpoint stand for, values and scales."""
 
     values: Stored
     scales: Stored
     scheme: Scheme
 
-    @property
-    def dtype(self) -> None:
-        """None, as of all quantised tensors."""
-
-    @property
-    def file(self) -> Path:
-        """The file of the values."""
-        return self.values.file
-
-    @property
-    def key(self) -> str:
-        """The key of the values."""
-        return self.values.key
-
-    @property
-    def shape(self) -> Shape:
-        """Of the tensor."""
-        return self.scheme.shape(self.values.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes on disk."""
-        return self.values.bytes + self.scales.bytes
+    @classmethod
+    def of(cls, values: Stored, scales: Stored, scheme: Scheme) -> Quantized:
+        """The tensor of these two."""
+        shape, size = scheme.shape(values.shape), values.bytes + scales.bytes
+        return cls(values.file, values.key, None, shape, size, values, scales, scheme)
 
     def entry(self, index: int) -> Quantized:
         """Entry `index` of the first axis."""
-        return Quantized(self.values.entry(index), self.scales.entry(index), self.scheme)
+        return Quantized.of(self.values.entry(index), self.scales.entry(index), self.scheme)
 
     def load(self, dtype: torch.dtype) -> Tensor:
         """The numbers in `dtype`."""
@@ -202,14 +179,6 @@ class Quantized(NamedTuple):
             return self.scheme.dequantize(self.values.load(), self.scales.load(), dtype)
         except ShapeError as error:
             raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
-
-    def load_into(self, target: Tensor) -> None:
-        """Fill a tensor of this shape; a stack entry by entry."""
-        if len(self.shape) < 3:
-            target.copy_(self.load(target.dtype))
-            return
-        for index, entry in enumerate(target):
-            self.entry(index).load_into(entry)
 
 
 def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
@@ -227,7 +196,7 @@ def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> 
     for key, one in stored.items():
         if key in joined:
             name, scales = joined[key]
-            sources[name] = Quantized(one, stored[scales], method)
+            sources[name] = Quantized.of(one, stored[scales], method)
         elif key not in used:
             sources[key] = one
     return sources

@@ -10,8 +10,9 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,60 +36,56 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Source(Protocol):
-    """Where a tensor comes from: a file's own (`Stored`), or one that is dequantised on the way."""
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor comes from; each kind says how it is loaded.
 
-    @property
-    def file(self) -> Path:
-        """The file that it is in."""
-
-    @property
-    def key(self) -> str:
-        """Its name there."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor, however it is stored."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """As it is stored; None: quantised, and made in the dtype that is asked for."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes on disk."""
-
-    def entry(self, index: int) -> Source:
-        """Entry `index` of the first axis, as a tensor of its own."""
-
-    def load(self, dtype: torch.dtype) -> Tensor:
-        """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
-
-    def load_into(self, target: Tensor) -> None:
-        """Fill a tensor of the same shape, converted to its dtype."""
-
-
-class Stored(NamedTuple):
-    """One tensor of a file: where its bytes are and what they are."""
+    Attributes:
+        file: that it is in.
+        key: its name there.
+        dtype: as it is stored; None: quantised, and made in the dtype that is asked for.
+        shape: of the tensor, however it is stored.
+        bytes: on disk.
+    """
 
     file: Path
     key: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     shape: tuple[int, ...]
-    offset: int
+    bytes: int
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def entry(self, index: int) -> Source:
+        """Entry `index` of the first axis, as a tensor of its own."""
+        raise NotImplementedError
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
+        raise NotImplementedError
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of this shape, converted to its dtype; a stack entry by entry."""
+        if len(self.shape) < 3:
+            target.copy_(self.load(target.dtype))
+            return
+        for index, entry in enumerate(target):
+            self.entry(index).load_into(entry)
+
+
+@dataclass(frozen=True)
+class Stored(Source):
+    """One tensor of a safetensors file, whose bytes begin at `offset`."""
+
+    dtype: torch.dtype
+    offset: int
 
     def entry(self, index: int) -> Stored:
         """Entry `index` of the first axis, as a tensor of its own."""
-        one = self._replace(shape=self.shape[1:])
-        return one._replace(offset=self.offset + index * one.bytes)
+        size = self.bytes // self.shape[0]
+        at = self.offset + index * size
+        return replace(self, shape=self.shape[1:], bytes=size, offset=at)
 
     def load(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on the CPU, as it is stored whatever `dtype`.
+        """The tensor on the CPU as it is stored, whatever `dtype`.
 
         Raises:
             CheckpointError: the file cannot be read, or ends before its tensor does.
@@ -98,7 +95,7 @@ class Stored(NamedTuple):
         return tensor
 
     def load_into(self, target: Tensor) -> None:
-        """Fill `target`, which has the stored shape, converted if its dtype differs.
+        """Fill a tensor of this shape, converted to its dtype.
 
         Bytes go straight to the target's memory if it is contiguous, on the CPU and of the stored
         dtype; else they pass through a buffer of at most `BUFFER_BYTES`, or of the tensor if the
@@ -194,13 +191,10 @@ def open_file(path: Path) -> dict[str, Stored]:
         ) from None
     stored = []
     for key, shape in shapes.items():
-        entry = header[key]
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {key} is {entry['dtype']}; read are {', '.join(DTYPES)}"
-            )
-        start = 8 + size + entry["data_offsets"][0]
-        stored.append(Stored(path, key, DTYPES[entry["dtype"]], shape, start))
+        kind, (start, end) = header[key]["dtype"], header[key]["data_offsets"]
+        if kind not in DTYPES:
+            raise CheckpointError(f"{path}: {key} is {kind}; read are {', '.join(DTYPES)}")
+        stored.append(Stored(path, key, DTYPES[kind], shape, end - start, 8 + size + start))
     return {one.key: one for one in sorted(stored, key=lambda one: one.offset)}
 
 
