@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moestro.checkpoints.folders import atomic_folder, save_model
-from moestro.checkpoints.pretrained import write_pretrained
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.quantize import (
     WEIGHTS,
     format_of,
@@ -18,6 +17,7 @@ from moestro.checkpoints.quantize import (
     random_model,
     read_packed,
 )
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import native_cpu

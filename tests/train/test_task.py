@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.data.spans import corrupt, hidden
 from moestro.data.windows import HeldOut
@@ -150,7 +150,7 @@ def test_an_encoder_decoder_trains_and_loads(two_sided, tiny_corpus, tmp_path):
     bits = [point.bits_per_byte["all"] for point in result.history]
     assert bits[1] < bits[0]
     assert result.history[0].train_flops == 15 * 4 * train_flops(cfg.model, 16)
-    loaded = load_model(result.checkpoint)
+    loaded = open_checkpoint(result.checkpoint).model
     assert isinstance(loaded, EncDec)
     assert loaded.cfg == cfg.model
     for name, weight in trainer.model.state_dict().items():

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moestro.checkpoints.pretrained import open_unread
-from moestro.checkpoints.transfer import Progress, pour
+from moestro.checkpoints.reading import open_unread
+from moestro.checkpoints.transfer import Progress, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
@@ -130,22 +130,22 @@ def read_packed(
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
         format: of all packed weights.
         progress: called with (bytes read so far, bytes in all).
-        accept_fields: see `models.pretrained.read_config`.
+        accept_fields: see `reading.read_settings`.
 
     Raises:
-        CheckpointError, ConfigError: see `models.pretrained.open_unread`.
+        CheckpointError, ConfigError: see `reading.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
     backends.choose("auto", _PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
-    model, dtype = unread.model, unread.matched.dtype
-    total, done = sum(source.bytes for _, source in unread.matched.sources), 0
+    model, dtype = unread.model, unread.dtype
+    total, done = unread.bytes, 0
 
-    def fill(names: Iterable[str], last: bool) -> None:
+    def fill(names: Iterable[str]) -> None:
         nonlocal done
-        part, before = unread.part(set(names), last=last), done
-        pour(part, model, progress and (lambda now, _: progress(before + now, total)))
-        done += sum(source.bytes for _, source in part.sources)
+        part, before = unread.part(set(names)), done
+        load_tensors(part, progress and (lambda now, _: progress(before + now, total)))
+        done += part.bytes
 
     return _pack_in_turn(model, dtype, format, fill)
 
@@ -173,7 +173,7 @@ def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Mode
 
 
 @torch.no_grad()
-def _draw(model: Model, names: Iterable[str], last: bool = True) -> None:
+def _draw(model: Model, names: Iterable[str]) -> None:
     """Random numbers for some of a model's tensors; gains are one, biases zero."""
     tensors = model.state_dict()
     for name in names:
@@ -187,7 +187,7 @@ def _draw(model: Model, names: Iterable[str], last: bool = True) -> None:
 
 
 def _pack_in_turn(
-    model: Model, dtype: torch.dtype, format: Format, fill: Callable[[Iterable[str], bool], None]
+    model: Model, dtype: torch.dtype, format: Format, fill: Callable[[Iterable[str]], None]
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
 
@@ -195,19 +195,19 @@ def _pack_in_turn(
         model: changed in place.
         dtype: of what is filled.
         format: of all packed weights.
-        fill: writes the tensors of these names; told whether they are the last.
+        fill: writes the tensors of these names.
     """
     alone = [place for place in places(model) if place.path != "head" or not model.cfg.head.tied]
     names, made = dict.fromkeys(model.state_dict()), {}
     for place in alone:
         materialize(place.module, dtype, "cpu")
         own = [f"{place.path}.{name}" for name, _ in place.module.named_parameters()]
-        fill(own, False)
+        fill(own)
         names = {name: None for name in names if name not in own}
         made[place] = place.pack(format)
         place.module.to_empty(device="meta")
     materialize(model, dtype, "cpu", without={place.module for place in alone})
-    fill(names, True)
+    fill(names)
     for place in places(model):  # a tied head too, beside the embedding, which stays
         setattr(place.parent, place.name, made.get(place) or place.pack(format))
     model.requires_grad_(False)

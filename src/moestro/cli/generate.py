@@ -19,8 +19,7 @@ from moestro.cli.opening import (
     ModelName,
     PackedFile,
     Weights,
-    find_weighted,
-    open_weighted,
+    open_shown,
 )
 from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, DataError
@@ -143,10 +142,11 @@ def generate(
     in a prompt. How its generation_config.json chooses tokens comes before the defaults here. An
     encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
 
-    Only the continuation goes to stdout; what there is to say about it goes to stderr. Without
-    colour (a pipe, or NO_COLOR set) --show-experts prints the expert's number in brackets
-    wherever the expert changes.
+    Only the continuation goes to stdout; notes on it go to stderr. Without colour (a pipe, or
+    NO_COLOR set) --show-experts prints the expert's number in brackets wherever it changes.
     """
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.opening import kept_as
     from moestro.text import load_tokenizer
 
     given = _given(
@@ -156,10 +156,11 @@ def generate(
     )  # fmt: skip
     _check_pairs(layer, show_experts, system, chat)
     text = _read_prompt(prompt)
-    folder = find_weighted(path, weights, packed)
+    folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_weighted(folder, device, dtype, weights, packed, accept_field)
+    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    model = open_shown(folder, **options, accept_fields=accept_field).model
     layers = _chosen_layers(model)
     column = _column(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)

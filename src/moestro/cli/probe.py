@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.opening import AcceptField, ModelName
+from moestro.cli.opening import AcceptField, ModelName, bar
 from moestro.errors import ConfigError, MoestroError
 from moestro.files import write_whole
 
@@ -253,7 +253,6 @@ def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None
         wanted: what to read and keep.
         passages: the text, where it is that of another model.
     """
-    from moestro.cli.probe_more import bar
     from moestro.probe.recording.record import record_batches
     from moestro.probe.recording.tracefile import TraceWriter, read_trace
     from moestro.probe.recording.traces import join
@@ -306,7 +305,7 @@ def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, .
 
 def _beside(path: str | Path, probed: Probed | None) -> Path:
     """Where the files go unless told: a published checkpoint is not ours to write into."""
-    from moestro.checkpoints.pretrained import is_pretrained
+    from moestro.checkpoints.reading import is_pretrained
 
     if probed is not None and not is_pretrained(probed.folder):
         return probed.home / "probe"

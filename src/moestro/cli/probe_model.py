@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moestro.cli.labelled import held_out_passages, source_passages
-from moestro.cli.opening import open_shown, pick_device
+from moestro.cli.opening import open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ def open_probed(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.models.decoder import Decoder
     from moestro.text import load_tokenizer
-    from moestro.train.state import read_settings
+    from moestro.train.state import read_run_settings
 
     folder = find_checkpoint(name)
     home = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    model = open_shown(folder, pick_device("auto"), accept_fields=accept_fields).model
+    model = open_shown(folder, device="auto", accept_fields=accept_fields).model
     if not isinstance(model, Decoder):
         raise ConfigError(f"{folder} is an encoder-decoder; probe reads decoders only")
-    data = read_settings(folder).data if (folder / "run.json").exists() else None
+    data = read_run_settings(folder).data if (folder / "run.json").exists() else None
     length = min(PASSAGE if data is None else data.seq_len, model.cfg.attention.context)
     by = "field" if data is not None and data.domains == "field" else "folder"
     return Probed(model, load_tokenizer(folder), folder, home, length, by)

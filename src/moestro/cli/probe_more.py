@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os import W_OK, access
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moestro.cli.opening import bar, open_shown
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def saturation_of_run(looked: Looked, seed: int) -> Saturation:
         ConfigError: it is no run with several checkpoints.
     """
     from moestro.checkpoints.folders import step_folders
-    from moestro.cli.opening import open_shown
+    from moestro.checkpoints.hub import find_checkpoint
     from moestro.probe.measures.saturation import saturation
     from moestro.probe.recording.record import record
 
@@ -94,7 +93,7 @@ def saturation_of_run(looked: Looked, seed: int) -> Saturation:
     assert looked.probed is not None
     traces = []
     for folder in folders.values():
-        model = open_shown(folder).model
+        model = open_shown(find_checkpoint(folder)).model
         traces.append(record(model, looked.passages, tokenizer=looked.probed.tokenizer))
     return saturation(traces, list(folders), seed=seed)
 
@@ -189,21 +188,6 @@ def write_page(
         saturation=saturation,
     )
     write_report(path, page)
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; yields what moves it."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
-    shown = sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as all:
-        task = all.add_task(what, total=None)
-        yield lambda done, total: all.update(task, completed=done, total=total)
 
 
 def _of(trace: Trace, documents: set[str]) -> Trace:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
@@ -150,7 +150,9 @@ class Trainer:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
-            self.model = load_model(checkpoint, str(self.device), runtime.backend)
+            self.model = open_checkpoint(
+                checkpoint, device=str(self.device), backend=runtime.backend, verified=True
+            ).model
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
         self._optimizer = make_optimizer(self.model, cfg.optim)
