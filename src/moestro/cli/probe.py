@@ -213,8 +213,9 @@ def run(
     )
     from moestro.probe.measures.measure import measure
     from moestro.probe.report.figures import layer_index, save_figures
-    from moestro.probe.report.pieces import Pieces
-    from moestro.probe.report.tables import save_tables
+    from moestro.probe.report.table import save_csv
+    from moestro.probe.report.tables import tables
+    from moestro.probe.report.token_text import TokenText
 
     _groupings((), wanted.by)  # what is wrong with these is said before the model runs
     require_places(out, report)
@@ -231,17 +232,12 @@ def run(
     ablations = ablate_halves(looked, wanted.ablate, wanted.seed) if wanted.ablate else None
     figures = [file.name for file in save_figures(findings, folder, layer, ablations)]
     content = content_of(trace, wanted, findings, ablations, saturation, written, figures)
-    name = None if tokenizer is None else Pieces(tokenizer, trace.tokens_T).name
-    tables = [
-        file.name
-        for file in save_tables(
-            findings, folder, ablations=ablations, saturation=saturation, name=name
-        )
-    ]
+    name = None if tokenizer is None else TokenText(tokenizer, trace.tokens_T).name
+    found = tables(findings, ablations, saturation, name)
+    files = [*figures, *(file.name for file in save_csv(found, folder)), "probe.json"]
     write(folder / "probe.json", json.dumps(content, indent=1) + "\n")
     if report is not None and tokenizer is not None:
         write_page(report, findings, looked, tokenizer, ablations, saturation)
-    files = [*figures, *tables, "probe.json"]
     return Done(content, findings, ablations, saturation, written, folder, files, report)
 
 
@@ -348,7 +344,7 @@ def _print(done: Done, layer: int | None) -> None:
     from rich.console import Console
 
     from moestro.cli.probe_compare import print_comparison
-    from moestro.cli.probe_tables import print_ablations, print_findings, print_saturation
+    from moestro.cli.probe_tables import print_findings
 
     console, content = Console(highlight=False), done.content
     domains = len(done.findings.domains)
@@ -358,11 +354,7 @@ def _print(done: Done, layer: int | None) -> None:
         markup=False,
         soft_wrap=True,
     )
-    print_findings(console, done.findings, layer)
-    if done.ablations is not None:
-        print_ablations(console, done.ablations)
-    if done.saturation is not None:
-        print_saturation(console, done.saturation)
+    print_findings(console, done.findings, layer, done.ablations, done.saturation)
     if done.written is not None:
         on = f"what the model read and the {content['tokens_generated']:,} tokens that it wrote"
         print_comparison(console, done.written, on, "read", "written")

@@ -105,30 +105,24 @@ def print_comparison(console: Console, found: Comparison, on: str, first: str, s
         first: what to call the first trace.
         second: what to call the second.
     """
-    from moestro.cli.probe_tables import new_table, number, print_table
+    from moestro.cli.probe_tables import print_table
+    from moestro.probe.report.table import Table, View, fields
 
-    table = new_table(
+    rows = (
+        {
+            **fields("", each, "first second difference interval_2"),
+            "name": MEANING[each.name],
+            "beyond": _beyond(each),
+        }
+        for each in found.quantities
+    )
+    view = View(
         f"Mean over mixture layers, on {on}; in brackets the 95 % interval of the difference over "
         "documents",
-        "", first, second, f"{second} − {first}", "beyond noise",
-    )  # fmt: skip
-    for quantity in found.quantities:
-        table.add_row(
-            MEANING[quantity.name],
-            number(quantity.first, ".3f"),
-            number(quantity.second, ".3f"),
-            _difference(quantity),
-            _beyond(quantity),
-        )
-    print_table(console, table)
-
-
-def _difference(quantity: Quantity) -> str:
-    low, high = (float(end) for end in quantity.interval_2)
-    limits = f" [{low:+.3f}, {high:+.3f}]" if low == low else ""
-    from moestro.cli.probe_tables import number
-
-    return f"{number(quantity.difference, '+.3f')}{limits}"
+        f": {{name}} | {first}: {{first:.3f}} | {second}: {{second:.3f}} | "
+        f"{second} − {first}: {{difference:+.3f}}{{~:+.3f}} | beyond noise: {{beyond}}",
+    )
+    print_table(console, Table("comparison", rows, terminal=view))
 
 
 def _beyond(quantity: Quantity) -> str:

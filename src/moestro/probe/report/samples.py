@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.probe.recording.traces import Trace
-from moestro.probe.report.pieces import Pieces
+from moestro.probe.report.token_text import TokenText
 
 SNIPPET = 24  # tokens of a passage that shows one expert
 _LONGEST, _SHORTEST = 192, 24  # tokens of a passage to read
@@ -29,7 +29,7 @@ class Room(NamedTuple):
 
 
 def passages(
-    trace: Trace, layers: tuple[int, ...], pieces: Pieces, room: Room
+    trace: Trace, layers: tuple[int, ...], token_text: TokenText, room: Room
 ) -> list[dict[str, Any]]:
     """Passages to read, evenly from the documents of each domain, with their whole routing.
 
@@ -38,7 +38,7 @@ def passages(
     Args:
         trace: What was recorded.
         layers: Which of the L mixture layers to show, as indices.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
         room: Most bytes.
 
     Returns:
@@ -65,19 +65,23 @@ def passages(
         for n in _evenly(first.tolist() if len(first) >= each else long.tolist(), each):
             start = int(starts_N[n])
             span = slice(start, start + min(length, int(trace.length_N[n])))
-            chosen.append(_passage(trace, n, span, layers, pieces))
+            chosen.append(_passage(trace, n, span, layers, token_text))
     return chosen
 
 
 def snippets(
-    trace: Trace, layers: tuple[int, ...], pieces: Pieces, strings: dict[str, int], room: Room
+    trace: Trace,
+    layers: tuple[int, ...],
+    token_text: TokenText,
+    strings: dict[str, int],
+    room: Room,
 ) -> list[list[list[dict[str, Any]]]]:
     """For each shown layer and expert: the short passages in which it has the most weight.
 
     Args:
         trace: What was recorded.
         layers: Which of the L mixture layers to show, as indices.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
         strings: Text -> number; new text is added.
         room: Most tokens.
 
@@ -93,7 +97,7 @@ def snippets(
     return [
         [
             [
-                _snippet(trace, layer, expert, int(first_C[chunk]), pieces, strings)
+                _snippet(trace, layer, expert, int(first_C[chunk]), token_text, strings)
                 for chunk in chosen
             ]
             for expert, chosen in enumerate(_heaviest(trace, layer, chunk_T, first_C, each))
@@ -113,7 +117,7 @@ def without_dropped(trace: Trace) -> Trace:
 
 
 def _passage(
-    trace: Trace, n: int, span: slice, layers: tuple[int, ...], pieces: Pieces
+    trace: Trace, n: int, span: slice, layers: tuple[int, ...], token_text: TokenText
 ) -> dict[str, Any]:
     """One passage to read; see `passages`."""
     num_experts, chosen = trace.subject.num_experts, list(layers)
@@ -126,7 +130,7 @@ def _passage(
         "generated": int(trace.generated_T[span].argmax())
         if trace.generated_T[span].any()
         else None,
-        "pieces": pieces.passage(trace.tokens_T[span].tolist()),
+        "pieces": token_text.passage(trace.tokens_T[span].tolist()),
         "experts": _packed(trace.experts_TLK[span][:, chosen].astype(wide)),
         "weights": _packed(_bytes(trace.weights_TLK[span][:, chosen] / largest, 255)),
         "margin": _packed(_bytes((trace.margin_TL[span][:, chosen] + 1) / 2, 254)),
@@ -135,7 +139,12 @@ def _passage(
 
 
 def _snippet(
-    trace: Trace, layer: int, expert: int, start: int, pieces: Pieces, strings: dict[str, int]
+    trace: Trace,
+    layer: int,
+    expert: int,
+    start: int,
+    token_text: TokenText,
+    strings: dict[str, int],
 ) -> dict[str, Any]:
     """One passage that shows an expert; see `snippets`."""
     n = int(np.searchsorted(np.cumsum(trace.length_N), start, side="right"))
@@ -144,7 +153,7 @@ def _snippet(
     weight_T = (weight_K * (trace.experts_TLK[start:end, layer] == expert)).sum(axis=1)
     total_T = np.maximum(weight_K.sum(axis=1), 1e-9)
     tenths = np.ceil(9 * np.clip(weight_T / total_T, 0, 1)).astype(int)
-    text = pieces.passage(trace.tokens_T[start:end].tolist())
+    text = token_text.passage(trace.tokens_T[start:end].tolist())
     return {
         "d": int(trace.domain_N[n]),
         "s": [strings.setdefault(piece, len(strings)) for piece in text],

@@ -12,8 +12,8 @@ from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.measure import Findings
 from moestro.probe.recording.traces import Trace
 from moestro.probe.report.charts import charts
-from moestro.probe.report.pieces import Pieces, visible
 from moestro.probe.report.samples import SNIPPET, Room, passages, snippets, without_dropped
+from moestro.probe.report.token_text import TokenText, visible
 
 _CELLS = 200_000  # of expert × domain tables
 _CELLS_WITH_INTERVALS = 80_000
@@ -21,13 +21,15 @@ _TOKENS = 30_000  # typical tokens of all experts together
 _FULL = 50_000  # what a share of 1 is as 16 bits; 65535 stands for NaN
 
 
-def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) -> dict[str, Any]:
+def view(
+    findings: Findings, trace: Trace, token_text: TokenText, detail: float = 1.0
+) -> dict[str, Any]:
     """All that the script draws.
 
     Args:
         findings: All measures of the trace.
         trace: What they are of.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
         detail: 1 for the usual size; less shows fewer layers, tokens and passages.
     """
     room = Room(int(750_000 * detail), int(120_000 * detail))
@@ -57,12 +59,12 @@ def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) 
             "high": _shares(high_LME) if with_intervals else None,
             "sure": _encoded(findings.table_supported_LME[chosen].astype(np.uint8)),
         },
-        "tokens": _typical(findings, layers, pieces, strings, detail),
+        "tokens": _typical(findings, layers, token_text, strings, detail),
         # What a domain is must not be shown by what the model wrote itself.
         "snippets": snippets(
-            trace.choose_tokens(~trace.generated_T), layers, pieces, strings, room
+            trace.choose_tokens(~trace.generated_T), layers, token_text, strings, room
         ),
-        "passages": passages(trace, layers, pieces, room),
+        "passages": passages(trace, layers, token_text, room),
         "charts": charts(findings, layers),
     }
     return {**result, "strings": list(strings)}
@@ -92,7 +94,7 @@ def most_special(findings: Findings, layers: tuple[int, ...]) -> int:
 def _typical(
     findings: Findings,
     layers: tuple[int, ...],
-    pieces: Pieces,
+    token_text: TokenText,
     strings: dict[str, int],
     detail: float,
 ) -> list[list[list[list[Any]]]]:
@@ -109,7 +111,7 @@ def _typical(
                 at = layer, expert, rank
                 if found.token_LEX[at] < 0:
                     continue
-                name = pieces.name(int(found.token_LEX[at]))
+                name = token_text.name(int(found.token_LEX[at]))
                 entries.append([
                     strings.setdefault(name, len(strings)),
                     int(found.count_LEX[at]),
