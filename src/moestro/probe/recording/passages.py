@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ class Batch(NamedTuple):
     tokens_BS: Tensor
     valid_BS: Tensor | None
     length_B: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same with tokens and mask on a device."""
+        valid_BS = None if self.valid_BS is None else self.valid_BS.to(device)
+        return self._replace(tokens_BS=self.tokens_BS.to(device), valid_BS=valid_BS)
 
 
 def cut(
