@@ -57,7 +57,7 @@ def unaccounted(
         if not name or not (experts or _BLOCK.search(own)):
             continue
         around = {kind(module), kind(modules.get(parent)) if experts else ""}
-        nested = any(f"{a}.".startswith(f"{b}.") for k in known for a, b in ((k, name), (name, k)))
+        nested = any(_within(each, name) or _within(name, each) for each in known)
         if not (nested or (experts and parent in blocks) or around & NOT_FEED_FORWARD):
             found.add(own)
     return sorted(found)
@@ -90,6 +90,10 @@ def outermost(modules: Mapping[str, nn.Module], name: str) -> str:
             name = outer
         outer = outer.rpartition(".")[0]
     return name
+
+
+def _within(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")
 
 
 def _passes_on(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ class Weights(NamedTuple):
         gated: H is 2F.
         interleaved: gate and up alternate along H; else all of the gate comes first.
         transposed: stored as [E, I, O].
-        activation: see `reference.activate`; None where the class has one that no kernel has.
+        activation: see `reference.activate`; None: one that no kernel has.
         post_norm: a norm follows each expert.
     """
 

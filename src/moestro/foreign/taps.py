@@ -84,8 +84,8 @@ def taps(model: nn.Module) -> list[Tap]:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise MoestroError(
-            f"{type(model).__name__} is an encoder-decoder; traces are of decoders, which read one "
-            "text from left to right. Give a decoder"
+            f"{type(model).__name__} is an encoder-decoder; give a decoder, which reads one text "
+            "from left to right"
         )
     modules = {name: module for name, module in model.named_modules() if not _ASIDE.search(name)}
     found: list[Tap] = []
@@ -100,8 +100,8 @@ def taps(model: nn.Module) -> list[Tap]:
         if by_router and kind(modules.get(block)) in NOT_FEED_FORWARD:
             continue
         beside = [f"{block}.{own}".strip(".") for own in ("gate", "router")]
-        routed = name if by_router else next((each for each in beside if each in modules), "")
-        found.append(_tap(name, modules[name], modules[routed] if routed else None))
+        routed = [name] if by_router else [each for each in beside if each in modules]
+        found.append(_tap(name, modules[name], modules[routed[0]] if routed else None))
     unseen = unaccounted(modules, [tap.name for tap in found], beside=True)
     if unseen:
         raise MoestroError(
@@ -110,10 +110,7 @@ def taps(model: nn.Module) -> list[Tap]:
             "with an experts interface can be recorded"
         )
     if not found:
-        raise MoestroError(
-            f"{type(model).__name__} has no mixture of experts that could be found, so there is no "
-            "routing to look at; give a mixture"
-        )
+        raise MoestroError(f"{type(model).__name__} has no mixture of experts; give a mixture")
     if len({tap.layer for tap in found}) < len(found):
         found = [tap._replace(layer=number) for number, tap in enumerate(found)]
     return found

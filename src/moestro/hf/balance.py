@@ -1,13 +1,5 @@
 """Balance for mixtures of transformers: losses and loss-free bias updates for any training loop.
 
-    balancer = moestro.hf.balance(model, switch=0.01)
-    for batch in batches:
-        loss = model(**batch).loss + balancer.loss()
-        loss.backward()
-        optimizer.step()
-        balancer.step()
-        optimizer.zero_grad()
-
 See docs/balance.md. Letters: T tokens, E experts, K experts per token, L mixtures.
 """
 

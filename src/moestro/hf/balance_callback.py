@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,19 +40,12 @@ class _Balance(Protocol):
 
 
 class BalanceCallback(TrainerCallback):
-    """Lets a `Balance` work within transformers' Trainer.
+    """Lets a `Balance` work within transformers' Trainer; see docs/balance.md.
 
-    While the Trainer trains, the balance loss is added to the loss in the model's output, so the
-    training loss that it logs has it in. Where transformers divides a micro-batch's loss by the
-    labels of the whole step, over its micro-batches and ranks, the balance loss counts by the
-    micro-batch's share of those labels: over a step the shares sum to 1. After each step of the
-    optimizer the biases move.
-
-    To what is logged come `balance/imbalance` (most loaded expert over the mean; mean over layers),
-    `balance/worst` (its largest), `balance/dead` (experts without a token, all layers),
-    `balance/entropy` (mean over layers) and each loss of the last micro-batch (1 is perfect for
-    `balance/switch`). Callbacks that stand before this one have seen the log without them.
-
+    While the Trainer trains, the balance loss is added to the loss in the model's output, by the
+    micro-batch's share of the step's labels. After each step of the optimizer the biases move. To
+    what is logged come `balance/imbalance` and `balance/entropy` (means over layers),
+    `balance/worst` (imbalance), `balance/dead` (all layers) and the losses of the last micro-batch.
     Biases go into `moestro_balance.safetensors` in each checkpoint and come back on resuming.
 
     Args:
@@ -61,7 +55,7 @@ class BalanceCallback(TrainerCallback):
 
     def __init__(self, balance: _Balance, add_loss: bool = True) -> None:
         self.balance, self._add_loss = balance, add_loss
-        self._hook: Any = None
+        self._adding = ExitStack()
         self._stepped = False
 
     def on_train_begin(
@@ -86,12 +80,12 @@ class BalanceCallback(TrainerCallback):
             )
         if state.global_step:
             self._take(Path(args.output_dir or "", f"checkpoint-{state.global_step}", FILE))
-        self._stop_adding()
+        self._adding.close()
         # The Trainer begins again where memory did not suffice for a batch (auto_find_batch_size).
         self.balance.restart()
         if self._add_loss:
             register = self.balance.model.register_forward_hook
-            self._hook = hooks.add(register, self._add, with_kwargs=True)
+            self._adding.callback(hooks.add(register, self._add, with_kwargs=True).remove)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move the biases."""
@@ -127,14 +121,9 @@ class BalanceCallback(TrainerCallback):
         Raises:
             CheckpointError: there is no file of biases in it.
         """
-        self._stop_adding()
+        self._adding.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take(Path(state.best_model_checkpoint, FILE))
-
-    def _stop_adding(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def _take(self, path: Path) -> None:
         """The biases of a checkpoint."""

@@ -21,10 +21,8 @@ _HELD = {*COEFFICIENTS, "router_z_loss_coef"}
 def converted(coefficient: float, top_k: int, layers: int) -> float:
     """What a coefficient of transformers is worth as `switch=` here: c · K / L.
 
-    transformers' loss is K at perfect balance, and is one loss over all layers together; ours is 1
-    at balance in each layer, and is summed over the layers. With the converted coefficient the two
-    give the same gradient where all layers are uneven in the same way; where they are not,
-    transformers lets the unevenness of one layer cancel that of another, and this project does not.
+    transformers' loss is K at perfect balance and one for all layers; ours is 1 in each layer, and
+    summed. The gradients are the same where all layers are uneven alike (docs/balance.md).
 
     Args:
         coefficient: c, such as `config.router_aux_loss_coef`.
@@ -35,7 +33,11 @@ def converted(coefficient: float, top_k: int, layers: int) -> float:
 
 
 def own_switch(model: nn.Module, found: Sequence[Tap]) -> float | None:
-    """The coefficient that the model's configuration names, converted; None: it names none."""
+    """The coefficient that the model's configuration names, converted; None: it names none.
+
+    Raises:
+        ConfigError: its routers do not state one K.
+    """
     coefficient = _coefficient(model)
     if coefficient is None:
         return None
@@ -52,9 +54,9 @@ def own_switch(model: nn.Module, found: Sequence[Tap]) -> float | None:
 class OwnLoss:
     """Keeps the balance loss that a family has itself out of what is differentiated.
 
-    While the model runs, every coefficient that it could multiply that loss by is 0, whatever it
-    was set to meanwhile. Outside of forward passes they are what they were set to, and so is what a
-    checkpoint saves of them. `aux_loss` in the output keeps its value and loses its gradient.
+    While the model runs, every coefficient that it could multiply that loss by is 0; outside of
+    forward passes, and in what a checkpoint saves, they are what they were set to. `aux_loss` in
+    the output keeps its value and loses its gradient.
 
     Args:
         model: of transformers. Where its own loss is on, a warning says that it will be off.
@@ -68,16 +70,14 @@ class OwnLoss:
         asked = any(getattr(each, "output_router_logits", False) for each in _configs(model))
         if asked and _coefficient(model):
             self._say(model, stacklevel=5)
-        self._hooks = [
-            hooks.add(model.register_forward_pre_hook, self._stop),
-            hooks.add(model.register_forward_hook, self._resume, always_call=True),
-        ]
+        self._before = hooks.add(model.register_forward_pre_hook, self._stop)
+        self._after = hooks.add(model.register_forward_hook, self._resume, always_call=True)
 
     def remove(self) -> None:
         """Let the model do as it likes again."""
         self._put_back()
-        for hook in self._hooks:
-            hook.remove()
+        self._before.remove()
+        self._after.remove()
 
     def _stop(self, *_: Any) -> None:
         self._put_back()  # what a pass that was interrupted left at 0

@@ -131,7 +131,11 @@ Bias = OwnBias | AddedBias
 
 
 def biases_of(model: nn.Module, found: Sequence[Tap]) -> dict[str, Bias]:
-    """The selection bias of each mixture, by name: the family's own, or one added to all."""
+    """The selection bias of each mixture, by name: the family's own, or an added one.
+
+    Raises:
+        MoestroError: one has none, and its router's rule is not known; none is added then.
+    """
     biases: dict[str, Bias] = {}
     try:
         for tap in found:

@@ -18,7 +18,6 @@ from moestro.probe.ablation.effects import Ablations
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.saturation import Saturation
 from moestro.probe.recording.traces import Trace
-from moestro.probe.report.charts import saturation_chart
 from moestro.probe.report.summary import summary
 from moestro.probe.report.table import PAGE, Grid, grid, save_text
 from moestro.probe.report.tables import tables
@@ -87,9 +86,7 @@ def build(
         "tables": _grids(findings, ablations, saturation),
     }
     while True:
-        shown = view(findings, trace, token_text, detail)
-        if saturation is not None:
-            shown["charts"]["saturation"] = saturation_chart(saturation)
+        shown = view(findings, trace, token_text, saturation, detail)
         page = _render(fixed, shown)
         if len(page.encode()) <= LARGEST or detail < _SMALLEST_DETAIL:
             return page

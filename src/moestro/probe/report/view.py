@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.measure import Findings
+from moestro.probe.measures.saturation import Saturation
 from moestro.probe.recording.traces import Trace
 from moestro.probe.report.charts import charts
 from moestro.probe.report.samples import SNIPPET, Room, passages, snippets, without_dropped
@@ -22,7 +23,11 @@ _FULL = 50_000  # what a share of 1 is as 16 bits; 65535 stands for NaN
 
 
 def view(
-    findings: Findings, trace: Trace, token_text: TokenText, detail: float = 1.0
+    findings: Findings,
+    trace: Trace,
+    token_text: TokenText,
+    saturation: Saturation | None = None,
+    detail: float = 1.0,
 ) -> dict[str, Any]:
     """All that the script draws.
 
@@ -30,6 +35,7 @@ def view(
         findings: All measures of the trace.
         trace: What they are of.
         token_text: Text of tokens.
+        saturation: How early in training the routing was settled.
         detail: 1 for the usual size; less shows fewer layers, tokens and passages.
     """
     room = Room(int(750_000 * detail), int(120_000 * detail))
@@ -65,7 +71,7 @@ def view(
             trace.choose_tokens(~trace.generated_T), layers, token_text, strings, room
         ),
         "passages": passages(trace, layers, token_text, room),
-        "charts": charts(findings, layers),
+        "charts": charts(findings, layers, saturation),
     }
     return {**result, "strings": list(strings)}
 
