@@ -135,34 +135,14 @@ def probe(
         tokens, tuple(source or ()), generate, ablate, trace, transformers,
         tuple(accept_field or ()),
     )  # fmt: skip
-    if compare is None:
-        _probe(path, how, out, layer, tuple(by or ()), report, checkpoints, as_json, seed)
-    elif report or ablate or checkpoints or trace:
-        raise ConfigError(
-            "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
-            "and --trace, or probe each model by itself"
-        )
-    else:
+    if compare is not None:
+        if report or ablate or checkpoints or trace:
+            raise ConfigError(
+                "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
+                "and --trace, or probe each model by itself"
+            )
         _compare((path, compare), how, out, as_json, seed)
-
-
-def _probe(
-    path: str,
-    how: Recording,
-    out: Path | None,
-    layer: int | None,
-    by: tuple[str, ...],
-    report: Path | None,
-    checkpoints: bool,
-    as_json: bool,
-    seed: int,
-) -> None:
-    """Ask one model or trace, write the files and print the answers."""
-    from rich.console import Console
-
-    from moestro.probe.report.figures import layer_index
-    from moestro.probe.report.page import write_report
-
+        return
     _groupings((), by)  # what is wrong with these is said before the model runs
     _require_places(out, report)
     study, opened = _study(path, how)
@@ -170,24 +150,42 @@ def _probe(
         study.require_tokenizer()
     groupings = _groupings(study.trace.domains, by)
     folder = _made(out or _beside(path, opened))
-    with Console(stderr=True).status("measuring"):
-        answers = study.measure(groupings, seed)
-    if layer is not None:
-        layer_index(answers.findings, layer)
-    if checkpoints:
-        answers = answers._replace(saturation=_saturation(study, opened, seed))
-    if how.ablate:
-        with _bar("silencing experts") as progress:
-            answers = answers._replace(ablations=study.ablate(how.ablate, seed, progress))
+    answers = _answers(study, opened, groupings, layer, ablate, checkpoints, seed)
     files = study.save(answers, folder, layer=layer, sources=how.sources, seed=seed)
     if report is not None:
-        write_report(report, study.page(answers))
+        study.write_page(answers, report)
     if as_json:
         typer.echo((folder / "probe.json").read_text(encoding="utf-8").rstrip())
-        return
-    lines = [f"\nwritten to {folder}: {', '.join(files)}"]
-    lines += [] if report is None else [f"to read in a browser: {report}"]
-    _print(study, answers, layer, lines)
+    else:
+        lines = [f"\nwritten to {folder}: {', '.join(files)}"]
+        lines += [f"to read in a browser: {report}"] if report is not None else []
+        _print(study, answers, layer, lines)
+
+
+def _answers(
+    study: Study,
+    opened: Opened | None,
+    groupings: tuple[Grouping, ...],
+    layer: int | None,
+    ablate: int,
+    checkpoints: bool,
+    seed: int,
+) -> Answers:
+    """All that was asked for, with a display of what is under way."""
+    from rich.console import Console
+
+    from moestro.probe.recording.traces import place_of
+
+    if layer is not None:
+        place_of(layer, study.trace.subject.moe_layers)
+    with Console(stderr=True).status("measuring"):
+        answers = study.measure(groupings, seed)
+    if checkpoints:
+        answers = answers._replace(saturation=_saturation(study, opened, seed))
+    if ablate:
+        with _bar("silencing experts") as progress:
+            answers = answers._replace(ablations=study.ablate(ablate, seed, progress))
+    return answers
 
 
 def _study(
@@ -220,12 +218,12 @@ def _is_trace(path: str) -> bool:
     return path.endswith(TRACE) or Path(path).is_file()
 
 
-def _groupings(domains: tuple[str, ...], by: tuple[str, ...]) -> tuple[Grouping, ...]:
+def _groupings(domains: tuple[str, ...], by: Sequence[str] | None) -> tuple[Grouping, ...]:
     """The groupings that --by asks for."""
     from moestro.probe.measures.specialise import by_pattern
 
     found = []
-    for each in by:
+    for each in by or ():
         name, equals, pattern = each.partition("=")
         if not (name and equals and pattern):
             raise ConfigError(f"--by {each}: give NAME=REGEX, as in 'language=-(..)$'")

@@ -26,7 +26,7 @@ from moestro.probe.recording.record import Progress, record, record_batches
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.probe.recording.traces import Trace, join
 from moestro.probe.report.figures import save_figures
-from moestro.probe.report.page import Facts, build
+from moestro.probe.report.page import Facts, build, write_report
 from moestro.probe.report.summary import summary
 from moestro.probe.report.table import save_csv, save_text
 from moestro.probe.report.tables import tables
@@ -171,14 +171,15 @@ class Study(NamedTuple):
             )
         return self.tokenizer
 
-    def page(self, answers: Answers) -> str:
-        """The page to read in a browser.
+    def write_page(self, answers: Answers, path: Path) -> None:
+        """Write the page to read in a browser.
 
         Raises:
             DataError: the model's tokenizer cannot be found.
+            MoestroError: the file cannot be written.
         """
         findings, _, ablations, saturated = answers
-        return build(
+        page = build(
             findings,
             self.trace,
             self.require_tokenizer(),
@@ -186,6 +187,7 @@ class Study(NamedTuple):
             ablations=ablations,
             saturation=saturated,
         )
+        write_report(path, page)
 
 
 def record_study(

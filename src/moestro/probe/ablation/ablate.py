@@ -23,6 +23,7 @@ from moestro.probe.ablation.verdicts import Measured, judge, measure_row
 from moestro.probe.recording.passages import Encodes, Passage, in_batches
 from moestro.probe.recording.record import Progress
 from moestro.probe.recording.reroute import Edit
+from moestro.probe.recording.traces import place_of
 
 __all__ = [
     "MODES", "Ablation", "Ablations", "Cost", "Masked", "Target", "ablate", "cost", "every",
@@ -135,7 +136,7 @@ def _measure(
         change = partial(_silence, expert, mode == "silence_renormalised")
     else:
         change = partial(_swap, expert, other)
-    rise_T = (run.losses(_in({run.place(layer)}, change)) - before_T).astype(np.float64)
+    rise_T = (run.losses(_in({run.layers.index(layer)}, change)) - before_T).astype(np.float64)
     used_PE = run.used_PE[layer]
     touched_P = used_PE[:, [expert] if other is None else [expert, other]].sum(axis=1)
     for target in of_change:
@@ -183,7 +184,7 @@ def mask_top(
     """
     run = Run(model, texts, tokenizer, batch_size, token_bytes, draws, seed, progress)
     layers = run.layers if layer is None else (layer,)
-    places = {run.place(each) for each in layers}
+    places = {place_of(each, run.layers) for each in layers}
     run.total = 2 * len(run.batches)  # K is known once the model has run.
     before_T = run.losses(counted=layers).astype(np.float64)
     run.total = (1 + run.top_k) * len(run.batches)

@@ -33,7 +33,7 @@ from moestro.probe.recording.passages import (
 from moestro.probe.recording.reader import reader_of
 from moestro.probe.recording.record import Progress
 from moestro.probe.recording.reroute import Edit, rerouted
-from moestro.probe.recording.traces import fingerprint
+from moestro.probe.recording.traces import fingerprint, place_of
 
 
 class Run:
@@ -127,17 +127,6 @@ class Run:
         change_P = self.text.sums(change_T.astype(np.float64))
         return by_domain(self.text, change_P, len(self.domains))
 
-    def place(self, layer: int) -> int:
-        """Which of the mixtures is that of a layer.
-
-        Raises:
-            MoestroError: the layer has none.
-        """
-        if layer not in self.layers:
-            known = ", ".join(map(str, self.layers))
-            raise MoestroError(f"layer {layer} is not a mixture layer; choose one of {known}")
-        return self.layers.index(layer)
-
     def check(self, target: Target) -> None:
         """Refuse an expert or a domain that does not exist.
 
@@ -145,9 +134,9 @@ class Run:
             MoestroError: the layer or the expert.
             DataError: the domain.
         """
-        experts = self._reader.mixtures[self.place(target.layer)].num_experts
-        for expert in (target.expert, target.expert if target.other is None else target.other):
-            if not 0 <= expert < experts:
+        experts = self._reader.mixtures[place_of(target.layer, self.layers)].num_experts
+        for expert in (target.expert, target.other):
+            if expert is not None and not 0 <= expert < experts:
                 raise MoestroError(
                     f"expert {expert} of layer {target.layer} does not exist; choose one of 0 to "
                     f"{experts - 1}"
@@ -198,15 +187,15 @@ class Run:
             row_S[: len(reading.tokens_S) - 1] = self._number[reading.document]
         document_T = document_BS.flatten().numpy()
         for layer in set(counted):
-            record = layers[self.place(layer)]
-            if not record.top_k:
+            choice = layers[self.layers.index(layer)].choice
+            if not choice.top_k:
                 raise MoestroError(
                     "experts choose the tokens in this model (expert choice), so taking one away "
                     "changes who is chosen elsewhere; give a model whose tokens choose"
                 )
-            self.top_k = max(self.top_k, record.top_k)
-            width = record.num_experts + 1  # the last marks an empty place
-            cell_TK = document_T[:, None] * width + record.experts_TK.cpu().numpy()
+            self.top_k = max(self.top_k, choice.top_k)
+            width = choice.num_experts + 1  # the last marks an empty place
+            cell_TK = document_T[:, None] * width + choice.experts_TK.cpu().numpy()
             used = np.bincount(
                 cell_TK[document_T >= 0].ravel(), minlength=len(self._number) * width
             ).reshape(-1, width)[:, :-1]

@@ -38,24 +38,19 @@ class TokenChoice(NamedTuple):
 
 
 class LayerRecord(NamedTuple):
-    """What a trace keeps of a TokenChoice, still where the model computed it.
+    """What a trace keeps of a layer's choice, still where the model computed it.
 
     Attributes:
-        experts_TK, kept_TK, num_experts, top_k: see `TokenChoice`.
-        weights_TK: fp32.
+        choice: with weights in fp32, and without the probabilities.
         entropy_T: fp32, nats; NaN where unknown.
         margin_T: fp32; see `Trace.margin_TL`.
         probs_BE: fp32, mean over each sequence's tokens.
     """
 
-    experts_TK: Tensor
-    weights_TK: Tensor
-    kept_TK: Tensor | None
+    choice: TokenChoice
     entropy_T: Tensor
     margin_T: Tensor
     probs_BE: Tensor
-    num_experts: int
-    top_k: int
 
 
 def choice_of(routing: Routing) -> TokenChoice:
@@ -83,31 +78,29 @@ def choice_of(routing: Routing) -> TokenChoice:
 
 def layer_record(choice: TokenChoice, batch: Batch) -> LayerRecord:
     """Reduce one layer's choice while the model is still at it; waits for no device."""
-    experts_TK, num_experts = choice.experts_TK.detach(), choice.num_experts
-    weights_TK = choice.weights_TK.detach().float()
+    experts_TK, weights_TK = choice.experts_TK.detach(), choice.weights_TK.detach().float()
     entropy_T = margin_T = weights_TK.new_full((len(experts_TK),), math.nan)
-    probs_BE = weights_TK.new_full((len(batch.length_B), num_experts), math.nan)
+    probs_BE = weights_TK.new_full((len(batch.length_B), choice.num_experts), math.nan)
     if choice.probs_TE is not None:
         probs_TE = choice.probs_TE.detach().float()
         smallest = torch.finfo(probs_TE.dtype).tiny
         entropy_T = -(probs_TE * probs_TE.clamp_min(smallest).log()).sum(1)
         margin_T, probs_BE = _margin(probs_TE, experts_TK), _means(probs_TE, batch)
-    return LayerRecord(
-        experts_TK, weights_TK, choice.kept_TK, entropy_T, margin_T, probs_BE,
-        num_experts, choice.top_k,
-    )  # fmt: skip
+    choice = choice._replace(experts_TK=experts_TK, weights_TK=weights_TK, probs_TE=None)
+    return LayerRecord(choice, entropy_T, margin_T, probs_BE)
 
 
 def trace_of(layers: Sequence[LayerRecord], batch: Batch, subject: Subject,
              domains: tuple[str, ...], number: int) -> Trace:  # fmt: skip
     """The Trace of one forward pass: padding left out, everything brought over at once."""
     num_experts, readings = subject.num_experts, batch.readings
-    width = max(layer.experts_TK.shape[1] for layer in layers)
+    choices = [layer.choice for layer in layers]
+    width = max(choice.experts_TK.shape[1] for choice in choices)
     real_T = slice(None) if batch.valid_BS is None else batch.valid_BS.flatten().numpy()
     kept_TLK = None
-    if any(layer.kept_TK is not None for layer in layers):
-        kept_TLK = _together([_kept(layer) for layer in layers], width, True)[real_T]
-    experts_TLK = _together([layer.experts_TK for layer in layers], width, num_experts)[real_T]
+    if any(choice.kept_TK is not None for choice in choices):
+        kept_TLK = _together([_kept(choice) for choice in choices], width, True)[real_T]
+    experts_TLK = _together([choice.experts_TK for choice in choices], width, num_experts)[real_T]
     entropy_TL1 = _together([layer.entropy_T[:, None] for layer in layers], 1, 0)[real_T]
     margin_TL1 = _together([layer.margin_T[:, None] for layer in layers], 1, 0)[real_T]
     documents = tuple(dict.fromkeys(reading.document for reading in readings))
@@ -123,7 +116,7 @@ def trace_of(layers: Sequence[LayerRecord], batch: Batch, subject: Subject,
         tokens_T=torch.cat([reading.tokens_S for reading in readings]).int().numpy(),
         generated_T=np.concatenate(generated),
         experts_TLK=experts_TLK.astype(smallest_dtype(num_experts)),
-        weights_TLK=_together([layer.weights_TK for layer in layers], width, 0)[real_T],
+        weights_TLK=_together([choice.weights_TK for choice in choices], width, 0)[real_T],
         kept_TLK=kept_TLK,
         entropy_TL=entropy_TL1[..., 0],
         margin_TL=margin_TL1[..., 0],
@@ -150,10 +143,10 @@ def _means(probs_TE: Tensor, batch: Batch) -> Tensor:
     return probs_BSE.masked_fill(~valid_BS1, 0).sum(1) / length_B1
 
 
-def _kept(layer: LayerRecord) -> Tensor:
-    if layer.kept_TK is None:
-        return torch.ones_like(layer.experts_TK, dtype=torch.bool)
-    return layer.kept_TK
+def _kept(choice: TokenChoice) -> Tensor:
+    if choice.kept_TK is None:
+        return torch.ones_like(choice.experts_TK, dtype=torch.bool)
+    return choice.kept_TK
 
 
 def _together(layers: list[Tensor], width: int, fill: float) -> NDArray[Any]:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from moestro.errors import DataError, MoestroError
 
-DOMAIN = "text"
-
 
 class Passage(NamedTuple):
     """A piece of text that the model reads in one go.
@@ -27,7 +25,7 @@ class Passage(NamedTuple):
     """
 
     tokens: Sequence[int] | Tensor
-    domain: str = DOMAIN
+    domain: str = "text"
     document: str = ""
 
 
@@ -129,9 +127,12 @@ def prepare(texts: Iterable[Passage | str], tokenizer: Encodes | None) -> list[R
     if isinstance(texts, str):
         texts = [texts]
     for place, text in enumerate(texts):
-        passage = Passage(_encode(text, tokenizer)) if isinstance(text, str) else text
-        tokens_S = torch.as_tensor(passage.tokens, device="cpu").detach()
-        domain, document = passage.domain, passage.document
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise MoestroError("a string was given as text; give its tokenizer too (tokenizer=)")
+            text = Passage(tokenizer.encode(text))
+        tokens, domain, document = text
+        tokens_S = torch.as_tensor(tokens, device="cpu").detach()
         if not tokens_S.numel():
             raise DataError(f"text {place} ({domain}) has no tokens; leave it out")
         if tokens_S.dim() != 1 or tokens_S.is_floating_point() or tokens_S.dtype == torch.bool:
@@ -161,8 +162,7 @@ def in_batches(readings: Sequence[Reading], batch_size: int) -> list[tuple[Readi
     """
     if batch_size < 1:
         raise MoestroError(f"batch_size is {batch_size}; give at least 1")
-    sizes = Counter(reading.domain for reading in readings)
-    seen: Counter[str] = Counter()
+    sizes, seen = Counter(reading.domain for reading in readings), Counter[str]()
     place_N = np.empty(len(readings))
     for n, reading in enumerate(readings):
         # Each at its place in (0, 1) of its own domain.
@@ -184,9 +184,3 @@ def pad(readings: tuple[Reading, ...]) -> Batch:
     if bool((length_B < width).any()):
         valid_BS = torch.arange(width, device="cpu") < length_B[:, None]
     return Batch(readings, tokens_BS, valid_BS, length_B)
-
-
-def _encode(text: str, tokenizer: Encodes | None) -> Sequence[int]:
-    if tokenizer is None:
-        raise MoestroError("a text was given as a string; give its tokenizer too (tokenizer=)")
-    return tokenizer.encode(text)

@@ -118,13 +118,13 @@ def _continued(reader: Reader, reading: Reading, most: int, ends: Collection[int
 
 def _subject(reader: Reader, name: str, print_of: str, layers: list[LayerRecord]) -> Subject:
     own = getattr(reader.model, "name_or_path", "")
-    varying = any(layer.top_k == 0 for layer in layers)
+    top_ks = [layer.choice.top_k for layer in layers]
     return Subject(
         name=name or (own if isinstance(own, str) and own else type(reader.model).__name__),
         fingerprint=print_of,
         moe_layers=tuple(mixture.layer for mixture in reader.mixtures),
-        num_experts=max(layer.num_experts for layer in layers),
-        top_k=0 if varying else max(layer.top_k for layer in layers),
+        num_experts=max(layer.choice.num_experts for layer in layers),
+        top_k=max(top_ks) if all(top_ks) else 0,
     )
 
 

@@ -69,25 +69,19 @@ def agreement(model: nn.Module, trace: Trace, *, any_model: bool = False) -> NDA
 
 
 class _Part(NamedTuple):
-    """One batch of a trace, on the host.
+    """One batch of a trace.
 
     Attributes:
-        batch: its sequences, padded as they were.
-        sequences: their numbers.
+        trace: of its sequences alone.
+        sequences: their numbers in the whole trace.
+        batch: their tokens, padded as they were.
         real_T: int64, the rows of the padded batch that are tokens.
-        experts_LTK: int64, of the real tokens; E marks an empty place.
-        weights_LTK: fp32.
-        kept_LTK: bool, or None.
-        num_experts: E of the trace.
     """
 
-    batch: Batch
+    trace: Trace
     sequences: Ints
+    batch: Batch
     real_T: Tensor
-    experts_LTK: Tensor
-    weights_LTK: Tensor
-    kept_LTK: Tensor | None
-    num_experts: int
 
     def run(self, reader: Reader, edit: Edit) -> list[Tensor]:
         """Logits of each sequence with the routing that `edit` gives."""
@@ -123,7 +117,7 @@ class _Part(NamedTuple):
             recorded_TK, _ = self._forced(place, experts_TK, weights_TK, drop=False)
             width = max(experts_TK.shape[1], recorded_TK.shape[1])
             own_TK, recorded_TK = (
-                _widened(each, width, self.num_experts).sort(1).values
+                _widened(each, width, self.trace.subject.num_experts).sort(1).values
                 for each in (experts_TK, recorded_TK)
             )
             same_T = (own_TK == recorded_TK).all(1)
@@ -136,16 +130,18 @@ class _Part(NamedTuple):
         self, place: int, experts_TK: Tensor, weights_TK: Tensor, drop: bool
     ) -> tuple[Tensor, Tensor]:
         """The recorded choice of one mixture for all rows, padding with the model's own."""
-        recorded_TK, recorded_weights_TK = self.experts_LTK[place], self.weights_LTK[place]
+        one, empty = self.trace, self.trace.subject.num_experts
+        recorded_TK = torch.from_numpy(one.experts_TLK[:, place].astype(np.int64))
         # Other batches and layers may have more experts a token: cut what is empty throughout.
-        width = max(1, int((recorded_TK < self.num_experts).any(0).sum()))
-        if drop and self.kept_LTK is not None:
-            recorded_TK = recorded_TK.masked_fill(~self.kept_LTK[place], self.num_experts)
+        width = max(1, int((recorded_TK < empty).any(0).sum()))
+        if drop and one.kept_TLK is not None:
+            recorded_TK[torch.from_numpy(~one.kept_TLK[:, place])] = empty
         real_T = self.real_T.to(experts_TK.device)
-        new_TK = _widened(experts_TK, width, self.num_experts)[:, :width].clone()
+        new_TK = _widened(experts_TK, width, empty)[:, :width].clone()
         new_weights_TK = _widened(weights_TK, width, 0)[:, :width].clone()
-        new_TK[real_T] = recorded_TK[:, :width].to(new_TK.device)
-        new_weights_TK[real_T] = recorded_weights_TK[:, :width].to(new_weights_TK)
+        new_TK[real_T] = recorded_TK[:, :width].to(new_TK)
+        recorded_weights_TK = torch.from_numpy(one.weights_TLK[:, place, :width])
+        new_weights_TK[real_T] = recorded_weights_TK.to(new_weights_TK)
         return new_TK, new_weights_TK
 
 
@@ -156,19 +152,10 @@ def _parts(trace: Trace) -> Iterator[_Part]:
         one = trace.choose(chosen_N)
         tokens = torch.split(torch.from_numpy(one.tokens_T).long(), one.length_N.tolist())
         batch = pad(tuple(Reading(each, "", "", len(each)) for each in tokens))
-        rows_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
+        real_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
         if batch.valid_BS is not None:
-            rows_T = rows_T[batch.valid_BS.flatten()]
-        kept = one.kept_TLK
-        yield _Part(
-            batch,
-            np.flatnonzero(chosen_N),
-            rows_T,
-            torch.from_numpy(one.experts_TLK.astype(np.int64)).transpose(0, 1),
-            torch.from_numpy(one.weights_TLK).transpose(0, 1),
-            None if kept is None else torch.from_numpy(kept).transpose(0, 1),
-            trace.subject.num_experts,
-        )
+            real_T = real_T[batch.valid_BS.flatten()]
+        yield _Part(one, np.flatnonzero(chosen_N), batch, real_T)
 
 
 def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
@@ -184,8 +171,7 @@ def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
     if not any_model and fingerprint(model) != subject.fingerprint:
         raise DataError(
             f"this trace is of {subject.name}, and this model's weights are others; give the "
-            "checkpoint that it was recorded from, or any_model=True to force it on "
-            "this one"
+            "checkpoint that it was recorded from, or any_model=True to force it on this one"
         )
     if len(trace.tokens_T) and int(trace.tokens_T.max()) >= reader.vocab_size:
         raise DataError(
