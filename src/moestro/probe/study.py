@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from moestro.errors import DataError
+from moestro.errors import DataError, MoestroError
 from moestro.probe.ablation.ablate import ablate
 from moestro.probe.ablation.effects import Ablations
 from moestro.probe.ablation.targets import targets
@@ -91,15 +91,14 @@ class Study(NamedTuple):
     def ablate(self, most: int, seed: int = 0, progress: Progress | None = None) -> Ablations:
         """Silence experts that look special in one half of the documents, measured on the other.
 
-        Args:
-            most: how many; as many controls are silenced beside them.
-            seed: of the draws.
-            progress: see `moestro.probe.ablate`.
+        At most so many, and as many controls beside them.
 
         Raises:
+            MoestroError: the study has no model, or see `moestro.probe.ablate`.
             DataError: fewer than two domains have two documents.
         """
-        assert self.model is not None
+        if self.model is None:
+            raise MoestroError("this study was read from a trace; to run the model, record it anew")
         trace = self.read
         first, second = halves(trace)
         in_first_P = np.array([name in first for name in trace.documents])
@@ -125,17 +124,17 @@ class Study(NamedTuple):
         sources: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
-        """Write figures (PNG and SVG), tables (CSV) and probe.json; the files' names.
+        """Write figures (PNG and SVG), tables (CSV) and probe.json to a folder; the files' names.
 
         Args:
             answers: what was measured.
             folder: an existing one.
             layer: layer number whose experts the figure by domain shows; None: of all.
-            sources: of the text, to be noted; none: what the run held out.
-            seed: of the draws, to be noted.
+            sources: of the text, noted in probe.json; none: what the run held out.
+            seed: of the draws, likewise.
 
         Raises:
-            MoestroError: a file cannot be written, or the layer has no mixture.
+            MoestroError: a file cannot be written.
         """
         trace, (findings, written, ablations, saturated) = self.trace, answers
         figures = [file.name for file in save_figures(findings, folder, layer, ablations)]
@@ -200,17 +199,7 @@ def record_study(
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Record a model on its text.
-
-    Args:
-        model: a decoder of ours or of transformers.
-        tokenizer: the model's.
-        passages: what it reads.
-        name: what to call it.
-        generate: most tokens that it writes after each passage.
-        keep: file of the trace; None: it is not kept.
-        progress: see `moestro.probe.record`.
-    """
+    """Record a model on its text, as `moestro.probe.record` does; `keep`: a file for the trace."""
     batches = record_batches(
         model, passages, tokenizer=tokenizer, name=name, generate=generate, progress=progress
     )

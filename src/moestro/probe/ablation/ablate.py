@@ -16,19 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError
-from moestro.probe.ablation.effects import Ablation, Ablations, Masked
+from moestro.probe.ablation.effects import Ablations, Masked
 from moestro.probe.ablation.losses import Run, predicting
-from moestro.probe.ablation.targets import Target, every, targets
+from moestro.probe.ablation.targets import Target
 from moestro.probe.ablation.verdicts import Measured, judge, measure_row
 from moestro.probe.recording.passages import Encodes, Passage, in_batches
 from moestro.probe.recording.record import Progress
 from moestro.probe.recording.reroute import Edit
 from moestro.probe.recording.traces import place_of
-
-__all__ = [
-    "MODES", "Ablation", "Ablations", "Cost", "Masked", "Target", "ablate", "cost", "every",
-    "mask_top", "targets",
-]  # fmt: skip
 
 MODES = {
     "silence": "the expert's weight becomes 0 and the token's other experts keep theirs",
@@ -166,17 +161,8 @@ def mask_top(
     experts; here, since the same test must work on every model, nobody takes the place of those
     masked.
 
-    Args:
-        model: as in `ablate`, like all that is not described here.
-        texts: held-out text.
-        layer: mask in this layer only, by its layer number; None: in all.
-        renormalise: scale the remaining weights of a token to add up to what all did.
-        tokenizer: turns strings into ids.
-        token_bytes: gives losses in bits per byte.
-        batch_size: sequences of a forward pass.
-        draws: behind the intervals.
-        seed: of the draws.
-        progress: called with (passes done, passes in all).
+    Arguments are those of `ablate`, with `layer` to mask in one layer only, by its layer number,
+    and `renormalise` to scale the remaining weights of a token to add up to what all did.
 
     Raises:
         MoestroError: as `ablate`; or there is no such mixture layer.

@@ -129,7 +129,7 @@ def prepare(texts: Iterable[Passage | str], tokenizer: Encodes | None) -> list[R
     for place, text in enumerate(texts):
         if isinstance(text, str):
             if tokenizer is None:
-                raise MoestroError("a string was given as text; give its tokenizer too (tokenizer=)")
+                raise MoestroError("text was given as a string; give its tokenizer (tokenizer=)")
             text = Passage(tokenizer.encode(text))
         tokens, domain, document = text
         tokens_S = torch.as_tensor(tokens, device="cpu").detach()
