@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moestro.probe.measures.beyond import BeyondTokens
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.caching import Caching
 from moestro.probe.measures.measure import Findings
-from moestro.probe.measures.repeat import Repetition
 from moestro.probe.measures.saturation import Saturation
 from moestro.probe.measures.specialise import Specialisation
 
 _SPARSE = 16  # layers up to which points stand alone; more are joined by lines
-_NEUTRAL = 4  # the page's colour of what is nobody's
 
 
 class Series(NamedTuple):
@@ -36,13 +35,6 @@ class Series(NamedTuple):
     look: str
     interval: Floats | None = None
     line: bool = False
-
-    def data(self) -> dict[str, Any]:
-        """Values for JSON."""
-        colour = _NEUTRAL if self.colour is None else self.colour
-        low, high = (None, None) if self.interval is None else map(numbers, self.interval.T)
-        shown = {"name": self.name, "y": numbers(self.y), "low": low, "high": high}
-        return {**shown, "colour": colour, "look": self.look, "line": self.line}
 
 
 class Chart(NamedTuple):
@@ -66,42 +58,32 @@ class Chart(NamedTuple):
     dense: bool = False
     percent: bool = True
 
-    def data(self) -> dict[str, Any]:
-        """Values for JSON."""
-        series = [one.data() for one in self.series]
-        return {**self._asdict(), "x": list(self.x), "series": series}
-
-
-def numbers(values: Floats) -> list[float | None]:
-    """Four digits behind the point; None for NaN."""
-    return [round(float(value), 4) if np.isfinite(value) else None for value in values]
-
 
 def charts(
     findings: Findings, layers: tuple[int, ...], saturation: Saturation | None = None
-) -> dict[str, Any]:
-    """Every chart of the page, for JSON, by name; a list has one for each shown layer."""
+) -> dict[str, Chart | list[Chart]]:
+    """Every chart of the page, by name; a list has one for each shown layer."""
     found: dict[str, Chart | list[Chart]] = {}
     for index, special in enumerate(findings.specialisation):
         if not np.isnan(special.mean_L).all():
-            found[f"apart-{index}"] = _apart(findings, special)
+            found[f"apart-{index}"] = _by_layer(
+                findings, special, 0, "choices that would have to move", "95 % of chance"
+            )
         found[f"labels-{index}"] = [_labels(special, layer) for layer in layers]
         if not np.isnan(special.beyond.mean_L).all():
-            found[f"beyond-{index}"] = _beyond(findings, special)
+            found[f"beyond-{index}"] = _by_layer(
+                findings, special.beyond, 1, "choices that the words do not explain",
+                "95 % of chance if words explain all",
+            )  # fmt: skip
     if findings.explained is not None:
         found["explained"] = _explained(findings)
     if findings.repetition is not None:
-        found["repetition"] = [
-            _repetition(findings.domains, findings.repetition, layer) for layer in layers
-        ]
+        found["repetition"] = [_repetition(findings, layer) for layer in layers]
     if findings.caching is not None:
         found["caching"] = [caching_chart(findings.caching, layer) for layer in layers]
     if saturation is not None:
         found["saturation"] = _saturation(saturation)
-    return {
-        name: [each.data() for each in chart] if isinstance(chart, list) else chart.data()
-        for name, chart in found.items()
-    }
+    return found
 
 
 def label_chart(
@@ -146,7 +128,7 @@ def caching_chart(found: Caching, layer: int | None = None) -> Chart:
     ]
     return Chart(
         "lines",
-        range(1, len(found.full_E) + 1),
+        list(range(1, len(found.full_E) + 1)),
         "share of wanted experts found there",
         series,
         "experts in the cache of each layer" if layer is None else
@@ -165,25 +147,17 @@ def _up_to(high: Floats) -> Floats:
     return np.stack((np.zeros_like(high), high), axis=-1)
 
 
-def _apart(findings: Findings, found: Specialisation) -> Chart:
+def _by_layer(
+    findings: Findings, found: Specialisation | BeyondTokens, colour: int, y_name: str, chance: str
+) -> Chart:
+    """The mean over labels by layer, beside the band of chance."""
     chance_L, band_L2 = found.mean_chance_L, _up_to(found.mean_chance_high_L)
     series = [
-        Series("below this, 95 % of chance", chance_L, None, "band", band_L2),
+        Series(f"below this, {chance}", chance_L, None, "band", band_L2),
         Series("chance, on average", chance_L, None, "dashed"),
-        Series("measured", found.mean_L, 0, "dot"),
+        Series("measured", found.mean_L, colour, "dot"),
     ]
-    return Chart("lines", findings.moe_layers, "choices that would have to move", series)
-
-
-def _beyond(findings: Findings, found: Specialisation) -> Chart:
-    chance_L, band_L2 = found.beyond.mean_chance_L, _up_to(found.beyond.mean_chance_high_L)
-    name = "below this, 95 % of chance if words explain all"
-    series = [
-        Series(name, chance_L, None, "band", band_L2),
-        Series("chance, on average", chance_L, None, "dashed"),
-        Series("measured", found.beyond.mean_L, 1, "dot"),
-    ]
-    return Chart("lines", findings.moe_layers, "choices that the words do not explain", series)
+    return Chart("lines", findings.moe_layers, y_name, series)
 
 
 def _labels(found: Specialisation, layer: int) -> Chart:
@@ -214,7 +188,9 @@ def _explained(findings: Findings) -> Chart:
     return Chart("lines", findings.moe_layers, "first choices foretold", series)
 
 
-def _repetition(domains: Sequence[str], found: Repetition, layer: int) -> Chart:
+def _repetition(findings: Findings, layer: int) -> Chart:
+    found = findings.repetition
+    assert found is not None
     rate_M = found.first_LM[layer]
     uniform_M = np.full(len(rate_M), found.first_uniform)
     series = [
@@ -223,7 +199,7 @@ def _repetition(domains: Sequence[str], found: Repetition, layer: int) -> Chart:
         Series("measured, ± 2 standard errors", rate_M, 0, "dot",
                errors(rate_M, found.first_error_LM[layer])),
     ]  # fmt: skip
-    return Chart("rows", domains, "neighbours with the same first expert", series)
+    return Chart("rows", findings.domains, "neighbours with the same first expert", series)
 
 
 def _saturation(found: Saturation) -> Chart:

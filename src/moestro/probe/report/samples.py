@@ -13,7 +13,6 @@ from moestro.probe.report.token_text import TokenText
 
 SNIPPET = 24  # tokens of a passage that shows one expert
 _LONGEST, _SHORTEST = 192, 24  # tokens of a passage to read
-_UNKNOWN = 255
 
 
 class Room(NamedTuple):
@@ -131,10 +130,10 @@ def _passage(
         if trace.generated_T[span].any()
         else None,
         "pieces": token_text.passage(trace.tokens_T[span].tolist()),
-        "experts": _packed(trace.experts_TLK[span][:, chosen].astype(wide)),
-        "weights": _packed(_bytes(trace.weights_TLK[span][:, chosen] / largest, 255)),
-        "margin": _packed(_bytes((trace.margin_TL[span][:, chosen] + 1) / 2, 254)),
-        "entropy": _packed(_bytes(trace.entropy_TL[span][:, chosen] / most, 254)),
+        "experts": packed(trace.experts_TLK[span][:, chosen].astype(wide)),
+        "weights": quantised(trace.weights_TLK[span][:, chosen] / largest, 255, np.uint8),
+        "margin": quantised((trace.margin_TL[span][:, chosen] + 1) / 2, 254, np.uint8),
+        "entropy": quantised(trace.entropy_TL[span][:, chosen] / most, 254, np.uint8),
     }
 
 
@@ -195,14 +194,14 @@ def _evenly(values: list[int], most: int) -> list[int]:
     return [values[index * len(values) // most] for index in range(most)]
 
 
-def _bytes(values: NDArray[np.floating[Any]], full: int) -> NDArray[np.uint8]:
-    """Values from 0 to 1 as bytes from 0 to `full`; NaN as 255."""
+def quantised(values: NDArray[np.floating[Any]], full: int, dtype: type[np.integer[Any]]) -> str:
+    """Values from 0 to 1 as integers up to `full`, in base64; NaN as the largest of the type."""
     known = np.isfinite(values)
     scaled = np.rint(np.clip(np.where(known, values, 0), 0, 1) * full)
-    return np.where(known, scaled, _UNKNOWN).astype(np.uint8)
+    return packed(np.where(known, scaled, np.iinfo(dtype).max).astype(dtype))
 
 
-def _packed(values: NDArray[Any]) -> str:
+def packed(values: NDArray[Any]) -> str:
     """Little-endian bytes in base64."""
     little = values.astype(values.dtype.newbyteorder("<"))
     return base64.b64encode(np.ascontiguousarray(little).tobytes()).decode("ascii")
