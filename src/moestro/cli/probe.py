@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from moestro.cli.probe_model import Opened
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.specialise import Grouping
-    from moestro.probe.measures.versus import Comparison
     from moestro.probe.recording.passages import Passage
     from moestro.probe.study import Answers, Study
 
@@ -324,6 +323,9 @@ def _compare(
     paths: tuple[str, str], how: Recording, out: Path | None, as_json: bool, seed: int
 ) -> None:
     """Compare two models or traces; print the table, and write compare.json with --out."""
+    from rich.console import Console
+
+    from moestro.cli.probe_tables import print_comparison
     from moestro.probe.measures.measure import to_json
     from moestro.probe.measures.versus import compare
     from moestro.probe.report.table import save_text
@@ -336,8 +338,16 @@ def _compare(
         save_text(file, text + "\n", f"the comparison {file}")
     if as_json:
         typer.echo(text)
-    else:
-        _print_compared(found, paths, file)
+        return
+    console = Console(highlight=False)
+    for letter, path in zip("AB", paths, strict=True):
+        console.print(f"{letter}: {path}", markup=False, soft_wrap=True)
+    print_comparison(console, found, f"the {found.documents} documents that both read", "A", "B")
+    for path, left in zip(paths, found.left_out, strict=True):
+        if left:
+            console.print(f"{left} documents that only {path} has are left out.", markup=False)
+    if file is not None:
+        console.print(f"written to {file}", markup=False, soft_wrap=True)
 
 
 def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
@@ -350,28 +360,9 @@ def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     if how.sources or any(files):
         return first, _study(other, of_trace if files[1] else how)[0]
     second, _ = _study(other, how, first.passages)
-    assert first.tokenizer is not None
-    assert second.tokenizer is not None
-    if not same_tokens(first.tokenizer, second.tokenizer):
+    if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
         raise ConfigError(
             f"{path} and {other} have different tokenizers, so the tokens that one held out mean "
             "nothing to the other; give text for both with --source"
         )
     return first, second
-
-
-def _print_compared(found: Comparison, paths: tuple[str, str], file: Path | None) -> None:
-    """The table of two models, for a person."""
-    from rich.console import Console
-
-    from moestro.cli.probe_tables import print_comparison
-
-    console = Console(highlight=False)
-    for letter, path in zip("AB", paths, strict=True):
-        console.print(f"{letter}: {path}", markup=False, soft_wrap=True)
-    print_comparison(console, found, f"the {found.documents} documents that both read", "A", "B")
-    for path, left in zip(paths, found.left_out, strict=True):
-        if left:
-            console.print(f"{left} documents that only {path} has are left out.", markup=False)
-    if file is not None:
-        console.print(f"written to {file}", markup=False, soft_wrap=True)
