@@ -21,7 +21,8 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 from moestro.foreign.taps import taps
-from moestro.probe.recording import foreign
+from moestro.probe.recording.passages import Passage
+from moestro.probe.recording.record import record
 
 VOCABULARY = 61
 SIZES = {
@@ -239,8 +240,7 @@ def outcome(names: list[str]) -> str:
     try:
         model = build(text[0])
         found = taps(model)
-        with torch.no_grad():
-            foreign.run(model, torch.randint(3, VOCABULARY, (1, 7)), None)
+        record(model, [Passage(torch.randint(3, VOCABULARY, (7,)))])
     except Exception as error:
         return f"{text[0]} cannot be built or recorded: {type(error).__name__}: {error}"
     unscored = sorted({type(tap.router).__name__ for tap in found if tap.scoring is None})

@@ -248,9 +248,9 @@ def _facts(plan: Plan, rows: list[Row]) -> dict[str, Any]:
 
 def _print(plan: Plan, rows: list[Row]) -> None:
     """The table, for a person."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from moestro.cli.tables import new_table
 
     facts = _facts(plan, rows)
     machine, size = facts["machine"], facts["parameters"]
@@ -263,12 +263,11 @@ def _print(plan: Plan, rows: list[Row]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
     titles = ["weights", "prompt/s", "decode/s", "first ms", "MB/token", "of read", "GiB"]
     energy = any(row.speed.joules is not None for row in rows)
-    for title in (*titles, *(("J/token",) if energy else ())):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table("", *titles, *(("J/token",) if energy else ()))
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for name, weights, speed in rows:
         cells = [
             weights,

@@ -129,25 +129,21 @@ def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
 
 def _print(checkpoint: Path, tokens: int, rows: list[Row]) -> None:
     """The table, for a person."""
-    from rich import box
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
+    from moestro.cli.tables import new_table
     from moestro.train.evaluate import ALL
 
     console = Console(highlight=False)
     console.print(
         f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     domains = [name for name in rows[0].bits if name != ALL]
-    for place, title in enumerate(
-        ["weights", ALL, "change", *(domains if len(domains) > 1 else ())]
-    ):
-        table.add_column(escape(title), justify="right" if place else "left")
+    if len(domains) == 1:
+        domains = []
+    table = new_table("weights", ALL, "change", *domains)
     for row in rows:
-        each = [f"{row.bits[name]:.4f}" for name in domains] if len(domains) > 1 else []
+        each = [f"{row.bits[name]:.4f}" for name in domains]
         change = "" if row is rows[0] else f"{_over(row, rows[0]):+.2%}"
         table.add_row(row.weights, f"{row.bits[ALL]:.4f}", change, *each)
     console.print(table)

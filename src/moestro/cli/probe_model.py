@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moestro.cli.labelled import held_out_passages, source_passages
+from moestro.cli.held_out import open_corpus
 from moestro.cli.opening import open_shown
 from moestro.errors import CheckpointError, ConfigError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PASSAGE = 256
 
 
-class Probed(NamedTuple):
+class Opened(NamedTuple):
     """A model to look into.
 
     Attributes:
@@ -44,9 +45,13 @@ class Probed(NamedTuple):
         Raises:
             DataError: there is no text.
         """
+        from moestro.probe.recording.labelled import held_out_passages, source_passages
+
         if sources:
             return source_passages(sources, self.tokenizer, tokens, self.length, self.by)
-        return held_out_passages(self.folder, self.home, tokens, self.length)
+        with ExitStack() as stack:
+            corpus = open_corpus(self.folder, self.home / "data", (), self.length, stack)
+            return held_out_passages(corpus, tokens)
 
 
 def open_probed(
@@ -54,7 +59,7 @@ def open_probed(
     transformers: bool = False,
     generate: int = 0,
     accept_fields: tuple[str, ...] = (),
-) -> Probed:
+) -> Opened:
     """The model that a name means.
 
     Args:
@@ -81,10 +86,10 @@ def open_probed(
     data = read_run_settings(folder).data if (folder / "run.json").exists() else None
     length = min(PASSAGE if data is None else data.seq_len, model.cfg.attention.context)
     by = "field" if data is not None and data.domains == "field" else "folder"
-    return Probed(model, load_tokenizer(folder), folder, home, length, by)
+    return Opened(model, load_tokenizer(folder), folder, home, length, by)
 
 
-def _by_transformers(name: str | Path, generate: int) -> Probed:
+def _by_transformers(name: str | Path, generate: int) -> Opened:
     """A causal language model of transformers, any family; only safetensors is read."""
     try:
         import transformers
@@ -111,4 +116,4 @@ def _by_transformers(name: str | Path, generate: int) -> Probed:
             "tokens; give less"
         )
     model.train(False)
-    return Probed(model, load_tokenizer(folder), folder, folder, length)
+    return Opened(model, load_tokenizer(folder), folder, folder, length)
