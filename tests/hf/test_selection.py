@@ -224,7 +224,7 @@ SHARDED = (
     ("AfmoeForCausalLM", True, True),
 )  # fmt: skip
 RANK_OF_TWO = """
-import sys, warnings
+import gc, sys, warnings
 warnings.filterwarnings("error", module="moestro")
 from pathlib import Path
 import torch
@@ -273,6 +273,7 @@ with joined(torch.device("cpu")) as ranks:
     for case in sys.argv[2:]:
         name, early, parts = case.split("-")
         run(Path(sys.argv[1], case), ranks.rank, mesh, early == "True", parts == "True")
+        gc.collect()  # a balanced model is a cycle that holds the process group, which ends here
 """
 
 
