@@ -14,7 +14,7 @@ from moestro.checkpoints.quantize import (
     format_of,
     is_packed,
     pack,
-    places,
+    packable,
     random_model,
     read_packed,
 )
@@ -89,8 +89,8 @@ def unpacked(original: nn.Module, packed: nn.Module) -> nn.Module:
     model = copy.deepcopy(original)
     modules = dict(packed.named_modules())
     with torch.no_grad():
-        for place in places(model):
-            module, own = modules[place.path], place.module
+        for path, own in packable(model).items():
+            module = modules[path]
             if isinstance(own, nn.Linear):
                 assert isinstance(module, PackedLinear)
                 weight_OI = native_cpu.unpack_matrix(module.weights)

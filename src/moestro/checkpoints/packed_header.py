@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moestro.checkpoints.quantize import places
+from moestro.checkpoints.quantize import packable
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
@@ -172,8 +172,8 @@ def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
         raise ValueError(f"its settings have {total} parameters, which {nbytes} bytes do not hold")
     with without_memory():
         model = build_model(cfg)
-    for place in places(model):
-        setattr(place.parent, place.name, place.pack(format))
+    for path, module in packable(model).items():
+        model.set_submodule(path, module.to_packed(format))
     return model.eval()
 
 

@@ -56,10 +56,10 @@ def traced_packed(
     return y_TD.to(x_TD.dtype)
 
 
-def traced_linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+def traced_linear(packed: PackedMatrix, x_TI: Tensor) -> Tensor:
     """`native_cpu.linear`, by an operator."""
-    shape = [packed.rows, packed.columns]
-    y_TO: Tensor = _ops().packed_linear(x_TI, packed.data, bias_O, *packed.format, shape)
+    data, *shape, format, bias_O = packed
+    y_TO: Tensor = _ops().packed_linear(x_TI, data, bias_O, *format, shape)
     return y_TO
 
 

@@ -103,12 +103,13 @@ class NativeDecoder:
         self._rotary = RotaryTable(cfg)
         self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
         empty = model.embed.weight.new_empty(1, cfg.num_kv_heads, 0, cfg.head_dim)
-        self._like = (empty, empty)
+        self._like, head = (empty, empty), model.head.native()
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
             _shape(cfg, attention.scale),
             _fp32(model.norm.weight),
-            *model.head.native(),
+            head,
+            head.bias,
             model.embed.weight.dtype,
         )
 
@@ -166,8 +167,7 @@ def _layer(block: Block) -> StepLayer:
     attention: Any = block.attention
     ffn: Any = block.ffn
     experts: Any = ffn.experts if isinstance(ffn, MoE) else ffn
-    qkv, qkv_bias = attention.qkv.native()
-    out, out_bias = attention.out.native()
+    qkv, out = attention.qkv.native(), attention.out.native()
     layer = StepLayer(
         attention_norm=_gain(block.attention_norm),
         ffn_norm=_gain(block.ffn_norm),
@@ -175,8 +175,8 @@ def _layer(block: Block) -> StepLayer:
         out=out,
         experts=experts.native(),
         window=attention.window,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
+        qkv_bias=qkv.bias,
+        out_bias=out.bias,
         q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
         k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
         sinks=_maybe(attention.sinks),

@@ -57,9 +57,6 @@ class Verdict(NamedTuple):
     reason: str
 
 
-Supports = Callable[[Work], Verdict]
-
-
 def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
     return counts_E
 
@@ -70,7 +67,8 @@ class Backend(NamedTuple):
     Attributes:
         name: what a person types to force it.
         uses: what it is for, of `USES`.
-        supports: whether it can do some work.
+        runs_on: where it runs, in words.
+        against: why it cannot do some work; None: it can.
         grouped_mm: see `reference.grouped_mm`.
         expert_ffn: see `reference.expert_ffn`.
         single_ffn: the network of one expert on a few rows, where no gradients are wanted; see
@@ -83,7 +81,8 @@ class Backend(NamedTuple):
 
     name: str
     uses: tuple[str, ...]
-    supports: Supports
+    runs_on: str
+    against: Callable[[Work], str | None]
     grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = (
         reference.grouped_mm
     )
@@ -93,6 +92,16 @@ class Backend(NamedTuple):
     single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None = None
     padded_counts: Callable[[Tensor, torch.dtype], Tensor] = _no_padding
     mixture: Callable[..., Tensor] | None = None
+
+    def supports(self, work: Work) -> Verdict:
+        """Whether it can do this now: `torch.func` cannot pass through a kernel's own autograd."""
+        reason = self.against(work)
+        if pointwise.transformed() and self.name != "reference":
+            reason = (
+                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
+                'build the model with backend="reference", or leave it "auto"'
+            )
+        return Verdict(reason is None, reason or self.runs_on)
 
 
 class Row(NamedTuple):
@@ -130,35 +139,28 @@ def _size_above(count: int) -> int:
     return max(math.ceil(2 ** ((step + 0.5) / 8) / 16), math.ceil(count / 16)) * 16
 
 
-def _supports_torch(work: Work) -> Verdict:
-    """What `torch.nn.functional.grouped_mm` is fast for."""
+def _against_torch(work: Work) -> str | None:
+    """What `torch.nn.functional.grouped_mm` is slow for, or refuses."""
     if work.device != "cuda":
-        return Verdict(False, "slower than segments off CUDA, where it is a loop over all experts")
+        return "slower than segments off CUDA, where it is a loop over all experts"
     if not torch.cuda.is_available():
-        return Verdict(False, "no CUDA device on this machine")
+        return "no CUDA device on this machine"
     if torch.cuda.get_device_capability() < (8, 0):
-        return Verdict(False, "needs compute capability 8.0 or newer")
+        return "needs compute capability 8.0 or newer"
     if work.dtype != torch.bfloat16:
-        return Verdict(False, f"fast for bfloat16 only, not {work.dtype}")
+        return f"fast for bfloat16 only, not {work.dtype}"
     odd = [width for width in work.widths if width % 8]
-    if odd:
-        return Verdict(False, f"widths must be multiples of 8 (16 bytes); given {odd}")
-    return Verdict(True, "CUDA with bfloat16")
+    return f"widths must be multiples of 8 (16 bytes); given {odd}" if odd else None
 
 
-def _supports_tiles(work: Work) -> Verdict:
-    reason = native_training.reason_against(work.device, work.dtype, work.widths)
-    return Verdict(reason is None, reason or "CPU with AMX tiles, for bfloat16")
-
-
-def _supports_whole(work: Work) -> Verdict:
-    """What the native kernels can do in one call."""
-    reason = f"for the CPU, not {work.device}" if work.device != "cpu" else None
-    reason = reason or native_cpu.available() or work.lacks
+def _against_whole(work: Work) -> str | None:
+    """What the native kernels cannot do in one call."""
+    if work.device != "cpu":
+        return f"for the CPU, not {work.device}"
+    reason = native_cpu.available() or work.lacks
     if work.use == "infer":
         reason = reason or _other_dtype(work)
-    reason = reason or next(filter(None, map(_not_plain, work.weights)), None)
-    return Verdict(reason is None, reason or "CPU, for float32 and bfloat16")
+    return reason or next(filter(None, map(_not_plain, work.weights)), None)
 
 
 def _other_dtype(work: Work) -> str | None:
@@ -182,58 +184,46 @@ def _not_plain(weight: Tensor) -> str | None:
     return None if weight.is_contiguous() else "weights are contiguous; given strided ones"
 
 
-def _anywhere(work: Work) -> Verdict:
-    return Verdict(True, "any device and dtype")
-
-
-def _own_autograd(supports: Supports) -> Supports:
-    """The predicate of a kernel with its own autograd, which `torch.func` cannot pass through."""
-
-    def verdict(work: Work) -> Verdict:
-        if pointwise.transformed():
-            return Verdict(
-                False,
-                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
-                'build the model with backend="reference", or leave it "auto"',
-            )
-        return supports(work)
-
-    return verdict
-
-
+EXPERTS = ("train", "infer")
 WHOLE = Backend(
     "native",
     ("infer", "packed", "step"),
-    _own_autograd(_supports_whole),
+    "CPU, for float32 and bfloat16",
+    _against_whole,
     mixture=native_cpu.plain_mixture,
 )
 TABLE: tuple[Backend, ...] = (
     WHOLE,
     Backend(
         "torch",
-        ("train", "infer"),
-        _own_autograd(_supports_torch),
+        EXPERTS,
+        "CUDA with bfloat16",
+        _against_torch,
         torch_grouped.TORCH.grouped_mm,
         torch_grouped.TORCH.expert_ffn,
     ),
     Backend(
         "native",
-        ("train", "infer"),
-        _own_autograd(_supports_tiles),
+        EXPERTS,
+        "CPU with AMX tiles, for bfloat16",
+        lambda work: native_training.reason_against(*work[:3]),
         native_training.NATIVE.grouped_mm,
         native_training.expert_ffn,
         torch_grouped.single_ffn,
     ),
     Backend(
         "segments",
-        ("train", "infer"),
-        _own_autograd(_anywhere),
+        EXPERTS,
+        "any device and dtype",
+        lambda work: None,
         torch_grouped.SEGMENTS.grouped_mm,
         torch_grouped.SEGMENTS.expert_ffn,
         torch_grouped.single_ffn,
         _few_sizes,
     ),
-    Backend("reference", ("train", "infer"), _anywhere, mixture=reference.mixture),
+    Backend(
+        "reference", EXPERTS, "any device and dtype", lambda work: None, mixture=reference.mixture
+    ),
 )
 
 

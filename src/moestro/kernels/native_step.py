@@ -26,78 +26,44 @@ _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_floa
 
 
 class StepLayer(NamedTuple):
-    """One layer. All plain tensors are fp32 and contiguous; None where the layer has none.
+    """One layer. All plain tensors are fp32 and contiguous; None where the layer has none."""
 
-    Attributes:
-        attention_norm: [D] gain of the RMSNorm before attention.
-        ffn_norm: [D] gain of the one before the feed-forward network.
-        qkv: [(H + 2G)·A, D].
-        out: [D, H·A].
-        experts: the routed experts; of a dense layer its network as a single one.
-        router: [E, D]; None for a dense layer.
-        window: positions seen, the token's own included; 0: all that are kept.
-        qkv_bias: [(H + 2G)·A].
-        out_bias: [D].
-        q_norm: [A] gain of each query head's RMSNorm.
-        k_norm: [A] of each key head's.
-        sinks: [H].
-        logit_bias: [E] added to the logits.
-        selection_bias: [E] added to the scores when choosing.
-        shared: the shared expert, as a single one.
-        shared_gate: [D].
-    """
-
-    attention_norm: Tensor
-    ffn_norm: Tensor
-    qkv: PackedMatrix
-    out: PackedMatrix
-    experts: PackedExperts
-    router: Tensor | None = None
-    window: int = 0
-    qkv_bias: Tensor | None = None
-    out_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    sinks: Tensor | None = None
-    logit_bias: Tensor | None = None
-    selection_bias: Tensor | None = None
-    shared: PackedExperts | None = None
-    shared_gate: Tensor | None = None
+    attention_norm: Tensor  # [D], gain of the RMSNorm before attention
+    ffn_norm: Tensor  # [D], of the one before the feed-forward network
+    qkv: PackedMatrix  # [(H + 2G)·A, D]
+    out: PackedMatrix  # [D, H·A]
+    experts: PackedExperts  # of a dense layer its network as a single one
+    router: Tensor | None = None  # [E, D]; None for a dense layer
+    window: int = 0  # positions seen, the token's own included; 0: all that are kept
+    qkv_bias: Tensor | None = None  # [(H + 2G)·A]
+    out_bias: Tensor | None = None  # [D]
+    q_norm: Tensor | None = None  # [A], gain of each query head's RMSNorm
+    k_norm: Tensor | None = None  # [A], of each key head's
+    sinks: Tensor | None = None  # [H]
+    logit_bias: Tensor | None = None  # [E], added to the logits
+    selection_bias: Tensor | None = None  # [E], added to the scores when choosing
+    shared: PackedExperts | None = None  # the shared expert, as a single one
+    shared_gate: Tensor | None = None  # [D]
 
 
 _OPTIONAL = StepLayer._field_defaults
 
 
 class StepShape(NamedTuple):
-    """Numbers that all layers share.
+    """Numbers that all layers share."""
 
-    Attributes:
-        dim: D.
-        heads: H.
-        groups: G.
-        head_dim: A.
-        vocab: V.
-        top_k: K; 0 for a model without mixtures.
-        sigmoid: scores are sigmoids instead of a softmax.
-        renormalize: the K weights are divided by their sum.
-        router_scale: every weight is multiplied by it.
-        eps: of the norms.
-        score_scale: of the attention scores.
-        head_scale: of the last hidden state.
-    """
-
-    dim: int
-    heads: int
-    groups: int
-    head_dim: int
-    vocab: int
-    top_k: int
-    sigmoid: bool = False
-    renormalize: bool = True
-    router_scale: float = 1.0
-    eps: float = 1e-6
-    score_scale: float = 1.0
-    head_scale: float = 1.0
+    dim: int  # D
+    heads: int  # H
+    groups: int  # G
+    head_dim: int  # A
+    vocab: int  # V
+    top_k: int  # K; 0 for a model without mixtures
+    sigmoid: bool = False  # scores are sigmoids instead of a softmax
+    renormalize: bool = True  # the K weights are divided by their sum
+    router_scale: float = 1.0  # every weight is multiplied by it
+    eps: float = 1e-6  # of the norms
+    score_scale: float = 1.0  # of the attention scores
+    head_scale: float = 1.0  # of the last hidden state
 
 
 class _Layer(ctypes.Structure):
@@ -136,18 +102,11 @@ class _Past(ctypes.Structure):
 class StepPast:
     """Where one sequence's keys and values are, and where the step writes those of its new token.
 
-    Attributes:
-        structure: what the native library reads.
-        buffers: of each layer, as it was put.
-        kind: see `StepDecoder.past_kind`.
+    Args:
+        decoder: whose past it is; it has no layer yet.
     """
 
     def __init__(self, decoder: StepDecoder) -> None:
-        """Of no layer yet.
-
-        Args:
-            decoder: whose past it is.
-        """
         count = decoder.num_layers
         self.kind = decoder.past_kind
         self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
@@ -170,9 +129,9 @@ class StepPast:
             ShapeError: there is no such layer, or they are not of the decoder's shape and cache
                 dtype, or not contiguous. Places that do not fit are refused by the step.
         """
-        if not 0 <= layer < len(self.buffers) or buffers is not self.buffers[layer]:
-            if not 0 <= layer < len(self.buffers):
-                raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
+        if not 0 <= layer < len(self.buffers):
+            raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
+        if buffers is not self.buffers[layer]:
             _, groups, width, dtype = self.kind
             keys, values = buffers
             room = check(keys, "keys", (1, groups, None, width), (dtype,)).shape[2]
@@ -185,11 +144,7 @@ class StepPast:
 
 
 class StepDecoder:
-    """A decoder as the native library sees it; keeps the tensors alive that it points to.
-
-    Attributes:
-        past_kind: what its pasts have in common with it: L, G, A and the dtype.
-    """
+    """A decoder as the native library sees it; keeps the tensors alive that it points to."""
 
     def __init__(
         self,
@@ -214,8 +169,8 @@ class StepDecoder:
             ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU.
         """
         _check_shape(shape, len(layers), cache_dtype)
-        self.shape, self.cache_dtype = shape, cache_dtype
-        self.num_layers = len(layers)
+        self.shape, self.num_layers = shape, len(layers)
+        # What its pasts have in common with it.
         self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
         self._alive = (list(layers), norm, head, head_bias)
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
@@ -225,7 +180,7 @@ class StepDecoder:
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
             _matrix(head, "head", shape.vocab, shape.dim),
-            _maybe(head_bias, "head_bias", shape.vocab),
+            None if head_bias is None else _fp32(head_bias, "head_bias", shape.vocab),
         )  # fmt: skip
 
     def step(
@@ -327,7 +282,3 @@ def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
 
 def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
     return address(tensor, name, shape, FP32)
-
-
-def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
-    return None if tensor is None else address(tensor, name, shape, FP32)

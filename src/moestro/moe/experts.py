@@ -88,9 +88,10 @@ class StackedWeights(nn.Module):
 
     def to_packed(self, format: Format) -> PackedStack:
         """The same with packed weights; see `moestro.moe.packed.Packable`."""
-        pack = packing.blank_experts if self.down.is_meta else native_cpu.pack_experts
-        weights = (self.gate_up.detach(), self.down.detach(), self.activation)
-        return self.packed(pack(*weights, format, *(self.biases or ())))
+        how = (self.activation, format, *(self.biases or ()))
+        if self.down.is_meta:
+            return self.packed(packing.blank_experts(self.down, *how))
+        return self.packed(native_cpu.pack_experts(self.gate_up, self.down, *how))
 
     def native(self) -> packing.PackedExperts:
         """The weights as the native kernels read them, not copied."""

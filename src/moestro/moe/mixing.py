@@ -25,22 +25,17 @@ FEW_ROWS = 16
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E feed-forward networks.
+    """The weights of E feed-forward networks; see `reference.expert_ffn`.
 
-    Attributes:
-        up_EHD: see `reference.expert_ffn`.
-        down_EDF: see `reference.expert_ffn`.
-        activation: see `reference.activate`; a function in its place runs between two products,
-            where a name lets a kernel fuse all three.
-        biases: of the experts that have them.
-        norm: of each row after the second product; None: none.
+    A function in the place of an activation's name runs between two products, where a name lets a
+    kernel fuse all three.
     """
 
     up_EHD: Tensor
     down_EDF: Tensor
     activation: Activation
     biases: Biases | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None  # of each row after the second product
 
     def work(self, x_TD: Tensor, use: str, lacks: str | None = None) -> Work:
         """What is to be computed with them; see `backends.Work`."""
