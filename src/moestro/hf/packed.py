@@ -93,8 +93,13 @@ def quantize(
     backends.choose("auto", Work("cpu", torch.float32, use="packed"))
     modules = dict(model.named_modules())
     for name, module in found.items():
+        outer = routers.outermost(modules, name)
+        if outer != name:
+            raise BackendError(
+                f"the experts {name} are inside of {type(modules[outer]).__name__}, which needs "
+                "their weights; merge adapters into them first (model.merge_and_unload())"
+            )
         _check(name, module)
-        _refuse_wrapped(name, modules)
     projections = _projections(model) if linears else {}
     for name, linear in projections.items():
         _check_weights(name, [linear.weight])
@@ -124,16 +129,6 @@ def _check(name: str, module: nn.Module) -> None:
             "they cannot be packed"
         )
     _check_weights(name, weights.tensors)
-
-
-def _refuse_wrapped(name: str, modules: dict[str, nn.Module]) -> None:
-    """An adapter changes weights that would no longer be there."""
-    outer = routers.outermost(modules, name)
-    if outer != name:
-        raise BackendError(
-            f"the experts {name} are inside of {type(modules[outer]).__name__}, which needs their "
-            "weights; merge adapters into them first (model.merge_and_unload())"
-        )
 
 
 def _check_weights(name: str, tensors: list[Tensor]) -> None:

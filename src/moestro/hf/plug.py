@@ -56,9 +56,6 @@ def install() -> Installed:
     Two methods of `PreTrainedModel` are wrapped, the end of its construction and
     `set_experts_implementation`: there a model is refused whose experts transformers would run
     by other code though this name was asked for. To install again changes nothing.
-
-    Returns:
-        What was done, and which kernels will run.
     """
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ExpertsInterface.register(NAME, mixture)
@@ -71,10 +68,7 @@ def install() -> Installed:
 
 
 def use(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Make all experts of a model run here.
-
-    Returns:
-        The experts modules by name.
+    """Make all experts of a model run here, and return them by name.
 
     Raises:
         BackendError: some cannot be reached.

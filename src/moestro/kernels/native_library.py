@@ -151,15 +151,14 @@ def library() -> ctypes.CDLL:
     if isinstance(loaded, str):
         raise BackendError(loaded)
     _follow_threads(loaded)
-    forced = os.environ.get(PATH_VARIABLE, "")
+    forced, best = os.environ.get(PATH_VARIABLE, ""), loaded.moestro_best_path()
     if forced and forced not in PATHS:
         raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
-    wanted = PATHS.index(forced) if forced else loaded.moestro_best_path()
+    wanted = PATHS.index(forced) if forced else best
     if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
-        best = PATHS[loaded.moestro_best_path()]
         raise BackendError(
             f"{PATH_VARIABLE}={forced} was asked for, but this machine does not run it; its best "
-            f"is {best}"
+            f"is {PATHS[best]}"
         )
     return loaded
 

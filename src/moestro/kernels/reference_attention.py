@@ -48,7 +48,8 @@ def attend(
             for s in range(length):
                 own = span - length + s
                 first = 0 if window is None else max(0, own - window + 1)
-                keys = [p for p in range(first, own + 1) if p == own or _valid(valid_BP, b, p)]
+                valid_P = [True] * span if valid_BP is None else valid_BP[b].tolist()
+                keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
                 scores_P = k_BGPA[b, g, keys] @ q_BHSA[b, h, s] * factor
                 if bias_HSP is not None:
                     scores_P = scores_P + bias_HSP[h, s, keys]
@@ -57,7 +58,3 @@ def attend(
                 weights_P = scores_P.softmax(0)[: len(keys)]
                 y_BHSA[b, h, s] = weights_P @ v_BGPA[b, g, keys]
     return y_BHSA
-
-
-def _valid(valid_BP: Tensor | None, b: int, p: int) -> bool:
-    return valid_BP is None or bool(valid_BP[b, p])

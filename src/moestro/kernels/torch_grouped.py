@@ -122,9 +122,9 @@ class Products(NamedTuple):
         biases: Biases | None = None,
     ) -> Tensor:
         """`reference.expert_ffn` by these products."""
-        weights = (up_EHD, down_EDF, *(biases or (None, None)))
+        inputs, groups = (x_RD, up_EHD, down_EDF), Groups(offsets_E, experts_E)
         y_RD: Tensor = _ExpertFFN.apply(
-            x_RD, *weights, activation, Groups(offsets_E, experts_E), self
+            *inputs, *(biases or (None, None)), activation, groups, self
         )
         return y_RD
 
@@ -237,12 +237,7 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_RI: Tensor,
-        w_EOI: Tensor,
-        bias_EO: Tensor | None,
-        groups: Groups,
-        by: Products,
+        ctx: Any, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, groups: Groups, by: Products
     ) -> Tensor:
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, w_EOI, bias_EO)

@@ -127,11 +127,8 @@ def _shares(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _real(routing: Routing, values_TE: Tensor) -> Tensor:
     """The values with padding at 0, whatever it held: 0 times NaN would be NaN."""
-    return (
-        values_TE
-        if routing.valid_T is None
-        else values_TE.masked_fill(~routing.valid_T[:, None], 0)
-    )
+    valid_T = routing.valid_T
+    return values_TE if valid_T is None else values_TE.masked_fill(~valid_T[:, None], 0)
 
 
 def _num_real(routing: Routing) -> Tensor | int:

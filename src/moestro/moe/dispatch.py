@@ -104,18 +104,12 @@ def make_plan(routing: Routing, padded_counts: Callable[[Tensor], Tensor] | None
     rows_A[order_A] = sorted_rows_A
     tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=order_A.device)
     tokens_R[sorted_rows_A] = routing.tokens_R[order_A]
-    padding_P = _padding(sorted_rows_A, num_rows)
+    padding_P = sorted_rows_A[:0]
+    if len(sorted_rows_A) < num_rows:
+        free_R = torch.ones(num_rows, dtype=torch.bool, device=order_A.device)
+        padding_P = free_R.index_fill_(0, sorted_rows_A, False).nonzero().squeeze(1)
     slots_TK, rows_TK, complete = _by_token(routing, rows_A, num_rows)
     return Plan(tokens_R, padding_P, slots_TK, rows_TK, offsets_E, groups_E, counts_E, complete)
-
-
-def _padding(used_rows_A: Tensor, num_rows: int) -> Tensor:
-    """Row numbers that no assignment uses."""
-    if len(used_rows_A) == num_rows:
-        return used_rows_A[:0]
-    free_R = torch.ones(num_rows, dtype=torch.bool, device=used_rows_A.device)
-    free_R[used_rows_A] = False
-    return free_R.nonzero().squeeze(1)
 
 
 def _by_token(routing: Routing, rows_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor, bool]:
@@ -146,12 +140,7 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
     """Weighted sum of each token's rows. [R, D] → [T, D] in the rows' dtype.
 
     The sum runs over K in a fixed order, in at least fp32, so that the result does not depend on
-    what else is in the batch. A token without a row gets zero.
-
-    Args:
-        rows_RD: outputs of the experts.
-        weights_A: the Routing's weights, in its order.
-        plan: what `make_plan` returned.
+    what else is in the batch. A token without a row gets zero. The weights are the Routing's.
     """
     y_TD: Tensor = _Combine.apply(rows_RD, weights_A, plan)
     return y_TD
@@ -160,15 +149,8 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
 def mix_few(x_TD: Tensor, routing: Routing, single: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Dispatch, experts and combine of few tokens, without a plan and without gradients.
 
-    The same sum in the same order as `combine`'s. Each expert that is hit works once.
-
-    Args:
-        x_TD: tokens, in the dtype to compute in.
-        routing: token choice.
-        single: one expert: (rows [P, D], its number) → [P, D].
-
-    Returns:
-        y_TD in the tokens' dtype.
+    The same sum in the same order as `combine`'s, for token choice. Each expert that is hit works
+    once: `single` maps (rows [P, D], its number) to [P, D].
     """
     top_k, dtype = routing.top_k, torch.promote_types(x_TD.dtype, torch.float32)
     kept_R = None if routing.kept_R is None else routing.kept_R.tolist()

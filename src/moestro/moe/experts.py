@@ -112,15 +112,8 @@ class Experts(StackedWeights):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Each token through its experts, and the weighted sum of what they return.
 
-        Args:
-            x_TD: tokens in the weights' dtype; under autocast in any.
-            routing: who goes where.
-
-        Returns:
-            y_TD in the dtype computed in.
-
         Raises:
-            ShapeError: the tokens have another dtype than the weights.
+            ShapeError: the tokens are not of the weights' dtype, and autocast is off.
         """
         if x_TD.dtype != self.down.dtype and not torch.is_autocast_enabled(x_TD.device.type):
             raise ShapeError(
@@ -150,13 +143,13 @@ class FeedForward(StackedWeights):
         backend: str = "auto",
         out_scale: float = 1.0,
     ) -> None:
-        sizes = (1, dim, hidden_dim, activation)
-        super().__init__(*sizes, init_scale=init_scale, backend=backend, out_scale=out_scale)
+        super().__init__(
+            1, dim, hidden_dim, activation, 0.0, init_scale, backend, out_scale=out_scale
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D] in the dtype computed in."""
-        ffn = _hidden(mixing.dense)
-        return ffn(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+        return _hidden(mixing.dense)(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
 
 
 def _hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
