@@ -246,7 +246,7 @@ def test_refusals() -> None:
         pack(broken, WEIGHTS["int8"])
     with pytest.raises(MoestroError, match="on meta"):
         pack(decoder("mixture").to("meta"), WEIGHTS["int8"])
-    with pytest.raises(ConfigError, match="'int5' are none of fp32, bf16, int8"):
+    with pytest.raises(ConfigError, match=r"weights are fp32, bf16, int8.*as-is; given 'int5'"):
         format_of("int5")
     assert format_of("as-is") is None
 

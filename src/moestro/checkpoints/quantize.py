@@ -42,12 +42,12 @@ def format_of(name: str) -> Format | None:
     """The format that --weights names; None: weights stay as they are.
 
     Raises:
-        ConfigError: none has this name.
+        ConfigError: there is no such format.
     """
     if name == AS_IS:
         return None
     if name not in WEIGHTS:
-        raise ConfigError(f"weights {name!r} are none of {', '.join((*WEIGHTS, AS_IS))}")
+        raise ConfigError(f"weights are {', '.join((*WEIGHTS, AS_IS))}; given {name!r}")
     return WEIGHTS[name]
 
 
@@ -141,10 +141,6 @@ def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Mode
 
     Every matrix is uniform with variance 1 / fan-in, so that activations stay of order one.
 
-    Args:
-        cfg: its settings.
-        format: of the packed weights; None: plain.
-
     Raises:
         BackendError: there is no native library to pack with; says why.
     """
@@ -177,11 +173,7 @@ def _pack_in_turn(
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
 
-    Args:
-        model: changed in place.
-        dtype: of what is filled.
-        format: of all packed weights.
-        fill: writes the tensors of these names; told whether they are the last.
+    `fill` writes the tensors of some names, and is told whether they are the last.
     """
     alone: dict[str, Any] = packable(model)
     if model.cfg.head.tied:

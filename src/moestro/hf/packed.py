@@ -19,30 +19,17 @@ from moestro.probe.recording import routers
 
 
 class PackedModel(NamedTuple):
-    """What `quantize` did.
+    """What `quantize` did."""
 
-    Attributes:
-        format: how weights are stored now.
-        experts: names of the packed experts modules.
-        linears: names of the packed projections.
-        bytes_before: size of what was packed.
-        bytes_after: its size now, scales and padding included.
-    """
-
-    format: Format
-    experts: tuple[str, ...]
-    linears: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
+    format: Format  # how weights are stored now
+    experts: tuple[str, ...]  # names of the packed experts modules
+    linears: tuple[str, ...]  # names of the packed projections
+    bytes_before: int  # size of what was packed
+    bytes_after: int  # its size now, scales and padding included
 
 
 class PackedProjection(PackedLinear):
-    """A linear map with packed weights, in the place of an `nn.Linear` of transformers.
-
-    Args:
-        linear: what it replaces; its weights are packed.
-        format: how.
-    """
+    """A linear map with packed weights, in the place of an `nn.Linear` of transformers."""
 
     def __init__(self, linear: nn.Linear, format: Format) -> None:
         super().__init__(native_cpu.pack_matrix(linear.weight, format, linear.bias))
@@ -72,9 +59,6 @@ def quantize(
         kind: int8, int4, bfloat16 or float32.
         group: inputs that share a scale (int8, int4): 32 or 64.
         linears: also pack the projections of attention, and the output head.
-
-    Returns:
-        What was packed.
 
     Raises:
         BackendError: the model is in training mode, has experts that cannot be reached or of a

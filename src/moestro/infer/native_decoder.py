@@ -20,24 +20,17 @@ from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepSh
 from moestro.models.attention import Attention
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Block, Decoder
-from moestro.models.norms import RMSNorm
 from moestro.models.rotary import RotaryTable
 from moestro.moe.layer import MoE
 from moestro.moe.routers import TopKRouter
 
 
 class Stepped(NamedTuple):
-    """One token of B sequences.
+    """One token of B sequences; L mixtures in the order of `model.moe_layers`."""
 
-    Attributes:
-        logits_BV: fp32.
-        experts_LBK: int64, the experts of each mixture, in the order of `model.moe_layers`.
-        weights_LBK: fp32, their weights.
-    """
-
-    logits_BV: Tensor
-    experts_LBK: Tensor
-    weights_LBK: Tensor
+    logits_BV: Tensor  # fp32
+    experts_LBK: Tensor  # int64
+    weights_LBK: Tensor  # fp32
 
 
 def supports(model: nn.Module) -> str | None:
@@ -169,16 +162,16 @@ def _layer(block: Block) -> StepLayer:
     experts: Any = ffn.experts if isinstance(ffn, MoE) else ffn
     qkv, out = attention.qkv.native(), attention.out.native()
     layer = StepLayer(
-        attention_norm=_gain(block.attention_norm),
-        ffn_norm=_gain(block.ffn_norm),
+        attention_norm=_fp32(block.attention_norm.weight),
+        ffn_norm=_fp32(block.ffn_norm.weight),
         qkv=qkv,
         out=out,
         experts=experts.native(),
         window=attention.window,
         qkv_bias=qkv.bias,
         out_bias=out.bias,
-        q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
-        k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
+        q_norm=None if attention.q_norm is None else _fp32(attention.q_norm.weight),
+        k_norm=None if attention.k_norm is None else _fp32(attention.k_norm.weight),
         sinks=_maybe(attention.sinks),
     )
     if not isinstance(ffn, MoE):
@@ -192,11 +185,6 @@ def _layer(block: Block) -> StepLayer:
         shared=None if shared is None else shared.native(),
         shared_gate=None if ffn.shared_gate is None else _fp32(ffn.shared_gate.weight[0]),
     )
-
-
-def _gain(norm: nn.Module) -> Tensor:
-    assert isinstance(norm, RMSNorm)
-    return _fp32(norm.weight)
 
 
 def _fp32(tensor: Tensor) -> Tensor:

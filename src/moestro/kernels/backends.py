@@ -31,23 +31,14 @@ USES = {
 
 
 class Work(NamedTuple):
-    """What is to be computed.
+    """What is to be computed."""
 
-    Attributes:
-        device: device type, such as "cpu".
-        dtype: the dtype computed in.
-        widths: D and the experts' hidden widths.
-        use: one of `USES`.
-        weights: those that a native kernel would read as they lie in the model.
-        lacks: why only plain torch, step by step, has what this needs; None: nothing is missing.
-    """
-
-    device: str
-    dtype: torch.dtype
-    widths: tuple[int, ...] = ()
-    use: str = "train"
-    weights: tuple[Tensor, ...] = ()
-    lacks: str | None = None
+    device: str  # its type, such as "cpu"
+    dtype: torch.dtype  # that is computed in
+    widths: tuple[int, ...] = ()  # D and the experts' hidden widths
+    use: str = "train"  # one of `USES`
+    weights: tuple[Tensor, ...] = ()  # those that native code would read as they lie in the model
+    lacks: str | None = None  # what else native code lacks for it
 
 
 class Verdict(NamedTuple):
@@ -65,12 +56,6 @@ class Backend(NamedTuple):
     """One row of the table. What it does not bring is the definition's.
 
     Attributes:
-        name: what a person types to force it.
-        uses: what it is for, of `USES`.
-        runs_on: where it runs, in words.
-        against: why it cannot do some work; None: it can.
-        grouped_mm: see `reference.grouped_mm`.
-        expert_ffn: see `reference.expert_ffn`.
         single_ffn: the network of one expert on a few rows, where no gradients are wanted; see
             `torch_grouped.single_ffn`. None: grouping is as good for few rows.
         padded_counts: (rows of each expert, dtype) → rows to give it, padding included. Groups are
@@ -79,10 +64,10 @@ class Backend(NamedTuple):
             and combine, one after another.
     """
 
-    name: str
-    uses: tuple[str, ...]
-    runs_on: str
-    against: Callable[[Work], str | None]
+    name: str  # what a person types to force it
+    uses: tuple[str, ...]  # what it is for, of `USES`
+    runs_on: str  # in words
+    against: Callable[[Work], str | None]  # why it cannot do some work; None: it can
     grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = (
         reference.grouped_mm
     )
@@ -186,45 +171,29 @@ def _not_plain(weight: Tensor) -> str | None:
 
 EXPERTS = ("train", "infer")
 WHOLE = Backend(
-    "native",
-    ("infer", "packed", "step"),
-    "CPU, for float32 and bfloat16",
-    _against_whole,
+    "native", ("infer", "packed", "step"), "CPU, for float32 and bfloat16", _against_whole,
     mixture=native_cpu.plain_mixture,
-)
+)  # fmt: skip
 TABLE: tuple[Backend, ...] = (
     WHOLE,
     Backend(
-        "torch",
-        EXPERTS,
-        "CUDA with bfloat16",
-        _against_torch,
-        torch_grouped.TORCH.grouped_mm,
-        torch_grouped.TORCH.expert_ffn,
+        "torch", EXPERTS, "CUDA with bfloat16", _against_torch,
+        torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn,
     ),
     Backend(
-        "native",
-        EXPERTS,
-        "CPU with AMX tiles, for bfloat16",
+        "native", EXPERTS, "CPU with AMX tiles, for bfloat16",
         lambda work: native_training.reason_against(*work[:3]),
-        native_training.NATIVE.grouped_mm,
-        native_training.expert_ffn,
-        torch_grouped.single_ffn,
+        native_training.NATIVE.grouped_mm, native_training.expert_ffn, torch_grouped.single_ffn,
     ),
     Backend(
-        "segments",
-        EXPERTS,
-        "any device and dtype",
-        lambda work: None,
-        torch_grouped.SEGMENTS.grouped_mm,
-        torch_grouped.SEGMENTS.expert_ffn,
-        torch_grouped.single_ffn,
-        _few_sizes,
+        "segments", EXPERTS, "any device and dtype", lambda work: None,
+        torch_grouped.SEGMENTS.grouped_mm, torch_grouped.SEGMENTS.expert_ffn,
+        torch_grouped.single_ffn, _few_sizes,
     ),
     Backend(
         "reference", EXPERTS, "any device and dtype", lambda work: None, mixture=reference.mixture
     ),
-)
+)  # fmt: skip
 
 
 def forced() -> str:
@@ -233,11 +202,7 @@ def forced() -> str:
 
 
 def choose(name: str, work: Work) -> Backend:
-    """The backend that runs.
-
-    Args:
-        name: a row's name, or "auto": what MOESTRO_BACKEND says, else the first that can run.
-        work: what is to be computed.
+    """The backend that runs: the one named, or for "auto" what MOESTRO_BACKEND says or the first.
 
     Raises:
         BackendError: the name is unknown, or what it names (of "auto": any) cannot run this.
@@ -280,9 +245,6 @@ def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> lis
         work, chosen = Work(device, dtype, use=use), None
         with suppress(BackendError):
             chosen = choose("auto", work)
-        rows += [
-            Row(use, row.name, *row.supports(work), row is chosen)
-            for row in TABLE
-            if use in row.uses
-        ]
+        able = [row for row in TABLE if use in row.uses]
+        rows += [Row(use, row.name, *row.supports(work), row is chosen) for row in able]
     return rows

@@ -70,16 +70,8 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack stacked experts of any strides, in as many threads as torch has.
 
-    fp16 and fp64 go through fp32, an expert at a time; biases become fp32.
-
-    Args:
-        up_EHD: `gate_up [E, 2F, D]` of gated experts, gate first, or `up [E, F, D]`.
-        down_EDF: down projections.
-        activation: decides whether there is a gate.
-        format: of all matrices.
-        up_bias_EH: None: none.
-        down_bias_ED: None: none.
-        interleaved: gate and up alternate along H.
+    fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
+    before those of up, or (`interleaved`) in turn with them.
 
     Raises:
         ShapeError: see `pack_matrix`; names the expert.

@@ -19,10 +19,10 @@ from torch import Tensor
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, call
+from moestro.kernels.native_library import I32, I64, PTR, Experts, Matrix, call
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
-_INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_FLOAT = ctypes.c_float
 
 
 class StepLayer(NamedTuple):
@@ -70,11 +70,10 @@ class _Layer(ctypes.Structure):
     """`moestro_layer`."""
 
     _fields_ = (
-        ("attention_norm", _POINTER), ("ffn_norm", _POINTER), ("qkv", Matrix), ("out", Matrix),
-        ("qkv_bias", _POINTER), ("out_bias", _POINTER), ("q_norm", _POINTER), ("k_norm", _POINTER),
-        ("sinks", _POINTER), ("window", _INT64), ("router", _POINTER), ("logit_bias", _POINTER),
-        ("selection_bias", _POINTER), ("experts", Experts), ("shared", Experts),
-        ("shared_gate", _POINTER),
+        ("attention_norm", PTR), ("ffn_norm", PTR), ("qkv", Matrix), ("out", Matrix),
+        ("qkv_bias", PTR), ("out_bias", PTR), ("q_norm", PTR), ("k_norm", PTR), ("sinks", PTR),
+        ("window", I64), ("router", PTR), ("logit_bias", PTR), ("selection_bias", PTR),
+        ("experts", Experts), ("shared", Experts), ("shared_gate", PTR),
     )  # fmt: skip
 
 
@@ -82,21 +81,18 @@ class _Decoder(ctypes.Structure):
     """`moestro_decoder`."""
 
     _fields_ = (
-        ("layers", _INT64), ("dim", _INT64), ("heads", _INT64), ("groups", _INT64),
-        ("head_dim", _INT64), ("vocab", _INT64), ("top_k", _INT32), ("sigmoid", _INT32),
-        ("renormalize", _INT32), ("cache_dtype", _INT32), ("router_scale", _FLOAT),
-        ("eps", _FLOAT), ("score_scale", _FLOAT), ("head_scale", _FLOAT), ("layer", _POINTER),
-        ("norm", _POINTER), ("head", Matrix), ("head_bias", _POINTER),
+        ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
+        ("vocab", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
+        ("cache_dtype", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
+        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR), ("head", Matrix),
+        ("head_bias", PTR),
     )  # fmt: skip
 
 
 class _Past(ctypes.Structure):
     """`moestro_past`."""
 
-    _fields_ = (
-        ("keys", _POINTER), ("values", _POINTER), ("room", _POINTER), ("place", _POINTER),
-        ("kept", _POINTER),
-    )  # fmt: skip
+    _fields_ = (("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR))
 
 
 class StepPast:
@@ -110,11 +106,11 @@ class StepPast:
         count = decoder.num_layers
         self.kind = decoder.past_kind
         self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
-        self._keys, self._values = (_POINTER * count)(), (_POINTER * count)()
-        self._rooms, self._places = (_INT64 * count)(), (_INT64 * count)()
-        self._kept = (_INT64 * count)()
+        self._keys, self._values = (PTR * count)(), (PTR * count)()
+        self._rooms, self._places = (I64 * count)(), (I64 * count)()
+        self._kept = (I64 * count)()
         self._arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
-        self.structure = _Past(*(ctypes.cast(array, _POINTER) for array in self._arrays))
+        self.structure = _Past(*(ctypes.cast(array, PTR) for array in self._arrays))
 
     def put(self, layer: int, buffers: tuple[Tensor, ...], place: int, kept: int) -> None:
         """Say where a layer's keys and values are, before each step.
@@ -155,18 +151,11 @@ class StepDecoder:
         head_bias: Tensor | None = None,
         cache_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Point at the weights.
-
-        Args:
-            layers: first to last.
-            shape: see there.
-            norm: fp32 [D], gain of the last RMSNorm.
-            head: [V, D].
-            head_bias: fp32 [V].
-            cache_dtype: of keys and values, fp32 or bf16.
+        """Point at the weights: of the layers, the last RMSNorm (fp32 [D]) and the head ([V, D]).
 
         Raises:
-            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU.
+            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU; or
+                keys and values (`cache_dtype`) are neither fp32 nor bf16.
         """
         _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.num_layers = shape, len(layers)
@@ -178,7 +167,7 @@ class StepDecoder:
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            ctypes.cast(self._layers, PTR), _fp32(norm, "norm", shape.dim),
             _matrix(head, "head", shape.vocab, shape.dim),
             None if head_bias is None else _fp32(head_bias, "head_bias", shape.vocab),
         )  # fmt: skip

@@ -29,7 +29,7 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
     """Keep at most `rows` assignments per expert; the others are dropped, and say so.
 
     Args:
-        routing: token choice, before any drop.
+        routing: token choice.
         rows: C.
         priority: "arrival": first choices before second choices, then in the order of the tokens
             (Lepikhin et al. 2020, GShard §2.2); "router": highest weight first (batch prioritised
@@ -74,11 +74,9 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
 def make_plan(routing: Routing, padded_counts: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Group the kept assignments by expert.
 
-    Args:
-        routing: any router's.
-        padded_counts: rows of each expert (int64 [E]) → rows to give it, at least as many; the
-            difference becomes zero rows, and groups then lie largest first. None gives each what
-            it has, in the order of the experts.
+    `padded_counts` maps the rows of each expert (int64 [E]) to rows to give it, at least as many;
+    the difference becomes zero rows, and groups then lie largest first. None gives each what it
+    has, in the order of the experts.
     """
     experts_A, num_experts = routing.experts_R, routing.num_experts
     if routing.kept_R is not None:

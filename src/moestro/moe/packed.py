@@ -24,12 +24,7 @@ class Packable(Protocol):
     """A module that can be packed."""
 
     def to_packed(self, format: Format) -> Packed:
-        """The same with packed weights; of weights without memory, without memory.
-
-        Raises:
-            ShapeError: weights hold NaN or infinity, or what the format cannot express.
-            BackendError: there is no native library; says why.
-        """
+        """The same with packed weights, without memory where it has none; see `quantize.pack`."""
 
 
 class Packed(nn.Module):
