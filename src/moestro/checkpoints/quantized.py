@@ -140,18 +140,12 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
     names = set(keys)
     found = {}
     for key in sorted(names):
-        if key.endswith(method.scales):
-            name = key.removesuffix(method.scales)
-            if name + method.values not in names:
-                raise CheckpointError(f"the checkpoint has {key} but lacks {name + method.values}")
-            found[name] = (name + method.values, key)
-    if method.values:
-        lonely = {key for key in names if key.endswith(method.values)}
-        lonely -= {values for values, _ in found.values()}
-        if lonely:
-            key = min(lonely)
-            scales = key.removesuffix(method.values) + method.scales
-            raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
+        for own, other in ((method.scales, method.values), (method.values, method.scales)):
+            if own and key.endswith(own):
+                name = key.removesuffix(own)
+                if name + other not in names:
+                    raise CheckpointError(f"the checkpoint has {key} but lacks {name + other}")
+                found[name] = (name + method.values, name + method.scales)
     return found
 
 
