@@ -147,7 +147,7 @@ def test_bad_options(
     ("name", "message"),
     [
         ("nowhere", "does not exist"),
-        ("nowhere.toml", "cannot read"),
+        ("nowhere.toml", "there is no file"),
         ("grok-1", "not known or cannot be expressed"),
         ("switch-base-8", "encoder-decoder"),
     ],
