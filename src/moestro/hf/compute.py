@@ -77,7 +77,7 @@ def by_packed(
     packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
-    backends.choose("auto", Work(x_TD.device.type, x_TD.dtype, use="packed"))
+    backends.choose("auto", backends.PACKED)
     return _native(packed, x_TD, experts_TK, weights_TK)
 
 

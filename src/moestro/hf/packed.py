@@ -12,7 +12,6 @@ from moestro.hf import layouts, ops
 from moestro.hf.forward import PACKED, through_ops
 from moestro.hf.plug import use
 from moestro.kernels import backends, native_cpu
-from moestro.kernels.backends import Work
 from moestro.kernels.packing import Format, check_format
 from moestro.models.linear import PackedLinear
 from moestro.probe.recording import routers
@@ -74,7 +73,7 @@ def quantize(
             "model.eval() first"
         )
     found = layouts.find(model)
-    backends.choose("auto", Work("cpu", torch.float32, use="packed"))
+    backends.choose("auto", backends.PACKED)
     modules = dict(model.named_modules())
     for name, module in found.items():
         outer = routers.outermost(modules, name)
