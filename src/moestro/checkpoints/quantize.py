@@ -20,7 +20,6 @@ from moestro.checkpoints.transfer import Progress, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
-from moestro.kernels.backends import Work
 from moestro.kernels.packing import Format
 from moestro.models.build import Model, build_model
 from moestro.models.materialize import materialize, without_memory
@@ -35,7 +34,6 @@ WEIGHTS = {
     "int4-64": Format("int4", 64),
 }
 AS_IS = "as-is"
-_PACKED = Work("cpu", torch.float32, use="packed")
 
 
 def format_of(name: str) -> Format | None:
@@ -94,7 +92,7 @@ def pack(model: Model, format: Format) -> None:
     device = model.embed.weight.device
     if device.type != "cpu":
         raise MoestroError(f"packed weights compute on CPU; the model is on {device}")
-    backends.choose("auto", _PACKED)
+    backends.choose("auto", backends.PACKED)
     waiting = packable(model)
     while waiting:  # nothing here keeps what has been packed alive
         path = next(iter(waiting))
@@ -122,7 +120,7 @@ def read_packed(
         CheckpointError, ConfigError: see `reading.open_unread`.
         ShapeError, BackendError: see `pack`.
     """
-    backends.choose("auto", _PACKED)
+    backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
     model, dtype = unread.model, unread.dtype
     total, done = unread.bytes, 0
@@ -147,7 +145,7 @@ def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Mode
     with without_memory():
         model = build_model(cfg)
     if format is not None:
-        backends.choose("auto", _PACKED)
+        backends.choose("auto", backends.PACKED)
         return _pack_in_turn(model, torch.bfloat16, format, partial(_draw, model))
     materialize(model, torch.bfloat16, "cpu")
     _draw(model, model.state_dict())

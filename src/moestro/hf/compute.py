@@ -77,7 +77,7 @@ def by_packed(
     packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
-    backends.choose("auto", Work(x_TD.device.type, x_TD.dtype, use="packed"))
+    backends.choose("auto", backends.PACKED)
     return _native(packed, x_TD, experts_TK, weights_TK)
 
 
@@ -153,8 +153,7 @@ def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | No
     Returns:
         [A, O] in the rows' dtype; zero where the expert is that of another rank.
     """
-    work = Work(x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:]))
-    kernel = backends.choose("auto", work)
+    kernel = backends.choose("auto", Work(x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:])))
     routing = _routing(experts_A[:, None], x_AI.new_ones(len(x_AI), 1), len(w_EOI))
     plan = dispatch.make_plan(routing, lambda counts_E: kernel.padded_counts(counts_E, x_AI.dtype))
     rows_RI = dispatch.dispatch(x_AI, plan)

@@ -13,7 +13,6 @@ from moestro.hf import ops
 from moestro.hf.forward import PACKED, through_ops
 from moestro.hf.plug import use
 from moestro.kernels import backends, native_cpu
-from moestro.kernels.backends import Work
 from moestro.kernels.packing import Format, check_format
 from moestro.models.linear import PackedLinear
 
@@ -74,7 +73,7 @@ def quantize(
             "model.eval() first"
         )
     found = layouts.find(model)
-    backends.choose("auto", Work("cpu", torch.float32, use="packed"))
+    backends.choose("auto", backends.PACKED)
     modules = dict(model.named_modules())
     for name, module in found.items():
         outer = classes.outermost(modules, name)

@@ -41,6 +41,9 @@ class Work(NamedTuple):
     lacks: str | None = None  # what else native code lacks for it
 
 
+PACKED = Work("cpu", torch.float32, use="packed")
+
+
 class Verdict(NamedTuple):
     """Whether a backend can run something, and the reason to show to a person."""
 
@@ -78,14 +81,18 @@ class Backend(NamedTuple):
     padded_counts: Callable[[Tensor, torch.dtype], Tensor] = _no_padding
     mixture: Callable[..., Tensor] | None = None
 
-    def supports(self, work: Work) -> Verdict:
-        """Whether it can do this now: `torch.func` cannot pass through a kernel's own autograd."""
-        reason = self.against(work)
+    def refusal(self, work: Work) -> str | None:
+        """Why it cannot do this now: `torch.func` cannot pass through a kernel's own autograd."""
         if pointwise.transformed() and self.name != "reference":
-            reason = (
+            return (
                 "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
                 'build the model with backend="reference", or leave it "auto"'
             )
+        return self.against(work)
+
+    def supports(self, work: Work) -> Verdict:
+        """Whether it can do this now."""
+        reason = self.refusal(work)
         return Verdict(reason is None, reason or self.runs_on)
 
 
@@ -139,34 +146,30 @@ def _against_torch(work: Work) -> str | None:
 
 
 def _against_whole(work: Work) -> str | None:
-    """What the native kernels cannot do in one call."""
+    """What the native kernels cannot do in one call; asked before each, so in few steps."""
     if work.device != "cpu":
         return f"for the CPU, not {work.device}"
     reason = native_cpu.available() or work.lacks
-    if work.use == "infer":
-        reason = reason or _other_dtype(work)
-    return reason or next(filter(None, map(_not_plain, work.weights)), None)
-
-
-def _other_dtype(work: Work) -> str | None:
-    others = {weight.dtype for weight in work.weights} - {work.dtype}
-    if others:
-        return (
-            f"tokens are {work.dtype} and weights {others.pop()}; load the model in the dtype to "
-            "compute in, without autocast"
-        )
-    return None if work.dtype in ROWS else f"for float32 and bfloat16, not {work.dtype}"
-
-
-def _not_plain(weight: Tensor) -> str | None:
-    """Why native kernels cannot read a weight as it lies in a model; None: they can."""
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"weights are plain tensors; given a {type(weight).__name__}"
-    if weight.device.type != "cpu" or weight.dtype not in ROWS:
-        return f"weights are float32 or bfloat16 on CPU; given {weight.dtype} on {weight.device}"
-    if weight.dtype == torch.bfloat16 and weight.dim() > 1 and weight.shape[-1] % 2:
-        return f"bfloat16 weights have an even width; given {list(weight.shape)}"
-    return None if weight.is_contiguous() else "weights are contiguous; given strided ones"
+    if reason is not None:
+        return reason
+    if work.use == "infer" and work.dtype not in ROWS:
+        return f"for float32 and bfloat16, not {work.dtype}"
+    for weight in work.weights:
+        dtype = weight.dtype
+        if work.use == "infer" and dtype != work.dtype:
+            return (
+                f"tokens are {work.dtype} and weights {dtype}; load the model in the dtype to "
+                "compute in, without autocast"
+            )
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"weights are plain tensors; given a {type(weight).__name__}"
+        if not weight.is_cpu or dtype not in ROWS:
+            return f"weights are float32 or bfloat16 on CPU; given {dtype} on {weight.device}"
+        if dtype == torch.bfloat16 and weight.dim() > 1 and weight.shape[-1] % 2:
+            return f"bfloat16 weights have an even width; given {list(weight.shape)}"
+        if not weight.is_contiguous():
+            return "weights are contiguous; given strided ones"
+    return None
 
 
 EXPERTS = ("train", "infer")
@@ -211,10 +214,10 @@ def choose(name: str, work: Work) -> Backend:
     reasons = []
     for row in TABLE:
         if work.use in row.uses and name in ("auto", row.name):
-            verdict = row.supports(work)
-            if verdict.ok:
+            reason = row.refusal(work)
+            if reason is None:
                 return row
-            reasons.append(verdict.reason)
+            reasons.append(reason)
     known = dict.fromkeys(row.name for row in TABLE)
     if name not in ("auto", *known):
         raise BackendError(f"unknown kernel backend {name!r}; known: auto, {', '.join(known)}")
@@ -233,8 +236,7 @@ def why_not_whole(name: str, work: Work) -> str | None:
     name = forced() if name == "auto" else name
     if name not in ("auto", WHOLE.name):
         return f"the kernel backend {name} was asked for"
-    verdict = WHOLE.supports(work)
-    return None if verdict.ok else verdict.reason
+    return WHOLE.refusal(work)
 
 
 def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:

@@ -321,10 +321,6 @@ def read(data: Tensor) -> int:
     return int(library().moestro_read(at, data.nbytes))
 
 
-def _code(format: Format) -> tuple[int, int]:
-    return KINDS.index(format.kind), format.group
-
-
 def _kind(format: Format, data: Tensor) -> int:
     """The number in moestro.h; plain bf16 comes before plain fp32."""
     return KINDS.index(format.kind) + (format.kind == "plain" and data.dtype == torch.float32)
@@ -357,14 +353,15 @@ def _packable(w_OI: Tensor) -> Tensor:
 
 
 def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
-    from_at = address(w_OI, "weights", w_OI.shape, ROWS)
+    given = (ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape)
     call(
-        "pack", *_code(format), ROWS[w_OI.dtype], from_at, *w_OI.shape, w_OI.shape[1], at, step,
+        "pack", KINDS.index(format.kind), format.group, *given, w_OI.shape[1], at, step,
         takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
     )  # fmt: skip
 
 
 def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
     w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
-    call("unpack", *_code(format), at, rows, columns, step, w_OI.data_ptr())
+    kind = KINDS.index(format.kind)
+    call("unpack", kind, format.group, at, rows, columns, step, w_OI.data_ptr())
     return w_OI

@@ -152,7 +152,7 @@ def call(name: str, *arguments: Any, takes: str | Callable[[], str] = _DOCUMENTE
         MemoryError: there is not enough memory for its buffers.
         BackendError: the path changed to one without AMX tiles, or there is no library.
     """
-    code = getattr(library(), f"moestro_{name}")(*arguments)
+    code = getattr(library(), "moestro_" + name)(*arguments)
     if code == _EMEMORY:
         raise MemoryError("not enough memory for the native kernels' buffers")
     if code == _EPATH:

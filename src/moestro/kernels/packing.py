@@ -48,12 +48,9 @@ class Format(NamedTuple):
 
 
 class PackedMatrix(NamedTuple):
-    """A packed matrix [rows, columns]; `data` is uint8 and starts on a multiple of 64 bytes.
+    """A packed matrix [rows, columns]."""
 
-    Of kind "plain", `data` is the matrix itself, fp32 or bf16.
-    """
-
-    data: Tensor
+    data: Tensor  # uint8, at a multiple of 64 bytes; of kind "plain" the matrix, fp32 or bf16
     rows: int
     columns: int
     format: Format

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from moestro.errors import MoestroError
 from moestro.kernels import backends, native_cpu, packing
-from moestro.kernels.backends import Work
 from moestro.kernels.packing import Format
 from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
@@ -112,7 +111,7 @@ class PackedStack(Packed):
             BackendError: another backend was asked for; only native code reads packed weights.
         """
         rows_TD = self.rows(x_TD)
-        backends.choose("auto", Work(rows_TD.device.type, rows_TD.dtype, use="packed"))
+        backends.choose("auto", backends.PACKED)
         y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_R, experts_R, weights_R)
         return y_TD.to(compute_dtype(x_TD))
 
