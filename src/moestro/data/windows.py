@@ -102,14 +102,11 @@ class Corpus:
         if meta is None:
             raise DataError(f"{folder} is not a complete data folder; prepare it again")
         self.tokenizer: Tokenizer = load_tokenizer(folder)
-        self.domains = meta.domains
-        self.seq_len = meta.seq_len
+        self.domains, self.notes, self.seq_len = meta.domains, meta.notes, meta.seq_len
         self.fingerprint = meta.fingerprint
         self.domain_tokens: dict[str, int] = meta.train_tokens
         self.num_train_tokens = sum(meta.train_tokens.values())
-        self.notes = meta.notes
-        self._seed = meta.seed
-        self._held_tokens, self._held_bytes = meta.held_tokens, meta.held_bytes
+        self._meta = meta
         self._train = np.memmap(folder / TRAIN_FILE, dtype=meta.dtype, mode="r")
         self._held = np.memmap(folder / HELD_FILE, dtype=meta.dtype, mode="r")
         self._ends = np.fromfile(folder / ENDS_FILE, dtype=np.int64)
@@ -165,14 +162,13 @@ class Corpus:
         windows = max(1, max_tokens // len(self.domains) // self.seq_len)
         result, start = {}, 0
         for domain in self.domains:
-            length = self._held_tokens[domain]
+            length = self._meta.held_tokens[domain]
             there = (length - 1) // self.seq_len
             wanted = min(windows, there)
             starts_N = start + np.arange(wanted) * there // wanted * self.seq_len
             tokens_NS = self._held[starts_N[:, None] + np.arange(self.seq_len + 1)]
-            result[domain] = HeldOut(
-                torch.from_numpy(tokens_NS.astype(np.int64)), self._held_bytes[domain] / length
-            )
+            bytes_per_token = self._meta.held_bytes[domain] / length
+            result[domain] = HeldOut(torch.from_numpy(tokens_NS.astype(np.int64)), bytes_per_token)
             start += length
         return result
 
@@ -180,9 +176,8 @@ class Corpus:
         if epoch not in self._epochs:
             if len(self._epochs) > 1:  # a batch may lie across two
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = _Epoch.shuffled(
-                self._ends, self.windows_per_epoch, self.seq_len, self._seed, epoch
-            )
+            windows, seed = self.windows_per_epoch, self._meta.seed
+            self._epochs[epoch] = _Epoch.shuffled(self._ends, windows, self.seq_len, seed, epoch)
         return self._epochs[epoch]
 
 
@@ -274,14 +269,11 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
     written = write_token_files(cfg, folder)
     files = sorted(folder.iterdir())
     meta = {
-        "format": FORMAT,
-        "inputs": inputs,
+        "format": FORMAT, "inputs": inputs,
         "fingerprint": _fingerprint(cfg.seed, cfg.seq_len, written.digest),
-        "seq_len": cfg.seq_len,
-        "seed": cfg.seed,
-        **written._asdict(),
+        "seq_len": cfg.seq_len, "seed": cfg.seed, **written._asdict(),
         "files": {path.name: path.stat().st_size for path in files},
-    }
+    }  # fmt: skip
     (folder / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     for path in (*files, folder / META_FILE):
         with path.open("rb") as stream:
