@@ -14,20 +14,25 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import source_state, stable_hash
-from moestro.data.tokenfiles import ENDS_FILE, HELD_FILE, TRAIN_FILE, write_token_files
+from moestro.data.tokenfiles import (
+    ENDS_FILE,
+    HELD_FILE,
+    TRAIN_FILE,
+    TokenFiles,
+    write_token_files,
+)  # fmt: skip
 from moestro.errors import DataError
-from moestro.settings import Settings
 from moestro.strictjson import read_object
 from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 
@@ -48,7 +53,7 @@ class HeldOut(NamedTuple):
     bytes_per_token: float
 
 
-class _Meta(Settings):
+class _Meta(TokenFiles):
     """What meta.json says of a data folder, checked against itself and the sizes of the files."""
 
     format: Literal[1]
@@ -56,13 +61,6 @@ class _Meta(Settings):
     fingerprint: str
     seq_len: Positive
     seed: int
-    domains: tuple[str, ...]
-    dtype: Literal["uint16", "uint32"]
-    train_tokens: dict[str, Annotated[int, Field(ge=0)]]
-    held_tokens: dict[str, Positive]
-    held_bytes: dict[str, Positive]
-    notes: tuple[str, ...]
-    digest: str
     files: dict[str, int]
 
     @model_validator(mode="after")
@@ -271,7 +269,7 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
     meta = {
         "format": FORMAT, "inputs": inputs,
         "fingerprint": _fingerprint(cfg.seed, cfg.seq_len, written.digest),
-        "seq_len": cfg.seq_len, "seed": cfg.seed, **written._asdict(),
+        "seq_len": cfg.seq_len, "seed": cfg.seed, **written.model_dump(),
         "files": {path.name: path.stat().st_size for path in files},
     }  # fmt: skip
     (folder / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
