@@ -31,8 +31,9 @@ from moestro.data.tokenfiles import (
     TRAIN_FILE,
     TokenFiles,
     write_token_files,
-)  # fmt: skip
+)
 from moestro.errors import DataError
+from moestro.files import write_json
 from moestro.strictjson import read_object
 from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 
@@ -272,10 +273,10 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
         "seq_len": cfg.seq_len, "seed": cfg.seed, **written.model_dump(),
         "files": {path.name: path.stat().st_size for path in files},
     }  # fmt: skip
-    (folder / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    for path in (*files, folder / META_FILE):
+    for path in files:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+    write_json(folder / META_FILE, meta)
 
 
 def _read_meta(folder: Path) -> _Meta | None:

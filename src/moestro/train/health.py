@@ -73,7 +73,7 @@ class Tally:
         """Turn the numbers of `packed` into one LayerHealth per layer."""
         layers, width = self._sums.shape
         rows = (numbers[i * width : (i + 1) * width] for i in range(layers))
-        return [_layer_health(row[:-3], *row[-3:]) for row in rows]
+        return [_layer_health(*row) for row in rows]
 
 
 def entropy_sum(routing: Routing) -> tuple[Tensor, Tensor]:
@@ -88,9 +88,8 @@ def entropy_sum(routing: Routing) -> tuple[Tensor, Tensor]:
     return entropy_T.sum(), tokens
 
 
-def _layer_health(
-    counts: Sequence[float], dropped: float, entropy: float, tokens: float
-) -> LayerHealth:
+def _layer_health(*sums: float) -> LayerHealth:
+    *counts, dropped, entropy, tokens = sums
     assignments = sum(counts)
     mean = assignments / len(counts)
     return LayerHealth(
