@@ -171,7 +171,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: Most entries: 256 bytes, the end-of-text token, and merges. A small text may
             give fewer; the result's `vocab_size` tells.
     """
-    _check_bpe_size(vocab_size, str(vocab_size))
+    _check_bpe_size(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -236,29 +236,36 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return SubwordTokenizer(_read_hf(folder / HF_FILE), name, end_of_text, ends)
 
 
-def check_tokenizer(setting: str) -> None:
-    """Refuse a bad `data.tokenizer` before any text is read."""
+def check_tokenizer(setting: str) -> int | Path | None:
+    """What `data.tokenizer` names: the size of a BPE, a path that exists, or (None) bytes."""
     if setting == ByteTokenizer.name:
-        return
+        return None
     if setting.startswith("bpe:"):
         size = setting.removeprefix("bpe:")
-        _check_bpe_size(int(size) if size.isascii() and size.isdigit() else None, size)
-    elif not Path(setting).expanduser().exists():
+        if not (size.isascii() and size.isdigit()):
+            raise DataError(
+                f"tokenizer {setting!r}: {size!r} is not a whole number; give the size of the "
+                "vocabulary, such as bpe:1024"
+            )
+        _check_bpe_size(int(size))
+        return int(size)
+    path = Path(setting).expanduser()
+    if not path.exists():
         raise DataError(
             f"tokenizer {setting!r} is not 'bytes', 'bpe:SIZE' (such as bpe:1024), or an existing "
             "tokenizer.json or folder that holds one; give one of these"
         )
+    return path
 
 
 def build_tokenizer(setting: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `data.tokenizer` describes; only 'bpe:SIZE' reads the texts."""
-    check_tokenizer(setting)
-    if setting == ByteTokenizer.name:
+    wanted = check_tokenizer(setting)
+    if wanted is None:
         return ByteTokenizer()
-    if setting.startswith("bpe:"):
-        return train_bpe(texts, int(setting.removeprefix("bpe:")))
-    path = Path(setting).expanduser()
-    return load_tokenizer(path) if path.is_dir() else tokenizer_file(path)
+    if isinstance(wanted, int):
+        return train_bpe(texts, wanted)
+    return load_tokenizer(wanted) if wanted.is_dir() else tokenizer_file(wanted)
 
 
 def utf8(text: str) -> bytes:
@@ -285,12 +292,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_bpe_size(size: int | None, given: str) -> None:
-    if size is None:
-        raise DataError(
-            f"tokenizer 'bpe:{given}': {given!r} is not a whole number; "
-            "give the size of the vocabulary, such as bpe:1024"
-        )
+def _check_bpe_size(size: int) -> None:
     if size < SMALLEST_BPE:
         raise DataError(
             f"a BPE vocabulary of {size} is too small: 256 bytes and the end-of-text token need "

@@ -99,17 +99,14 @@ def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConf
     from moestro.data.windows import prepare
     from moestro.errors import ConfigError
     from moestro.settings import load_settings
-    from moestro.train.state import holds_run
+    from moestro.train.state import claim_folder, holds_run
 
     if (folder / SETTINGS_NAME).exists():
         raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
     if holds_run(folder):
         raise ConfigError(f"{folder} holds a run of moestro train; choose another --out")
     cfg = load_settings(RunConfig, config or DEMO, stated)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from None
+    claim_folder(folder, resume=False)
     return cfg, prepare(cfg.data, folder / "data")
 
 

@@ -205,15 +205,21 @@ def _table(*columns: str) -> Table:
 
 
 def _print(reports: list[Report], question: Question) -> None:
-    """Tables side by side, as many as the terminal is wide; then what fits, and the notes."""
+    """What each model costs, the device, what fits, and the notes."""
     from rich.console import Console
 
+    from moestro.plan.sizes import bytes_text, number_text
+
     console = Console()
-    models = [*reports, *reports[0].dense] if len(reports) == 1 else reports
-    for start, stop in _columns(models, question, console.width):
-        _print_columns(models[start:stop], question, console)
-    if question.device is not None:
-        console.print(_device_text(question.device), highlight=False, markup=False)
+    _print_costs([*reports, *reports[0].dense] if len(reports) == 1 else reports, question, console)
+    if (device := question.device) is not None:
+        console.print(
+            f"{device.name}: {bytes_text(device.memory_bytes)}, "
+            f"{number_text(device.bytes_per_s / 1e9)} GB/s, "
+            f"{number_text(device.flops_per_s / 1e12)} TFLOP/s ({device.source})",
+            highlight=False,
+            markup=False,
+        )
     # Beside others, and with a device's memory alone, the table's one line says enough.
     for answer in reports if len(reports) == 1 or question.memory_bytes else ():
         if answer.fit is not None:
@@ -223,38 +229,22 @@ def _print(reports: list[Report], question: Question) -> None:
             console.print(f"{answer.title}: {answer.note}", style="dim", highlight=False)
 
 
-def _device_text(device: Device) -> str:
-    from moestro.plan.sizes import bytes_text, number_text
-
-    return (
-        f"{device.name}: {bytes_text(device.memory_bytes)}, "
-        f"{number_text(device.bytes_per_s / 1e9)} GB/s, "
-        f"{number_text(device.flops_per_s / 1e12)} TFLOP/s ({device.source})"
-    )
-
-
-def _columns(models: list[Report], question: Question, width: int) -> list[tuple[int, int]]:
-    """Start and end of the models that fit side by side."""
+def _print_costs(models: list[Report], question: Question, console: Console) -> None:
+    """Tables of as many models as fit side by side."""
     from moestro.plan.rows import rows
 
     found = rows(models, question)
     label = max(len(row.label) + 2 * bool(row.cells) for row in found)
     cell = max(len(text) for row in found for text in row.cells)
     cell = max(cell, *(len(word) for model in models for word in model.title.split()))
-    most = max(1, (width - label) // (cell + 2))
-    return [(start, start + most) for start in range(0, len(models), most)]
-
-
-def _print_columns(models: list[Report], question: Question, console: Console) -> None:
-    from moestro.plan.rows import rows
-
-    table = _table("", *(model.title for model in models))
-    for row in rows(models, question):
-        if row.cells:
-            table.add_row(f"  {row.label}", *row.cells)
-        else:
-            table.add_row(f"[bold]{row.label}[/bold]")
-    console.print(table)
+    most = max(1, (console.width - label) // (cell + 2))
+    for start in range(0, len(models), most):
+        beside = models[start : start + most]
+        table = _table("", *(model.title for model in beside))
+        for row in rows(beside, question):
+            name = f"  {row.label}" if row.cells else f"[bold]{row.label}[/bold]"
+            table.add_row(name, *row.cells)
+        console.print(table)
 
 
 def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -> None:

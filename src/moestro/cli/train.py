@@ -7,8 +7,9 @@ import os
 import shlex
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +30,7 @@ ConfigPath = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON; default: the demo's.")
 ]
 OutPath = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME."),
+    Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME.")
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -39,12 +39,11 @@ Assignments = Annotated[
 Sources = Annotated[
     list[str] | None,
     typer.Option(
-        "--source",
-        metavar="PATH",
-        help="File, folder or glob to train on; repeat. Default: the "
-        "text every Python installation has.",
+        "--source", metavar="PATH",
+        help="File, folder or glob to train on; repeat. Default: the text every Python "
+        "installation has.",
     ),
-]
+]  # fmt: skip
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
 ]
@@ -103,7 +102,13 @@ def train(
         cfg, result = _train(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
         if as_json:
-            typer.echo(json.dumps(_as_json(folder, result)))
+            signal_name = signal.Signals(result.stopped_by).name if result.stopped_by else None
+            last = result.history[-1]._asdict() if result.history else None
+            facts = {
+                "run": str(folder), "checkpoint": str(result.checkpoint), "step": result.step,
+                "stopped_by": signal_name, "evaluation": last,
+            }  # fmt: skip
+            typer.echo(json.dumps(facts))
         else:
             _print_result(folder, cfg, result)
     exit_if_stopped(result, f"train --resume --out {shlex.quote(str(folder))}", ranks.writes)
@@ -168,9 +173,7 @@ def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[Ru
         _say(f"model.vocab_size = {size}, as the tokenizer {name} needs", ranks.writes)
     for text in (_describe(cfg, corpus), *corpus.notes):
         _say(text, ranks.writes)
-    if not ranks.writes:
-        return cfg, Trainer(cfg, folder, corpus, ranks=ranks).train(resume)
-    with ProgressDisplay(str(folder)) as progress:
+    with ProgressDisplay(str(folder)) if ranks.writes else nullcontext() as progress:
         return cfg, Trainer(cfg, folder, corpus, progress, ranks).train(resume)
 
 
@@ -178,13 +181,15 @@ def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
     from moestro.train.state import claim_folder, corpus_of, newest_or_none
 
-    if ranks.writes:
+    if not ranks.writes:
+        ranks.wait()
+    else:
         claim_folder(folder, resume)
     checkpoint = newest_or_none(folder) if resume else None
+    corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     if ranks.writes:
-        corpus = corpus_of(folder / "data", cfg.data, checkpoint)
-    ranks.wait()
-    return corpus if ranks.writes else corpus_of(folder / "data", cfg.data, checkpoint)
+        ranks.wait()
+    return corpus
 
 
 def _describe(cfg: RunConfig, corpus: Corpus) -> str:
@@ -205,17 +210,6 @@ def _describe(cfg: RunConfig, corpus: Corpus) -> str:
 def _say(text: str, speaks: bool) -> None:
     if speaks:
         typer.echo(text, err=True)
-
-
-def _as_json(folder: Path, result: Result) -> dict[str, Any]:
-    last = result.history[-1]._asdict() if result.history else None
-    return {
-        "run": str(folder),
-        "checkpoint": str(result.checkpoint),
-        "step": result.step,
-        "stopped_by": signal.Signals(result.stopped_by).name if result.stopped_by else None,
-        "evaluation": last,
-    }
 
 
 def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:

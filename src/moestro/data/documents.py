@@ -36,6 +36,10 @@ TEXT_EXTENSIONS = {
     ".f90", ".f", ".asm", ".s", ".zig", ".nim", ".dart", ".v", ".vhd", ".cmake", ".mk",
 }  # fmt: skip
 JSONL_EXTENSIONS = {".jsonl", ".ndjson"}
+_WHAT_IS_TEXT = (
+    "read are .txt, .md, .jsonl and source code such as .py, also with .gz; name a file by its own "
+    "path to read it whatever its extension"
+)
 _CHUNK_BYTES = 1 << 20
 # Longer text files are cut at a line, so that memory does not depend on the length of a file.
 LONGEST_DOCUMENT = 16 << 20
@@ -126,7 +130,7 @@ def resolve(source: str) -> list[SourceFile]:
         root = path.resolve()
         found = [SourceFile(file, root) for file in _walk(root)]
         if not found:
-            raise DataError(f"no text file in the folder {source}: {_what_is_text()}")
+            raise DataError(f"no text file in the folder {source}: {_WHAT_IS_TEXT}")
         return found
     if not glob.has_magic(source):
         raise DataError(
@@ -218,7 +222,7 @@ def _resolve_glob(source: str, path: Path) -> list[SourceFile]:
     seen = sorted(f for f in files if "." not in {part[0] for part in f.relative_to(root).parts})
     if not seen:
         raise DataError(
-            f"the glob {source} matches {len(matches)} names, but no text file: {_what_is_text()}"
+            f"the glob {source} matches {len(matches)} names, but no text file: {_WHAT_IS_TEXT}"
         )
     return [SourceFile(file, root) for file in seen]
 
@@ -251,13 +255,6 @@ def _is_jsonl(path: Path) -> bool:
 
 def _is_text(path: Path) -> bool:
     return _is_jsonl(path) or _plain(path).suffix.lower() in TEXT_EXTENSIONS
-
-
-def _what_is_text() -> str:
-    return (
-        "read are .txt, .md, .jsonl and source code such as .py, also with .gz; "
-        "name a file by its own path to read it whatever its extension"
-    )
 
 
 def _domain(file: SourceFile, cfg: DataConfig) -> str:

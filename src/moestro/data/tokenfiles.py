@@ -12,14 +12,17 @@ from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from moestro.config import DataConfig
+from moestro.config.number import Positive
 from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
 from moestro.errors import DataError
+from moestro.settings import Settings
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
 
 TRAIN_FILE, HELD_FILE, ENDS_FILE = "train.bin", "held_out.bin", "train_ends.bin"
@@ -52,19 +55,19 @@ class Pieces(NamedTuple):
         return Pieces(*(column_N[kept_N] for column_N in self))
 
 
-class Written(NamedTuple):
+class TokenFiles(Settings):
     """What is in the token files; goes into the folder's meta file as it is."""
 
-    domains: list[str]
-    dtype: str
-    train_tokens: dict[str, int]
-    held_tokens: dict[str, int]
-    held_bytes: dict[str, int]
-    notes: list[str]
+    domains: tuple[str, ...]
+    dtype: Literal["uint16", "uint32"]
+    train_tokens: dict[str, Annotated[int, Field(ge=0)]]
+    held_tokens: dict[str, Positive]
+    held_bytes: dict[str, Positive]
+    notes: tuple[str, ...]
     digest: str
 
 
-def write_token_files(cfg: DataConfig, folder: Path) -> Written:
+def write_token_files(cfg: DataConfig, folder: Path) -> TokenFiles:
     """Read all sources and write their tokens, and the tokenizer, into an existing folder."""
     spool = folder / _SPOOL_FILE
     with spool.open("wb") as writing:
@@ -93,10 +96,11 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
         dict(zip(domains, numbers, strict=True))
         for numbers in (train_tokens, held_tokens, held_bytes.tolist())
     )
-    name = token_dtype(tokenizer).name
-    written = Written(domains, name, train_by, held_by, bytes_by, notes, digest.hexdigest())
-    _check_length(written, cfg)
-    return written
+    _check_length(train_by, held_by, cfg)
+    return TokenFiles(
+        domains=domains, dtype=token_dtype(tokenizer).name, train_tokens=train_by,
+        held_tokens=held_by, held_bytes=bytes_by, notes=notes, digest=digest.hexdigest(),
+    )  # fmt: skip
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -235,18 +239,18 @@ def _line_start(text: mmap.mmap, lowest: int, target: int) -> int:
     return newline + 1 if newline >= 0 else character_start(text, target)
 
 
-def _check_length(written: Written, cfg: DataConfig) -> None:
+def _check_length(by_train: dict[str, int], by_held: dict[str, int], cfg: DataConfig) -> None:
     context = cfg.seq_len + 1
     advice = (
         f"one context needs {context} (data.seq_len + 1): add text, lower data.seq_len, "
         "{} data.held_out, or merge domains with data.domains = 'none'"
     )
-    train = sum(written.train_tokens.values())
+    train = sum(by_train.values())
     if train < context:
         raise DataError(f"only {train} tokens are left for training, but " + advice.format("lower"))
-    for domain, held in written.held_tokens.items():
+    for domain, held in by_held.items():
         if held < context:
             raise DataError(
                 f"domain {domain!r} has {held} held-out tokens (and "
-                f"{written.train_tokens[domain]} for training), but " + advice.format("raise")
+                f"{by_train[domain]} for training), but " + advice.format("raise")
             )

@@ -109,14 +109,13 @@ class Trainer:
             CheckpointError: there are checkpoints to resume from, and all are damaged.
             TrainingError: the loss or a gradient is not finite, or nothing can be written.
         """
-        checkpoint = self._open(resume)
-        self._build(checkpoint)
+        self._build(self._open(resume))
         held_out = self.corpus.held_out(self.cfg.train.eval_tokens)
         log = None
         if self.ranks.writes:
             log = MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
         with closing(log) if log else nullcontext(), StopRequest() as stop:
-            return self._run(stop, held_out, log, checkpoint)
+            return self._run(stop, held_out, log)
 
     def time_steps(self, number: int) -> float:
         """Median seconds of `number` steps on this machine; nothing is written or kept.
@@ -169,14 +168,9 @@ class Trainer:
         self._forward = forward
 
     def _run(
-        self,
-        stop: StopRequest,
-        held_out: Mapping[str, HeldOut],
-        log: MetricsLog | None,
-        checkpoint: Path | None,
+        self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None
     ) -> Result:
-        cfg = self.cfg.train
-        stopping = False
+        cfg, checkpoint, stopping = self.cfg.train, self._checkpoint, False
         while self._step < cfg.steps and not stopping:
             measured = self._one_step(self._step, stop)
             stopping = measured.stop
@@ -222,9 +216,10 @@ class Trainer:
         tally.reduce(self.ranks)
         # The step's only copy from the device.
         numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
-        grad_norm, means = numbers[0], [x / self.ranks.world for x in numbers[1 : len(names) + 1]]
-        if not all(map(math.isfinite, (grad_norm, *means))):
-            raise self._not_finite(step, batch, dict(zip(names, means, strict=True)))
+        grad_norm, sums = numbers[0], numbers[1 : len(names) + 1]
+        parts = {name: x / self.ranks.world for name, x in zip(names, sums, strict=True)}
+        if not all(map(math.isfinite, (grad_norm, *parts.values()))):
+            raise self._not_finite(step, batch, parts)
         if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
@@ -233,13 +228,10 @@ class Trainer:
         if cfg.balance.bias_rate:
             for moe, counts_E in zip(self.model.mixtures(), tally.counts_LE, strict=True):
                 update_bias(cast(Tensor, moe.router.bias), counts_E, cfg.balance.bias_rate)
-        self._step = step + 1
+        self._step, self._counts_LE = step + 1, tally.counts_LE
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
-        parts = dict(zip(names, means, strict=True))
-        loss = parts.pop("loss")
-        layers = tally.unpack(numbers[len(names) + 2 :])
-        self._counts_LE = tally.counts_LE
+        loss, layers = parts.pop("loss"), tally.unpack(numbers[len(names) + 2 :])
         return Measured(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
 
     def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
@@ -267,8 +259,7 @@ class Trainer:
         """Gradients travel between ranks with a step's last micro-batch only."""
         if last or not isinstance(self._forward, DistributedDataParallel):
             return nullcontext()
-        context: AbstractContextManager[None] = self._forward.no_sync()
-        return context
+        return cast(AbstractContextManager[None], self._forward.no_sync())
 
     def _seed_noise(self, step: int) -> None:
         """Make dropout and jitter a function of seed, step and rank: nothing to save."""

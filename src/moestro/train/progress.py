@@ -69,17 +69,14 @@ class ProgressDisplay:
             last = self._record.get("step") == steps
             if last or now_s - self._last_plain_s >= self._plain_every_s:
                 self._last_plain_s = now_s
-                self._write(f"{self.title}: {describe(self._record, steps)}")
-
-    def note(self, text: str) -> None:
-        """Print a line that stays, such as the path of a checkpoint."""
-        self._write(text)
+                self.note(f"{self.title}: {describe(self._record, steps)}")
 
     def warn(self, text: str) -> None:
         """Print a warning that stays and stands out."""
-        self._write(f"warning: {text}", style="bold yellow")
+        self.note(f"warning: {text}", style="bold yellow")
 
-    def _write(self, text: str, style: str = "") -> None:
+    def note(self, text: str, style: str = "") -> None:
+        """Print a line that stays, such as the path of a checkpoint."""
         with self._writing():
             self._console.print(Text(text, style=style), soft_wrap=True)
 
