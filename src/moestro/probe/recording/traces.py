@@ -103,6 +103,12 @@ class Trace(NamedTuple):
         """The document of each token."""
         return np.repeat(self.document_N, self.length_N)
 
+    @property
+    def names_N(self) -> list[tuple[str, str]]:
+        """The names of the domain and the document of each sequence."""
+        pairs = zip(self.domain_N.tolist(), self.document_N.tolist(), strict=True)
+        return [(self.domains[domain], self.documents[document]) for domain, document in pairs]
+
     def counts(self, group_T: Ints, groups: int) -> Ints:
         """Assignments, before any drop, by layer, group of tokens and expert. int64 [L, G, E].
 
