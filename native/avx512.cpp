@@ -62,24 +62,24 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
 }
 
-inline void turn_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
+inline void transpose_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
     __m512i r[16];
     for (int i = 0; i < 16; i++) {
         _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T1);
         r[i] = _mm512_loadu_si512(from + i * row_bytes);
     }
-    turn_words16(r);
+    transpose16(r);
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, r[i]);
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
     int64_t w = 0;
     const uint8_t *next = from + COLUMNS * row_bytes;  // the rows of the next block, in their order
     if (rows == COLUMNS)
         for (; w + 16 <= words && (w + 16) * 4 <= row_bytes; w += 16)
             for (int64_t h = 0; h < 2; h++, next += 1024)
-                turn_square(from + h * 16 * row_bytes + w * 4, row_bytes, next, to + w * 32 + h * 16);
-    turn_words(from, row_bytes, rows, w, words, to);
+                transpose_square(from + h * 16 * row_bytes + w * 4, row_bytes, next, to + w * 32 + h * 16);
+    transpose_words(from, row_bytes, rows, w, words, to);
 }
 
 inline __m512i four(const int8_t *bytes) {

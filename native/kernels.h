@@ -50,14 +50,23 @@ using Add = void (*)(float w, const float *x, float *y, int64_t n);
 
 // Sum of products in one fixed order.
 using Dot = float (*)(const float *a, const float *b, int64_t n);
-// Scores of a query against `count` keys, and the weighted sum of as many values; both `n` wide and
-// `stride` numbers apart, fp32 (`wide`) or bf16.
-using Scores = void (*)(const float *query, const void *keys, bool wide, int64_t stride, int64_t count, int64_t n, float scale, float *scores);
-using Mix = void (*)(const float *weights, const void *values, bool wide, int64_t stride, int64_t count, int64_t n, float *out);
+// Several queries [queries, width] against several keys: scores [queries, keys] = scale · query · key.
+struct ScoreShape {
+    int64_t queries, keys, width, keys_stride, scores_stride;
+    float scale;
+};
+// Keys are fp32 (`wide`) or bf16; `columns` is memory for 32 of them, width · 32 words.
+using Scores = void (*)(const float *queries, const void *keys, bool wide, const ScoreShape &s, float *scores,
+                        uint32_t *columns);
+// out [queries, width] += weights [queries, values] · values.
+struct MixShape {
+    int64_t queries, values, width, values_stride, weights_stride;
+};
+using Mix = void (*)(const float *weights, const void *values, bool wide, const MixShape &s, float *out);
 // x → e^(x - most); returns the sum.
 using Exponentials = float (*)(float *x, float most, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.
-using Turn = void (*)(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to);
+using Transpose = void (*)(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to);
 // Some sum of all bytes, as fast as they can be read.
 using Read = uint64_t (*)(const void *data, int64_t bytes);
 
@@ -71,7 +80,7 @@ struct Kernels {
     Scores scores;
     Mix mix;
     Exponentials exponentials;
-    Turn turn;
+    Transpose transpose;
     Read read;
 };
 

@@ -10,13 +10,13 @@ void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const 
     const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
     const Blocks weights(w.data, w.kind, w.group, w.n, w.k);
     std::vector<float> part(size_t(std::min(m, SLICE) * COLUMNS));
-    Buffer &turned = own_memory();
+    Buffer &columns = own_memory();
     int64_t from, to;
     while (team.take(blocks * slices, STREAM, &from, &to))
         for (; from < to; from++) {
             const int64_t b = from % blocks, first = from / blocks * SLICE, rows = std::min(SLICE, m - first);
             const int64_t n = std::min(COLUMNS, w.n - b * COLUMNS);
-            kernels().multiply(weights.at(b, turned), x.part(first, rows), part.data(), COLUMNS);
+            kernels().multiply(weights.at(b, columns), x.part(first, rows), part.data(), COLUMNS);
             for (int64_t i = 0; i < rows; i++) {
                 float *to_row = out + (first + i) * ld + b * COLUMNS;
                 for (int64_t c = 0; c < n; c++)
@@ -66,12 +66,12 @@ Blocks Mixture::down_blocks(int64_t e) const {
     return {slab + up, w_.kind, w_.group, w_.dim, w_.hidden};
 }
 
-void Mixture::up(const Task &task, int64_t b, float *out, Buffer &turned) {
+void Mixture::up(const Task &task, int64_t b, float *out, Buffer &columns) {
     const int64_t halves = gated(w_.activation) ? 2 : 1, width = halves * COLUMNS;
     const int64_t n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
     const Rows rows = input_.part(task.first, task.rows);
     for (int64_t i = 0; i < halves; i++)
-        kernels().multiply(up_blocks(task.expert, i).at(b, turned), rows, out + i * COLUMNS, width);
+        kernels().multiply(up_blocks(task.expert, i).at(b, columns), rows, out + i * COLUMNS, width);
     const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
     for (int64_t r = 0; r < task.rows; r++) {
         float *line = out + r * width;
@@ -85,10 +85,10 @@ void Mixture::compute(Team &team) {
     const int64_t wide = blocks_of(w_.hidden), narrow = blocks_of(w_.dim), ld = narrow * COLUMNS, k = hidden_.rows.k;
     const auto tasks = int64_t(tasks_.size());
     std::vector<float> out(size_t(SLICE * COLUMNS * 2));
-    Buffer &turned = own_memory();
+    Buffer &columns = own_memory();
     int64_t from, to;
     while (team.take(tasks * wide, STREAM, &from, &to))
-        for (; from < to; from++) up(tasks_[size_t(from / wide)], from % wide, out.data(), turned);
+        for (; from < to; from++) up(tasks_[size_t(from / wide)], from % wide, out.data(), columns);
     team.wait();
     while (team.take(count_, 1, &from, &to)) {
         float *row = up_ + place_[size_t(from)] * k;
@@ -100,7 +100,7 @@ void Mixture::compute(Team &team) {
         for (; from < to; from++) {
             const Task &task = tasks_[size_t(from / narrow)];
             const int64_t b = from % narrow;
-            kernels().multiply(down_blocks(task.expert).at(b, turned), hidden_.part(task.first, task.rows),
+            kernels().multiply(down_blocks(task.expert).at(b, columns), hidden_.part(task.first, task.rows),
                                down_ + task.first * ld + b * COLUMNS, ld);
         }
     team.wait();
@@ -161,16 +161,21 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
     if (t == 0) return 0;
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
+    static Prepared &input = *new Prepared;
     try {
         mixture.plan(*w, tokens, experts, assignments);
+        input.shape(w->kind, w->group, t, w->dim);
         run(INT32_MAX, [&](Team &team, int) {
-            std::vector<float> row(size_t(std::max(mixture.padded(), w->dim)));
+            std::vector<float> row(size_t(input.rows.k));
             int64_t from, to;
-            while (team.take(assignments, 4, &from, &to))
+            while (team.take(t, 4, &from, &to))
                 for (; from < to; from++) {
-                    read_row(dtype, x, tokens[from], w->dim, mixture.padded(), row.data());
-                    mixture.set(from, row.data());
+                    read_row(dtype, x, from, w->dim, input.rows.k, row.data());
+                    input.set(from, row.data());
                 }
+            team.wait();
+            while (team.take(assignments, 4, &from, &to))
+                for (; from < to; from++) mixture.set(from, input);
             team.wait();
             mixture.compute(team);
             while (team.take(t, 4, &from, &to))

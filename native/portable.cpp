@@ -58,8 +58,8 @@ void multiply_f32(const Block &b, const Rows &x, float *out, int64_t ld) {
     }
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
-    turn_words(from, row_bytes, rows, 0, words, to);
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    transpose_words(from, row_bytes, rows, 0, words, to);
 }
 
 void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {

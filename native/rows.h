@@ -126,6 +126,21 @@ public:
         }
     }
 
+    // Row `row` as row `source` of others of the same kind, group and inputs.
+    void copy(int64_t row, const Prepared &from, int64_t source) {
+        const int64_t k = rows.k, width = whole(kind_) ? PAIRS : group_;
+        if (whole(kind_)) memcpy(wide_ + row * k, from.wide_ + source * k, size_t(k) * 4);
+        for (int64_t step = 0; !fp32(kind_) && step < k / width; step++) {
+            const int64_t to = Rows::tile_offset(row, step, width, k), at = Rows::tile_offset(source, step, width, k);
+            if (whole(kind_)) memcpy(bits_ + to, from.bits_ + at, size_t(width) * 2);
+            else memcpy(bytes_ + to, from.bytes_ + at, size_t(width));
+        }
+        if (whole(kind_)) return;
+        const int64_t groups = k / group_;
+        memcpy(scales_ + row * groups, from.scales_ + source * groups, size_t(groups) * 4);
+        memcpy(sums_ + row * groups, from.sums_ + source * groups, size_t(groups) * 4);
+    }
+
     // Some rows, the first a multiple of TILE.
     Rows part(int64_t from, int64_t m) const {
         Rows some = rows;
@@ -159,7 +174,7 @@ inline void write_row(int32_t dtype, void *y, int64_t at, const float *from, int
     else for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
 }
 
-// The blocks of one matrix: packed ones where they lie, plain ones turned in a thread's own memory.
+// The blocks of one matrix: packed ones where they lie, plain ones transposed in a thread's own memory.
 class Blocks {
 public:
     // A packed matrix whose blocks are `step` blocks apart, or a plain one, rows [n, k].
@@ -167,11 +182,11 @@ public:
         : data_(static_cast<const uint8_t *>(data)), kind_(kind), group_(group), n_(n), k_(k),
           bytes_(block_bytes(kind, group, k)), step_(step) {}
 
-    Block at(int64_t b, Buffer &turned) const {
+    Block at(int64_t b, Buffer &columns) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
         const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = plain_bytes(kind_, 1, k_);
-        auto to = turned.get<uint32_t>(bytes_ / 4);
-        kernels().turn(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
+        auto to = columns.get<uint32_t>(bytes_ / 4);
+        kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
         return {reinterpret_cast<uint8_t *>(to), fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
     }
 

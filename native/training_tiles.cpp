@@ -46,7 +46,7 @@ template <class T> void pack_rows_of(const T *w, int64_t k, uint16_t *to) {
                 if (sizeof(T) == 4) fetch(next + i * 16), fetch(next + 256 + i * 16);
                 r[i] = read32(w + (half * 16 + i) * k + at);
             }
-            turn_words16(r);
+            transpose16(r);
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (at / 2 + i) * 64 + half * 32, r[i]);
         }
 }
@@ -84,7 +84,7 @@ void turn(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_t apa
     for (int i = 0; i < 16; i++)
         pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none, &r[0][i], &r[1][i]);
     for (int half = 0; half < 2; half++) {
-        turn_words16(r[half]);
+        transpose16(r[half]);
         for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * apart + i * 32, r[half][i]);
     }
 }
@@ -212,7 +212,7 @@ template <class T> void write_piece_of(const float *sums, int64_t high, int64_t 
         for (int64_t j = 0; j < across; j += 16) {
             __m512i r[16];
             for (int q = 0; q < 16; q++) r[q] = _mm512_loadu_si512(sums + (i + q) * PIECE + j);
-            if (turned) turn_words16(r);
+            if (turned) transpose16(r);
             T *place = turned ? to + j * ld + i : to + i * ld + j;
             for (int q = 0; q < 16; q++) write16(place + q * ld, r[q]);
         }
