@@ -31,13 +31,14 @@ struct Mixing {
 
     void mix(int64_t query, int64_t count, int64_t from, int64_t to) const {
         if (from >= to) return;
-        kernels().mix(weights + query * stride + from - first, past.value(from), past.wide,
+        kernels().mix(weights + query * stride + from - first, past.value(from), past.is_fp32,
                       {count, to - from, q.value_width, past.values_stride, stride}, out + query * q.value_width);
     }
 
     // Positions [from, to) of a few queries: what only some see, what all see, what only some see.
     void pass(int64_t query, int64_t count, int64_t from, int64_t to) const {
-        const int64_t begin = std::clamp(q.begin(query + count - 1), from, to), end = std::clamp(q.end(query), begin, to);
+        const int64_t begin = std::clamp(q.begin(query + count - 1), from, to),
+                      end = std::clamp(q.end(query), begin, to);
         for (int64_t i = query; begin > from && i < query + count; i++)
             mix(i, 1, std::max(q.begin(i), from), std::min(q.end(i), begin));
         mix(query, count, begin, end);
@@ -51,8 +52,8 @@ struct Mixing {
 void attend(const Queries &q, const Past &past, float *out, AttentionMemory &memory) {
     const int64_t count = q.count(), first = q.begin(0), end = q.end(count - 1), seen = end - first;
     float *scores = memory.scores.get<float>(count * (seen + 1)), *sums = scores + count * seen;
-    kernels().scores(q.data, past.key(first), past.wide, {count, seen, q.width, past.keys_stride, seen, q.scale}, scores,
-                     memory.columns.get<uint32_t>(q.width * COLUMNS));
+    kernels().scores(q.data, past.key(first), past.is_fp32, {count, seen, q.width, past.keys_stride, seen, q.scale},
+                     scores, memory.columns.get<uint32_t>(q.width * COLUMNS));
     for (int64_t i = 0; i < count; i++)
         sums[i] = soften(scores + i * seen + q.begin(i) - first, q.end(i) - q.begin(i),
                          q.sinks ? q.sinks + i % q.heads : nullptr);

@@ -21,18 +21,18 @@ struct Queries {
     }
 };
 
-// Keys and values of a group of heads, fp32 (`wide`) or bf16.
+// Keys and values of a group of heads, fp32 (`is_fp32`) or bf16.
 struct Past {
     const void *keys, *values;
     int64_t keys_stride, values_stride;
-    bool wide;
+    bool is_fp32;
 
     const void *key(int64_t position) const { return at(keys, position * keys_stride); }
     const void *value(int64_t position) const { return at(values, position * values_stride); }
 
 private:
     const void *at(const void *data, int64_t numbers) const {
-        return static_cast<const char *>(data) + numbers * (wide ? 4 : 2);
+        return static_cast<const char *>(data) + numbers * (is_fp32 ? 4 : 2);
     }
 };
 

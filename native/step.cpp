@@ -1,6 +1,6 @@
 // Tokens of several sequences through a whole decoder in one call: what bounds a single one is reading the weights, so
-// nothing else may take time. Threads meet at the end of each phase; all sums run in one fixed order, and no row depends
-// on another, so a prompt may come in any pieces, beside any others.
+// nothing else may take time. Threads meet at the end of each phase; all sums run in one fixed order, and no row
+// depends on another, so a prompt may come in any pieces, beside any others.
 #include <algorithm>
 #include <vector>
 
@@ -10,8 +10,8 @@
 namespace moestro {
 namespace {
 
-constexpr int64_t QUERIES = 32;      // about as many attend together
-constexpr int64_t ROUTED = 16;       // tokens whose router scores are one task
+constexpr int64_t QUERIES = 32;        // about as many attend together
+constexpr int64_t ROUTED = 16;         // tokens whose router scores are one task
 constexpr int64_t FEW = 4, SOME = 32;  // experts of that task: for a single token, for many
 
 // Consecutive tokens of one sequence that attend together: `first` of all tokens, `before` of the sequence's.
@@ -54,7 +54,7 @@ private:
 
     moestro_decoder d_{};
     const moestro_past *pasts_ = nullptr;
-    int64_t b_ = 0, t_ = 0;           // sequences, tokens
+    int64_t b_ = 0, t_ = 0;                          // sequences, tokens
     std::vector<int64_t> sequence_, offset_, last_;  // of each token: whose, and which of it; of each sequence the last
     std::vector<Part> parts_;
     std::vector<float> qkv_, mixed_, added_, normed_, scores_, ones_, shared_weights_;
@@ -115,7 +115,8 @@ void Step::rotate(float *head, const float *gain, int64_t t, Memory &memory) con
 
 void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {
     if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + n, static_cast<float *>(to) + at);
-    else for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
 }
 
 // Rotate a token's queries and keys, and write its keys and values where its sequence keeps them.
@@ -146,8 +147,16 @@ void Step::attend(int64_t l, const Part &part, int64_t g, Memory &memory) {
     const bool fp32 = d_.cache_dtype == MOESTRO_ROWS_F32;
     const Past seen{static_cast<char *>(past.keys[l]) + group * (fp32 ? 4 : 2),
                     static_cast<char *>(past.values[l]) + group * (fp32 ? 4 : 2), a, a, fp32};
-    const Queries queries{memory.queries.data(), part.rows, heads, a, a, place - past.kept[l], place + part.before,
-                          layer.window, d_.score_scale, layer.sinks ? layer.sinks + g * heads : nullptr};
+    const Queries queries{memory.queries.data(),
+                          part.rows,
+                          heads,
+                          a,
+                          a,
+                          place - past.kept[l],
+                          place + part.before,
+                          layer.window,
+                          d_.score_scale,
+                          layer.sinks ? layer.sinks + g * heads : nullptr};
     moestro::attend(queries, seen, memory.mixed.data(), memory.attention);
     for (int64_t r = 0; r < part.rows; r++)
         std::copy(memory.mixed.begin() + r * size, memory.mixed.begin() + (r + 1) * size,
@@ -220,7 +229,7 @@ void Step::route(Team &team, const moestro_layer &layer, int64_t *chosen, float 
         float *scores = scores_.data() + t * count + e;
         kernels().scores(normed_.data() + t * d_.dim, layer.router + e * d_.dim, true,
                          {tokens, experts, d_.dim, d_.dim, count, 1.0f}, scores,
-                         own_memory().get<uint32_t>(d_.dim * COLUMNS));
+                         thread_buffer().get<uint32_t>(d_.dim * COLUMNS));
         for (int64_t i = 0; layer.logit_bias && i < tokens; i++)
             for (int64_t j = 0; j < experts; j++) scores[i * count + j] += layer.logit_bias[e + j];
     }
@@ -306,14 +315,19 @@ bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n 
 
 bool good(const moestro_layer &layer, const moestro_decoder &d) {
     const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
-    const bool shared = !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
-    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) && layer.window >= 0 &&
-           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
+    const bool shared =
+        !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
+    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) &&
+           layer.window >= 0 && valid(layer.experts) && layer.experts.dim == d.dim &&
+           (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {
-    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups) return false;
-    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype)) return false;
+    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
+        return false;
+    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
+        !valid_rows(d->cache_dtype))
+        return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
 
@@ -329,7 +343,8 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     for (int64_t s = 0; s < b; s++) {
         if (past[s].rows < 1 || past[s].rows > INT32_MAX) return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
-            if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] || past[s].place[l] > past[s].room[l] - past[s].rows)
+            if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
+                past[s].place[l] > past[s].room[l] - past[s].rows)
                 return MOESTRO_EBAD;
     }
     Lock lock(one_at_a_time());

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moestro.checkpoints import packed_files
-from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.packed_header import MAGIC
-from moestro.checkpoints.pretrained import write_pretrained
 from moestro.checkpoints.quantize import WEIGHTS, pack
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError
 from moestro.kernels import native_cpu

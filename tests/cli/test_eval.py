@@ -52,6 +52,7 @@ def test_as_is_needs_no_native_library(
         raise AssertionError
 
     monkeypatch.setattr(native_cpu, "library", refuse)
+    monkeypatch.setattr(native_cpu, "available", lambda: "there is no library")
     words = ["eval", str(published), "--source", text, "--tokens", "500", "--weights", "as-is"]
     assert main([*words, "--json"]) == 0
     bits = json.loads(capsys.readouterr().out)["rows"][0]["bits_per_byte"]["all"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import moestro.hf as hf
 from moestro.errors import CheckpointError, MoestroError
-from moestro.hf.selection import RULES
+from moestro.foreign.routers import ROUTERS
 
 from ..probe import foreign_zoo
 from .zoo import NAMES, build, tokens
@@ -206,7 +206,7 @@ def test_a_router_that_chooses_otherwise_is_noticed():
             return logits, weights * 2, experts
 
     Otherwise.__name__ = type(gate).__name__
-    assert Otherwise.__name__ in RULES
+    assert ROUTERS[Otherwise.__name__].weigh is not None
     gate.__class__ = Otherwise
     hf.balance(model, switch=0.0, bias_rate=0.1)
     with pytest.raises(MoestroError, match="does not choose by the rule"):

@@ -158,7 +158,7 @@ class Past:
 
     def placed(self) -> StepPast:
         for number, layer in enumerate(self.cache.layers):
-            self.view.put(number, *layer.room(*self._like), layer.length)
+            self.view.put(number, *layer.room(1, *self._like), layer.length)
         return self.view
 
 
@@ -170,7 +170,7 @@ def step(model: Decoder, native: StepDecoder, tokens_B: Tensor, pasts: list[Past
     x_BD, placed = model.embed(tokens_B).float(), [past.placed() for past in pasts]
     results = native.step(x_BD, cos_BA, sin_BA, placed)
     for past in pasts:
-        past.cache.advance()
+        past.cache.advance(1)
     return results
 
 

@@ -12,28 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.checkpoints.quantize import places
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
-from moestro.kernels.packing import (
-    PAGE,
-    Format,
-    PackedExperts,
-    PackedMatrix,
-    check_format,
-    matrix_bytes,
-    slab_bytes,
-)
+from moestro.kernels.packing import PAGE, Format, check_format
 from moestro.models.build import Model, build_model
 from moestro.models.count import count
-from moestro.models.linear import PackedLinear
 from moestro.models.materialize import without_memory
-from moestro.moe import packed as modules
-from moestro.moe.experts import FeedForward, StackedWeights
+from moestro.moe.packed import Packed
 
 MAGIC = b"moestro packed model\n"
 VERSION = 1
@@ -167,7 +156,7 @@ def tensors(model: Model) -> dict[str, Tensor]:
     """All that a packed model's file holds: parameters, buffers, packed bytes and their biases."""
     found: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
     for path, module in model.named_modules():
-        if isinstance(module, modules.Packed):
+        if isinstance(module, Packed):
             found |= {f"{path}.{part}": tensor for part, tensor in module.parts().items()}
     return found
 
@@ -184,51 +173,14 @@ def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
     with without_memory():
         model = build_model(cfg)
     for place in places(model):
-        setattr(place.parent, place.name, _packed(place.module, format))
+        setattr(place.parent, place.name, place.pack(format))
     return model.eval()
-
-
-def _packed(module: nn.Module, format: Format) -> modules.Packed:
-    """What a module is packed as, without memory."""
-
-    def data(nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
-
-    def bias(own: Tensor | None) -> Tensor | None:
-        return None if own is None else torch.empty_like(own, dtype=torch.float32)
-
-    if isinstance(module, nn.Linear):
-        rows, columns = module.weight.shape
-        matrix = PackedMatrix(data(matrix_bytes(rows, columns, format)), rows, columns, format)
-        return PackedLinear(matrix, bias(module.bias))
-    assert isinstance(module, StackedWeights)
-    (num_experts, dim, hidden), activation = module.down.shape, module.activation
-    slabs = data(num_experts * slab_bytes(dim, hidden, activation, format))
-    biases = map(bias, module.biases or (None, None))
-    kind = modules.PackedFeedForward if isinstance(module, FeedForward) else modules.PackedExperts
-    return kind(PackedExperts(slabs, num_experts, dim, hidden, activation, format, *biases))
 
 
 def _described(model: Model) -> dict[str, dict[str, Any]]:
     """What the header says of each packed module."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            matrix = module.weights
-            found[path] = {"rows": matrix.rows, "columns": matrix.columns}
-        elif isinstance(module, modules.PackedWeights):
-            experts = module.weights
-            found[path] = {
-                "experts": experts.num_experts,
-                "dim": experts.dim,
-                "hidden_dim": experts.hidden_dim,
-                "activation": experts.activation,
-                "dense": isinstance(module, modules.PackedFeedForward),
-            }
-        else:
-            continue
-        found[path] |= module.weights.format._asdict()
-    return found
+    modules = model.named_modules()
+    return {path: module.described() for path, module in modules if isinstance(module, Packed)}
 
 
 def _sections(given: dict[str, Any], model: Model, nbytes: int) -> dict[str, Section]:

@@ -10,12 +10,14 @@ Letters: E experts, O, I out and in of a matrix, N = I / 32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.checkpoints.tensor_files import Source, Stored
 from moestro.errors import CheckpointError, ShapeError
 
 Shape = tuple[int, ...]
@@ -151,6 +153,53 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
             scales = key.removesuffix(method.values) + method.scales
             raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
     return found
+
+
+@dataclass(frozen=True)
+class Quantized(Source):
+    """A tensor that two of a checkpoint stand for, values and scales."""
+
+    values: Stored
+    scales: Stored
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, values: Stored, scales: Stored, scheme: Scheme) -> Quantized:
+        """The tensor of these two."""
+        shape, size = scheme.shape(values.shape), values.bytes + scales.bytes
+        return cls(values.file, values.key, None, shape, size, values, scales, scheme)
+
+    def entry(self, index: int) -> Quantized:
+        """Entry `index` of the first axis."""
+        return Quantized.of(self.values.entry(index), self.scales.entry(index), self.scheme)
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in `dtype`."""
+        try:
+            return self.scheme.dequantize(self.values.load(), self.scales.load(), dtype)
+        except ShapeError as error:
+            raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
+
+
+def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
+    """Sources by key, quantised pairs joined under the key of the tensor that they stand for.
+
+    Raises:
+        CheckpointError: the quantisation is not known, or values lack their scales.
+    """
+    if not hf_config.get("quantization_config"):
+        return dict(stored)
+    method = scheme(hf_config["quantization_config"])
+    joined = {values: (name, scales) for name, (values, scales) in pairs(stored, method).items()}
+    used = {scales for _, scales in joined.values()}
+    sources: dict[str, Source] = {}
+    for key, one in stored.items():
+        if key in joined:
+            name, scales = joined[key]
+            sources[name] = Quantized.of(one, stored[scales], method)
+        elif key not in used:
+            sources[key] = one
+    return sources
 
 
 def from_fp8(

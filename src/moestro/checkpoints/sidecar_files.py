@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moestro.checkpoints.folders import CONFIG
-from moestro.checkpoints.pretrained import HF_CONFIG, is_pretrained
+from moestro.checkpoints.reading import HF_CONFIG, origin
 from moestro.text import HF_FILE, NOTE_FILE, load_tokenizer
 
 # Layout of Hugging Face's tokenizers, old and new; the templates in a folder come last.
@@ -30,7 +29,7 @@ NAMES = (
 TEMPLATES = "additional_chat_templates"
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_sidecar_files(source: Path, target: Path) -> list[str]:
     """Copy what is there of them into an existing folder of Hugging Face's layout.
 
     Returns:
@@ -48,7 +47,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return names
 
 
-def keep_companions(source: Path, target: Path) -> list[str]:
+def keep_sidecar_files(source: Path, target: Path) -> list[str]:
     """Copy them into an existing folder of this project's layout, and the config they came with.
 
     A folder of Hugging Face's layout gives its config.json, as hf_config.json, and a note on its
@@ -62,15 +61,13 @@ def keep_companions(source: Path, target: Path) -> list[str]:
         DataError: the tokenizer cannot be read.
         OSError: a file cannot be read or written.
     """
-    published = is_pretrained(source)
     with_tokenizer = any((source / name).is_file() for name in (NOTE_FILE, HF_FILE))
     if with_tokenizer:
         load_tokenizer(source).save(target)
     names = [name for name in NAMES if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, target / name)
-    config = source / (CONFIG if published else HF_CONFIG)
-    if config.is_file():
-        shutil.copyfile(config, target / HF_CONFIG)
+    if origin(source).is_file():
+        shutil.copyfile(origin(source), target / HF_CONFIG)
         names.append(HF_CONFIG)
     return [*names, *([NOTE_FILE] if with_tokenizer else [])]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown, pick_dtype
+from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from moestro.checkpoints.pretrained import Pretrained
+    from moestro.checkpoints.opening import Opened
 
 Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The new folder.")]
 Layout = Annotated[
@@ -48,6 +48,7 @@ def convert(
     appears whole or not at all, and nothing is overwritten.
     """
     from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.opening import pick_dtype
     from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
@@ -55,16 +56,15 @@ def convert(
     if family is not None and to != "hf":
         raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
     _check_new(target)
-    folder = find_checkpoint(source)
-    opened = open_shown(folder, dtype=dtype, accept_fields=accept_field)
+    opened = open_shown(find_checkpoint(source), dtype=dtype, accept_fields=accept_field)
     with _whole(target) as fresh:
         if to == "hf":
-            notes = _write_hf(opened, folder, fresh, family, shard_bytes)
+            notes = _write_hf(opened, fresh, family, shard_bytes)
         else:
-            notes = _write_own(opened, folder, fresh)
+            notes = _write_own(opened, fresh)
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
-    typer.echo(_summary(opened, folder, target, to))
+    typer.echo(_summary(opened, target, to))
 
 
 def _check_new(target: Path) -> None:
@@ -96,37 +96,34 @@ def _whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_hf(
-    opened: Pretrained, source: Path, folder: Path, family: str | None, shard_bytes: int
-) -> list[str]:
+def _write_hf(opened: Opened, folder: Path, family: str | None, shard_bytes: int) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
-    from moestro.checkpoints.pretrained import write_pretrained
-    from moestro.checkpoints.sidecar_files import copy_companions
+    from moestro.checkpoints.sidecar_files import copy_sidecar_files
+    from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
 
-    same = family in (None, opened.family)
+    original = opened.hf_config if family in (None, opened.family) else None
     write_pretrained(
-        opened.model,
-        folder,
-        family=family,
-        hf_config=opened.hf_config if same else None,
-        shard_bytes=shard_bytes,
+        opened.model, folder, family=family, hf_config=original, shard_bytes=shard_bytes
     )
-    copied = copy_companions(source, folder)
-    if HF_FILE in copied:
+    if HF_FILE in copy_sidecar_files(opened.folder, folder):
         return []
-    return [f"{source} has no {HF_FILE}, so other programs find no tokenizer in the new folder"]
+    return [
+        f"{opened.folder} has no {HF_FILE}, so other programs find no tokenizer in the new folder"
+    ]
 
 
-def _write_own(opened: Pretrained, source: Path, folder: Path) -> list[str]:
+def _write_own(opened: Opened, folder: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
-    from moestro.checkpoints.folders import atomic_folder, save_model
-    from moestro.checkpoints.sidecar_files import TEMPLATES, keep_companions
+    from moestro.checkpoints.folders import atomic_folder
+    from moestro.checkpoints.sidecar_files import TEMPLATES, keep_sidecar_files
+    from moestro.checkpoints.writing import save_model
     from moestro.text import NOTE_FILE
 
+    source = opened.folder
     with atomic_folder(folder) as inner:
         save_model(opened.model, inner)
-        kept = keep_companions(source, inner)
+        kept = keep_sidecar_files(source, inner)
     notes = []
     if NOTE_FILE not in kept:
         notes.append(f"{source} has no tokenizer, so `moestro generate` needs one put there")
@@ -135,7 +132,7 @@ def _write_own(opened: Pretrained, source: Path, folder: Path) -> list[str]:
     return notes
 
 
-def _summary(opened: Pretrained, source: Path, target: Path, to: str) -> str:
+def _summary(opened: Opened, target: Path, to: str) -> str:
     """What was written, in one sentence."""
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
@@ -143,5 +140,5 @@ def _summary(opened: Pretrained, source: Path, target: Path, to: str) -> str:
     layout = "Hugging Face's layout" if to == "hf" else "this project's layout"
     return (
         f"{target}: {parameters:,} parameters in {dtype}, {size / 1e6:,.1f} MB, {layout}, "
-        f"from {source}"
+        f"from {opened.folder}"
     )

@@ -49,11 +49,11 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from moestro.errors import BackendError
-    from moestro.kernels.backends import ENVIRONMENT, choose, table
+    from moestro.kernels.backends import ENVIRONMENT, Work, choose, table
 
     problem = None
     try:
-        choose("auto", "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+        choose("auto", Work("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16))
     except BackendError as error:
         problem = str(error)
     features = _cpu_features()
@@ -175,11 +175,9 @@ def _text(facts: dict[str, Any]) -> str:
         "",
         _backends_title(facts["forced_backend"]),
     ]
-    width = max((len(row["name"]) for row in facts["backends"]), default=0)
     for row in facts["backends"]:
-        mark = "→" if row["chosen"] else " "
-        state = "yes" if row["ok"] else "no "
-        lines.append(f"{mark} {row['name']:<{width}}  {state}  {row['reason']}")
+        mark, state = "→" if row["chosen"] else " ", "yes" if row["ok"] else "no"
+        lines.append(f"{mark} {row['use']:<6}  {row['name']:<9}  {state:<3}  {row['reason']}")
     if facts["problem"]:
         lines.append(f"  none can run: {facts['problem']}")
     lines += ["", "optional packages"]

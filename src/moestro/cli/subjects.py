@@ -29,8 +29,8 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
     """What a name means: a file or folder that is there, else a preset, else a model of the hub.
 
     Raises:
-        ConfigError: it is none of these, or its settings are not allowed.
-        CheckpointError: a config.json cannot be read, or the hub has none of that name.
+        ConfigError: it is not one of these, or its settings are not allowed.
+        CheckpointError: a config.json cannot be read, or the hub has no model of that name.
     """
     from moestro.errors import ConfigError
     from moestro.plan.presets import is_preset
@@ -64,12 +64,12 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
     """A config.json of Hugging Face's layout; how its weights are stored is only noted."""
-    from moestro.checkpoints.pretrained import read_config
     from moestro.checkpoints.quantized import quantisation
+    from moestro.checkpoints.reading import read_settings
     from moestro.plan.subject import from_settings
 
-    described = read_config(path, accept_fields)
-    stored = quantisation(described.hf_config)
+    described = read_settings(path, accept_fields, for_weights=False)
+    stored = quantisation(described.fields)
     note = "" if stored is None else f"Its weights are stored quantised by {stored.words}."
     return from_settings(title, described.cfg, str(path))._replace(note=note)
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError
-from moestro.hf import compute, layouts, ops
+from moestro.foreign import layouts
+from moestro.hf import compute, ops
 from moestro.kernels import native_cpu, pointwise
 from moestro.kernels.packing import PackedExperts
+from moestro.moe.mixing import differentiated
 
 # Where a module's packed experts hang; see `moestro.hf.packed`.
 PACKED = "moestro_packed"
@@ -56,7 +58,7 @@ def mixture(
     weights = layouts.read(self)
     if through_ops(hidden_states, weights.up_EHD, weights.down_EDF):
         return ops.traced(self, weights, *inputs)
-    if ops.wanted(hidden_states, top_k_weights, *weights.tensors):
+    if differentiated(hidden_states, top_k_weights, *weights.tensors):
         _note(self, "gradients are wanted")
         return compute.by_torch(weights, *inputs, self)
     y_TD, why_not = compute.without_gradients(weights, *inputs, type(self).__name__, self)
@@ -95,7 +97,7 @@ def _refuse_sharded(tensor: Tensor) -> None:
 
 
 def _refuse_training(experts: nn.Module, *inputs: Tensor) -> None:
-    if ops.wanted(*inputs) or experts.training:
+    if differentiated(*inputs) or experts.training:
         raise BackendError(
             "packed weights cannot be trained, and no gradient goes through them; train before "
             "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro.foreign.layouts import Weights
 from moestro.hf import compute
-from moestro.hf.layouts import Weights
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
-from moestro.moe.experts import compute_dtype
+from moestro.moe.mixing import compute_dtype, differentiated
 
 # A CUDA graph would replay the group sizes of its first batch.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -39,7 +39,7 @@ def traced(
         return compute.split(weights, rows_TD, experts_TK, weights_TK, *how).to(x_TD.dtype)
     inputs = (rows_TD, experts_TK, weights_TK)
     tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
-    grads = wanted(x_TD, weights_TK, *weights.tensors)
+    grads = differentiated(x_TD, weights_TK, *weights.tensors)
     y_TD: Tensor = _ops().mixture(*inputs, *tensors, weights.transposed, activation, grads)
     return y_TD.to(x_TD.dtype)
 
@@ -61,11 +61,6 @@ def traced_linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> 
     shape = [packed.rows, packed.columns]
     y_TO: Tensor = _ops().packed_linear(x_TI, packed.data, bias_O, *packed.format, shape)
     return y_TO
-
-
-def wanted(*tensors: Tensor) -> bool:
-    """Whether gradients of any of these are wanted."""
-    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def _rows(x_TD: Tensor) -> Tensor:

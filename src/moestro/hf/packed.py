@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError, ShapeError
-from moestro.hf import layouts, ops
+from moestro.foreign import classes, layouts
+from moestro.hf import ops
 from moestro.hf.forward import PACKED, through_ops
 from moestro.hf.plug import use
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, check_format
 from moestro.models.linear import PackedLinear
-from moestro.probe.recording import routers
 
 
 class PackedModel(NamedTuple):
@@ -130,7 +130,7 @@ def _check(name: str, module: nn.Module) -> None:
 
 def _refuse_wrapped(name: str, modules: dict[str, nn.Module]) -> None:
     """An adapter changes weights that would no longer be there."""
-    outer = routers.outermost(modules, name)
+    outer = classes.outermost(modules, name)
     if outer != name:
         raise BackendError(
             f"the experts {name} are inside of {type(modules[outer]).__name__}, which needs their "

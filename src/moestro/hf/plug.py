@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moestro.errors import BackendError
-from moestro.hf import layouts
+from moestro.foreign import classes, layouts
 from moestro.hf.forward import mixture, watching
 from moestro.kernels import native_cpu
-from moestro.probe.recording import routers
 
 NAME = "moestro"
 
@@ -110,7 +109,7 @@ def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked
         for hook in hooks:
             hook.remove()
     modules, ran = dict(model.named_modules()), {}
-    places = {name: routers.outermost(modules, name) for name in found}
+    places = {name: classes.outermost(modules, name) for name in found}
     used = {places[name] for name in reached}  # an adapter may hold two experts, of which one runs
     for name, module in found.items():
         lines = seen.get(id(module), [])

@@ -73,6 +73,31 @@ def address(
     raise _refusal(tensor, name, shape, dtypes, f"in one piece at a multiple of {multiple} bytes, ")
 
 
+def piece(
+    tensor: Tensor,
+    name: str,
+    shape: Shape,
+    dtypes: Iterable[torch.dtype],
+    to: torch.dtype | None = None,
+) -> tuple[Tensor, int]:
+    """The tensor in one piece, copied where it is strided, and its `address`.
+
+    Args:
+        tensor: what was given.
+        name: see `check`.
+        shape: see there.
+        dtypes: see there.
+        to: the only dtype of `dtypes`, which other float types are converted to.
+
+    Raises:
+        ShapeError: see `address`.
+    """
+    if to is not None and tensor.dtype != to:
+        tensor = check(tensor, name, shape, FLOATS).to(to)
+    tensor = tensor.contiguous()
+    return tensor, address(tensor, name, shape, dtypes)
+
+
 def _fits(shape: tuple[int, ...], wanted: Shape) -> bool:
     pairs = zip(shape, wanted, strict=False)
     return len(shape) == len(wanted) and all(want in (None, size) for size, want in pairs)

@@ -114,11 +114,15 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
+    bidirectional: bool = False,
 ) -> Tensor:
     """`reference_attention.attend`: no mask where none is needed, and none of all P keys at once.
 
-    The queries go in blocks, each with the keys that its window reaches.
+    Causal queries go in blocks, each with the keys that its window reaches.
     """
+    if bidirectional:
+        mask = _padded(bias_HSP, valid_BP, q_BHSA)
+        return _fused(q_BHSA, k_BGPA, v_BGPA, scale, mask)
     length, span = q_BHSA.shape[2], k_BGPA.shape[2]
     reach = span if window is None else window
     plain = sinks_H is None and bias_HSP is None and valid_BP is None
@@ -137,6 +141,14 @@ def attend(
         block = (q_BHSA[:, :, rows], k_BGPA[:, :, keys], v_BGPA[:, :, keys], scale)
         parts.append(_masked(*block, seen, sinks_H, bias_HQP))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _padded(bias_HSP: Tensor | None, valid_BP: Tensor | None, q_BHSA: Tensor) -> Tensor | None:
+    """The bias with padding masked; all keys of a text of padding alone weigh the same."""
+    if valid_BP is None:
+        return bias_HSP
+    added = q_BHSA.new_zeros(()) if bias_HSP is None else bias_HSP.to(q_BHSA.dtype)
+    return added.masked_fill(~valid_BP[:, None, None], torch.finfo(added.dtype).min)
 
 
 def _seen(
@@ -210,6 +222,9 @@ def _fused(
         v_BGPA = F.pad(v_BGPA, (0, width - value_width))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q_BHSA.dtype)
+    # torch's flash kernel takes masks of four dimensions; for one row of 16 bits it is slower.
+    if mask is not None and mask.dim() == 3 and (q_BHSA.shape[2] > 1 or mask.dtype.itemsize > 2):
+        mask = mask[None]
     grouped = q_BHSA.shape[1] != k_BGPA.shape[1]
     # The fused kernels have neither forward derivatives nor a rule for vmap.
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():

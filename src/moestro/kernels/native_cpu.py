@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, INT64, ROWS, UINT8, address, check
-from moestro.kernels.native_library import Experts, Matrix, refusal
+from moestro.kernels.addresses import CPU, FP32, INT64, ROWS, UINT8, address, check, piece
+from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -30,6 +31,7 @@ from moestro.kernels.packing import (
 )
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes
+from moestro.kernels.reference import Biases
 
 PLAIN = Format("plain")
 _LINE = 64  # what packed weights begin at a multiple of, in bytes
@@ -55,17 +57,64 @@ def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
     return PackedMatrix(data, rows, columns, format)
 
 
+def pack_experts(
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    format: Format,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    interleaved: bool = False,
+) -> PackedExperts:
+    """Pack stacked experts of any strides, in as many threads as torch has.
+
+    fp16 and fp64 go through fp32, an expert at a time; biases become fp32.
+
+    Args:
+        up_EHD: `gate_up [E, 2F, D]` of gated experts, gate first, or `up [E, F, D]`.
+        down_EDF: down projections.
+        activation: decides whether there is a gate.
+        format: of all matrices.
+        up_bias_EH: None: none.
+        down_bias_ED: None: none.
+        interleaved: gate and up alternate along H.
+
+    Raises:
+        ShapeError: see `pack_matrix`; names the expert.
+    """
+    up_EHD, down_EDF = up_EHD.detach(), down_EDF.detach()
+    num_experts, dim, hidden = down_EDF.shape
+    size = slab_bytes(dim, hidden, activation, format)
+    data = aligned(num_experts * size)
+    if interleaved:  # [E, 2, F, …] without a copy of all experts
+        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)
+        if up_bias_EH is not None:
+            up_bias_EH = up_bias_EH.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+
+    def pack(expert: int) -> None:
+        up_HD, down_DF = (
+            each if each.dtype in ROWS else each.float()
+            for each in (up_EHD[expert].flatten(0, -2), down_EDF[expert])
+        )
+        slab = data[expert * size : (expert + 1) * size]
+        try:
+            pack_expert(up_HD, down_DF, activation, format, slab)
+        except ShapeError as error:
+            raise ShapeError(f"expert {expert}: {error}") from error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as packers:
+        list(packers.map(pack, range(num_experts)))
+    biases = (
+        None if bias is None else bias.detach().float().clone()
+        for bias in (up_bias_EH, down_bias_ED)
+    )
+    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
+
+
 def pack_expert(
     up_HD: Tensor, down_DF: Tensor, activation: str, format: Format, slab: Tensor
 ) -> None:
     """Pack one expert into its slab (uint8, `slab_bytes` long, on a multiple of 64 bytes).
-
-    Args:
-        up_HD: `gate_up` [2F, D] of a gated expert, gate first, or `up` [F, D].
-        down_DF: down projection.
-        activation: decides whether there is a gate.
-        format: of the slab.
-        slab: written to.
 
     Raises:
         ShapeError: see `pack_matrix`.
@@ -123,15 +172,12 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
     Raises:
         ShapeError: x is not [T, I] in fp32 or bf16 on CPU, or the bias not fp32 [O].
     """
-    matrix, x_TI = matrix_of(packed), x_TI.contiguous()
-    x_at = address(x_TI, "rows", (*x_TI.shape[:1], packed.columns), ROWS)
+    matrix = matrix_of(packed)
+    x_TI, x_at = piece(x_TI, "rows", (*x_TI.shape[:1], packed.columns), ROWS)
     bias = None if bias_O is None else address(bias_O, "bias", (packed.rows,), FP32)
     y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
-    code = library().moestro_linear(
-        ctypes.byref(matrix), ROWS[x_TI.dtype], x_at, x_TI.shape[0], y_TO.data_ptr(), bias
-    )
-    if code:
-        raise refusal(code)
+    given = (ROWS[x_TI.dtype], x_at, x_TI.shape[0], y_TO.data_ptr(), bias)
+    call("linear", ctypes.byref(matrix), *given)
     return y_TO
 
 
@@ -155,25 +201,38 @@ def mixture(
     Raises:
         ShapeError: a shape or dtype does not fit, or an index is out of range.
     """
-    experts, x_TD, (size,) = experts_of(packed), x_TD.contiguous(), (tokens_A.numel(),)
-    x_at = address(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
-    tokens_A, experts_A = tokens_A.contiguous(), experts_A.contiguous()
-    if weights_A.dtype != torch.float32:
-        weights_A = check(weights_A, "weights", (size,), FLOATS).float()
-    weights_A = weights_A.contiguous()
+    experts, (size,) = experts_of(packed), (tokens_A.numel(),)
+    x_TD, x_at = piece(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
+    tokens_A, tokens_at = piece(tokens_A, "tokens", (size,), INT64)
+    experts_A, experts_at = piece(experts_A, "experts", (size,), INT64)
+    weights_A, weights_at = piece(weights_A, "weights", (size,), FP32, torch.float32)
     y_TD = torch.empty_like(x_TD)
-    code = library().moestro_mixture(
-        ctypes.byref(experts), ROWS[x_TD.dtype], x_at, x_TD.shape[0],
-        address(tokens_A, "tokens", (size,), INT64), address(experts_A, "experts", (size,), INT64),
-        address(weights_A, "weights", (size,), FP32), size, y_TD.data_ptr(),
+    call(
+        "mixture", ctypes.byref(experts), ROWS[x_TD.dtype], x_at, len(x_TD), tokens_at, experts_at,
+        weights_at, size, y_TD.data_ptr(),
+        takes=lambda: f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
+        f"{_range('experts', experts_A, packed.num_experts)}",
     )  # fmt: skip
-    if code:
-        raise refusal(
-            code,
-            f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
-            f"{_range('experts', experts_A, packed.num_experts)}",
-        )
     return y_TD
+
+
+def plain_mixture(
+    x_TD: Tensor,
+    tokens_R: Tensor,
+    experts_R: Tensor,
+    weights_R: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    biases: Biases | None = None,
+    kept_R: Tensor | None = None,
+) -> Tensor:
+    """`reference.mixture` of token choice, on weights as they are; raises as `mixture` does."""
+    experts = plain_experts(up_EHD, down_EDF, activation, *(biases or (None, None)))
+    chosen = (tokens_R, experts_R, weights_R)
+    if kept_R is not None:
+        chosen = (tokens_R[kept_R], experts_R[kept_R], weights_R[kept_R])
+    return mixture(experts, x_TD, *chosen)
 
 
 def plain_matrix(w_OI: Tensor) -> PackedMatrix:
@@ -316,20 +375,14 @@ def _packable(w_OI: Tensor) -> Tensor:
 
 
 def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
-    code = library().moestro_pack(
-        *_code(format), ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape,
-        w_OI.shape[1], at, step,
+    from_at = address(w_OI, "weights", w_OI.shape, ROWS)
+    call(
+        "pack", *_code(format), ROWS[w_OI.dtype], from_at, *w_OI.shape, w_OI.shape[1], at, step,
+        takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
     )  # fmt: skip
-    if code:
-        raise refusal(
-            code,
-            "weights without NaN or infinity, and for int8 and int4 none of size above 65504",
-        )
 
 
 def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
     w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
-    code = library().moestro_unpack(*_code(format), at, rows, columns, step, w_OI.data_ptr())
-    if code:
-        raise refusal(code)
+    call("unpack", *_code(format), at, rows, columns, step, w_OI.data_ptr())
     return w_OI

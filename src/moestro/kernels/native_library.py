@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
-ABI = 4
+ABI = 5
 _EMEMORY, _EPATH = -2, -3
+_DOCUMENTED = "what the docstrings say"
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -162,13 +164,27 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def refusal(code: int, allowed: str = "what the docstrings say") -> Exception:
-    """What a code other than 0 of a native function means; `allowed` says what it takes."""
+def call(name: str, *arguments: Any, takes: str | Callable[[], str] = _DOCUMENTED) -> None:
+    """Call a native function that returns a code.
+
+    Args:
+        name: of the function, without `moestro_`.
+        *arguments: as its signature has them.
+        takes: what it allows, to say where it refuses something.
+
+    Raises:
+        ShapeError: it refuses what it was given; says what it takes.
+        MemoryError: there is not enough memory for its buffers.
+        BackendError: the path changed to one without AMX tiles, or there is no library.
+    """
+    code = getattr(library(), f"moestro_{name}")(*arguments)
     if code == _EMEMORY:
-        return MemoryError("not enough memory for the native kernels' buffers")
+        raise MemoryError("not enough memory for the native kernels' buffers")
     if code == _EPATH:
-        return BackendError("the native kernels' path changed to one without AMX tiles")
-    return ShapeError(f"the native kernels take {allowed}")
+        raise BackendError("the native kernels' path changed to one without AMX tiles")
+    if code:
+        takes = takes if isinstance(takes, str) else takes()
+        raise ShapeError(f"the native kernels take {takes}")
 
 
 def available() -> str | None:

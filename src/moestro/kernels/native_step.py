@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
+from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library, refusal
+from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -65,6 +65,9 @@ class StepLayer(NamedTuple):
     shared_gate: Tensor | None = None
 
 
+_OPTIONAL = StepLayer._field_defaults
+
+
 class StepShape(NamedTuple):
     """Numbers that all layers share.
 
@@ -97,16 +100,22 @@ class StepShape(NamedTuple):
     head_scale: float = 1.0
 
 
+# Fields of `moestro_layer`, each taken from the field of StepLayer of that name. A letter is a
+# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A.
+_LAYER = (
+    ("attention_norm", _POINTER, "D"), ("ffn_norm", _POINTER, "D"), ("qkv", Matrix, "WD"),
+    ("out", Matrix, "DN"), ("qkv_bias", _POINTER, "W"), ("out_bias", _POINTER, "D"),
+    ("q_norm", _POINTER, "A"), ("k_norm", _POINTER, "A"), ("sinks", _POINTER, "H"),
+    ("window", _INT64, ""), ("router", _POINTER, "ED"), ("logit_bias", _POINTER, "E"),
+    ("selection_bias", _POINTER, "E"), ("experts", Experts, "ED"), ("shared", Experts, "1D"),
+    ("shared_gate", _POINTER, "D"),
+)  # fmt: skip
+
+
 class _Layer(ctypes.Structure):
     """`moestro_layer`."""
 
-    _fields_ = (
-        ("attention_norm", _POINTER), ("ffn_norm", _POINTER), ("qkv", Matrix), ("out", Matrix),
-        ("qkv_bias", _POINTER), ("out_bias", _POINTER), ("q_norm", _POINTER), ("k_norm", _POINTER),
-        ("sinks", _POINTER), ("window", _INT64), ("router", _POINTER), ("logit_bias", _POINTER),
-        ("selection_bias", _POINTER), ("experts", Experts), ("shared", Experts),
-        ("shared_gate", _POINTER),
-    )  # fmt: skip
+    _fields_ = tuple((name, kind) for name, kind, _ in _LAYER)
 
 
 class _Decoder(ctypes.Structure):
@@ -229,9 +238,9 @@ class StepDecoder:
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            ctypes.cast(self._layers, _POINTER), address(norm, "norm", (shape.dim,), FP32),
             _matrix(head, "head", shape.vocab, shape.dim),
-            _maybe(head_bias, "head_bias", shape.vocab),
+            None if head_bias is None else address(head_bias, "head_bias", (shape.vocab,), FP32),
         )  # fmt: skip
 
     def step(
@@ -262,20 +271,19 @@ class StepDecoder:
                 f"dtype); given {kinds}"
             )
         tokens = sum(past.rows for past in pasts)
-        x_TD, x_at = _input(x_TD, "embeddings", tokens, self.shape.dim)
-        cos_TA, cos_at = _input(cos_TA, "cosines", tokens, half)
-        sin_TA, sin_at = _input(sin_TA, "sines", tokens, half)
+        x_TD, x_at = piece(x_TD, "embeddings", (tokens, self.shape.dim), FP32, torch.float32)
+        cos_TA, cos_at = piece(cos_TA, "cosines", (tokens, half), FP32, torch.float32)
+        sin_TA, sin_at = piece(sin_TA, "sines", (tokens, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
         sizes = (self.num_layers, tokens, self.shape.top_k)
         logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
         experts_LTK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
         weights_LTK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
-        code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
+        call(
+            "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
+            takes="pasts with every layer put, at places within their room",
         )  # fmt: skip
-        if code:
-            raise refusal(code, "pasts with every layer put, at a place within its room")
         return logits_BV, experts_LTK, weights_LTK
 
 
@@ -292,35 +300,32 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
 
 
 def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
-    dim, width = shape.dim, shape.head_dim
-    queries, routed = shape.heads * width, layer.router is not None
-    wide = queries + 2 * shape.groups * width
-    count = layer.experts.num_experts
+    width, queries = shape.head_dim, shape.heads * shape.head_dim
+    count, routed = layer.experts.num_experts, layer.router is not None
     if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
         raise ShapeError(
             f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
             f"one a single expert; given window {layer.window}, {count} experts, {shape}"
         )
-    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
-    return _Layer(
-        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
-        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
-        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
-        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
-        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
-        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
-        _maybe(layer.selection_bias, "selection_bias", count),
-        _experts(layer.experts, "experts", count, dim), shared,
-        _maybe(layer.shared_gate, "shared_gate", dim),
-    )  # fmt: skip
+    sizes = {"D": shape.dim, "A": width, "H": shape.heads, "E": count, "1": 1, "N": queries}
+    sizes["W"] = queries + 2 * shape.groups * width
+    given = (
+        _field(layer, name, kind, [sizes[letter] for letter in letters])
+        for name, kind, letters in _LAYER
+    )
+    return _Layer(*given)
 
 
-def _input(x_TX: Tensor, name: str, tokens: int, size: int) -> tuple[Tensor, int]:
-    """A step's input in fp32 and in one piece, and where that is."""
-    if x_TX.dtype != torch.float32:
-        x_TX = check(x_TX, name, (tokens, size), FLOATS).float()
-    x_TX = x_TX.contiguous()
-    return x_TX, address(x_TX, name, (tokens, size), FP32)
+def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
+    """What the C structure holds of a layer's field; an empty `kind` for an optional None."""
+    value = getattr(layer, name)
+    if value is None and name in StepLayer._field_defaults:
+        return kind()
+    if kind is _POINTER:
+        return address(value, name, tuple(sizes), FP32)
+    if kind is Matrix:
+        return _matrix(value, name, *sizes)
+    return _experts(value, name, *sizes) if kind is Experts else value
 
 
 def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
@@ -337,11 +342,3 @@ def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
             f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
         )
     return experts_of(packed)
-
-
-def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
-    return address(tensor, name, shape, FP32)
-
-
-def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
-    return None if tensor is None else address(tensor, name, shape, FP32)

@@ -130,6 +130,30 @@ def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> in
     return -(-(up + matrix_bytes(dim, hidden_dim, format)) // PAGE) * PAGE
 
 
+def blank_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
+    """What `native_cpu.pack_matrix` gives, without memory."""
+    rows, columns = w_OI.shape
+    data = torch.empty(matrix_bytes(rows, columns, format), dtype=torch.uint8, device="meta")
+    return PackedMatrix(data, rows, columns, format)
+
+
+def blank_experts(
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    format: Format,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+) -> PackedExperts:
+    """What `native_cpu.pack_experts` gives, without memory."""
+    num_experts, dim, hidden = down_EDF.shape
+    size = num_experts * slab_bytes(dim, hidden, activation, format)
+    data = torch.empty(size, dtype=torch.uint8, device="meta")
+    pair = (up_bias_EH, down_bias_ED)
+    biases = (None if bias is None else bias.detach().float() for bias in pair)
+    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
+
+
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Integers and scales of a matrix whose I is a multiple of the group.
 

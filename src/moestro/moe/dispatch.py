@@ -71,24 +71,24 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
     return routing._replace(kept_R=kept_R)
 
 
-def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None) -> Plan:
+def make_plan(routing: Routing, padded_counts: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Group the kept assignments by expert.
 
     Args:
         routing: any router's.
-        rooms: rows of each expert (int64 [E]) → rows to give it, none fewer; the difference
-            becomes zero rows, and groups then lie in the order of falling room. None gives each
-            what it has, in the order of the experts.
+        padded_counts: rows of each expert (int64 [E]) → rows to give it, at least as many; the
+            difference becomes zero rows, and groups then lie largest first. None gives each what
+            it has, in the order of the experts.
     """
     experts_A, num_experts = routing.experts_R, routing.num_experts
     if routing.kept_R is not None:
         experts_A = experts_A.masked_fill(~routing.kept_R, num_experts)
     order_A = experts_A.argsort(stable=True)
     counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
-    room_E = counts_E if rooms is None else rooms(counts_E)
-    padded = room_E is not counts_E
-    groups_E = room_E.argsort(descending=True, stable=True) if padded else None
-    sizes_E = room_E if groups_E is None else room_E[groups_E]
+    padded_E = counts_E if padded_counts is None else padded_counts(counts_E)
+    padded = padded_E is not counts_E
+    groups_E = padded_E.argsort(descending=True, stable=True) if padded else None
+    sizes_E = padded_E if groups_E is None else padded_E[groups_E]
     offsets_E = sizes_E.cumsum(0)
     starts_E = offsets_E - sizes_E
     if groups_E is not None:  # from the order of the groups to that of the experts

@@ -166,18 +166,26 @@ def _only(name: str, value: Any, allowed: list[Any]) -> str:
     return f"{name} is {value!r}; only {known} can be expressed here"
 
 
-def window(default: int | None = None) -> Entry:
-    """`sliding_window`: tokens that every layer looks back on, or null."""
+def window(default: int | None = None, *, switch: bool = False) -> Entry:
+    """`sliding_window`: tokens that every layer looks back on, or null.
+
+    Args:
+        default: its value where it is missing.
+        switch: `use_sliding_window` turns it on (Qwen).
+    """
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        size = hf.get("sliding_window", default)
+        on = not switch or hf.get("use_sliding_window")
+        size = hf.get("sliding_window", default) if on else None
         return {"attention.window": None if size is None else {"size": size}}
 
     def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
         window = cfg.attention.window
-        return {"sliding_window": None if window is None else window.size}
+        values: dict[str, Any] = {"sliding_window": None if window is None else window.size}
+        return values | ({"use_sliding_window": window is not None} if switch else {})
 
-    return Entry(("sliding_window",), read, write)
+    names = ("sliding_window", *(("use_sliding_window", "max_window_layers") if switch else ()))
+    return Entry(names, read, write)
 
 
 def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool) -> Entry:

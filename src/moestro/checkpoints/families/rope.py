@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moestro.checkpoints.families.table import Entry
-from moestro.config import (
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeConfig,
-    YarnScaling,
-)
+from moestro.config import RopeConfig
 from moestro.errors import ConfigError
 
 # rope_type → {its field: our setting of that kind of scaling}
@@ -44,12 +38,6 @@ SCALINGS: Mapping[str, Mapping[str, str]] = {
         "short_mscale": "short_scale",
         "long_mscale": "long_scale",
     },
-}
-_KINDS = {
-    "linear": LinearScaling,
-    "llama3": Llama3Scaling,
-    "yarn": YarnScaling,
-    "longrope": LongRopeScaling,
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 # What both forms may say besides, and older files repeat.
