@@ -225,7 +225,8 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(native, name: str, weigh
         way.step([tokens[33:34], tokens[:50]], [past, other])
         way.step([tokens[34:70], tokens[50:51]], [past, other])
         first, second = way.step([tokens[70:], tokens[51:]], [past, other])
-        assert torch.equal(first.logits_1V, want[0]) and torch.equal(second.logits_1V, want[0])
+        assert torch.equal(first.logits_1V, want[0])
+        assert torch.equal(second.logits_1V, want[0])
 
 
 def cut(
@@ -300,7 +301,7 @@ def test_ids_that_are_no_tokens():
     past, _ = decoding.begin([1, 2])
     for token in (70, -1):
         with pytest.raises(ShapeError, match=rf"from 0 to 69.*given \[{token}\]"):
-            decoding.step([token], [past])
+            decoding.step([[token]], [past])
         with pytest.raises(ShapeError, match=rf"given \[{token}\]"):
             decoding.begin([1, token])
-    assert decoding.step([3], [past])
+    assert decoding.step([[3]], [past])

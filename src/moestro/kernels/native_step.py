@@ -3,8 +3,8 @@
 What bounds decoding is reading the weights, so nothing else may take time between them. The Python
 forward of `models.decoder` is the definition; `infer.native_decoder` decides which models fit.
 
-Letters: L layers, B sequences, T their new tokens, D width, H heads, G key/value heads, A head width, V vocabulary,
-K experts per token, P positions.
+Letters: L layers, B sequences, T their new tokens, D width, H heads, G key/value heads, A head
+width, V vocabulary, K experts per token, P positions.
 """
 
 from __future__ import annotations
@@ -143,7 +143,6 @@ class StepPast:
     """Where one sequence's keys and values are, and where the step writes those of new tokens.
 
     Attributes:
-        rows: how many new tokens the next step brings.
         structure: what the native library reads.
         buffers: of each layer, as it was put.
         kind: see `StepDecoder.past_kind`.
@@ -166,6 +165,7 @@ class StepPast:
 
     @property
     def rows(self) -> int:
+        """How many new tokens the next step brings."""
         return int(self.structure.rows)
 
     @rows.setter
