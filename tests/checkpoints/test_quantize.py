@@ -13,7 +13,7 @@ from moestro.checkpoints.quantize import (
     format_of,
     is_packed,
     pack,
-    places,
+    packable,
     random_model,
     read_packed,
 )
@@ -89,8 +89,8 @@ def unpacked(original: nn.Module, packed: nn.Module) -> nn.Module:
     model = copy.deepcopy(original)
     modules = dict(packed.named_modules())
     with torch.no_grad():
-        for place in places(model):
-            module, own = modules[place.path], place.module
+        for path, own in packable(model).items():
+            module = modules[path]
             if isinstance(own, nn.Linear):
                 assert isinstance(module, PackedLinear)
                 weight_OI = native_cpu.unpack_matrix(module.weights)
@@ -246,7 +246,7 @@ def test_refusals() -> None:
         pack(broken, WEIGHTS["int8"])
     with pytest.raises(MoestroError, match="on meta"):
         pack(decoder("mixture").to("meta"), WEIGHTS["int8"])
-    with pytest.raises(ConfigError, match="'int5' are none of fp32, bf16, int8"):
+    with pytest.raises(ConfigError, match=r"weights are fp32, bf16, int8.*as-is; given 'int5'"):
         format_of("int5")
     assert format_of("as-is") is None
 

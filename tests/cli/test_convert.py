@@ -102,7 +102,7 @@ def listing(folder):
         (["{own}", "{new}", "--to", "hf", "--family", "parrot"], "'parrot' is not known"),
         (["{own}", "{new}", "--to", "moestro", "--family", "mixtral"], "add --to hf"),
         (["{own}", "{own}", "--to", "moestro"], "nothing is overwritten"),
-        (["{own}", "{own}/config.json/new", "--to", "moestro"], "is no folder"),
+        (["{own}", "{own}/config.json/new", "--to", "moestro"], "is not a folder"),
         (["{own}", "", "--to", "moestro"], "an empty one was given"),
         (["{own}", "{new}", "--to", "gguf"], "'gguf'"),
         (["{own}", "{new}", "--to", "hf", "--dtype", "int3"], "choose fp32, bf16 or fp16"),

@@ -74,7 +74,7 @@ def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--source", "nowhere"], "nowhere"),
         (["--tokens", "0"], "greater than or equal to 1"),
     ],

@@ -68,7 +68,7 @@ def test_a_changed_checkpoint_and_a_broken_file_are_refused(
     before = config.read_text()
     config.write_text(before + "\n")
     assert main(words) == 2
-    assert "another checkpoint" in capsys.readouterr().err
+    assert "a different checkpoint" in capsys.readouterr().err
     config.write_text(before)
     (kept,) = folder.glob("*.moestro")
     kept.write_bytes(kept.read_bytes()[:9000])
@@ -134,7 +134,7 @@ def test_a_full_disk_is_said_and_the_text_comes(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--weights", "int8", "--dtype", "bf16"], "leave one out"),
         (["--weights", "int8", "--device", "cuda"], "leave out --device cuda"),
         (["--packed", "file"], "add --weights"),

@@ -46,7 +46,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+        written = sorted(path for path in folder.iterdir() if path.is_file())
+        files = {path.name: _fingerprint(path) for path in written}
         write_json(folder / MANIFEST, {"files": files})
         for path in folder.iterdir():
             _flush(path)

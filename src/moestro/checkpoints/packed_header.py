@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moestro.checkpoints.quantize import places
+from moestro.checkpoints.quantize import packable
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
@@ -84,7 +84,7 @@ def read(path: Path) -> tuple[dict[str, Any], int]:
             start = file.read(_START)
             if not start.startswith(MAGIC):
                 raise CheckpointError(
-                    f"{path} is no packed model of moestro; remove it to pack the checkpoint again"
+                    f"{path} is not a packed model; remove it to pack the checkpoint again"
                 )
             length = int.from_bytes(start[len(MAGIC) :], "little")
             text = file.read(length) if length < _MOST_BYTES else b""
@@ -96,7 +96,7 @@ def read(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(text, parse_int=_whole, parse_float=_float)
         version, layout = header["version"], header["layout"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise broken(path, "its header is no JSON, or has numbers beyond any size") from None
+        raise broken(path, "its header is not JSON, or has numbers beyond any size") from None
     if (version, layout) != (VERSION, LAYOUT):
         raise CheckpointError(
             f"{path} was packed by another version of moestro (format {version!r:.40}, layout "
@@ -126,10 +126,7 @@ def format_of(path: Path, header: dict[str, Any]) -> Format:
 def unfilled(path: Path, header: dict[str, Any], nbytes: int) -> tuple[Model, dict[str, Section]]:
     """The packed model of a header's settings, without memory, and where its tensors are.
 
-    Args:
-        path: of the file.
-        header: from `read`.
-        nbytes: of the file after its header.
+    `nbytes` is the length of the file after its header.
 
     Raises:
         CheckpointError: the header says what its settings do not, or more than the file has.
@@ -172,8 +169,8 @@ def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
         raise ValueError(f"its settings have {total} parameters, which {nbytes} bytes do not hold")
     with without_memory():
         model = build_model(cfg)
-    for place in places(model):
-        setattr(place.parent, place.name, place.pack(format))
+    for path, module in packable(model).items():
+        model.set_submodule(path, module.to_packed(format))
     return model.eval()
 
 
@@ -184,12 +181,7 @@ def _described(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def _sections(given: dict[str, Any], model: Model, nbytes: int) -> dict[str, Section]:
-    """Where the file has each tensor of the model.
-
-    Raises:
-        ValueError: a tensor is missing, or is one too many, or is not what the model has; or it
-            is outside the file or over another.
-    """
+    """Where the file has each tensor of the model; refuses what does not fit by a ValueError."""
     wanted, found = tensors(model), {}
     if given.keys() != wanted.keys():
         raise ValueError(f"its tensors are not the settings': {given.keys() ^ wanted.keys()}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,48 +38,34 @@ AS_IS = "as-is"
 _PACKED = Work("cpu", torch.float32, use="packed")
 
 
-class Place(NamedTuple):
-    """A module that can be packed: its full name, its parent, its name there, and itself."""
-
-    path: str
-    parent: nn.Module
-    name: str
-    module: Any
-
-    def pack(self, format: Format) -> Packed:
-        """The packed copy of the module.
-
-        Raises:
-            ShapeError, BackendError: see `Packable.to_packed`; names the module.
-        """
-        try:
-            packed: Packed = self.module.to_packed(format)
-        except ShapeError as error:
-            raise ShapeError(f"{self.path}: {error}") from None
-        return packed
-
-
 def format_of(name: str) -> Format | None:
     """The format that --weights names; None: weights stay as they are.
 
     Raises:
-        ConfigError: none has this name.
+        ConfigError: there is no such format.
     """
     if name == AS_IS:
         return None
     if name not in WEIGHTS:
-        raise ConfigError(f"weights {name!r} are none of {', '.join((*WEIGHTS, AS_IS))}")
+        raise ConfigError(f"weights are {', '.join((*WEIGHTS, AS_IS))}; given {name!r}")
     return WEIGHTS[name]
 
 
-def places(model: nn.Module) -> list[Place]:
-    """The modules of a model that packing replaces, in the model's order."""
-    return [
-        Place(f"{path}.{name}" if path else name, parent, name, module)
-        for path, parent in model.named_modules()
-        for name, module in parent.named_children()
-        if isinstance(module, Packable)
-    ]
+def packable(model: nn.Module) -> dict[str, Packable]:
+    """The modules of a model that packing replaces, by their full names."""
+    return {path: each for path, each in model.named_modules() if isinstance(each, Packable)}
+
+
+def packed(path: str, module: Packable, format: Format) -> Packed:
+    """The packed form of a module.
+
+    Raises:
+        ShapeError, BackendError: see `Packable.to_packed`; names the module.
+    """
+    try:
+        return module.to_packed(format)
+    except ShapeError as error:
+        raise ShapeError(f"{path}: {error}") from None
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -109,10 +95,10 @@ def pack(model: Model, format: Format) -> None:
     if device.type != "cpu":
         raise MoestroError(f"packed weights compute on CPU; the model is on {device}")
     backends.choose("auto", _PACKED)
-    waiting = places(model)
-    while waiting:  # nothing here may keep what is packed alive
-        place = waiting.pop(0)
-        setattr(place.parent, place.name, place.pack(format))
+    waiting = packable(model)
+    while waiting:  # nothing here keeps what has been packed alive
+        path = next(iter(waiting))
+        model.set_submodule(path, packed(path, waiting.pop(path), format))
     model.requires_grad_(False)
 
 
@@ -155,10 +141,6 @@ def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Mode
 
     Every matrix is uniform with variance 1 / fan-in, so that activations stay of order one.
 
-    Args:
-        cfg: its settings.
-        format: of the packed weights; None: plain.
-
     Raises:
         BackendError: there is no native library to pack with; says why.
     """
@@ -191,24 +173,24 @@ def _pack_in_turn(
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
 
-    Args:
-        model: changed in place.
-        dtype: of what is filled.
-        format: of all packed weights.
-        fill: writes the tensors of these names.
+    `fill` writes the tensors of some names.
     """
-    alone = [place for place in places(model) if place.path != "head" or not model.cfg.head.tied]
+    alone: dict[str, Any] = packable(model)
+    if model.cfg.head.tied:
+        del alone["head"]
     names, made = dict.fromkeys(model.state_dict()), {}
-    for place in alone:
-        materialize(place.module, dtype, "cpu")
-        own = [f"{place.path}.{name}" for name, _ in place.module.named_parameters()]
+    for path, module in alone.items():
+        materialize(module, dtype, "cpu")
+        own = [f"{path}.{name}" for name, _ in module.named_parameters()]
         fill(own)
         names = {name: None for name in names if name not in own}
-        made[place] = place.pack(format)
-        place.module.to_empty(device="meta")
-    materialize(model, dtype, "cpu", without={place.module for place in alone})
+        made[path] = packed(path, module, format)
+        module.to_empty(device="meta")
+    materialize(model, dtype, "cpu", without=alone.values())
     fill(names)
-    for place in places(model):  # a tied head too, beside the embedding, which stays
-        setattr(place.parent, place.name, made.get(place) or place.pack(format))
+    for path, module in made.items():
+        model.set_submodule(path, module)
+    if model.cfg.head.tied:  # beside the embedding, which stays
+        model.set_submodule("head", packed("head", model.head, format))
     model.requires_grad_(False)
     return model.eval()

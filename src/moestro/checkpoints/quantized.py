@@ -62,7 +62,6 @@ class Scheme(NamedTuple):
     """How a checkpoint stores one tensor as two, values and scales.
 
     Attributes:
-        name: its `quant_method` in config.json.
         values: what the key of the values adds to the key of the tensor.
         scales: what the key of the scales adds to it.
         shape: (shape of the values) → shape of the tensor.
@@ -70,7 +69,6 @@ class Scheme(NamedTuple):
             not quantised has.
     """
 
-    name: str
     values: str
     scales: str
     shape: Callable[[Shape], Shape]
@@ -96,7 +94,7 @@ def scheme(settings: Mapping[str, Any]) -> Scheme:
             f"{', '.join(unknown)}; known are {', '.join(sorted(_FIELDS[method]))}"
         )
     if method == "mxfp4":
-        return Scheme("mxfp4", "_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
+        return Scheme("_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
     block = settings.get("weight_block_size")
     if not _is_block(block):
         raise CheckpointError(
@@ -111,7 +109,7 @@ def scheme(settings: Mapping[str, Any]) -> Scheme:
     def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return from_fp8(values, scales, (block[0], block[1]), dtype)
 
-    return Scheme("fp8", "", "_scale_inv", lambda shape: shape, dequantize)
+    return Scheme("", "_scale_inv", lambda shape: shape, dequantize)
 
 
 def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
@@ -140,18 +138,12 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
     names = set(keys)
     found = {}
     for key in sorted(names):
-        if key.endswith(method.scales):
-            name = key.removesuffix(method.scales)
-            if name + method.values not in names:
-                raise CheckpointError(f"the checkpoint has {key} but lacks {name + method.values}")
-            found[name] = (name + method.values, key)
-    if method.values:
-        lonely = {key for key in names if key.endswith(method.values)}
-        lonely -= {values for values, _ in found.values()}
-        if lonely:
-            key = min(lonely)
-            scales = key.removesuffix(method.values) + method.scales
-            raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
+        for own, other in ((method.scales, method.values), (method.values, method.scales)):
+            if own and key.endswith(own):
+                name = key.removesuffix(own)
+                if name + other not in names:
+                    raise CheckpointError(f"the checkpoint has {key} but lacks {name + other}")
+                found[name] = (name + method.values, name + method.scales)
     return found
 
 

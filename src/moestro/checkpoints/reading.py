@@ -39,9 +39,9 @@ class Described(NamedTuple):
     fields: dict[str, Any]
 
 
-def is_pretrained(folder: Path) -> bool:
-    """Whether a folder's config.json is of Hugging Face's layout: it names a model_type."""
-    path = folder / CONFIG
+def is_pretrained(path: Path) -> bool:
+    """Whether a folder's config.json, or this file, names a model_type: Hugging Face's layout."""
+    path = path / CONFIG if path.is_dir() else path
     return path.is_file() and "model_type" in read_json(path, finite=False)
 
 

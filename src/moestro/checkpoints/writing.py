@@ -12,6 +12,7 @@ from moestro.checkpoints.families import FAMILIES, OWN, family_of, names
 from moestro.checkpoints.families.table import Config
 from moestro.checkpoints.families.translate import to_fields
 from moestro.checkpoints.folders import CONFIG, atomic_folder
+from moestro.checkpoints.sidecar_files import copy_sidecar_files
 from moestro.checkpoints.tensor_files import SINGLE, write_file, write_folder
 from moestro.checkpoints.transfer import outgoing
 from moestro.errors import ConfigError
@@ -39,6 +40,7 @@ def write_pretrained(
     hf_config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
+    sidecar_files: Path | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json and safetensors, whole or not at all.
 
@@ -49,6 +51,7 @@ def write_pretrained(
         hf_config: the config.json that the model came from. What it says beyond our settings stays.
         dtype: of the parameters; None: as they are.
         shard_bytes: most bytes of tensors in one file.
+        sidecar_files: a folder whose tokenizer and chat templates are copied.
 
     Raises:
         ConfigError: no family, several, or not the named one can express the model's settings.
@@ -71,6 +74,8 @@ def write_pretrained(
     with atomic_folder(folder) as inner:
         write_json(inner / CONFIG, fields)
         write_folder(inner, tensors, shard_bytes)
+        if sidecar_files is not None:
+            copy_sidecar_files(sidecar_files, inner)
 
 
 def _only_family(cfg: Config) -> str:

@@ -114,15 +114,13 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
     """The model's settings, and its folder if it has weights."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.reading import read_settings
+    from moestro.cli.subjects import open_subject
     from moestro.config import ModelConfig
     from moestro.plan.presets import is_preset
-    from moestro.plan.subject import from_file, from_preset
 
     path, folder = Path(name), None
-    if path.suffix in (".toml", ".json"):
-        cfg = from_file(path).cfg
-    elif is_preset(name) and not path.exists():
-        cfg = from_preset(name).cfg
+    if path.suffix in (".toml", ".json") or (is_preset(name) and not path.exists()):
+        cfg = open_subject(name, accept_fields).cfg
         if cfg is None:
             raise ConfigError(f"{name}'s settings are not known or cannot be expressed")
     else:

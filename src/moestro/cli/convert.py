@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -57,11 +54,16 @@ def convert(
         raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
     _check_new(target)
     opened = open_shown(find_checkpoint(source), dtype=dtype, accept_fields=accept_field)
-    with _whole(target) as fresh:
+    try:
         if to == "hf":
-            notes = _write_hf(opened, fresh, family, shard_bytes)
+            notes = _write_hf(opened, target, family, shard_bytes)
         else:
-            notes = _write_own(opened, fresh)
+            notes = _write_own(opened, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
+            "written and has room"
+        ) from None
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
@@ -75,45 +77,30 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"{target} exists already; choose a new name, nothing is overwritten")
     above = next((path for path in target.absolute().parents if path.exists()), None)
     if above is None or not above.is_dir():
-        raise ConfigError(f"cannot write to {target}: {above} is no folder; choose another place")
+        raise ConfigError(f"cannot write to {target}: {above} is not a folder; choose another")
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A name beside the target to write a folder under, which becomes the target at the end."""
-    beside = target.with_name(f".converting-{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        yield beside
-        beside.rename(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
-            "written and has room"
-        ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_hf(opened: Opened, folder: Path, family: str | None, shard_bytes: int) -> list[str]:
+def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
-    from moestro.checkpoints.sidecar_files import copy_sidecar_files
     from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
 
-    original = opened.hf_config if family in (None, opened.family) else None
     write_pretrained(
-        opened.model, folder, family=family, hf_config=original, shard_bytes=shard_bytes
+        opened.model,
+        target,
+        family=family,
+        hf_config=opened.hf_config if family in (None, opened.family) else None,
+        shard_bytes=shard_bytes,
+        sidecar_files=opened.folder,
     )
-    if HF_FILE in copy_sidecar_files(opened.folder, folder):
+    if (target / HF_FILE).is_file():
         return []
     return [
         f"{opened.folder} has no {HF_FILE}, so other programs find no tokenizer in the new folder"
     ]
 
 
-def _write_own(opened: Opened, folder: Path) -> list[str]:
+def _write_own(opened: Opened, target: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.folders import atomic_folder
     from moestro.checkpoints.sidecar_files import TEMPLATES, keep_sidecar_files
@@ -121,11 +108,11 @@ def _write_own(opened: Opened, folder: Path) -> list[str]:
     from moestro.text import NOTE_FILE
 
     source = opened.folder
-    with atomic_folder(folder) as inner:
+    with atomic_folder(target) as inner:
         save_model(opened.model, inner)
-        kept = keep_sidecar_files(source, inner)
+        keep_sidecar_files(source, inner)
     notes = []
-    if NOTE_FILE not in kept:
+    if not (target / NOTE_FILE).is_file():
         notes.append(f"{source} has no tokenizer, so `moestro generate` needs one put there")
     if (source / TEMPLATES).is_dir():
         notes.append(f"{source / TEMPLATES} stays behind: one chat template is kept, the default")

@@ -42,9 +42,10 @@ def without_gradients(
         weights: of the experts.
         x_TD: tokens.
         experts_TK: the experts of each token; E and above: of another rank, takes no part.
-        weights_TK: their weights.
+        weights_TK: their weights in the sum.
         name: of the experts, for the warning.
-        experts: see `by_torch`.
+        experts: the module, whose own functions run between and after the products where `fused`
+            has no name for them.
 
     Returns:
         y_TD in the tokens' dtype, and why it was not one native call (None: it was).
@@ -75,11 +76,7 @@ def without_gradients(
 def by_packed(
     packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """The mixture of packed experts, without gradients.
-
-    Raises:
-        BackendError: MOESTRO_BACKEND names what cannot run it.
-    """
+    """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
     backends.choose("auto", Work(x_TD.device.type, x_TD.dtype, use="packed"))
     return _native(packed, x_TD, experts_TK, weights_TK)
 
@@ -102,29 +99,14 @@ def by_torch(
     experts: Any = None,
     training: bool = True,
 ) -> Tensor:
-    """Dispatch, experts and combine, with their gradients.
-
-    Args:
-        weights: of the experts.
-        x_TD: tokens.
-        experts_TK: see `without_gradients`.
-        weights_TK: their weights.
-        experts: the module, whose own functions run between and after the products where
-            `fused` has no name for them.
-        training: see `mixing.mix`.
-    """
+    """Dispatch, experts and combine, with their gradients; see `without_gradients`, `mix`."""
+    up_EHD, down_EDF, up_EH, down_ED = weights[:4]
+    biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
+    norm = experts.post_expert_norm if weights.post_norm else None
+    activation = fused(weights) or gate_of(experts)
+    values = ExpertWeights(up_EHD, down_EDF, activation, biases, norm)
+    routing = _routing(experts_TK, weights_TK, len(up_EHD))
     rows_TD = x_TD.to(compute_dtype(x_TD))
-    biases = None
-    if weights.up_EH is not None and weights.down_ED is not None:
-        biases = Biases(weights.up_EH, weights.down_ED)
-    values = ExpertWeights(
-        weights.up_EHD,
-        weights.down_EDF,
-        fused(weights) or gate_of(experts),
-        biases,
-        experts.post_expert_norm if weights.post_norm else None,
-    )
-    routing = _routing(experts_TK, weights_TK, len(weights.up_EHD))
     return mixing.mix(rows_TD, routing, values, training=training).to(x_TD.dtype)
 
 
@@ -138,13 +120,7 @@ def split(
 ) -> Tensor:
     """The mixture in steps, where a module's own functions run between or after the products.
 
-    Args:
-        weights: of the experts.
-        rows_TD: tokens in the dtype to compute in.
-        experts_TK: see `without_gradients`.
-        weights_TK: their weights.
-        experts: the module.
-        product: the function of that name, or its operator.
+    `product` is the function of that name, or its operator; else see `without_gradients`.
     """
     num_tokens, top_k = experts_TK.shape
     experts_A = experts_TK.reshape(-1)
@@ -167,10 +143,8 @@ def fused(weights: Weights) -> str | None:
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """What a module of transformers does between its two products."""
-    function: Callable[[Tensor], Tensor] = (
-        experts._apply_gate if experts.has_gate else experts.act_fn
-    )
-    return function
+    gate: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    return gate
 
 
 def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
@@ -196,15 +170,12 @@ def _tokens(num_tokens: int, top_k: int) -> Tensor:
 
 def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
     """A router's choice as a Routing; experts of other ranks count as dropped."""
-    experts_TK = experts_TK.long()
     # In at least fp32, and zero where nobody may read it: zero times NaN would not be.
     weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
-    here_TK = experts_TK < num_experts
-    kept_R = None
-    if not bool(here_TK.all()):
-        kept_R = here_TK.flatten()
-        weights_TK = weights_TK.masked_fill(~here_TK, 0)
-        experts_TK = experts_TK.masked_fill(~here_TK, 0)
+    experts_TK, away_TK, kept_R = experts_TK.long(), experts_TK >= num_experts, None
+    if bool(away_TK.any()):
+        kept_R = ~away_TK.flatten()
+        weights_TK, experts_TK = (each.masked_fill(away_TK, 0) for each in (weights_TK, experts_TK))
     # Nobody asks for the logits here, only for their shape.
     shape_TE = torch.empty(len(experts_TK), num_experts, dtype=torch.float32, device="meta")
     return Routing.of_choice(experts_TK, weights_TK, shape_TE, shape_TE)._replace(kept_R=kept_R)

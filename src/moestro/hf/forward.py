@@ -22,7 +22,6 @@ from moestro.moe.mixing import differentiated
 # Where a module's packed experts hang; see `moestro.hf.packed`.
 PACKED = "moestro_packed"
 
-_PLAIN = (Tensor, nn.Parameter)
 _watched: dict[int, list[str]] | None = None
 
 
@@ -49,7 +48,11 @@ def mixture(
     inputs = (hidden_states, top_k_index, top_k_weights)
     packed: PackedExperts | None = vars(self).get(PACKED)
     if packed is not None:
-        _refuse_training(self, hidden_states, top_k_weights)
+        if self.training or differentiated(hidden_states, top_k_weights):
+            raise BackendError(
+                "packed weights cannot be trained, and no gradient goes through them; train before "
+                "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"
+            )
         if through_ops(hidden_states):
             return ops.traced_packed(packed, *inputs)
         y_TD = compute.by_packed(packed, *inputs)
@@ -81,27 +84,15 @@ def through_ops(*tensors: Tensor) -> bool:
             'model.set_experts_implementation("eager") for them'
         )
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            _refuse_sharded(tensor)
+        if hasattr(tensor, "placements"):
+            raise BackendError(
+                "the experts' weights are sharded (DTensor); moestro's kernels take whole ones. "
+                "FSDP2 gathers them before the forward of the module that fully_shard was given: "
+                "call that module; for tensor parallelism use another experts_implementation"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter):
             return True
     return tensors[0].is_meta
-
-
-def _refuse_sharded(tensor: Tensor) -> None:
-    if hasattr(tensor, "placements"):
-        raise BackendError(
-            "the experts' weights are sharded (DTensor), and moestro's kernels take whole ones. "
-            "FSDP2 gathers them before the forward of the module that fully_shard was given: "
-            "call that module; for tensor parallelism use another experts_implementation"
-        )
-
-
-def _refuse_training(experts: nn.Module, *inputs: Tensor) -> None:
-    if differentiated(*inputs) or experts.training:
-        raise BackendError(
-            "packed weights cannot be trained, and no gradient goes through them; train before "
-            "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"
-        )
 
 
 @contextmanager

@@ -22,24 +22,17 @@ from moestro.models.attention import Attention
 from moestro.models.blocks import Block
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder
-from moestro.models.norms import RMSNorm
 from moestro.models.rotary import RotaryTable
 from moestro.moe.layer import MoE
 from moestro.moe.routers import TopKRouter
 
 
 class Stepped(NamedTuple):
-    """T new tokens of B sequences.
+    """T new tokens of B sequences; L mixtures in the order of `model.moe_layers`."""
 
-    Attributes:
-        logits_BV: fp32, after each sequence's last token.
-        experts_LTK: int64, the experts of each mixture, in the order of `model.moe_layers`.
-        weights_LTK: fp32, their weights.
-    """
-
-    logits_BV: Tensor
-    experts_LTK: Tensor
-    weights_LTK: Tensor
+    logits_BV: Tensor  # fp32, after each sequence's last token
+    experts_LTK: Tensor  # int64
+    weights_LTK: Tensor  # fp32
 
 
 def supports(model: nn.Module) -> str | None:
@@ -105,12 +98,13 @@ class NativeDecoder:
         self._rotary = RotaryTable(cfg)
         self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
         empty = model.embed.weight.new_empty(1, cfg.num_kv_heads, 0, cfg.head_dim)
-        self._like = (empty, empty)
+        self._like, head = (empty, empty), model.head.native()
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
             _shape(cfg, attention.scale),
             _fp32(model.norm.weight),
-            *model.head.native(),
+            head,
+            head.bias,
             model.embed.weight.dtype,
         )
 
@@ -174,19 +168,18 @@ def _layer(block: Block) -> StepLayer:
     attention: Any = block.attention
     ffn: Any = block.ffn
     experts: Any = ffn.experts if isinstance(ffn, MoE) else ffn
-    qkv, qkv_bias = attention.qkv.native()
-    out, out_bias = attention.out.native()
+    qkv, out = attention.qkv.native(), attention.out.native()
     layer = StepLayer(
-        attention_norm=_gain(block.attention_norm),
-        ffn_norm=_gain(block.ffn_norm),
+        attention_norm=_fp32(block.attention_norm.weight),
+        ffn_norm=_fp32(block.ffn_norm.weight),
         qkv=qkv,
         out=out,
         experts=experts.native(),
         window=attention.window,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
-        k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
+        qkv_bias=qkv.bias,
+        out_bias=out.bias,
+        q_norm=None if attention.q_norm is None else _fp32(attention.q_norm.weight),
+        k_norm=None if attention.k_norm is None else _fp32(attention.k_norm.weight),
         sinks=_maybe(attention.sinks),
     )
     if not isinstance(ffn, MoE):
@@ -200,11 +193,6 @@ def _layer(block: Block) -> StepLayer:
         shared=None if shared is None else shared.native(),
         shared_gate=None if ffn.shared_gate is None else _fp32(ffn.shared_gate.weight[0]),
     )
-
-
-def _gain(norm: nn.Module) -> Tensor:
-    assert isinstance(norm, RMSNorm)
-    return _fp32(norm.weight)
 
 
 def _fp32(tensor: Tensor) -> Tensor:

@@ -46,16 +46,13 @@ def _halves(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 def backward(
     grad_RF: Tensor, hidden_RH: Tensor, kept_RF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradient through the non-linearity, and the activated rows.
+    """Gradient through the non-linearity, and the activated rows again.
 
     Args:
         grad_RF: gradient of the activated rows.
         hidden_RH: what `forward` was given.
         kept_RF: what it returned second.
         activation: see `reference.activate`.
-
-    Returns:
-        (grad of hidden_RH, activated [R, F]).
     """
     if activation == "relu":
         return grad_RF * (hidden_RH > 0), kept_RF

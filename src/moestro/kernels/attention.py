@@ -58,9 +58,8 @@ class _ShortCausal(torch.autograd.Function):
             grad_NQA = grad_NSA[:, rows]
             grad_v[:, seen] += torch.bmm(probs_NQP.transpose(1, 2), grad_NQA)
             grad_NQP = torch.bmm(grad_NQA, v_NSA[:, seen].transpose(1, 2))
-            grad_NQP = torch.ops.aten._softmax_backward_data(
-                grad_NQP, probs_NQP, -1, probs_NQP.dtype
-            )
+            dtype = probs_NQP.dtype
+            grad_NQP = torch.ops.aten._softmax_backward_data(grad_NQP, probs_NQP, -1, dtype)
             grad_q[:, rows] = torch.bmm(grad_NQP, k_NSA[:, seen])
             grad_k[:, seen] += torch.bmm(grad_NQP.transpose(1, 2), q_NSA[:, rows])
         return grad_q.mul_(ctx.scale), grad_k, grad_v, None
@@ -69,17 +68,7 @@ class _ShortCausal(torch.autograd.Function):
 def short_causal(
     q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Causal attention by plain batched products.
-
-    Args:
-        q_BHSA: queries of H heads.
-        k_BGSA: keys of G heads, each serving H / G query heads.
-        v_BGSA: values, of any width.
-        scale: of the scores; None: 1 / sqrt(A).
-
-    Returns:
-        [B, H, S, width of a value].
-    """
+    """Causal attention by plain batched products; see `reference_attention.attend`."""
     heads = q_BHSA.shape[1]
     k_BHSA, v_BHSA = (
         x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
@@ -92,7 +81,7 @@ def short_causal(
 
 
 def causal(q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention by whatever is fastest here; see `short_causal` for shapes.
+    """Causal attention by whatever is fastest here.
 
     On CPU, torch's flash kernel takes twice the time of plain products in 16 bits when it trains
     on short sequences; everywhere else it is the better one.

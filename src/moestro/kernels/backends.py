@@ -31,23 +31,14 @@ USES = {
 
 
 class Work(NamedTuple):
-    """What is to be computed.
+    """What is to be computed."""
 
-    Attributes:
-        device: device type, such as "cpu".
-        dtype: the dtype computed in.
-        widths: D and the experts' hidden widths.
-        use: one of `USES`.
-        weights: those that a native kernel would read as they lie in the model.
-        lacks: why only plain torch, step by step, has what this needs; None: nothing is missing.
-    """
-
-    device: str
-    dtype: torch.dtype
-    widths: tuple[int, ...] = ()
-    use: str = "train"
-    weights: tuple[Tensor, ...] = ()
-    lacks: str | None = None
+    device: str  # its type, such as "cpu"
+    dtype: torch.dtype  # that is computed in
+    widths: tuple[int, ...] = ()  # D and the experts' hidden widths
+    use: str = "train"  # one of `USES`
+    weights: tuple[Tensor, ...] = ()  # those that native code would read as they lie in the model
+    lacks: str | None = None  # what else native code lacks for it
 
 
 class Verdict(NamedTuple):
@@ -55,9 +46,6 @@ class Verdict(NamedTuple):
 
     ok: bool
     reason: str
-
-
-Supports = Callable[[Work], Verdict]
 
 
 def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,11 +56,6 @@ class Backend(NamedTuple):
     """One row of the table. What it does not bring is the definition's.
 
     Attributes:
-        name: what a person types to force it.
-        uses: what it is for, of `USES`.
-        supports: whether it can do some work.
-        grouped_mm: see `reference.grouped_mm`.
-        expert_ffn: see `reference.expert_ffn`.
         single_ffn: the network of one expert on a few rows, where no gradients are wanted; see
             `torch_grouped.single_ffn`. None: grouping is as good for few rows.
         padded_counts: (rows of each expert, dtype) → rows to give it, padding included. Groups are
@@ -81,9 +64,10 @@ class Backend(NamedTuple):
             and combine, one after another.
     """
 
-    name: str
-    uses: tuple[str, ...]
-    supports: Supports
+    name: str  # what a person types to force it
+    uses: tuple[str, ...]  # what it is for, of `USES`
+    runs_on: str  # in words
+    against: Callable[[Work], str | None]  # why it cannot do some work; None: it can
     grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = (
         reference.grouped_mm
     )
@@ -93,6 +77,16 @@ class Backend(NamedTuple):
     single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None = None
     padded_counts: Callable[[Tensor, torch.dtype], Tensor] = _no_padding
     mixture: Callable[..., Tensor] | None = None
+
+    def supports(self, work: Work) -> Verdict:
+        """Whether it can do this now: `torch.func` cannot pass through a kernel's own autograd."""
+        reason = self.against(work)
+        if pointwise.transformed() and self.name != "reference":
+            reason = (
+                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
+                'build the model with backend="reference", or leave it "auto"'
+            )
+        return Verdict(reason is None, reason or self.runs_on)
 
 
 class Row(NamedTuple):
@@ -130,35 +124,28 @@ def _size_above(count: int) -> int:
     return max(math.ceil(2 ** ((step + 0.5) / 8) / 16), math.ceil(count / 16)) * 16
 
 
-def _supports_torch(work: Work) -> Verdict:
-    """What `torch.nn.functional.grouped_mm` is fast for."""
+def _against_torch(work: Work) -> str | None:
+    """What `torch.nn.functional.grouped_mm` is slow for, or refuses."""
     if work.device != "cuda":
-        return Verdict(False, "slower than segments off CUDA, where it is a loop over all experts")
+        return "slower than segments off CUDA, where it is a loop over all experts"
     if not torch.cuda.is_available():
-        return Verdict(False, "no CUDA device on this machine")
+        return "no CUDA device on this machine"
     if torch.cuda.get_device_capability() < (8, 0):
-        return Verdict(False, "needs compute capability 8.0 or newer")
+        return "needs compute capability 8.0 or newer"
     if work.dtype != torch.bfloat16:
-        return Verdict(False, f"fast for bfloat16 only, not {work.dtype}")
+        return f"fast for bfloat16 only, not {work.dtype}"
     odd = [width for width in work.widths if width % 8]
-    if odd:
-        return Verdict(False, f"widths must be multiples of 8 (16 bytes); given {odd}")
-    return Verdict(True, "CUDA with bfloat16")
+    return f"widths must be multiples of 8 (16 bytes); given {odd}" if odd else None
 
 
-def _supports_tiles(work: Work) -> Verdict:
-    reason = native_training.reason_against(work.device, work.dtype, work.widths)
-    return Verdict(reason is None, reason or "CPU with AMX tiles, for bfloat16")
-
-
-def _supports_whole(work: Work) -> Verdict:
-    """What the native kernels can do in one call."""
-    reason = f"for the CPU, not {work.device}" if work.device != "cpu" else None
-    reason = reason or native_cpu.available() or work.lacks
+def _against_whole(work: Work) -> str | None:
+    """What the native kernels cannot do in one call."""
+    if work.device != "cpu":
+        return f"for the CPU, not {work.device}"
+    reason = native_cpu.available() or work.lacks
     if work.use == "infer":
         reason = reason or _other_dtype(work)
-    reason = reason or next(filter(None, map(_not_plain, work.weights)), None)
-    return Verdict(reason is None, reason or "CPU, for float32 and bfloat16")
+    return reason or next(filter(None, map(_not_plain, work.weights)), None)
 
 
 def _other_dtype(work: Work) -> str | None:
@@ -182,59 +169,31 @@ def _not_plain(weight: Tensor) -> str | None:
     return None if weight.is_contiguous() else "weights are contiguous; given strided ones"
 
 
-def _anywhere(work: Work) -> Verdict:
-    return Verdict(True, "any device and dtype")
-
-
-def _own_autograd(supports: Supports) -> Supports:
-    """The predicate of a kernel with its own autograd, which `torch.func` cannot pass through."""
-
-    def verdict(work: Work) -> Verdict:
-        if pointwise.transformed():
-            return Verdict(
-                False,
-                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
-                'build the model with backend="reference", or leave it "auto"',
-            )
-        return supports(work)
-
-    return verdict
-
-
+EXPERTS = ("train", "infer")
 WHOLE = Backend(
-    "native",
-    ("infer", "packed", "step"),
-    _own_autograd(_supports_whole),
+    "native", ("infer", "packed", "step"), "CPU, for float32 and bfloat16", _against_whole,
     mixture=native_cpu.plain_mixture,
-)
+)  # fmt: skip
 TABLE: tuple[Backend, ...] = (
     WHOLE,
     Backend(
-        "torch",
-        ("train", "infer"),
-        _own_autograd(_supports_torch),
-        torch_grouped.TORCH.grouped_mm,
-        torch_grouped.TORCH.expert_ffn,
+        "torch", EXPERTS, "CUDA with bfloat16", _against_torch,
+        torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn,
     ),
     Backend(
-        "native",
-        ("train", "infer"),
-        _own_autograd(_supports_tiles),
-        native_training.NATIVE.grouped_mm,
-        native_training.expert_ffn,
-        torch_grouped.single_ffn,
+        "native", EXPERTS, "CPU with AMX tiles, for bfloat16",
+        lambda work: native_training.reason_against(*work[:3]),
+        native_training.NATIVE.grouped_mm, native_training.expert_ffn, torch_grouped.single_ffn,
     ),
     Backend(
-        "segments",
-        ("train", "infer"),
-        _own_autograd(_anywhere),
-        torch_grouped.SEGMENTS.grouped_mm,
-        torch_grouped.SEGMENTS.expert_ffn,
-        torch_grouped.single_ffn,
-        _few_sizes,
+        "segments", EXPERTS, "any device and dtype", lambda work: None,
+        torch_grouped.SEGMENTS.grouped_mm, torch_grouped.SEGMENTS.expert_ffn,
+        torch_grouped.single_ffn, _few_sizes,
     ),
-    Backend("reference", ("train", "infer"), _anywhere, mixture=reference.mixture),
-)
+    Backend(
+        "reference", EXPERTS, "any device and dtype", lambda work: None, mixture=reference.mixture
+    ),
+)  # fmt: skip
 
 
 def forced() -> str:
@@ -243,11 +202,7 @@ def forced() -> str:
 
 
 def choose(name: str, work: Work) -> Backend:
-    """The backend that runs.
-
-    Args:
-        name: a row's name, or "auto": what MOESTRO_BACKEND says, else the first that can run.
-        work: what is to be computed.
+    """The backend that runs: the one named, or for "auto" what MOESTRO_BACKEND says or the first.
 
     Raises:
         BackendError: the name is unknown, or what it names (of "auto": any) cannot run this.
@@ -290,9 +245,6 @@ def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> lis
         work, chosen = Work(device, dtype, use=use), None
         with suppress(BackendError):
             chosen = choose("auto", work)
-        rows += [
-            Row(use, row.name, *row.supports(work), row is chosen)
-            for row in TABLE
-            if use in row.uses
-        ]
+        able = [row for row in TABLE if use in row.uses]
+        rows += [Row(use, row.name, *row.supports(work), row is chosen) for row in able]
     return rows

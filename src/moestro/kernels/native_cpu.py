@@ -28,6 +28,8 @@ from moestro.kernels.packing import (
     Format,
     PackedExperts,
     PackedMatrix,
+    blank_experts,
+    blank_matrix,
 )
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes
@@ -44,17 +46,17 @@ def aligned(nbytes: int) -> Tensor:
     return memory[start : start + nbytes]
 
 
-def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
-    """Pack one matrix.
+def pack_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:
+    """Pack one matrix; a bias beside it becomes fp32.
 
     Raises:
         ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
     """
     w_OI = _packable(w_OI)
-    rows, columns = w_OI.shape
-    data = aligned(matrix_bytes(rows, columns, format))
+    blank = blank_matrix(w_OI, format, bias_O)
+    data = aligned(blank.data.numel())
     _pack(w_OI, format, data.data_ptr(), 1)
-    return PackedMatrix(data, rows, columns, format)
+    return blank._replace(data=data)
 
 
 def pack_experts(
@@ -68,47 +70,33 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack stacked experts of any strides, in as many threads as torch has.
 
-    fp16 and fp64 go through fp32, an expert at a time; biases become fp32.
-
-    Args:
-        up_EHD: `gate_up [E, 2F, D]` of gated experts, gate first, or `up [E, F, D]`.
-        down_EDF: down projections.
-        activation: decides whether there is a gate.
-        format: of all matrices.
-        up_bias_EH: None: none.
-        down_bias_ED: None: none.
-        interleaved: gate and up alternate along H.
+    fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
+    before those of up, or (`interleaved`) in turn with them.
 
     Raises:
         ShapeError: see `pack_matrix`; names the expert.
     """
-    up_EHD, down_EDF = up_EHD.detach(), down_EDF.detach()
-    num_experts, dim, hidden = down_EDF.shape
-    size = slab_bytes(dim, hidden, activation, format)
-    data = aligned(num_experts * size)
-    if interleaved:  # [E, 2, F, …] without a copy of all experts
-        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)
+    if interleaved:
+        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)  # [E, 2, F, D], not copied
         if up_bias_EH is not None:
             up_bias_EH = up_bias_EH.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+    blank = blank_experts(down_EDF, activation, format, up_bias_EH, down_bias_ED)
+    data = aligned(blank.data.numel())
+    slabs = data.view(blank.num_experts, -1)
 
     def pack(expert: int) -> None:
         up_HD, down_DF = (
-            each if each.dtype in ROWS else each.float()
+            each.detach() if each.dtype in ROWS else each.detach().float()
             for each in (up_EHD[expert].flatten(0, -2), down_EDF[expert])
         )
-        slab = data[expert * size : (expert + 1) * size]
         try:
-            pack_expert(up_HD, down_DF, activation, format, slab)
+            pack_expert(up_HD, down_DF, activation, format, slabs[expert])
         except ShapeError as error:
             raise ShapeError(f"expert {expert}: {error}") from error
 
     with ThreadPoolExecutor(torch.get_num_threads()) as packers:
-        list(packers.map(pack, range(num_experts)))
-    biases = (
-        None if bias is None else bias.detach().float().clone()
-        for bias in (up_bias_EH, down_bias_ED)
-    )
-    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
+        list(packers.map(pack, range(blank.num_experts)))
+    return blank._replace(data=data)
 
 
 def pack_expert(
@@ -121,16 +109,11 @@ def pack_expert(
     """
     up_HD, down_DF = _packable(up_HD), _packable(down_DF)
     dim, hidden = _sizes(up_HD, down_DF, activation)
-    size = slab_bytes(dim, hidden, activation, format)
-    at, up_bytes = _packed_at(slab, size, "slab"), matrix_bytes(hidden, dim, format)
-    if activation in UNGATED:
-        _pack(up_HD, format, at, 1)
-        _pack(down_DF, format, at + up_bytes, 1)
-        return
-    block = up_bytes // -(-hidden // COLUMNS)
-    _pack(up_HD[:hidden], format, at, 2)
-    _pack(up_HD[hidden:], format, at + block, 2)
-    _pack(down_DF, format, at + 2 * up_bytes, 1)
+    at = _packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
+    ups, step, down = _within(dim, hidden, activation, format)
+    for offset, part_FD in zip(ups, up_HD.split(hidden), strict=True):
+        _pack(part_FD, format, at + offset, step)
+    _pack(down_DF, format, at + down, 1)
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
@@ -139,7 +122,7 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
     Raises:
         ShapeError: it is plain, or its data is not what it says.
     """
-    data, rows, columns, format = packed
+    data, rows, columns, format, _ = packed
     return _unpack(_packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
 
 
@@ -154,13 +137,17 @@ def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
     if not 0 <= expert < packed.num_experts:
         raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
     at = _packed_at(packed.data, packed.num_experts * size) + expert * size
+    ups, step, down = _within(dim, hidden, packed.activation, format)
+    up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
+    return up_HD, _unpack(at + down, dim, hidden, format, 1)
+
+
+def _within(dim: int, hidden: int, activation: str, format: Format) -> tuple[list[int], int, int]:
+    """Where gate and up begin in a slab, how many blocks apart theirs are, where down begins."""
     up_bytes = matrix_bytes(hidden, dim, format)
-    if packed.activation in UNGATED:
-        up_HD = _unpack(at, hidden, dim, format, 1)
-        return up_HD, _unpack(at + up_bytes, dim, hidden, format, 1)
-    block = up_bytes // -(-hidden // COLUMNS)
-    gate_FD, up_FD = (_unpack(at + n * block, hidden, dim, format, 2) for n in (0, 1))
-    return torch.cat([gate_FD, up_FD]), _unpack(at + 2 * up_bytes, dim, hidden, format, 1)
+    if activation in UNGATED:
+        return [0], 1, up_bytes
+    return [0, up_bytes // -(-hidden // COLUMNS)], 2, 2 * up_bytes
 
 
 def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -186,17 +173,11 @@ def mixture(
 ) -> Tensor:
     """A whole mixture: gather, gate and up, activation, down, weighted sum in a fixed order.
 
-    The definition is `reference.mixture` over the unpacked weights, up to rounding.
-
-    Args:
-        packed: the experts.
-        x_TD: tokens, fp32 or bf16.
-        tokens_A: int64, token of each assignment, not falling.
-        experts_A: int64, its expert.
-        weights_A: fp32, its weight.
+    The definition is `reference.mixture` over the unpacked weights, up to rounding. Assignments
+    come token by token.
 
     Returns:
-        y_TD in x's dtype; zero for a token without an assignment.
+        y_TD in x's dtype, fp32 or bf16; zero for a token without an assignment.
 
     Raises:
         ShapeError: a shape or dtype does not fit, or an index is out of range.
@@ -235,8 +216,8 @@ def plain_mixture(
     return mixture(experts, x_TD, *chosen)
 
 
-def plain_matrix(w_OI: Tensor) -> PackedMatrix:
-    """A matrix of a model as it is, not copied: fp32 or bf16 on CPU.
+def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
+    """A matrix of a model as it is, not copied: fp32 or bf16 on CPU. A bias is taken as fp32.
 
     bf16 weights multiply rows rounded to bf16, fp32 weights multiply in fp32.
 
@@ -245,7 +226,8 @@ def plain_matrix(w_OI: Tensor) -> PackedMatrix:
     """
     w_OI = check(w_OI, "plain weights", (None, None), ROWS).detach().contiguous()
     rows, columns = w_OI.shape
-    packed = PackedMatrix(w_OI, rows, columns, PLAIN)
+    bias_O = None if bias_O is None else bias_O.detach().float().contiguous()
+    packed = PackedMatrix(w_OI, rows, columns, PLAIN, bias_O)
     matrix_of(packed)
     return packed
 
@@ -280,7 +262,7 @@ def matrix_of(packed: PackedMatrix) -> Matrix:
     Raises:
         ShapeError: the data is not what the matrix says of it.
     """
-    data, rows, columns, format = packed
+    data, rows, columns, format, _ = packed
     if format.kind == "plain":
         at = _plain_at(data, (rows, columns))
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moestro.errors import BackendError
-from moestro.kernels.addresses import FLOATS, INT64, ROWS, address, check, piece
+from moestro.kernels.addresses import FLOATS, INT64, ROWS, Shape, address, check, piece
 from moestro.kernels.native_library import PATHS, Grouping, call, library
 from moestro.kernels.reference import Biases
 from moestro.kernels.torch_grouped import Groups, Products, clear_tail, segments_add_bias
@@ -48,16 +48,11 @@ def reason_against(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> 
 
 
 def mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
-    """See `torch_grouped.Products.mm`.
-
-    Raises:
-        ShapeError: rows, weights and groups do not fit each other, or have a wrong dtype.
-        MemoryError: there is not enough for the packed weights.
-    """
+    """See `torch_grouped.Products.mm`; raises as `native_library.call` does."""
     w_EOI = _weights(w_EOI)
     num_experts, outputs, inputs = w_EOI.shape
     x_RI = _rows(x_RI, outputs if back else inputs)
-    y_RO = x_RI.new_empty(x_RI.shape[0], inputs if back else outputs)
+    y_RO = x_RI.new_empty(len(x_RI), inputs if back else outputs)
     given = (ROWS[w_EOI.dtype], _at(w_EOI), outputs, inputs, back, _at(x_RI), _at(y_RO))
     _call("grouped", groups, num_experts, len(x_RI), *given)
     return y_RO
@@ -168,9 +163,9 @@ def _call(name: str, groups: Groups, num_experts: int, num_rows: int, *given: An
     call(name, ctypes.byref(grouping), *given, takes=_ALLOWED)
 
 
-def _weights(w_EOI: Tensor) -> Tensor:
+def _weights(w_EOI: Tensor, name: str = "weights", shape: Shape = (None,) * 3) -> Tensor:
     """As the kernels read them: fp32 or bf16 in one piece."""
-    check(w_EOI, "weights", (None, None, None), FLOATS)
+    check(w_EOI, name, shape, FLOATS)
     return (w_EOI if w_EOI.dtype in ROWS else w_EOI.to(torch.bfloat16)).contiguous()
 
 
@@ -180,8 +175,7 @@ def _expert_weights(up_EHD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
         up_EHD, down_EDF = up_EHD.to(torch.bfloat16), down_EDF.to(torch.bfloat16)
     down_EDF = _weights(down_EDF)
     num_experts, dim, hidden = down_EDF.shape
-    up_EHD = _weights(check(up_EHD, "up", (num_experts, 2 * hidden, dim), FLOATS))
-    return up_EHD, down_EDF
+    return _weights(up_EHD, "up", (num_experts, 2 * hidden, dim)), down_EDF
 
 
 def _rows(rows_RI: Tensor, width: int | None = None) -> Tensor:

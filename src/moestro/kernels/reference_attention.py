@@ -51,9 +51,10 @@ def attend(
             for s in range(length):
                 own = span - length + s
                 first = 0 if window is None else max(0, own - window + 1)
-                keys = [p for p in range(first, own + 1) if p == own or _valid(valid_BP, b, p)]
+                valid_P = [True] * span if valid_BP is None else valid_BP[b].tolist()
+                keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
                 if bidirectional:
-                    keys = [p for p in range(span) if _valid(valid_BP, b, p)]
+                    keys = [p for p in range(span) if valid_P[p]]
                 if not keys:
                     y_BHSA[b, h, s] = v_BGPA[b, g].mean(0)
                     continue
@@ -65,7 +66,3 @@ def attend(
                 weights_P = scores_P.softmax(0)[: len(keys)]
                 y_BHSA[b, h, s] = weights_P @ v_BGPA[b, g, keys]
     return y_BHSA
-
-
-def _valid(valid_BP: Tensor | None, b: int, p: int) -> bool:
-    return valid_BP is None or bool(valid_BP[b, p])

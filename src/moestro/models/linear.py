@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +89,12 @@ class Linear(PlainLinear):
         weight_OI = self.weight.detach()
         if weight_OI.dtype not in ROWS:
             weight_OI = weight_OI.float()
-        bias_O = None if self.bias is None else self.bias.detach().float().clone()
         pack = blank_matrix if weight_OI.is_meta else native_cpu.pack_matrix
-        return PackedLinear(pack(weight_OI, format), bias_O)
+        return PackedLinear(pack(weight_OI, format, self.bias))
 
-    def native(self) -> tuple[PackedMatrix, Tensor | None]:
-        """The weights as the native kernels read them, not copied, and the bias in fp32."""
-        bias_O = None if self.bias is None else self.bias.detach().float()
-        return native_cpu.plain_matrix(self.weight), bias_O
+    def native(self) -> PackedMatrix:
+        """The weights as the native kernels read them, not copied."""
+        return native_cpu.plain_matrix(self.weight, self.bias)
 
 
 class QKV(Linear):
@@ -125,35 +123,14 @@ class QKV(Linear):
 
 
 class PackedLinear(Packed):
-    """A projection with packed weights, in the place of `torch.nn.Linear`.
+    """A projection with packed weights, in the place of `torch.nn.Linear`."""
 
-    Args:
-        weights: from `native_cpu.pack_matrix`, or mapped from a file.
-        bias_O: fp32; None: none.
-    """
-
-    def __init__(self, weights: PackedMatrix, bias_O: Tensor | None = None) -> None:
-        super().__init__()
-        self.weights, self.bias_O = weights, bias_O
-
-    def native(self) -> tuple[PackedMatrix, Tensor | None]:
-        """See `Linear.native`."""
-        return self.weights, self.bias_O
-
-    def parts(self) -> dict[str, Tensor]:
-        """Packed bytes, and the bias where there is one."""
-        return {"packed": self.weights.data} | (
-            {} if self.bias_O is None else {"bias_O": self.bias_O}
-        )
-
-    def use(self, parts: dict[str, Tensor]) -> None:
-        """Take others in their place."""
-        self.weights = self.weights._replace(data=parts["packed"])
-        self.bias_O = parts.get("bias_O")
+    TENSORS: ClassVar = {"packed": "data", "bias_O": "bias"}
+    weights: PackedMatrix
 
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""
-        _, rows, columns, format = self.weights
+        _, rows, columns, format, _ = self.weights
         return {"rows": rows, "columns": columns, **format._asdict()}
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -164,7 +141,7 @@ class PackedLinear(Packed):
 
     def product(self, rows_TI: Tensor) -> Tensor:
         """[T, I] → [T, O] in the rows' dtype."""
-        return native_cpu.linear(self.weights, rows_TI, self.bias_O)
+        return native_cpu.linear(self.weights, rows_TI, self.weights.bias)
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""

@@ -88,9 +88,10 @@ class StackedWeights(nn.Module):
 
     def to_packed(self, format: Format) -> PackedStack:
         """The same with packed weights; see `moestro.moe.packed.Packable`."""
-        pack = packing.blank_experts if self.down.is_meta else native_cpu.pack_experts
-        weights = (self.gate_up.detach(), self.down.detach(), self.activation)
-        return self.packed(pack(*weights, format, *(self.biases or ())))
+        how = (self.activation, format, *(self.biases or ()))
+        if self.down.is_meta:
+            return self.packed(packing.blank_experts(self.down, *how))
+        return self.packed(native_cpu.pack_experts(self.gate_up, self.down, *how))
 
     def native(self) -> packing.PackedExperts:
         """The weights as the native kernels read them, not copied."""
@@ -111,15 +112,8 @@ class Experts(StackedWeights):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Each token through its experts, and the weighted sum of what they return.
 
-        Args:
-            x_TD: tokens in the weights' dtype; under autocast in any.
-            routing: who goes where.
-
-        Returns:
-            y_TD in the dtype computed in.
-
         Raises:
-            ShapeError: the tokens have another dtype than the weights.
+            ShapeError: the tokens are not of the weights' dtype, and autocast is off.
         """
         if x_TD.dtype != self.down.dtype and not torch.is_autocast_enabled(x_TD.device.type):
             raise ShapeError(
@@ -149,13 +143,13 @@ class FeedForward(StackedWeights):
         backend: str = "auto",
         out_scale: float = 1.0,
     ) -> None:
-        sizes = (1, dim, hidden_dim, activation)
-        super().__init__(*sizes, init_scale=init_scale, backend=backend, out_scale=out_scale)
+        super().__init__(
+            1, dim, hidden_dim, activation, 0.0, init_scale, backend, out_scale=out_scale
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D] in the dtype computed in."""
-        ffn = _hidden(mixing.dense)
-        return ffn(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+        return _hidden(mixing.dense)(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
 
 
 def _hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

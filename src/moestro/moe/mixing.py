@@ -25,22 +25,17 @@ FEW_ROWS = 16
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E feed-forward networks.
+    """The weights of E feed-forward networks; see `reference.expert_ffn`.
 
-    Attributes:
-        up_EHD: see `reference.expert_ffn`.
-        down_EDF: see `reference.expert_ffn`.
-        activation: see `reference.activate`; a function in its place runs between two products,
-            where a name lets a kernel fuse all three.
-        biases: of the experts that have them.
-        norm: of each row after the second product; None: none.
+    A function in the place of an activation's name runs between two products, where a name lets a
+    kernel fuse all three.
     """
 
     up_EHD: Tensor
     down_EDF: Tensor
     activation: Activation
     biases: Biases | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None  # of each row after the second product
 
     def work(self, x_TD: Tensor, use: str, lacks: str | None = None) -> Work:
         """What is to be computed with them; see `backends.Work`."""
@@ -78,14 +73,11 @@ def mix(
     """Dispatch → experts → combine; without gradients in one call, or expert by expert.
 
     Args:
-        x_TD: tokens, in the dtype to compute in.
+        x_TD: tokens, in the dtype to compute in, which is that of the result.
         routing: who goes where.
         weights: of the experts, in any dtype.
         backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
         training: whether to compute as where gradients are wanted; None: where they are.
-
-    Returns:
-        y_TD in the tokens' dtype.
     """
     if routing.weights_R.dtype.itemsize < 4:  # A wrapper cast its inputs, as FSDP2 does.
         routing = routing._replace(weights_R=routing.weights_R.float())
@@ -143,9 +135,8 @@ def _ffn(
     """Each row through its expert; rows past the last offset give zero."""
     up_EHD, down_EDF, activation, biases, _ = weights
     if not callable(activation):
-        return kernel.expert_ffn(
-            rows_RD, up_EHD, down_EDF, offsets_E, activation, experts_E, biases
-        )
+        plain = (up_EHD, down_EDF, offsets_E, activation, experts_E, biases)
+        return kernel.expert_ffn(rows_RD, *plain)
     up_EH, down_ED = biases or (None, None)
     hidden_RH = kernel.grouped_mm(rows_RD, up_EHD, offsets_E, experts_E, up_EH)
     return kernel.grouped_mm(activation(hidden_RH), down_EDF, offsets_E, experts_E, down_ED)

@@ -6,7 +6,7 @@ neither moves nor converts them, and they are saved by `moestro.checkpoints.pack
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,21 @@ class Packable(Protocol):
     """A module that can be packed."""
 
     def to_packed(self, format: Format) -> Packed:
-        """The same with packed weights; of weights without memory, without memory.
-
-        Raises:
-            ShapeError: weights hold NaN or infinity, or what the format cannot express.
-            BackendError: there is no native library; says why.
-        """
+        """The same with packed weights, without memory where it has none; see `quantize.pack`."""
 
 
 class Packed(nn.Module):
-    """What packed modules have in common: they never train, and no state dict holds them."""
+    """What packed modules have in common: they never train, and no state dict holds them.
 
-    def __init__(self) -> None:
+    Args:
+        weights: a PackedMatrix or PackedExperts, from `native_cpu` or mapped from a file.
+    """
+
+    TENSORS: ClassVar[dict[str, str]]  # the tensors of the weights: name in a file → name there
+
+    def __init__(self, weights: Any) -> None:
         super().__init__()
-        self.training = False
+        self.weights, self.training = weights, False
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode.
@@ -66,13 +67,19 @@ class Packed(nn.Module):
         x_TI = x_TI.to(compute_dtype(x_TI))
         return x_TI.float() if x_TI.dtype == torch.float16 else x_TI
 
+    def native(self) -> Any:
+        """The weights as the native kernels read them."""
+        return self.weights
+
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it is made of, by the names that `use` takes."""
-        raise NotImplementedError
+        found = {name: getattr(self.weights, own) for name, own in self.TENSORS.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def use(self, parts: dict[str, Tensor]) -> None:
         """Take others in their place, of the same shapes and dtypes."""
-        raise NotImplementedError
+        given = {own: parts.get(name) for name, own in self.TENSORS.items()}
+        self.weights = self.weights._replace(**given)
 
     def described(self) -> dict[str, Any]:
         """Sizes and format, as the header of a packed file has them."""
@@ -86,31 +93,10 @@ class Packed(nn.Module):
 
 
 class PackedStack(Packed):
-    """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share.
+    """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share."""
 
-    Args:
-        weights: from `native_cpu.pack_experts`, or mapped from a file.
-    """
-
-    def __init__(self, weights: packing.PackedExperts) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def native(self) -> packing.PackedExperts:
-        """See `StackedWeights.native`."""
-        return self.weights
-
-    def parts(self) -> dict[str, Tensor]:
-        """Packed bytes, and biases where there are some."""
-        data, biases = self.weights.data, (self.weights.up_bias, self.weights.down_bias)
-        up_down = zip(("up_bias", "down_bias"), biases, strict=True)
-        return {"packed": data} | {name: bias for name, bias in up_down if bias is not None}
-
-    def use(self, parts: dict[str, Tensor]) -> None:
-        """Take others in their place."""
-        self.weights = self.weights._replace(
-            data=parts["packed"], up_bias=parts.get("up_bias"), down_bias=parts.get("down_bias")
-        )
+    TENSORS: ClassVar = {"packed": "data", "up_bias": "up_bias", "down_bias": "down_bias"}
+    weights: packing.PackedExperts
 
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""

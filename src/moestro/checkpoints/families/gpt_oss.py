@@ -5,9 +5,6 @@ Published in MXFP4, whose dequantised experts have the layout of the plain form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from moestro.checkpoints.families.fields import derived, field, fixed, layer_types, num_layers
 from moestro.checkpoints.families.llama import BACKBONE, BLOCK, LAYER, decoder, experts
 from moestro.checkpoints.families.rope import rope
@@ -27,11 +24,6 @@ _RULES = (
 )
 
 
-def _alternating(hf: Mapping[str, Any]) -> list[str]:
-    """The layer types if config.json does not say them: the first slides, the second not."""
-    return ["full_attention" if n % 2 else "sliding_attention" for n in range(num_layers(hf))]
-
-
 GPT_OSS = Family(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -39,7 +31,8 @@ GPT_OSS = Family(
         *decoder(1e-5, rope(150_000.0, required=True)),
         field("head_dim", "attention.head_dim", 64),
         fixed("attention_bias", True),
-        layer_types(_alternating, switch=False),
+        # If config.json does not say: the first layer slides, the second not.
+        layer_types(lambda hf: [n % 2 == 0 for n in range(num_layers(hf))], switch=False),
         *experts(),
         derived("experts_per_token", lambda cfg: cfg.moe.top_k),
         fixed("swiglu_alpha", 1.702),

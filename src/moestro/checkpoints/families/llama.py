@@ -144,11 +144,10 @@ def mixture(theirs: str = "mlp.", names: tuple[str, str, str] = PROJECTIONS) -> 
 DENSE_RULES = (*BACKBONE, *gated("mlp."))
 
 
-def _qwen3_windows(hf: Mapping[str, Any]) -> list[str]:
+def _qwen3_slides(hf: Mapping[str, Any]) -> list[bool]:
     """Qwen3's layers slide from number max_window_layers on, if windows are on at all."""
     first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else None
-    sliding = [first is not None and n >= first for n in range(num_layers(hf))]
-    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return [first is not None and n >= first for n in range(num_layers(hf))]
 
 
 LLAMA = Family(
@@ -166,7 +165,7 @@ MISTRAL = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    (*decoder(), HEAD_DIM, DENSE, BIAS, layer_types(_qwen3_windows, switch=True)),
+    (*decoder(), HEAD_DIM, DENSE, BIAS, layer_types(_qwen3_slides, switch=True)),
     DENSE_RULES,
     always={"attention.qk_norm": "head"},
 )

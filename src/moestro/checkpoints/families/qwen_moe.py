@@ -66,11 +66,10 @@ def _num_experts() -> Entry:
     return Entry(names, read, lambda cfg, original: {names[0]: cfg.moe.num_experts})
 
 
-def _qwen2_windows(hf: Mapping[str, Any]) -> list[str]:
+def _qwen2_slides(hf: Mapping[str, Any]) -> list[bool]:
     """Of the first max_window_layers, every other one slides, if windows are on at all."""
     last = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else 0
-    sliding = [n % 2 == 0 and n < last for n in range(num_layers(hf))]
-    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return [n % 2 == 0 and n < last for n in range(num_layers(hf))]
 
 
 _MIXTURE = (
@@ -89,7 +88,7 @@ QWEN2_MOE = Family(
         *_MIXTURE,
         field("shared_expert_intermediate_size", "moe.shared.hidden_dim"),
         choice("qkv_bias", "attention.bias", {True: "qkv", False: "none"}, True),
-        layer_types(_qwen2_windows, switch=True),
+        layer_types(_qwen2_slides, switch=True),
     ),
     _RULES,
     always={"moe.router.kind": "softmax", "moe.shared.gate": True},

@@ -37,10 +37,8 @@ def to_settings(family: Family, hf: Mapping[str, Any], accepted: Container[str] 
     """
     _check_fields(family, hf, accepted)
     values: dict[str, Any] = {}
-    for dotted, value in family.always.items():
-        _put(values, dotted, value)
-    for entry in family.entries:
-        for dotted, value in _read(entry, hf).items():
+    for stated in (family.always, *(_read(entry, hf) for entry in family.entries)):
+        for dotted, value in stated.items():
             _put(values, dotted, value)
     cfg = family.settings(**values)
     for entry in family.entries:
