@@ -58,8 +58,34 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
     }
 }
 
+// 8 rows of 8 words to 8 columns: pairs of words, of pairs, of halves.
+inline void transpose8(const uint8_t *from, int64_t row_bytes, uint32_t *to) {
+    __m256 r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(from + i * row_bytes));
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m256 low = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+        const __m256 high = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + i * COLUMNS), low);
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + (4 + i) * COLUMNS), high);
+    }
+}
+
 void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
-    transpose_words(from, row_bytes, rows, 0, words, to);
+    int64_t w = 0;
+    if (rows == COLUMNS)
+        for (; w + 8 <= words && (w + 8) * 4 <= row_bytes; w += 8)
+            for (int64_t n = 0; n < COLUMNS; n += 8)
+                transpose8(from + n * row_bytes + w * 4, row_bytes, to + w * COLUMNS + n);
+    transpose_words(from, row_bytes, rows, w, words, to);
 }
 
 // Sum of four products of a byte from 0 and a signed one per column, exact: pairs stay within 16 bits.

@@ -48,12 +48,19 @@ using Add = void (*)(float w, const float *x, float *y, int64_t n);
 
 // Sum of products in one fixed order.
 using Dot = float (*)(const float *a, const float *b, int64_t n);
-// Scores of a query against `count` keys, and the weighted sum of as many values; both `n` wide and
-// `stride` numbers apart, fp32 or bf16 (`is_fp32`).
-using Scores = void (*)(const float *query, const void *keys, bool is_fp32, int64_t stride, int64_t count, int64_t n,
-                        float scale, float *scores);
-using Mix = void (*)(const float *weights, const void *values, bool is_fp32, int64_t stride, int64_t count, int64_t n,
-                     float *out);
+// Several queries [queries, width] against several keys: scores [queries, keys] = scale · query · key.
+struct ScoreShape {
+    int64_t queries, keys, width, keys_stride, scores_stride;
+    float scale;
+};
+// Keys are fp32 or bf16; `columns` is memory for 32 of them, width · 32 words.
+using Scores = void (*)(const float *queries, const void *keys, bool is_fp32, const ScoreShape &s, float *scores,
+                        uint32_t *columns);
+// out [queries, width] += weights [queries, values] · values.
+struct MixShape {
+    int64_t queries, values, width, values_stride, weights_stride;
+};
+using Mix = void (*)(const float *weights, const void *values, bool is_fp32, const MixShape &s, float *out);
 // x → e^(x - max); returns the sum.
 using Exponentials = float (*)(float *x, float max, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.

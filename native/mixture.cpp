@@ -165,16 +165,21 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
     if (t == 0) return 0;
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
+    static Prepared &input = *new Prepared;
     try {
         mixture.plan(*w, tokens, experts, assignments);
+        input.shape(w->kind, w->group, t, w->dim);
         run(INT32_MAX, [&](Team &team, int) {
-            std::vector<float> row(size_t(std::max(mixture.padded(), w->dim)));
+            std::vector<float> row(size_t(input.rows.k));
             int64_t from, to;
-            while (team.take(assignments, 4, &from, &to))
+            while (team.take(t, 4, &from, &to))
                 for (; from < to; from++) {
-                    read_row(dtype, x, tokens[from], w->dim, mixture.padded(), row.data());
-                    mixture.set(from, row.data());
+                    read_row(dtype, x, from, w->dim, input.rows.k, row.data());
+                    input.set(from, row.data());
                 }
+            team.wait();
+            while (team.take(assignments, 4, &from, &to))
+                for (; from < to; from++) mixture.set(from, input);
             team.wait();
             mixture.compute(team);
             while (team.take(t, 4, &from, &to))

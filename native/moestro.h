@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 4
+#define MOESTRO_ABI 5
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -113,15 +113,18 @@ typedef struct {
 } moestro_decoder;
 
 /* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
- * by side: `kept` of them before `place`, where the new one is written. */
+ * by side: `kept` of them before `place`, where the first of `rows` new ones is written. */
 typedef struct {
     void *const *keys;
     void *const *values;
     const int64_t *room, *place, *kept;
+    int64_t rows;
 } moestro_past;
 
-/* One new token for each of b sequences. x [b, D] fp32 are their embeddings; cosines and sines
- * [b, A/2]; logits [b, V] and the routing, experts and weights [layers, b, K], are written. */
+/* New tokens of b sequences, T = all their rows, sequence by sequence. x [T, D] fp32 are their
+ * embeddings; cosines and sines [T, A/2]; logits [b, V] after each sequence's last token, and the
+ * routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
+ * sequence is cut, and whatever runs beside it. */
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
                                  const float *sines, const moestro_past *past, float *logits, int64_t *experts,
                                  float *weights);

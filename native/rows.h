@@ -130,6 +130,21 @@ public:
         }
     }
 
+    // Row `row` as row `source` of others of the same kind, group and inputs.
+    void copy(int64_t row, const Prepared &from, int64_t source) {
+        const int64_t k = rows.k, width = is_float(kind_) ? PAIRS : group_;
+        if (is_float(kind_)) memcpy(values_ + row * k, from.values_ + source * k, size_t(k) * 4);
+        for (int64_t step = 0; !is_fp32(kind_) && step < k / width; step++) {
+            const int64_t to = Rows::tile_offset(row, step, width, k), at = Rows::tile_offset(source, step, width, k);
+            if (is_float(kind_)) memcpy(bits_ + to, from.bits_ + at, size_t(width) * 2);
+            else memcpy(bytes_ + to, from.bytes_ + at, size_t(width));
+        }
+        if (is_float(kind_)) return;
+        const int64_t groups = k / group_;
+        memcpy(scales_ + row * groups, from.scales_ + source * groups, size_t(groups) * 4);
+        memcpy(sums_ + row * groups, from.sums_ + source * groups, size_t(groups) * 4);
+    }
+
     // Some rows, the first a multiple of TILE.
     Rows part(int64_t from, int64_t m) const {
         Rows some = rows;

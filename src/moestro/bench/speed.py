@@ -133,7 +133,7 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
         joules = energy.joules()
         begun = time.perf_counter()
         for token in ids[prompt:]:
-            decoding.step([token], [past])
+            decoding.step([[token]], [past])
         decode_s = time.perf_counter() - begun
         used = energy.since(joules)
         return Round(prefilled - start, first - start, decode_s, used)

@@ -1,12 +1,14 @@
-"""How tokens pass through a model: a prompt in chunks, then one token of many sequences at once.
+"""How tokens pass through a model: prompts in chunks, beside the next tokens of other sequences.
 
-Each sequence gets the same bits whatever runs beside it: prompts pass alone, and a step is either
-native, where no row depends on another, or taken sequence by sequence.
+Each sequence gets the same bits whatever runs beside it: a step is either native, where no row
+depends on another, or taken sequence by sequence. Native steps also give the same bits however a
+prompt is cut, so a past can be continued and forked at any token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class Passed(NamedTuple):
 
 
 class Decoding:
-    """Every step through the model's own forward, sequence by sequence."""
+    """Tokens through the model's own forward, sequence by sequence."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -55,18 +57,21 @@ class Decoding:
         """
         size = CHUNK if chunked(self.model.cfg) else len(tokens)
         for start in range(0, len(tokens), size):
-            output = self._forward(tokens[start : start + size], past)
-        return _passed(output)
+            (passed,) = self.step([tokens[start : start + size]], [past])
+        return passed
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""
         past = self.new()
         return past, self.read(past, tokens)
 
-    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
-        """Pass one token of each sequence, whose memory is extended in place."""
+    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
+        """Pass the next tokens of each sequence, at least one; its memory is extended in place.
+
+        Those of a prompt, a chunk at a time, may pass beside one token of each running sequence.
+        """
         pairs = zip(tokens, pasts, strict=True)
-        return [_passed(self._forward([token], past)) for token, past in pairs]
+        return [_passed(self._forward(new, past)) for new, past in pairs]
 
     @torch.inference_mode()
     def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
@@ -108,16 +113,17 @@ class EncDecDecoding(Decoding):
 
 
 class NativeDecoding(Decoding):
-    """Prompts through the model's own forward, every step in native code, on the same memory."""
+    """Prompts and steps in native code, tokens of all sequences together."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._native = NativeDecoder(model)
 
-    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
+    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
         """See `Decoding`."""
         stepped = self._native.step(tokens, pasts)
-        first_BL = stepped.experts_LBK[:, :, :1].transpose(0, 1).flatten(1).tolist()
+        last_B = [end - 1 for end in accumulate(map(len, tokens))]
+        first_BL = stepped.experts_LTK[:, last_B, :1].transpose(0, 1).flatten(1).tolist()
         rows = zip(stepped.logits_BV, first_BL, strict=True)
         return [Passed(logits_V[None], tuple(experts)) for logits_V, experts in rows]
 

@@ -176,8 +176,8 @@ class Session:
         ]
         running = [each for each in self._running if not each.writer.done]
         if running:
-            tokens_B = [each.writer.token for each in running]
-            outputs = self._decoding.step(tokens_B, [each.past for each in running])
+            latest = [[each.writer.token] for each in running]
+            outputs = self._decoding.step(latest, [each.past for each in running])
             for place, (each, passed) in enumerate(zip(running, outputs, strict=True)):
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
                 running[place] = each._replace(logits_1V=passed.logits_1V)

@@ -1,4 +1,4 @@
-"""Decoding in native code: one token of each sequence through the whole model in one call.
+"""Decoding in native code: tokens of many sequences through the whole model in one call.
 
 Weights are used where they are, packed or plain; only norms and routers are copied, to fp32.
 """
@@ -6,6 +6,7 @@ Weights are used where they are, packed or plain; only norms and routers are cop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,11 +28,11 @@ from moestro.moe.routers import TopKRouter
 
 
 class Stepped(NamedTuple):
-    """One token of B sequences; L mixtures in the order of `model.moe_layers`."""
+    """T new tokens of B sequences; L mixtures in the order of `model.moe_layers`."""
 
-    logits_BV: Tensor  # fp32
-    experts_LBK: Tensor  # int64
-    weights_LBK: Tensor  # fp32
+    logits_BV: Tensor  # fp32, after each sequence's last token
+    experts_LTK: Tensor  # int64
+    weights_LTK: Tensor  # fp32
 
 
 def supports(model: nn.Module) -> str | None:
@@ -108,32 +109,38 @@ class NativeDecoder:
         )
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> Stepped:
-        """One new token of each sequence; what a sequence gets does not depend on the others.
+    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> Stepped:
+        """New tokens of each sequence, at least one.
+
+        A token gets the same bits however its sequence is cut, and whatever runs beside it.
 
         Args:
-            tokens: one for each sequence.
+            tokens: of each sequence, those that follow its past.
             pasts: caches of batch 1, each its own; the step extends them in place.
         """
-        tokens_B = torch.tensor(tokens, dtype=torch.int64, device="cpu")
-        x_BD = self.model.embed(tokens_B).float()
+        tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
+        x_TD = self.model.embed(tokens_T).float()
         device = torch.device("cpu")
-        angles = [self._rotary.at(past.position, 1, device, torch.float32) for past in pasts]
-        cos_BA, sin_BA = (torch.cat(each) for each in zip(*angles, strict=True))
-        places = [self._place(past) for past in pasts]
-        logits_BV, experts_LBK, weights_LBK = self._step.step(x_BD, cos_BA, sin_BA, places)
-        for past in pasts:
-            past.advance()
+        pairs = list(zip(tokens, pasts, strict=True))
+        angles = [
+            self._rotary.at(past.position, len(new), device, torch.float32) for new, past in pairs
+        ]
+        cos_TA, sin_TA = (torch.cat(each) for each in zip(*angles, strict=True))
+        places = [self._place(past, len(new)) for new, past in pairs]
+        logits_BV, experts_LTK, weights_LTK = self._step.step(x_TD, cos_TA, sin_TA, places)
+        for new, past in pairs:
+            past.advance(len(new))
         mixtures = list(self.model.moe_layers)
-        return Stepped(logits_BV, experts_LBK[mixtures], weights_LBK[mixtures])
+        return Stepped(logits_BV, experts_LTK[mixtures], weights_LTK[mixtures])
 
-    def _place(self, cache: KVCache) -> StepPast:
-        """Where the new position of a sequence goes."""
+    def _place(self, cache: KVCache, added: int) -> StepPast:
+        """Where the new positions of a sequence go."""
         past = self._pasts.get(cache)
         if past is None:
             past = self._pasts[cache] = StepPast(self._step)
         for number, layer in enumerate(cache.layers):
-            past.put(number, *layer.room(*self._like), layer.length)
+            past.put(number, *layer.room(added, *self._like), layer.length)
+        past.rows = added
         return past
 
 

@@ -1,10 +1,10 @@
-"""One token through a whole decoder in one native call: the C structures of `moestro_step`.
+"""Tokens through a whole decoder in one native call: the C structures of `moestro_step`.
 
 What bounds decoding is reading the weights, so nothing else may take time between them. The Python
 forward of `models.decoder` is the definition; `infer.native_decoder` decides which models fit.
 
-Letters: L layers, B sequences, D width, H heads, G key/value heads, A head width, V vocabulary,
-K experts per token, P positions.
+Letters: L layers, B sequences, T their new tokens, D width, H heads, G key/value heads, A head
+width, V vocabulary, K experts per token, P positions.
 """
 
 from __future__ import annotations
@@ -96,11 +96,13 @@ class _Decoder(ctypes.Structure):
 class _Past(ctypes.Structure):
     """`moestro_past`."""
 
-    _fields_ = (("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR))
+    _fields_ = (
+        ("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR), ("rows", I64),
+    )  # fmt: skip
 
 
 class StepPast:
-    """Where one sequence's keys and values are, and where the step writes those of its new token.
+    """Where one sequence's keys and values are, and where the step writes those of new tokens.
 
     Args:
         decoder: whose past it is; it has no layer yet.
@@ -114,7 +116,16 @@ class StepPast:
         self._rooms, self._places = (I64 * count)(), (I64 * count)()
         self._kept = (I64 * count)()
         self._arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
-        self.structure = _Past(*(ctypes.cast(array, PTR) for array in self._arrays))
+        self.structure = _Past(*(ctypes.cast(array, PTR) for array in self._arrays), 1)
+
+    @property
+    def rows(self) -> int:
+        """How many new tokens the next step brings."""
+        return int(self.structure.rows)
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self.structure.rows = rows
 
     def put(self, layer: int, buffers: tuple[Tensor, ...], place: int, kept: int) -> None:
         """Say where a layer's keys and values are, before each step.
@@ -122,7 +133,7 @@ class StepPast:
         Args:
             layer: its number.
             buffers: keys and values [1, G, P, A], consecutive positions side by side.
-            place: of the new token in P.
+            place: of the first new token in P.
             kept: positions before it that it may see.
 
         Raises:
@@ -177,19 +188,21 @@ class StepDecoder:
         )  # fmt: skip
 
     def step(
-        self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[StepPast]
+        self, x_TD: Tensor, cos_TA: Tensor, sin_TA: Tensor, pasts: Sequence[StepPast]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One new token for each of B sequences; its key and value are written into their pasts.
+        """New tokens of B sequences; their keys and values are written into the pasts.
+
+        A token gets the same bits however its sequence is cut, and whatever runs beside it.
 
         Args:
-            x_BD: fp32, the tokens' embeddings.
-            cos_BA: fp32 [B, A/2], cosines of their positions.
-            sin_BA: fp32 [B, A/2], sines.
+            x_TD: fp32, the tokens' embeddings, sequence by sequence, `rows` of each.
+            cos_TA: fp32 [T, A/2], cosines of their positions.
+            sin_TA: fp32 [T, A/2], sines.
             pasts: of the sequences, each its own; every layer of them must be `put`.
 
         Returns:
-            (logits fp32 [B, V], experts int64 [L, B, K], weights fp32 [L, B, K]; those of dense
-            layers are -1 and 0).
+            (logits after each sequence's last token, fp32 [B, V]; experts int64 [L, T, K]; weights
+            fp32 [L, T, K]; those of dense layers are -1 and 0).
 
         Raises:
             ShapeError: shapes do not fit.
@@ -201,20 +214,21 @@ class StepDecoder:
                 f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
                 f"dtype); given {kinds}"
             )
-        x_BD, x_at = piece(x_BD, "embeddings", (batch, self.shape.dim), FP32, torch.float32)
-        cos_BA, cos_at = piece(cos_BA, "cosines", (batch, half), FP32, torch.float32)
-        sin_BA, sin_at = piece(sin_BA, "sines", (batch, half), FP32, torch.float32)
+        tokens = sum(past.rows for past in pasts)
+        x_TD, x_at = piece(x_TD, "embeddings", (tokens, self.shape.dim), FP32, torch.float32)
+        cos_TA, cos_at = piece(cos_TA, "cosines", (tokens, half), FP32, torch.float32)
+        sin_TA, sin_at = piece(sin_TA, "sines", (tokens, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
-        sizes = (self.num_layers, batch, self.shape.top_k)
+        sizes = (self.num_layers, tokens, self.shape.top_k)
         logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
-        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
-        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
+        experts_LTK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
+        weights_LTK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
         call(
             "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
-            logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
-            takes="pasts with every layer put, at a place within its room",
+            logits_BV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
+            takes="pasts with every layer put, at places within their room",
         )  # fmt: skip
-        return logits_BV, experts_LBK, weights_LBK
+        return logits_BV, experts_LTK, weights_LTK
 
 
 def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:

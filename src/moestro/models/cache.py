@@ -64,15 +64,17 @@ class LayerCache:
         self.length = total
         return tuple(buffer.narrow(-2, self._start, total) for buffer in self._buffers)
 
-    def room(self, *like: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    def room(self, added: int, *like: Tensor) -> tuple[tuple[Tensor, ...], int]:
         """The whole buffers, and the place of the next position in them, for who writes there.
 
         Args:
+            added: positions that will be written; more than `limit` make the buffers longer, until
+                the next call.
             like: tensors [..., 0, A] of the buffers' shapes and dtypes.
         """
         kept = self._forget()
-        if not self._fits(kept + 1):
-            self._move(like, kept, kept + 1)
+        if not self._fits(kept + added):
+            self._move(like, kept, kept + added)
         return self._buffers, self._start + kept
 
     def fork(self) -> LayerCache:
@@ -97,7 +99,7 @@ class LayerCache:
 
     def _move(self, new: Sequence[Tensor], kept: int, total: int) -> None:
         """Bring what is kept to the front of larger buffers."""
-        room = min(self._most, total + total // 2 + 16)
+        room = max(total, min(self._most, total + total // 2 + 16))
         buffers = []
         for n, tensor in enumerate(new):
             buffer = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
@@ -157,8 +159,8 @@ class KVCache:
         twin.source = self.source  # nothing writes to it
         return twin
 
-    def advance(self) -> None:
-        """Count the position that the native step has written."""
+    def advance(self, added: int) -> None:
+        """Count the positions that the native step has written."""
         for layer in self.layers:
-            layer.length += 1
-        self.position += 1
+            layer.length += added
+        self.position += added
