@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moestro.checkpoints.folders import read_tensors
+from moestro.checkpoints.tensor_files import read_tensors
 from moestro.errors import ConfigError
 from moestro.train.distributed import ALONE, Ranks, joined, pick_device, pick_dtype, ranks_from
 from moestro.train.loop import Trainer
@@ -22,7 +22,7 @@ from moestro.train.loop import Trainer
 root, corpus = Path(sys.argv[1]), Corpus(Path(sys.argv[2]))
 with joined(torch.device("cpu")) as ranks:
     def train(name, resume=False):
-        cfg = state.read_settings(root, f"{name}.json")
+        cfg = state.read_run_settings(root, f"{name}.json")
         return Trainer(cfg, root / name, corpus, ranks=ranks).train(resume)
 
     steps = train("plain").step

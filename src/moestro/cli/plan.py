@@ -194,19 +194,13 @@ def _list(as_json: bool) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A light table: the first column to the left, numbers to the right."""
-    from rich import box
-    from rich.table import Table
+    """A table whose first column stays whole while long names of models break into lines."""
+    from moestro.cli.tables import new_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="right" if place else "left",
-            vertical="bottom",
-            no_wrap=not place,
-            overflow="fold",
-        )
+    table = new_table(*columns)
+    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.vertical, column.overflow = "bottom", "fold"
     return table
 
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
-from moestro.models.decoder import DecoderOutput
-from moestro.models.encdec import EncDecOutput
+from moestro.models.network import ModelOutput
 from moestro.moe.balance import update_bias
 from moestro.train import state
 from moestro.train.diagnose import first_bad_gradient, first_bad_value
@@ -144,7 +143,9 @@ class Trainer:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
-            self.model = load_model(checkpoint, str(self.device), runtime.backend)
+            self.model = open_checkpoint(
+                checkpoint, device=str(self.device), backend=runtime.backend, verified=True
+            ).model
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
         self._optimizer = make_optimizer(self.model, cfg.optim)
@@ -249,9 +250,9 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
         return list(sums), torch.stack(list(sums.values()))
 
-    def _predict(self, micro: Example) -> DecoderOutput | EncDecOutput:
+    def _predict(self, micro: Example) -> ModelOutput:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: DecoderOutput | EncDecOutput = self._forward(*micro.inputs)
+            output: ModelOutput = self._forward(*micro.inputs)
         return output
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:

@@ -32,13 +32,13 @@ from moestro.checkpoints.folders import (
     atomic_folder,
     newest_checkpoint,
     read_json,
-    read_tensors,
     remove_folder,
-    save_model,
     step_folders,
     verify_folder,
 )
-from moestro.checkpoints.sidecar_files import keep_companions
+from moestro.checkpoints.sidecar_files import keep_sidecar_files
+from moestro.checkpoints.tensor_files import read_tensors
+from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
 from moestro.data.windows import Corpus, prepare
 from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError, TrainingError
@@ -99,7 +99,7 @@ def save(
             save_model(model, folder)
             tokenizer.save(folder)
             if (run / ORIGIN).is_dir():
-                keep_companions(run / ORIGIN, folder)
+                keep_sidecar_files(run / ORIGIN, folder)
             write_json(folder / "run.json", cfg.model_dump(mode="json"))
             save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
             save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
@@ -153,7 +153,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put `optimizer_tensors` back, on each parameter's device."""
+    """Put a copy of `optimizer_tensors` back, on each parameter's device.
+
+    Raises:
+        CheckpointError: a tensor belongs to no parameter, or has another shape.
+    """
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
@@ -163,12 +167,15 @@ def load_optimizer_tensors(
                 f"the optimizer's tensor {full_name} {list(value.shape)} fits no parameter of "
                 "the model; the checkpoint was made by another model"
             )
-        # A copy: what was read may still be mapped from the checkpoint's file.
         optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
-    """The RunConfig saved in a checkpoint."""
+def read_run_settings(folder: Path, name: str = "run.json") -> RunConfig:
+    """The RunConfig saved in a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or no valid settings.
+    """
     path = folder / name
     try:
         return RunConfig(**read_json(path))
@@ -201,7 +208,7 @@ def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
     """
     if checkpoint is None:
         return prepare(cfg, data)
-    saved = read_settings(checkpoint)
+    saved = read_run_settings(checkpoint)
     check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
     with suppress(DataError):
         corpus = Corpus(data)
@@ -257,9 +264,9 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     if not resume:
         shutil.rmtree(run / ORIGIN, ignore_errors=True)  # of a start that came to nothing
     if checkpoint is not None:
-        check_settings(read_settings(checkpoint), cfg, checkpoint)
+        check_settings(read_run_settings(checkpoint), cfg, checkpoint)
     elif (run / SETTINGS_NAME).exists():
-        check_settings(read_settings(run, SETTINGS_NAME), cfg, run)
+        check_settings(read_run_settings(run, SETTINGS_NAME), cfg, run)
     try:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         clear_leftovers(run)
