@@ -50,9 +50,6 @@ def load_settings(
         path: A .toml or .json file; None starts from the defaults.
         overrides: Assignments such as `model.dim=256`, each value in TOML syntax; a value that is
             not valid TOML is taken as a plain string, and `null` unsets (`model.moe=null`).
-
-    Raises:
-        ConfigError: the file cannot be read, or a name or value in it is not allowed.
     """
     return kind(**read_values(path, overrides))
 
@@ -99,18 +96,20 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(_names(kind, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(kind, problem["loc"]))
-        elif problem["type"] == "value_error":
-            message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-            lines.append(_within(where, message))
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is required and was not given")
-        elif problem["type"] == "union_tag_invalid":
-            given, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
-            lines.append(f"{where}.kind = {given!r} is not allowed: choose one of {allowed}")
-        else:
-            lines.append(f"{where} = {problem['input']!r} is not allowed: {problem['msg'].lower()}")
+        context = problem.get("ctx", {})
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(_unknown(kind, problem["loc"]))
+            case "value_error":
+                lines.append(_within(where, str(context.get("error", problem["msg"]))))
+            case "missing":
+                lines.append(f"{where} is required and was not given")
+            case "union_tag_invalid":
+                given, allowed = context["tag"], context["expected_tags"]
+                lines.append(f"{where}.kind = {given!r} is not allowed: choose one of {allowed}")
+            case _:
+                message = problem["msg"].lower()
+                lines.append(f"{where} = {problem['input']!r} is not allowed: {message}")
     return "; ".join(lines)
 
 

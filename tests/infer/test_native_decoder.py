@@ -5,7 +5,7 @@ import torch
 
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError, ShapeError
+from moestro.errors import BackendError, MoestroError, ShapeError
 from moestro.infer.decoding import Decoding, NativeDecoding
 from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.kernels import native_cpu
@@ -228,8 +228,15 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESTRO_BACKEND", "segments")
     assert "segments was asked for" in str(supports(decoder()))
     packed = decoder()
+    monkeypatch.delenv("MOESTRO_BACKEND")
     pack(packed, WEIGHTS["int8"])
     assert supports(packed) is None
+    monkeypatch.setenv("MOESTRO_BACKEND", "segments")
+    assert "segments was asked for" in str(supports(packed))
+    with pytest.raises(BackendError, match=r"'segments'.*packed weights run by native alone"):
+        packed(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(BackendError, match="packed weights run by native alone"):
+        pack(decoder(), WEIGHTS["int8"])
 
 
 def test_ids_that_are_no_tokens():

@@ -150,7 +150,7 @@ class Past:
     def __init__(self, native: StepDecoder, model: Decoder) -> None:
         self.cache, self.view = model.new_cache(1), StepPast(native)
         size = (1, model.cfg.num_kv_heads, 0, model.cfg.head_dim)
-        self._like = (torch.empty(size, dtype=native.cache_dtype),) * 2
+        self._like = (torch.empty(size, dtype=native.past_kind[3]),) * 2
 
     @property
     def position(self) -> int:

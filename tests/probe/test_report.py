@@ -11,8 +11,8 @@ from moestro.errors import DataError, MoestroError
 from moestro.probe.measures.measure import measure
 from moestro.probe.report import page as page_module
 from moestro.probe.report.page import Facts, build, write_report
-from moestro.probe.report.pieces import Pieces, visible
 from moestro.probe.report.samples import Room, passages, without_dropped
+from moestro.probe.report.token_text import TokenText, visible
 from moestro.text import ByteTokenizer, train_bpe
 
 from ..vocabularies import byte_fallback
@@ -110,7 +110,7 @@ def test_summary_and_tables_are_there_without_a_script(hostile):
 def test_routing_shown_is_the_routing_recorded():
     trace = traced("abc", experts=6, layers=3, dropped=0.3)
     kept = without_dropped(trace)
-    first = passages(kept, (0, 2), Pieces(ByteTokenizer(), trace.tokens_T), Room())[0]
+    first = passages(kept, (0, 2), TokenText(ByteTokenizer(), trace.tokens_T), Room())[0]
     shape = len(first["pieces"]), 2, 2
     experts = np.frombuffer(base64.b64decode(first["experts"]), np.uint8).reshape(shape)
     expected = np.where(trace.kept_TLK, trace.experts_TLK, 6)[: shape[0]][:, [0, 2]]
@@ -124,7 +124,7 @@ def test_routing_shown_is_the_routing_recorded():
 @pytest.mark.parametrize("text", ["naïve 中文字 😀 ok", "\x00\x1b[31m\u202eevil\u200b", "тест"])
 def test_characters_of_several_tokens_come_whole(text):
     tokens = np.array(ByteTokenizer().encode(text), dtype=np.int32)
-    pieces = Pieces(ByteTokenizer(), tokens)
+    pieces = TokenText(ByteTokenizer(), tokens)
     given = pieces.passage(tokens.tolist())
     assert len(given) == len(tokens)
     assert "".join(given).replace("⟨end of text⟩", "\u2400") == visible(text)
@@ -134,14 +134,14 @@ def test_characters_of_several_tokens_come_whole(text):
 def test_half_a_character_is_named_by_the_whole():
     tokenizer = train_bpe(["plain text only"] * 3, 300)
     tokens = np.array(tokenizer.encode("a 中 b 中"), dtype=np.int32)
-    pieces = Pieces(tokenizer, tokens)
+    pieces = TokenText(tokenizer, tokens)
     part = next(token for token in tokens.tolist() if "\ufffd" in tokenizer.decode([token]))
     assert pieces.name(part) == "⟨part of 中⟩"
     merged = train_bpe(["中 中 中 国 国 国 丰"] * 9, 262)
     tokens = np.array(merged.encode("中 中 丰"), dtype=np.int32)
     mixed = [t for t in tokens.tolist() if re.fullmatch(" \ufffd+", merged.decode([t]))]
     assert mixed
-    assert Pieces(merged, tokens).name(mixed[0]) == " ⟨part of 中丰⟩"
+    assert TokenText(merged, tokens).name(mixed[0]) == " ⟨part of 中丰⟩"
     assert pieces.name(tokenizer.end_of_text) == "⟨end of text⟩"
     assert pieces.passage([tokenizer.end_of_text]) == ["⟨end of text⟩"]
 
@@ -149,7 +149,7 @@ def test_half_a_character_is_named_by_the_whole():
 def test_characters_spelled_in_bytes_come_whole_and_spaces_stay():
     tokenizer = byte_fallback()
     tokens = np.array(tokenizer.encode(" 😀 the — é"), dtype=np.int32)
-    pieces = Pieces(tokenizer, tokens)
+    pieces = TokenText(tokenizer, tokens)
     given = pieces.passage(tokens.tolist())
     assert given == [" ", " ", *[""] * 3, "😀", " ", "th", "e", " ", "", "", "—", " ", "é"]
     emoji, dash = tokens[2:6].tolist(), tokens[10:13].tolist()

@@ -6,7 +6,8 @@ import pytest
 from moestro.errors import MoestroError
 from moestro.probe.measures.measure import measure
 from moestro.probe.measures.saturation import saturation
-from moestro.probe.report.tables import save_tables, save_text
+from moestro.probe.report.table import save_csv, save_text
+from moestro.probe.report.tables import tables
 
 from .changed import make_ablations
 from .traces import make_trace
@@ -23,7 +24,7 @@ def read(path):
 
 
 def test_every_number_of_the_findings_is_in_a_table(findings, tmp_path):
-    paths = save_tables(findings, tmp_path)
+    paths = save_csv(tables(findings), tmp_path)
     rows = {path.stem: read(path) for path in paths}
     assert {name: len(each) for name, each in rows.items() if name != "tokens"} == {
         "layers": 2, "load": 2 * 4, "experts_by_domain": 2 * 2 * 4, "specialisation": 2 * 2,
@@ -42,7 +43,7 @@ def test_every_number_of_the_findings_is_in_a_table(findings, tmp_path):
 
 
 def test_text_is_no_formula_and_tokens_have_their_text(findings, tmp_path):
-    paths = save_tables(findings, tmp_path, name=lambda token: f"@{token}\n,")
+    paths = save_csv(tables(findings, name=lambda token: f"@{token}\n,"), tmp_path)
     by_name = {path.stem: read(path) for path in paths}
     assert by_name["repetition"][0]["domain"] == "'=evil()"
     for row in by_name["tokens"]:
@@ -52,7 +53,7 @@ def test_text_is_no_formula_and_tokens_have_their_text(findings, tmp_path):
 
 def test_ablations_have_a_table(findings, tmp_path):
     found = make_ablations(domains=("=evil()", "prose"))
-    paths = save_tables(findings, tmp_path, ablations=found)
+    paths = save_csv(tables(findings, ablations=found), tmp_path)
     rows = read(next(path for path in paths if path.stem == "ablation"))
     assert [row["matters_more"] for row in rows] == ["yes", "no", "no"]
     assert [row["control"] for row in rows] == ["no", "no", "yes"]
@@ -63,7 +64,7 @@ def test_ablations_have_a_table(findings, tmp_path):
 def test_saturation_has_a_table(findings, tmp_path):
     early, late = make_trace(by_token=1.0), make_trace(by_token=3.0)
     found = saturation([early, late], [10, 20], draws=19)
-    paths = save_tables(findings, tmp_path, saturation=found)
+    paths = save_csv(tables(findings, saturation=found), tmp_path)
     rows = read(next(path for path in paths if path.stem == "saturation"))
     assert [row["step"] for row in rows] == ["10", "10", "20", "20"]
     assert [row["share"] for row in rows[2:]] == ["1", "1"]
@@ -71,17 +72,17 @@ def test_saturation_has_a_table(findings, tmp_path):
 
 def test_what_there_is_not_stays_empty(tmp_path):
     single = measure(make_trace(documents=1), draws=19)
-    rows = {path.stem: read(path) for path in save_tables(single, tmp_path)}
+    rows = {path.stem: read(path) for path in save_csv(tables(single), tmp_path)}
     assert rows["experts_by_domain"][0]["low"] == ""
     choice = measure(make_trace(empty=0.5), draws=19)
     folder = tmp_path / "choice"
     folder.mkdir()
-    assert not {"caching", "repetition"} & {path.stem for path in save_tables(choice, folder)}
+    assert not {"caching", "repetition"} & {path.stem for path in save_csv(tables(choice), folder)}
 
 
 def test_files_are_written_whole_or_not_at_all(findings, tmp_path):
     with pytest.raises(MoestroError, match="cannot write the table"):
-        save_tables(findings, tmp_path / "missing")
+        save_csv(tables(findings), tmp_path / "missing")
     (tmp_path / "taken").mkdir()
     with pytest.raises(MoestroError, match="cannot write it"):
         save_text(tmp_path / "taken", "text", "it")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,32 +26,6 @@ if TYPE_CHECKING:
 MOST = 10**9
 
 
-class Convention(StrEnum):
-    """What the parameters count; published numbers differ."""
-
-    ALL = "all"
-    NO_INPUT_EMBEDDING = "no-input-embedding"
-    NON_EMBEDDING = "non-embedding"
-
-
-class Dtype(StrEnum):
-    """Of the weights in use."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT4_EXPERTS = "int4-experts"
-    INT4 = "int4"
-
-
-class Parallel(StrEnum):
-    """How several ranks train together."""
-
-    DATA = "data"
-    FSDP = "fsdp"
-    EXPERT = "expert"
-
-
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -70,8 +43,13 @@ Context = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at once, on each device.")]
-Counted = Annotated[
-    Convention, typer.Option(help="Which embeddings count as parameters, total and active.")
+Dtype = Annotated[
+    Literal["fp32", "bf16", "int8", "int4-experts", "int4"],
+    typer.Option(help="Of the weights in use."),
+]
+Convention = Annotated[
+    Literal["all", "no-input-embedding", "non-embedding"],
+    typer.Option(help="Which embeddings count as parameters, total and active."),
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Say what fits into it, such as 24GiB; default: the device's.")
@@ -81,18 +59,17 @@ DeviceName = Annotated[
     typer.Option("--device", help="Bound the speed: h100, rtx4090, …, or 'this', measured."),
 ]
 Price = Annotated[
-    float | None,
-    typer.Option(help="Its price in $; gives the cost per million tokens."),
+    float | None, typer.Option(help="Its price in $; gives the cost per million tokens.")
 ]
 Ranks = Annotated[int, typer.Option(min=1, max=MOST, help="Devices that train together.")]
-Kind = Annotated[Parallel | None, typer.Option(help="How they do; default data.")]
+Parallel = Annotated[
+    Literal["data", "fsdp", "expert"] | None, typer.Option(help="How they do; default data.")
+]
 FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]
 
-CONVENTIONS: dict[Convention, Embeddings] = {
-    Convention.ALL: "all",
-    Convention.NO_INPUT_EMBEDDING: "output",
-    Convention.NON_EMBEDDING: "none",
-}
+CONVENTIONS: dict[str, Embeddings] = {
+    "all": "all", "no-input-embedding": "output", "non-embedding": "none",
+}  # fmt: skip
 
 
 def plan(
@@ -100,13 +77,13 @@ def plan(
     against: Against = None,
     context: Context = None,
     batch: Batch = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights in use.")] = Dtype.BF16,
-    convention: Counted = Convention.ALL,
+    dtype: Dtype = "bf16",
+    convention: Convention = "all",
     memory: Memory = None,
     device: DeviceName = None,
     price_per_hour: Price = None,
     ranks: Ranks = 1,
-    parallel: Kind = None,
+    parallel: Parallel = None,
     figure: FigurePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
@@ -131,16 +108,11 @@ def plan(
     subjects = open_subjects([model, *(against or ())], accept_field or ())
     _check(subjects, device, price_per_hour, ranks, parallel)
     question = Question(
-        context=context,
-        batch=batch,
-        dtype=dtype.value,
-        embeddings=CONVENTIONS[convention],
+        context=context, batch=batch, dtype=dtype, embeddings=CONVENTIONS[convention],
         memory_bytes=None if memory is None else parse_bytes(memory),
         device=None if device is None else _device(device),
-        usd_per_hour=price_per_hour,
-        ranks=ranks,
-        parallel=(parallel or Parallel.DATA).value,
-    )
+        usd_per_hour=price_per_hour, ranks=ranks, parallel=parallel or "data",
+    )  # fmt: skip
     reports = [report(subject, question) for subject in subjects]
     if figure is not None:
         _draw(reports if against else [*reports, *reports[0].dense], figure)
@@ -157,7 +129,7 @@ def _check(
     device: str | None,
     price_per_hour: float | None,
     ranks: int,
-    parallel: Parallel | None,
+    parallel: str | None,
 ) -> None:
     """Refuse options that mean nothing without each other."""
     from moestro.errors import ConfigError
@@ -168,7 +140,7 @@ def _check(
         raise ConfigError("--price-per-hour is the price of a device; name it with --device")
     if parallel is not None and ranks == 1:
         raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
-    if parallel == Parallel.EXPERT and not any(s.counted.expert for s in subjects):
+    if parallel == "expert" and not any(s.counted.expert for s in subjects):
         raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
 
 
@@ -208,38 +180,27 @@ def _list(as_json: bool) -> None:
     if as_json:
         facts = [
             {
-                "name": s.name,
-                "rumour": s.rumour,
-                "total": s.counted.total,
-                "active": s.counted.active,
-                "source": s.source,
-                "note": s.note,
+                "name": s.name, "rumour": s.rumour, "total": s.counted.total,
+                "active": s.counted.active, "source": s.source, "note": s.note,
             }
             for s in subjects
-        ]
+        ]  # fmt: skip
         typer.echo(json.dumps({"presets": facts}))
         return
     table = _table("preset", "in all", "active")
     for s in subjects:
-        sizes = (parameters_text(s.counted.total), parameters_text(s.counted.active))
-        table.add_row(s.title, *sizes)
+        table.add_row(s.title, *map(parameters_text, (s.counted.total, s.counted.active)))
     Console().print(table)
 
 
 def _table(*columns: str) -> Table:
-    """A light table: the first column to the left, numbers to the right."""
-    from rich import box
-    from rich.table import Table
+    """A table whose first column stays whole while long names of models break into lines."""
+    from moestro.cli.tables import new_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="right" if place else "left",
-            vertical="bottom",
-            no_wrap=not place,
-            overflow="fold",
-        )
+    table = new_table(*columns)
+    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.vertical, column.overflow = "bottom", "fold"
     return table
 
 
@@ -316,8 +277,6 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
         say(f"{question.dtype} does not fit; any one of these makes room:")
         for change in fit.changes:
             say(f"  {change.text}")
-    if fit.training is None:
-        return
     if fit.training:
         say("A training step fits.")
     elif fit.training_checkpointed:
@@ -327,5 +286,5 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
             f"A training step needs {fit.fsdp_ranks:,} such devices, fully sharded and with "
             "checkpointed activations."
         )
-    else:
+    elif fit.training is not None:
         say("A training step does not fit, whatever is sharded: its activations are too many.")

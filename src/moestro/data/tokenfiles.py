@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -64,12 +65,7 @@ class Written(NamedTuple):
 
 
 def write_token_files(cfg: DataConfig, folder: Path) -> Written:
-    """Read all sources and write their tokens, and the tokenizer, into an existing folder.
-
-    Raises:
-        DataError: as in `read_documents`; or there is too little text for one context.
-        OSError: the folder cannot be written.
-    """
+    """Read all sources and write their tokens, and the tokenizer, into an existing folder."""
     spool = folder / _SPOOL_FILE
     with spool.open("wb") as writing:
         domains, pieces = _spool(cfg, writing)
@@ -77,7 +73,7 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
         raise DataError(
             f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
         )
-    with spool.open("rb") as stream, _mapped(stream) as text:
+    with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if cfg.domain_bytes is not None:
             pieces = _capped(pieces, text, cfg.domain_bytes)
         train, held, notes = _split(pieces, text, cfg, domains)
@@ -93,15 +89,12 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
     digest.update(train_ends.tobytes() + held_ends.tobytes())
     tokenizer.save(folder)
     held_bytes = np.bincount(held.domains_N, held.sizes_N + 1, len(domains)).astype(np.int64)
-    written = Written(
-        domains,
-        token_dtype(tokenizer).name,
-        dict(zip(domains, train_tokens, strict=True)),
-        dict(zip(domains, held_tokens, strict=True)),
-        dict(zip(domains, held_bytes.tolist(), strict=True)),
-        notes,
-        digest.hexdigest(),
+    train_by, held_by, bytes_by = (
+        dict(zip(domains, numbers, strict=True))
+        for numbers in (train_tokens, held_tokens, held_bytes.tolist())
     )
+    name = token_dtype(tokenizer).name
+    written = Written(domains, name, train_by, held_by, bytes_by, notes, digest.hexdigest())
     _check_length(written, cfg)
     return written
 
@@ -109,10 +102,6 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """uint16 where the vocabulary fits, else uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def _mapped(stream: IO[bytes]) -> mmap.mmap:
-    return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Pieces]:
@@ -159,8 +148,7 @@ def _split(
     # A few windows' worth, so that a small domain's number is not one window's luck.
     least = 8 * context
     held_N = choose_held_out(pieces.domains_N, pieces.groups_N, pieces.sizes_N, cfg.held_out, least)
-    sides: tuple[list[Pieces], list[Pieces]] = ([], [])
-    notes = []
+    sides, notes = [], []
     for number, domain in enumerate(domains):
         inside_N = pieces.domains_N == number
         train, held = pieces.where(inside_N & ~held_N), pieces.where(inside_N & held_N)
@@ -172,9 +160,9 @@ def _split(
                 f"domain {domain!r} has too few documents to hold some out whole, so it is cut in "
                 f"two by position: the last {held.sizes_N.sum() / total:.0%} of it is held out"
             )
-        sides[0].append(train)
-        sides[1].append(held)
-    return _joined(sides[0]), _joined(sides[1]), notes
+        sides.append((train, held))
+    train, held = map(_joined, zip(*sides, strict=True))
+    return train, held, notes
 
 
 def _cut(pieces: Pieces, text: mmap.mmap, wanted: int) -> tuple[Pieces, Pieces]:
@@ -186,12 +174,11 @@ def _cut(pieces: Pieces, text: mmap.mmap, wanted: int) -> tuple[Pieces, Pieces]:
     where = _line_start(text, max(int(pieces.starts_N[cut]), target - wanted), target)
     numbers_N = np.arange(len(ends_N))
     first, last = pieces.where(numbers_N <= cut), pieces.where(numbers_N >= cut)
-    first.stops_N[-1] = where
-    last.starts_N[0] = where
+    first.stops_N[-1] = last.starts_N[0] = where
     return first.where(first.sizes_N > 0), last.where(last.sizes_N > 0)
 
 
-def _joined(parts: list[Pieces]) -> Pieces:
+def _joined(parts: Iterable[Pieces]) -> Pieces:
     return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -210,19 +197,14 @@ def _write(
     with path.open("wb") as stream:
         for domain, start, stop in zip(*(a.tolist() for a in pieces[:3]), strict=True):
             begin = place
-            for part in _parts(text, start, stop):
-                place += _append(_encode(tokenizer, part, dtype), stream, digest)
-            place += _append(np.array([tokenizer.end_of_text], dtype), stream, digest)
+            tokens = (_encode(tokenizer, part, dtype) for part in _parts(text, start, stop))
+            for some in chain(tokens, [np.array([tokenizer.end_of_text], dtype)]):
+                stream.write(some.data)
+                digest.update(some.data)
+                place += len(some)
             ends.append(place)
             totals[domain] += place - begin
     return np.array(ends, dtype=np.int64), totals
-
-
-def _append(tokens: NDArray[Any], stream: IO[bytes], digest: hashlib._Hash) -> int:
-    raw = tokens.tobytes()
-    stream.write(raw)
-    digest.update(raw)
-    return len(tokens)
 
 
 def _encode(tokenizer: Tokenizer, raw: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:

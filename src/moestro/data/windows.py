@@ -97,11 +97,7 @@ class Corpus:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open what `prepare` wrote.
-
-        Raises:
-            DataError: the folder is not complete.
-        """
+        """Open what `prepare` wrote; an incomplete folder is refused."""
         meta = _read_meta(folder)
         if meta is None:
             raise DataError(f"{folder} is not a complete data folder; prepare it again")
@@ -141,9 +137,6 @@ class Corpus:
 
         Returns:
             int64 [batch_size / world, seq_len + 1].
-
-        Raises:
-            DataError: the batch does not split evenly, or a number is out of range.
         """
         if not (step >= 0 and batch_size >= 1 and 0 <= rank < world):
             raise DataError(
@@ -233,11 +226,8 @@ class _Epoch(NamedTuple):
 def prepare(cfg: DataConfig, folder: Path) -> Corpus:
     """Tokenise the sources into `folder`, or reuse what is there if nothing has changed.
 
-    The folder appears whole or not at all: it is written under another name first.
-
-    Raises:
-        DataError: the text is missing, unreadable or too short, a setting is wrong, or the folder
-            cannot be written or holds something else.
+    The folder appears whole or not at all: it is written under another name first. One that holds
+    something else is left alone.
     """
     check_tokenizer(cfg.tokenizer)
     inputs = _inputs(cfg)
@@ -245,7 +235,8 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
         return Corpus(folder)
     temporary = _beside(folder, "new")
     try:
-        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+        ours = folder.is_dir() and ((folder / META_FILE).exists() or not any(folder.iterdir()))
+        if folder.exists() and not ours:
             raise DataError(
                 f"{folder} holds something other than prepared text and is left alone; "
                 "give a folder that is new or empty"
@@ -274,12 +265,8 @@ def _inputs(cfg: DataConfig) -> str:
     """Fingerprint of all that the token files are made from: settings, and the files' state."""
     tokenizer = Path(cfg.tokenizer).expanduser()
     tokenizer = tokenizer / HF_FILE if tokenizer.is_dir() else tokenizer
-    made_of = [
-        FORMAT,
-        cfg.model_dump(mode="json"),
-        source_state(cfg),
-        [tokenizer.stat().st_size, tokenizer.stat().st_mtime_ns] if tokenizer.is_file() else [],
-    ]
+    state = [tokenizer.stat().st_size, tokenizer.stat().st_mtime_ns] if tokenizer.is_file() else []
+    made_of = [FORMAT, cfg.model_dump(mode="json"), source_state(cfg), state]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -314,10 +301,6 @@ def _read_meta(folder: Path) -> _Meta | None:
 def _is_current(folder: Path, inputs: str) -> bool:
     meta = _read_meta(folder)
     return meta is not None and meta.inputs == inputs
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / META_FILE).exists() or not any(folder.iterdir())
 
 
 def _beside(folder: Path, kind: str) -> Path:

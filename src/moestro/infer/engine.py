@@ -3,64 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moestro.errors import DataError, MoestroError
-from moestro.infer.decoding import Decoding, decoding_of, first_expert
+from moestro.errors import MoestroError
+from moestro.infer.decoding import Decoding, decoding_of
+from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Piece, Writer
-from moestro.models.decoder import Decoder, DecoderOutput
-from moestro.models.encdec import EncDec, EncDecOutput
+from moestro.models.build import Model
+from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
 
-Step = Callable[[Sequence[int]], DecoderOutput | EncDecOutput]
 # Requests that write at once; each holds a cache.
 MOST_LIVE = 16
 
 
-class Prompt(NamedTuple):
-    """A prompt as the model gets it.
-
-    Attributes:
-        tokens: Ids, at least one, at most the model's context.
-        dropped: Tokens left out at the start because the context was full.
-    """
-
-    tokens: list[int]
-    dropped: int
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], context: int) -> Prompt:
-    """Turn text, or its tokens, into at most `context` tokens, keeping the last ones.
-
-    An empty prompt becomes the end-of-text token, after which a new document begins.
-    """
-    tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-    tokens = tokens or [tokenizer.end_of_text]
-    return Prompt(tokens[-context:], max(0, len(tokens) - context))
-
-
 def stream(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     sampling: SamplingConfig,
     special: bool = False,
 ) -> Iterator[Piece]:
-    """Continue a prompt, yielding each token as soon as its text is certain.
+    """Continue a prompt, or answer it, yielding each token as soon as its text is certain.
 
     Text that may be the beginning of a stop string waits until it is known not to be one. A token
     is yielded after it has itself passed through the model, since only then are its experts known.
+    An encoder-decoder's prompt is its source; its answer begins after START_TOKEN.
 
     Args:
         model: In eval mode.
         tokenizer: The one that the model was trained with.
-        prompt: Text of any length, or its tokens; see `encode_prompt` for what is kept of it.
+        prompt: Text of any length, or its tokens; see `prompts.encode` for what is kept of it.
         sampling: How to choose tokens and when to stop.
-        special: Spell special tokens out; otherwise one that does not end the text is a line's end.
+        special: Spell special tokens out; otherwise one that does not end the text is a line's end
+            (gaps of an encoder-decoder always appear as they are written).
 
     Yields:
         One Piece per generated token; the texts joined are the continuation, without the stop
@@ -75,7 +55,7 @@ def stream(
 
 
 def generate_batch(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     samplings: Sequence[SamplingConfig],
@@ -128,7 +108,7 @@ class Session:
         live: Requests that are not done.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
         """Open a session.
 
         Args:
@@ -139,7 +119,8 @@ class Session:
         Raises:
             MoestroError: the model is in training mode.
         """
-        check_ready(model)
+        if model.training:
+            raise MoestroError("the model is in training mode; call model.eval() before generating")
         self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
@@ -161,11 +142,13 @@ class Session:
             DataError: the prompt has a token that the model does not know.
         """
         tokenizer = self._tokenizer
-        tokens, _ = encode_prompt(tokenizer, prompt, self._cfg.attention.context)
-        check_known(tokens, self._cfg.vocab_size, tokenizer, "the prompt")
+        tokens, _ = encode(self._cfg, tokenizer, prompt)
         number, self._count = self._count, self._count + 1
-        marks = tokenizer.specials if special else None
-        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, tokens)))
+        start, marks = tokens, dict(tokenizer.specials) if special else {}
+        if self._cfg.has_encoder:
+            gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
+            start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
+        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, start)))
         return number
 
     def drop(self, number: int) -> None:
@@ -200,69 +183,3 @@ class Session:
                 running[place] = each._replace(logits_1V=passed.logits_1V)
         self._running = [each for each in running if not each.writer.done]
         return made
-
-
-def check_ready(model: Decoder | EncDec) -> None:
-    """Refuse to generate with a model in training mode.
-
-    Raises:
-        MoestroError: it is.
-    """
-    if model.training:
-        raise MoestroError("the model is in training mode; call model.eval() before generating")
-
-
-def check_known(ids: Iterable[Any], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
-    """Refuse what are no tokens of a model, as where its tokenizer has more than it.
-
-    Args:
-        ids: What is to be read.
-        vocab_size: The model's, V.
-        tokenizer: The model's.
-        what: What to call the text.
-
-    Raises:
-        DataError: names the first of them.
-    """
-    for each in ids:
-        if type(each) is not int:
-            raise DataError(
-                f"{what} has {each!r:.80} of type {type(each).__name__}; a token is a whole number "
-                f"from 0 to {vocab_size - 1}, the model's vocabulary"
-            )
-        if not 0 <= each < vocab_size:
-            known = 0 <= each < tokenizer.vocab_size
-            name = tokenizer.specials.get(each) or (tokenizer.decode([each]) if known else "")
-            raise DataError(
-                f"{what} has token {each}{f', {name!r},' if name else ''} but the model's "
-                f"vocabulary is 0 to {vocab_size - 1}; leave that token out, or use the tokenizer "
-                "that the model was trained with"
-            )
-
-
-def generate(
-    step: Step,
-    start: Sequence[int],
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    marks: Mapping[int, str] | None = None,
-) -> Iterator[Piece]:
-    """Choose token after token until one ends the text; see `stream` for what is yielded.
-
-    Args:
-        step: Passes tokens through the model, which remembers those before them.
-        start: What the model reads before the first token that is chosen.
-        tokenizer: The one that the model was trained with.
-        sampling: How to choose tokens and when to stop.
-        marks: Text of tokens that are none of the tokenizer's, or no text to it.
-    """
-    writer = Writer(tokenizer, sampling, marks, start)
-    output = step(start)
-    while True:
-        yield from writer.choose(output.logits[:, -1])
-        if writer.done:
-            return
-        output = step([writer.token])
-        yield from writer.passed(tuple(map(first_expert, output.routings)))
-        if writer.done:
-            return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,23 +119,42 @@ class LayerCache:
         return whole
 
 
+class KeysValues(NamedTuple):
+    """What queries look at: keys and values, each [B, G, P, A]."""
+
+    keys_BGPA: Tensor
+    values_BGPA: Tensor
+
+
+class Source(NamedTuple):
+    """What a decoder's cross attention sees of a text: one pair for each layer, and its padding."""
+
+    cross: tuple[KeysValues, ...]
+    valid_BP: Tensor | None
+
+
 class KVCache:
     """One `LayerCache` per layer, how many positions have passed, and the angles of the next.
 
     Args:
         limits: most positions that each layer looks back on.
         rotary: angles, for models with rotary positions.
+
+    Attributes:
+        source: what cross attention sees, once it is read.
     """
 
     def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
         self.layers = [LayerCache(limit) for limit in limits]
         self.rotary = rotary
+        self.source: Source | None = None
         self.position = 0
 
     def fork(self) -> KVCache:
         """The same past in memory of its own: both may go on, each its own way."""
         twin = KVCache((), self.rotary)
         twin.layers, twin.position = [layer.fork() for layer in self.layers], self.position
+        twin.source = self.source  # nothing writes to it
         return twin
 
     def advance(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import NetworkConfig
 from moestro.models.count import Count
 from moestro.plan.memory import Training, cache_bytes, dtypes, number_bytes, weights
 from moestro.plan.parallel import rank
@@ -66,7 +66,7 @@ class Fit(NamedTuple):
 
 
 def fit(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     count: Count,
     training: Training,
     context: int,
@@ -104,7 +104,7 @@ def fit(
 
 
 def _row(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     count: Count,
     context: int,
     batch: int,
@@ -139,7 +139,7 @@ def _most(cost: Callable[[int], int], left: int, limit: int) -> int:
 
 
 def _changes(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     count: Count,
     context: int,
     batch: int,

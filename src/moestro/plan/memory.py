@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import NetworkConfig
 from moestro.models.count import Count
 
 # Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
@@ -79,7 +79,7 @@ def number_bytes(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def cache_bytes(cfg: ModelConfig | EncDecConfig, context: int, batch: int, dtype: str) -> int:
+def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int:
     """Keys and values of B sequences after S positions.
 
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
@@ -87,16 +87,15 @@ def cache_bytes(cfg: ModelConfig | EncDecConfig, context: int, batch: int, dtype
     (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
     layer of its decoder; its encoder keeps nothing.
     """
-    attention = cfg.attention
-    width = 2 * cfg.num_kv_heads * cfg.head_dim
-    if isinstance(cfg, EncDecConfig):
-        positions = 2 * context * cfg.decoder_layers
-    else:
-        longest = min(context, attention.context)
-        windows = (cfg.window(layer) or longest for layer in range(cfg.num_layers))
-        positions = sum(min(longest, window) for window in windows)
-        if attention.latent is not None:
-            width = attention.latent.kv_rank + attention.latent.rope_dim
+    positions = 0
+    for stack in cfg.stacks():
+        if stack.causal:
+            positions += sum(min(context, layer.window or context) for layer in stack.layers)
+        if stack.cross:
+            positions += context * len(stack.layers)
+    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
+    if latent is not None:
+        width = latent.kv_rank + latent.rope_dim
     return batch * positions * width * number_bytes(dtype)
 
 

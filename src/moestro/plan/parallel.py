@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import LayerSpec, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count
 from moestro.plan.memory import STATE_BYTES, Training
@@ -59,7 +59,7 @@ class Rank(NamedTuple):
 
 
 def rank(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     counted: Count,
     training: Training,
     kind: str,
@@ -88,7 +88,7 @@ def rank(
     if kind == "fsdp":
         # Gathered in the forward and again in the backward, then the gradients scattered.
         sent = share * counted.total * (2 * number + GRADIENT_BYTES)
-        layers = _num_layers(cfg)
+        layers = len(_layers(cfg))
         body = counted.total - counted.input_embedding - counted.output_embedding
         gathered = number * math.ceil(body / layers) if layers else None
         held = math.ceil(counted.total / ranks)
@@ -104,7 +104,7 @@ def rank(
     everywhere = counted.total - counted.expert
     held = everywhere + counted.expert // experts * math.ceil(experts / ranks)
     exchange = round(4 * tokens * cfg.moe.top_k * cfg.dim * number * share)
-    exchanges = exchange * _num_mixtures(cfg)
+    exchanges = exchange * sum(layer.mixture for layer in _layers(cfg))
     sent = 2 * share * everywhere * GRADIENT_BYTES + exchanges
     return _rank(kind, ranks, held, training, sent, exchange=exchange, exchanges=exchanges)
 
@@ -133,16 +133,6 @@ def _rank(
     )
 
 
-def _num_layers(cfg: ModelConfig | EncDecConfig | None) -> int:
-    if cfg is None:
-        return 0
-    if isinstance(cfg, EncDecConfig):
-        return cfg.encoder_layers + cfg.decoder_layers
-    return cfg.num_layers
-
-
-def _num_mixtures(cfg: ModelConfig | EncDecConfig) -> int:
-    if isinstance(cfg, EncDecConfig):
-        sides = (cfg.encoder_layers, cfg.decoder_layers)
-        return sum(cfg.is_moe_layer(layer) for side in sides for layer in range(side))
-    return sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
+def _layers(cfg: NetworkConfig | None) -> list[LayerSpec]:
+    """Of all stacks; none where the settings are not known."""
+    return [] if cfg is None else [layer for stack in cfg.stacks() for layer in stack.layers]

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import EncDecConfig, ModelConfig, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count, Span, count
 
@@ -38,7 +38,7 @@ class Preset:
     """
 
     name: str
-    cfg: ModelConfig | EncDecConfig | None
+    cfg: NetworkConfig | None
     count: Count
     source: str
     note: str = ""
@@ -87,7 +87,7 @@ def _build(name: str) -> Preset:
     entry = _resolved(name)
     counts = entry.pop("count", None)
     decoder, encdec = entry.pop("model", None), entry.pop("encdec", None)
-    cfg: ModelConfig | EncDecConfig | None = None
+    cfg: NetworkConfig | None = None
     if decoder is not None:
         cfg = ModelConfig(**decoder)
     elif encdec is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moestro.config import EncDecConfig
 from moestro.models.count import Embeddings
 from moestro.plan.activations import activation_bytes
 from moestro.plan.bounds import Bound, bound
@@ -120,9 +119,8 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
         shared = rank(cfg, counted, training, question.parallel, question.ranks, tokens, number)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
-        at = (cfg, counted, context, batch, dtype)
-        reading = bound(prefill(*at), question.device, question.usd_per_hour)
-        writing = bound(decode(*at), question.device, question.usd_per_hour)
+        works = (work(cfg, context, batch, dtype) for work in (prefill, decode))
+        reading, writing = (bound(one, question.device, question.usd_per_hour) for one in works)
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
         fitting = fit(cfg, counted, training, context, batch, dtype, memory)
@@ -156,7 +154,7 @@ def context_of(subject: Subject, asked: int | None) -> int:
     if subject.cfg is None:
         return asked or USUAL_CONTEXT
     longest = subject.cfg.attention.context
-    if asked is not None and isinstance(subject.cfg, EncDecConfig):
+    if asked is not None and subject.cfg.has_encoder:
         return asked
     return min(asked or USUAL_CONTEXT, longest)
 

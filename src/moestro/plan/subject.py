@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.config import EncDecConfig, ModelConfig, NetworkConfig, RunConfig
 from moestro.models.count import Count, count
 from moestro.models.twin import dense_twin
 from moestro.plan.presets import preset
@@ -27,7 +27,7 @@ class Subject(NamedTuple):
     """
 
     name: str
-    cfg: ModelConfig | EncDecConfig | None
+    cfg: NetworkConfig | None
     counted: Count
     source: str = ""
     note: str = ""
@@ -49,7 +49,7 @@ def from_preset(name: str) -> Subject:
     return Subject(known.name, known.cfg, known.count, known.source, known.note, known.rumour)
 
 
-def from_settings(name: str, cfg: ModelConfig | EncDecConfig, source: str) -> Subject:
+def from_settings(name: str, cfg: NetworkConfig, source: str) -> Subject:
     """A model whose settings are at hand."""
     return Subject(name, cfg, count(cfg), source)
 
@@ -93,7 +93,7 @@ def _dense(subject: Subject, name: str, total: bool) -> Subject | None:
     if subject.cfg is not None:
         if subject.cfg.moe is None:
             return None
-        cfg = _twin(subject.cfg, "total" if total else "active")
+        cfg = dense_twin(subject.cfg, "total" if total else "active")
         return Subject(name, cfg, count(cfg), rumour=subject.rumour)
     if counted.active == counted.total:
         return None
@@ -101,11 +101,3 @@ def _dense(subject: Subject, name: str, total: bool) -> Subject | None:
     matmul = counted.matmul + size - counted.active
     same = counted._replace(total=size, active=size, matmul=matmul, expert=0)
     return Subject(name, None, same, rumour=subject.rumour)
-
-
-def _twin(
-    cfg: ModelConfig | EncDecConfig, of: Literal["active", "total"]
-) -> ModelConfig | EncDecConfig:
-    if isinstance(cfg, EncDecConfig):
-        return dense_twin(cfg, of)
-    return dense_twin(cfg, of)

@@ -122,11 +122,9 @@ class CollapseWatch:
         self.collapsed: set[int] = set()
 
     def observe(self, step: int, counts_LE: Tensor) -> list[str]:
-        """Take in one step's counts; return one sentence per layer that has just collapsed.
+        """Take in the counts of one step, from 1; a sentence for each layer just collapsed.
 
-        Args:
-            step: Number of the step, from 1; nothing is judged before the window is full.
-            counts_LE: Assignments per layer and expert, on the CPU.
+        Nothing is judged before the window is full.
         """
         self.window_WLE[step % WINDOW_STEPS] = counts_LE.long()
         num_experts = self.window_WLE.shape[2]

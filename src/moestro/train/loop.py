@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
-from moestro.models.decoder import DecoderOutput
-from moestro.models.encdec import EncDecOutput
+from moestro.models.network import ModelOutput
 from moestro.moe.balance import update_bias
 from moestro.train import state
 from moestro.train.diagnose import first_bad_gradient, first_bad_value
@@ -74,10 +73,7 @@ class Trainer:
         folder: The run's folder; made if missing.
         corpus: What to train on.
         progress: Where to show it, already entered; None shows nothing.
-        ranks: This process's place among several; alone if left out.
-
-    Attributes:
-        model: The model, once `train` has begun.
+        ranks: This process's place among several.
     """
 
     def __init__(
@@ -116,19 +112,16 @@ class Trainer:
         checkpoint = self._open(resume)
         self._build(checkpoint)
         held_out = self.corpus.held_out(self.cfg.train.eval_tokens)
-        log = self._open_log()
-        try:
-            with StopRequest() as stop:
-                return self._run(stop, held_out, log, checkpoint)
-        finally:
-            if log is not None:
-                log.close()
+        log = None
+        if self.ranks.writes:
+            log = MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
+        with closing(log) if log else nullcontext(), StopRequest() as stop:
+            return self._run(stop, held_out, log, checkpoint)
 
     def time_steps(self, number: int) -> float:
-        """Median seconds of a training step on this machine; nothing is written or kept.
+        """Median seconds of `number` steps on this machine; nothing is written or kept.
 
-        Args:
-            number: Steps to run; the first half, in which kernels are compiled, is not counted.
+        The first half of the steps, in which kernels are compiled, is not counted.
         """
         self._build(None)
         with StopRequest() as stop:
@@ -151,7 +144,9 @@ class Trainer:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
-            self.model = load_model(checkpoint, str(self.device), runtime.backend)
+            self.model = open_checkpoint(
+                checkpoint, device=str(self.device), backend=runtime.backend, verified=True
+            ).model
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
         self._optimizer = make_optimizer(self.model, cfg.optim)
@@ -160,7 +155,11 @@ class Trainer:
         self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
         self._step, self._seconds, self._checkpoint = 0, 0.0, checkpoint
         if checkpoint is not None:
-            self._restore(checkpoint)
+            fingerprint = self.corpus.fingerprint
+            numbers = state.restore(checkpoint, self.model, self._optimizer, fingerprint)
+            self._step, self._seconds = numbers.step, numbers.seconds
+            self._watch.window_WLE = numbers.window_WLE
+            self._watch.collapsed = set(numbers.collapsed)
         forward: nn.Module = self.model
         if runtime.compile:
             forward.compile()
@@ -168,17 +167,6 @@ class Trainer:
             device_ids = [self.device] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=device_ids)
         self._forward = forward
-
-    def _restore(self, checkpoint: Path) -> None:
-        numbers = state.restore(checkpoint, self.model, self._optimizer, self.corpus.fingerprint)
-        self._step, self._seconds = numbers.step, numbers.seconds
-        self._watch.window_WLE = numbers.window_WLE
-        self._watch.collapsed = set(numbers.collapsed)
-
-    def _open_log(self) -> MetricsLog | None:
-        if not self.ranks.writes:
-            return None
-        return MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
 
     def _run(
         self,
@@ -209,10 +197,12 @@ class Trainer:
         assert checkpoint is not None  # at least one step ran, or it was resumed at the end
         # Another rank may have got the signal that ended this one's loop.
         signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
-        return Result(self._step, checkpoint, self._history(), signal_number)
+        points = history(read_metrics(self.folder / METRICS_NAME))
+        return Result(self._step, checkpoint, points, signal_number)
 
     def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
-        size = self._eval_batch()
+        cfg = self.cfg.train
+        size = max(1, cfg.batch_size // cfg.accumulate // self.ranks.world)
         bits = evaluate(self.model, held_out, size, self.dtype, self.ranks, self._task)
         if not all(map(math.isfinite, bits.values())):
             raise self._stopped(self._step, "the loss on held-out text")
@@ -268,9 +258,9 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
         return list(sums), torch.stack(list(sums.values()))
 
-    def _predict(self, micro: Example) -> DecoderOutput | EncDecOutput:
+    def _predict(self, micro: Example) -> ModelOutput:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: DecoderOutput | EncDecOutput = self._forward(*micro.inputs)
+            output: ModelOutput = self._forward(*micro.inputs)
         return output
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
@@ -292,9 +282,6 @@ class Trainer:
         places = [(self.cfg.train.seed, first + row) for row in range(len(windows_BS))]
         return self._task.examples(windows_BS, places).to(self.device)
 
-    def _eval_batch(self) -> int:
-        return max(1, self.cfg.train.batch_size // self.cfg.train.accumulate // self.ranks.world)
-
     def _not_finite(self, step: int, batch: Example, parts: dict[str, float]) -> TrainingError:
         """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
@@ -315,24 +302,22 @@ class Trainer:
 
     def _record(self, measured: Measured) -> dict[str, Any]:
         """One line of metrics.jsonl."""
-        cfg = self.cfg
+        step, cfg = self._step, self.cfg
+        layers = zip(self.model.moe_layers, measured.layers, strict=True)
         record: dict[str, Any] = {
-            "step": self._step,
-            "tokens": self._step * self._step_tokens,
+            "step": step,
+            "tokens": step * self._step_tokens,
             "step_tokens": self._step_tokens,
             "seconds": self._seconds,
-            "train_flops": self._step * self._step_flops,
+            "train_flops": step * self._step_flops,
             "loss": measured.loss,
-            "lr": learning_rate(self._step - 1, cfg.train.steps, cfg.optim),
+            "lr": learning_rate(step - 1, cfg.train.steps, cfg.optim),
             "grad_norm": measured.grad_norm,
             "tokens_per_s": self._step_tokens / measured.seconds,
             "balance": measured.balance,
-            "layers": [
-                {"layer": number, **health._asdict()}
-                for number, health in zip(self.model.moe_layers, measured.layers, strict=True)
-            ],
+            "layers": [{"layer": number, **health._asdict()} for number, health in layers],
         }
-        if warnings := self._watch.observe(self._step, self._counts_LE.cpu()):
+        if warnings := self._watch.observe(step, self._counts_LE.cpu()):
             record["warnings"] = warnings
         return record
 
@@ -341,26 +326,20 @@ class Trainer:
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
                 raise self._stopped(self._step, f"the weight {name} after the update")
+        watch, corpus = self._watch, self.corpus
         numbers = state.Numbers(
-            self._step,
-            self._seconds,
-            tuple(sorted(self._watch.collapsed)),
-            self._watch.window_WLE,
-            self.corpus.fingerprint,
-        )
+            self._step, self._seconds, tuple(sorted(watch.collapsed)), watch.window_WLE,
+            corpus.fingerprint,
+        )  # fmt: skip
         target = state.checkpoint_folder(self.folder, self._step)
         if self.ranks.writes:
             state.save(
-                self.folder, self.cfg, self.model, self._optimizer, self.corpus.tokenizer, numbers
+                self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers
             )
             if self.progress is not None:
                 self.progress.note(f"saved {target}")
         self.ranks.wait()
         return target
-
-    def _history(self) -> list[Point]:
-        """Every evaluation that metrics.jsonl holds."""
-        return history(read_metrics(self.folder / METRICS_NAME))
 
 
 def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:

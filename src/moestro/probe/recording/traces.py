@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moestro.errors import DataError
+from moestro.errors import DataError, MoestroError
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 Ints = NDArray[np.int64]
@@ -181,6 +181,18 @@ def require_same(here: Subject, there: Subject) -> None:
         f"these traces are of different models, {here.name} and {there.name} ({difference}); "
         "give the trace of the same checkpoint"
     )
+
+
+def place_of(layer: int, moe_layers: Sequence[int]) -> int:
+    """Which of the mixture layers has this layer number.
+
+    Raises:
+        MoestroError: none has.
+    """
+    if layer not in moe_layers:
+        known = ", ".join(map(str, moe_layers))
+        raise MoestroError(f"layer {layer} is not a mixture layer; choose one of {known}")
+    return moe_layers.index(layer)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ const MARKS = [
 
 function mark(series, x, y, r = 4.2) {
   if (series.look === "tick") return make("rect", { class: "mark", x: x - 1.5, y: y - 7, width: 3, height: 14 });
-  return make("path", { class: "mark", d: MARKS[series.colour % MARKS.length](x, y, r) });
+  return make("path", { class: "mark", d: MARKS[(series.colour ?? 4) % MARKS.length](x, y, r) });
 }
 
 /* Round numbers from 0 up to at most `most`. */
@@ -22,16 +22,24 @@ function form(chart, value) {
   return chart.percent ? `${+(100 * value).toFixed(1)} %` : `${+value.toFixed(3)}`;
 }
 
-function known(values) { return (values ?? []).filter((value) => value !== null); }
+/* Colour 4 is nobody's. */
+function colour(series) { return `s${series.colour ?? 4}`; }
+
+/* Both ends of the interval at a place, at least 0; nothing where there is none. */
+function ends(series, index) {
+  const [low, high] = series.interval?.[index] ?? [null, null];
+  return low === null || high === null ? null : [Math.max(0, low), high];
+}
 
 function highest(chart) {
-  const high = Math.max(...chart.series.flatMap((one) => [...known(one.y), ...known(one.high)]), 0) || 1;
+  const all = chart.series.flatMap((one) => [...one.y, ...(one.interval ?? []).map((ends) => ends[1])]);
+  const high = Math.max(...all.filter((value) => value !== null), 0) || 1;
   return chart.percent && high > 0.94 && high <= 1 ? 1 : high * 1.05;
 }
 
 function legend(chart) {
   return make("ul", { class: "legend" }, ...chart.series.map((one) => {
-    const svg = make("svg", { class: `s${one.colour}`, viewBox: "0 0 26 14", "aria-hidden": "true" });
+    const svg = make("svg", { class: colour(one), viewBox: "0 0 26 14", "aria-hidden": "true" });
     if (one.look === "band") svg.append(make("rect", { class: "band", y: 2, width: 26, height: 10 }));
     if (["line", "dashed", "dotted"].includes(one.look) || one.line)
       svg.append(make("path", { class: `stroke ${one.look}`, d: "M0 7h26" }));
@@ -58,12 +66,13 @@ function lines(chart, width) {
     svg.append(make("text", { x: x(index), y: bottom + 18, "text-anchor": "middle" }, `${chart.x[index]}`));
   svg.append(make("text", { x: left + inner / 2, y: bottom + 36, "text-anchor": "middle" }, chart.x_name));
   chart.series.forEach((one, place) => {
-    const group = make("g", { class: `s${one.colour}` });
+    const group = make("g", { class: colour(one) });
     const shift = one.look === "dot" && !one.line ? (place - (chart.series.length - 1) / 2) * Math.min(5, inner / count / 8) : 0;
     const points = one.y.map((value, index) => (value === null ? null : [x(index) + shift, y(value)]));
-    const ends = one.low ? one.y.map((_, index) => (one.low[index] === null || one.high[index] === null
-      ? null : [x(index) + shift, y(Math.max(0, one.low[index])), y(one.high[index])])) : [];
-    const there = ends.filter((end) => end);
+    const there = one.y.flatMap((_, index) => {
+      const at = ends(one, index);
+      return at ? [[x(index) + shift, y(at[0]), y(at[1])]] : [];
+    });
     const reach = count === 1 ? 30 : 0;
     if ((one.look === "band" || one.line) && there.length)
       group.append(make("path", { class: "band", d: `M${there.map((p) => `${p[0] - reach} ${p[2]}`).join("L")}L${
@@ -97,12 +106,12 @@ function rows(chart, width) {
     const y = (index + 0.5) * row;
     svg.append(make("text", { x: left - 7, y: y + 4, "text-anchor": "end" }, short(name, Math.max(3, Math.floor((left - 8) / 6.6)))));
     for (const one of chart.series) {
-      const group = make("g", { class: `s${one.colour}` }), value = one.y[index];
-      const low = one.low?.[index] ?? null, high = one.high?.[index] ?? null;
+      const group = make("g", { class: colour(one) }), value = one.y[index];
+      const [low, high] = ends(one, index) ?? [null, null];
       if (one.look === "band" && high !== null)
         group.append(make("rect", { class: "band", x: x(low), y: y - 9, width: Math.max(0, x(high) - x(low)), height: 18 }));
-      else if (low !== null && high !== null)
-        group.append(make("line", { class: "whisker", x1: x(Math.max(0, low)), x2: x(high), y1: y, y2: y }));
+      else if (high !== null)
+        group.append(make("line", { class: "whisker", x1: x(low), x2: x(high), y1: y, y2: y }));
       if (one.look !== "band" && value !== null) group.append(mark(one, x(value), y));
       svg.append(group);
     }

@@ -1,80 +1,145 @@
-"""The report's charts as plain values: what is measured, beside what chance gives.
-
-A chart has a `kind`, "lines" (over layers or sizes) or "rows" (a row a domain), `x` labels, names
-of its axes, and series; a series has a `name`, `y`, perhaps `low` and `high`, a `colour` (a number,
-with a shape of its own) and a `look`: dot, tick, line, dashed, dotted or band.
-"""
+"""Charts as plain values, each measure beside what chance gives, for the page and for figures."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moestro.probe.measures.beyond import BeyondTokens
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.caching import Caching
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.saturation import Saturation
 from moestro.probe.measures.specialise import Specialisation
 
-Chart = dict[str, Any]
 _SPARSE = 16  # layers up to which points stand alone; more are joined by lines
 
 
-def charts(findings: Findings, layers: tuple[int, ...]) -> dict[str, Chart | list[Chart]]:
-    """Every chart that the findings allow, by name; a list has one for each shown layer."""
+class Series(NamedTuple):
+    """Points of one kind.
+
+    Attributes:
+        name: in the legend; empty for none there.
+        y: by place, NaN for no point.
+        colour: its number, which has a shape too; None: neutral.
+        look: dot, tick, dashed, dotted, or band (the interval alone).
+        interval: [..., 2].
+        line: joins the dots, and makes the interval a band.
+    """
+
+    name: str
+    y: Floats
+    colour: int | None
+    look: str
+    interval: Floats | None = None
+    line: bool = False
+
+
+class Chart(NamedTuple):
+    """Series over places.
+
+    Attributes:
+        kind: "lines" (places from left to right) or "rows" (one below the other).
+        x: names of the places.
+        y_name: what is measured.
+        series: in the order of drawing.
+        x_name: what the places are.
+        dense: the places are numbers close to each other.
+        percent: the values are shares.
+    """
+
+    kind: str
+    x: Sequence[Any]
+    y_name: str
+    series: Sequence[Series]
+    x_name: str = "layer"
+    dense: bool = False
+    percent: bool = True
+
+
+def charts(
+    findings: Findings, layers: tuple[int, ...], saturation: Saturation | None = None
+) -> dict[str, Chart | list[Chart]]:
+    """Every chart of the page, by name; a list has one for each shown layer."""
     found: dict[str, Chart | list[Chart]] = {}
     for index, special in enumerate(findings.specialisation):
         if not np.isnan(special.mean_L).all():
-            found[f"apart-{index}"] = _apart(findings, special)
+            found[f"apart-{index}"] = _by_layer(
+                findings, special, 0, "choices that would have to move", "95 % of chance"
+            )
         found[f"labels-{index}"] = [_labels(special, layer) for layer in layers]
         if not np.isnan(special.beyond.mean_L).all():
-            found[f"beyond-{index}"] = _beyond(findings, special)
+            found[f"beyond-{index}"] = _by_layer(
+                findings, special.beyond, 1, "choices that the words do not explain",
+                "95 % of chance if words explain all",
+            )  # fmt: skip
     if findings.explained is not None:
         found["explained"] = _explained(findings)
     if findings.repetition is not None:
         found["repetition"] = [_repetition(findings, layer) for layer in layers]
     if findings.caching is not None:
-        found["caching"] = [_caching(findings.caching, layer) for layer in layers]
+        found["caching"] = [caching_chart(findings.caching, layer) for layer in layers]
+    if saturation is not None:
+        found["saturation"] = _saturation(saturation)
     return found
 
 
-def series(
-    name: str,
-    y: Floats,
-    colour: int,
-    look: str,
-    interval: Floats | None = None,
-    *,
-    line: bool = False,
-) -> dict[str, Any]:
-    """One series; `interval` is [..., 2]."""
-    result: dict[str, Any] = {
-        "name": name,
-        "y": numbers(y),
-        "colour": colour,
-        "look": look,
-        "line": line,
-    }
-    if interval is not None:
-        result |= {"low": numbers(interval[..., 0]), "high": numbers(interval[..., 1])}
-    return result
+def label_chart(
+    findings: Findings,
+    labels: Sequence[str],
+    y_name: str,
+    y_LM: Floats,
+    interval_LM2: Floats,
+    chance_LM: Floats,
+    chance_name: str,
+    uniform: float | None = None,
+    percent: bool = True,
+) -> Chart:
+    """A measure of each label over the layers: ticks for its chance, a line for uniform routing."""
+    nowhere_L, series = np.full(len(y_LM), np.nan), []
+    if uniform is not None:
+        series.append(Series("uniform routing", np.full(len(y_LM), uniform), None, "dashed"))
+    for index, name in enumerate(labels):
+        series += [
+            Series(name, y_LM[:, index], index, "dot", interval_LM2[:, index]),
+            Series("", chance_LM[:, index], index, "tick"),
+        ]
+    series.append(Series(chance_name, nowhere_L, None, "tick"))
+    return Chart("lines", findings.moe_layers, y_name, series, percent=percent)
 
 
-def numbers(values: Floats) -> list[float | None]:
-    """Four digits behind the point; None for NaN."""
-    return [round(float(value), 4) if np.isfinite(value) else None for value in values]
+def caching_chart(found: Caching, layer: int | None = None) -> Chart:
+    """Hit rates by size of the cache; of all layers on average unless one is given."""
+    names = ("least recently used goes", "least often used goes", "best possible, with foresight")
+    series = []
+    for colour, (name, rates) in enumerate(
+        zip(names, (found.lru, found.lfu, found.oracle), strict=True)
+    ):
+        rate_E, interval_E2 = rates.mean_E, rates.mean_interval_E2
+        if layer is not None:
+            rate_E, interval_E2 = rates.rate_LE[layer], rates.interval_LE2[layer]
+        series.append(Series(name, rate_E, colour, "dot", interval_E2, line=True))
+    shuffled_E = found.lru.shuffled_E if layer is None else found.lru.shuffled_LE[layer]
+    series += [
+        Series("least recently used, tokens shuffled", shuffled_E, 0, "dashed"),
+        Series("experts drawn at random", found.lru.uniform_E, None, "dotted"),
+    ]
+    return Chart(
+        "lines",
+        list(range(1, len(found.full_E) + 1)),
+        "share of wanted experts found there",
+        series,
+        "experts in the cache of each layer" if layer is None else
+        "experts in the cache of this layer",
+        dense=True,
+    )  # fmt: skip
 
 
-def _over_layers(findings: Findings, y_name: str, content: list[dict[str, Any]]) -> Chart:
-    return {
-        "kind": "lines",
-        "x": list(findings.moe_layers),
-        "x_name": "layer",
-        "y_name": y_name,
-        "percent": True,
-        "series": content,
-    }
+def errors(rate: Floats, error: Floats) -> Floats:
+    """The interval of two standard errors. [..., 2]."""
+    return np.stack((rate - 2 * error, rate + 2 * error), axis=-1)
 
 
 def _up_to(high: Floats) -> Floats:
@@ -82,128 +147,72 @@ def _up_to(high: Floats) -> Floats:
     return np.stack((np.zeros_like(high), high), axis=-1)
 
 
-def _apart(findings: Findings, found: Specialisation) -> Chart:
-    return _over_layers(
-        findings,
-        "choices that would have to move",
-        [
-            series("below this, 95 % of chance", found.mean_chance_L, 4, "band",
-                   _up_to(found.mean_chance_high_L)),
-            series("chance, on average", found.mean_chance_L, 4, "dashed"),
-            series("measured", found.mean_L, 0, "dot"),
-        ],
-    )  # fmt: skip
-
-
-def _beyond(findings: Findings, found: Specialisation) -> Chart:
-    beyond = found.beyond
-    return _over_layers(
-        findings,
-        "choices that the words do not explain",
-        [
-            series("below this, 95 % of chance if words explain all", beyond.mean_chance_L, 4,
-                   "band", _up_to(beyond.mean_chance_high_L)),
-            series("chance, on average", beyond.mean_chance_L, 4, "dashed"),
-            series("measured", beyond.mean_L, 1, "dot"),
-        ],
-    )  # fmt: skip
+def _by_layer(
+    findings: Findings, found: Specialisation | BeyondTokens, colour: int, y_name: str, chance: str
+) -> Chart:
+    """The mean over labels by layer, beside the band of chance."""
+    chance_L, band_L2 = found.mean_chance_L, _up_to(found.mean_chance_high_L)
+    series = [
+        Series(f"below this, {chance}", chance_L, None, "band", band_L2),
+        Series("chance, on average", chance_L, None, "dashed"),
+        Series("measured", found.mean_L, colour, "dot"),
+    ]
+    return Chart("lines", findings.moe_layers, y_name, series)
 
 
 def _labels(found: Specialisation, layer: int) -> Chart:
-    beyond = found.beyond
-    content = [
-        series("below this, 95 % of chance", found.chance_LM[layer], 4, "band",
-               _up_to(found.chance_high_LM[layer])),
-        series("distance from the average, with 95 % interval", found.distance_LM[layer], 0, "dot",
+    beyond, band_M2 = found.beyond, _up_to(found.chance_high_LM[layer])
+    series = [
+        Series("below this, 95 % of chance", found.chance_LM[layer], None, "band", band_M2),
+        Series("distance from the average, with 95 % interval", found.distance_LM[layer], 0, "dot",
                found.interval_LM2[layer]),
     ]  # fmt: skip
     if not np.isnan(beyond.excess_LM[layer]).all():
-        content += [
-            series("95 % of chance if words explain all", beyond.chance_high_LM[layer], 1, "tick"),
-            series("same token, other experts, with 95 % interval", beyond.excess_LM[layer], 1,
+        series += [
+            Series("95 % of chance if words explain all", beyond.chance_high_LM[layer], 1, "tick"),
+            Series("same token, other experts, with 95 % interval", beyond.excess_LM[layer], 1,
                    "dot", beyond.interval_LM2[layer]),
         ]  # fmt: skip
-    return {
-        "kind": "rows",
-        "x": list(found.labels),
-        "y_name": "share of choices",
-        "percent": True,
-        "series": content,
-    }
+    return Chart("rows", found.labels, "share of choices", series)
 
 
 def _explained(findings: Findings) -> Chart:
-    found = findings.explained
+    found, line = findings.explained, len(findings.moe_layers) > _SPARSE
     assert found is not None
-    content = [
-        series(f"knowing the {name}", found.accuracy_LJ[:, which], which % 4, "dot",
-               found.accuracy_interval_LJ2[:, which], line=len(findings.moe_layers) > _SPARSE)
+    series = [
+        Series(f"knowing the {name}", found.accuracy_LJ[:, which], which % 4, "dot",
+               found.accuracy_interval_LJ2[:, which], line)
         for which, name in enumerate(found.predictors)
     ]  # fmt: skip
-    content.append(series("always naming the busiest expert", found.majority_L, 4, "dashed"))
-    return _over_layers(findings, "first choices foretold", content)
+    series.append(Series("always naming the busiest expert", found.majority_L, None, "dashed"))
+    return Chart("lines", findings.moe_layers, "first choices foretold", series)
 
 
 def _repetition(findings: Findings, layer: int) -> Chart:
     found = findings.repetition
     assert found is not None
-    rate_M, error_M = found.first_LM[layer], found.first_error_LM[layer]
-    interval_M2 = np.stack((rate_M - 2 * error_M, rate_M + 2 * error_M), axis=-1)
+    rate_M = found.first_LM[layer]
     uniform_M = np.full(len(rate_M), found.first_uniform)
-    return {
-        "kind": "rows",
-        "x": list(findings.domains),
-        "y_name": "neighbours with the same first expert",
-        "percent": True,
-        "series": [
-            series("equal loads at random", uniform_M, 4, "tick"),
-            series("the same tokens shuffled", found.first_shuffled_LM[layer], 1, "tick"),
-            series("measured, ± 2 standard errors", rate_M, 0, "dot", interval_M2),
-        ],
-    }
+    series = [
+        Series("equal loads at random", uniform_M, None, "tick"),
+        Series("the same tokens shuffled", found.first_shuffled_LM[layer], 1, "tick"),
+        Series("measured, ± 2 standard errors", rate_M, 0, "dot",
+               errors(rate_M, found.first_error_LM[layer])),
+    ]  # fmt: skip
+    return Chart("rows", findings.domains, "neighbours with the same first expert", series)
 
 
-def _caching(found: Caching, layer: int) -> Chart:
-    names = ("least recently used goes", "least often used goes", "best possible, with foresight")
-    content = [
-        series(name, rates.rate_LE[layer], colour, "dot", rates.interval_LE2[layer], line=True)
-        for colour, (name, rates) in enumerate(
-            zip(names, (found.lru, found.lfu, found.oracle), strict=True)
-        )
-    ]
-    content.append(
-        series("least recently used, tokens shuffled", found.lru.shuffled_LE[layer], 0, "dashed")
-    )
-    content.append(series("experts drawn at random", found.lru.uniform_E, 4, "dotted"))
-    return {
-        "kind": "lines",
-        "dense": True,
-        "x": list(range(1, len(found.full_E) + 1)),
-        "x_name": "experts in the cache of this layer",
-        "y_name": "share of wanted experts found there",
-        "percent": True,
-        "series": content,
-    }
-
-
-def saturation_chart(found: Saturation) -> Chart:
+def _saturation(found: Saturation) -> Chart:
     """How early the routing of the last checkpoint was there, mean and outer layers."""
-    content = [
-        series("mean of all layers", found.mean_J, 0, "dot", found.mean_interval_J2, line=True)
-    ]
+    series = [Series("mean of all layers", found.mean_J, 0, "dot", found.mean_interval_J2, True)]
     outer = sorted({0, len(found.moe_layers) - 1})
     for colour, layer in enumerate(outer if len(found.moe_layers) > 1 else [], start=1):
         name, interval_J2 = f"layer {found.moe_layers[layer]}", found.interval_JL2[:, layer]
-        content.append(
-            series(name, found.share_JL[:, layer], colour, "dot", interval_J2, line=True)
-        )
-    content.append(series("chance at these loads", found.loads_JL.mean(axis=1), 4, "dashed"))
-    content.append(series("chance", np.full(len(found.mean_J), found.random), 4, "dotted"))
-    return {
-        "kind": "lines",
-        "x": found.steps_J.tolist(),
-        "x_name": "step of training (the checkpoints, one beside the other)",
-        "y_name": "choices already as at the end",
-        "percent": True,
-        "series": content,
-    }
+        series.append(Series(name, found.share_JL[:, layer], colour, "dot", interval_J2, True))
+    series += [
+        Series("chance at these loads", found.loads_JL.mean(axis=1), None, "dashed"),
+        Series("chance", np.full(len(found.mean_J), found.random), None, "dotted"),
+    ]
+    x_name = "step of training (the checkpoints, one beside the other)"
+    steps = found.steps_J.tolist()
+    return Chart("lines", steps, "choices already as at the end", series, x_name)

@@ -18,11 +18,10 @@ from moestro.probe.ablation.effects import Ablations
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.saturation import Saturation
 from moestro.probe.recording.traces import Trace
-from moestro.probe.report import tabulated
-from moestro.probe.report.charts import saturation_chart
-from moestro.probe.report.pieces import Pieces, visible
 from moestro.probe.report.summary import summary
-from moestro.probe.report.tables import save_text
+from moestro.probe.report.table import PAGE, Grid, grid, save_text
+from moestro.probe.report.tables import tables
+from moestro.probe.report.token_text import TokenText, visible
 from moestro.probe.report.view import view
 from moestro.text import Tokenizer
 
@@ -76,7 +75,7 @@ def build(
         DataError: the findings are not of this trace, or the trace holds no token.
     """
     _check(findings, trace)
-    pieces, detail = Pieces(tokenizer, trace.tokens_T), 1.0
+    token_text, detail = TokenText(tokenizer, trace.tokens_T), 1.0
     fixed = {
         "title": visible(title or findings.model, 120),
         "findings": findings,
@@ -84,12 +83,10 @@ def build(
         "said": summary(findings, ablations),
         "ablations": ablations,
         "saturation": saturation,
-        "tabulated": tabulated,
+        "tables": _grids(findings, ablations, saturation),
     }
     while True:
-        shown = view(findings, trace, pieces, detail)
-        if saturation is not None:
-            shown["charts"]["saturation"] = saturation_chart(saturation)
+        shown = view(findings, trace, token_text, saturation, detail)
         page = _render(fixed, shown)
         if len(page.encode()) <= LARGEST or detail < _SMALLEST_DETAIL:
             return page
@@ -103,6 +100,17 @@ def write_report(path: Path, page: str) -> None:
         MoestroError: the file cannot be written.
     """
     save_text(path, page, f"the report {path}")
+
+
+def _grids(
+    findings: Findings, ablations: Ablations | None, saturation: Saturation | None
+) -> dict[str, list[Grid]]:
+    """What the page shows of the tables, by name; one of specialisation for each grouping."""
+    grids: dict[str, list[Grid]] = {}
+    for table in tables(findings, ablations, saturation):
+        if table.page is not None:
+            grids.setdefault(table.name, []).append(grid(table.rows, table.page, PAGE))
+    return grids
 
 
 def _check(findings: Findings, trace: Trace) -> None:

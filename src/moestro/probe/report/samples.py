@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.probe.recording.traces import Trace
-from moestro.probe.report.pieces import Pieces
+from moestro.probe.report.token_text import TokenText
 
 SNIPPET = 24  # tokens of a passage that shows one expert
 _LONGEST, _SHORTEST = 192, 24  # tokens of a passage to read
-_UNKNOWN = 255
 
 
 class Room(NamedTuple):
@@ -29,7 +28,7 @@ class Room(NamedTuple):
 
 
 def passages(
-    trace: Trace, layers: tuple[int, ...], pieces: Pieces, room: Room
+    trace: Trace, layers: tuple[int, ...], token_text: TokenText, room: Room
 ) -> list[dict[str, Any]]:
     """Passages to read, evenly from the documents of each domain, with their whole routing.
 
@@ -38,7 +37,7 @@ def passages(
     Args:
         trace: What was recorded.
         layers: Which of the L mixture layers to show, as indices.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
         room: Most bytes.
 
     Returns:
@@ -65,19 +64,23 @@ def passages(
         for n in _evenly(first.tolist() if len(first) >= each else long.tolist(), each):
             start = int(starts_N[n])
             span = slice(start, start + min(length, int(trace.length_N[n])))
-            chosen.append(_passage(trace, n, span, layers, pieces))
+            chosen.append(_passage(trace, n, span, layers, token_text))
     return chosen
 
 
 def snippets(
-    trace: Trace, layers: tuple[int, ...], pieces: Pieces, strings: dict[str, int], room: Room
+    trace: Trace,
+    layers: tuple[int, ...],
+    token_text: TokenText,
+    strings: dict[str, int],
+    room: Room,
 ) -> list[list[list[dict[str, Any]]]]:
     """For each shown layer and expert: the short passages in which it has the most weight.
 
     Args:
         trace: What was recorded.
         layers: Which of the L mixture layers to show, as indices.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
         strings: Text -> number; new text is added.
         room: Most tokens.
 
@@ -93,7 +96,7 @@ def snippets(
     return [
         [
             [
-                _snippet(trace, layer, expert, int(first_C[chunk]), pieces, strings)
+                _snippet(trace, layer, expert, int(first_C[chunk]), token_text, strings)
                 for chunk in chosen
             ]
             for expert, chosen in enumerate(_heaviest(trace, layer, chunk_T, first_C, each))
@@ -113,7 +116,7 @@ def without_dropped(trace: Trace) -> Trace:
 
 
 def _passage(
-    trace: Trace, n: int, span: slice, layers: tuple[int, ...], pieces: Pieces
+    trace: Trace, n: int, span: slice, layers: tuple[int, ...], token_text: TokenText
 ) -> dict[str, Any]:
     """One passage to read; see `passages`."""
     num_experts, chosen = trace.subject.num_experts, list(layers)
@@ -126,16 +129,21 @@ def _passage(
         "generated": int(trace.generated_T[span].argmax())
         if trace.generated_T[span].any()
         else None,
-        "pieces": pieces.passage(trace.tokens_T[span].tolist()),
-        "experts": _packed(trace.experts_TLK[span][:, chosen].astype(wide)),
-        "weights": _packed(_bytes(trace.weights_TLK[span][:, chosen] / largest, 255)),
-        "margin": _packed(_bytes((trace.margin_TL[span][:, chosen] + 1) / 2, 254)),
-        "entropy": _packed(_bytes(trace.entropy_TL[span][:, chosen] / most, 254)),
+        "pieces": token_text.passage(trace.tokens_T[span].tolist()),
+        "experts": packed(trace.experts_TLK[span][:, chosen].astype(wide)),
+        "weights": quantised(trace.weights_TLK[span][:, chosen] / largest, 255, np.uint8),
+        "margin": quantised((trace.margin_TL[span][:, chosen] + 1) / 2, 254, np.uint8),
+        "entropy": quantised(trace.entropy_TL[span][:, chosen] / most, 254, np.uint8),
     }
 
 
 def _snippet(
-    trace: Trace, layer: int, expert: int, start: int, pieces: Pieces, strings: dict[str, int]
+    trace: Trace,
+    layer: int,
+    expert: int,
+    start: int,
+    token_text: TokenText,
+    strings: dict[str, int],
 ) -> dict[str, Any]:
     """One passage that shows an expert; see `snippets`."""
     n = int(np.searchsorted(np.cumsum(trace.length_N), start, side="right"))
@@ -144,7 +152,7 @@ def _snippet(
     weight_T = (weight_K * (trace.experts_TLK[start:end, layer] == expert)).sum(axis=1)
     total_T = np.maximum(weight_K.sum(axis=1), 1e-9)
     tenths = np.ceil(9 * np.clip(weight_T / total_T, 0, 1)).astype(int)
-    text = pieces.passage(trace.tokens_T[start:end].tolist())
+    text = token_text.passage(trace.tokens_T[start:end].tolist())
     return {
         "d": int(trace.domain_N[n]),
         "s": [strings.setdefault(piece, len(strings)) for piece in text],
@@ -186,14 +194,14 @@ def _evenly(values: list[int], most: int) -> list[int]:
     return [values[index * len(values) // most] for index in range(most)]
 
 
-def _bytes(values: NDArray[np.floating[Any]], full: int) -> NDArray[np.uint8]:
-    """Values from 0 to 1 as bytes from 0 to `full`; NaN as 255."""
+def quantised(values: NDArray[np.floating[Any]], full: int, dtype: type[np.integer[Any]]) -> str:
+    """Values from 0 to 1 as integers up to `full`, in base64; NaN as the largest of the type."""
     known = np.isfinite(values)
     scaled = np.rint(np.clip(np.where(known, values, 0), 0, 1) * full)
-    return np.where(known, scaled, _UNKNOWN).astype(np.uint8)
+    return packed(np.where(known, scaled, np.iinfo(dtype).max).astype(dtype))
 
 
-def _packed(values: NDArray[Any]) -> str:
+def packed(values: NDArray[Any]) -> str:
     """Little-endian bytes in base64."""
     little = values.astype(values.dtype.newbyteorder("<"))
     return base64.b64encode(np.ascontiguousarray(little).tobytes()).decode("ascii")

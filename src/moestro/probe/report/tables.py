@@ -1,339 +1,368 @@
-"""Findings as CSV files, one row a number with its noise, for spreadsheets and other programs.
+"""Every table of the findings: its rows, and what a page and a terminal show of them.
 
-Column names are those of the fields in probe.json, without their axes. A number that there is not
-stays empty. Text that a spreadsheet would take for a formula gets an apostrophe in front.
+Column names are those of the fields in probe.json, without their axes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
-from moestro.errors import MoestroError
-from moestro.files import write_whole
-from moestro.probe.ablation.effects import Ablations
-from moestro.probe.measures.bootstrap import Floats
+from moestro.probe.ablation.effects import Ablation, Ablations
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.saturation import Saturation
+from moestro.probe.measures.specialise import Specialisation
+from moestro.probe.report.table import Row, Table, View, fields, rows
 
-Row = dict[str, Any]
+_SURE = "* beyond chance, all that is looked at considered"
+_MOST_ROWS = 120
 
 
-def save_tables(
+def tables(
     findings: Findings,
-    folder: Path,
-    *,
     ablations: Ablations | None = None,
     saturation: Saturation | None = None,
     name: Callable[[int], str] | None = None,
-) -> list[Path]:
-    """Write a CSV file for each measure that the findings hold, and return the paths.
+    layer: int | None = None,
+) -> Iterator[Table]:
+    """Every table that the findings allow.
 
     Args:
         findings: From `moestro.probe.measure`.
-        folder: Existing folder to write to.
         ablations: What changing single experts did.
         saturation: How early in training the routing was settled.
         name: Text of a token id, for a column of it; unset: ids only.
-
-    Raises:
-        MoestroError: a file cannot be written.
+        layer: Number of the layer whose experts a terminal shows; unset: the last mixture's.
     """
-    tables: dict[str, Iterator[Row]] = {
-        "layers": _layers(findings),
-        "load": _load(findings),
-        "experts_by_domain": _experts_by_domain(findings),
-        "tokens": _tokens(findings, name),
-        "specialisation": _specialisation(findings),
-        "explained": _explained(findings),
-        "repetition": _repetition(findings),
-        "caching": _caching(findings),
-        "coactivation": _coactivation(findings),
-        "overlap": _overlap(findings),
-        "ablation": iter(()) if ablations is None else _ablation(ablations),
-        "saturation": iter(()) if saturation is None else _saturation(saturation),
-    }
-    paths = []
-    for table, rows in tables.items():
-        text = _csv(rows)
-        if text:
-            path = folder / f"{table}.csv"
-            save_text(path, text, f"the table {path}")
-            paths.append(path)
-    return paths
-
-
-def save_text(path: Path, text: str, what: str) -> None:
-    """Write a file whole or not at all, in UTF-8.
-
-    Args:
-        path: The file.
-        text: Its content.
-        what: What to call it in an error.
-
-    Raises:
-        MoestroError: it cannot be written.
-    """
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        reason = error.strerror or error
-        raise MoestroError(f"cannot write {what}: {reason}; choose another place") from None
-
-
-def _csv(rows: Iterator[Row]) -> str:
-    """All rows under the names of the first; empty without any."""
-    buffer, writer = io.StringIO(), None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(buffer, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({key: _cell(value) for key, value in row.items()})
-    return buffer.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """A value that means the same to every reader."""
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, float | np.floating):
-        return f"{value:.6g}" if np.isfinite(value) else ""
-    if isinstance(value, str):
-        return "'" + value if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-    return "" if value is None else value
-
-
-def _between(interval_2: Floats, prefix: str = "") -> Row:
-    return {f"{prefix}low": interval_2[0], f"{prefix}high": interval_2[1]}
-
-
-def _layers(findings: Findings) -> Iterator[Row]:
-    load, entropy, margin = findings.load, findings.entropy, findings.margin
-    for at, layer in enumerate(findings.moe_layers):
-        row: Row = {"layer": layer, "imbalance": load.imbalance_L[at]}
-        row |= _between(load.imbalance_interval_L2[at], "imbalance_")
-        row |= {"variation": load.variation_L[at]}
-        row |= _between(load.variation_interval_L2[at], "variation_")
-        row |= {"dead": len(load.dead_L[at]), "dropped": load.dropped_L[at]}
-        row |= _between(load.dropped_interval_L2[at], "dropped_")
-        if entropy is not None:
-            row |= {"balance": entropy.balance_L[at]}
-            row |= _between(entropy.balance_interval_L2[at], "balance_")
-            row |= {"spread": entropy.spread_L[at]}
-            row |= _between(entropy.spread_interval_L2[at], "spread_")
-        if margin is not None:
-            row |= {"margin": margin.mean_L[at]} | _between(margin.interval_L2[at], "margin_")
-        yield row
-
-
-def _load(findings: Findings) -> Iterator[Row]:
-    load = findings.load
-    for at, expert in np.ndindex(load.share_LE.shape):
-        yield {
-            "layer": findings.moe_layers[at],
-            "expert": expert,
-            "share": load.share_LE[at, expert],
-            **_between(load.share_interval_LE2[at, expert]),
-            "equal_share": 1 / findings.num_experts,
-        }
-
-
-def _experts_by_domain(findings: Findings) -> Iterator[Row]:
-    for at in np.ndindex(findings.table_LME.shape):
-        yield {
-            "layer": findings.moe_layers[at[0]],
-            "domain": findings.domains[at[1]],
-            "expert": at[2],
-            "share": findings.table_LME[at],
-            **_between(findings.table_interval_LME2[at]),
-            "equal_share": 1 / findings.num_experts,
-            "p_value": findings.table_p_value_LME[at],
-            "supported": findings.table_supported_LME[at],
-        }
-
-
-def _tokens(findings: Findings, name: Callable[[int], str] | None) -> Iterator[Row]:
-    found = findings.tokens
-    for at in np.ndindex(found.token_LEX.shape):
-        token = int(found.token_LEX[at])
-        if token < 0:
-            continue
-        yield {
-            "layer": findings.moe_layers[at[0]],
-            "expert": at[1],
-            "token": token,
-            **({} if name is None else {"text": name(token)}),
-            "count": found.count_LEX[at],
-            "rate": found.rate_LEX[at],
-            "lift": found.lift_LEX[at],
-            "low": found.low_LEX[at],
-            "supported": found.supported_LEX[at],
-        }
-
-
-def _specialisation(findings: Findings) -> Iterator[Row]:
+    yield _layers(findings)
+    yield _load(findings)
+    yield _experts_by_domain(findings, findings.moe_layers[-1] if layer is None else layer)
+    yield _tokens(findings, name)
     for found in findings.specialisation:
-        beyond = found.beyond
-        for at in np.ndindex(found.distance_LM.shape):
-            layer, label = at
-            yield {
-                "grouping": found.grouping,
-                "layer": findings.moe_layers[layer],
-                "label": found.labels[label],
-                "documents": found.documents_M[label],
-                "distance": found.distance_LM[at],
-                **_between(found.interval_LM2[at]),
-                "chance": found.chance_LM[at],
-                "chance_high": found.chance_high_LM[at],
-                "layer_mean": found.mean_L[layer],
-                "layer_chance": found.mean_chance_L[layer],
-                "layer_p_value": found.p_value_L[layer],
-                "layer_supported": found.supported_L[layer],
-                "shared_tokens": beyond.shared_M[label],
-                "shared_distance": beyond.distance_LM[at],
-                "tokens_alone": beyond.tokens_LM[at],
-                **_between(beyond.tokens_interval_LM2[at], "tokens_alone_"),
-                "excess": beyond.excess_LM[at],
-                **_between(beyond.interval_LM2[at], "excess_"),
-                "excess_chance": beyond.chance_LM[at],
-                "excess_chance_high": beyond.chance_high_LM[at],
-                "excess_layer_mean": beyond.mean_L[layer],
-                "excess_layer_chance": beyond.mean_chance_L[layer],
-                "excess_layer_p_value": beyond.p_value_L[layer],
-                "excess_layer_supported": beyond.supported_L[layer],
-            }
+        yield _specialisation(findings, found)
+    for table in (_explained, _repetition, _caching, _coactivation, _overlap):
+        yield from table(findings)
+    if ablations is not None:
+        yield _ablation(ablations)
+    if saturation is not None:
+        yield _saturation(saturation)
+    yield _text(findings)
 
 
-def _explained(findings: Findings) -> Iterator[Row]:
+def _layers(findings: Findings) -> Table:
+    load = findings.load
+    columns = fields("L", load, "imbalance_L imbalance_interval_L2")
+    columns |= fields("L", load, "variation_L variation_interval_L2")
+    columns["dead"] = [len(dead) for dead in load.dead_L]
+    columns |= fields("L", load, "dropped_L dropped_interval_L2")
+    columns |= fields("L", findings.entropy, "balance_L balance_interval_L2")
+    columns |= fields("L", findings.entropy, "spread_L spread_interval_L2")
+    columns |= fields("L", findings.margin, "margin=mean_L margin_interval=interval_L2")
+    return Table(
+        "layers",
+        rows({"layer": findings.moe_layers}, **columns),
+        View(
+            "Balance of each layer, with 95 % intervals. Variation: standard deviation of the "
+            "loads over their mean. Spread: 0 if the router is sure of one expert, 1 if all are "
+            "alike to it. Lead: how far, in probability, the last expert chosen is ahead of the "
+            "next.",
+            "layer: {layer} | busiest ÷ equal share: {imbalance:.2f}{imbalance_~:.2f} | "
+            "variation: {variation:.2f}{variation_~:.2f} | unused: {dead} | "
+            "no room: {dropped:.1%}{dropped_~:.1%} | "
+            "spread of a token's choice: {spread:.2f}{spread_~:.2f} | "
+            "lead of the last chosen: {margin:.3f}{margin_~:.3f}",
+        ),
+        View(
+            "Load, and entropy of the router overall and by token (1 = spread over all experts); "
+            "in brackets the 95 % interval over documents",
+            "layer: {layer} | max / mean: {imbalance:.2f}{imbalance_~:.2f} | CV: {variation:.2f} | "
+            "dead: {dead} | dropped: {dropped:.1%} | overall: {balance:.3f} | "
+            "by token: {spread:.3f}",
+        ),
+    )
+
+
+def _load(findings: Findings) -> Table:
+    axes = {"layer": findings.moe_layers, "expert": range(findings.num_experts)}
+    columns = fields("LE", findings.load, "share_LE interval=share_interval_LE2")
+    return Table("load", rows(axes, **columns, equal_share=1 / findings.num_experts))
+
+
+def _experts_by_domain(findings: Findings, layer: int) -> Table:
+    equal = 1 / findings.num_experts
+    axes = {
+        "layer": findings.moe_layers,
+        "domain": findings.domains,
+        "expert": range(findings.num_experts),
+    }
+    columns = fields("LME", findings, "share=table_LME interval=table_interval_LME2")
+    columns["equal_share"] = equal
+    columns |= fields("LME", findings, "p_value=table_p_value_LME supported=table_supported_LME")
+    terminal = View(
+        f"Layer {layer}: share of each domain's assignments by expert (equal share {equal:.1%}; "
+        f"{_SURE})",
+        "expert: {expert} | {domain}: {share:.1%}{supported:*}",
+        by="expert",
+        where=lambda row: row["layer"] == layer,
+    )
+    return Table("experts_by_domain", rows(axes, **columns), terminal=terminal)
+
+
+def _tokens(findings: Findings, name: Callable[[int], str] | None) -> Table:
+    found = findings.tokens
+    _, experts, ranks = found.token_LEX.shape
+    axes = {"layer": findings.moe_layers, "expert": range(experts), "_rank": range(ranks)}
+    columns = fields("LEX", found, "token_LEX")
+    if name is not None:
+        text = np.frompyfunc(lambda token: name(token) if token >= 0 else "", 1, 1)
+        columns["text"] = text(found.token_LEX)
+    columns |= fields("LEX", found, "count_LEX rate_LEX lift_LEX low_LEX supported_LEX")
+    return Table("tokens", (row for row in rows(axes, **columns) if row["token"] >= 0))
+
+
+def _specialisation(findings: Findings, found: Specialisation) -> Table:
+    axes = {"grouping": [found.grouping], "layer": findings.moe_layers, "label": found.labels}
+    columns = fields(
+        "LM",
+        found,
+        "documents_M distance_LM interval_LM2 chance_LM chance_high_LM layer_mean=mean_L "
+        "layer_chance=mean_chance_L _high=mean_chance_high_L layer_p_value=p_value_L "
+        "layer_supported=supported_L",
+    )
+    columns |= fields(
+        "LM",
+        found.beyond,
+        "shared_tokens=shared_M shared_distance=distance_LM tokens_alone=tokens_LM "
+        "tokens_alone_interval=tokens_interval_LM2 excess_LM excess_interval=interval_LM2 "
+        "excess_chance=chance_LM excess_chance_high=chance_high_LM excess_layer_mean=mean_L "
+        "excess_layer_chance=mean_chance_L _excess_high=mean_chance_high_L "
+        "excess_layer_p_value=p_value_L excess_layer_supported=supported_L",
+    )
+    for kind, each in (("", found), ("_excess", found.beyond)):
+        pairs = zip(each.p_value_L, each.supported_L, strict=True)
+        columns[f"{kind}_verdict"] = np.array([[_verdict(*pair)] for pair in pairs])
+    return Table(
+        "specialisation",
+        rows(axes, **columns),
+        View(
+            f"How far the experts of each layer tell the text apart by {found.grouping}: share of "
+            "choices that would have to move, and of them what the words do not explain. Up to: "
+            "95 % of what chance gives. Yes: at a rate of error of 5 % over all layers together.",
+            "layer: {layer} | apart: {layer_mean:.1%} | "
+            "by chance: {layer_chance:.1%}, up to {_high:.1%} | beyond chance?: {_verdict} | "
+            "not by words: {excess_layer_mean:.1%} | "
+            "by chance: {excess_layer_chance:.1%}, up to {_excess_high:.1%} | "
+            "beyond chance?: {_excess_verdict}",
+            by="layer",
+        ),
+        View(
+            f"Specialisation by {found.grouping}: distance from the average use of experts (0 to "
+            "1), where chance deals whole documents at random; beyond tokens: what token identity "
+            f"does not tell ({_SURE})",
+            "layer: {layer} | mean: {layer_mean:.3f}{layer_supported:*} | "
+            "chance: {layer_chance:.3f} | "
+            "beyond tokens: {excess_layer_mean:.3f}{excess_layer_supported:*} | "
+            "chance: {excess_layer_chance:.3f} | {label}: {distance:.3f}",
+            by="layer",
+        ),
+    )
+
+
+def _verdict(p_value: float, supported: bool) -> str:
+    if np.isnan(p_value):
+        return "cannot be told"
+    return f"{'yes' if supported else 'no'} (p = {p_value:.3f})"
+
+
+def _explained(findings: Findings) -> Iterator[Table]:
     found = findings.explained
     if found is None:
         return
-    for layer, which in np.ndindex(found.accuracy_LJ.shape):
-        yield {
-            "layer": findings.moe_layers[layer],
-            "predictor": found.predictors[which],
-            "accuracy": found.accuracy_LJ[layer, which],
-            **_between(found.accuracy_interval_LJ2[layer, which]),
-            "majority": found.majority_L[layer],
-            **_between(found.majority_interval_L2[layer], "majority_"),
-            "explained": found.explained_LJ[layer, which],
-            **_between(found.explained_interval_LJ2[layer, which], "explained_"),
-            "unseen": found.unseen_J[which],
-        }
+    columns = fields(
+        "LJ",
+        found,
+        "accuracy_LJ interval=accuracy_interval_LJ2 majority_L majority_interval_L2 explained_LJ "
+        "explained_interval_LJ2 unseen_J",
+    )
+    page = View(
+        "Share of first choices foretold in documents that the foretelling was not made from, "
+        "with 95 % intervals",
+        "layer: {layer} | busiest expert: {majority:.1%}{majority_~:.1%} | "
+        "by {predictor}: {accuracy:.1%}{~:.1%}",
+        by="layer",
+    )
+    axes = {"layer": findings.moe_layers, "predictor": found.predictors}
+    yield Table("explained", rows(axes, **columns), page)
 
 
-def _repetition(findings: Findings) -> Iterator[Row]:
+def _repetition(findings: Findings) -> Iterator[Table]:
     found = findings.repetition
     if found is None:
         return
-    for at in np.ndindex(found.first_LM.shape):
-        yield {
-            "layer": findings.moe_layers[at[0]],
-            "domain": findings.domains[at[1]],
-            "first": found.first_LM[at],
-            "first_error": found.first_error_LM[at],
-            "first_shuffled": found.first_shuffled_LM[at],
-            "first_uniform": found.first_uniform,
-            "any": found.any_LM[at],
-            "any_error": found.any_error_LM[at],
-            "any_shuffled": found.any_shuffled_LM[at],
-            "any_uniform": found.any_uniform,
-        }
+    columns = fields(
+        "LM",
+        found,
+        "first_LM first_error_LM first_shuffled_LM first_uniform any_LM any_error_LM "
+        "any_shuffled_LM any_uniform",
+    )
+    yield Table(
+        "repetition",
+        rows({"layer": findings.moe_layers, "domain": findings.domains}, **columns),
+        View(
+            "How often a token and the next share their first expert, or any, with standard "
+            f"errors; drawn at random: {found.first_uniform:.1%} and {found.any_uniform:.1%}"
+            + ("" if found.any_LM.size <= _MOST_ROWS else "; all rows are in repetition.csv"),
+            "layer: {layer} | domain: {domain:name} | "
+            "first: {first:.1%} ± {first_error:.1%} | shuffled: {first_shuffled:.1%} | "
+            "any: {any:.1%} ± {any_error:.1%} | shuffled: {any_shuffled:.1%}",
+            most=_MOST_ROWS,
+        ),
+        View(
+            "Repetition: the same first choice in neighbouring tokens (in brackets: the same "
+            f"tokens shuffled; uniform routing: {found.first_uniform:.1%})",
+            "layer: {layer} | {domain}: {first:.1%} ({first_shuffled:.1%})",
+            by="layer",
+        ),
+    )
 
 
-def _caching(findings: Findings) -> Iterator[Row]:
-    found = findings.caching
+def _caching(findings: Findings) -> Iterator[Table]:
+    found, experts = findings.caching, findings.num_experts
     if found is None:
         return
-    for policy in ("lru", "lfu", "oracle"):
-        rates = getattr(found, policy)
-        for at in np.ndindex(rates.rate_LE.shape):
-            yield {
-                "policy": policy,
-                "layer": findings.moe_layers[at[0]],
-                "size": at[1] + 1,
-                "rate": rates.rate_LE[at],
-                **_between(rates.interval_LE2[at]),
-                "shuffled": rates.shuffled_LE[at],
-                "uniform": rates.uniform_E[at[1]],
-                "mean_over_layers": rates.mean_E[at[1]],
-                **_between(rates.mean_interval_E2[at[1]], "mean_"),
-            }
+    names = ("least recently used goes", "least often used goes", "best possible")
+    axes = {"layer": findings.moe_layers, "size": range(1, experts + 1)}
+    parts = []
+    for policy, name in zip(("lru", "lfu", "oracle"), names, strict=True):
+        columns = fields(
+            "LE",
+            getattr(found, policy),
+            "rate_LE interval_LE2 shuffled_LE uniform_E mean_over_layers=mean_E mean_interval_E2 "
+            "_shuffled=shuffled_E",
+        )
+        parts.append(rows({"policy": [policy], **axes}, **columns, _name=name))
+    sizes = {max(1, round(experts * part / 16)) for part in range(1, 17)}
+    page = View(
+        f"Hit rates, mean over layers, with 95 % intervals, of {found.tokens:,} tokens of "
+        f"{found.documents:,} documents; each sequence starts with an empty cache",
+        "experts in the cache: {size} | {_name}: {mean_over_layers:.1%}{mean_~:.1%} | "
+        "first policy, tokens shuffled: {_shuffled:.1%} | "
+        "first policy, experts at random: {uniform:.1%}",
+        by="size",
+        where=lambda row: row["size"] in sizes and row["layer"] == findings.moe_layers[0],
+    )
+    yield Table("caching", chain.from_iterable(parts), page)
 
 
-def _coactivation(findings: Findings) -> Iterator[Row]:
-    found = findings.coactivation
+def _coactivation(findings: Findings) -> Iterator[Table]:
+    found, experts = findings.coactivation, range(findings.num_experts)
     if found is None:
         return
-    for at in np.ndindex(found.given_LEE.shape):
-        layer, first, second = at
-        if first == second:
-            continue
-        yield {
-            "layer": findings.moe_layers[layer],
-            "expert": first,
-            "other": second,
-            "given": found.given_LEE[at],
-            "independent": found.independent_LEE[at],
-            "ratio": found.ratio_LEE[at],
-            **_between(found.ratio_interval_LEE2[at], "ratio_"),
-            "p_value": found.p_value_LEE[at],
-        }
+    columns = fields(
+        "LEE",
+        found,
+        "given_LEE independent_LEE ratio_LEE ratio_interval_LEE2 p_value_LEE",
+    )
+    pairs = rows({"layer": findings.moe_layers, "expert": experts, "other": experts}, **columns)
+    yield Table("coactivation", (row for row in pairs if row["expert"] != row["other"]))
+    page = View(
+        "Pairs chosen together most above, and most below, what their loads give, beyond chance "
+        "at a rate of error of 5 % over all pairs",
+        "layer: {layer} | experts: {experts[0]} and {experts[1]} | "
+        "together: {together:.2%} | by loads: {independent:.2%} | "
+        "ratio (95 % interval): {ratio:.2f}{~:.2f}",
+    )
+    most = [
+        {**pair._asdict(), "layer": findings.moe_layers[pair.layer]}
+        for pair in found.pairs[:10] + found.pairs[10:][-10:]
+    ]
+    if most:
+        yield Table("pairs", most, page, is_file=False)
 
 
-def _overlap(findings: Findings) -> Iterator[Row]:
-    found = findings.overlap
+def _overlap(findings: Findings) -> Iterator[Table]:
+    found, layers = findings.overlap, findings.moe_layers
     if found is None:
         return
-    for at, information in enumerate(found.information_L):
-        yield {
-            "layer": findings.moe_layers[at],
-            "next_layer": findings.moe_layers[at + 1],
-            "information": information,
-            **_between(found.interval_L2[at]),
-            "chance": found.chance_L[at],
-        }
+    columns = fields("L", found, "information_L interval_L2 chance_L")
+    page = View(
+        "What the first expert of one layer tells about that of the next: 0 nothing, 1 all (95 % "
+        "interval); what finite text gives by chance is taken off",
+        "layers: {layer} → {next_layer} | told: {information:.2f}{~:.2f} | taken off: {chance:.3f}",
+    )
+    yield Table("overlap", rows({"layer": layers[:-1]}, next_layer=layers[1:], **columns), page)
 
 
-def _ablation(found: Ablations) -> Iterator[Row]:
-    for row in found.rows:
-        yield {
+def _ablation(found: Ablations) -> Table:
+    def row(one: Ablation) -> Row:
+        return {
             "mode": found.mode,
             "unit": found.unit,
-            "layer": row.layer,
-            "expert": row.expert,
-            "other": row.other,
-            "domain": row.domain,
-            "control": row.control,
-            "own": row.own,
-            "elsewhere": row.elsewhere,
-            **_between(row.elsewhere_interval_2, "elsewhere_"),
-            "difference": row.difference,
-            **_between(row.difference_interval_2, "difference_"),
-            "p_own": row.p_own,
-            "p_elsewhere": row.p_elsewhere,
-            "p_more": row.p_more,
-            "verdict": row.verdict,
-            "tokens_verdict": row.tokens_verdict,
-            "matters_more": row.matters_more,
-            **{f"change: {name}": row.change_M[at] for at, name in enumerate(found.domains)},
-        }
+            **fields(
+                "", one,
+                "layer expert other domain control own elsewhere elsewhere_interval_2 difference "
+                "difference_interval_2 p_own p_elsewhere p_more verdict tokens_verdict "
+                "matters_more",
+            ),
+            **{f"change: {name}": one.change_M[at] for at, name in enumerate(found.domains)},
+            "_experts": f"{one.expert}" + (f" ↔ {one.other}" if one.other is not None else ""),
+            "_compared": " (for comparison)" if one.control else "",
+            "_control": " (control)" if one.control else "",
+            "_tokens": f"; {one.tokens_verdict}" if one.tokens_verdict else "",
+        }  # fmt: skip
+
+    return Table(
+        "ablation",
+        map(row, found.rows),
+        View(
+            f"Rise of the loss ({found.unit}) when one expert is changed ({found.mode}), with "
+            "95 % intervals over documents",
+            "layer: {layer} | expert: {_experts}{_compared} | domain: {domain:name} | "
+            "rise there: {own:+.3f} | rise elsewhere: {elsewhere:+.3f}{elsewhere_~:+.3f} | "
+            "difference: {difference:+.3f}{difference_~:+.3f} | verdict: {verdict}{_tokens}",
+            most=_MOST_ROWS,
+        ),
+        View(
+            f"Ablation ({found.mode}): rise of the held-out loss, {found.unit}, without one "
+            "expert; in brackets the 95 % interval over documents",
+            "layer: {layer} | expert: {expert} | thought to serve: {domain}{_control} | "
+            "rise there: {own:+.4f} | rise elsewhere: {elsewhere:+.4f} | verdict: {verdict}",
+        ),
+    )
 
 
-def _saturation(found: Saturation) -> Iterator[Row]:
-    for at in np.ndindex(found.share_JL.shape):
-        yield {
-            "step": found.steps_J[at[0]],
-            "layer": found.moe_layers[at[1]],
-            "share": found.share_JL[at],
-            **_between(found.interval_JL2[at]),
-            "chance_at_loads": found.loads_JL[at],
-            "chance": found.random,
-            "mean_over_layers": found.mean_J[at[0]],
-            **_between(found.mean_interval_J2[at[0]], "mean_"),
-        }
+def _saturation(found: Saturation) -> Table:
+    columns = fields(
+        "JL",
+        found,
+        "share_JL interval_JL2 chance_at_loads=loads_JL chance=random mean_over_layers=mean_J "
+        "mean_interval_J2",
+    )
+    columns["_loads"] = found.loads_JL.mean(axis=1, keepdims=True)
+    return Table(
+        "saturation",
+        rows({"step": found.steps_J.tolist(), "layer": found.moe_layers}, **columns),
+        View(
+            "Share of the last checkpoint's choices that an earlier one made already, mean over "
+            "layers, with 95 % intervals",
+            "step: {step:,} | as at the end: {mean_over_layers:.1%}{mean_~:.1%} | "
+            "chance at these loads: {_loads:.1%} | chance: {chance:.1%}",
+            by="step",
+        ),
+        View(
+            "Saturation: share of the last checkpoint's choices that an earlier one made already "
+            f"(at random: {found.random:.1%}); in brackets the 95 % interval over documents",
+            "step: {step} | all layers: {mean_over_layers:.1%}{mean_~:.3f} | "
+            "layer {layer}: {share:.1%}",
+            by="step",
+        ),
+    )
+
+
+def _text(findings: Findings) -> Table:
+    columns = fields("M", findings, "tokens_M documents_M")
+    cells = "domain: {domain:name} | tokens: {tokens:,} | documents: {documents:,}"
+    found = rows({"domain": findings.domains}, **columns)
+    return Table("text", found, View("The text that was read", cells), is_file=False)

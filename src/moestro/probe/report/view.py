@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moestro.probe.measures.bootstrap import Floats
-from moestro.probe.measures.measure import Findings
+from moestro.probe.measures.measure import Findings, to_json
+from moestro.probe.measures.saturation import Saturation
 from moestro.probe.recording.traces import Trace
 from moestro.probe.report.charts import charts
-from moestro.probe.report.pieces import Pieces, visible
-from moestro.probe.report.samples import SNIPPET, Room, passages, snippets, without_dropped
+from moestro.probe.report.samples import (
+    SNIPPET,
+    Room,
+    packed,
+    passages,
+    quantised,
+    snippets,
+    without_dropped,
+)
+from moestro.probe.report.token_text import TokenText, visible
 
 _CELLS = 200_000  # of expert × domain tables
 _CELLS_WITH_INTERVALS = 80_000
@@ -21,13 +27,20 @@ _TOKENS = 30_000  # typical tokens of all experts together
 _FULL = 50_000  # what a share of 1 is as 16 bits; 65535 stands for NaN
 
 
-def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) -> dict[str, Any]:
+def view(
+    findings: Findings,
+    trace: Trace,
+    token_text: TokenText,
+    saturation: Saturation | None = None,
+    detail: float = 1.0,
+) -> dict[str, Any]:
     """All that the script draws.
 
     Args:
         findings: All measures of the trace.
         trace: What they are of.
-        pieces: Makes text of tokens.
+        token_text: Text of tokens.
+        saturation: How early in training the routing was settled.
         detail: 1 for the usual size; less shows fewer layers, tokens and passages.
     """
     room = Room(int(750_000 * detail), int(120_000 * detail))
@@ -37,7 +50,8 @@ def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) 
     cells = len(layers) * findings.table_LME[0].size
     with_intervals = cells <= _CELLS_WITH_INTERVALS * detail
     chosen = list(layers)
-    load, relative = findings.load, findings.num_experts
+    relative_LE = findings.load.share_LE * findings.num_experts
+    relative_LE2 = findings.load.share_interval_LE2 * findings.num_experts
     low_LME, high_LME = np.moveaxis(findings.table_interval_LME2[chosen], -1, 0)
     result: dict[str, Any] = {
         "layers": [findings.moe_layers[layer] for layer in layers],
@@ -48,22 +62,25 @@ def view(findings: Findings, trace: Trace, pieces: Pieces, detail: float = 1.0) 
         "places": trace.experts_TLK.shape[2],
         "largest_weight": max(1.0, float(trace.weights_TLK.max(initial=0.0))),
         "domains": [visible(name) for name in findings.domains],
-        "load": _rounded(load.share_LE * relative),
-        "load_low": _rounded(load.share_interval_LE2[..., 0] * relative),
-        "load_high": _rounded(load.share_interval_LE2[..., 1] * relative),
+        "load": _rounded(to_json(relative_LE), 3),
+        "load_low": _rounded(to_json(relative_LE2[..., 0]), 3),
+        "load_high": _rounded(to_json(relative_LE2[..., 1]), 3),
         "table": {
-            "share": _shares(findings.table_LME[chosen]),
-            "low": _shares(low_LME) if with_intervals else None,
-            "high": _shares(high_LME) if with_intervals else None,
-            "sure": _encoded(findings.table_supported_LME[chosen].astype(np.uint8)),
+            "share": quantised(findings.table_LME[chosen], _FULL, np.uint16),
+            "low": quantised(low_LME, _FULL, np.uint16) if with_intervals else None,
+            "high": quantised(high_LME, _FULL, np.uint16) if with_intervals else None,
+            "sure": packed(findings.table_supported_LME[chosen].astype(np.uint8)),
         },
-        "tokens": _typical(findings, layers, pieces, strings, detail),
+        "tokens": _typical(findings, layers, token_text, strings, detail),
         # What a domain is must not be shown by what the model wrote itself.
         "snippets": snippets(
-            trace.choose_tokens(~trace.generated_T), layers, pieces, strings, room
+            trace.choose_tokens(~trace.generated_T), layers, token_text, strings, room
         ),
-        "passages": passages(trace, layers, pieces, room),
-        "charts": charts(findings, layers),
+        "passages": passages(trace, layers, token_text, room),
+        "charts": {
+            name: _rounded(to_json(chart), 4)
+            for name, chart in charts(findings, layers, saturation).items()
+        },
     }
     return {**result, "strings": list(strings)}
 
@@ -92,7 +109,7 @@ def most_special(findings: Findings, layers: tuple[int, ...]) -> int:
 def _typical(
     findings: Findings,
     layers: tuple[int, ...],
-    pieces: Pieces,
+    token_text: TokenText,
     strings: dict[str, int],
     detail: float,
 ) -> list[list[list[list[Any]]]]:
@@ -109,7 +126,7 @@ def _typical(
                 at = layer, expert, rank
                 if found.token_LEX[at] < 0:
                     continue
-                name = pieces.name(int(found.token_LEX[at]))
+                name = token_text.name(int(found.token_LEX[at]))
                 entries.append([
                     strings.setdefault(name, len(strings)),
                     int(found.count_LEX[at]),
@@ -123,19 +140,10 @@ def _typical(
     return result
 
 
-def _rounded(values: Floats) -> list[list[float | None]]:
-    """Three digits behind the point; None for NaN."""
-    return [
-        [round(float(value), 3) if np.isfinite(value) else None for value in row] for row in values
-    ]
-
-
-def _shares(values: Floats) -> str:
-    """Shares of 0 to 1 as 16 bits."""
-    known = np.isfinite(values)
-    scaled = np.rint(np.clip(np.where(known, values, 0), 0, 1) * _FULL)
-    return _encoded(np.where(known, scaled, 65535).astype("<u2"))
-
-
-def _encoded(values: NDArray[Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+def _rounded(value: Any, digits: int) -> Any:
+    """What JSON can hold, with so many digits behind the point."""
+    if isinstance(value, dict):
+        return {name: _rounded(each, digits) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each, digits) for each in value]
+    return round(value, digits) if isinstance(value, float) else value

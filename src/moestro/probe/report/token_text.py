@@ -22,7 +22,7 @@ _LOOKED_AT = 12  # occurrences of a part of a character that are looked at for t
 _ALLOWED = frozenset("\n\t\u200c\u200d\ufe0e\ufe0f")
 
 
-class Pieces:
+class TokenText:
     """The text of a vocabulary's tokens, alone and one after another."""
 
     def __init__(self, tokenizer: Tokenizer, tokens_T: NDArray[np.int32]) -> None:

@@ -1,0 +1,20 @@
+"""The look of every table on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def new_table(*headings: str) -> Table:
+    """An empty table: names to the left in the first column, numbers to the right in the others."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="right" if place else "left")
+    return table
