@@ -62,7 +62,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
         router = moe.router
         lacking["a capacity"] = moe.capacity is not None
         lacking[f"the {router.kind} router"] = router.kind not in ("softmax", "sigmoid")
-    return next((f"{what} decodes in Python" for what, lacks in lacking.items() if lacks), None)
+    return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
 
 
 def _wrapped(model: Decoder) -> str | None:
