@@ -88,10 +88,11 @@ MOESTRO_API int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, con
 
 /* One layer of a decoder. Pointers to fp32 may be null where the layer has no such part. */
 typedef struct {
-    const float *attention_norm, *ffn_norm; /* [D] RMSNorm gains */
-    moestro_matrix qkv, out;                /* [(H + 2G)·A, D], [D, H·A] */
+    const float *attention_norm, *ffn_norm;           /* [D] gains */
+    const float *attention_norm_bias, *ffn_norm_bias; /* [D]: layer norms; null: RMSNorms */
+    moestro_matrix qkv, out;                          /* [(H + 2G)·A, D], [D, H·A] */
     const float *qkv_bias, *out_bias;
-    const float *q_norm, *k_norm;             /* [A], of each head */
+    const float *q_norm, *k_norm;             /* [A], of each head; norm_all: [H·A], [G·A] */
     const float *sinks;                       /* [H] */
     int64_t window;                           /* positions seen, itself included; 0: all */
     const float *router;                      /* [E, D]; null: a dense layer, experts.experts is 1 */
@@ -105,9 +106,13 @@ typedef struct {
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
     int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
+    int32_t norm_all;                                 /* queries, and keys, have one norm over all heads */
+    /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
+     * its best `group_best` experts. */
+    int32_t expert_groups, top_groups, group_best;
     float router_scale, eps, score_scale, head_scale;
     const moestro_layer *layer;
-    const float *norm;
+    const float *norm, *norm_bias; /* as a layer's */
     moestro_matrix head;
     const float *head_bias;
 } moestro_decoder;

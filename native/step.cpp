@@ -2,6 +2,7 @@
 // nothing else may take time. Threads meet at the end of each phase; all sums run in one fixed order, and no row
 // depends on another, so a prompt may come in any pieces, beside any others.
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "attention.h"
@@ -38,15 +39,16 @@ public:
 
 private:
     void attention(Team &team, int64_t l, Memory &memory);
-    void place(int64_t l, int64_t t, Memory &memory);
+    void place(int64_t l, int64_t t);
     void attend(int64_t l, const Part &part, int64_t g, Memory &memory);
-    void rotate(float *head, const float *gain, int64_t t, Memory &memory) const;
+    void rotate(float *head, const float *gain, int64_t t) const;
     void feed_forward(Team &team, int64_t l, Memory &memory);
     void route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given);
     void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const;
     void mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
     void predict(Team &team, float *logits, Memory &memory);
-    void norm(const float *from, const float *gain, int64_t dim, float *to) const;
+    void norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const;
+    void limit_groups(std::vector<float> &wanted) const;
     void set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) const;
 
     int64_t wide() const { return (d_.heads + 2 * d_.groups) * d_.head_dim; }
@@ -84,10 +86,24 @@ void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *p
     zeros_.assign(size_t(t_), 0), ones_.assign(size_t(t_), 1.0f), shared_weights_.assign(size_t(t_), 1.0f);
 }
 
-// x · gain / sqrt(mean(x²) + eps).
-void Step::norm(const float *from, const float *gain, int64_t dim, float *to) const {
+// Sixteen sums side by side, then added up: one order for every compiler.
+float mean(const float *x, int64_t n) {
+    float sums[16] = {}, sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sums[i % 16] = sums[i % 16] + x[i];
+    for (float each : sums) sum = sum + each;
+    return sum / float(n);
+}
+
+// x · gain / sqrt(mean(x²) + eps); with a bias of x - mean(x), and the bias added.
+void Step::norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const {
+    if (bias) {
+        const float middle = mean(from, dim);
+        for (int64_t i = 0; i < dim; i++) to[i] = from[i] - middle;
+        from = to;
+    }
     const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + d_.eps);
     for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
+    for (int64_t i = 0; bias && i < dim; i++) to[i] = to[i] + bias[i];
 }
 
 // A row as it is multiplied, zeros after `count` values.
@@ -98,13 +114,9 @@ void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memo
     to.set(row, memory.row.data());
 }
 
-void Step::rotate(float *head, const float *gain, int64_t t, Memory &memory) const {
+void Step::rotate(float *head, const float *gain, int64_t t) const {
     const int64_t half = d_.head_dim / 2;
-    if (gain) {
-        memory.row.resize(size_t(d_.head_dim));
-        norm(head, gain, d_.head_dim, memory.row.data());
-        std::copy(memory.row.begin(), memory.row.begin() + d_.head_dim, head);
-    }
+    if (gain && !d_.norm_all) norm(head, gain, nullptr, d_.head_dim, head);
     const float *c = cosines + t * half, *s = sines + t * half;
     for (int64_t i = 0; i < half; i++) {
         const float first = head[i], second = head[i + half];
@@ -120,14 +132,16 @@ void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {
 }
 
 // Rotate a token's queries and keys, and write its keys and values where its sequence keeps them.
-void Step::place(int64_t l, int64_t t, Memory &memory) {
+void Step::place(int64_t l, int64_t t) {
     const moestro_layer &layer = d_.layer[l];
     const moestro_past &past = pasts_[sequence_[size_t(t)]];
     const int64_t a = d_.head_dim, position = past.place[l] + offset_[size_t(t)];
     float *query = qkv_.data() + t * wide(), *key = query + inner(), *value = key + d_.groups * a;
-    for (int64_t h = 0; h < d_.heads; h++) rotate(query + h * a, layer.q_norm, t, memory);
+    if (d_.norm_all && layer.q_norm) norm(query, layer.q_norm, nullptr, inner(), query);
+    if (d_.norm_all && layer.k_norm) norm(key, layer.k_norm, nullptr, d_.groups * a, key);
+    for (int64_t h = 0; h < d_.heads; h++) rotate(query + h * a, layer.q_norm, t);
     for (int64_t g = 0; g < d_.groups; g++) {
-        rotate(key + g * a, layer.k_norm, t, memory);
+        rotate(key + g * a, layer.k_norm, t);
         const int64_t at = (g * past.room[l] + position) * a;
         keep(key + g * a, d_.cache_dtype, past.keys[l], at, a);
         keep(value + g * a, d_.cache_dtype, past.values[l], at, a);
@@ -173,12 +187,12 @@ void Step::attention(Team &team, int64_t l, Memory &memory) {
     team.wait();
     while (team.take(t_, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
-        norm(x.data() + from * d_.dim, layer.attention_norm, d_.dim, row);
+        norm(x.data() + from * d_.dim, layer.attention_norm, layer.attention_norm_bias, d_.dim, row);
         set(rows_, from, row, d_.dim, memory);
     }
     team.wait();
     multiply_all(team, layer.qkv, rows_, layer.qkv_bias, qkv_.data(), wide());
-    while (team.take(t_, 1, &from, &to)) place(l, from, memory);
+    while (team.take(t_, 1, &from, &to)) place(l, from);
     team.wait();
     while (team.take(int64_t(parts_.size()) * d_.groups, 1, &from, &to))
         attend(l, parts_[size_t(from / d_.groups)], from % d_.groups, memory);
@@ -194,6 +208,25 @@ float sigmoid(float x) {
     return 1.0f / (1.0f + e);
 }
 
+// Leave only the experts of the best groups.
+void Step::limit_groups(std::vector<float> &wanted) const {
+    const auto size = int64_t(wanted.size()) / d_.expert_groups;
+    std::vector<float> group(wanted), worth(size_t(d_.expert_groups), 0.0f);
+    for (int64_t g = 0; g < d_.expert_groups; g++) {
+        const auto begin = group.begin() + g * size;
+        std::partial_sort(begin, begin + d_.group_best, begin + size, std::greater<float>());
+        for (int64_t i = 0; i < d_.group_best; i++) worth[size_t(g)] = worth[size_t(g)] + begin[i];
+    }
+    std::vector<bool> kept(worth.size());
+    for (int64_t i = 0; i < d_.top_groups; i++) {
+        const auto best = std::max_element(worth.begin(), worth.end());
+        kept[size_t(best - worth.begin())] = true;
+        *best = -INFINITY;
+    }
+    for (size_t e = 0; e < wanted.size(); e++)
+        if (!kept[e / size_t(size)]) wanted[e] = -INFINITY;
+}
+
 // Choose a token's experts: best first; equal scores, lower number first.
 void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
     const int64_t count = layer.experts.experts;
@@ -207,6 +240,7 @@ void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *wei
     }
     std::vector<float> wanted = scores;
     for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
+    if (d_.expert_groups > 1) limit_groups(wanted);
     float sum = 0.0f;
     for (int64_t k = 0; k < d_.top_k; k++) {
         const auto best = std::max_element(wanted.begin(), wanted.end());
@@ -277,7 +311,7 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     while (team.take(t_, 1, &from, &to)) {
         float *row = x.data() + from * d_.dim, *normed = normed_.data() + from * d_.dim;
         kernels().add(1.0f, added_.data() + from * d_.dim, row, d_.dim);
-        norm(row, layer.ffn_norm, d_.dim, normed);
+        norm(row, layer.ffn_norm, layer.ffn_norm_bias, d_.dim, normed);
         set(expert_rows_, from, normed, d_.dim, memory);
         if (layer.shared.data) set(shared_rows_, from, normed, d_.dim, memory);
         if (layer.shared_gate)
@@ -295,7 +329,7 @@ void Step::predict(Team &team, float *logits, Memory &memory) {
     team.wait();
     while (team.take(b_, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
-        norm(x.data() + last_[size_t(from)] * d_.dim, d_.norm, d_.dim, row);
+        norm(x.data() + last_[size_t(from)] * d_.dim, d_.norm, d_.norm_bias, d_.dim, row);
         for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
         set(rows_, from, row, d_.dim, memory);
     }
@@ -313,13 +347,21 @@ void Step::run(Team &team, float *logits, Memory &memory) {
 
 bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
 
+// Whether a router can choose of so many experts.
+bool good(const moestro_decoder &d, int64_t count) {
+    const int64_t groups = d.expert_groups;
+    if (groups < 1 || count % groups || d.top_groups < 1 || d.top_groups > groups) return false;
+    if (d.group_best < 1 || d.group_best > count / groups) return false;
+    return d.top_k >= 1 && d.top_k <= count / groups * d.top_groups;
+}
+
 bool good(const moestro_layer &layer, const moestro_decoder &d) {
     const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
     const bool shared =
         !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
     return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) &&
            layer.window >= 0 && valid(layer.experts) && layer.experts.dim == d.dim &&
-           (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
+           (layer.router ? good(d, count) : count == 1) && shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {

@@ -64,6 +64,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention": {**HEADS, "qk_norm": "head", "bias": "qkv"},
     },
     "geglu": {"moe": {**MOE, "activation": "geglu"}},
+    "olmoe": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}},
+    "layer norm": {"moe": MOE, "norm": {"kind": "layer"}},
+    "groups": {
+        "moe": {
+            **MOE,
+            "num_experts": 8,
+            "top_k": 3,
+            "router": {"num_groups": 4, "top_groups": 2, "group_score": "max"},
+        }
+    },
+    "best two of groups": {
+        "moe": {
+            **MOE,
+            "num_experts": 12,
+            "router": {
+                "kind": "sigmoid",
+                "selection_bias": True,
+                "num_groups": 3,
+                "top_groups": 2,
+                "group_score": "top2",
+            },
+        }
+    },
     "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
 }
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
@@ -77,20 +100,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "latent attention",
     ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
-    "full": ({"attention": {**HEADS, "qk_norm": "full"}}, "over all heads"),
-    "layer": ({"norm": {"kind": "layer"}}, "layer norm"),
     "capacity": ({"moe": {**MOE, "capacity": {}}}, "capacity"),
     "hash": ({"moe": {**MOE, "router": {"kind": "hash"}}}, "hash router"),
-    "groups": (
-        {
-            "moe": {
-                **MOE,
-                "num_experts": 4,
-                "router": {"kind": "sigmoid", "num_groups": 2, "top_groups": 1},
-            }
-        },
-        "groups",
-    ),
 }
 
 
@@ -203,7 +214,19 @@ def native():
 
 
 @pytest.mark.parametrize("weights", ["plain", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("name", ["mixture", "one head each", "gpt-oss", "deepseek", "qwen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixture",
+        "one head each",
+        "gpt-oss",
+        "deepseek",
+        "qwen",
+        "olmoe",
+        "layer norm",
+        "best two of groups",
+    ],
+)
 def test_a_prompt_gives_the_same_bits_however_it_is_cut(native, name: str, weights: str) -> None:
     """One token at a time, in odd chunks, all at once, beside another's tokens; on every path."""
     changes = VARIANTS[name]

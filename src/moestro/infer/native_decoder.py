@@ -22,6 +22,7 @@ from moestro.models.attention import Attention
 from moestro.models.blocks import Block
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder
+from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable
 from moestro.moe.layer import MoE
 from moestro.moe.routers import TopKRouter
@@ -39,7 +40,7 @@ def supports(model: nn.Module) -> str | None:
     """None where decoding can run natively, else the reason.
 
     Packed and plain weights both can: grouped-query attention with rotary positions, windows,
-    sinks, biases and norms per head; RMSNorm; softmax and sigmoid routers without groups.
+    sinks, biases, norms of queries and keys; RMSNorm and layer norm; softmax and sigmoid routers.
     """
     if not isinstance(model, Decoder):
         return f"only decoders of this project decode natively, not {type(model).__name__}"
@@ -56,15 +57,12 @@ def _lacks(cfg: ModelConfig) -> str | None:
     lacking = {
         "latent attention": attention.latent is not None,
         "relative positions": not isinstance(attention.positions, RopeConfig),
-        "a norm over all heads together": attention.qk_norm == "full",
-        "layer norm": cfg.norm.kind != "rms",
     }
     if moe is not None:
         router = moe.router
         lacking["a capacity"] = moe.capacity is not None
         lacking[f"the {router.kind} router"] = router.kind not in ("softmax", "sigmoid")
-        lacking["a router with groups"] = router.num_groups > 1
-    return next((f"{what} decodes in Python" for what, lacks in lacking.items() if lacks), None)
+    return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
 
 
 def _wrapped(model: Decoder) -> str | None:
@@ -106,6 +104,7 @@ class NativeDecoder:
             head,
             head.bias,
             model.embed.weight.dtype,
+            _shift(model.norm),
         )
 
     @torch.inference_mode()
@@ -147,19 +146,29 @@ class NativeDecoder:
 def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
     """The numbers that all layers share."""
     moe = cfg.moe
-    return StepShape(
+    shape = StepShape(
         dim=cfg.dim,
         heads=cfg.attention.num_heads,
         groups=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
         vocab=cfg.vocab_size,
-        top_k=0 if moe is None else moe.top_k,
-        sigmoid=moe is not None and moe.router.kind == "sigmoid",
-        renormalize=moe is not None and moe.renormalizes,
-        router_scale=1.0 if moe is None else moe.router.scale,
+        top_k=0,
+        norm_all=cfg.attention.qk_norm == "full",
         eps=cfg.norm.eps,
         score_scale=score_scale,
         head_scale=cfg.head.scale,
+    )
+    if moe is None:
+        return shape
+    router, size = moe.router, moe.num_experts // moe.router.num_groups
+    return shape._replace(
+        top_k=moe.top_k,
+        sigmoid=router.kind == "sigmoid",
+        renormalize=moe.renormalizes,
+        router_scale=router.scale,
+        expert_groups=router.num_groups,
+        top_groups=router.top_groups,
+        group_best=min(2, size) if router.group_score == "top2" else 1,
     )
 
 
@@ -172,6 +181,8 @@ def _layer(block: Block) -> StepLayer:
     layer = StepLayer(
         attention_norm=_fp32(block.attention_norm.weight),
         ffn_norm=_fp32(block.ffn_norm.weight),
+        attention_norm_bias=_shift(block.attention_norm),
+        ffn_norm_bias=_shift(block.ffn_norm),
         qkv=qkv,
         out=out,
         experts=experts.native(),
@@ -193,6 +204,10 @@ def _layer(block: Block) -> StepLayer:
         shared=None if shared is None else shared.native(),
         shared_gate=None if ffn.shared_gate is None else _fp32(ffn.shared_gate.weight[0]),
     )
+
+
+def _shift(norm: RMSNorm | LayerNorm) -> Tensor | None:
+    return _fp32(norm.bias) if isinstance(norm, LayerNorm) else None
 
 
 def _fp32(tensor: Tensor) -> Tensor:

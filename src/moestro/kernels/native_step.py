@@ -28,17 +28,19 @@ _FLOAT = ctypes.c_float
 class StepLayer(NamedTuple):
     """One layer. All plain tensors are fp32 and contiguous; None where the layer has none."""
 
-    attention_norm: Tensor  # [D], gain of the RMSNorm before attention
+    attention_norm: Tensor  # [D], gain of the norm before attention
     ffn_norm: Tensor  # [D], of the one before the feed-forward network
     qkv: PackedMatrix  # [(H + 2G)·A, D]
     out: PackedMatrix  # [D, H·A]
     experts: PackedExperts  # of a dense layer its network as a single one
     router: Tensor | None = None  # [E, D]; None for a dense layer
+    attention_norm_bias: Tensor | None = None  # [D], of a layer norm; None for an RMSNorm
+    ffn_norm_bias: Tensor | None = None  # [D]
     window: int = 0  # positions seen, the token's own included; 0: all that are kept
     qkv_bias: Tensor | None = None  # [(H + 2G)·A]
     out_bias: Tensor | None = None  # [D]
-    q_norm: Tensor | None = None  # [A], gain of each query head's RMSNorm
-    k_norm: Tensor | None = None  # [A], of each key head's
+    q_norm: Tensor | None = None  # [A], gain of each query head's RMSNorm; norm_all: [H·A]
+    k_norm: Tensor | None = None  # [A], of each key head's; norm_all: [G·A]
     sinks: Tensor | None = None  # [H]
     logit_bias: Tensor | None = None  # [E], added to the logits
     selection_bias: Tensor | None = None  # [E], added to the scores when choosing
@@ -55,6 +57,10 @@ class StepShape(NamedTuple):
     head_dim: int  # A
     vocab: int  # V
     top_k: int  # K; 0 for a model without mixtures
+    norm_all: bool = False  # queries, and keys, have one norm over all heads
+    expert_groups: int = 1  # experts are chosen in the best of them alone
+    top_groups: int = 1  # how many those are
+    group_best: int = 1  # a group counts as much as its best ones
     sigmoid: bool = False  # scores are sigmoids instead of a softmax
     renormalize: bool = True  # the K weights are divided by their sum
     router_scale: float = 1.0  # every weight is multiplied by it
@@ -64,11 +70,13 @@ class StepShape(NamedTuple):
 
 
 # Fields of `moestro_layer`, each taken from the field of StepLayer of that name. A letter is a
-# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A.
+# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A, q and k the gains
+# of queries and keys.
 _LAYER = (
-    ("attention_norm", PTR, "D"), ("ffn_norm", PTR, "D"), ("qkv", Matrix, "WD"),
+    ("attention_norm", PTR, "D"), ("ffn_norm", PTR, "D"), ("attention_norm_bias", PTR, "D"),
+    ("ffn_norm_bias", PTR, "D"), ("qkv", Matrix, "WD"),
     ("out", Matrix, "DN"), ("qkv_bias", PTR, "W"), ("out_bias", PTR, "D"),
-    ("q_norm", PTR, "A"), ("k_norm", PTR, "A"), ("sinks", PTR, "H"),
+    ("q_norm", PTR, "q"), ("k_norm", PTR, "k"), ("sinks", PTR, "H"),
     ("window", I64, ""), ("router", PTR, "ED"), ("logit_bias", PTR, "E"),
     ("selection_bias", PTR, "E"), ("experts", Experts, "ED"), ("shared", Experts, "1D"),
     ("shared_gate", PTR, "D"),
@@ -87,9 +95,10 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
         ("vocab", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
-        ("cache_dtype", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
-        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR), ("head", Matrix),
-        ("head_bias", PTR),
+        ("cache_dtype", I32), ("norm_all", I32), ("expert_groups", I32), ("top_groups", I32),
+        ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
+        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
+        ("norm_bias", PTR), ("head", Matrix), ("head_bias", PTR),
     )  # fmt: skip
 
 
@@ -165,8 +174,9 @@ class StepDecoder:
         head: PackedMatrix,
         head_bias: Tensor | None = None,
         cache_dtype: torch.dtype = torch.float32,
+        norm_bias: Tensor | None = None,
     ) -> None:
-        """Point at the weights: of the layers, the last RMSNorm (fp32 [D]) and the head ([V, D]).
+        """Point at the weights: of the layers, the last norm (fp32 [D]) and the head ([V, D]).
 
         Raises:
             ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU; or
@@ -176,13 +186,15 @@ class StepDecoder:
         self.shape, self.num_layers = shape, len(layers)
         # What its pasts have in common with it.
         self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
-        self._alive = (list(layers), norm, head, head_bias)
+        self._alive = (list(layers), norm, head, head_bias, norm_bias)
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
+            shape.norm_all, shape.expert_groups, shape.top_groups, shape.group_best,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
+            None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),
             _matrix(head, "head", shape.vocab, shape.dim),
             None if head_bias is None else address(head_bias, "head_bias", (shape.vocab,), FP32),
         )  # fmt: skip
@@ -243,16 +255,27 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
         raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
 
 
+def _routes(shape: StepShape, count: int) -> bool:
+    """Whether top_k of `count` experts can be chosen, in the best groups."""
+    groups, best = shape.expert_groups, shape.top_groups
+    if groups < 1 or count % groups or not 1 <= best <= groups:
+        return False
+    size = count // groups
+    return 1 <= shape.group_best <= size and 1 <= shape.top_k <= size * best
+
+
 def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
     width, queries = shape.head_dim, shape.heads * shape.head_dim
     count, routed = layer.experts.num_experts, layer.router is not None
-    if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
+    if layer.window < 0 or (not _routes(shape, count) if routed else count != 1):
         raise ShapeError(
             f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
             f"one a single expert; given window {layer.window}, {count} experts, {shape}"
         )
     sizes = {"D": shape.dim, "A": width, "H": shape.heads, "E": count, "1": 1, "N": queries}
     sizes["W"] = queries + 2 * shape.groups * width
+    sizes["q"] = queries if shape.norm_all else width
+    sizes["k"] = shape.groups * width if shape.norm_all else width
     given = (
         _field(layer, name, kind, [sizes[letter] for letter in letters])
         for name, kind, letters in _LAYER
