@@ -55,10 +55,14 @@ class Decoding:
         A prompt may come in any number of calls, between steps of other sequences; not that of a
         model that is not `chunked`, which passes in one.
         """
-        size = CHUNK if chunked(self.model.cfg) else len(tokens)
+        size = self.chunk(tokens)
         for start in range(0, len(tokens), size):
             (passed,) = self.step([tokens[start : start + size]], [past])
         return passed
+
+    def chunk(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's tokens pass at once."""
+        return CHUNK if chunked(self.model.cfg) else len(tokens)
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""
@@ -99,15 +103,11 @@ class EncDecDecoding(Decoding):
         return cache
 
     @torch.inference_mode()
-    def read(self, past: KVCache, tokens: Sequence[int]) -> Passed:
-        """The whole source in one call, and START_TOKEN; later tokens are the decoder's own."""
-        if past.source is None:
-            past.source = self.model.look(self.model.encode(self._ids(tokens)).memory)
-            tokens = [START_TOKEN]
-        return _passed(self._forward(tokens, past))
-
-    @torch.inference_mode()
     def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
+        """First the whole source, and START_TOKEN; later tokens are the decoder's own."""
+        if cache.source is None:
+            cache.source = self.model.look(self.model.encode(self._ids(tokens)).memory)
+            tokens = [START_TOKEN]
         output: ModelOutput = self.model.decode(self._ids(tokens), cache)
         return output
 
@@ -131,9 +131,12 @@ class NativeDecoding(Decoding):
 def chunked(cfg: NetworkConfig) -> bool:
     """Whether a prompt may pass in chunks without changing what the model computes.
 
-    Not where tokens compete for an expert's room, nor where angles depend on the whole length.
+    Not where tokens compete for an expert's capacity, nor where angles depend on the whole length,
+    nor through an encoder.
     """
     positions, moe = cfg.attention.positions, cfg.moe
+    if cfg.has_encoder:
+        return False
     if isinstance(positions, RopeConfig) and isinstance(positions.scaling, LongRopeScaling):
         return False
     return moe is None or (moe.capacity is None and moe.router.kind != "expert_choice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Piece, Writer
 from moestro.models.build import Model
+from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
 
@@ -90,13 +91,15 @@ def generate_batch(
         yield from session.step()
 
 
-class _Live(NamedTuple):
-    """A request that is being written."""
+@dataclass
+class _Live:
+    """A request whose prompt is being read, or whose text is being written."""
 
     number: int
     writer: Writer
-    past: Any
-    logits_1V: Tensor
+    past: KVCache
+    prompt: list[int]  # what is not read yet
+    logits_1V: Tensor | None = None  # of its next token
 
 
 class Session:
@@ -157,7 +160,10 @@ class Session:
         self._running = [each for each in self._running if each.number != number]
 
     def step(self) -> list[tuple[int, Piece]]:
-        """Begin one waiting request, if there is room, and write a token of every running one.
+        """Write a token of every running request, and read a chunk of the next one's prompt.
+
+        All pass through the model together, so that a long prompt holds the others up by no more
+        than a chunk.
 
         Returns:
             (number of the request, Piece) of all text that is certain now.
@@ -165,21 +171,35 @@ class Session:
         Raises:
             MoestroError: the logits of a request allow no choice.
         """
-        if self._waiting and len(self._running) < self._most:
+        if self._waiting and len(self._running) < self._most and not self._reading():
             number, tokens, writer = self._waiting.popleft()
-            past, passed = self._decoding.begin(tokens)
-            self._running.append(_Live(number, writer, past, passed.logits_1V))
-        made = [
-            (each.number, piece)
-            for each in self._running
-            for piece in each.writer.choose(each.logits_1V)
+            self._running.append(_Live(number, writer, self._decoding.new(), tokens))
+        made: list[tuple[int, Piece]] = []
+        for each in self._running:
+            if each.logits_1V is not None:
+                made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
+        self._running = [each for each in self._running if not each.writer.done]
+        if self._running:
+            made += self._pass()
+        return made
+
+    def _reading(self) -> bool:
+        """Whether a prompt is not read to its end; at most one at a time."""
+        return any(each.prompt for each in self._running)
+
+    def _pass(self) -> list[tuple[int, Piece]]:
+        """What was chosen, and a chunk of a prompt, through the model."""
+        made: list[tuple[int, Piece]] = []
+        live = self._running
+        tokens = [
+            each.prompt[: self._decoding.chunk(each.prompt)] or [each.writer.token] for each in live
         ]
-        running = [each for each in self._running if not each.writer.done]
-        if running:
-            latest = [[each.writer.token] for each in running]
-            outputs = self._decoding.step(latest, [each.past for each in running])
-            for place, (each, passed) in enumerate(zip(running, outputs, strict=True)):
+        outputs = self._decoding.step(tokens, [each.past for each in live])
+        for each, new, passed in zip(live, tokens, outputs, strict=True):
+            if each.prompt:
+                each.prompt = each.prompt[len(new) :]
+            else:
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
-                running[place] = each._replace(logits_1V=passed.logits_1V)
-        self._running = [each for each in running if not each.writer.done]
+            each.logits_1V = None if each.prompt else passed.logits_1V
+        self._running = [each for each in live if not each.writer.done]
         return made
