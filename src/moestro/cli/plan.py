@@ -140,7 +140,7 @@ def _check(
         raise ConfigError("--price-per-hour is the price of a device; name it with --device")
     if parallel is not None and ranks == 1:
         raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
-    if parallel == "expert" and not any(s.counted.expert for s in subjects):
+    if parallel == "expert" and not any(s.count.expert for s in subjects):
         raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
 
 
@@ -172,16 +172,15 @@ def _list(as_json: bool) -> None:
     """All presets, with what they count."""
     from rich.console import Console
 
-    from moestro.plan.presets import names
+    from moestro.plan.presets import names, preset
     from moestro.plan.sizes import parameters_text
-    from moestro.plan.subject import from_preset
 
-    subjects = [from_preset(name) for name in names()]
+    subjects = [preset(name) for name in names()]
     if as_json:
         facts = [
             {
-                "name": s.name, "rumour": s.rumour, "total": s.counted.total,
-                "active": s.counted.active, "source": s.source, "note": s.note,
+                "name": s.name, "rumour": s.rumour, "total": s.count.total,
+                "active": s.count.active, "source": s.source, "note": s.note,
             }
             for s in subjects
         ]  # fmt: skip
@@ -189,7 +188,7 @@ def _list(as_json: bool) -> None:
         return
     table = _table("preset", "in all", "active")
     for s in subjects:
-        table.add_row(s.title, *map(parameters_text, (s.counted.total, s.counted.active)))
+        table.add_row(s.title, *map(parameters_text, (s.count.total, s.count.active)))
     Console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def open_subjects(names: Sequence[str], accept_fields: Sequence[str] = ()) -> li
     subjects = [open_subject(name, accept_fields) for name in names]
     titles = [subject.name for subject in subjects]
     return [
-        subject if titles.count(subject.name) == 1 else subject._replace(name=name)
+        subject if titles.count(subject.name) == 1 else replace(subject, name=name)
         for subject, name in zip(subjects, names, strict=True)
     ]
 
@@ -33,15 +34,15 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
         CheckpointError: a config.json cannot be read, or the hub has no model of that name.
     """
     from moestro.errors import ConfigError
-    from moestro.plan.presets import is_preset
-    from moestro.plan.subject import from_file, from_preset
+    from moestro.plan.presets import is_preset, preset
+    from moestro.plan.subject import from_file
 
     path, title = Path(name), None
     if not path.exists():
         if path.suffix in (".json", ".toml"):
             raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
         if is_preset(name) or "/" not in name:
-            return from_preset(name)
+            return preset(name)
     # They import torch, which a preset does not need.
     from moestro.checkpoints.hub import check_kind, find_settings
     from moestro.checkpoints.reading import is_pretrained
@@ -56,7 +57,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
         return _published(title, path, accept_fields)
     if path.suffix not in (".json", ".toml"):
         check_kind(path)
-    return from_file(path)._replace(name=title)
+    return from_file(path, title)
 
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
@@ -68,7 +69,7 @@ def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
     described = read_settings(path, accept_fields, for_weights=False)
     stored = quantisation(described.fields)
     note = "" if stored is None else f"Its weights are stored quantised by {stored.words}."
-    return from_settings(title, described.cfg, str(path))._replace(note=note)
+    return from_settings(title, described.cfg, str(path), note)
 
 
 def _config_in(folder: Path) -> Path:

@@ -16,11 +16,11 @@ GROUP, SCALE_BITS = 32, 16
 
 
 class Bits(NamedTuple):
-    """Bits of one weight, scales included: in the embeddings and head, the experts, the rest."""
+    """Bits of one weight, scales included."""
 
-    tables: float
-    experts: float
-    rest: float
+    tables: float  # input embedding, and the head where it is not the same matrix
+    experts: float  # all routed experts
+    rest: float  # attention, dense networks, shared experts, routers, norms
 
 
 def _grouped(bits: int) -> float:
@@ -38,13 +38,7 @@ DTYPES = {
 
 
 class Weights(NamedTuple):
-    """Bytes of a model's weights.
-
-    Attributes:
-        tables: input embedding, and the head where it is not the same matrix.
-        experts: all routed experts.
-        rest: attention, dense networks, shared experts, routers, norms.
-    """
+    """Bytes of a model's weights, in the parts of `Bits`."""
 
     tables: int
     experts: int
@@ -60,13 +54,8 @@ def weights(count: Count, dtype: str) -> Weights:
     """Bytes of the weights in one of `DTYPES`."""
     bits = DTYPES[dtype]
     tables = count.input_embedding + count.output_embedding
-    rest = count.total - tables - count.expert
-    return Weights(
-        *(
-            math.ceil(number * wide / 8)
-            for number, wide in zip((tables, count.expert, rest), bits, strict=True)
-        )
-    )
+    numbers = (tables, count.expert, count.total - tables - count.expert)
+    return Weights(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
 
 
 def dtypes(count: Count) -> list[str]:
@@ -100,21 +89,13 @@ def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int
 
 
 class Training(NamedTuple):
-    """Bytes of a training step on one device, all of the model on it.
+    """Bytes of a training step on one device, all of the model on it."""
 
-    Attributes:
-        weights: fp32, as `moestro train` keeps them.
-        gradients: fp32.
-        optimizer: AdamW's two moments, fp32.
-        activations: kept for the backward pass; None where the settings are not known.
-        checkpointed: the same with `train.runtime.checkpoint_activations`.
-    """
-
-    weights: int
+    weights: int  # fp32, as `moestro train` keeps them; so are gradients and AdamW's two moments
     gradients: int
     optimizer: int
-    activations: int | None
-    checkpointed: int | None
+    activations: int | None  # kept for the backward pass; None where the settings are not known
+    checkpointed: int | None  # the same with `train.runtime.checkpoint_activations`
 
     @property
     def state(self) -> int:
@@ -122,5 +103,6 @@ class Training(NamedTuple):
         return self.weights + self.gradients + self.optimizer
 
 
-STATE_BYTES = Training(weights=4, gradients=4, optimizer=8, activations=None, checkpointed=None)
-"""Of one parameter."""
+def state_bytes(parameters: int) -> dict[str, int]:
+    """What so many parameters take in training, by field of `Training`."""
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}
