@@ -12,7 +12,7 @@ constexpr int64_t TOGETHER = 4;     // queries that share a load, where they see
 
 // Scores of one query → weights that are not yet divided by their sum, which is returned.
 float soften(float *scores, int64_t count, const float *sink) {
-    float most = *std::max_element(scores, scores + count);
+    float most = kernels().largest(scores, count);
     if (sink) most = std::max(most, *sink);
     float sum = kernels().exponentials(scores, most, count);
     if (sink) {
@@ -22,21 +22,23 @@ float soften(float *scores, int64_t count, const float *sink) {
     return sum;
 }
 
-struct Mixing {
+// Positions [from, to) of the values, and the weights of all queries from position `first` on, `stride` apart.
+struct ValueBlock {
     const Queries &q;
     const Past &past;
-    const float *weights;  // of a query from position `first` on, `stride` apart
-    int64_t first, stride;
+    const float *weights;
+    int64_t first, stride, from, to;
     float *out;
 
-    void mix(int64_t query, int64_t count, int64_t from, int64_t to) const {
-        if (from >= to) return;
-        kernels().mix(weights + query * stride + from - first, past.value(from), past.is_fp32,
-                      {count, to - from, q.value_width, past.values_stride, stride}, out + query * q.value_width);
+    // Positions [begin, end) of `count` queries that all see them.
+    void mix(int64_t query, int64_t count, int64_t begin, int64_t end) const {
+        if (begin >= end) return;
+        kernels().mix(weights + query * stride + begin - first, past.value(begin), past.is_fp32,
+                      {count, end - begin, q.value_width, past.values_stride, stride}, out + query * q.value_width);
     }
 
-    // Positions [from, to) of a few queries: what only some see, what all see, what only some see.
-    void pass(int64_t query, int64_t count, int64_t from, int64_t to) const {
+    // A few queries: what only some see, what all see, what only some see.
+    void pass(int64_t query, int64_t count) const {
         const int64_t begin = std::clamp(q.begin(query + count - 1), from, to),
                       end = std::clamp(q.end(query), begin, to);
         for (int64_t i = query; begin > from && i < query + count; i++)
@@ -50,20 +52,21 @@ struct Mixing {
 }  // namespace
 
 void attend(const Queries &q, const Past &past, float *out, AttentionMemory &memory) {
-    const int64_t count = q.count(), first = q.begin(0), end = q.end(count - 1), seen = end - first;
+    const int64_t count = q.count(), first = q.begin(0), end = q.end(count - 1), seen = end - first,
+                  width = q.value_width;
     float *scores = memory.scores.get<float>(count * (seen + 1)), *sums = scores + count * seen;
     kernels().scores(q.data, past.key(first), past.is_fp32, {count, seen, q.width, past.keys_stride, seen, q.scale},
                      scores, memory.columns.get<uint32_t>(q.width * COLUMNS));
     for (int64_t i = 0; i < count; i++)
         sums[i] = soften(scores + i * seen + q.begin(i) - first, q.end(i) - q.begin(i),
                          q.sinks ? q.sinks + i % q.heads : nullptr);
-    std::fill(out, out + count * q.value_width, 0.0f);
-    const Mixing mixing{q, past, scores, first, seen, out};
-    for (int64_t from = first; from < end; from += POSITIONS)
-        for (int64_t i = 0; i < count; i += TOGETHER)
-            mixing.pass(i, std::min(TOGETHER, count - i), from, std::min(from + POSITIONS, end));
+    std::fill(out, out + count * width, 0.0f);
+    for (int64_t from = first; from < end; from += POSITIONS) {
+        const ValueBlock block{q, past, scores, first, seen, from, std::min(from + POSITIONS, end), out};
+        for (int64_t i = 0; i < count; i += TOGETHER) block.pass(i, std::min(TOGETHER, count - i));
+    }
     for (int64_t i = 0; i < count; i++)
-        for (int64_t a = 0; a < q.value_width; a++) out[i * q.value_width + a] /= sums[i];
+        for (int64_t a = 0; a < width; a++) out[i * width + a] /= sums[i];
 }
 
 }  // namespace moestro

@@ -13,6 +13,7 @@
 
 namespace moestro {
 namespace {
+#define MOESTRO_LANES 256  // bits of a register
 #include "elementwise.inc"
 
 // No fused multiply-add is needed: a product of two bf16 numbers is exact in fp32.

@@ -11,6 +11,7 @@
 
 namespace moestro {
 namespace {
+#define MOESTRO_LANES 512  // bits of a register
 #include "elementwise.inc"
 #include "tiles.inc"
 

@@ -61,6 +61,8 @@ struct MixShape {
     int64_t queries, values, width, values_stride, weights_stride;
 };
 using Mix = void (*)(const float *weights, const void *values, bool is_fp32, const MixShape &s, float *out);
+// The largest of n ≥ 1 numbers.
+using Largest = float (*)(const float *x, int64_t n);
 // x → e^(x - max); returns the sum.
 using Exponentials = float (*)(float *x, float max, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.
@@ -77,6 +79,7 @@ struct Kernels {
     Dot dot;
     Scores scores;
     Mix mix;
+    Largest largest;
     Exponentials exponentials;
     Transpose transpose;
     Read read;

@@ -6,6 +6,7 @@
 
 namespace moestro {
 namespace {
+#define MOESTRO_LANES 0
 #include "elementwise.inc"
 
 inline float half_to_float(uint16_t half) {
