@@ -41,7 +41,7 @@ DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
 
 
-class Row(NamedTuple):
+class Score(NamedTuple):
     """Bits per byte by domain, `all` first."""
 
     weights: str
@@ -73,7 +73,7 @@ def eval(
         cfg = settings_of(checkpoint, accept_field or ())
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
-    rows = [Row(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
+    rows = [Score(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(_facts(checkpoint, read, rows)))
     else:
@@ -120,14 +120,14 @@ def _open(checkpoint: Path, kind: str, accept_fields: list[str] | None) -> Model
     return read_packed_shown(checkpoint, format, accept_fields)
 
 
-def _over(row: Row, first: Row) -> float:
+def _over(row: Score, first: Score) -> float:
     """How much more bits than the first kind needs, as a part of them."""
     from moestro.train.evaluate import ALL
 
     return row.bits[ALL] / first.bits[ALL] - 1
 
 
-def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
+def _facts(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]:
     return {
         "checkpoint": str(checkpoint),
         "tokens": tokens,
@@ -138,7 +138,7 @@ def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _print(checkpoint: Path, tokens: int, rows: list[Row]) -> None:
+def _print(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

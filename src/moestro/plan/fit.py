@@ -12,7 +12,7 @@ from moestro.plan.memory import Training, cache_bytes, dtypes, number_bytes, wei
 from moestro.plan.parallel import rank
 
 
-class Row(NamedTuple):
+class Serving(NamedTuple):
     """Serving with weights of one dtype.
 
     Attributes:
@@ -58,7 +58,7 @@ class Fit(NamedTuple):
     """
 
     memory_bytes: int
-    rows: tuple[Row, ...]
+    rows: tuple[Serving, ...]
     changes: tuple[Change, ...]
     training: bool | None
     training_checkpointed: bool | None
@@ -110,14 +110,14 @@ def _row(
     batch: int,
     dtype: str,
     memory_bytes: int,
-) -> Row:
+) -> Serving:
     need = weights(count, dtype).total
     if cfg is None:
-        return Row(dtype, need, need <= memory_bytes, None, None)
+        return Serving(dtype, need, need <= memory_bytes, None, None)
     model, left = cfg, memory_bytes - need
     need += cache_bytes(model, context, batch, dtype)
     longest = model.attention.context
-    return Row(
+    return Serving(
         dtype,
         need,
         need <= memory_bytes,
@@ -143,8 +143,8 @@ def _changes(
     count: Count,
     context: int,
     batch: int,
-    asked: Row,
-    rows: dict[str, Row],
+    asked: Serving,
+    rows: dict[str, Serving],
     memory_bytes: int,
 ) -> tuple[Change, ...]:
     """What helps, each alone; nothing that does not."""
@@ -168,7 +168,7 @@ def _changes(
     return tuple(changes)
 
 
-def _offload(count: Count, row: Row, memory_bytes: int, first: str = "") -> list[Change]:
+def _offload(count: Count, row: Serving, memory_bytes: int, first: str = "") -> list[Change]:
     """Which share of the experts would have to lie elsewhere; nothing where all is too little."""
     missing, experts = row.need_bytes - memory_bytes, weights(count, row.dtype).experts
     if missing > experts:

@@ -116,17 +116,17 @@ class Grid(NamedTuple):
 def grid(rows: Iterable[Row], view: View, style: Style) -> Grid:
     """What a view shows of the rows."""
     shown = filter(view.where, rows)
-    groups = list(
-        islice(_groups(shown, view.by) if view.by else ([row] for row in shown), view.most)
-    )
+    every = _groups(shown, view.by) if view.by else ([row] for row in shown)
+    groups = list(islice(every, view.most))
     cells = [cell.split(": ", 1) for cell in view.cells.split(" | ")]
-    if groups:
-        cells = [cell for cell in cells if style.names(cell[1]) <= groups[0][0].keys()]
+    cells = [cell for cell in cells if not groups or style.names(cell[1]) <= groups[0][0].keys()]
 
     def texts(group: list[Row], heading: str, template: str) -> list[str]:
         return [style.vformat(template, (), row) for row in group[: None if "{" in heading else 1]]
 
-    headings = [text for name, _ in cells for text in texts(groups[0], name, name)]
+    headings = [
+        text for name, _ in cells for text in (texts(groups[0], name, name) if groups else [name])
+    ]
     repeated = len(headings) - len(cells) + 1 if "{" in cells[-1][0] else 0
     body = [[text for cell in cells for text in texts(group, *cell)] for group in groups]
     return Grid(view.title, headings, body, repeated)
