@@ -9,6 +9,7 @@ SANITIZED := build/sanitized
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 EXTRAS := dev,gguf,hf
+NATIVE := $(wildcard native/*.cpp native/*.h native/*.inc)
 # A process for each core, of one thread each.
 WORKERS ?= auto
 SUITE := OMP_NUM_THREADS=1
@@ -70,16 +71,18 @@ check-native: $(STAMP) ## the native kernels' tests under the address and undefi
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider \
 	  tests/kernels/test_packing.py tests/kernels/test_native_*.py
 
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff, and clang-format for native/
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 types: $(STAMP) ## mypy --strict
 	@$(BIN)/mypy
 
 check: lint types test ## what CI runs
 
-format: $(STAMP) ## let ruff rewrite
+format: $(STAMP) ## let ruff and clang-format rewrite
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(NATIVE)
 
 bench: $(STAMP) ## the CPU benchmarks, tables and benchmarks/results/*.json
 	@$(BIN)/python benchmarks/train_step.py

@@ -26,8 +26,9 @@ import torch
 from step_memory import resident
 
 from moestro import Decoder, ModelConfig
-from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.tensor_files import open_folder
+from moestro.checkpoints.writing import write_pretrained
 from moestro.models.materialize import materialize, without_memory
 
 SHARDS = 4
@@ -110,7 +111,7 @@ def fill(path: Path, memory: memoryview, offset: int) -> None:
 
 def ours(folder: Path) -> Any:
     """This project's loader."""
-    return read_pretrained(folder).model
+    return open_checkpoint(folder).model
 
 
 def theirs(folder: Path) -> Any:

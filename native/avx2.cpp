@@ -31,7 +31,7 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
                 __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
                 for (int m = 0; m < M; m++) {
-                    const float *row = x.wide + (at + m) * x.k + k + i;
+                    const float *row = x.values + (at + m) * x.k + k + i;
                     even[m] = _mm256_add_ps(even[m], _mm256_mul_ps(_mm256_broadcast_ss(row), first));
                     odd[m] = _mm256_add_ps(odd[m], _mm256_mul_ps(_mm256_broadcast_ss(row + 1), second));
                 }
@@ -51,15 +51,41 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
         for (int64_t k = 0; k < x.k; k++)
             for (int m = 0; m < M; m++)
                 for (int h = 0; h < 2; h++)
-                    sum[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(x.wide + (at + m) * x.k + k),
+                    sum[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(x.values + (at + m) * x.k + k),
                                                 _mm256_loadu_ps(weights + k * COLUMNS + part + h * 8), sum[m][h]);
         for (int m = 0; m < M; m++)
             for (int h = 0; h < 2; h++) _mm256_storeu_ps(out + (at + m) * ld + part + h * 8, sum[m][h]);
     }
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
-    turn_words(from, row_bytes, rows, 0, words, to);
+// 8 rows of 8 words to 8 columns: pairs of words, of pairs, of halves.
+inline void transpose8(const uint8_t *from, int64_t row_bytes, uint32_t *to) {
+    __m256 r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(from + i * row_bytes));
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m256 low = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+        const __m256 high = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + i * COLUMNS), low);
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + (4 + i) * COLUMNS), high);
+    }
+}
+
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    int64_t w = 0;
+    if (rows == COLUMNS)
+        for (; w + 8 <= words && (w + 8) * 4 <= row_bytes; w += 8)
+            for (int64_t n = 0; n < COLUMNS; n += 8)
+                transpose8(from + n * row_bytes + w * 4, row_bytes, to + w * COLUMNS + n);
+    transpose_words(from, row_bytes, rows, w, words, to);
 }
 
 // Sum of four products of a byte from 0 and a signed one per column, exact: pairs stay within 16 bits.
@@ -95,13 +121,13 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t *block = b.data + g * (64 + lines);
             __m256i dot[M];
-            for (int m = 0; m < M; m++)
-                dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
+            for (int m = 0; m < M; m++) dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
             for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
                 const uint8_t *line = block + 64 + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
                 __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
                 // One row waits for memory: ask for the block that follows this one.
-                if (M == 1 && part % 16 == 0) _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
+                if (M == 1 && part % 16 == 0)
+                    _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
@@ -142,5 +168,5 @@ const Kernels avx2_vnni = portable;
 #else
 const Kernels avx2 = portable;
 #endif
-}
+}  // namespace moestro
 #endif

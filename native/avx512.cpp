@@ -14,7 +14,7 @@ namespace {
 #include "elementwise.inc"
 #include "tiles.inc"
 
-constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of a stream of weights
+constexpr int64_t PREFETCH_DISTANCE = 4096;  // bytes to prefetch ahead of a stream of weights
 
 template <int M>
 void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
@@ -28,20 +28,19 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
             for (int h = 0; h < 2; h++) even[m][h] = odd[m][h] = _mm512_setzero_ps();
         for (int64_t i = 0; i < PAIRS; i += 2, line += 128) {
             for (int h = 0; h < 2; h++) {
-                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + PREFETCH_DISTANCE), _MM_HINT_T0);
                 __m512i pair = _mm512_loadu_si512(line + h * 64);
                 __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
                 __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
                 for (int m = 0; m < M; m++) {
-                    const float *row = x.wide + (at + m) * x.k + k + i;
+                    const float *row = x.values + (at + m) * x.k + k + i;
                     even[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(row[0]), first, even[m][h]);
                     odd[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(row[1]), second, odd[m][h]);
                 }
             }
         }
         for (int m = 0; m < M; m++)
-            for (int h = 0; h < 2; h++)
-                sum[m][h] = _mm512_add_ps(sum[m][h], _mm512_add_ps(even[m][h], odd[m][h]));
+            for (int h = 0; h < 2; h++) sum[m][h] = _mm512_add_ps(sum[m][h], _mm512_add_ps(even[m][h], odd[m][h]));
     }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
@@ -54,32 +53,33 @@ void f32_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld)
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < x.k; k++, line += 128)
         for (int h = 0; h < 2; h++) {
-            _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + PREFETCH_DISTANCE), _MM_HINT_T0);
             __m512 w = _mm512_loadu_ps(line + h * 64);
-            for (int m = 0; m < M; m++) sum[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(x.wide[(at + m) * x.k + k]), w, sum[m][h]);
+            for (int m = 0; m < M; m++)
+                sum[m][h] = _mm512_fmadd_ps(_mm512_set1_ps(x.values[(at + m) * x.k + k]), w, sum[m][h]);
         }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + (at + m) * ld + h * 16, sum[m][h]);
 }
 
-inline void turn_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
+inline void transpose_square(const uint8_t *from, int64_t row_bytes, const uint8_t *next, uint32_t *to) {
     __m512i r[16];
     for (int i = 0; i < 16; i++) {
         _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T1);
         r[i] = _mm512_loadu_si512(from + i * row_bytes);
     }
-    turn_words16(r);
+    transpose16(r);
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 32, r[i]);
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
     int64_t w = 0;
     const uint8_t *next = from + COLUMNS * row_bytes;  // the rows of the next block, in their order
     if (rows == COLUMNS)
         for (; w + 16 <= words && (w + 16) * 4 <= row_bytes; w += 16)
             for (int64_t h = 0; h < 2; h++, next += 1024)
-                turn_square(from + h * 16 * row_bytes + w * 4, row_bytes, next, to + w * 32 + h * 16);
-    turn_words(from, row_bytes, rows, w, words, to);
+                transpose_square(from + h * 16 * row_bytes + w * 4, row_bytes, next, to + w * 32 + h * 16);
+    transpose_words(from, row_bytes, rows, w, words, to);
 }
 
 inline __m512i four(const int8_t *bytes) {
@@ -101,14 +101,14 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         __m512 scale[2];
         for (int h = 0; h < 2; h++)
             scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32)));
-        _mm_prefetch(reinterpret_cast<const char *>(line + AHEAD), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char *>(line + PREFETCH_DISTANCE), _MM_HINT_T0);
         line += 64;
         __m512i dot[M][2];
         for (int m = 0; m < M; m++)
             dot[m][0] = dot[m][1] = _mm512_set1_epi32((NIBBLES ? -8 : -128) * x.sums[(at + m) * groups + g]);
         for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1, line += 128) {
             for (int h = 0; h < 2; h++) {
-                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + AHEAD), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + PREFETCH_DISTANCE), _MM_HINT_T0);
                 __m512i w = _mm512_loadu_si512(line + h * 64);
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
@@ -138,11 +138,11 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
 
 // ---- AMX.
 
-constexpr int64_t FEW = 8;  // rows below which tiles would be mostly empty
+constexpr int64_t MIN_AMX_ROWS = 8;  // rows below which tiles would be mostly empty
 
 // Blocks lie one after another: while one is multiplied, the next is brought into the cache, a part
 // of it in each pass over the rows.
-struct Ahead {
+struct Prefetch {
     const uint8_t *at;
     int64_t bytes;  // for each step
     void fetch() {
@@ -152,7 +152,7 @@ struct Ahead {
 };
 
 template <bool TWO>
-void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_t ld, Ahead next) {
+void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_t ld, Prefetch next) {
     ZERO(0);
     ZERO(1);
     if (TWO) {
@@ -182,7 +182,7 @@ void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_
 }
 
 // One group of weights as signed bytes, 32 columns by `group` inputs.
-inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
+inline void unpack_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
     const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
     for (int64_t i = 0; i < group / 8; i++)
         for (int h = 0; h < 2; h++) {
@@ -194,7 +194,8 @@ inline void spread_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
 }
 
 // sum += whole numbers of one group · its scales, for `m` rows of 32 columns.
-inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups, const int32_t *dot, float *sum) {
+inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups,
+                        const int32_t *dot, float *sum) {
     __m512 scale[2];
     for (int h = 0; h < 2; h++)
         scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales + h * 32)));
@@ -211,17 +212,17 @@ inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_
 
 // While the tiles multiply one group, the vector units scale the one before.
 template <bool TWO>
-void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld, Ahead next) {
+void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out, int64_t ld, Prefetch next) {
     alignas(64) int32_t dots[2][32 * 32];
     alignas(64) float sum[32 * 32];
-    alignas(64) int8_t spread[64 * 32];
+    alignas(64) int8_t unpacked[64 * 32];
     const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
     for (int64_t i = 0; i < m * 32; i += 16) _mm512_store_ps(sum + i, _mm512_setzero_ps());
     const uint8_t *line = b.data;
     for (int64_t g = 0; g < groups; g++, line += 64 + lines) {
         auto weights = reinterpret_cast<const int8_t *>(line + 64);
         next.fetch();
-        if (b.kind == MOESTRO_INT4) spread_nibbles(line + 64, b.group, spread), weights = spread;
+        if (b.kind == MOESTRO_INT4) unpack_nibbles(line + 64, b.group, unpacked), weights = unpacked;
         ZERO(0);
         ZERO(1);
         LOAD(4, x.at(at, g, b.group), b.group);
@@ -251,11 +252,11 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
 }
 
 void multiply_amx(const Block &b, const Rows &x, float *out, int64_t ld) {
-    if (x.m < FEW || b.kind == MOESTRO_F32) return multiply(b, x, out, ld);
+    if (x.m < MIN_AMX_ROWS || b.kind == MOESTRO_F32) return multiply(b, x, out, ld);
     const bool bf16 = b.kind == MOESTRO_BF16;
     const int64_t steps = x.k / (bf16 ? PAIRS : b.group);
     const int64_t bytes = bf16 ? x.k * 64 : steps * (64 + b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1));
-    Ahead next{b.data + bytes, round_up(bytes / (round_up(x.m, 32) / 32) / steps, 64)};
+    Prefetch next{b.data + bytes, round_up(bytes / (round_up(x.m, 32) / 32) / steps, 64)};
     int64_t shaped = 0;
     for (int64_t at = 0; at < x.m; at += 32, next.at += next.bytes * steps) {
         const int64_t m = x.m - at < 32 ? x.m - at : 32;
@@ -286,5 +287,5 @@ const Kernels amx = {multiply_amx, ELEMENTWISE};
 namespace moestro {
 bool amx_allowed() { return false; }
 const Kernels avx512 = portable, amx = portable;
-}
+}  // namespace moestro
 #endif

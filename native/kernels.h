@@ -9,23 +9,21 @@ constexpr int64_t PAIRS = 32;    // inputs after which bf16 sums are folded, as 
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-constexpr int64_t TILE = 16;     // rows of an AMX tile
+constexpr int64_t TILE = 16;  // rows of an AMX tile
 
-// Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `wide` [m, k]; fp32:
-// `wide` alone. int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum per group.
+// Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `values` [m, k]; fp32:
+// `values` alone. int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum per group.
 // `bits` and `bytes` lie as tiles, 16 rows of 32 inputs or of one group, one tile after another.
 struct Rows {
     const uint16_t *bits = nullptr;
-    const float *wide = nullptr;
+    const float *values = nullptr;
     const int8_t *bytes = nullptr;
     const float *scales = nullptr;  // [m, k / group]
     const int32_t *sums = nullptr;  // [m, k / group]
     int64_t k = 0;                  // padded inputs
     int64_t m = 0;
 
-    const int8_t *at(int64_t row, int64_t g, int64_t group) const {
-        return bytes + tile_offset(row, g, group, k);
-    }
+    const int8_t *at(int64_t row, int64_t g, int64_t group) const { return bytes + tile_offset(row, g, group, k); }
     // Where a row's part `step` of `width` inputs begins.
     static int64_t tile_offset(int64_t row, int64_t step, int64_t width, int64_t k) {
         return row / TILE * TILE * k + (step * TILE + row % TILE) * width;
@@ -42,7 +40,7 @@ using Multiply = void (*)(const Block &, const Rows &, float *out, int64_t ld);
 // Apply an activation: out[f] from up to 32 gate and up values (plain kinds read `gate` only).
 using Activate = void (*)(int32_t activation, const float *gate, const float *up, float *out, int64_t n);
 // fp32 [k] → bf16 bits and their fp32 values.
-using Round = void (*)(const float *x, int64_t k, uint16_t *bits, float *wide);
+using Round = void (*)(const float *x, int64_t k, uint16_t *bits, float *values);
 // fp32 [k] → bytes, one scale and one sum per group.
 using Quantise = void (*)(const float *x, int64_t k, int64_t group, int8_t *bytes, float *scales, int32_t *sums);
 // y += w · x.
@@ -50,14 +48,23 @@ using Add = void (*)(float w, const float *x, float *y, int64_t n);
 
 // Sum of products in one fixed order.
 using Dot = float (*)(const float *a, const float *b, int64_t n);
-// Scores of a query against `count` keys, and the weighted sum of as many values; both `n` wide and
-// `stride` numbers apart, fp32 (`wide`) or bf16.
-using Scores = void (*)(const float *query, const void *keys, bool wide, int64_t stride, int64_t count, int64_t n, float scale, float *scores);
-using Mix = void (*)(const float *weights, const void *values, bool wide, int64_t stride, int64_t count, int64_t n, float *out);
-// x → e^(x - most); returns the sum.
-using Exponentials = float (*)(float *x, float most, int64_t n);
+// Several queries [queries, width] against several keys: scores [queries, keys] = scale · query · key.
+struct ScoreShape {
+    int64_t queries, keys, width, keys_stride, scores_stride;
+    float scale;
+};
+// Keys are fp32 or bf16; `columns` is memory for 32 of them, width · 32 words.
+using Scores = void (*)(const float *queries, const void *keys, bool is_fp32, const ScoreShape &s, float *scores,
+                        uint32_t *columns);
+// out [queries, width] += weights [queries, values] · values.
+struct MixShape {
+    int64_t queries, values, width, values_stride, weights_stride;
+};
+using Mix = void (*)(const float *weights, const void *values, bool is_fp32, const MixShape &s, float *out);
+// x → e^(x - max); returns the sum.
+using Exponentials = float (*)(float *x, float max, int64_t n);
 // Rows of 32-bit words to columns: to[word * 32 + row], zeros for the rows that are missing.
-using Turn = void (*)(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to);
+using Transpose = void (*)(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to);
 // Some sum of all bytes, as fast as they can be read.
 using Read = uint64_t (*)(const void *data, int64_t bytes);
 
@@ -71,7 +78,7 @@ struct Kernels {
     Scores scores;
     Mix mix;
     Exponentials exponentials;
-    Turn turn;
+    Transpose transpose;
     Read read;
 };
 

@@ -10,13 +10,13 @@ void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const 
     const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
     const Blocks weights(w.data, w.kind, w.group, w.n, w.k);
     std::vector<float> part(size_t(std::min(m, SLICE) * COLUMNS));
-    Buffer &turned = own_memory();
+    Buffer &transposed = thread_buffer();
     int64_t from, to;
     while (team.take(blocks * slices, STREAM, &from, &to))
         for (; from < to; from++) {
             const int64_t b = from % blocks, first = from / blocks * SLICE, rows = std::min(SLICE, m - first);
             const int64_t n = std::min(COLUMNS, w.n - b * COLUMNS);
-            kernels().multiply(weights.at(b, turned), x.part(first, rows), part.data(), COLUMNS);
+            kernels().multiply(weights.at(b, transposed), x.part(first, rows), part.data(), COLUMNS);
             for (int64_t i = 0; i < rows; i++) {
                 float *to_row = out + (first + i) * ld + b * COLUMNS;
                 for (int64_t c = 0; c < n; c++)
@@ -38,8 +38,8 @@ void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_
         row += round_up(rows, TILE);
         rows = first;
     }
-    place_.resize(size_t(count));
-    for (int64_t a = 0; a < count; a++) place_[size_t(a)] = next[size_t(experts[a])]++;
+    row_.resize(size_t(count));
+    for (int64_t a = 0; a < count; a++) row_[size_t(a)] = next[size_t(experts[a])]++;
     input_.shape(w.kind, w.group, row, w.dim);
     hidden_.shape(w.kind, w.group, row, w.hidden);
     up_ = up_buffer_.get<float>(row * hidden_.rows.k);
@@ -50,7 +50,8 @@ Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
     if (plain(w_.kind)) {
         const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden, w_.dim};
+        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden,
+                w_.dim};
     }
     auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
     return {slab + half * block_bytes(w_.kind, w_.group, w_.dim), w_.kind, w_.group, w_.hidden, w_.dim, halves};
@@ -66,41 +67,43 @@ Blocks Mixture::down_blocks(int64_t e) const {
     return {slab + up, w_.kind, w_.group, w_.dim, w_.hidden};
 }
 
-void Mixture::up(const Task &task, int64_t b, float *out, Buffer &turned) {
+void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {
     const int64_t halves = gated(w_.activation) ? 2 : 1, width = halves * COLUMNS;
     const int64_t n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
     const Rows rows = input_.part(task.first, task.rows);
     for (int64_t i = 0; i < halves; i++)
-        kernels().multiply(up_blocks(task.expert, i).at(b, turned), rows, out + i * COLUMNS, width);
+        kernels().multiply(up_blocks(task.expert, i).at(b, transposed), rows, out + i * COLUMNS, width);
     const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
     for (int64_t r = 0; r < task.rows; r++) {
         float *line = out + r * width;
         for (int64_t i = 0; bias && i < halves; i++)
             for (int64_t c = 0; c < n; c++) line[i * COLUMNS + c] += bias[i * w_.hidden + c];
-        kernels().activate(w_.activation, line, line + COLUMNS, up_ + (task.first + r) * hidden_.rows.k + b * COLUMNS, n);
+        kernels().activate(w_.activation, line, line + COLUMNS, up_ + (task.first + r) * hidden_.rows.k + b * COLUMNS,
+                           n);
     }
 }
 
 void Mixture::compute(Team &team) {
-    const int64_t wide = blocks_of(w_.hidden), narrow = blocks_of(w_.dim), ld = narrow * COLUMNS, k = hidden_.rows.k;
+    const int64_t up_count = blocks_of(w_.hidden), down_count = blocks_of(w_.dim), ld = down_count * COLUMNS,
+                  k = hidden_.rows.k;
     const auto tasks = int64_t(tasks_.size());
     std::vector<float> out(size_t(SLICE * COLUMNS * 2));
-    Buffer &turned = own_memory();
+    Buffer &transposed = thread_buffer();
     int64_t from, to;
-    while (team.take(tasks * wide, STREAM, &from, &to))
-        for (; from < to; from++) up(tasks_[size_t(from / wide)], from % wide, out.data(), turned);
+    while (team.take(tasks * up_count, STREAM, &from, &to))
+        for (; from < to; from++) up(tasks_[size_t(from / up_count)], from % up_count, out.data(), transposed);
     team.wait();
     while (team.take(count_, 1, &from, &to)) {
-        float *row = up_ + place_[size_t(from)] * k;
+        float *row = up_ + row_[size_t(from)] * k;
         std::fill(row + w_.hidden, row + k, 0.0f);
-        hidden_.set(place_[size_t(from)], row);
+        hidden_.set(row_[size_t(from)], row);
     }
     team.wait();
-    while (team.take(tasks * narrow, STREAM, &from, &to))
+    while (team.take(tasks * down_count, STREAM, &from, &to))
         for (; from < to; from++) {
-            const Task &task = tasks_[size_t(from / narrow)];
-            const int64_t b = from % narrow;
-            kernels().multiply(down_blocks(task.expert).at(b, turned), hidden_.part(task.first, task.rows),
+            const Task &task = tasks_[size_t(from / down_count)];
+            const int64_t b = from % down_count;
+            kernels().multiply(down_blocks(task.expert).at(b, transposed), hidden_.part(task.first, task.rows),
                                down_ + task.first * ld + b * COLUMNS, ld);
         }
     team.wait();
@@ -108,8 +111,9 @@ void Mixture::compute(Team &team) {
 
 void Mixture::add(int64_t token, const float *weights, float *y) const {
     const int64_t ld = blocks_of(w_.dim) * COLUMNS;
-    for (int64_t a = std::lower_bound(tokens_, tokens_ + count_, token) - tokens_; a < count_ && tokens_[a] == token; a++) {
-        const float *line = down_ + place_[size_t(a)] * ld;
+    for (int64_t a = std::lower_bound(tokens_, tokens_ + count_, token) - tokens_; a < count_ && tokens_[a] == token;
+         a++) {
+        const float *line = down_ + row_[size_t(a)] * ld;
         if (w_.down_bias) kernels().add(weights[a], w_.down_bias + experts_[a] * w_.dim, y, w_.dim);
         kernels().add(weights[a], line, y, w_.dim);
     }
@@ -161,16 +165,21 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
     if (t == 0) return 0;
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
+    static Prepared &input = *new Prepared;
     try {
         mixture.plan(*w, tokens, experts, assignments);
+        input.shape(w->kind, w->group, t, w->dim);
         run(INT32_MAX, [&](Team &team, int) {
-            std::vector<float> row(size_t(std::max(mixture.padded(), w->dim)));
+            std::vector<float> row(size_t(input.rows.k));
             int64_t from, to;
-            while (team.take(assignments, 4, &from, &to))
+            while (team.take(t, 4, &from, &to))
                 for (; from < to; from++) {
-                    read_row(dtype, x, tokens[from], w->dim, mixture.padded(), row.data());
-                    mixture.set(from, row.data());
+                    read_row(dtype, x, from, w->dim, input.rows.k, row.data());
+                    input.set(from, row.data());
                 }
+            team.wait();
+            while (team.take(assignments, 4, &from, &to))
+                for (; from < to; from++) mixture.set(from, input);
             team.wait();
             mixture.compute(team);
             while (team.take(t, 4, &from, &to))

@@ -17,9 +17,8 @@ class Mixture {
 public:
     // By one thread: group the assignments by expert and make room. Throws std::bad_alloc.
     void plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count);
-    // The input of assignment `a`, padded() values.
-    int64_t padded() const { return input_.rows.k; }
-    void set(int64_t a, const float *x) { input_.set(place_[size_t(a)], x); }
+    // The input of assignment `a`: its token's row.
+    void set(int64_t a, const Prepared &tokens) { input_.copy(row_[size_t(a)], tokens, tokens_[a]); }
     // All threads: gate and up, activation, down; ends with a wait.
     void compute(Team &team);
     // y [dim] += Σ weight · expert over the assignments of one token, in their order.
@@ -29,7 +28,7 @@ private:
     struct Task {
         int64_t expert, first, rows;
     };
-    void up(const Task &task, int64_t block, float *out, Buffer &turned);
+    void up(const Task &task, int64_t block, float *out, Buffer &transposed);
     Blocks up_blocks(int64_t expert, int64_t half) const;
     Blocks down_blocks(int64_t expert) const;
 
@@ -39,7 +38,7 @@ private:
     Prepared input_, hidden_;
     Buffer up_buffer_, down_buffer_;
     float *up_ = nullptr, *down_ = nullptr;
-    std::vector<int64_t> place_;  // row of each assignment; each expert's rows begin a tile
+    std::vector<int64_t> row_;  // row of each assignment; each expert's rows begin a tile
     std::vector<Task> tasks_;
 };
 

@@ -2,12 +2,6 @@
 #include "moestro.h"
 
 #include <atomic>
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <mutex>
-#include <new>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -28,9 +22,7 @@ bool has_amx() {
     const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
     return (d & wanted) == wanted && amx_allowed();
 }
-#endif
 
-#if defined(__x86_64__)
 bool has_avx_vnni() {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
@@ -97,13 +89,13 @@ int32_t moestro_use_threads(int32_t count, void *team) { return use_threads(coun
 
 uint64_t moestro_read(const void *data, int64_t bytes) {
     std::atomic<uint64_t> total{0};
-    const int64_t piece = 1 << 18, pieces = bytes / piece;
+    const int64_t chunk = 1 << 18, chunks = bytes / chunk;
     Lock lock(one_at_a_time());
-    run(pieces, [&](Team &team, int) {
+    run(chunks, [&](Team &team, int) {
         uint64_t sum = 0;
         int64_t from, to;
-        while (team.take(pieces, 1, &from, &to))
-            sum += kernels().read(static_cast<const char *>(data) + from * piece, piece);
+        while (team.take(chunks, 1, &from, &to))
+            sum += kernels().read(static_cast<const char *>(data) + from * chunk, chunk);
         total += sum;
     });
     return total;

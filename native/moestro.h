@@ -4,10 +4,9 @@
  * Letters: N outputs and K inputs of a matrix, M rows, T tokens, D width, F hidden width, E
  * experts, A assignments (token, expert, weight), Q group length.
  *
- * Every path (AMX, AVX-512, AVX2, portable) gives the same bits (training has AMX alone), whatever the number of rows, the
- * other rows and the number of threads: sums run in one fixed order. One exception: products of bf16
- * numbers below 1.2e-38, where fp32 loses precision, are zero to AMX, and
- * AVX-512 rounds bf16 products there once less.
+ * Every path (AMX, AVX-512, AVX2, portable) gives the same bits (training has AMX alone), whatever the number of rows,
+ * the other rows and the number of threads: sums run in one fixed order. One exception: products of bf16 numbers
+ * below 1.2e-38, where fp32 loses precision, are zero to AMX, and AVX-512 rounds bf16 products there once less.
  *
  * Functions return 0, or a negative MOESTRO_E... code; what is written then is of no use. Any number
  * of threads may call; they take turns. A child made by fork computes on one thread until it asks
@@ -22,13 +21,19 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 4
+#define MOESTRO_ABI 5
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
-enum { MOESTRO_BF16 = 0, MOESTRO_INT8 = 1, MOESTRO_INT4 = 2, MOESTRO_F32 = 3, MOESTRO_PLAIN_BF16 = 4,
-       MOESTRO_PLAIN_F32 = 5 };
-enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1 };            /* dtypes of rows */
+enum {
+    MOESTRO_BF16 = 0,
+    MOESTRO_INT8 = 1,
+    MOESTRO_INT4 = 2,
+    MOESTRO_F32 = 3,
+    MOESTRO_PLAIN_BF16 = 4,
+    MOESTRO_PLAIN_F32 = 5
+};
+enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1 }; /* dtypes of rows */
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
@@ -36,20 +41,20 @@ enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
 /* A packed matrix: blocks of 32 output columns, each one stream of K inputs. */
 typedef struct {
     const void *data;
-    int64_t n, k;     /* outputs, inputs (before padding) */
-    int32_t kind;     /* MOESTRO_BF16 … */
-    int32_t group;    /* Q: 32 or 64; ignored for bf16 */
+    int64_t n, k;  /* outputs, inputs (before padding) */
+    int32_t kind;  /* MOESTRO_BF16 … */
+    int32_t group; /* Q: 32 or 64; ignored for bf16 */
 } moestro_matrix;
 
 /* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down. */
 typedef struct {
     const void *data;
-    const void *down;        /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
-    int64_t slab_bytes;      /* distance between packed experts */
+    const void *down;   /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
+    int64_t slab_bytes; /* distance between packed experts */
     int64_t experts, dim, hidden;
     int32_t kind, group, activation, reserved;
-    const float *up_bias;    /* [E, 2F] or [E, F]; null: none */
-    const float *down_bias;  /* [E, D]; null: none */
+    const float *up_bias;   /* [E, 2F] or [E, F]; null: none */
+    const float *down_bias; /* [E, D]; null: none */
 } moestro_experts;
 
 MOESTRO_API int32_t moestro_abi(void);
@@ -65,61 +70,69 @@ MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
 /* Pack rows [n, k] (fp32 or bf16, row stride in elements) at dst. `step` 2 leaves every other
  * block free for a second matrix (gate and up). Input that is not finite is refused
  * (EBAD), and so are sizes above 65504 for int8 and int4. */
-MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n,
-                     int64_t k, int64_t stride, void *dst, int64_t step);
+MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k,
+                                 int64_t stride, void *dst, int64_t step);
 /* The fp32 matrix [n, k] that the packed one stands for. */
-MOESTRO_API int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k,
-                       int64_t step, float *dst);
+MOESTRO_API int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k, int64_t step,
+                                   float *dst);
 
 /* y [m, n] = x [m, k] · wᵀ + bias. x and y have the same dtype; bias fp32 or null. */
 MOESTRO_API int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y,
-                       const float *bias);
+                                   const float *bias);
 
 /* y [t, dim] = Σ over a token's assignments, in their order, of weight · expert(x[token]).
  * tokens must not fall; experts are in [0, E). A token without an assignment gets zero. */
 MOESTRO_API int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t,
-                        const int64_t *tokens, const int64_t *experts, const float *weights,
-                        int64_t assignments, void *y);
+                                    const int64_t *tokens, const int64_t *experts, const float *weights,
+                                    int64_t assignments, void *y);
 
 /* One layer of a decoder. Pointers to fp32 may be null where the layer has no such part. */
 typedef struct {
-    const float *attention_norm, *ffn_norm;      /* [D] RMSNorm gains */
-    moestro_matrix qkv, out;                     /* [(H + 2G)·A, D], [D, H·A] */
+    const float *attention_norm, *ffn_norm;           /* [D] gains */
+    const float *attention_norm_bias, *ffn_norm_bias; /* [D]: layer norms; null: RMSNorms */
+    moestro_matrix qkv, out;                          /* [(H + 2G)·A, D], [D, H·A] */
     const float *qkv_bias, *out_bias;
-    const float *q_norm, *k_norm;                /* [A], of each head */
-    const float *sinks;                          /* [H] */
-    int64_t window;                              /* positions seen, itself included; 0: all */
-    const float *router;                         /* [E, D]; null: a dense layer, experts.experts is 1 */
-    const float *logit_bias, *selection_bias;    /* [E] */
+    const float *q_norm, *k_norm;             /* [A], of each head; norm_all: [H·A], [G·A] */
+    const float *sinks;                       /* [H] */
+    int64_t window;                           /* positions seen, itself included; 0: all */
+    const float *router;                      /* [E, D]; null: a dense layer, experts.experts is 1 */
+    const float *logit_bias, *selection_bias; /* [E] */
     moestro_experts experts;
-    moestro_experts shared;                      /* data null: none */
-    const float *shared_gate;                    /* [D] */
+    moestro_experts shared;   /* data null: none */
+    const float *shared_gate; /* [D] */
 } moestro_layer;
 
 /* A decoder: grouped-query attention with rotary positions, RMSNorm, softmax or sigmoid router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
     int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
+    int32_t norm_all;                                 /* queries, and keys, have one norm over all heads */
+    /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
+     * its best `group_best` experts. */
+    int32_t expert_groups, top_groups, group_best;
     float router_scale, eps, score_scale, head_scale;
     const moestro_layer *layer;
-    const float *norm;
+    const float *norm, *norm_bias; /* as a layer's */
     moestro_matrix head;
     const float *head_bias;
 } moestro_decoder;
 
 /* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
- * by side: `kept` of them before `place`, where the new one is written. */
+ * by side: `kept` of them before `place`, where the first of `rows` new ones is written. */
 typedef struct {
     void *const *keys;
     void *const *values;
     const int64_t *room, *place, *kept;
+    int64_t rows;
 } moestro_past;
 
-/* One new token for each of b sequences. x [b, D] fp32 are their embeddings; cosines and sines
- * [b, A/2]; logits [b, V] and the routing, experts and weights [layers, b, K], are written. */
+/* New tokens of b sequences, T = all their rows, sequence by sequence. x [T, D] fp32 are their
+ * embeddings; cosines and sines [T, A/2]; logits [b, V] after each sequence's last token, and the
+ * routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
+ * sequence is cut, and whatever runs beside it. */
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
-                     const float *sines, const moestro_past *past, float *logits,
-                     int64_t *experts, float *weights);
+                                 const float *sines, const moestro_past *past, float *logits, int64_t *experts,
+                                 float *weights);
 
 /* Rows grouped by expert: group g ends before row ends[g], and is experts[g]'s, each expert once
  * (null: group g is expert g's). Rows past the last end are neither read nor written. */
@@ -136,17 +149,18 @@ typedef struct {
 MOESTRO_API int32_t moestro_trains(void);
 /* y [R, o] = x [R, i] · wᵀ, w [E, o, i]; with `back` y [R, i] = x [R, o] · w. */
 MOESTRO_API int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i,
-                        int32_t back, const void *x, void *y);
+                                    int32_t back, const void *x, void *y);
 /* dw [E, o, i] = dyᵀ · x over each expert's rows, zero where it has none; dy [R, o], x [R, i]. */
 MOESTRO_API int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy,
-                             const void *x, void *dw);
+                                         const void *x, void *dw);
 /* Whole SwiGLU experts, up [E, 2f, d] (gate first) and down [E, d, f]. Forward: y [R, d] of x [R, d], and what
  * the backward wants, hidden [R, 2f], unless null. Backward: from dy [R, d] the gradient of hidden
  * [R, 2f] and the activated rows [R, f], which the weights' gradients want, and dx [R, d]. */
 MOESTRO_API int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d,
-                    int64_t f, const void *x, void *hidden, void *y);
-MOESTRO_API int32_t moestro_ffn_back(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d,
-                         int64_t f, const void *dy, const void *hidden, void *dhidden, void *act, void *dx);
+                                int64_t f, const void *x, void *hidden, void *y);
+MOESTRO_API int32_t moestro_ffn_back(const moestro_groups *g, int32_t dtype, const void *up, const void *down,
+                                     int64_t d, int64_t f, const void *dy, const void *hidden, void *dhidden, void *act,
+                                     void *dx);
 
 /* Read `bytes` at `data` once with all threads; returns a sum so that nothing is optimised away. */
 MOESTRO_API uint64_t moestro_read(const void *data, int64_t bytes);

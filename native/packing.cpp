@@ -29,7 +29,8 @@ float from_half(uint16_t half) {
 }
 
 float load(int32_t dtype, const void *src, int64_t at) {
-    return dtype == MOESTRO_ROWS_F32 ? static_cast<const float *>(src)[at] : from_bf16(static_cast<const uint16_t *>(src)[at]);
+    return dtype == MOESTRO_ROWS_F32 ? static_cast<const float *>(src)[at]
+                                     : from_bf16(static_cast<const uint16_t *>(src)[at]);
 }
 
 struct Source {
@@ -108,16 +109,17 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
             const float scale = from_half(reinterpret_cast<const uint16_t *>(at)[c]);
             const int64_t quad = i % group / 4;
             if (kind == MOESTRO_INT8) place = scale * float(int8_t(at[64 + (quad * COLUMNS + c) * 4 + i % 4]));
-            else place = scale * float(((at[64 + (quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0)) & 15) - 8);
+            else
+                place = scale * float(((at[64 + (quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0)) & 15) - 8);
         }
 }
 
 // Whether all numbers are finite and, for integers with fp16 scales, not too large for them.
 bool packable(const Source &s, int32_t kind) {
-    const float most = whole(kind) ? 3.3e38f : 65504.0f;
+    const float limit = is_float(kind) ? 3.3e38f : 65504.0f;
     for (int64_t n = 0; n < s.n; n++)
         for (int64_t k = 0; k < s.k; k++)
-            if (!(std::fabs(s.at(n, k)) <= most)) return false;
+            if (!(std::fabs(s.at(n, k)) <= limit)) return false;
     return true;
 }
 
@@ -140,7 +142,9 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
         int64_t from, to;
         while (team.take(blocks, 1, &from, &to)) {
             const int64_t rows = n - from * COLUMNS < COLUMNS ? n - from * COLUMNS : COLUMNS;
-            const Source part{dtype, static_cast<const char *>(src) + from * COLUMNS * stride * (dtype == MOESTRO_ROWS_F32 ? 4 : 2), rows, k, stride};
+            const Source part{
+                dtype, static_cast<const char *>(src) + from * COLUMNS * stride * (dtype == MOESTRO_ROWS_F32 ? 4 : 2),
+                rows, k, stride};
             if (!packable(part, kind)) bad = true;
             else pack_block(kind, group, source, from, static_cast<uint8_t *>(dst) + from * step * bytes);
         }
@@ -149,7 +153,8 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
 }
 
 int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k, int64_t step, float *dst) {
-    if (!valid(kind, group) || plain(kind) || n < 1 || k < 1 || (step != 1 && step != 2) || !src || !dst) return MOESTRO_EBAD;
+    if (!valid(kind, group) || plain(kind) || n < 1 || k < 1 || (step != 1 && step != 2) || !src || !dst)
+        return MOESTRO_EBAD;
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     for (int64_t b = 0; b < blocks; b++)
         unpack_block(kind, group, static_cast<const uint8_t *>(src) + b * step * bytes, n, k, b, dst);

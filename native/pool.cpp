@@ -85,19 +85,19 @@ private:
 
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
-std::mutex gate;
+std::mutex compute_mutex;
 std::atomic<int> wanted{1};
 Parallel borrowed = nullptr;
 int (*borrowed_count)() = nullptr;  // how many of the other runtime's threads are in the team
 bool forked = false;                // this process is a child: the other runtime's threads are gone
-Pool *pool = nullptr;       // never destroyed at exit: threads may outlive static objects
+Pool *pool = nullptr;               // never destroyed at exit: threads may outlive static objects
 
-void before_fork() { gate.lock(); }
-void after_fork() { gate.unlock(); }
+void before_fork() { compute_mutex.lock(); }
+void after_fork() { compute_mutex.unlock(); }
 void in_child() {
     pool = nullptr, borrowed = nullptr, forked = true;
     wanted = 1;
-    gate.unlock();
+    compute_mutex.unlock();
 }
 
 [[maybe_unused]] const int handled = pthread_atfork(before_fork, after_fork, in_child);
@@ -118,7 +118,7 @@ struct Shared {
 
 void borrowed_thread(void *data) {
     auto shared = static_cast<Shared *>(data);
-    shared->team.are(borrowed_count());  // a limit or a parallel region around it leaves fewer
+    shared->team.set_threads(borrowed_count());  // a limit or a parallel region around it leaves fewer
     shared->job(shared->team, shared->next.fetch_add(1));
 }
 
@@ -138,11 +138,11 @@ void Team::wait() {
         spins < PATIENCE ? pause() : void(sched_yield());
 }
 
-std::mutex &one_at_a_time() { return gate; }
+std::mutex &one_at_a_time() { return compute_mutex; }
 
-void run(int64_t most_useful, const Job &given) {
+void run(int64_t max_threads, const Job &given) {
     const Job job = [&given](Team &team, int thread) noexcept { given(team, thread); };
-    const int most = wanted, useful = most_useful < most ? int(most_useful) : most;
+    const int most = wanted, useful = max_threads < most ? int(max_threads) : most;
     Team team(useful < 1 ? 1 : useful);
     if (team.threads() == 1) return job(team, 0);
     if (borrowed) {
@@ -150,7 +150,7 @@ void run(int64_t most_useful, const Job &given) {
         return borrowed(borrowed_thread, &shared, unsigned(team.threads()), 0);
     }
     if (pool == nullptr) pool = new Pool(most);
-    if (pool->threads() < team.threads()) team.are(pool->threads());
+    if (pool->threads() < team.threads()) team.set_threads(pool->threads());
     pool->run(team, job);
 }
 
@@ -158,7 +158,7 @@ int threads() { return wanted; }
 
 int use_threads(int threads, void *team) {
     if (threads < 1 || threads > 1024) return -1;
-    Lock lock(gate);
+    Lock lock(compute_mutex);
     delete pool;
     pool = nullptr;
     wanted = threads;

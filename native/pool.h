@@ -7,25 +7,25 @@
 
 namespace moestro {
 
-// The threads of one `run`: they take pieces of a phase, then wait for each other.
+// The threads of one `run`: they take chunks of a phase, then wait for each other.
 class Team {
 public:
     explicit Team(int threads) : threads_(threads) {}
     int threads() const { return threads_.load(std::memory_order_relaxed); }
-    // Before any phase: how many there really are, where another runtime gives fewer.
-    void are(int threads) { threads_.store(threads, std::memory_order_relaxed); }
+    // Before any phase: how many threads there really are, where another runtime gives fewer.
+    void set_threads(int threads) { threads_.store(threads, std::memory_order_relaxed); }
 
-    // The next piece of [0, tasks), at most `most` of them; false when the phase has none left.
-    // Pieces shrink towards the end, so that all threads finish together.
-    bool take(int64_t tasks, int64_t most, int64_t *from, int64_t *to) {
-        int64_t at = next_.load(std::memory_order_relaxed), piece;
+    // The next chunk of [0, tasks), at most `max_chunk` of them; false when the phase has none left.
+    // Chunks shrink towards the end, so that all threads finish together.
+    bool take(int64_t tasks, int64_t max_chunk, int64_t *from, int64_t *to) {
+        int64_t at = next_.load(std::memory_order_relaxed), chunk;
         do {
             if (at >= tasks) return false;
-            piece = (tasks - at) / (4 * threads_);
-            piece = piece < 1 ? 1 : piece > most ? most : piece;
-        } while (!next_.compare_exchange_weak(at, at + piece, std::memory_order_relaxed));
+            chunk = (tasks - at) / (4 * threads_);
+            chunk = chunk < 1 ? 1 : chunk > max_chunk ? max_chunk : chunk;
+        } while (!next_.compare_exchange_weak(at, at + chunk, std::memory_order_relaxed));
         *from = at;
-        *to = at + piece;
+        *to = at + chunk;
         return true;
     }
     void wait();  // end of a phase: until all threads are here
@@ -44,8 +44,8 @@ using Job = std::function<void(Team &, int thread)>;
 using Lock = std::lock_guard<std::mutex>;
 std::mutex &one_at_a_time();
 
-// On at most `most_useful` threads. What a job throws ends the process: the others would wait forever.
-void run(int64_t most_useful, const Job &job);
+// On at most `max_threads` threads. What a job throws ends the process: the others would wait forever.
+void run(int64_t max_threads, const Job &job);
 int threads();
 int use_threads(int threads, void *team);
 

@@ -20,7 +20,7 @@ inline float half_to_float(uint16_t half) {
 void multiply_bf16(const Block &b, const Rows &x, float *out, int64_t ld) {
     auto weights = reinterpret_cast<const uint16_t *>(b.data);
     for (int64_t m = 0; m < x.m; m++) {
-        const float *row = x.wide + m * x.k;
+        const float *row = x.values + m * x.k;
         float sum[COLUMNS] = {};
         for (int64_t k = 0; k < x.k; k += PAIRS) {
             float even[COLUMNS] = {}, odd[COLUMNS] = {};
@@ -53,13 +53,13 @@ void multiply_f32(const Block &b, const Rows &x, float *out, int64_t ld) {
         float sum[COLUMNS] = {};
         for (int64_t k = 0; k < x.k; k++)
             for (int64_t n = 0; n < COLUMNS; n++)
-                sum[n] = __builtin_fmaf(x.wide[m * x.k + k], weights[k * COLUMNS + n], sum[n]);
+                sum[n] = __builtin_fmaf(x.values[m * x.k + k], weights[k * COLUMNS + n], sum[n]);
         memcpy(out + m * ld, sum, sizeof sum);
     }
 }
 
-void turn_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
-    turn_words(from, row_bytes, rows, 0, words, to);
+void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t *to) {
+    transpose_words(from, row_bytes, rows, 0, words, to);
 }
 
 void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {

@@ -13,17 +13,17 @@ const Kernels &kernels();  // of the chosen path
 
 inline bool plain(int32_t kind) { return kind == MOESTRO_PLAIN_BF16 || kind == MOESTRO_PLAIN_F32; }
 
-inline bool fp32(int32_t kind) { return kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32; }
+inline bool is_fp32(int32_t kind) { return kind == MOESTRO_F32 || kind == MOESTRO_PLAIN_F32; }
 
 // Bytes of a plain matrix.
-inline int64_t plain_bytes(int32_t kind, int64_t n, int64_t k) { return n * k * (fp32(kind) ? 4 : 2); }
+inline int64_t plain_bytes(int32_t kind, int64_t n, int64_t k) { return n * k * (is_fp32(kind) ? 4 : 2); }
 
-// Whether weights are numbers by themselves, not integers with scales.
-inline bool whole(int32_t kind) { return kind != MOESTRO_INT8 && kind != MOESTRO_INT4; }
+// Whether weights are floating-point numbers, not integers with scales.
+inline bool is_float(int32_t kind) { return kind != MOESTRO_INT8 && kind != MOESTRO_INT4; }
 
 inline bool valid(int32_t kind, int32_t group) {
     if (kind < MOESTRO_BF16 || kind > MOESTRO_PLAIN_F32) return false;
-    return whole(kind) || group == 32 || group == 64;
+    return is_float(kind) || group == 32 || group == 64;
 }
 
 inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.group) && w.n >= 1 && w.k >= 1; }
@@ -37,14 +37,14 @@ inline bool valid_rows(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 || dtyp
 
 // Inputs as they are multiplied, zeros at the end.
 inline int64_t padded(int32_t kind, int32_t group, int64_t k) {
-    if (fp32(kind)) return k;
-    return round_up(k, whole(kind) ? PAIRS : group);
+    if (is_fp32(kind)) return k;
+    return round_up(k, is_float(kind) ? PAIRS : group);
 }
 
 // Bytes of a packed block of 32 columns.
 inline int64_t block_bytes(int32_t kind, int32_t group, int64_t k) {
     const int64_t inputs = padded(kind, group, k);
-    if (whole(kind)) return inputs * COLUMNS * (fp32(kind) ? 4 : 2);
+    if (is_float(kind)) return inputs * COLUMNS * (is_fp32(kind) ? 4 : 2);
     return inputs / group * (64 + group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1));
 }
 
@@ -52,7 +52,11 @@ inline int64_t blocks_of(int64_t n) { return round_up(n, COLUMNS) / COLUMNS; }
 
 inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
 
-inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 inline float from_bf16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline uint16_t to_bf16(float x) {
@@ -82,8 +86,8 @@ private:
     size_t size_ = 0;
 };
 
-// Memory of this thread for the block that it works on.
-inline Buffer &own_memory() {
+// This thread's memory for the block that it works on.
+inline Buffer &thread_buffer() {
     static thread_local Buffer memory;
     return memory;
 }
@@ -98,27 +102,27 @@ public:
         kind_ = kind, group_ = group;
         rows = Rows{};
         rows.m = m, rows.k = padded(kind, group, k);
-        const int64_t room = round_up(m, TILE) * rows.k;
-        if (whole(kind)) {
-            wide_ = wide_buffer_.get<float>(room);
-            bits_ = bits_buffer_.get<uint16_t>(room);
+        const int64_t capacity = round_up(m, TILE) * rows.k;
+        if (is_float(kind)) {
+            values_ = values_buffer_.get<float>(capacity);
+            bits_ = bits_buffer_.get<uint16_t>(capacity);
         } else {
-            bytes_ = bytes_buffer_.get<int8_t>(room);
-            scales_ = scales_buffer_.get<float>(room / group);
-            sums_ = sums_buffer_.get<int32_t>(room / group);
+            bytes_ = bytes_buffer_.get<int8_t>(capacity);
+            scales_ = scales_buffer_.get<float>(capacity / group);
+            sums_ = sums_buffer_.get<int32_t>(capacity / group);
         }
-        rows.bits = bits_, rows.wide = wide_, rows.bytes = bytes_, rows.scales = scales_, rows.sums = sums_;
+        rows.bits = bits_, rows.values = values_, rows.bytes = bytes_, rows.scales = scales_, rows.sums = sums_;
     }
 
     // Row `row` from fp32 values, padded to rows.k with zeros.
     void set(int64_t row, const float *x) {
-        const int64_t k = rows.k, groups = whole(kind_) ? 0 : k / group_;
-        if (fp32(kind_)) {
-            memcpy(wide_ + row * k, x, size_t(k) * 4);
-        } else if (whole(kind_)) {
+        const int64_t k = rows.k, groups = is_float(kind_) ? 0 : k / group_;
+        if (is_fp32(kind_)) {
+            memcpy(values_ + row * k, x, size_t(k) * 4);
+        } else if (is_float(kind_)) {
             for (int64_t step = 0; step < k / PAIRS; step++)
                 kernels().round(x + step * PAIRS, PAIRS, bits_ + Rows::tile_offset(row, step, PAIRS, k),
-                                wide_ + row * k + step * PAIRS);
+                                values_ + row * k + step * PAIRS);
         } else {
             for (int64_t g = 0; g < groups; g++)
                 kernels().quantise(x + g * group_, group_, group_, bytes_ + Rows::tile_offset(row, g, group_, k),
@@ -126,12 +130,27 @@ public:
         }
     }
 
+    // Row `row` as row `source` of others of the same kind, group and inputs.
+    void copy(int64_t row, const Prepared &from, int64_t source) {
+        const int64_t k = rows.k, width = is_float(kind_) ? PAIRS : group_;
+        if (is_float(kind_)) memcpy(values_ + row * k, from.values_ + source * k, size_t(k) * 4);
+        for (int64_t step = 0; !is_fp32(kind_) && step < k / width; step++) {
+            const int64_t to = Rows::tile_offset(row, step, width, k), at = Rows::tile_offset(source, step, width, k);
+            if (is_float(kind_)) memcpy(bits_ + to, from.bits_ + at, size_t(width) * 2);
+            else memcpy(bytes_ + to, from.bytes_ + at, size_t(width));
+        }
+        if (is_float(kind_)) return;
+        const int64_t groups = k / group_;
+        memcpy(scales_ + row * groups, from.scales_ + source * groups, size_t(groups) * 4);
+        memcpy(sums_ + row * groups, from.sums_ + source * groups, size_t(groups) * 4);
+    }
+
     // Some rows, the first a multiple of TILE.
     Rows part(int64_t from, int64_t m) const {
         Rows some = rows;
         some.m = m;
-        if (whole(kind_)) {
-            some.bits += from * rows.k, some.wide += from * rows.k;
+        if (is_float(kind_)) {
+            some.bits += from * rows.k, some.values += from * rows.k;
         } else {
             const int64_t groups = rows.k / group_;
             some.bytes += from * rows.k, some.scales += from * groups, some.sums += from * groups;
@@ -141,25 +160,27 @@ public:
 
 private:
     int32_t kind_ = 0, group_ = 0;
-    Buffer bits_buffer_, wide_buffer_, bytes_buffer_, scales_buffer_, sums_buffer_;
+    Buffer bits_buffer_, values_buffer_, bytes_buffer_, scales_buffer_, sums_buffer_;
     uint16_t *bits_ = nullptr;
-    float *wide_ = nullptr, *scales_ = nullptr;
+    float *values_ = nullptr, *scales_ = nullptr;
     int8_t *bytes_ = nullptr;
     int32_t *sums_ = nullptr;
 };
 
 inline void read_row(int32_t dtype, const void *x, int64_t row, int64_t k, int64_t padded_k, float *out) {
     if (dtype == MOESTRO_ROWS_F32) memcpy(out, static_cast<const float *>(x) + row * k, size_t(k) * 4);
-    else for (int64_t i = 0; i < k; i++) out[i] = from_bf16(static_cast<const uint16_t *>(x)[row * k + i]);
+    else
+        for (int64_t i = 0; i < k; i++) out[i] = from_bf16(static_cast<const uint16_t *>(x)[row * k + i]);
     for (int64_t i = k; i < padded_k; i++) out[i] = 0.0f;
 }
 
 inline void write_row(int32_t dtype, void *y, int64_t at, const float *from, int64_t n) {
     if (dtype == MOESTRO_ROWS_F32) memcpy(static_cast<float *>(y) + at, from, size_t(n) * 4);
-    else for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
 }
 
-// The blocks of one matrix: packed ones where they lie, plain ones turned in a thread's own memory.
+// The blocks of one matrix: packed ones where they lie, plain ones transposed in a thread's own memory.
 class Blocks {
 public:
     // A packed matrix whose blocks are `step` blocks apart, or a plain one, rows [n, k].
@@ -167,12 +188,13 @@ public:
         : data_(static_cast<const uint8_t *>(data)), kind_(kind), group_(group), n_(n), k_(k),
           bytes_(block_bytes(kind, group, k)), step_(step) {}
 
-    Block at(int64_t b, Buffer &turned) const {
+    Block at(int64_t b, Buffer &transposed) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
-        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, row_bytes = plain_bytes(kind_, 1, k_);
-        auto to = turned.get<uint32_t>(bytes_ / 4);
-        kernels().turn(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
-        return {reinterpret_cast<uint8_t *>(to), fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
+        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS,
+                      row_bytes = plain_bytes(kind_, 1, k_);
+        auto to = transposed.get<uint32_t>(bytes_ / 4);
+        kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
+        return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
     }
 
 private:

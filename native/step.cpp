@@ -1,236 +1,375 @@
-// One token through a whole decoder in one call: what bounds it is reading the weights, so nothing
-// else may take time. Threads meet at the end of each phase; all sums run in one fixed order.
+// Tokens of several sequences through a whole decoder in one call: what bounds a single one is reading the weights, so
+// nothing else may take time. Threads meet at the end of each phase; all sums run in one fixed order, and no row
+// depends on another, so a prompt may come in any pieces, beside any others.
 #include <algorithm>
-#include <type_traits>
+#include <functional>
 #include <vector>
 
+#include "attention.h"
 #include "mixture.h"
 
 namespace moestro {
 namespace {
 
-struct Step {
-    const moestro_decoder &d;
-    const int64_t b;
+constexpr int64_t QUERIES = 32;        // about as many attend together
+constexpr int64_t ROUTED = 16;         // tokens whose router scores are one task
+constexpr int64_t FEW = 4, SOME = 32;  // experts of that task: for a single token, for many
+
+// Consecutive tokens of one sequence that attend together: `first` of all tokens, `before` of the sequence's.
+struct Part {
+    int64_t sequence, first, before, rows;
+};
+
+// Memory of one thread.
+struct Memory {
+    std::vector<float> row, queries, mixed;
+    AttentionMemory attention;
+};
+
+class Step {
+public:
+    // Throws std::bad_alloc.
+    void plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts);
+    void run(Team &team, float *logits, Memory &memory);
+
     const float *cosines, *sines;
-    const moestro_past *past;
     int64_t *experts;
     float *weights;
+    std::vector<float> x;  // [T, D], the residual
 
-    std::vector<float> x, qkv, mixed, added, logits_e;  // residual, projections, attention, update
-    std::vector<int64_t> tokens, shared_tokens, zeros;
-    std::vector<float> shared_weights;
-    Prepared rows;
-    Mixture routed, shared;
+private:
+    void attention(Team &team, int64_t l, Memory &memory);
+    void place(int64_t l, int64_t t);
+    void attend(int64_t l, const Part &part, int64_t g, Memory &memory);
+    void rotate(float *head, const float *gain, int64_t t) const;
+    void feed_forward(Team &team, int64_t l, Memory &memory);
+    void route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given);
+    void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const;
+    void mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
+    void predict(Team &team, float *logits, Memory &memory);
+    void norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const;
+    void limit_groups(std::vector<float> &wanted) const;
+    void set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) const;
 
-    int64_t wide() const { return (d.heads + 2 * d.groups) * d.head_dim; }
+    int64_t wide() const { return (d_.heads + 2 * d_.groups) * d_.head_dim; }
+    int64_t inner() const { return d_.heads * d_.head_dim; }
 
-    Step(const moestro_decoder &decoder, int64_t batch) : d(decoder), b(batch) {
-        x.resize(size_t(b * d.dim));
-        added.resize(size_t(b * d.dim));
-        qkv.resize(size_t(b * wide()));
-        mixed.resize(size_t(b * d.heads * d.head_dim));
-        int64_t most = 1;
-        for (int64_t l = 0; l < d.layers; l++) most = std::max(most, d.layer[l].experts.experts);
-        logits_e.resize(size_t(b * most));
-        for (int64_t t = 0; t < b; t++) {
-            for (int64_t k = 0; k < d.top_k; k++) tokens.push_back(t);
-            shared_tokens.push_back(t);
-        }
-        zeros.assign(size_t(b), 0);
-        shared_weights.assign(size_t(b), 1.0f);
-    }
-
-    // x · gain / sqrt(mean(x²) + eps), zero from dim to `padded`.
-    void norm(const float *from, const float *gain, int64_t dim, int64_t padded, float *to) const {
-        const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + d.eps);
-        for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
-        std::fill(to + dim, to + padded, 0.0f);
-    }
-
-    void turn(float *head, const float *gain, int64_t t, std::vector<float> &spare) const {
-        const int64_t half = d.head_dim / 2;
-        if (gain) {
-            norm(head, gain, d.head_dim, d.head_dim, spare.data());
-            std::copy(spare.begin(), spare.begin() + d.head_dim, head);
-        }
-        const float *c = cosines + t * half, *s = sines + t * half;
-        for (int64_t i = 0; i < half; i++) {
-            const float first = head[i], second = head[i + half];
-            head[i] = first * c[i] - second * s[i];
-            head[i + half] = second * c[i] + first * s[i];
-        }
-    }
-
-    // Rotate a group's key and its queries, keep key and value, attend.
-    template <class T> void attend(int64_t l, int64_t t, int64_t g, std::vector<float> &spare) {
-        const moestro_layer &layer = d.layer[l];
-        const int64_t a = d.head_dim, each = d.heads / d.groups, place = past[t].place[l];
-        const int64_t all = past[t].kept[l] + 1, seen = layer.window ? std::min(all, layer.window) : all, first = place + 1 - seen;
-        float *row = qkv.data() + t * wide(), *key = row + (d.heads + g) * a, *value = key + d.groups * a;
-        const int64_t group = g * past[t].room[l] * a;
-        auto keys = static_cast<T *>(past[t].keys[l]) + group, values = static_cast<T *>(past[t].values[l]) + group;
-        spare.resize(size_t(std::max(seen, a)));
-        turn(key, layer.k_norm, t, spare);
-        keep(key, keys + place * a, a);
-        keep(value, values + place * a, a);
-        for (int64_t h = g * each; h < (g + 1) * each; h++) {
-            float *query = row + h * a, *out = mixed.data() + (t * d.heads + h) * a, most = -3e38f;
-            turn(query, layer.q_norm, t, spare);
-            const bool fp32 = std::is_same_v<T, float>;
-            kernels().scores(query, keys + first * a, fp32, a, seen, a, d.score_scale, spare.data());
-            for (int64_t p = 0; p < seen; p++) most = std::max(most, spare[size_t(p)]);
-            if (layer.sinks) most = std::max(most, layer.sinks[h]);
-            float sum = kernels().exponentials(spare.data(), most, seen);
-            if (layer.sinks) {
-                float sink = layer.sinks[h];
-                sum = sum + kernels().exponentials(&sink, most, 1);
-            }
-            for (int64_t p = 0; p < seen; p++) spare[size_t(p)] /= sum;
-            std::fill(out, out + a, 0.0f);
-            kernels().mix(spare.data(), values + first * a, fp32, a, seen, a, out);
-        }
-    }
-    static void keep(const float *from, float *to, int64_t n) { std::copy(from, from + n, to); }
-    static void keep(const float *from, uint16_t *to, int64_t n) {
-        for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
-    }
-
-    static float sigmoid(float x) {
-        float e = -x;
-        kernels().exponentials(&e, 0.0f, 1);
-        return 1.0f / (1.0f + e);
-    }
-
-    // Choose a token's experts: best first; equal scores, lower number first.
-    void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
-        const int64_t count = layer.experts.experts;
-        std::vector<float> scores(logits_e.begin() + t * count, logits_e.begin() + (t + 1) * count);
-        const float most = *std::max_element(scores.begin(), scores.end());
-        if (d.sigmoid)
-            for (float &score : scores) score = sigmoid(score);
-        else {
-            const float sum = kernels().exponentials(scores.data(), most, count);
-            for (float &score : scores) score = score / sum;
-        }
-        std::vector<float> wanted = scores;
-        for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
-        float sum = 0.0f;
-        for (int64_t k = 0; k < d.top_k; k++) {
-            const auto best = std::max_element(wanted.begin(), wanted.end());
-            to[k] = best - wanted.begin();
-            weight[k] = scores[size_t(to[k])];
-            sum = sum + weight[k];
-            *best = -INFINITY;
-        }
-        for (int64_t k = 0; k < d.top_k; k++) weight[k] = (d.renormalize ? weight[k] / sum : weight[k]) * d.router_scale;
-    }
-
-    void attention(Team &team, int64_t l, std::vector<float> &spare) {
-        const moestro_layer &layer = d.layer[l];
-        int64_t from, to;
-        if (team.take(1, 1, &from, &to)) rows.shape(layer.qkv.kind, layer.qkv.group, b, d.dim);
-        team.wait();
-        while (team.take(b, 1, &from, &to)) {
-            spare.resize(size_t(rows.rows.k));
-            norm(x.data() + from * d.dim, layer.attention_norm, d.dim, rows.rows.k, spare.data());
-            rows.set(from, spare.data());
-        }
-        team.wait();
-        multiply_all(team, layer.qkv, rows, layer.qkv_bias, qkv.data(), wide());
-        while (team.take(b * d.groups, 1, &from, &to)) {
-            if (d.cache_dtype == MOESTRO_ROWS_F32) attend<float>(l, from / d.groups, from % d.groups, spare);
-            else attend<uint16_t>(l, from / d.groups, from % d.groups, spare);
-        }
-        team.wait();
-        const int64_t inner = d.heads * d.head_dim;
-        if (team.take(1, 1, &from, &to)) {
-            rows.shape(layer.out.kind, layer.out.group, b, inner);
-            spare.assign(size_t(rows.rows.k), 0.0f);
-            for (int64_t t = 0; t < b; t++) {
-                std::copy(mixed.begin() + t * inner, mixed.begin() + (t + 1) * inner, spare.begin());
-                rows.set(t, spare.data());
-            }
-        }
-        team.wait();
-        multiply_all(team, layer.out, rows, layer.out_bias, added.data(), d.dim);
-    }
-
-    void feed_forward(Team &team, int64_t l, std::vector<float> &spare) {
-        const moestro_layer &layer = d.layer[l];
-        int64_t from, to, *chosen = experts + l * b * d.top_k;
-        float *given = weights + l * b * d.top_k;
-        const bool mixture = layer.router != nullptr;
-        const int64_t count = layer.experts.experts;
-        // Every thread norms for itself what it routes; the sum with the residual is done once.
-        while (team.take(b, 1, &from, &to)) kernels().add(1.0f, added.data() + from * d.dim, x.data() + from * d.dim, d.dim);
-        team.wait();
-        std::vector<float> normed(size_t(b * d.dim));
-        for (int64_t t = 0; t < b; t++) norm(x.data() + t * d.dim, layer.ffn_norm, d.dim, d.dim, normed.data() + t * d.dim);
-        while (mixture && team.take(b * count, 4, &from, &to))
-            for (; from < to; from++)
-                logits_e[size_t(from)] = kernels().dot(normed.data() + from / count * d.dim, layer.router + from % count * d.dim, d.dim) +
-                                         (layer.logit_bias ? layer.logit_bias[from % count] : 0.0f);
-        team.wait();
-        if (team.take(1, 1, &from, &to)) {
-            for (int64_t t = 0; mixture && t < b; t++) choose(layer, t, chosen + t * d.top_k, given + t * d.top_k);
-            prepare(routed, layer.experts, mixture ? tokens : shared_tokens, mixture ? chosen : zeros.data(), normed, spare);
-            if (layer.shared.data) prepare(shared, layer.shared, shared_tokens, zeros.data(), normed, spare);
-            for (int64_t t = 0; layer.shared_gate && t < b; t++)
-                shared_weights[size_t(t)] = sigmoid(kernels().dot(normed.data() + t * d.dim, layer.shared_gate, d.dim));
-        }
-        team.wait();
-        routed.compute(team);
-        if (layer.shared.data) shared.compute(team);
-        while (team.take(b, 1, &from, &to)) {
-            routed.add(from, mixture ? given : ones(), x.data() + from * d.dim);
-            if (layer.shared.data) shared.add(from, layer.shared_gate ? shared_weights.data() : ones(), x.data() + from * d.dim);
-        }
-        team.wait();
-    }
-
-    const float *ones() const { return ones_.data(); }
-    std::vector<float> ones_;
-
-    void prepare(Mixture &mixture, const moestro_experts &w, const std::vector<int64_t> &of, const int64_t *chosen,
-                 const std::vector<float> &normed, std::vector<float> &spare) const {
-        mixture.plan(w, of.data(), chosen, int64_t(of.size()));
-        spare.assign(size_t(std::max(mixture.padded(), d.dim)), 0.0f);
-        for (size_t a = 0; a < of.size(); a++) {
-            const float *row = normed.data() + of[a] * d.dim;
-            std::copy(row, row + d.dim, spare.begin());
-            mixture.set(int64_t(a), spare.data());
-        }
-    }
-
-    void predict(Team &team, float *logits, std::vector<float> &spare) {
-        int64_t from, to;
-        if (team.take(1, 1, &from, &to)) {
-            rows.shape(d.head.kind, d.head.group, b, d.dim);
-            spare.resize(size_t(rows.rows.k));
-            for (int64_t t = 0; t < b; t++) {
-                norm(x.data() + t * d.dim, d.norm, d.dim, rows.rows.k, spare.data());
-                for (int64_t i = 0; i < d.dim; i++) spare[size_t(i)] *= d.head_scale;
-                rows.set(t, spare.data());
-            }
-        }
-        team.wait();
-        multiply_all(team, d.head, rows, d.head_bias, logits, d.vocab);
-    }
+    moestro_decoder d_{};
+    const moestro_past *pasts_ = nullptr;
+    int64_t b_ = 0, t_ = 0;                          // sequences, tokens
+    std::vector<int64_t> sequence_, offset_, last_;  // of each token: whose, and which of it; of each sequence the last
+    std::vector<Part> parts_;
+    std::vector<float> qkv_, mixed_, added_, normed_, scores_, ones_, shared_weights_;
+    std::vector<int64_t> assigned_, tokens_, zeros_;
+    Prepared rows_, inner_rows_, expert_rows_, shared_rows_;
+    Mixture routed_, shared_;
 };
+
+void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts) {
+    d_ = decoder, b_ = b, pasts_ = pasts, t_ = 0;
+    sequence_.clear(), offset_.clear(), last_.clear(), parts_.clear(), assigned_.clear(), tokens_.clear();
+    const int64_t together = std::max(int64_t(1), QUERIES / (d_.heads / d_.groups));
+    for (int64_t s = 0; s < b; s++) {
+        for (int64_t i = 0; i < pasts[s].rows; i += together)
+            parts_.push_back({s, t_ + i, i, std::min(together, pasts[s].rows - i)});
+        for (int64_t i = 0; i < pasts[s].rows; i++, t_++) sequence_.push_back(s), offset_.push_back(i);
+        last_.push_back(t_ - 1);
+    }
+    int64_t most = 1;
+    for (int64_t l = 0; l < d_.layers; l++) most = std::max(most, d_.layer[l].experts.experts);
+    for (int64_t t = 0; t < t_; t++) {
+        for (int64_t k = 0; k < d_.top_k; k++) assigned_.push_back(t);
+        tokens_.push_back(t);
+    }
+    x.resize(size_t(t_ * d_.dim)), added_.resize(x.size()), normed_.resize(x.size());
+    qkv_.resize(size_t(t_ * wide())), mixed_.resize(size_t(t_ * inner())), scores_.resize(size_t(t_ * most));
+    zeros_.assign(size_t(t_), 0), ones_.assign(size_t(t_), 1.0f), shared_weights_.assign(size_t(t_), 1.0f);
+}
+
+// Sixteen sums side by side, then added up: one order for every compiler.
+float mean(const float *x, int64_t n) {
+    float sums[16] = {}, sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sums[i % 16] = sums[i % 16] + x[i];
+    for (float each : sums) sum = sum + each;
+    return sum / float(n);
+}
+
+// x · gain / sqrt(mean(x²) + eps); with a bias of x - mean(x), and the bias added.
+void Step::norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const {
+    if (bias) {
+        const float middle = mean(from, dim);
+        for (int64_t i = 0; i < dim; i++) to[i] = from[i] - middle;
+        from = to;
+    }
+    const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + d_.eps);
+    for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
+    for (int64_t i = 0; bias && i < dim; i++) to[i] = to[i] + bias[i];
+}
+
+// A row as it is multiplied, zeros after `count` values.
+void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) const {
+    if (to.rows.k == count) return to.set(row, from);
+    memory.row.assign(size_t(to.rows.k), 0.0f);
+    std::copy(from, from + count, memory.row.begin());
+    to.set(row, memory.row.data());
+}
+
+void Step::rotate(float *head, const float *gain, int64_t t) const {
+    const int64_t half = d_.head_dim / 2;
+    if (gain && !d_.norm_all) norm(head, gain, nullptr, d_.head_dim, head);
+    const float *c = cosines + t * half, *s = sines + t * half;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = head[i], second = head[i + half];
+        head[i] = first * c[i] - second * s[i];
+        head[i + half] = second * c[i] + first * s[i];
+    }
+}
+
+void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {
+    if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + n, static_cast<float *>(to) + at);
+    else
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
+}
+
+// Rotate a token's queries and keys, and write its keys and values where its sequence keeps them.
+void Step::place(int64_t l, int64_t t) {
+    const moestro_layer &layer = d_.layer[l];
+    const moestro_past &past = pasts_[sequence_[size_t(t)]];
+    const int64_t a = d_.head_dim, position = past.place[l] + offset_[size_t(t)];
+    float *query = qkv_.data() + t * wide(), *key = query + inner(), *value = key + d_.groups * a;
+    if (d_.norm_all && layer.q_norm) norm(query, layer.q_norm, nullptr, inner(), query);
+    if (d_.norm_all && layer.k_norm) norm(key, layer.k_norm, nullptr, d_.groups * a, key);
+    for (int64_t h = 0; h < d_.heads; h++) rotate(query + h * a, layer.q_norm, t);
+    for (int64_t g = 0; g < d_.groups; g++) {
+        rotate(key + g * a, layer.k_norm, t);
+        const int64_t at = (g * past.room[l] + position) * a;
+        keep(key + g * a, d_.cache_dtype, past.keys[l], at, a);
+        keep(value + g * a, d_.cache_dtype, past.values[l], at, a);
+    }
+}
+
+void Step::attend(int64_t l, const Part &part, int64_t g, Memory &memory) {
+    const moestro_layer &layer = d_.layer[l];
+    const moestro_past &past = pasts_[part.sequence];
+    const int64_t a = d_.head_dim, heads = d_.heads / d_.groups, size = heads * a, group = g * past.room[l] * a;
+    const int64_t place = past.place[l];
+    memory.queries.resize(size_t(part.rows * size)), memory.mixed.resize(size_t(part.rows * size));
+    for (int64_t r = 0; r < part.rows; r++) {
+        const float *from = qkv_.data() + (part.first + r) * wide() + g * size;
+        std::copy(from, from + size, memory.queries.begin() + r * size);
+    }
+    const bool fp32 = d_.cache_dtype == MOESTRO_ROWS_F32;
+    const Past seen{static_cast<char *>(past.keys[l]) + group * (fp32 ? 4 : 2),
+                    static_cast<char *>(past.values[l]) + group * (fp32 ? 4 : 2), a, a, fp32};
+    const Queries queries{memory.queries.data(),
+                          part.rows,
+                          heads,
+                          a,
+                          a,
+                          place - past.kept[l],
+                          place + part.before,
+                          layer.window,
+                          d_.score_scale,
+                          layer.sinks ? layer.sinks + g * heads : nullptr};
+    moestro::attend(queries, seen, memory.mixed.data(), memory.attention);
+    for (int64_t r = 0; r < part.rows; r++)
+        std::copy(memory.mixed.begin() + r * size, memory.mixed.begin() + (r + 1) * size,
+                  mixed_.begin() + (part.first + r) * inner() + g * size);
+}
+
+void Step::attention(Team &team, int64_t l, Memory &memory) {
+    const moestro_layer &layer = d_.layer[l];
+    int64_t from, to;
+    if (team.take(1, 1, &from, &to)) {
+        rows_.shape(layer.qkv.kind, layer.qkv.group, t_, d_.dim);
+        inner_rows_.shape(layer.out.kind, layer.out.group, t_, inner());
+    }
+    team.wait();
+    while (team.take(t_, 1, &from, &to)) {
+        float *row = normed_.data() + from * d_.dim;
+        norm(x.data() + from * d_.dim, layer.attention_norm, layer.attention_norm_bias, d_.dim, row);
+        set(rows_, from, row, d_.dim, memory);
+    }
+    team.wait();
+    multiply_all(team, layer.qkv, rows_, layer.qkv_bias, qkv_.data(), wide());
+    while (team.take(t_, 1, &from, &to)) place(l, from);
+    team.wait();
+    while (team.take(int64_t(parts_.size()) * d_.groups, 1, &from, &to))
+        attend(l, parts_[size_t(from / d_.groups)], from % d_.groups, memory);
+    team.wait();
+    while (team.take(t_, 1, &from, &to)) set(inner_rows_, from, mixed_.data() + from * inner(), inner(), memory);
+    team.wait();
+    multiply_all(team, layer.out, inner_rows_, layer.out_bias, added_.data(), d_.dim);
+}
+
+float sigmoid(float x) {
+    float e = -x;
+    kernels().exponentials(&e, 0.0f, 1);
+    return 1.0f / (1.0f + e);
+}
+
+// Leave only the experts of the best groups.
+void Step::limit_groups(std::vector<float> &wanted) const {
+    const auto size = int64_t(wanted.size()) / d_.expert_groups;
+    std::vector<float> group(wanted), worth(size_t(d_.expert_groups), 0.0f);
+    for (int64_t g = 0; g < d_.expert_groups; g++) {
+        const auto begin = group.begin() + g * size;
+        std::partial_sort(begin, begin + d_.group_best, begin + size, std::greater<float>());
+        for (int64_t i = 0; i < d_.group_best; i++) worth[size_t(g)] = worth[size_t(g)] + begin[i];
+    }
+    std::vector<bool> kept(worth.size());
+    for (int64_t i = 0; i < d_.top_groups; i++) {
+        const auto best = std::max_element(worth.begin(), worth.end());
+        kept[size_t(best - worth.begin())] = true;
+        *best = -INFINITY;
+    }
+    for (size_t e = 0; e < wanted.size(); e++)
+        if (!kept[e / size_t(size)]) wanted[e] = -INFINITY;
+}
+
+// Choose a token's experts: best first; equal scores, lower number first.
+void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
+    const int64_t count = layer.experts.experts;
+    std::vector<float> scores(scores_.begin() + t * count, scores_.begin() + (t + 1) * count);
+    const float most = *std::max_element(scores.begin(), scores.end());
+    if (d_.sigmoid)
+        for (float &score : scores) score = sigmoid(score);
+    else {
+        const float sum = kernels().exponentials(scores.data(), most, count);
+        for (float &score : scores) score = score / sum;
+    }
+    std::vector<float> wanted = scores;
+    for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
+    if (d_.expert_groups > 1) limit_groups(wanted);
+    float sum = 0.0f;
+    for (int64_t k = 0; k < d_.top_k; k++) {
+        const auto best = std::max_element(wanted.begin(), wanted.end());
+        to[k] = best - wanted.begin();
+        weight[k] = scores[size_t(to[k])];
+        sum = sum + weight[k];
+        *best = -INFINITY;
+    }
+    for (int64_t k = 0; k < d_.top_k; k++) weight[k] = (d_.renormalize ? weight[k] / sum : weight[k]) * d_.router_scale;
+}
+
+// Every token's experts and their weights.
+void Step::route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given) {
+    const int64_t count = layer.experts.experts, some = t_ == 1 ? FEW : SOME;
+    const int64_t across = (count + some - 1) / some, tasks = (t_ + ROUTED - 1) / ROUTED * across;
+    int64_t from, to;
+    while (team.take(tasks, 1, &from, &to)) {
+        const int64_t t = from / across * ROUTED, e = from % across * some;
+        const int64_t tokens = std::min(ROUTED, t_ - t), experts = std::min(some, count - e);
+        float *scores = scores_.data() + t * count + e;
+        kernels().scores(normed_.data() + t * d_.dim, layer.router + e * d_.dim, true,
+                         {tokens, experts, d_.dim, d_.dim, count, 1.0f}, scores,
+                         thread_buffer().get<uint32_t>(d_.dim * COLUMNS));
+        for (int64_t i = 0; layer.logit_bias && i < tokens; i++)
+            for (int64_t j = 0; j < experts; j++) scores[i * count + j] += layer.logit_bias[e + j];
+    }
+    team.wait();
+    while (team.take(t_, 4, &from, &to))
+        for (; from < to; from++) choose(layer, from, chosen + from * d_.top_k, given + from * d_.top_k);
+    team.wait();
+}
+
+// x += what the experts make of the normed rows.
+void Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given) {
+    const bool shared = layer.shared.data != nullptr;
+    const std::vector<int64_t> &assigned = layer.router ? assigned_ : tokens_;
+    int64_t from, to;
+    if (team.take(1, 1, &from, &to)) {
+        routed_.plan(layer.experts, assigned.data(), chosen, int64_t(assigned.size()));
+        if (shared) shared_.plan(layer.shared, tokens_.data(), zeros_.data(), t_);
+    }
+    team.wait();
+    while (team.take(int64_t(assigned.size()), 4, &from, &to))
+        for (; from < to; from++) routed_.set(from, expert_rows_);
+    team.wait();
+    while (shared && team.take(t_, 4, &from, &to))
+        for (; from < to; from++) shared_.set(from, shared_rows_);
+    team.wait();
+    routed_.compute(team);
+    if (shared) shared_.compute(team);
+    const float *ones = ones_.data(), *shares = layer.shared_gate ? shared_weights_.data() : ones;
+    while (team.take(t_, 1, &from, &to)) {
+        routed_.add(from, layer.router ? given : ones, x.data() + from * d_.dim);
+        if (shared) shared_.add(from, shares, x.data() + from * d_.dim);
+    }
+    team.wait();
+}
+
+void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
+    const moestro_layer &layer = d_.layer[l];
+    int64_t from, to, *chosen = experts + l * t_ * d_.top_k;
+    float *given = weights + l * t_ * d_.top_k;
+    if (team.take(1, 1, &from, &to)) {
+        expert_rows_.shape(layer.experts.kind, layer.experts.group, t_, d_.dim);
+        if (layer.shared.data) shared_rows_.shape(layer.shared.kind, layer.shared.group, t_, d_.dim);
+    }
+    team.wait();
+    while (team.take(t_, 1, &from, &to)) {
+        float *row = x.data() + from * d_.dim, *normed = normed_.data() + from * d_.dim;
+        kernels().add(1.0f, added_.data() + from * d_.dim, row, d_.dim);
+        norm(row, layer.ffn_norm, layer.ffn_norm_bias, d_.dim, normed);
+        set(expert_rows_, from, normed, d_.dim, memory);
+        if (layer.shared.data) set(shared_rows_, from, normed, d_.dim, memory);
+        if (layer.shared_gate)
+            shared_weights_[size_t(from)] = sigmoid(kernels().dot(normed, layer.shared_gate, d_.dim));
+    }
+    team.wait();
+    if (layer.router) route(team, layer, chosen, given);
+    mix(team, layer, layer.router ? chosen : zeros_.data(), given);
+}
+
+// The logits after each sequence's last token.
+void Step::predict(Team &team, float *logits, Memory &memory) {
+    int64_t from, to;
+    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, b_, d_.dim);
+    team.wait();
+    while (team.take(b_, 1, &from, &to)) {
+        float *row = normed_.data() + from * d_.dim;
+        norm(x.data() + last_[size_t(from)] * d_.dim, d_.norm, d_.norm_bias, d_.dim, row);
+        for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
+        set(rows_, from, row, d_.dim, memory);
+    }
+    team.wait();
+    multiply_all(team, d_.head, rows_, d_.head_bias, logits, d_.vocab);
+}
+
+void Step::run(Team &team, float *logits, Memory &memory) {
+    for (int64_t l = 0; l < d_.layers; l++) {
+        attention(team, l, memory);
+        feed_forward(team, l, memory);
+    }
+    predict(team, logits, memory);
+}
 
 bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
 
+// Whether a router can choose of so many experts.
+bool good(const moestro_decoder &d, int64_t count) {
+    const int64_t groups = d.expert_groups;
+    if (groups < 1 || count % groups || d.top_groups < 1 || d.top_groups > groups) return false;
+    if (d.group_best < 1 || d.group_best > count / groups) return false;
+    return d.top_k >= 1 && d.top_k <= count / groups * d.top_groups;
+}
+
 bool good(const moestro_layer &layer, const moestro_decoder &d) {
     const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
-    const bool shared = !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
-    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) && layer.window >= 0 &&
-           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? d.top_k >= 1 && d.top_k <= count : count == 1) && shared;
+    const bool shared =
+        !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
+    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) &&
+           layer.window >= 0 && valid(layer.experts) && layer.experts.dim == d.dim &&
+           (layer.router ? good(d, count) : count == 1) && shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {
-    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups) return false;
-    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype)) return false;
+    if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
+        return false;
+    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
+        !valid_rows(d->cache_dtype))
+        return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
 
@@ -239,25 +378,27 @@ bool good(const moestro_decoder *d, int64_t b) {
 
 using namespace moestro;
 
-extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines, const float *sines,
-                                const moestro_past *past, float *logits, int64_t *experts, float *weights) {
+extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
+                                const float *sines, const moestro_past *past, float *logits, int64_t *experts,
+                                float *weights) {
     if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
-    for (int64_t t = 0; t < b; t++)
+    for (int64_t s = 0; s < b; s++) {
+        if (past[s].rows < 1 || past[s].rows > INT32_MAX) return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
-            if (past[t].kept[l] < 0 || past[t].place[l] < past[t].kept[l] || past[t].place[l] >= past[t].room[l]) return MOESTRO_EBAD;
+            if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
+                past[s].place[l] > past[s].room[l] - past[s].rows)
+                return MOESTRO_EBAD;
+    }
     Lock lock(one_at_a_time());
+    // Never destroyed: a thread may still compute when the process ends.
+    static Step &step = *new Step;
     try {
-        Step step(*d, b);
-        step.cosines = cosines, step.sines = sines, step.past = past, step.experts = experts, step.weights = weights;
-        step.ones_.assign(size_t(b), 1.0f);
-        std::copy(x, x + b * d->dim, step.x.begin());
+        step.plan(*d, b, past);
+        step.cosines = cosines, step.sines = sines, step.experts = experts, step.weights = weights;
+        std::copy(x, x + int64_t(step.x.size()), step.x.begin());
         run(INT32_MAX, [&](Team &team, int) {
-            std::vector<float> spare;
-            for (int64_t l = 0; l < d->layers; l++) {
-                step.attention(team, l, spare);
-                step.feed_forward(team, l, spare);
-            }
-            step.predict(team, logits, spare);
+            static thread_local Memory memory;
+            step.run(team, logits, memory);
         });
     } catch (const std::bad_alloc &) {
         return MOESTRO_EMEMORY;

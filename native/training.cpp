@@ -1,5 +1,5 @@
 // The training of grouped experts: weights are packed, some experts at a time, and their rows go
-// through the products by chunks that stay in the cache. A piece of a weight's gradient is one thread's.
+// through the products by chunks that stay in the cache. A block of a weight's gradient is one thread's.
 #include "training.h"
 
 #include <algorithm>
@@ -12,11 +12,11 @@
 namespace moestro {
 namespace {
 
-constexpr int64_t MOST_PACKED = 1 << 24;  // bytes of packed weights, or one expert's where that is more
+constexpr int64_t MAX_PACKED = 1 << 24;  // bytes of packed weights, or one expert's where that is more
 
 const TileKernels &tiles() { return *tile_kernels(); }
 
-bool wide(int32_t dtype) { return dtype == MOESTRO_ROWS_F32; }
+bool is_fp32(int32_t dtype) { return dtype == MOESTRO_ROWS_F32; }
 
 struct Groups {
     explicit Groups(const moestro_groups &given) : g(given) {}
@@ -40,9 +40,9 @@ struct Matrix {
     // Pack 32 rows of an expert's weights into the expert's memory.
     void pack(int64_t expert, int64_t block, uint16_t *to) const {
         const int64_t at = (expert * outs + block * 32) * ins;
-        const void *w = static_cast<const char *>(weights) + at * (wide(dtype) ? 4 : 2);
-        if (back) tiles().pack_columns(wide(dtype), w, ins, 32, ins, outs, to + offset + block * 32 * 32);
-        else tiles().pack_rows(wide(dtype), w, ins, to + offset + block * 32 * ins);
+        const void *w = static_cast<const char *>(weights) + at * (is_fp32(dtype) ? 4 : 2);
+        if (back) tiles().pack_columns(is_fp32(dtype), w, ins, 32, ins, outs, to + offset + block * 32 * 32);
+        else tiles().pack_rows(is_fp32(dtype), w, ins, to + offset + block * 32 * ins);
     }
 };
 
@@ -58,34 +58,36 @@ struct Wave {
 };
 
 std::vector<Wave> waves_of(const Groups &groups, int64_t each) {
-    const auto most = size_t(std::max<int64_t>(1, MOST_PACKED / (each * 2)));
+    const auto max_experts = size_t(std::max<int64_t>(1, MAX_PACKED / (each * 2)));
     std::vector<Wave> waves;
     for (int64_t e = 0; e < groups.g.count; e++) {
         const int64_t size = groups.size(e), start = groups.start(e);
         if (!size) continue;
-        if (waves.empty() || waves.back().experts.size() == most) waves.emplace_back();
+        if (waves.empty() || waves.back().experts.size() == max_experts) waves.emplace_back();
         Wave &wave = waves.back();
         const int64_t place = int64_t(wave.experts.size()) * each;
         wave.experts.push_back(groups.expert(e));
-        for (int64_t at = 0; at < size; at += CHUNK) wave.chunks.push_back({start + at, std::min(CHUNK, size - at), place});
+        for (int64_t at = 0; at < size; at += CHUNK)
+            wave.chunks.push_back({start + at, std::min(CHUNK, size - at), place});
     }
     return waves;
 }
 
 // Never destroyed: a thread may still compute when the process ends. Of whoever holds the lock.
-Buffer &packed_buffer = *new Buffer, &own_buffer = *new Buffer, &turned_buffer = *new Buffer, &sums_buffer = *new Buffer;
+Buffer &packed_buffer = *new Buffer, &scratch_buffer = *new Buffer, &transposed_buffer = *new Buffer,
+       &sums_buffer = *new Buffer;
 
 // Pack the matrices of all experts that have rows and walk through the chunks: each(chunk, the packed
-// weights of its expert, `own` values of this thread's). Throws std::bad_alloc.
+// weights of its expert, `size` values of this thread's scratch memory). Throws std::bad_alloc.
 template <class Each>
-void walk(const Groups &groups, const std::vector<Matrix> &matrices, int64_t own, const Each &each) {
-    int64_t values = 0, blocks = 0, most = 0;
+void for_each_chunk(const Groups &groups, const std::vector<Matrix> &matrices, int64_t size, const Each &each) {
+    int64_t values = 0, blocks = 0, max_experts = 0;
     for (const Matrix &m : matrices) values += m.outs * m.ins, blocks += m.blocks();
     const std::vector<Wave> waves = waves_of(groups, values);
-    for (const Wave &wave : waves) most = std::max(most, int64_t(wave.experts.size()));
-    auto packed = packed_buffer.get<uint16_t>(most * values);
-    auto owned = own_buffer.get<uint16_t>(threads() * own);
-    run(most * blocks, [&](Team &team, int thread) {
+    for (const Wave &wave : waves) max_experts = std::max(max_experts, int64_t(wave.experts.size()));
+    auto packed = packed_buffer.get<uint16_t>(max_experts * values);
+    auto scratch = scratch_buffer.get<uint16_t>(threads() * size);
+    run(max_experts * blocks, [&](Team &team, int thread) {
         int64_t from, to;
         for (const Wave &wave : waves) {
             while (team.take(int64_t(wave.experts.size()) * blocks, 4, &from, &to))
@@ -100,7 +102,7 @@ void walk(const Groups &groups, const std::vector<Matrix> &matrices, int64_t own
             while (team.take(int64_t(wave.chunks.size()), 64, &from, &to))
                 for (; from < to; from++) {
                     const Chunk &chunk = wave.chunks[size_t(from)];
-                    each(chunk, packed + chunk.place, owned + thread * own);
+                    each(chunk, packed + chunk.place, scratch + thread * size);
                 }
             team.wait();
         }
@@ -111,60 +113,68 @@ void walk(const Groups &groups, const std::vector<Matrix> &matrices, int64_t own
 struct Strip {
     int64_t group, at, rows;
 };
-struct Place {
-    int64_t group, high, across;
+// The block of a gradient that begins at column i of the transposed matrix and j of the other.
+struct GradTask {
+    int64_t group, i, j;
 };
 
-// dw = Σ dy ⊗ x. The narrower of the two is turned into tiles once; pieces of dw then share it.
+// dw = Σ dy ⊗ x. The narrower of the two is transposed into tiles once; blocks of dw then share it.
 // Throws std::bad_alloc.
-void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins, const uint16_t *dy, const uint16_t *x, void *dw) {
+void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins, const uint16_t *dy, const uint16_t *x,
+                 void *dw) {
     const bool by_dy = outs <= ins;
     const uint16_t *narrow = by_dy ? dy : x, *other = by_dy ? x : dy;
-    const int64_t n = std::min(outs, ins), width = std::max(outs, ins);
-    std::vector<Place> places;
+    const int64_t n = std::min(outs, ins), ld = std::max(outs, ins);
+    std::vector<GradTask> tasks;
     std::vector<Strip> strips;
-    std::vector<int64_t> first(size_t(groups.g.count), 0);  // row of the turned ones
+    std::vector<int64_t> first(size_t(groups.g.count), 0);  // row of each group in the transposed matrix
     int64_t rows = 0;
     for (int64_t e = 0; e < groups.g.count; e++) {
         const int64_t size = groups.size(e);
         first[size_t(e)] = rows;
         rows += round_up(size, 32);
         for (int64_t at = 0; at < size; at += 32) strips.push_back({e, at, std::min<int64_t>(32, size - at)});
-        for (int64_t i = 0; i < n; i += PIECE)
-            for (int64_t j = 0; j < width; j += PIECE) places.push_back({e, i, j});
+        for (int64_t i = 0; i < n; i += GRAD_BLOCK)
+            for (int64_t j = 0; j < ld; j += GRAD_BLOCK) tasks.push_back({e, i, j});
     }
     // The largest first, so that all threads finish together.
-    std::stable_sort(places.begin(), places.end(), [&](const Place &a, const Place &b) { return groups.size(a.group) > groups.size(b.group); });
-    auto turned = turned_buffer.get<uint16_t>(rows * n);
-    auto rooms = own_buffer.get<uint16_t>(threads() * PIECE * PIECE);
-    auto sums_of = sums_buffer.get<float>(threads() * PIECE * PIECE);
-    run(int64_t(places.size()), [&](Team &team, int thread) {
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [&](const GradTask &a, const GradTask &b) { return groups.size(a.group) > groups.size(b.group); });
+    auto transposed = transposed_buffer.get<uint16_t>(rows * n);
+    auto scratches = scratch_buffer.get<uint16_t>(threads() * GRAD_BLOCK * GRAD_BLOCK);
+    auto sums_of = sums_buffer.get<float>(threads() * GRAD_BLOCK * GRAD_BLOCK);
+    run(int64_t(tasks.size()), [&](Team &team, int thread) {
         int64_t from, to;
         while (team.take(int64_t(strips.size()), 16, &from, &to))
             for (; from < to; from++) {
                 const Strip s = strips[size_t(from)];
                 const int64_t depth = round_up(groups.size(s.group), 32);
-                uint16_t *tile = turned + first[size_t(s.group)] * n + s.at * 16;
+                uint16_t *tile = transposed + first[size_t(s.group)] * n + s.at * 16;
                 for (int64_t i = 0; i < n; i += 32)
-                    tiles().turn(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth, 16 * depth);
+                    tiles().transpose(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth,
+                                      16 * depth);
             }
         team.wait();
-        uint16_t *room = rooms + thread * PIECE * PIECE;
-        float *sums = sums_of + thread * PIECE * PIECE;
-        while (team.take(int64_t(places.size()), 1, &from, &to)) {
-            const Place p = places[size_t(from)];
-            const int64_t size = groups.size(p.group), depth = round_up(size, 32);
-            const int64_t high = std::min(PIECE, n - p.high), across = std::min(PIECE, width - p.across);
-            if (size) tiles().sum({turned + first[size_t(p.group)] * n + p.high * depth, depth, other + groups.start(p.group) * width + p.across, width, size, high, across}, room, sums);
-            else std::fill(sums, sums + PIECE * PIECE, 0.0f);
-            const int64_t row = by_dy ? p.high : p.across, column = by_dy ? p.across : p.high;
-            const int64_t at = (groups.expert(p.group) * outs + row) * ins + column;
-            tiles().write(sums, high, across, !by_dy, wide(dtype), static_cast<char *>(dw) + at * (wide(dtype) ? 4 : 2), ins);
+        uint16_t *scratch = scratches + thread * GRAD_BLOCK * GRAD_BLOCK;
+        float *sums = sums_of + thread * GRAD_BLOCK * GRAD_BLOCK;
+        while (team.take(int64_t(tasks.size()), 1, &from, &to)) {
+            const GradTask task = tasks[size_t(from)];
+            const int64_t size = groups.size(task.group), depth = round_up(size, 32);
+            const int64_t height = std::min(GRAD_BLOCK, n - task.i), width = std::min(GRAD_BLOCK, ld - task.j);
+            if (size)
+                tiles().sum({transposed + first[size_t(task.group)] * n + task.i * depth, depth,
+                             other + groups.start(task.group) * ld + task.j, ld, size, height, width},
+                            scratch, sums);
+            else std::fill(sums, sums + GRAD_BLOCK * GRAD_BLOCK, 0.0f);
+            const int64_t row = by_dy ? task.i : task.j, column = by_dy ? task.j : task.i;
+            const int64_t at = (groups.expert(task.group) * outs + row) * ins + column;
+            tiles().write(sums, height, width, !by_dy, is_fp32(dtype),
+                          static_cast<char *>(dw) + at * (is_fp32(dtype) ? 4 : 2), ins);
         }
     });
 }
 
-bool good(const moestro_groups *g, int32_t dtype) {
+bool valid_groups(const moestro_groups *g, int32_t dtype) {
     if (!g || !g->ends || g->count < 1 || g->rows < 0 || !valid_rows(dtype)) return false;
     for (int64_t e = 0; e < g->count; e++)
         if (g->ends[e] < (e ? g->ends[e - 1] : 0) || g->ends[e] > g->rows) return false;
@@ -177,14 +187,14 @@ bool good(const moestro_groups *g, int32_t dtype) {
     return true;
 }
 
-bool fits(int64_t width) { return width >= 32 && width % 32 == 0; }
+bool valid_width(int64_t width) { return width >= 32 && width % 32 == 0; }
 
 // Check what all functions are given, then compute alone; `arguments` says whether the rest is good.
 template <class Compute>
 int32_t train(const moestro_groups *g, int32_t dtype, int64_t a, int64_t b, bool arguments, const Compute &compute) {
     if (!moestro_trains()) return MOESTRO_EPATH;
     try {
-        if (!good(g, dtype) || !fits(a) || !fits(b) || !arguments) return MOESTRO_EBAD;
+        if (!valid_groups(g, dtype) || !valid_width(a) || !valid_width(b) || !arguments) return MOESTRO_EBAD;
         Lock lock(one_at_a_time());
         compute(Groups(*g));
     } catch (const std::bad_alloc &) {
@@ -205,22 +215,23 @@ extern "C" {
 
 int32_t moestro_trains(void) { return moestro_path() == MOESTRO_AMX && tile_kernels() ? 1 : 0; }
 
-int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i, int32_t back, const void *x,
-                        void *y) {
+int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i, int32_t back,
+                        const void *x, void *y) {
     const bool given = w && (!g || !g->rows || (x && y));
     return train(g, dtype, o, i, given, [&](const Groups &groups) {
         const Matrix m{w, dtype, o, i, back != 0, 0};
         const int64_t k = m.inputs(), n = m.outputs();
-        walk(groups, {m}, 0, [&](const Chunk &c, const uint16_t *packed, uint16_t *) {
+        for_each_chunk(groups, {m}, 0, [&](const Chunk &c, const uint16_t *packed, uint16_t *) {
             tiles().multiply(bits(x) + c.first * k, c.rows, k, packed, n, bits(y) + c.first * n, {});
         });
     });
 }
 
-int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy, const void *x,
-                             void *dw) {
+int32_t moestro_grouped_grad(const moestro_groups *g, int32_t dtype, int64_t o, int64_t i, const void *dy,
+                             const void *x, void *dw) {
     const bool given = dw && (!g || !g->rows || (dy && x));
-    return train(g, dtype, o, i, given, [&](const Groups &groups) { weight_grad(groups, dtype, o, i, bits(dy), bits(x), dw); });
+    return train(g, dtype, o, i, given,
+                 [&](const Groups &groups) { weight_grad(groups, dtype, o, i, bits(dy), bits(x), dw); });
 }
 
 int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, const void *down, int64_t d, int64_t f,
@@ -228,12 +239,13 @@ int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, cons
     const bool given = up && down && (!g || !g->rows || (x && y));
     return train(g, dtype, d, f, given, [&](const Groups &groups) {
         const Matrix first{up, dtype, 2 * f, d, false, 0}, second{down, dtype, d, f, false, 2 * f * d};
-        walk(groups, {first, second}, CHUNK * 3 * f, [&](const Chunk &c, const uint16_t *packed, uint16_t *own) {
-            uint16_t *act = own, *h = hidden ? bits(hidden) + c.first * 2 * f : own + CHUNK * f;
-            tiles().multiply(bits(x) + c.first * d, c.rows, d, packed, 2 * f, h, {});
-            tiles().swiglu(h, c.rows, f, act);
-            tiles().multiply(act, c.rows, f, packed + second.offset, d, bits(y) + c.first * d, {});
-        });
+        for_each_chunk(groups, {first, second}, CHUNK * 3 * f,
+                       [&](const Chunk &c, const uint16_t *packed, uint16_t *scratch) {
+                           uint16_t *act = scratch, *h = hidden ? bits(hidden) + c.first * 2 * f : scratch + CHUNK * f;
+                           tiles().multiply(bits(x) + c.first * d, c.rows, d, packed, 2 * f, h, {});
+                           tiles().swiglu(h, c.rows, f, act);
+                           tiles().multiply(act, c.rows, f, packed + second.offset, d, bits(y) + c.first * d, {});
+                       });
     });
 }
 
@@ -243,13 +255,15 @@ int32_t moestro_ffn_back(const moestro_groups *g, int32_t dtype, const void *up,
     return train(g, dtype, d, f, given, [&](const Groups &groups) {
         const Matrix first{down, dtype, d, f, true, 0}, second{up, dtype, 2 * f, d, true, f * d};
         const int64_t lines = (64 * 64 + d - 1) / d;
-        walk(groups, {first, second}, CHUNK * f, [&](const Chunk &c, const uint16_t *packed, uint16_t *own) {
-            const uint16_t *h = bits(hidden) + c.first * 2 * f;
-            uint16_t *grad = bits(dhidden) + c.first * 2 * f;
-            tiles().multiply(bits(dy) + c.first * d, c.rows, d, packed, f, own, {h, 4 * f, 4 * f, c.rows, lines});
-            tiles().swiglu_back(own, h, c.rows, f, grad, bits(act) + c.first * f);
-            tiles().multiply(grad, c.rows, 2 * f, packed + second.offset, d, bits(dx) + c.first * d, {});
-        });
+        for_each_chunk(groups, {first, second}, CHUNK * f,
+                       [&](const Chunk &c, const uint16_t *packed, uint16_t *scratch) {
+                           const uint16_t *h = bits(hidden) + c.first * 2 * f;
+                           uint16_t *grad = bits(dhidden) + c.first * 2 * f;
+                           tiles().multiply(bits(dy) + c.first * d, c.rows, d, packed, f, scratch,
+                                            {h, 4 * f, 4 * f, c.rows, lines});
+                           tiles().swiglu_back(scratch, h, c.rows, f, grad, bits(act) + c.first * f);
+                           tiles().multiply(grad, c.rows, 2 * f, packed + second.offset, d, bits(dx) + c.first * d, {});
+                       });
     });
 }
 

@@ -1,6 +1,6 @@
-// The tiles' part of training: AMX for products of bf16, AVX-512 with BF16 for everything beside them.
-#include "training.h"
+// The tiles' part of training: AMX for products of bf16, AVX-512 with BF16 for everything else.
 #include "kernels.h"
+#include "training.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -10,7 +10,7 @@ namespace moestro {
 namespace {
 #include "tiles.inc"
 
-inline void fetch(const void *at) { _mm_prefetch(static_cast<const char *>(at), _MM_HINT_T1); }
+inline void prefetch(const void *at) { _mm_prefetch(static_cast<const char *>(at), _MM_HINT_T1); }
 
 inline __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 // 32 numbers as bf16.
@@ -30,7 +30,7 @@ inline void write16(uint16_t *to, __m512i x) {
 
 // Rows a and b, 32 wide, as 32 pairs (a[n], b[n]).
 inline void pair_up(__m512i a, __m512i b, __m512i *low, __m512i *high) {
-    alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+    alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i first = _mm512_load_si512(FIRST), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     *low = _mm512_permutex2var_epi16(a, first, b);
@@ -43,10 +43,10 @@ template <class T> void pack_rows_of(const T *w, int64_t k, uint16_t *to) {
         for (int half = 0; half < 2; half++, next += 512) {
             __m512i r[16];
             for (int i = 0; i < 16; i++) {
-                if (sizeof(T) == 4) fetch(next + i * 16), fetch(next + 256 + i * 16);
+                if (sizeof(T) == 4) prefetch(next + i * 16), prefetch(next + 256 + i * 16);
                 r[i] = read32(w + (half * 16 + i) * k + at);
             }
-            turn_words16(r);
+            transpose16(r);
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (at / 2 + i) * 64 + half * 32, r[i]);
         }
 }
@@ -68,24 +68,25 @@ template <class T> void pack_columns_of(const T *x, int64_t ld, int64_t rows, in
     }
 }
 
-void pack_rows(bool wide, const void *w, int64_t k, uint16_t *to) {
-    if (wide) pack_rows_of(static_cast<const float *>(w), k, to);
+void pack_rows(bool is_fp32, const void *w, int64_t k, uint16_t *to) {
+    if (is_fp32) pack_rows_of(static_cast<const float *>(w), k, to);
     else pack_rows_of(static_cast<const uint16_t *>(w), k, to);
 }
 
-void pack_columns(bool wide, const void *x, int64_t ld, int64_t rows, int64_t n, int64_t depth, uint16_t *to) {
-    if (wide) pack_columns_of(static_cast<const float *>(x), ld, rows, n, depth, to);
+void pack_columns(bool is_fp32, const void *x, int64_t ld, int64_t rows, int64_t n, int64_t depth, uint16_t *to) {
+    if (is_fp32) pack_columns_of(static_cast<const float *>(x), ld, rows, n, depth, to);
     else pack_columns_of(static_cast<const uint16_t *>(x), ld, rows, n, depth, to);
 }
 
-void turn(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_t apart) {
+void transpose(const uint16_t *x, int64_t ld, int64_t rows, uint16_t *to, int64_t stride) {
     const __m512i none = _mm512_setzero_si512();
     __m512i r[2][16];
     for (int i = 0; i < 16; i++)
-        pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none, &r[0][i], &r[1][i]);
+        pair_up(2 * i < rows ? read32(x + 2 * i * ld) : none, 2 * i + 1 < rows ? read32(x + (2 * i + 1) * ld) : none,
+                &r[0][i], &r[1][i]);
     for (int half = 0; half < 2; half++) {
-        turn_words16(r[half]);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * apart + i * 32, r[half][i]);
+        transpose16(r[half]);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * stride + i * 32, r[half][i]);
     }
 }
 
@@ -96,35 +97,37 @@ struct Rounding {
     const float *from = nullptr;
     uint16_t *to = nullptr;
     int64_t ld = 0, rows = 0, at = 0;
-    inline void some(int64_t count) {
+    inline void advance(int64_t count) {
         for (const int64_t end = at + count < rows ? at + count : rows; at < end; at++)
             _mm512_storeu_si512(to + at * ld, read32(from + at * 32));
     }
 };
 
-inline void fetch_some(Soon &soon, int64_t &column) {
-    for (int64_t i = 0; i < soon.lines && soon.rows; i++) {
-        fetch(static_cast<const char *>(soon.at) + column);
+inline void prefetch_lines(Prefetch &next, int64_t &column) {
+    for (int64_t i = 0; i < next.lines && next.rows; i++) {
+        prefetch(static_cast<const char *>(next.at) + column);
         column += 64;
-        if (column >= soon.row_bytes) soon.at = static_cast<const char *>(soon.at) + soon.step_bytes, column = 0, soon.rows--;
+        if (column >= next.row_bytes)
+            next.at = static_cast<const char *>(next.at) + next.step_bytes, column = 0, next.rows--;
     }
 }
 
-// Beside the steps of a product.
-struct Beside {
+// What the vector units do between the steps of a product.
+struct Overlap {
     Rounding rounding;
     int64_t each = 0;  // rows to round at each step
-    Soon soon;
+    Prefetch next;
     int64_t column = 0;
     inline void step() {
-        rounding.some(each);
-        fetch_some(soon, column);
+        rounding.advance(each);
+        prefetch_lines(next, column);
     }
 };
 
 // Tiles 0-3 += rows · 32 columns over k inputs. The rows' tiles begin at a and a2; each step is `next` values on.
 template <bool TWO>
-inline void dots(const uint16_t *a, const uint16_t *a2, int64_t ld, int64_t next, const uint16_t *b, int64_t k, Beside &beside) {
+inline void dots(const uint16_t *a, const uint16_t *a2, int64_t ld, int64_t next, const uint16_t *b, int64_t k,
+                 Overlap &overlap) {
     for (int64_t at = 0; at < k; at += 32, a += next, a2 += next, b += 1024) {
         LOAD(4, a, ld * 2);
         LOAD(6, b, 128);
@@ -136,7 +139,7 @@ inline void dots(const uint16_t *a, const uint16_t *a2, int64_t ld, int64_t next
             DOT_BF16(2, 5, 6);
             DOT_BF16(3, 5, 7);
         }
-        beside.step();
+        overlap.step();
     }
 }
 
@@ -147,80 +150,84 @@ inline void zero_tiles() {
     ZERO(3);
 }
 
-void multiply(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, int64_t n, uint16_t *y, Soon soon) {
+void multiply(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, int64_t n, uint16_t *y, Prefetch next) {
     alignas(64) float sums[2][32 * 32];
-    Beside beside;
-    beside.each = (32 * 32 + k - 1) / k, beside.soon = soon;
+    Overlap overlap;
+    overlap.each = (32 * 32 + k - 1) / k, overlap.next = next;
     int64_t shaped = 0;
-    int turn = 0;
+    int current = 0;
     for (int64_t block = 0; block < n; block += 32, packed += 32 * k)
-        for (int64_t at = 0; at < m; at += 32, turn ^= 1) {
+        for (int64_t at = 0; at < m; at += 32, current ^= 1) {
             const int64_t rows = m - at < 32 ? m - at : 32;
             if (rows != shaped) shape_tiles(rows, 16), shaped = rows;
             const uint16_t *a = x + at * k;
             if (block == 0)
-                for (int64_t i = 0; i < 32 * k; i += 32) fetch(a + 32 * k + i);
+                for (int64_t i = 0; i < 32 * k; i += 32) prefetch(a + 32 * k + i);
             zero_tiles();
-            if (rows > 16) dots<true>(a, a + 16 * k, k, 32, packed, k, beside);
-            else dots<false>(a, a, k, 32, packed, k, beside);
-            beside.rounding.some(32);
-            float *sum = sums[turn];
+            if (rows > 16) dots<true>(a, a + 16 * k, k, 32, packed, k, overlap);
+            else dots<false>(a, a, k, 32, packed, k, overlap);
+            overlap.rounding.advance(32);
+            float *sum = sums[current];
             STORE(0, sum, 128);
             STORE(1, sum + 16, 128);
             if (rows > 16) {
                 STORE(2, sum + 16 * 32, 128);
                 STORE(3, sum + 16 * 32 + 16, 128);
             }
-            beside.rounding = {sum, y + at * n + block, n, rows, 0};
+            overlap.rounding = {sum, y + at * n + block, n, rows, 0};
         }
-    beside.rounding.some(32);
+    overlap.rounding.advance(32);
 }
 
-void sum_piece(const Piece &p, uint16_t *room, float *sums) {
+void sum_grad_block(const GradBlock &p, uint16_t *scratch, float *sums) {
     shape_tiles(32, 16);
-    for (int64_t at = 0; at < p.rows; at += PIECE) {
-        const int64_t rows = p.rows - at < PIECE ? p.rows - at : PIECE, depth = round_up(rows, 32);
+    for (int64_t at = 0; at < p.rows; at += GRAD_BLOCK) {
+        const int64_t rows = p.rows - at < GRAD_BLOCK ? p.rows - at : GRAD_BLOCK, depth = round_up(rows, 32);
         for (int64_t r = 0; r < rows; r += 32)
-            pack_columns(false, p.other + (at + r) * p.width, p.width, rows - r, p.across, depth, room + r * 32);
-        Beside beside;
+            pack_columns(false, p.other + (at + r) * p.ld, p.ld, rows - r, p.width, depth, scratch + r * 32);
+        Overlap overlap;
         const int64_t rest = p.rows - at - rows;
-        if (rest) beside.soon = {p.other + (at + rows) * p.width, p.across * 2, p.width * 2, rest < PIECE ? rest : PIECE, 5};
-        for (int64_t i = 0; i < p.high; i += 32) {
-            const uint16_t *a = p.turned + i * p.depth + at * 16;
-            for (int64_t j = 0; j < p.across; j += 32) {
-                float *sum = sums + i * PIECE + j;
+        if (rest)
+            overlap.next = {p.other + (at + rows) * p.ld, p.width * 2, p.ld * 2, rest < GRAD_BLOCK ? rest : GRAD_BLOCK,
+                            5};
+        for (int64_t i = 0; i < p.height; i += 32) {
+            const uint16_t *a = p.transposed + i * p.depth + at * 16;
+            for (int64_t j = 0; j < p.width; j += 32) {
+                float *sum = sums + i * GRAD_BLOCK + j;
                 if (at) {
-                    LOAD(0, sum, PIECE * 4);
-                    LOAD(1, sum + 16, PIECE * 4);
-                    LOAD(2, sum + 16 * PIECE, PIECE * 4);
-                    LOAD(3, sum + 16 * PIECE + 16, PIECE * 4);
+                    LOAD(0, sum, GRAD_BLOCK * 4);
+                    LOAD(1, sum + 16, GRAD_BLOCK * 4);
+                    LOAD(2, sum + 16 * GRAD_BLOCK, GRAD_BLOCK * 4);
+                    LOAD(3, sum + 16 * GRAD_BLOCK + 16, GRAD_BLOCK * 4);
                 } else {
                     zero_tiles();
                 }
-                dots<true>(a, a + 16 * p.depth, 32, 512, room + j * depth, rows, beside);
-                STORE(0, sum, PIECE * 4);
-                STORE(1, sum + 16, PIECE * 4);
-                STORE(2, sum + 16 * PIECE, PIECE * 4);
-                STORE(3, sum + 16 * PIECE + 16, PIECE * 4);
+                dots<true>(a, a + 16 * p.depth, 32, 512, scratch + j * depth, rows, overlap);
+                STORE(0, sum, GRAD_BLOCK * 4);
+                STORE(1, sum + 16, GRAD_BLOCK * 4);
+                STORE(2, sum + 16 * GRAD_BLOCK, GRAD_BLOCK * 4);
+                STORE(3, sum + 16 * GRAD_BLOCK + 16, GRAD_BLOCK * 4);
             }
         }
     }
 }
 
-template <class T> void write_piece_of(const float *sums, int64_t high, int64_t across, bool turned, T *to, int64_t ld) {
-    for (int64_t i = 0; i < high; i += 16)
-        for (int64_t j = 0; j < across; j += 16) {
+template <class T> void write_grad_block_of(const float *sums, int64_t height, int64_t width, bool transpose, T *to,
+                                            int64_t ld) {
+    for (int64_t i = 0; i < height; i += 16)
+        for (int64_t j = 0; j < width; j += 16) {
             __m512i r[16];
-            for (int q = 0; q < 16; q++) r[q] = _mm512_loadu_si512(sums + (i + q) * PIECE + j);
-            if (turned) turn_words16(r);
-            T *place = turned ? to + j * ld + i : to + i * ld + j;
+            for (int q = 0; q < 16; q++) r[q] = _mm512_loadu_si512(sums + (i + q) * GRAD_BLOCK + j);
+            if (transpose) transpose16(r);
+            T *place = transpose ? to + j * ld + i : to + i * ld + j;
             for (int q = 0; q < 16; q++) write16(place + q * ld, r[q]);
         }
 }
 
-void write_piece(const float *sums, int64_t high, int64_t across, bool turned, bool wide, void *to, int64_t ld) {
-    if (wide) write_piece_of(sums, high, across, turned, static_cast<float *>(to), ld);
-    else write_piece_of(sums, high, across, turned, static_cast<uint16_t *>(to), ld);
+void write_grad_block(const float *sums, int64_t height, int64_t width, bool transpose, bool is_fp32, void *to,
+                      int64_t ld) {
+    if (is_fp32) write_grad_block_of(sums, height, width, transpose, static_cast<float *>(to), ld);
+    else write_grad_block_of(sums, height, width, transpose, static_cast<uint16_t *>(to), ld);
 }
 
 // ---- SwiGLU.
@@ -252,7 +259,8 @@ void swiglu(const uint16_t *hidden, int64_t m, int64_t f, uint16_t *act) {
         }
 }
 
-void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden, uint16_t *act) {
+void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_t f, uint16_t *grad_hidden,
+                 uint16_t *act) {
     for (int64_t row = 0; row < m; row++, grad += f, hidden += 2 * f, grad_hidden += 2 * f, act += f)
         for (int64_t i = 0; i < f; i += 32) {
             __m512 of_gate[2], of_up[2], y[2];
@@ -275,7 +283,8 @@ void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_
 }  // namespace
 
 const TileKernels *tile_kernels() {
-    static const TileKernels kernels = {pack_rows, pack_columns, multiply, swiglu, swiglu_back, turn, sum_piece, write_piece};
+    static const TileKernels kernels = {pack_rows,   pack_columns, multiply,       swiglu,
+                                        swiglu_back, transpose,    sum_grad_block, write_grad_block};
     return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 
@@ -283,5 +292,5 @@ const TileKernels *tile_kernels() {
 #else
 namespace moestro {
 const TileKernels *tile_kernels() { return nullptr; }
-}
+}  // namespace moestro
 #endif

@@ -11,14 +11,14 @@ import torch
 
 from moestro import Decoder, ModelConfig, MoE
 from moestro.checkpoints import packed_files
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model
-from moestro.checkpoints.pretrained import open_model, write_pretrained
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.quantize import WEIGHTS, pack
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import BalanceConfig, EncDecConfig, OptimConfig, RunConfig
 from moestro.data.windows import prepare
-from moestro.infer.engine import generate_batch
+from moestro.infer.engine import generate_batch, stream
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.text_to_text import stream
 from moestro.kernels import native_cpu
 from moestro.models.build import new_model
 from moestro.models.encdec import EncDec
@@ -257,8 +257,8 @@ def test_a_saved_model(same, tmp_path, packed):
         with atomic_folder(folder / "own") as inner:
             save_model(model, inner)
         write_pretrained(model, folder / "theirs", family="mixtral")
-        read = [load_model(folder / "own"), open_model(folder / "theirs").model]
-        read.append(open_model(folder / "theirs", dtype=torch.bfloat16).model)
+        read = [open_checkpoint(folder / "own").model, open_checkpoint(folder / "theirs").model]
+        read.append(open_checkpoint(folder / "theirs", dtype=torch.bfloat16).model)
         return model(tokens_BS), [one(tokens_BS) for one in read]
 
     same(run)
@@ -301,8 +301,8 @@ def test_a_training_run(same, tmp_path):
         result = Trainer(cfg, folder / "run", corpus).train()
         shutil.rmtree(folder / "run" / "checkpoints" / "step-000004")
         again = Trainer(cfg, folder / "run", corpus).train(resume=True)
-        models = [load_model(folder / "run" / "checkpoints" / "step-000002")]
-        models.append(load_model(again.checkpoint))
+        models = [open_checkpoint(folder / "run" / "checkpoints" / "step-000002").model]
+        models.append(open_checkpoint(again.checkpoint).model)
         bits = [point.bits_per_byte for point in result.history + again.history]
         return bits, [model.state_dict() for model in models]
 
@@ -312,7 +312,7 @@ def test_a_training_run(same, tmp_path):
     shutil.rmtree(folder / "run" / "checkpoints" / "step-000004")
     with ambient("both"):
         Trainer(cfg, folder / "run", prepare(cfg.data, folder / "data")).train(resume=True)
-    ended = [load_model(tmp_path / name / "run").state_dict() for name in ("0", "1")]
+    ended = [open_checkpoint(tmp_path / name / "run").model.state_dict() for name in ("0", "1")]
     equal(*ended)
 
 

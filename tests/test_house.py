@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "moestro"
 SOURCES = sorted(SRC.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+NATIVE = sorted(p for p in (ROOT / "native").iterdir() if p.suffix in {".cpp", ".h", ".inc"})
 
 # A room may import rooms of a lower level, and itself; rooms of one level never each other.
 LEVELS = {
@@ -68,6 +69,42 @@ def imported_rooms(path: Path) -> set[str]:
     return found & set(LEVELS)
 
 
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
+
+def imported_files(path: Path) -> set[str]:
+    """Modules that the file imports anywhere: in functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {each if each in MODULES else node.module for each in inner}
+    return found & set(MODULES)
+
+
+def reached(start: str, imports: dict[str, set[str]]) -> set[str]:
+    found, waiting = set(), [*imports[start]]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports[name]
+    return found
+
+
+def test_no_file_imports_itself_in_the_end():
+    imports = {name: imported_files(path) for name, path in MODULES.items()}
+    assert "moestro.moe.mixing" in imports["moestro.moe.experts"]
+    circular = {name for name in MODULES if name in reached(name, imports)}
+    assert not circular, f"files that import each other: {sorted(circular)}"
+
+
 def test_the_walk_finds_the_files():
     assert len(SOURCES) > 20
     assert "kernels" in imported_rooms(SRC / "moe" / "experts.py")
@@ -76,6 +113,12 @@ def test_the_walk_finds_the_files():
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=short)
 def test_files_are_at_most_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=short)
+def test_native_lines_are_at_most_120_columns(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 120, f"line {number}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)

@@ -11,9 +11,11 @@ import tokenizers
 import torch
 
 from moestro.chat import load_chat
-from moestro.checkpoints.folders import load_model, load_weights, read_own_config, verify_folder
-from moestro.checkpoints.pretrained import read_config, write_pretrained
+from moestro.checkpoints.folders import verify_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import read_settings
 from moestro.checkpoints.tensor_files import open_folder
+from moestro.checkpoints.writing import write_pretrained
 from moestro.config import ModelConfig, RunConfig
 from moestro.data.windows import Corpus
 from moestro.errors import MoestroError
@@ -151,13 +153,16 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     run = a_run(base)
     step, data = run / "checkpoints" / "step-000002", base / "data"
     folder = a_published_folder(base / "published")
-    model, fingerprint = load_model(step), Corpus(data).fingerprint
+    model, fingerprint = open_checkpoint(step).model, Corpus(data).fingerprint
     trace, settings = base / "trace.npz", base / "model.toml"
     write_parts(trace, [make_trace()])
     settings.write_text("[model]\ndim = 8\nnum_layers = 1\n[train]\nsteps = 3\n")
 
     def restore() -> None:
         state.restore(step, model, make_optimizer(model, RunConfig().optim), fingerprint)
+
+    def own_weights() -> None:
+        open_checkpoint(step, verified=True)
 
     def metrics() -> None:
         history(read_metrics(run / "metrics.jsonl"))
@@ -177,10 +182,12 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
         load_tokenizer(folder).encode_prompt(found.render([{"role": "user", "content": "hi"}]))
 
     return {
-        "own config": Reader(step / "config.json", lambda: read_own_config(step / "config.json")),
-        "own weights": Reader(step / "model.safetensors", lambda: load_weights(model, step)),
+        "own config": Reader(step / "config.json", lambda: read_settings(step)),
+        "own weights": Reader(
+            step / "model.safetensors", lambda: open_checkpoint(step, verified=True)
+        ),
         "manifest": Reader(step / "manifest.json", lambda: verify_folder(step)),
-        "run settings": Reader(step / "run.json", lambda: state.read_settings(step)),
+        "run settings": Reader(step / "run.json", lambda: state.read_run_settings(step)),
         "trainer state": Reader(step / "trainer.json", restore),
         "optimizer": Reader(step / "optimizer.safetensors", restore),
         "metrics": Reader(run / "metrics.jsonl", metrics),
@@ -192,7 +199,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
         "ends": Reader(folder / "generation_config.json", tokenizer),
         "sampling": Reader(folder / "generation_config.json", lambda: stated_sampling(folder)),
         "index": Reader(folder / "model.safetensors.index.json", lambda: open_folder(folder)),
-        "config": Reader(folder / "config.json", lambda: read_config(folder)),
+        "config": Reader(folder / "config.json", lambda: read_settings(folder)),
         "trace": Reader(trace, lambda: read_trace(trace)),
         "settings": Reader(settings, lambda: load_settings(RunConfig, settings)),
         "plan": Reader(settings, lambda: from_file(settings)),

@@ -77,12 +77,11 @@ def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
     """Read the chat template of a checkpoint's folder.
 
     A file chat_template.jinja comes before the templates in tokenizer_config.json.
-
-    Raises:
-        DataError: there is none, none of that name, it is too long, or a file is damaged.
     """
-    settings = _settings(folder / SETTINGS)
-    templates = _files(folder) or _listed(settings.get("chat_template"), folder / SETTINGS)
+    path, settings = folder / SETTINGS, {}
+    if path.exists():
+        settings = read_object(path, DataError, "fetch it again", finite=False)
+    templates = _files(folder) or _listed(settings.get("chat_template"), path)
     if not templates:
         raise DataError(
             f"{folder} has no chat template: neither {TEMPLATE} nor chat_template in {SETTINGS}; "
@@ -107,26 +106,18 @@ def load_chat(folder: Path, name: str = "default") -> ChatTemplate:
     return ChatTemplate(source, tokens)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json; empty without the file."""
-    return read_object(path, DataError, "fetch it again", finite=False) if path.exists() else {}
-
-
 def _files(folder: Path) -> dict[str, str]:
     """Templates that have a file of their own, by name."""
-    found = {}
+    paths = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE).exists():
-        found["default"] = _read(folder / TEMPLATE)
-    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
-        found[path.stem] = _read(path)
+        paths = {"default": folder / TEMPLATE, **paths}
+    found = {}
+    for name, path in paths.items():
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
 def _listed(value: Any, path: Path) -> dict[str, str]:

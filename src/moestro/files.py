@@ -18,8 +18,7 @@ UNFINISHED = ".unfinished-"
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` when the block ends without an error.
 
-    Raises:
-        OSError: the disk is full or the place cannot be written; what was there is untouched.
+    After an error, such as a full disk, what was there is untouched.
     """
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f"{UNFINISHED}{path.name}-", delete=False
@@ -36,19 +35,11 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write text in UTF-8.
-
-    Raises:
-        OSError: as in `whole_file`.
-    """
+    """Write text in UTF-8."""
     with whole_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs: indented, with a final newline.
-
-    Raises:
-        OSError: as in `whole_file`.
-    """
+    """Write JSON for people and programs: indented, with a final newline."""
     write_whole(path, json.dumps(value, indent=2) + "\n")

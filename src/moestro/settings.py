@@ -50,9 +50,6 @@ def load_settings(
         path: A .toml or .json file; None starts from the defaults.
         overrides: Assignments such as `model.dim=256`, each value in TOML syntax; a value that is
             not valid TOML is taken as a plain string, and `null` unsets (`model.moe=null`).
-
-    Raises:
-        ConfigError: the file cannot be read, or a name or value in it is not allowed.
     """
     return kind(**read_values(path, overrides))
 
@@ -95,42 +92,35 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
-    """Turn pydantic's report into one line per problem, written for a person."""
+    """Turn pydantic's report into one line per problem, written for a person.
+
+    Settings inside have explained themselves already: their error is a value_error here.
+    """
     lines = []
     for problem in error.errors():
         where = ".".join(_names(kind, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(kind, problem["loc"]))
-        elif problem["type"] == "value_error":
-            message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-            lines.append(_within(where, message))
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is required and was not given")
-        elif problem["type"] == "union_tag_invalid":
-            given, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
-            lines.append(f"{where}.kind = {given!r} is not allowed: choose one of {allowed}")
-        else:
-            lines.append(f"{where} = {problem['input']!r} is not allowed: {problem['msg'].lower()}")
+        context = problem.get("ctx", {})
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(_unknown(kind, where))
+            case "value_error":
+                lines.append(_within(where, str(context.get("error", problem["msg"]))))
+            case "missing":
+                lines.append(f"{where} is required and was not given")
+            case "union_tag_invalid":
+                given, allowed = context["tag"], context["expected_tags"]
+                lines.append(f"{where}.kind = {given!r} is not allowed: choose one of {allowed}")
+            case _:
+                message = problem["msg"].lower()
+                lines.append(f"{where} = {problem['input']!r} is not allowed: {message}")
     return "; ".join(lines)
 
 
 def _names(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
-    """The names a person would write: without the tags that pydantic adds to a choice."""
-    names: list[str] = []
-    classes: list[type[Settings]] = [kind]
-    for part in loc:
-        if len(classes) > 1:  # part is the tag of one of them
-            classes = [each for each in classes if _tag(each) == part] or classes[:1]
-            continue
-        field = classes[0].model_fields.get(str(part)) if classes else None
-        classes = settings_classes(field.annotation) if field else []
-        names.append(str(part))
-    return names
-
-
-def _tag(kind: type[Settings]) -> Any:
-    field = kind.model_fields.get("kind")
-    return field.default if field else None
+    """The names a person would write: without the tag that pydantic adds after a choice."""
+    field = kind.model_fields.get(str(loc[0])) if loc else None
+    tagged = field is not None and len(settings_classes(field.annotation)) > 1
+    return [str(part) for place, part in enumerate(loc) if not (tagged and place == 1)]
 
 
 def _within(where: str, message: str) -> str:
@@ -145,18 +135,10 @@ def _within(where: str, message: str) -> str:
     return f"{where}: {message}"
 
 
-def _unknown(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
+def _unknown(kind: type[Settings], name: str) -> str:
     """Name an unknown setting, and the nearest one that exists at its level."""
-    level: type[Settings] = kind
-    for part in loc[:-1]:
-        field = level.model_fields.get(str(part))
-        inner = settings_classes(field.annotation) if field else []
-        if not inner:
-            break
-        level = inner[0]
-    known = sorted(level.model_fields)
-    name = ".".join(_names(kind, loc))
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    known = sorted(kind.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"{UNKNOWN}{name}: {hint}"
 

@@ -49,22 +49,15 @@ def parse(text: str | bytes, *, finite: bool = True, surrogates: bool = False) -
 
 
 def read_object(
-    path: Path,
-    refuse: Callable[[str], Exception],
-    advice: str,
-    *,
-    finite: bool = True,
+    path: Path, refuse: Callable[[str], Exception], advice: str, *, finite: bool = True
 ) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
-        path: the file.
+        path: the file; where it is missing, damaged, or holds no object, `refuse` says so.
         refuse: makes the error of a message, such as `DataError`.
         advice: ends the message: what to do about a file that cannot be read.
         finite: as in `parse`.
-
-    Raises:
-        Exception: what `refuse` made: the file is missing, damaged, or holds no object.
     """
     try:
         with path.open("rb") as file:

@@ -174,12 +174,9 @@ def _tojson(
 ) -> str:
     """JSON without the escapes that HTML would need."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
         sort_keys=sort_keys,
-    )
+    )  # fmt: skip
 
 
 def _raise(message: object) -> None:

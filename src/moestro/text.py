@@ -58,7 +58,12 @@ class Tokenizer(Protocol):
     specials: Mapping[int, str]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no `end_of_text` among them unless the text holds a NUL."""
+        """Token ids of `text`; no `end_of_text` among them unless the text holds a NUL.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair, or what the tokenizer has no
+                token for; so it is in `encode_prompt`.
+        """
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
         """Token ids of a prompt, in which special tokens may be spelled out.
@@ -68,7 +73,11 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id is not in [0, vocab_size).
+        """
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` reads into an existing folder."""
@@ -84,11 +93,7 @@ class ByteTokenizer:
     specials: Mapping[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of `text` in UTF-8.
-
-        Raises:
-            DataError: the text holds half of a surrogate pair.
-        """
+        """The bytes of `text` in UTF-8."""
         return list(utf8(text))
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
@@ -96,11 +101,7 @@ class ByteTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the bytes `ids`; what is not UTF-8 becomes U+FFFD.
-
-        Raises:
-            DataError: an id is not in [0, 256).
-        """
+        """Text of the bytes `ids`."""
         _check_ids(ids, self.vocab_size)
         return bytes(ids).decode("utf-8", errors="replace")
 
@@ -113,14 +114,9 @@ class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library: a BPE trained here, or a tokenizer.json."""
 
     def __init__(
-        self,
-        inner: tokenizers.Tokenizer,
-        name: str,
-        end_of_text: int,
-        ends: Iterable[int] = (),
+        self, inner: tokenizers.Tokenizer, name: str, end_of_text: int, ends: Iterable[int] = ()
     ) -> None:
-        self.name = name
-        self.end_of_text = end_of_text
+        self.name, self.end_of_text = name, end_of_text
         self.ends = frozenset({end_of_text, *ends})
         self.specials: Mapping[int, str] = _specials(inner)
         # Some published vocabularies have gaps, so the number of entries is not enough.
@@ -140,33 +136,20 @@ class SubwordTokenizer:
         return twin
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without the special tokens that a template would add.
-
-        Raises:
-            DataError: the text holds half of a surrogate pair, or what the tokenizer has no
-                token for.
-        """
-        utf8(text)
-        inner = self._for_documents
-        with _library("the tokenizer cannot encode this text"):
-            return list(inner.encode(text, add_special_tokens=False).ids)
+        """Token ids of `text`, without the special tokens that a template would add."""
+        return self._encode(self._for_documents, text, special=False)
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
-        """Token ids of a prompt; what is put around it is tokenizer.json's post-processor's choice.
+        """Token ids of a prompt; tokenizer.json's post-processor says what is put around it."""
+        return self._encode(self._inner, text, special=not templated)
 
-        Raises:
-            DataError: as `encode`.
-        """
+    def _encode(self, inner: tokenizers.Tokenizer, text: str, special: bool) -> list[int]:
         utf8(text)
         with _library("the tokenizer cannot encode this text"):
-            return list(self._inner.encode(text, add_special_tokens=not templated).ids)
+            return list(inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out; what is not UTF-8 becomes U+FFFD.
-
-        Raises:
-            DataError: an id is not in [0, vocab_size).
-        """
+        """Text of `ids`, special tokens left out."""
         _check_ids(ids, self.vocab_size)
         with _library("the tokenizer cannot decode these tokens"):
             if self._byte_decoder is None:
@@ -187,11 +170,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         texts: Read once, never held whole.
         vocab_size: Most entries: 256 bytes, the end-of-text token, and merges. A small text may
             give fewer; the result's `vocab_size` tells.
-
-    Raises:
-        DataError: `vocab_size` leaves no room for the bytes.
     """
-    _check_bpe_size(vocab_size, str(vocab_size))
+    _check_bpe_size(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -212,9 +192,6 @@ def tokenizer_file(path: Path) -> Tokenizer:
 
     The tokens that end a text are those named in the folder's generation_config.json, config.json
     and tokenizer_config.json, each of which may be missing; without any, one with a known name.
-
-    Raises:
-        DataError: a file cannot be read, or no token is known to end a document.
     """
     inner = _read_hf(path)
     special = {name: number for number, name in _specials(inner).items()}
@@ -234,11 +211,7 @@ def tokenizer_file(path: Path) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read what a tokenizer's `save` wrote, or the tokenizer.json of a published checkpoint.
-
-    Raises:
-        DataError: there is no tokenizer in the folder, or it is damaged.
-    """
+    """Read what a tokenizer's `save` wrote, or the tokenizer.json of a published checkpoint."""
     note = folder / NOTE_FILE
     if not note.exists():
         if (folder / HF_FILE).exists():
@@ -263,45 +236,40 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return SubwordTokenizer(_read_hf(folder / HF_FILE), name, end_of_text, ends)
 
 
-def check_tokenizer(setting: str) -> None:
-    """Refuse a bad `data.tokenizer` before any text is read.
-
-    Raises:
-        DataError: it is neither 'bytes', 'bpe:SIZE' with a size that works, nor there on disk.
-    """
+def check_tokenizer(setting: str) -> int | Path | None:
+    """What `data.tokenizer` names: the size of a BPE, a path that exists, or (None) bytes."""
     if setting == ByteTokenizer.name:
-        return
+        return None
     if setting.startswith("bpe:"):
         size = setting.removeprefix("bpe:")
-        _check_bpe_size(int(size) if size.isascii() and size.isdigit() else None, size)
-    elif not Path(setting).expanduser().exists():
+        if not (size.isascii() and size.isdigit()):
+            raise DataError(
+                f"tokenizer {setting!r}: {size!r} is not a whole number; give the size of the "
+                "vocabulary, such as bpe:1024"
+            )
+        _check_bpe_size(int(size))
+        return int(size)
+    path = Path(setting).expanduser()
+    if not path.exists():
         raise DataError(
             f"tokenizer {setting!r} is not 'bytes', 'bpe:SIZE' (such as bpe:1024), or an existing "
             "tokenizer.json or folder that holds one; give one of these"
         )
+    return path
 
 
 def build_tokenizer(setting: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` describes; only 'bpe:SIZE' reads the texts.
-
-    Raises:
-        DataError: as in `check_tokenizer`, or the file is not a usable tokenizer.
-    """
-    check_tokenizer(setting)
-    if setting == ByteTokenizer.name:
+    """The tokenizer that `data.tokenizer` describes; only 'bpe:SIZE' reads the texts."""
+    wanted = check_tokenizer(setting)
+    if wanted is None:
         return ByteTokenizer()
-    if setting.startswith("bpe:"):
-        return train_bpe(texts, int(setting.removeprefix("bpe:")))
-    path = Path(setting).expanduser()
-    return load_tokenizer(path) if path.is_dir() else tokenizer_file(path)
+    if isinstance(wanted, int):
+        return train_bpe(texts, wanted)
+    return load_tokenizer(wanted) if wanted.is_dir() else tokenizer_file(wanted)
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of `text`.
-
-    Raises:
-        DataError: the text holds half of a surrogate pair, which UTF-8 cannot write.
-    """
+    """The bytes of `text`; half of a surrogate pair, which UTF-8 cannot write, is refused."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -312,14 +280,8 @@ def utf8(text: str) -> bytes:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty without the file.
-
-    Raises:
-        DataError: it cannot be read, or holds something else.
-    """
-    if not path.exists():
-        return {}
-    return read_object(path, DataError, "fetch it again", finite=False)
+    """The object in a JSON file; empty without the file."""
+    return read_object(path, DataError, "fetch it again", finite=False) if path.exists() else {}
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -330,12 +292,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_bpe_size(size: int | None, given: str) -> None:
-    if size is None:
-        raise DataError(
-            f"tokenizer 'bpe:{given}': {given!r} is not a whole number; "
-            "give the size of the vocabulary, such as bpe:1024"
-        )
+def _check_bpe_size(size: int) -> None:
     if size < SMALLEST_BPE:
         raise DataError(
             f"a BPE vocabulary of {size} is too small: 256 bytes and the end-of-text token need "
@@ -379,14 +336,12 @@ def _stated_ends(folder: Path, inner: tokenizers.Tokenizer) -> list[int]:
         found += numbers
     token = optional_json(folder / HF_SETTINGS).get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
-    number = inner.token_to_id(content) if isinstance(content, str) else None
-    return list(dict.fromkeys([*found, *([] if number is None else [number])]))
+    if isinstance(content, str) and (number := inner.token_to_id(content)) is not None:
+        found.append(number)
+    return list(dict.fromkeys(found))
 
 
 def _write_note(folder: Path, tokenizer: Tokenizer) -> None:
-    values = {
-        "name": tokenizer.name,
-        "end_of_text": tokenizer.end_of_text,
-        "ends": sorted(tokenizer.ends),
-    }
+    end, ends = tokenizer.end_of_text, sorted(tokenizer.ends)
+    values = {"name": tokenizer.name, "end_of_text": end, "ends": ends}
     (folder / NOTE_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -13,15 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
-from moestro.checkpoints import folders
-from moestro.checkpoints.folders import (
-    atomic_folder,
-    checkpoints,
-    load_model,
-    newest_checkpoint,
-    save_model,
-    verify_folder,
-)
+from moestro.checkpoints import reading
+from moestro.checkpoints.folders import atomic_folder, checkpoints, newest_checkpoint, verify_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.errors import CheckpointError
 
 SETTINGS = {
@@ -71,7 +66,7 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_round_trip(tmp_path, tie_embeddings):
     model = new_model(head={"tied": tie_embeddings}).eval()
-    loaded = load_model(save(model, tmp_path / "model"))
+    loaded = open_checkpoint(save(model, tmp_path / "model")).model
     assert loaded.cfg == model.cfg
     assert not loaded.training
     own, theirs = model.state_dict(), loaded.state_dict()
@@ -85,11 +80,11 @@ def test_round_trip(tmp_path, tie_embeddings):
 def test_a_run_and_its_checkpoint_both_load(tmp_path):
     run, (_, newest) = run_with(tmp_path, 5, 10)
     assert newest_checkpoint(run) == newest_checkpoint(newest) == newest
-    assert load_model(run).cfg == load_model(newest).cfg
+    assert open_checkpoint(run).model.cfg == open_checkpoint(newest).model.cfg
 
 
 def test_the_backend_is_passed_on(tmp_path):
-    model = load_model(save(new_model(), tmp_path / "model"), backend="reference")
+    model = open_checkpoint(save(new_model(), tmp_path / "model"), backend="reference").model
     assert model.mixtures()[0].experts.backend == "reference"
 
 
@@ -100,7 +95,7 @@ def test_truncated(tmp_path, name, share):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(len(data) * share)])
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -111,7 +106,7 @@ def test_one_altered_byte(tmp_path, name, where):
     data[int(len(data) * where)] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"{name}.*(checksum|altered)"):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
@@ -119,7 +114,7 @@ def test_missing_file(tmp_path, name):
     folder = save(new_model(), tmp_path / "model")
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{name}|no checkpoint"):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +126,7 @@ def test_a_manifest_that_vouches_for_nothing(tmp_path, manifest):
     folder = save(new_model(), tmp_path / "model")
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(CheckpointError, match="manifest"):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 def test_unknown_missing_and_misshapen_keys_are_all_named(tmp_path):
@@ -144,11 +139,14 @@ def test_unknown_missing_and_misshapen_keys_are_all_named(tmp_path):
 
     rewrite(folder, change)
     with pytest.raises(CheckpointError) as caught:
-        load_model(folder)
+        open_checkpoint(folder)
     message = str(caught.value)
     assert "missing blocks.0.attention.out.weight" in message
     assert "unknown blocks.0.attention.output.weight" in message
-    assert "blocks.1.ffn.experts.down is [4, 8, 9] instead of [4, 8, 8]" in message
+    assert (
+        "blocks.1.ffn.experts.down in model.safetensors is [4, 8, 9] instead of [4, 8, 8]"
+        in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,10 @@ def test_unknown_missing_and_misshapen_keys_are_all_named(tmp_path):
     [
         (lambda _, cfg: cfg.update(dmi=8), "dmi.*dim"),
         (lambda _, cfg: cfg["moe"].update(top_k=9), "top_k is 9"),
-        (lambda _, cfg: cfg.update(vocab_size=21), r"embed\.weight is \[20, 8\]"),
+        (
+            lambda _, cfg: cfg.update(vocab_size=21),
+            r"embed\.weight in model\.safetensors is \[20, 8\]",
+        ),
         (lambda _, cfg: cfg.update(num_layers=3), r"missing blocks\.2"),
     ],
 )
@@ -164,7 +165,7 @@ def test_settings_that_do_not_fit(tmp_path, change, words):
     folder = save(new_model(), tmp_path / "model")
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=words):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +177,16 @@ def test_a_model_far_larger_than_its_file_is_not_built(tmp_path, change, monkeyp
 
     folder = save(new_model(), tmp_path / "model")
     rewrite(folder, lambda _, cfg: cfg.update(change))
-    monkeypatch.setattr(folders, "build_model", never)
+    monkeypatch.setattr(reading, "build_model", never)
     with pytest.raises(CheckpointError, match=r"does not fit its config\.json: that describes"):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
-def test_an_untied_head_is_not_poured_into_a_tied_embedding(tmp_path):
+def test_an_untied_head_is_not_loaded_into_a_tied_embedding(tmp_path):
     folder = save(new_model(head={"tied": False}), tmp_path / "model")
     rewrite(folder, lambda _, cfg: cfg.update(head={"tied": True}))
     with pytest.raises(CheckpointError, match=r"head\.weight"):
-        load_model(folder)
+        open_checkpoint(folder)
 
 
 class Exploding:
@@ -202,7 +203,7 @@ def test_pickle_is_refused_and_not_run(tmp_path):
         save_model(new_model(), folder)
         (folder / "model.safetensors").write_bytes(pickle.dumps(bomb))
     with pytest.raises(CheckpointError, match=r"safetensors.*never pickle"):
-        load_model(tmp_path / "model")
+        open_checkpoint(tmp_path / "model")
     assert not bomb.mark.exists()
 
 
@@ -248,7 +249,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from moestro import Decoder, ModelConfig
-from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.writing import save_model
 with atomic_folder(Path(sys.argv[1])) as folder:
     save_model(Decoder(ModelConfig()), folder)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -289,6 +291,6 @@ def test_steps_are_ordered_by_number(tmp_path):
 
 def test_nothing_to_load(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_model(tmp_path / "nowhere")
+        open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        load_model(tmp_path)
+        open_checkpoint(tmp_path)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moestro.checkpoints import packed_files
-from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.packed_header import MAGIC
-from moestro.checkpoints.pretrained import write_pretrained
 from moestro.checkpoints.quantize import WEIGHTS, pack
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError
 from moestro.kernels import native_cpu
@@ -106,7 +106,7 @@ def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
     if whole:
         packed_files.load(saved, SOURCE)
         return
-    with pytest.raises(CheckpointError, match=r"truncated|no packed model"):
+    with pytest.raises(CheckpointError, match=r"truncated|not a packed model"):
         packed_files.load(saved, SOURCE)
 
 
@@ -139,7 +139,7 @@ def test_another_version_is_refused(saved: Path, field: str) -> None:
 
 
 def test_another_checkpoint_is_refused(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"another checkpoint.*remove the file"):
+    with pytest.raises(CheckpointError, match=r"a different checkpoint.*remove the file"):
         packed_files.load(saved, {"model.safetensors": "other"})
 
 
@@ -195,7 +195,7 @@ def test_fewer_bytes_than_a_tensor_has_are_refused(name: str, tmp_path: Path) ->
 
 def test_other_files_are_no_packed_models(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(CheckpointError, match="no packed model"):
+    with pytest.raises(CheckpointError, match="not a packed model"):
         packed_files.load(tmp_path / "text")
     with pytest.raises(CheckpointError, match="cannot read"):
         packed_files.load(tmp_path / "missing")

@@ -10,14 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
 from moestro.checkpoints import tensor_files
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model
-from moestro.checkpoints.pretrained import (
-    is_pretrained,
-    open_model,
-    read_config,
-    read_pretrained,
-    write_pretrained,
-)
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import is_pretrained, read_settings
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.errors import CheckpointError, ConfigError
 
 with warnings.catch_warnings():
@@ -142,7 +138,7 @@ def test_there_and_back(tmp_path, name, shard_bytes):
     folder = save(theirs, tmp_path / "theirs", max_shard_size=size)
     assert (folder / tensor_files.SINGLE).is_file() is (shard_bytes == 10**9)
     assert is_pretrained(folder)
-    read = read_pretrained(folder)
+    read = open_checkpoint(folder)
     assert not read.model.training
     assert_close(logits(read.model), logits(theirs))
 
@@ -158,7 +154,7 @@ def test_there_and_back(tmp_path, name, shard_bytes):
 @pytest.mark.parametrize("name", CASES)
 def test_written_without_the_original_config(tmp_path, name):
     theirs = build(name)
-    read = read_pretrained(save(theirs, tmp_path / "theirs"))
+    read = open_checkpoint(save(theirs, tmp_path / "theirs"))
     write_pretrained(read.model, tmp_path / "back", family=read.family)
     again = load_theirs(tmp_path / "back")
     assert torch.equal(logits(again), logits(theirs))
@@ -174,19 +170,19 @@ def test_a_checkpoint_of_mixed_dtypes_says_what_is_rounded(tmp_path, mixtral):
     }
     save_file(tensors, mixed / "model.safetensors")
     with pytest.warns(UserWarning, match=r"rounded to torch.bfloat16.*: model\S*norm.weight"):
-        read_pretrained(mixed)
+        open_checkpoint(mixed)
     for dtype in (torch.float32, torch.bfloat16):  # asked for, so no warning, which would fail here
-        norm = read_pretrained(mixed, dtype=dtype).model.norm.weight
+        norm = open_checkpoint(mixed, dtype=dtype).model.norm.weight
         assert torch.equal(norm.detach(), tensors["model.norm.weight"].to(dtype))
 
 
 def test_dtypes(tmp_path, mixtral):
     """The checkpoint's is kept, another converted on the way in or out."""
     half = save(load_theirs(mixtral).bfloat16(), tmp_path / "half")
-    kept, wide = read_pretrained(half).model, read_pretrained(half, dtype=torch.float32).model
+    kept, wide = open_checkpoint(half).model, open_checkpoint(half, dtype=torch.float32).model
     assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
-    narrow = read_pretrained(mixtral, dtype=torch.bfloat16).model.state_dict()
+    narrow = open_checkpoint(mixtral, dtype=torch.bfloat16).model.state_dict()
     for key, tensor in kept.state_dict().items():
         assert torch.equal(narrow[key], tensor)
         assert torch.equal(wide.state_dict()[key], tensor.float())
@@ -199,15 +195,15 @@ def test_dtypes(tmp_path, mixtral):
 def test_read_config_reads_no_weights(tmp_path, mixtral):
     (tmp_path / "config.json").write_bytes((mixtral / "config.json").read_bytes())
     for path in (tmp_path, tmp_path / "config.json"):
-        described = read_config(path)
-        assert described.family == "mixtral"
-        assert described.cfg == read_pretrained(mixtral).model.cfg
-        assert described.hf_config == config_of(mixtral)
+        described = read_settings(path)
+        assert described.family.model_type == "mixtral"
+        assert described.cfg == open_checkpoint(mixtral).model.cfg
+        assert described.fields == config_of(mixtral)
 
 
 def test_progress_reaches_the_total(mixtral):
     calls = []
-    read_pretrained(mixtral, progress=lambda *call: calls.append(call))
+    open_checkpoint(mixtral, progress=lambda *call: calls.append(call))
     done, totals = zip(*calls, strict=True)
     total = sum(tensor.nbytes for tensor in tensors_of(mixtral).values())
     assert set(totals) == {total}
@@ -217,7 +213,7 @@ def test_progress_reaches_the_total(mixtral):
 
 
 def test_gradients_reach_every_parameter(mixtral):
-    model = read_pretrained(mixtral).model.train()
+    model = open_checkpoint(mixtral).model.train()
     model(torch.arange(40).view(2, 20)).logits.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -225,22 +221,22 @@ def test_gradients_reach_every_parameter(mixtral):
 def test_a_tied_head_is_one_tensor(tmp_path):
     folder = save(build("qwen3"), tmp_path / "theirs")
     assert "lm_head.weight" not in tensors_of(folder)
-    model = read_pretrained(folder).model
+    model = open_checkpoint(folder).model
     assert model.head.weight is model.embed.weight
     # Stored all the same, as some publish it.
     path = folder / tensor_files.SINGLE
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path)
-    assert torch.equal(read_pretrained(folder).model.embed.weight, model.embed.weight)
+    assert torch.equal(open_checkpoint(folder).model.embed.weight, model.embed.weight)
     tensors["lm_head.weight"][3, 3] += 1
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs.*tie_word_embeddings"):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 def test_the_family_is_guessed_or_asked_for(tmp_path, mixtral):
-    model = read_pretrained(mixtral).model
+    model = open_checkpoint(mixtral).model
     write_pretrained(model, tmp_path / "guessed")
     assert config_of(tmp_path / "guessed")["model_type"] == "mixtral"
     with pytest.raises(ConfigError, match=r"llama.*moe"):
@@ -258,36 +254,36 @@ def test_the_family_is_guessed_or_asked_for(tmp_path, mixtral):
 
 
 def test_a_folder_is_never_overwritten(mixtral, tmp_path):
-    model = read_pretrained(mixtral).model
+    model = open_checkpoint(mixtral).model
     write_pretrained(model, tmp_path / "out")
     with pytest.raises(CheckpointError, match="exists"):
         write_pretrained(model, tmp_path / "out")
 
 
 def test_open_model_takes_either_layout(mixtral, tmp_path):
-    theirs = open_model(mixtral)
+    theirs = open_checkpoint(mixtral)
     assert theirs.family == "mixtral"
     with atomic_folder(tmp_path / "ours") as folder:
         save_model(theirs.model, folder)
-    ours = open_model(tmp_path / "ours", dtype=torch.bfloat16)
+    ours = open_checkpoint(tmp_path / "ours", dtype=torch.bfloat16)
     assert (ours.family, ours.hf_config) == (None, None)
     assert ours.model.embed.weight.dtype == torch.bfloat16
     with atomic_folder(tmp_path / "known/checkpoints/step-000001") as folder:
         save_model(theirs.model, folder)
         (folder / "hf_config.json").write_text(json.dumps(theirs.hf_config))
-    known = open_model(tmp_path / "known")
+    known = open_checkpoint(tmp_path / "known")
     assert (known.family, known.hf_config) == ("mixtral", theirs.hf_config)
     assert torch.equal(logits(known.model), logits(theirs.model))
     with pytest.raises(CheckpointError, match="does not exist"):
-        open_model(tmp_path / "nowhere")
+        open_checkpoint(tmp_path / "nowhere")
 
 
 def test_our_own_checkpoints_load_without_random_weights(mixtral, tmp_path):
     """Neither time nor memory goes into weights that are thrown away."""
-    model = read_pretrained(mixtral).model
+    model = open_checkpoint(mixtral).model
     with atomic_folder(tmp_path / "ours") as folder:
         save_model(model, folder)
     state = torch.get_rng_state()
-    loaded = load_model(tmp_path / "ours")
+    loaded = open_checkpoint(tmp_path / "ours").model
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(logits(loaded), logits(model))

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
-from moestro.checkpoints import pretrained, tensor_files
-from moestro.checkpoints.pretrained import open_model, read_pretrained, write_pretrained
+from moestro.checkpoints import reading, tensor_files
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import write_pretrained
 from moestro.errors import CheckpointError, ConfigError
 
 
@@ -51,7 +52,7 @@ def test_keys_that_nobody_needs(folder):
         folder,
         lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
     )
-    read_pretrained(folder)
+    open_checkpoint(folder)
 
 
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -84,9 +85,9 @@ def test_tensors_that_do_not_fit(folder, change, words, monkeypatch):
         raise AssertionError("memory was taken before everything was checked")
 
     change_tensors(folder, change)
-    monkeypatch.setattr(pretrained, "materialize", never)
+    monkeypatch.setattr(reading, "materialize", never)
     with pytest.raises(CheckpointError, match=words) as caught:
-        read_pretrained(folder)
+        open_checkpoint(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -110,7 +111,7 @@ def change_config(folder, **changes):
 def test_configs_that_are_refused(folder, change, words):
     change_config(folder, **change)
     with pytest.raises(ConfigError, match=words):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_configs_that_are_refused(folder, change, words):
 def test_configs_that_do_not_fit_the_tensors(folder, change, words):
     change_config(folder, **change)
     with pytest.raises(CheckpointError, match=words):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +144,15 @@ def test_a_model_far_larger_than_its_files_is_not_built(folder, change, monkeypa
         raise AssertionError("it was built")
 
     change_config(folder, **change)
-    monkeypatch.setattr(pretrained, "build_model", never)
+    monkeypatch.setattr(reading, "build_model", never)
     with pytest.raises(CheckpointError, match=r"does not fit its config\.json: that describes"):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 def test_fields_accepted_by_name(folder):
-    plain = read_pretrained(folder).model.state_dict()
+    plain = open_checkpoint(folder).model.state_dict()
     change_config(folder, frobnicate=1)
-    read = open_model(folder, accept_fields=["frobnicate"])
+    read = open_checkpoint(folder, accept_fields=["frobnicate"])
     assert all(torch.equal(plain[key], value) for key, value in read.model.state_dict().items())
     # Written again it stays, as all that is said beyond our settings.
     write_pretrained(read.model, folder.parent / "back", hf_config=read.hf_config)
@@ -163,10 +164,10 @@ def test_damaged_folders(folder):
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=path.name):
-        read_pretrained(folder)
+        open_checkpoint(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match=rf"{path.name} is missing"):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 def test_pickle_is_refused(folder):
@@ -174,17 +175,17 @@ def test_pickle_is_refused(folder):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*Only safetensors"):
-        read_pretrained(folder)
+        open_checkpoint(folder)
 
 
 def test_a_file_that_shrinks_while_it_is_read(folder, monkeypatch):
-    real = pretrained.materialize
+    real = reading.materialize
 
     def shrink(*arguments):
         path = max(folder.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-4])
         return real(*arguments)
 
-    monkeypatch.setattr(pretrained, "materialize", shrink)
+    monkeypatch.setattr(reading, "materialize", shrink)
     with pytest.raises(CheckpointError, match="ends inside"):
-        read_pretrained(folder)
+        open_checkpoint(folder)

@@ -1,4 +1,5 @@
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -6,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from moestro.checkpoints.folders import atomic_folder, save_model
-from moestro.checkpoints.pretrained import write_pretrained
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.quantize import (
     WEIGHTS,
     format_of,
     is_packed,
     pack,
-    places,
+    packable,
     random_model,
     read_packed,
 )
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import native_cpu
@@ -24,7 +25,7 @@ from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.models.linear import PackedLinear
 from moestro.moe.experts import StackedWeights
-from moestro.moe.packed import PackedFeedForward, PackedWeights
+from moestro.moe.packed import PackedFeedForward, PackedStack
 
 pytestmark = pytest.mark.skipif(
     native_cpu.available() is not None, reason=str(native_cpu.available())
@@ -88,8 +89,8 @@ def unpacked(original: nn.Module, packed: nn.Module) -> nn.Module:
     model = copy.deepcopy(original)
     modules = dict(packed.named_modules())
     with torch.no_grad():
-        for place in places(model):
-            module, own = modules[place.path], place.module
+        for path, own in packable(model).items():
+            module = modules[path]
             if isinstance(own, nn.Linear):
                 assert isinstance(module, PackedLinear)
                 weight_OI = native_cpu.unpack_matrix(module.weights)
@@ -97,7 +98,7 @@ def unpacked(original: nn.Module, packed: nn.Module) -> nn.Module:
                 own.weight = nn.Parameter(weight_OI)
                 continue
             assert isinstance(own, StackedWeights)
-            assert isinstance(module, PackedWeights)
+            assert isinstance(module, PackedStack)
             for expert in range(len(own.down)):
                 gate_up, down = native_cpu.unpack_expert(module.weights, expert)
                 own.gate_up[expert], own.down[expert] = gate_up, down
@@ -131,6 +132,20 @@ def test_a_packed_model_is_the_model_of_the_unpacked_weights(name: str, kind: st
     assert same or kind != "fp32"
     # A near tie chosen otherwise changes the tokens after it.
     assert close(got.logits, want.logits, FORMATS[kind] if same else 0.5)
+
+
+def test_each_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive = decoder("mixture"), []
+    weights = [weakref.ref(layer.experts.gate_up) for layer in model.mixtures()]
+    real = native_cpu.pack_experts
+
+    def pack_experts(*given: Any) -> Any:
+        alive.append(sum(weight() is not None for weight in weights))
+        return real(*given)
+
+    monkeypatch.setattr(native_cpu, "pack_experts", pack_experts)
+    pack(model, WEIGHTS["int8"])
+    assert alive == [2, 1]
 
 
 def test_routers_and_norms_stay_and_experts_go() -> None:
@@ -231,7 +246,7 @@ def test_refusals() -> None:
         pack(broken, WEIGHTS["int8"])
     with pytest.raises(MoestroError, match="on meta"):
         pack(decoder("mixture").to("meta"), WEIGHTS["int8"])
-    with pytest.raises(ConfigError, match="'int5' are none of fp32, bf16, int8"):
+    with pytest.raises(ConfigError, match=r"weights are fp32, bf16, int8.*as-is; given 'int5'"):
         format_of("int5")
     assert format_of("as-is") is None
 

@@ -15,8 +15,6 @@ from moestro.checkpoints.tensor_files import (
     Written,
     open_file,
     open_folder,
-    read,
-    read_into,
     write_folder,
 )
 from moestro.errors import CheckpointError
@@ -69,7 +67,7 @@ def test_what_is_written_is_read(tmp_path, shard_bytes):
     stored = open_folder(tmp_path)
     assert stored.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        assert same(read(stored[key]), tensor), key
+        assert same(stored[key].load(), tensor), key
 
 
 def test_the_library_reads_what_is_written(tmp_path):
@@ -86,7 +84,7 @@ def test_what_the_library_writes_is_read(tmp_path):
     tensors = tensors_of_all_dtypes()
     save_file(tensors, tmp_path / tensor_files.SINGLE)
     stored = open_folder(tmp_path)
-    assert all(same(read(stored[key]), tensors[key]) for key in tensors)
+    assert all(same(stored[key].load(), tensors[key]) for key in tensors)
 
 
 def test_shards_are_filled_and_not_overfilled(sharded):
@@ -116,22 +114,22 @@ def test_into_a_slice_another_dtype_and_a_strided_place(sharded, monkeypatch):
     folder, tensors = sharded
     stored, expected = open_folder(folder)["layer.3"], tensors["layer.3"]
     slices = torch.zeros(3, 4, 8)
-    read_into(stored, slices[1])
+    stored.load_into(slices[1])
     assert torch.equal(slices[1], expected)
     assert not slices[0].any()
     assert not slices[2].any()
     narrow = torch.zeros(4, 8, dtype=torch.bfloat16)
-    read_into(stored, narrow)
+    stored.load_into(narrow)
     assert torch.equal(narrow, expected.bfloat16())
     strided = torch.zeros(8, 4).T
-    read_into(stored, strided)
+    stored.load_into(strided)
     assert torch.equal(strided, expected)
 
 
 def test_one_entry_of_the_first_axis(sharded):
     folder, tensors = sharded
     stored = open_folder(folder)["layer.4"]
-    assert torch.equal(read(stored.rows(2)), tensors["layer.4"][2])
+    assert torch.equal(stored.entry(2).load(), tensors["layer.4"][2])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.999])
@@ -150,7 +148,7 @@ def test_truncated_after_the_headers_were_checked(sharded):
     data = stored.file.read_bytes()
     stored.file.write_bytes(data[:-8])
     with pytest.raises(CheckpointError, match=r"00002.*ends inside layer\.3"):
-        read(stored)
+        stored.load()
 
 
 def test_missing_shard(sharded):

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 
-from moestro.checkpoints.pretrained import write_pretrained
+from moestro.checkpoints.writing import write_pretrained
 from moestro.config import ModelConfig
 from moestro.models.decoder import Decoder
 

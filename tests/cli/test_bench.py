@@ -130,7 +130,7 @@ def test_a_program_that_is_no_llama_bench(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--compare", "vllm"], "choose transformers, or llama.cpp=PATH"),
         (["--compare", "llama.cpp=nowhere"], "nowhere is no program"),
         (["--prompt", "39", "--tokens", "2"], "exceed the model's context of 40"),
@@ -147,7 +147,7 @@ def test_bad_options(
     ("name", "message"),
     [
         ("nowhere", "does not exist"),
-        ("nowhere.toml", "cannot read"),
+        ("nowhere.toml", "there is no file"),
         ("grok-1", "not known or cannot be expressed"),
         ("switch-base-8", "encoder-decoder"),
     ],

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.chat import load_chat
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model, verify_folder
-from moestro.checkpoints.pretrained import read_pretrained
+from moestro.checkpoints.folders import atomic_folder, verify_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.models.decoder import Decoder
@@ -53,7 +54,7 @@ def test_number_types_and_shards(published, tmp_path):
     whole = {key: value.to(torch.bfloat16) for key, value in tensors(published).items()}
     assert same(tensors(target), whole)
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
-    assert read_pretrained(target).model.embed.weight.dtype == torch.bfloat16
+    assert open_checkpoint(target).model.embed.weight.dtype == torch.bfloat16
 
 
 def test_transformers_loads_what_is_written(published, tmp_path):
@@ -62,7 +63,7 @@ def test_transformers_loads_what_is_written(published, tmp_path):
     assert main(["convert", str(published), str(folder), "--to", "hf"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens_BS = torch.tensor([load_tokenizer(folder).encode_prompt("hello there")])
-    ours = read_pretrained(folder).model
+    ours = open_checkpoint(folder).model
     torch.testing.assert_close(theirs(tokens_BS).logits, ours(tokens_BS).logits, rtol=0, atol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(folder)("hi").input_ids == load_tokenizer(
         folder
@@ -85,7 +86,7 @@ def own(tmp_path):
 def test_our_own_in_another_type(own, tmp_path, capsys):
     words = ["convert", str(own), str(tmp_path / "b"), "--to", "moestro", "--dtype", "fp16"]
     assert main(words) == 0
-    assert load_model(tmp_path / "b").embed.weight.dtype == torch.float16
+    assert open_checkpoint(tmp_path / "b").model.embed.weight.dtype == torch.float16
     assert load_tokenizer(tmp_path / "b").name == "bytes"
 
 
@@ -101,7 +102,7 @@ def listing(folder):
         (["{own}", "{new}", "--to", "hf", "--family", "parrot"], "'parrot' is not known"),
         (["{own}", "{new}", "--to", "moestro", "--family", "mixtral"], "add --to hf"),
         (["{own}", "{own}", "--to", "moestro"], "nothing is overwritten"),
-        (["{own}", "{own}/config.json/new", "--to", "moestro"], "is no folder"),
+        (["{own}", "{own}/config.json/new", "--to", "moestro"], "is not a folder"),
         (["{own}", "", "--to", "moestro"], "an empty one was given"),
         (["{own}", "{new}", "--to", "gguf"], "'gguf'"),
         (["{own}", "{new}", "--to", "hf", "--dtype", "int3"], "choose fp32, bf16 or fp16"),

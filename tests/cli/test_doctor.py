@@ -33,8 +33,8 @@ def test_text_shows_every_backend_with_its_reason(capsys: pytest.CaptureFixture[
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     for row in backends.table():
-        line = next(line for line in out.splitlines() if line[2:].startswith(f"{row.name} "))
-        assert row.reason in line
+        lines = [line for line in out.splitlines() if line[2:].split()[:2] == [row.use, row.name]]
+        line = next(line for line in lines if row.reason in line)
         assert line.startswith("→") == row.chosen
         assert (" yes " in line) == row.ok
     assert torch.__version__ in out
@@ -58,7 +58,8 @@ def test_a_forced_backend_is_named(
     monkeypatch.setenv("MOESTRO_BACKEND", "reference")
     found = facts(capsys)
     assert found["forced_backend"] == "reference"
-    assert [row["name"] for row in found["backends"] if row["chosen"]] == ["reference"]
+    chosen = {row["use"]: row["name"] for row in found["backends"] if row["chosen"]}
+    assert chosen == {"train": "reference", "infer": "reference"}
 
 
 def test_a_forced_backend_that_does_not_exist_is_explained(

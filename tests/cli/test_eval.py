@@ -52,6 +52,7 @@ def test_as_is_needs_no_native_library(
         raise AssertionError
 
     monkeypatch.setattr(native_cpu, "library", refuse)
+    monkeypatch.setattr(native_cpu, "available", lambda: "there is no library")
     words = ["eval", str(published), "--source", text, "--tokens", "500", "--weights", "as-is"]
     assert main([*words, "--json"]) == 0
     bits = json.loads(capsys.readouterr().out)["rows"][0]["bits_per_byte"]["all"]
@@ -73,7 +74,7 @@ def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--source", "nowhere"], "nowhere"),
         (["--tokens", "0"], "greater than or equal to 1"),
     ],

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.cli.generate import PICTURES
 from moestro.cli.main import main
 from moestro.cli.painting import expert_style
@@ -54,7 +56,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def continuation(folder: Path, prompt: str, **sampling: object) -> str:
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = open_checkpoint(folder).model, load_tokenizer(folder)
     pieces = stream(model, tokenizer, prompt, SamplingConfig(**sampling))
     return "".join(piece.text for piece in pieces)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.checkpoints import quantize
-from moestro.checkpoints.folders import atomic_folder, save_model
+from moestro.checkpoints import opening
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.packed_files import default_path
 from moestro.checkpoints.quantize import WEIGHTS
+from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.kernels import native_cpu
@@ -43,7 +44,7 @@ def test_the_packed_form_is_kept_and_mapped_the_next_time(
     def refuse(*_: object) -> None:
         raise AssertionError("packed again")
 
-    monkeypatch.setattr(quantize, "read_packed", refuse)
+    monkeypatch.setattr(opening, "read_packed", refuse)
     assert text(capsys, str(folder), "hello", "--weights", "int4") == first
 
 
@@ -55,7 +56,7 @@ def test_elsewhere_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list(folder.glob("*.moestro"))
     assert text(capsys, *words) == first
     assert main(["generate", str(folder), "--weights", "int4", "--packed", str(place)]) == 2
-    assert "holds other packed weights than int4" in capsys.readouterr().err
+    assert "holds packed weights other than int4" in capsys.readouterr().err
 
 
 def test_a_changed_checkpoint_and_a_broken_file_are_refused(
@@ -67,7 +68,7 @@ def test_a_changed_checkpoint_and_a_broken_file_are_refused(
     before = config.read_text()
     config.write_text(before + "\n")
     assert main(words) == 2
-    assert "another checkpoint" in capsys.readouterr().err
+    assert "a different checkpoint" in capsys.readouterr().err
     config.write_text(before)
     (kept,) = folder.glob("*.moestro")
     kept.write_bytes(kept.read_bytes()[:9000])
@@ -97,7 +98,7 @@ def test_a_folder_that_is_not_ours_stays_as_it_is(
     (kept,) = home.rglob("*.moestro")
     assert kept.relative_to(home).parts[::2] == ("moestro", "packed-int4-32.moestro")
     with monkeypatch.context() as patched:
-        patched.setattr(quantize, "read_packed", None)
+        patched.setattr(opening, "read_packed", None)
         assert text(capsys, *words) == first
     # Another content is another model.
     config = folder / "config.json"
@@ -118,6 +119,7 @@ def test_the_cache_without_a_place_of_its_own(
     assert place.parent.parent == tmp_path / ".cache" / "moestro"
 
 
+@pytest.mark.filterwarnings("default:the packed form is not kept")
 def test_a_full_disk_is_said_and_the_text_comes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +134,7 @@ def test_a_full_disk_is_said_and_the_text_comes(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "int5"], "none of fp32, bf16, int8"),
+        (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--weights", "int8", "--dtype", "bf16"], "leave one out"),
         (["--weights", "int8", "--device", "cuda"], "leave out --device cuda"),
         (["--packed", "file"], "add --weights"),

@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 import torch
 
-from moestro.checkpoints.folders import atomic_folder, save_model
-from moestro.checkpoints.pretrained import read_pretrained
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.infer import writing
@@ -44,7 +45,7 @@ def greedy(model, tokens, ends, steps=32):
 
 
 def test_a_prompt_begins_as_the_tokenizer_says(published, capsys):
-    model, tokenizer = read_pretrained(published).model, load_tokenizer(published)
+    model, tokenizer = open_checkpoint(published).model, load_tokenizer(published)
     prompt = tokenizer.encode_prompt("hello")
     assert prompt[0] == 256  # <s>
     answer = tokens_of([str(published), "hello"], capsys)
@@ -84,7 +85,7 @@ def test_a_chat_is_that_of_transformers(published, capsys):
     [
         (["hi", "--system", "x"], "add --chat"),
         (["", "--chat"], "needs a message"),
-        (["hi", "--dtype", "int4"], "--dtype int4 is no number type"),
+        (["hi", "--dtype", "int4"], "--dtype int4 is not known; choose fp32"),
         (["hi", "--show-experts", "--layer", "5"], "mixtures are 0, 1"),
     ],
 )
@@ -130,7 +131,7 @@ def test_the_checkpoints_settings_are_the_defaults(published, tmp_path, capsys):
     note = "moestro: as generation_config.json states: "
     assert said == f"{note}temperature 0.0, repetition_penalty 1.7\n"
     own = stream(
-        read_pretrained(folder).model,
+        open_checkpoint(folder).model,
         load_tokenizer(folder),
         "hello",
         SamplingConfig(temperature=0.0, repetition_penalty=1.7, max_tokens=20),
@@ -251,7 +252,7 @@ def test_a_remote_name(published, tmp_path):
     words = [sys.executable, "-m", "moestro", "generate", "org/tiny", "hi", *GREEDY]
     found = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    model, tokenizer = read_pretrained(published).model, load_tokenizer(published)
+    model, tokenizer = open_checkpoint(published).model, load_tokenizer(published)
     wanted = greedy(model, tokenizer.encode_prompt("hi"), tokenizer.ends)
     assert json.loads(found.stdout)["tokens"] == wanted
 

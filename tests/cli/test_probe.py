@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
 from moestro.config import RunConfig
 from moestro.data.windows import prepare
@@ -301,7 +303,7 @@ def test_two_models_and_a_model_with_itself(run, tmp_path, texts, capsys) -> Non
 def test_checkpoints_of_a_run(tmp_path, texts, capsys) -> None:
     run = write_run(tmp_path / "run", texts, num_experts=4)
     torch.manual_seed(1)
-    cfg = load_model(run).cfg
+    cfg = open_checkpoint(run).model.cfg
     with atomic_folder(run / "checkpoints" / "step-000002") as inside:
         save_model(Decoder(cfg), inside)
         ByteTokenizer().save(inside)

@@ -11,8 +11,9 @@ import pytest
 import tokenizers
 import torch
 
-from moestro.checkpoints.folders import atomic_folder, load_model, save_model
-from moestro.checkpoints.pretrained import read_pretrained
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
 from moestro.config import EncDecConfig
 from moestro.models.encdec import EncDec
@@ -227,7 +228,7 @@ def start(tmp_path, init, *more, out="run"):
 
 
 def weights(folder):
-    return load_model(folder).state_dict()
+    return open_checkpoint(folder).model.state_dict()
 
 
 def equal(left, right):
@@ -239,7 +240,7 @@ def test_a_published_checkpoint_goes_on_and_back(words, published, tmp_path, cap
     assert main(start(tmp_path, init, "--set", "train.keep=9")) == 0
     run = tmp_path / "run"
     first, last = (run / "checkpoints" / f"step-00000{step}" for step in (0, 6))
-    theirs = read_pretrained(init).model.state_dict()
+    theirs = open_checkpoint(init).model.state_dict()
     assert equal(weights(first), theirs)
     assert not equal(weights(last), theirs)
     data = load_tokenizer(run / "data")
@@ -259,7 +260,7 @@ def test_a_published_checkpoint_goes_on_and_back(words, published, tmp_path, cap
     assert json.loads((back / "config.json").read_text()) == config
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (published / name).read_bytes()
-    assert equal(read_pretrained(back).model.state_dict(), reference)
+    assert equal(open_checkpoint(back).model.state_dict(), reference)
     assert main(["generate", str(run), "hi", "--chat", "--max-tokens", "2"]) == 0
 
 

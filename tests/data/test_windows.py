@@ -284,7 +284,7 @@ def test_a_failed_rebuild_keeps_the_old_folder(tmp_path: Path) -> None:
 def test_another_process_that_was_faster_wins(sources: Path, tmp_path: Path, monkeypatch) -> None:
     folder, build = tmp_path / "data", windows.write_token_files
 
-    def slow(cfg: DataConfig, temporary: Path) -> tokenfiles.Written:
+    def slow(cfg: DataConfig, temporary: Path) -> tokenfiles.TokenFiles:
         monkeypatch.undo()
         elsewhere = prepare(cfg, tmp_path / "fast")
         assert elsewhere.notes == ()

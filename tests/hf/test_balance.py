@@ -1,9 +1,5 @@
 """Balance losses of transformers' mixtures: held to the formulas, over every shape of training."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from moestro.errors import ConfigError, MoestroError
 from moestro.moe import balance as losses
 from moestro.moe.routing import Routing
 
+from ..ranks import run_two_ranks
 from .zoo import NAMES, build, experts_of, tokens
 
 SIGMOID = ("deepseek_v3", "glm4_moe", "dots1", "minimax_m2")
@@ -334,31 +331,13 @@ def test_two_ranks_are_one(tmp_path):
     model.config.save_pretrained(tmp_path)
     save_file(model.state_dict(), tmp_path / "start.safetensors")
     save_file({"tokens": batch}, tmp_path / "batch.safetensors")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_OF_TWO, tmp_path],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    found = run_two_ranks(RANK_OF_TWO, tmp_path)
     balancer = hf.balance(model, switch=0.5, scope="global", z=0.1, bias_rate=0.01)
     for _ in range(2):
         (model(batch).logits.square().mean() + balancer.loss()).backward()
         balancer.step()
-    try:
-        found = [child.communicate(timeout=100) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, (_, errors) in zip(children, found, strict=True):
-        assert child.returncode == 0, errors
-    assert found[0][0] == found[1][0]
-    for layer, theirs in zip(balancer.health().values(), eval(found[0][0]), strict=True):
+    assert found[0] == found[1]
+    for layer, theirs in zip(balancer.health().values(), eval(found[0]), strict=True):
         assert tuple(layer) == pytest.approx(theirs, rel=1e-6)
     torch.testing.assert_close(load_file(tmp_path / "biases.safetensors"), balancer.state_dict())
     grads = load_file(Path(tmp_path, "grads.safetensors"))

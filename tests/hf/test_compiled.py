@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 
 import moestro.hf as hf
 from moestro.errors import BackendError
-from moestro.hf import compute, layouts
+from moestro.foreign import layouts
+from moestro.hf import compute
 from moestro.kernels import native_cpu
 
 from .test_experts import LAYOUTS, E, close, draw, gradients, make, run

@@ -9,8 +9,11 @@ import torch
 
 import moestro.hf as hf
 from moestro.errors import BackendError
-from moestro.hf import compute, forward, layouts
+from moestro.foreign import layouts
+from moestro.hf import forward
 from moestro.kernels import backends, native_cpu
+from moestro.moe.experts import Experts
+from moestro.moe.routing import Routing
 
 from .zoo import build, tokens
 
@@ -201,18 +204,39 @@ def test_dtypes_of_router_and_autocast():
     assert ours.dtype == torch.bfloat16
 
 
-def test_weights_are_not_copied():
+def test_weights_are_not_copied(monkeypatch):
     """The native kernels read the model's own memory: a changed weight is seen at once."""
-    experts, inputs = make(), draw()
+    experts, inputs, read, mixture = make(), draw(), [], native_cpu.mixture
+    monkeypatch.setattr(
+        native_cpu, "mixture", lambda given, *rest: read.append(given) or mixture(given, *rest)
+    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = run(experts, "moestro", *inputs)
         experts.down_proj.mul_(2.0)
         close(run(experts, "moestro", *inputs), 2 * before)
-        plain = compute._plain(layouts.read(experts)) if NATIVE else None
-    if plain is not None:
+    assert len(read) == (2 if NATIVE else 0)
+    for plain in read:
         assert plain.data.data_ptr() == experts.gate_up_proj.data_ptr()
         assert plain.down.data_ptr() == experts.down_proj.data_ptr()
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, T])
+def test_the_same_bits_as_our_own_layer(length, dtype):
+    """One table: without gradients, weights as they lie go through the same native call."""
+    experts, own = make().to(dtype), Experts(E, D, F).to(dtype)
+    own.gate_up, own.down = experts.gate_up_proj, experts.down_proj
+    x_TD, experts_TK, weights_TK = (each[:length] for each in draw())
+    any_TE = torch.empty(length, E)
+    routing = Routing.of_choice(experts_TK, weights_TK, any_TE, any_TE)
+    with torch.no_grad():
+        ours = run(experts, "moestro", x_TD.to(dtype), experts_TK, weights_TK)
+        assert torch.equal(ours, own(x_TD.to(dtype), routing))
+        plain = native_cpu.plain_experts(own.gate_up, own.down, "swiglu")
+        chosen = (routing.tokens_R, routing.experts_R, routing.weights_R)
+        assert torch.equal(ours, native_cpu.mixture(plain, x_TD.to(dtype), *chosen))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -236,7 +260,7 @@ def test_a_backend_asked_for_by_name(name, compiled, monkeypatch):
         if not compiled:
             (line,) = ran[id(experts)]
             assert line.startswith(
-                "native" if name == "native" else "torch kernels: MOESTRO_BACKEND"
+                "native" if name == "native" else f"torch kernels: the kernel backend {name}"
             )
         close(ours, run(experts, "eager", *inputs))
 
@@ -246,7 +270,7 @@ def test_native_asked_for_names_both_reasons(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT, "native")
     experts, inputs = make("NemotronHExperts", "nemotron_h"), draw()
     whole = "activation or gate of their own" if NATIVE else str(native_cpu.available())
-    with torch.no_grad(), pytest.raises(BackendError, match=f"for bfloat16 only.*{whole}"):
+    with torch.no_grad(), pytest.raises(BackendError, match=f"{whole}.*for bfloat16 only"):
         run(experts, "moestro", *inputs)
 
 
@@ -255,5 +279,8 @@ def test_packed_weights_refuse_another_backend(monkeypatch):
     model = build("mixtral")
     hf.quantize(model, "int8")
     monkeypatch.setenv(backends.ENVIRONMENT, "segments")
-    with pytest.raises(BackendError, match=r"MOESTRO_BACKEND is 'segments'.*native kernels alone"):
+    with pytest.raises(
+        BackendError,
+        match=r"'segments' was asked for.*packed weights run by native alone.*MOESTRO_BACKEND",
+    ):
         hf.check(model, tokens())

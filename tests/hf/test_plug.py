@@ -10,7 +10,7 @@ from torch import nn
 
 import moestro.hf as hf
 from moestro.errors import BackendError
-from moestro.hf import layouts
+from moestro.foreign import layouts
 from moestro.kernels import native_cpu
 
 from ..checkpoints.families.tiny import BODY, build_switch

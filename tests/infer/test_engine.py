@@ -1,6 +1,5 @@
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from moestro.config import ModelConfig
 from moestro.errors import DataError, MoestroError
 from moestro.infer.decoding import first_expert
-from moestro.infer.engine import encode_prompt, stream
+from moestro.infer.engine import stream
+from moestro.infer.prompts import encode_prompt
 from moestro.infer.sampling import (
     Past,
     SamplingConfig,
@@ -21,7 +21,8 @@ from moestro.infer.sampling import (
     penalised,
 )
 from moestro.infer.writing import Piece, find_stop
-from moestro.models.decoder import Decoder, DecoderOutput
+from moestro.models.decoder import Decoder
+from moestro.models.network import ModelOutput
 from moestro.moe.routing import Routing
 from moestro.text import ByteTokenizer, SubwordTokenizer, train_bpe
 
@@ -43,7 +44,7 @@ class Scripted(nn.Module):
     def __init__(self, says: bytes, context: int = 64) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.cfg = SimpleNamespace(vocab_size=256, attention=SimpleNamespace(context=context))
+        self.cfg = ModelConfig(vocab_size=256, attention={"context": context})
         self.says = says
         self.calls: list[list[int]] = []
         self.eval()
@@ -51,13 +52,13 @@ class Scripted(nn.Module):
     def new_cache(self, batch: int) -> object:
         return object()
 
-    def forward(self, tokens_BS: Tensor, *, cache: object = None) -> DecoderOutput:
+    def forward(self, tokens_BS: Tensor, *, cache: object = None) -> ModelOutput:
         tokens_T = tokens_BS[0]
         self.calls.append(tokens_T.tolist())
         logits_BSV = torch.zeros(1, len(tokens_T), 256)
         said = len(self.calls) - 1
         logits_BSV[0, -1, self.says[said] if said < len(self.says) else 0] = 9.0
-        return DecoderOutput(logits_BSV, (routed(tokens_T % 4), routed(tokens_T // 4 % 4)))
+        return ModelOutput(logits_BSV, (routed(tokens_T % 4), routed(tokens_T // 4 % 4)))
 
 
 def routed(first_T: Tensor) -> Routing:
@@ -186,15 +187,15 @@ def test_stop_strings_across_long_tokens() -> None:
     ids = tokenizer.encode("the cat sat on the mat")
     assert len(ids) < 12
     model = Scripted(b"")
-    model.cfg.vocab_size = 400
+    model.cfg = ModelConfig(vocab_size=400)
     model.says = [*ids, tokenizer.end_of_text]
 
-    def wide(tokens_BS: Tensor, *, cache: object = None) -> DecoderOutput:
+    def wide(tokens_BS: Tensor, *, cache: object = None) -> ModelOutput:
         model.calls.append(tokens_BS[0].tolist())
         logits_BSV = torch.zeros(1, 1, 400)
         logits_BSV[0, -1, 399] = 99.0  # beyond the tokenizer: must never be chosen
         logits_BSV[0, -1, model.says[len(model.calls) - 1]] = 9.0
-        return DecoderOutput(logits_BSV, ())
+        return ModelOutput(logits_BSV, ())
 
     model.forward = wide
     sampling = SamplingConfig(temperature=0.0, stop=("at on",))

@@ -5,10 +5,11 @@ import torch
 
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
-from moestro.errors import MoestroError, ShapeError
+from moestro.errors import BackendError, MoestroError, ShapeError
 from moestro.infer.decoding import Decoding, NativeDecoding
 from moestro.infer.native_decoder import NativeDecoder, supports
-from moestro.kernels import native_cpu
+from moestro.kernels import native_cpu, native_library
+from moestro.kernels.native_library import PATHS
 from moestro.models.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(
@@ -63,6 +64,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention": {**HEADS, "qk_norm": "head", "bias": "qkv"},
     },
     "geglu": {"moe": {**MOE, "activation": "geglu"}},
+    "olmoe": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}},
+    "layer norm": {"moe": MOE, "norm": {"kind": "layer"}},
+    "groups": {
+        "moe": {
+            **MOE,
+            "num_experts": 8,
+            "top_k": 3,
+            "router": {"num_groups": 4, "top_groups": 2, "group_score": "max"},
+        }
+    },
+    "best two of groups": {
+        "moe": {
+            **MOE,
+            "num_experts": 12,
+            "router": {
+                "kind": "sigmoid",
+                "selection_bias": True,
+                "num_groups": 3,
+                "top_groups": 2,
+                "group_score": "top2",
+            },
+        }
+    },
     "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
 }
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
@@ -76,20 +100,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "latent attention",
     ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
-    "full": ({"attention": {**HEADS, "qk_norm": "full"}}, "over all heads"),
-    "layer": ({"norm": {"kind": "layer"}}, "layer norm"),
     "capacity": ({"moe": {**MOE, "capacity": {}}}, "capacity"),
     "hash": ({"moe": {**MOE, "router": {"kind": "hash"}}}, "hash router"),
-    "groups": (
-        {
-            "moe": {
-                **MOE,
-                "num_experts": 4,
-                "router": {"kind": "sigmoid", "num_groups": 2, "top_groups": 1},
-            }
-        },
-        "groups",
-    ),
 }
 
 
@@ -110,7 +122,7 @@ def both(model: Decoder, steps: int = 24) -> list[tuple[Any, Any]]:
     (mine, first), (theirs, second) = native.begin(prompt), python.begin(prompt)
     results = [(first, second)]
     for token in torch.randint(0, 70, (steps,)).tolist():
-        results.append((native.step([token], [mine])[0], python.step([token], [theirs])[0]))
+        results.append((native.step([[token]], [mine])[0], python.step([[token]], [theirs])[0]))
     return results
 
 
@@ -148,11 +160,11 @@ def test_a_sequence_does_not_see_its_neighbours(weights: str) -> None:
     prompts = [torch.randint(0, 70, (length,)).tolist() for length in (3, 20, 9)]
     tokens = torch.randint(0, 70, (6, 3)).tolist()
     together = [native.begin(prompt)[0] for prompt in prompts]
-    outputs = [native.step(row, together) for row in tokens]
+    outputs = [native.step([[token] for token in row], together) for row in tokens]
     for place, prompt in enumerate(prompts):
         past = native.begin(prompt)[0]
         for row, output in zip(tokens, outputs, strict=True):
-            alone = native.step([row[place]], [past])[0]
+            alone = native.step([[row[place]]], [past])[0]
             assert torch.equal(alone.logits_1V, output[place].logits_1V)
             assert alone.experts == output[place].experts
 
@@ -167,13 +179,13 @@ def test_a_prompt_is_read_between_steps_and_a_past_is_forked(name: str) -> None:
     past, other = way.new(), way.new()
     way.read(past, tokens[:9])
     way.read(other, tokens[:4])
-    way.step(tokens[9:10], [past])
+    way.step([tokens[9:10]], [past])
     way.read(other, tokens[4:9])
-    way.step(tokens[9:10], [other])
+    way.step([tokens[9:10]], [other])
     first = way.read(past, tokens[10:20])
     twin = past.fork()
     for at in range(20, 40):  # the fork's text goes another way, and leaves no trace in the first
-        stepped = way.step([tokens[at], tokens[at - 20]], [past, twin])
+        stepped = way.step([[tokens[at]], [tokens[at - 20]]], [past, twin])
     with torch.inference_mode():
         whole = model(torch.tensor([tokens])).logits[0]
         branch = model(torch.tensor([tokens[:20] + tokens[:20]])).logits[0]
@@ -184,17 +196,85 @@ def test_a_prompt_is_read_between_steps_and_a_past_is_forked(name: str) -> None:
     assert past.position == twin.position == 40
 
 
+def paths() -> list[str]:
+    """Those that this machine runs."""
+    native = native_library.library()
+    kept = native.moestro_path()
+    there = [name for n, name in enumerate(PATHS) if native.moestro_use_path(n) == 0]
+    native.moestro_use_path(kept)
+    return there
+
+
+@pytest.fixture
+def native():
+    native = native_library.library()
+    kept = native.moestro_path()
+    yield native
+    native.moestro_use_path(kept)
+
+
+@pytest.mark.parametrize("weights", ["plain", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixture",
+        "one head each",
+        "gpt-oss",
+        "deepseek",
+        "qwen",
+        "olmoe",
+        "layer norm",
+        "best two of groups",
+    ],
+)
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(native, name: str, weights: str) -> None:
+    """One token at a time, in odd chunks, all at once, beside another's tokens; on every path."""
+    changes = VARIANTS[name]
+    attention = {**HEADS, **changes.get("attention", {}), "context": 64}
+    model = decoder(**{**changes, "attention": attention})
+    if weights == "bf16":
+        model = model.to(torch.bfloat16)
+    elif weights != "plain":
+        pack(model, WEIGHTS[weights])
+    way, tokens = NativeDecoding(model), torch.randint(0, 70, (75,)).tolist()
+    want = cut(way, tokens, [1] * 75)
+    for path in paths():
+        native.moestro_use_path(PATHS.index(path))
+        for sizes in ([75], [3, 1, 40, 31], [64, 11]):
+            for got, expected in zip(cut(way, tokens, sizes), want, strict=True):
+                assert torch.equal(got, expected), (path, sizes)
+        past, other = way.new(), way.new()
+        way.step([tokens[:33]], [past])
+        way.step([tokens[33:34], tokens[:50]], [past, other])
+        way.step([tokens[34:70], tokens[50:51]], [past, other])
+        first, second = way.step([tokens[70:], tokens[51:]], [past, other])
+        assert torch.equal(first.logits_1V, want[0])
+        assert torch.equal(second.logits_1V, want[0])
+
+
+def cut(
+    way: NativeDecoding, tokens: list[int], sizes: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits after the last token, and the experts of all."""
+    past, at, experts = way.model.new_cache(1), 0, []
+    for size in sizes:
+        stepped = way._native.step([tokens[at : at + size]], [past])
+        experts.append(stepped.experts_LTK)
+        at += size
+    return stepped.logits_BV, torch.cat(experts, 1)
+
+
 def test_weights_of_the_experts_are_returned() -> None:
     model = decoder(moe=MOE)
     native = NativeDecoder(model)
     cache = model.new_cache(1)
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3]]), cache=cache)
-        stepped = native.step([4], [cache.fork()])
+        stepped = native.step([[4]], [cache.fork()])
         routings = model(torch.tensor([[4]]), cache=cache).routings
     for layer, routing in enumerate(routings):
-        assert torch.equal(stepped.experts_LBK[layer], routing.experts_TK())
-        torch.testing.assert_close(stepped.weights_LBK[layer, 0], routing.weights_R)
+        assert torch.equal(stepped.experts_LTK[layer], routing.experts_TK())
+        torch.testing.assert_close(stepped.weights_LTK[layer, 0], routing.weights_R)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -228,8 +308,15 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESTRO_BACKEND", "segments")
     assert "segments was asked for" in str(supports(decoder()))
     packed = decoder()
+    monkeypatch.delenv("MOESTRO_BACKEND")
     pack(packed, WEIGHTS["int8"])
     assert supports(packed) is None
+    monkeypatch.setenv("MOESTRO_BACKEND", "segments")
+    assert "segments was asked for" in str(supports(packed))
+    with pytest.raises(BackendError, match=r"'segments'.*packed weights run by native alone"):
+        packed(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(BackendError, match="packed weights run by native alone"):
+        pack(decoder(), WEIGHTS["int8"])
 
 
 def test_ids_that_are_no_tokens():
@@ -237,7 +324,7 @@ def test_ids_that_are_no_tokens():
     past, _ = decoding.begin([1, 2])
     for token in (70, -1):
         with pytest.raises(ShapeError, match=rf"from 0 to 69.*given \[{token}\]"):
-            decoding.step([token], [past])
+            decoding.step([[token]], [past])
         with pytest.raises(ShapeError, match=rf"given \[{token}\]"):
             decoding.begin([1, token])
-    assert decoding.step([3], [past])
+    assert decoding.step([[3]], [past])

@@ -92,7 +92,7 @@ def test_requests_come_and_go() -> None:
                 pieces[number].append(piece)
 
     first = session.add("ab", greedy)
-    step(3)
+    step(4)  # the first reads the prompt
     assert len(pieces[first]) == 3
     dropped = session.add("zz", greedy)
     second = session.add("cd", greedy)
@@ -117,17 +117,43 @@ def test_what_is_no_token_is_refused_when_it_is_given(token: Any) -> None:
     assert session.add([0, 255], SamplingConfig()) == 0
 
 
+@pytest.mark.parametrize("kind", ["python", "native"])
+def test_a_long_prompt_is_read_between_the_tokens_of_others(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(kind)
+    greedy = SamplingConfig(temperature=0.0, max_tokens=12)
+    long = "longer than a chunk"
+    alone = [list(stream(model, BYTES, prompt, greedy)) for prompt in ("ab", long, "cd")]
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    session = Session(model, BYTES)
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+    session.add("ab", greedy)
+    made = [session.step(), session.step()]
+    session.add(long, greedy)
+    session.add("cd", greedy)
+    made += [session.step() for _ in range(len(long) // 4 + 1)]
+    assert [len(step) for step in made] == [0, *[1] * (len(made) - 1)]
+    while session.live:
+        made.append(session.step())
+    for number, piece in (each for step in made for each in step):
+        pieces[number].append(piece)
+    assert [[piece.token for piece in pieces[n]] for n in range(3)] == [
+        [piece.token for piece in one] for one in alone
+    ]
+
+
 def test_waiting_requests_hold_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than `most` have begun at any time."""
     model = model_of("python")
     begun: list[int] = []
-    begin = Decoding.begin
+    new = Decoding.new
 
-    def counted(self: Decoding, tokens: Any) -> Any:
-        begun.append(len(tokens))
-        return begin(self, tokens)
+    def counted(self: Decoding) -> Any:
+        begun.append(len(begun) + 1)
+        return new(self)
 
-    monkeypatch.setattr(Decoding, "begin", counted)
+    monkeypatch.setattr(Decoding, "new", counted)
     session = Session(model, BYTES, most=2)
     for length in range(1, 6):
         session.add("x" * length, SamplingConfig(temperature=0.0, max_tokens=4))

@@ -1,4 +1,4 @@
-from types import SimpleNamespace
+from collections import defaultdict
 
 import pytest
 import torch
@@ -6,14 +6,42 @@ from torch import nn
 
 from moestro.config import EncDecConfig
 from moestro.errors import DataError, MoestroError
+from moestro.infer.decoding import decoding_of
+from moestro.infer.engine import generate_batch, stream
+from moestro.infer.prompts import encode_source, gap_tokens
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
-from moestro.infer.text_to_text import encode_source, gap_tokens, stream
-from moestro.models.encdec import START_TOKEN, EncDec, EncDecOutput, Encoded
+from moestro.models.cache import KVCache, Source
+from moestro.models.encdec import START_TOKEN, EncDec, Encoded
+from moestro.models.network import ModelOutput
 from moestro.text import ByteTokenizer
 
 BYTES = ByteTokenizer()
 VOCAB = 256 + 3  # three gaps: 258, 257, 256
 GREEDY = SamplingConfig(temperature=0.0)
+
+
+POSITIONS = {
+    "positions": {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12},
+}
+
+
+def settings(**changes) -> EncDecConfig:
+    """Of a small model with a mixture in each layer."""
+    values = {
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "attention": {"num_heads": 2, "context": 12, **POSITIONS},
+        "moe": {"hidden_dim": 16, "num_experts": 4, "top_k": 2},
+        "head": {"tied": False},
+    }
+    return EncDecConfig(**(values | changes))
+
+
+class Cacheless(nn.Module):
+    def new_cache(self) -> KVCache:
+        return KVCache(())
 
 
 class Scripted(nn.Module):
@@ -22,7 +50,8 @@ class Scripted(nn.Module):
     def __init__(self, *says: int, context: int = 64) -> None:
         super().__init__()
         self.embed = nn.Embedding(1, 1)
-        self.cfg = SimpleNamespace(vocab_size=VOCAB, attention=SimpleNamespace(context=context))
+        self.cfg = settings(vocab_size=VOCAB, attention={"context": context, **POSITIONS})
+        self.decoder = Cacheless()
         self.says = says
         self.sources: list[list[int]] = []
         self.calls: list[list[int]] = []
@@ -32,34 +61,21 @@ class Scripted(nn.Module):
         self.sources.append(source_BS[0].tolist())
         return Encoded(source_BS, ())
 
-    def new_cache(self, memory: torch.Tensor) -> object:
-        return object()
+    def look(self, memory: torch.Tensor) -> Source:
+        return Source((), None)
 
-    def decode(self, tokens_BT: torch.Tensor, cache: object) -> EncDecOutput:
+    def decode(self, tokens_BT: torch.Tensor, cache: object) -> ModelOutput:
         self.calls.append(tokens_BT[0].tolist())
         logits_BTV = torch.zeros(1, tokens_BT.shape[1], VOCAB)
         said = len(self.calls) - 1
         logits_BTV[0, -1, self.says[said] if said < len(self.says) else 0] = 9.0
-        return EncDecOutput(logits_BTV, ())
+        return ModelOutput(logits_BTV, ())
 
 
 def tiny(**changes) -> EncDec:
-    """A model with a mixture in each layer, and weights that make it say various things."""
+    """A model with weights that make it say various things."""
     torch.manual_seed(0)
-    values = {
-        "vocab_size": VOCAB,
-        "dim": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "attention": {
-            "num_heads": 2,
-            "context": 12,
-            "positions": {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12},
-        },
-        "moe": {"hidden_dim": 16, "num_experts": 4, "top_k": 2},
-        "head": {"tied": False},
-    }
-    model = EncDec(EncDecConfig(**(values | changes))).eval()
+    model = EncDec(settings(**changes)).eval()
     nn.init.normal_(model.decoder.relative.weight)
     return model
 
@@ -120,10 +136,10 @@ def test_without_gaps_ids_beyond_the_tokenizer_are_never_said():
 
     assert gap_tokens(NoRoom(), VOCAB) == {}
     many = Scripted(100)
-    many.cfg.vocab_size = 500  # more than there are gaps
+    many.cfg = settings(vocab_size=500)  # more than there are gaps
     logits_BTV = torch.zeros(1, 1, 500)
     logits_BTV[..., 300], logits_BTV[..., 100] = 9.0, 8.0
-    many.decode = lambda tokens_BT, cache: EncDecOutput(logits_BTV, ())
+    many.decode = lambda tokens_BT, cache: ModelOutput(logits_BTV, ())
     sampling = SamplingConfig(temperature=0.0, max_tokens=1)
     assert [piece.token for piece in stream(many, BYTES, "x", sampling)] == [100]
 
@@ -182,6 +198,36 @@ def test_the_decoders_start_counts_for_the_repetition_penalty():
     logits_BTV = torch.zeros(1, 1, VOCAB)
     logits_BTV[..., START_TOKEN], logits_BTV[..., 65] = 9.0, 8.0
     model = Scripted()
-    model.decode = lambda tokens_BT, cache: EncDecOutput(logits_BTV, ())
+    model.decode = lambda tokens_BT, cache: ModelOutput(logits_BTV, ())
     sampling = SamplingConfig(temperature=0.0, max_tokens=1, repetition_penalty=2.0)
     assert [piece.token for piece in stream(model, BYTES, "x", sampling)] == [65]
+
+
+def test_requests_written_together_get_what_they_would_get_alone():
+    model = tiny()
+    prompts = ["a source", "another, much longer than the context", "", "a source"]
+    samplings = [SamplingConfig(seed=seed, max_tokens=5 + seed) for seed in range(4)]
+    together = defaultdict(list)
+    for number, piece in generate_batch(model, BYTES, prompts, samplings):
+        together[number].append(piece)
+    for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        assert together[number] == list(stream(model, BYTES, prompt, sampling))
+
+
+def test_a_source_is_read_once_and_forks_go_their_own_way():
+    model = tiny()
+    decoding = decoding_of(model)
+    past = decoding.new()
+    first = decoding.read(past, [*b"a source", 0])
+    twin = past.fork()
+    (one,), (other,) = decoding.step([[7]], [past]), decoding.step([[9]], [twin])
+    with torch.inference_mode():
+        for passed, said in ((first, []), (one, [7]), (other, [9])):
+            target_BT = torch.tensor([[START_TOKEN, *said]])
+            output = model(torch.tensor([[*b"a source", 0]]), target_BT)
+            torch.testing.assert_close(passed.logits_1V, output.logits[:, -1])
+    together = decoding.step([[5], [6]], [past, twin])
+    longer = decoding.read(past, [6, 7])
+    assert past.position == 5
+    assert twin.position == 3
+    assert len(together[0].experts) == len(longer.experts) == 3

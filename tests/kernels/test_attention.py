@@ -225,3 +225,30 @@ def test_a_window_is_not_paid_for_beyond_it(monkeypatch):
     q = torch.randn(1, 1, 64, 4)
     attention.attend(q, q, q, window=8)
     assert spans == [16, 23, 23, 23]
+
+
+BOTH_WAYS = [set(features) for features in ([], ["bias"], ["valid"], ["bias", "valid"])]
+
+
+@pytest.mark.parametrize("features", BOTH_WAYS, ids=lambda f: "+".join(sorted(f)) or "plain")
+@pytest.mark.parametrize(("length", "span"), [*LENGTHS, (11, 4)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_bidirectional_attention_equals_its_definition(features, length, span, heads):
+    """Of an encoder, and of a decoder to an encoder's output.
+
+    One text is padding alone: its result is a number, and its gradient means nothing.
+    """
+    tensors, options = random_case(features, length, span, heads)
+    grad = torch.randn(2, 4, length, 4, dtype=torch.float64)
+    if "valid" in features:
+        options["valid_BP"][0, :2] = True
+        options["valid_BP"][1] = False
+        grad[1] = 0
+    options["bidirectional"] = True
+    fast = attended(attention.attend, tensors, options, grad)
+    slow = attended(reference_attention.attend, tensors, options, grad)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.inference_mode():
+        y = attention.attend(*(t.bfloat16() for t in tensors), **options)
+    torch.testing.assert_close(y.double(), slow[0], rtol=4e-2, atol=4e-2)

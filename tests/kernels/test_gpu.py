@@ -5,6 +5,7 @@ import torch
 
 from moestro import MoE, MoEConfig
 from moestro.kernels import backends
+from moestro.kernels.backends import Work
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,10 +14,10 @@ pytestmark = [
 
 
 def test_the_cuda_backend_is_chosen_and_says_why_it_refuses():
-    chosen = backends.choose("auto", "cuda", torch.bfloat16, (32, 48, 24))
+    chosen = backends.choose("auto", Work("cuda", torch.bfloat16, (32, 48, 24)))
     assert chosen.name == "torch"
-    assert backends.choose("auto", "cuda", torch.float32, (32, 48, 24)).name == "segments"
-    assert backends.choose("auto", "cuda", torch.bfloat16, (30,)).name == "segments"
+    assert backends.choose("auto", Work("cuda", torch.float32, (32, 48, 24))).name == "segments"
+    assert backends.choose("auto", Work("cuda", torch.bfloat16, (30,))).name == "segments"
 
 
 def test_a_layer_under_autocast_equals_itself_on_the_cpu():

@@ -150,7 +150,7 @@ class Past:
     def __init__(self, native: StepDecoder, model: Decoder) -> None:
         self.cache, self.view = model.new_cache(1), StepPast(native)
         size = (1, model.cfg.num_kv_heads, 0, model.cfg.head_dim)
-        self._like = (torch.empty(size, dtype=native.cache_dtype),) * 2
+        self._like = (torch.empty(size, dtype=native.past_kind[3]),) * 2
 
     @property
     def position(self) -> int:
@@ -158,7 +158,7 @@ class Past:
 
     def placed(self) -> StepPast:
         for number, layer in enumerate(self.cache.layers):
-            self.view.put(number, *layer.room(*self._like), layer.length)
+            self.view.put(number, *layer.room(1, *self._like), layer.length)
         return self.view
 
 
@@ -170,7 +170,7 @@ def step(model: Decoder, native: StepDecoder, tokens_B: Tensor, pasts: list[Past
     x_BD, placed = model.embed(tokens_B).float(), [past.placed() for past in pasts]
     results = native.step(x_BD, cos_BA, sin_BA, placed)
     for past in pasts:
-        past.cache.advance()
+        past.cache.advance(1)
     return results
 
 
@@ -339,6 +339,24 @@ def test_what_does_not_fit_is_refused():
     view.put(0, (good, good.clone()), 2, 3)  # more kept than there are
     with pytest.raises(ShapeError, match="every layer put"):
         native.step(torch.zeros(1, 32), turn, turn, [view])
+    for number in range(model.cfg.num_layers):
+        view.put(number, (good, good.clone()), 2, 2)
+    other = past.placed()
+    for rows, more in (
+        (3, 1),
+        (0, 1),
+        (-1, 2),
+        (2**62, 1),
+    ):  # beyond the end, none, fewer, overflow
+        view.rows, other.rows = rows, more
+        total = max(0, min(rows + more, 8))
+        with pytest.raises(ShapeError, match=r"every layer put|must be"):
+            native.step(
+                torch.zeros(total, 32),
+                turn.expand(total, -1),
+                turn.expand(total, -1),
+                [view, other],
+            )
     layers = [step_layer(block, None, None) for block in model.blocks]
     layers[0] = layers[0]._replace(ffn_norm=layers[0].ffn_norm.double())
     with pytest.raises(ShapeError, match="float64"):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moestro.config import MoEConfig
 from moestro.errors import BackendError, ShapeError
 from moestro.kernels import backends, native_library, native_training, reference, torch_grouped
+from moestro.kernels.backends import Work
 from moestro.kernels.native_library import PATH_VARIABLE, PATHS, Grouping
 from moestro.moe.layer import MoE
 
@@ -222,8 +223,8 @@ def test_a_layer_under_autocast_with_fp32_weights():
     cfg = MoEConfig(dim=32, hidden_dim=64, num_experts=4, top_k=2)
     layer, slow = MoE(cfg), MoE(cfg, "reference")
     slow.load_state_dict(copy.deepcopy(layer.state_dict()))
-    assert backends.choose("auto", "cpu", BF16, (32, 128, 64)).name == "native"
-    assert backends.choose("auto", "cpu", FP32, (32, 128, 64)).name == "segments"
+    assert backends.choose("auto", Work("cpu", BF16, (32, 128, 64))).name == "native"
+    assert backends.choose("auto", Work("cpu", FP32, (32, 128, 64))).name == "segments"
     x_BSD = torch.randn(3, 50, 32)
     results = []
     for each in (layer, slow):
@@ -248,38 +249,38 @@ def test_weights_of_other_dtypes_are_rounded_and_get_their_gradients():
 
 
 def test_who_gets_it():
-    assert backends.choose("auto", "cpu", BF16, WIDTHS).name == "native"
+    assert backends.choose("auto", Work("cpu", BF16, WIDTHS)).name == "native"
     for dtype in (torch.float16, FP32, torch.float64):
-        assert backends.choose("auto", "cpu", dtype, WIDTHS).name == "segments"
+        assert backends.choose("auto", Work("cpu", dtype, WIDTHS)).name == "segments"
         with pytest.raises(BackendError, match=f"'native'.*bfloat16 only, not {dtype}"):
-            backends.choose("native", "cpu", dtype, WIDTHS)
-    assert backends.choose("auto", "cpu", BF16, (64, 80, 40)).name == "segments"
+            backends.choose("native", Work("cpu", dtype, WIDTHS))
+    assert backends.choose("auto", Work("cpu", BF16, (64, 80, 40))).name == "segments"
     with pytest.raises(BackendError, match=r"multiples of 32; given \[80, 40\]"):
-        backends.choose("native", "cpu", BF16, (64, 80, 40))
+        backends.choose("native", Work("cpu", BF16, (64, 80, 40)))
     with pytest.raises(BackendError, match="for the CPU, not cuda"):
-        backends.choose("native", "cuda", BF16, WIDTHS)
+        backends.choose("native", Work("cuda", BF16, WIDTHS))
 
 
 def test_a_lower_path_leaves_training_to_torch(native, monkeypatch):
     case = make_case([5])
     for path in PATHS[:-1]:
         monkeypatch.setenv(PATH_VARIABLE, path)
-        assert backends.choose("auto", "cpu", BF16, WIDTHS).name == "segments"
+        assert backends.choose("auto", Work("cpu", BF16, WIDTHS)).name == "segments"
         with pytest.raises(BackendError, match=f"needs AMX tiles.*{path}"):
-            backends.choose("native", "cpu", BF16, WIDTHS)
+            backends.choose("native", Work("cpu", BF16, WIDTHS))
         with pytest.raises(BackendError, match="without AMX"):
             native_training.expert_ffn(*case[0], case[2], "swiglu")
     monkeypatch.setenv(PATH_VARIABLE, "sse9")
-    assert backends.choose("auto", "cpu", BF16, WIDTHS).name == "segments"
+    assert backends.choose("auto", Work("cpu", BF16, WIDTHS)).name == "segments"
     monkeypatch.delenv(PATH_VARIABLE)
-    assert backends.choose("auto", "cpu", BF16, WIDTHS).name == "native"
+    assert backends.choose("auto", Work("cpu", BF16, WIDTHS)).name == "native"
 
 
 def test_without_the_library_training_goes_to_torch(monkeypatch):
     monkeypatch.setattr(native_library, "_load", lambda: "it was not built")
-    assert backends.choose("auto", "cpu", BF16, WIDTHS).name == "segments"
+    assert backends.choose("auto", Work("cpu", BF16, WIDTHS)).name == "segments"
     with pytest.raises(BackendError, match="it was not built"):
-        backends.choose("native", "cpu", BF16, WIDTHS)
+        backends.choose("native", Work("cpu", BF16, WIDTHS))
 
 
 def test_what_does_not_fit_is_refused():

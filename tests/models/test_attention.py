@@ -36,7 +36,7 @@ CASES = [
 
 def module_of(dim=16, **attention):
     cfg = ModelConfig(dim=dim, attention={"num_heads": 4, "context": 32, **attention})
-    module = Attention(cfg).double()
+    module = Attention(cfg, *cfg.stacks()).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return cfg, module
@@ -158,12 +158,9 @@ def test_a_shared_bias_is_one_of_its_own():
     """For the last keys of a longer stretch, since another layer may look back further."""
     positions = {"kind": "relative", "buckets": 8, "max_distance": 6}
     cfg, own = module_of(positions=positions)
-    shared = Attention(
-        ModelConfig(
-            dim=16,
-            attention={**cfg.attention.model_dump(), "positions": {**positions, "shared": True}},
-        )
-    ).double()
+    attention = {**cfg.attention.model_dump(), "positions": {**positions, "shared": True}}
+    cfg = ModelConfig(dim=16, attention=attention)
+    shared = Attention(cfg, *cfg.stacks()).double()
     assert shared.relative is None
     missing = shared.load_state_dict(own.state_dict(), strict=False)
     assert missing.unexpected_keys == ["relative.weight"]
@@ -203,7 +200,7 @@ def test_layout_of_the_weights(attention, extra):
 def test_scores_start_small_where_nothing_scales_them():
     """Relative positions: as large as with the scale of 1/sqrt(A)."""
     cfg = ModelConfig(dim=256, attention={"positions": {"kind": "relative"}})
-    module = Attention(cfg)
+    module = Attention(cfg, *cfg.stacks())
     module.reset_parameters()
     q, k = (module.qkv.weight[rows].std().item() for rows in (slice(0, 256), slice(256, 512)))
     assert q == pytest.approx(k / math.sqrt(64), rel=0.05)

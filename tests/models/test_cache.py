@@ -110,13 +110,32 @@ def test_who_writes_in_place_finds_room_after_what_is_kept():
     """As the native step does: whole buffers, the place of the next position, then `advance`."""
     limit, cache, like = 20, LayerCache(20), tuple(each[:, :, :0] for each in positions(0, 1))
     for passed in range(100):
-        buffers, place = cache.room(*like)
+        buffers, place = cache.room(1, *like)
         for buffer, new in zip(buffers, positions(passed, 1), strict=True):
             buffer[:, :, place] = new[:, :, 0]
         cache.length += 1
         first = max(0, passed + 1 - limit)
         for held, expected in zip(cache.held(), positions(first, passed + 1 - first), strict=True):
             assert torch.equal(held, expected)
+
+
+def test_more_positions_than_are_kept_find_room_for_as_long_as_they_are_needed():
+    limit, cache, like = 20, LayerCache(20), tuple(each[:, :, :0] for each in positions(0, 1))
+    passed = 0
+    for added in (3, 70, 1, 50, 7):
+        buffers, place = cache.room(added, *like)
+        assert place + added <= buffers[0].shape[-2]
+        for buffer, new in zip(buffers, positions(passed, added), strict=True):
+            buffer[:, :, place : place + added] = new
+        cache.length += added
+        passed += added
+        first = max(0, passed - limit)
+        for held, expected in zip(cache.held(), positions(first, passed - first), strict=True):
+            assert torch.equal(held[..., -(passed - first) :, :], expected)
+    for _ in range(40):  # the long buffers go
+        buffers, _ = cache.room(1, *like)
+        cache.length += 1
+    assert buffers[0].shape[-2] <= limit + limit // 8 + 16
 
 
 def test_a_fork_has_memory_of_its_own():

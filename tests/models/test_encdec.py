@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moestro.errors import ShapeError
+from moestro.kernels.attention import attend
 from moestro.models.encdec import EncDec
-from moestro.models.encdec_attention import self_bias
 from moestro.models.relative import RelativeBias
 
 from .tiny_encdec import POSITIONS, settings
@@ -50,13 +50,15 @@ def test_the_bias_pair_by_pair():
     relative = RelativeBias(8, 12, 2, bidirectional=False)
     torch.nn.init.normal_(relative.weight)
     valid_BP = torch.tensor([[True, False, True, True, True], [True] * 5])
-    bias = self_bias(relative, range(2, 5), range(5), valid_BP)
-    lowest = torch.finfo(torch.float32).min
-    assert bias.shape == (2, 2, 3, 5)
+    q, k = torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 5, 5)
+    bias_HSP = relative(range(2, 5), range(5))
+    weights = attend(q, k, torch.eye(5).expand(2, 2, 5, 5), bias_HSP=bias_HSP, valid_BP=valid_BP)
+    assert weights.shape == (2, 2, 3, 5)
     for b, s, p in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)):
         seen = p <= s + 2 and valid_BP[b, p]
-        near = relative.weight[min(int(s + 2 - p), 4)] if seen else torch.full((2,), lowest)
-        assert torch.equal(bias[b, :, s, p], near)
+        near = relative.weight[min(int(s + 2 - p), 4)] if seen else torch.full((2,), -torch.inf)
+        odds = weights[b, :, s, p] / weights[b, :, s, s + 2]
+        torch.testing.assert_close(odds, (near - relative.weight[0]).exp())
 
 
 def test_recomputed_activations_give_the_same_gradients():

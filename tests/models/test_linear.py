@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from moestro import Decoder, ModelConfig
 from moestro.config import EncDecConfig
 from moestro.errors import ShapeError
+from moestro.kernels.torch_grouped import SMALL
 from moestro.models.encdec import EncDec
-from moestro.models.linear import SMALL, Embedding, Linear
+from moestro.models.linear import Embedding, Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from moestro import MoE
-from moestro.checkpoints.quantize import Place, packed
 from moestro.errors import ShapeError
 from moestro.kernels.packing import Format
 from moestro.moe import mixing
@@ -34,7 +33,7 @@ def calls_of(module):
 
 
 def pack(owner, name):
-    setattr(owner, name, packed(Place(name, owner, name, getattr(owner, name)), Format("int8", 32)))
+    setattr(owner, name, getattr(owner, name).to_packed(Format("int8", 32)))
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -166,7 +166,7 @@ def test_rows_that_nobody_reads_get_no_gradient(routing, multiple):
 
 
 @given(routings())
-def test_rooms_may_differ_between_experts(routing):
+def test_padded_counts_may_differ_between_experts(routing):
     x_TD = torch.randn(routing.num_tokens, 3, dtype=torch.float64)
     # Room for nobody at all cannot be filled: a padding row copies token 0, then is cleared.
     spare_E = torch.randint(0, 4, (routing.num_experts,)) * (routing.num_tokens > 0)

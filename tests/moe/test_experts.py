@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from moestro.kernels import reference
-from moestro.moe.experts import Experts, FeedForward, compute_dtype
+from moestro.moe.experts import Experts, FeedForward
+from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
 KINDS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")

@@ -36,7 +36,7 @@ def taken(monkeypatch):
     return calls
 
 
-def layer_of(tiny, dtype=torch.float32, backend="auto", **changes):
+def layer_of(tiny, dtype=torch.float32, backend="segments", **changes):
     layer = MoE(tiny(**changes), backend).to(dtype).eval()
     for bias in layer.experts.biases or ():
         torch.nn.init.normal_(bias)
@@ -116,7 +116,7 @@ def test_a_tokens_sum_does_not_depend_on_its_company(tiny):
     "case", ["many rows", "gradients", "dropout", "the definition asked for", "expert choice"]
 )
 def test_when_the_long_way_is_taken(tiny, taken, case):
-    backend = "reference" if case == "the definition asked for" else "auto"
+    backend = "reference" if case == "the definition asked for" else "segments"
     kind = "expert_choice" if case == "expert choice" else "softmax"
     changes = {"router": {"kind": kind}, "experts": {"dropout": 0.5}}
     if case == "expert choice":

@@ -1,11 +1,9 @@
 """A layer under FSDP2, its experts sharded on their own: two processes give what one gives."""
 
-import os
-import subprocess
-import sys
+from ..ranks import run_two_ranks
 
 RANK_OF_TWO = """
-import sys, warnings
+import warnings
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,8 +12,7 @@ from moestro import MoE, MoEConfig
 
 warnings.filterwarnings("error", module="moestro")
 warnings.filterwarnings("error", message="FSDP2")
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 cfg = MoEConfig(dim=32, hidden_dim=32, top_k=3, shared={"hidden_dim": 16, "gate": True})
 
@@ -64,20 +61,6 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives():
     """Few tokens without gradients, training, and bf16 by FSDP2's mixed precision."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_OF_TWO, str(rank), tmp_path / "rendezvous"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_two_ranks(RANK_OF_TWO)

@@ -29,8 +29,8 @@ def decoder(moe=None, **attention) -> ModelConfig:
     )
 
 
-def encdec(**changes) -> EncDecConfig:
-    attention = {"num_heads": 4, "head_dim": 16, "positions": RELATIVE}
+def encdec(groups=4, **changes) -> EncDecConfig:
+    attention = {"num_heads": 4, "num_kv_heads": groups, "head_dim": 16, "positions": RELATIVE}
     return EncDecConfig(
         vocab_size=64, dim=64, encoder_layers=2, decoder_layers=2, attention=attention, **changes
     )
@@ -49,6 +49,7 @@ KINDS = {
     "latent": decoder(latent={"q_rank": 24, **LATENT}),
     "latent, no q_rank": decoder(MOE, latent=LATENT),
     "encoder-decoder": encdec(),
+    "encoder-decoder, one key head": encdec(groups=1),
     "switch": encdec(moe_every=2, moe={**MOE, "activation": "relu", "top_k": 1}),
 }
 
@@ -83,7 +84,7 @@ def test_what_a_step_saves(kind):
     assert planned == pytest.approx(saved(cfg, 48), rel=WITHIN)
 
 
-@pytest.mark.parametrize("kind", ["sinks", "relative"])
+@pytest.mark.parametrize("kind", ["sinks", "relative", "encoder-decoder"])
 def test_scores_are_kept_in_blocks_of_queries(kind):
     seq_len = activations.ROWS + 50
     planned = activation_bytes(KINDS[kind], seq_len, BATCH, number=4, checkpointed=False)

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from moestro.plan import figure as module
 from moestro.plan.devices import DEVICES
+from moestro.plan.presets import preset
 from moestro.plan.report import Question, report
-from moestro.plan.subject import from_preset
 
 NAMES = ["mixtral-8x7b", "llama-2-70b", "gpt-4-rumour"]
 
@@ -19,7 +19,7 @@ def draw(monkeypatch, path, names, question):
         return made[0]
 
     monkeypatch.setattr(module, "Figure", remember)
-    reports = [report(from_preset(name), question) for name in names]
+    reports = [report(preset(name), question) for name in names]
     module.figure(reports, path)
     return reports, made[0].axes
 

@@ -8,16 +8,15 @@ from moestro.plan.memory import cache_bytes, weights
 from moestro.plan.parallel import rank
 from moestro.plan.presets import preset
 from moestro.plan.report import training_step
-from moestro.plan.subject import from_preset
 
 GIB = 2**30
 MIXTRAL = preset("mixtral-8x7b").cfg
 
 
 def ask(memory, name="mixtral-8x7b", context=4096, batch=4, dtype="bf16"):
-    subject = from_preset(name)
+    subject = preset(name)
     training = training_step(subject, context, batch, dtype)
-    return fit(subject.cfg, subject.counted, training, context, batch, dtype, int(memory))
+    return fit(subject.cfg, subject.count, training, context, batch, dtype, int(memory))
 
 
 def row(answer, dtype):
@@ -81,7 +80,7 @@ def test_the_fewest_ranks_that_train_it():
     memory = 24 * GIB
     answer = ask(memory, batch=1)
     assert (answer.training, answer.training_checkpointed) == (False, False)
-    training = training_step(from_preset("mixtral-8x7b"), 4096, 1, "bf16")
+    training = training_step(preset("mixtral-8x7b"), 4096, 1, "bf16")
 
     def held(ranks):
         one = rank(MIXTRAL, count(MIXTRAL), training, "fsdp", ranks, 4096, 2)

@@ -8,7 +8,7 @@ from moestro.models.cache import LayerCache
 from moestro.models.count import count
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
-from moestro.plan.memory import DTYPES, STATE_BYTES, cache_bytes, dtypes, weights
+from moestro.plan.memory import DTYPES, cache_bytes, dtypes, state_bytes, weights
 from moestro.train.optim import make_optimizer
 
 MOE = {"hidden_dim": 48, "num_experts": 8, "top_k": 2}
@@ -112,7 +112,8 @@ def test_state_of_training_is_what_our_trainer_holds():
         for state in optimizer.state.values()
         for name in ("exp_avg", "exp_avg_sq")
     )
-    assert STATE_BYTES.weights * size == sum(p.nbytes for p in model.parameters())
-    assert STATE_BYTES.gradients * size == sum(p.grad.nbytes for p in model.parameters())
-    assert STATE_BYTES.optimizer * size == moments
-    assert STATE_BYTES.state == 16
+    state = state_bytes(size)
+    assert state["weights"] == sum(p.nbytes for p in model.parameters())
+    assert state["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    assert state["optimizer"] == moments
+    assert sum(state_bytes(1).values()) == 16

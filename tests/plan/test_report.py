@@ -10,7 +10,7 @@ from moestro.plan.devices import DEVICES
 from moestro.plan.presets import names, preset
 from moestro.plan.report import Question, as_json, report
 from moestro.plan.rows import rows
-from moestro.plan.subject import from_preset, from_settings
+from moestro.plan.subject import from_settings
 
 EVERYTHING = Question(
     context=1024,
@@ -24,7 +24,7 @@ EVERYTHING = Question(
 
 
 def plan(name, **question):
-    return report(from_preset(name), Question(**question))
+    return report(preset(name), Question(**question))
 
 
 def test_glam_against_gpt_3():
@@ -89,7 +89,7 @@ def test_the_context_is_no_longer_than_a_decoder_sees():
 
 @pytest.mark.parametrize("name", names())
 def test_every_preset_has_a_whole_plan(name):
-    answer = report(from_preset(name), EVERYTHING)
+    answer = report(preset(name), EVERYTHING)
     text = json.dumps(as_json(EVERYTHING, [answer]))
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -104,7 +104,7 @@ def test_every_preset_has_a_whole_plan(name):
 
 
 def test_a_rumour_is_marked_wherever_it_is_shown():
-    answer = report(from_preset("gpt-4-rumour"), EVERYTHING)
+    answer = report(preset("gpt-4-rumour"), EVERYTHING)
     assert "RUMOUR" in answer.title
     assert all("RUMOUR" in dense.title for dense in answer.dense)
     told = as_json(EVERYTHING, [answer])["models"][0]
@@ -121,7 +121,7 @@ def test_a_rumour_has_dense_models_by_its_numbers():
 
 def test_the_device_gives_the_memory_unless_it_is_named():
     small = Question(device=DEVICES["rtx4090"])
-    subject = from_preset("olmoe-1b-7b")
+    subject = preset("olmoe-1b-7b")
     assert report(subject, small).fit.memory_bytes == 24 * 2**30
     assert report(subject, small._replace(memory_bytes=5)).fit.memory_bytes == 5
     assert report(subject, Question()).fit is None
@@ -134,6 +134,6 @@ def test_training_costs_three_forward_passes_and_16_bytes_a_parameter():
 
 
 def test_rows_say_what_is_unknown():
-    rumour = report(from_preset("gpt-4-rumour"), EVERYTHING)
+    rumour = report(preset("gpt-4-rumour"), EVERYTHING)
     cells = {row.label: row.cells for row in rows([rumour], EVERYTHING) if row.cells}
     assert cells["key/value cache"] == cells["decode, tokens/s"] == ("–",)

@@ -28,8 +28,12 @@ def decoder(moe=None, **attention) -> ModelConfig:
     )
 
 
-def encdec(moe=None) -> EncDecConfig:
-    attention = {"num_heads": 4, "positions": {"kind": "relative", "shared": True}}
+def encdec(moe=None, **attention) -> EncDecConfig:
+    attention = {
+        "num_heads": 4,
+        "positions": {"kind": "relative", "shared": True},
+        **attention,
+    }
     return EncDecConfig(
         vocab_size=50,
         dim=32,
@@ -60,7 +64,7 @@ def test_decoding_computes_what_torch_counts(attention):
     with torch.no_grad():
         model(tokens(S - 1), cache=cache)
     counted = flops(lambda: model(tokens(1), cache=cache))
-    assert decode(cfg, count(cfg), S, B, "fp32").flops == counted
+    assert decode(cfg, S, B, "fp32").flops == counted
 
 
 def test_latent_attention_decodes_absorbed():
@@ -72,46 +76,51 @@ def test_latent_attention_decodes_absorbed():
     with torch.no_grad():
         model(tokens(S - 1), cache=cache)
     counted = flops(lambda: model(tokens(1), cache=cache))
-    assert counted / 1.05 < decode(cfg, count(cfg), S, B, "fp32").flops <= counted
+    assert counted / 1.05 < decode(cfg, S, B, "fp32").flops <= counted
 
 
-def test_an_encoder_decoder_reads_with_one_side_and_writes_with_the_other():
-    cfg = encdec()
+GROUPS = pytest.mark.parametrize("groups", [{}, {"num_kv_heads": 2}], ids=["plain", "grouped"])
+
+
+@GROUPS
+def test_an_encoder_decoder_reads_with_one_side_and_writes_with_the_other(groups):
+    cfg = encdec(**groups)
     model = EncDec(cfg).eval()
     counted = flops(lambda: model.new_cache(model.encode(tokens(S)).memory))
-    assert prefill(cfg, count(cfg), S, B, "fp32").flops == counted
+    assert prefill(cfg, S, B, "fp32").flops == counted
     with torch.no_grad():
         cache = model.new_cache(model.encode(tokens(S)).memory)
         model.decode(tokens(S - 1), cache)
     counted = flops(lambda: model.decode(tokens(1), cache))
-    assert decode(cfg, count(cfg), S, B, "fp32").flops == counted
+    assert decode(cfg, S, B, "fp32").flops == counted
 
 
-def test_an_encoder_decoder_reads_the_bytes_of_the_side_at_work():
+@GROUPS
+def test_an_encoder_decoder_reads_the_bytes_of_the_side_at_work(groups):
     """All experts of a side for many tokens; the embedding is read as the head alone."""
-    cfg = encdec({**MOE, "activation": "relu"})
+    cfg = encdec({**MOE, "activation": "relu"}, **groups)
     model = EncDec(cfg)
     size = {name: p.nbytes for name, p in model.named_parameters()}
     encoder = sum(n for name, n in size.items() if name.startswith("encoder"))
     look = sum(n for name, n in size.items() if "cross.kv" in name)
-    many = prefill(cfg, count(cfg), 500, 1, "fp32")
+    many = prefill(cfg, 500, 1, "fp32")
     assert many.read_bytes == pytest.approx(encoder + look)
     rest = sum(size.values()) - encoder - look
-    many = decode(cfg, count(cfg), S, 500, "fp32")
+    many = decode(cfg, S, 500, "fp32")
     assert many.read_bytes - cache_bytes(cfg, S, 500, "fp32") == pytest.approx(rest)
 
 
 def test_prompts_need_the_head_once():
     cfg, head = decoder(MOE), 50 * 32
     counted = count(cfg)
-    work = prefill(cfg, counted, S, 3, "bf16")
+    work = prefill(cfg, S, 3, "bf16")
     assert work.tokens == 3 * S
     assert work.flops == 3 * (S * counted.forward_flops(S) - (S - 1) * 2 * head)
 
 
 def test_a_window_spares_arithmetic_and_cache():
     wide, narrow = decoder(), decoder(window={"size": 5})
-    near, far = (decode(cfg, count(cfg), S, 1, "bf16") for cfg in (narrow, wide))
+    near, far = (decode(cfg, S, 1, "bf16") for cfg in (narrow, wide))
     assert far.flops - near.flops == count(wide).attention * (S - 5)
     assert far.read_bytes - near.read_bytes == 2 * 3 * 2 * 32 * (S - 5)
 
@@ -126,13 +135,13 @@ def test_experts_hit_by_a_batch(batch):
 def test_one_token_reads_the_active_weights():
     cfg = decoder(MOE)
     counted = count(cfg)
-    read = decode(cfg, counted, S, 1, "bf16").read_bytes - cache_bytes(cfg, S, 1, "bf16")
+    read = decode(cfg, S, 1, "bf16").read_bytes - cache_bytes(cfg, S, 1, "bf16")
     assert read == pytest.approx(2 * (counted.active - counted.input_embedding))
 
 
 def test_the_bound_is_the_slower_of_two():
     cfg = decoder(MOE)
-    work = decode(cfg, count(cfg), S, 4, "bf16")
+    work = decode(cfg, S, 4, "bf16")
     narrow = bound(work, Device("", 0, work.read_bytes / 2, 1e30, ""), usd_per_hour=7.2)
     assert (narrow.limit, narrow.tokens_per_s) == ("bandwidth", pytest.approx(2.0))
     # Two tokens a second are 7200 an hour.

@@ -20,7 +20,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
 
-from moestro.probe.recording import foreign
+from moestro.foreign.taps import taps
+from moestro.probe.recording.passages import Passage
+from moestro.probe.recording.record import record
 
 VOCABULARY = 61
 SIZES = {
@@ -237,13 +239,12 @@ def outcome(names: list[str]) -> str:
         return "no class for text alone"
     try:
         model = build(text[0])
-        taps = foreign.taps(model)
-        with torch.no_grad():
-            foreign.run(model, torch.randint(3, VOCABULARY, (1, 7)), None)
+        found = taps(model)
+        record(model, [Passage(torch.randint(3, VOCABULARY, (7,)))])
     except Exception as error:
         return f"{text[0]} cannot be built or recorded: {type(error).__name__}: {error}"
-    unscored = sorted({type(tap.router).__name__ for tap in taps if tap.scoring is None})
-    return f"{text[0]} is recorded" + (f"; routers not in SCORING: {unscored}" if unscored else "")
+    unscored = sorted({type(tap.router).__name__ for tap in found if tap.scoring is None})
+    return f"{text[0]} is recorded" + (f"; routers not in ROUTERS: {unscored}" if unscored else "")
 
 
 def main() -> None:

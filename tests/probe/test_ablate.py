@@ -8,7 +8,8 @@ import torch
 
 from moestro.errors import MoestroError
 from moestro.probe.ablation import effects
-from moestro.probe.ablation.ablate import Target, ablate, cost, mask_top, targets
+from moestro.probe.ablation.ablate import ablate, cost, mask_top
+from moestro.probe.ablation.targets import Target, targets
 from moestro.probe.recording.passages import Passage
 from moestro.probe.recording.record import record
 

@@ -4,11 +4,12 @@ import torch
 from torch import nn
 
 from moestro.errors import DataError, MoestroError
-from moestro.probe.recording import foreign, routers
+from moestro.foreign import taps
+from moestro.foreign.classes import EXPERTS, PLAIN
 from moestro.probe.recording.passages import Passage
 from moestro.probe.recording.record import record
 from moestro.probe.recording.replay import agreement, replay
-from moestro.probe.recording.taps import rerouted
+from moestro.probe.recording.reroute import rerouted
 
 from . import foreign_zoo as zoo
 
@@ -23,7 +24,7 @@ def passages(*lengths):
 def received(model):
     """What each experts module is handed from now on: a list of (experts_TK, weights_TK)."""
     handed = []
-    for tap in foreign.taps(model):
+    for tap in taps.taps(model):
         inner = tap.experts.forward
 
         def forward(*args, inner=inner, **kwargs):
@@ -69,14 +70,14 @@ def test_what_is_recorded_is_what_the_experts_were_handed(name):
     texts = passages(9, 6)
     handed = [] if name in OTHERWISE else received(model)
     trace = record(model, texts)
-    taps = foreign.taps(model)
+    found = taps.taps(model)
     assert trace.length_N.tolist() == [9, 6]
     assert len(trace.tokens_T) == 15
     real = (torch.arange(9) < torch.tensor([9, 6])[:, None]).flatten().numpy()
     for place, (experts, weights) in enumerate(handed):
         ours = by_expert(trace.experts_TLK[:, place].astype(int), trace.weights_TLK[:, place])
-        if type(taps[place].experts).__name__ in routers.SKIPPING:
-            experts = experts.masked_fill(weights == 0, taps[place].num_experts - 1)
+        if EXPERTS.get(type(found[place].experts).__name__, PLAIN).skips:
+            experts = experts.masked_fill(weights == 0, found[place].num_experts - 1)
         theirs = by_expert(experts.numpy()[real], weights.numpy()[real])
         for mine, used in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(mine, used)
@@ -119,7 +120,7 @@ def test_replay_is_bitwise_and_an_edit_changes_the_logits(name):
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_routers_looked_at_instead_choose_the_largest_logits(name):
     model = zoo.build(name)
-    router = foreign.taps(model)[0].router
+    router = taps.taps(model)[0].router
     seen = []
     router.register_forward_hook(lambda module, args, output: seen.append(output))
     trace = record(model, passages(8))
@@ -153,24 +154,6 @@ def test_experts_come_heaviest_first():
     assert (np.diff(trace.weights_TLK, axis=2) <= 0).all()
 
 
-def test_probabilities_are_those_that_the_weights_come_from():
-    # Of a softmax over all and of sigmoids alike, renormalised weights keep the ratios.
-    for name in ("MixtralForCausalLM", "DeepseekV3ForCausalLM", "Cohere2MoeForCausalLM"):
-        model = zoo.build(name)
-        tap = foreign.taps(model)[0]
-        seen = []
-        with foreign.tapped([tap], lambda place, chosen, seen=seen: seen.append(chosen)):
-            foreign.run(model, torch.randint(3, 61, (1, 7)), None)
-        probs_TE = foreign.probabilities(tap, seen[0].logits_TE)
-        torch.testing.assert_close(probs_TE.sum(1), torch.ones(7))
-        picked_TK = probs_TE.gather(1, seen[0].experts_TK)
-        torch.testing.assert_close(
-            picked_TK / picked_TK.sum(1, keepdim=True),
-            seen[0].weights_TK / seen[0].weights_TK.sum(1, keepdim=True),
-        )
-        assert seen[0].logits_TE.requires_grad
-
-
 def test_families_new_to_the_tests_are_listed():
     """A family that no table names is found, and tried."""
     name = "Qwen3MoeForCausalLM"
@@ -184,16 +167,10 @@ def test_families_new_to_the_tests_are_listed():
     assert zoo.outcome(["VitPoseNaiveMoe"]) == "no class for text alone"
 
 
-def test_every_router_is_known():
-    for name in zoo.FAMILIES:
-        for tap in foreign.taps(zoo.build(name)):
-            assert tap.scoring is not None, name
-
-
 def test_skipped_tokens_are_an_expert_of_their_own():
     model = zoo.build("ZayaForCausalLM")
     with torch.no_grad():
-        for tap in foreign.taps(model):
+        for tap in taps.taps(model):
             tap.router.balancing_biases[-1] = 0.1
     trace = record(model, passages(30))
     skipped = trace.experts_TLK == 6
@@ -209,7 +186,7 @@ def test_recomputation_counts_once_and_is_edited_alike(reentrant):
     model = zoo.build("MixtralForCausalLM").train()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    found, counted, edited = foreign.taps(model), [], []
+    found, counted, edited = taps.taps(model), [], []
     tokens = torch.randint(3, 61, (2, 5))
 
     def edit(place, experts_TK, weights_TK):
@@ -217,7 +194,7 @@ def test_recomputation_counts_once_and_is_edited_alike(reentrant):
         return experts_TK.flip(1), weights_TK
 
     with (
-        foreign.tapped(found, lambda place, chosen: counted.append(place)),
+        taps.tapped(found, lambda place, chosen: counted.append(place)),
         rerouted(model, edit),
     ):
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -244,21 +221,6 @@ def test_prompt_and_generated_tokens_are_told_apart():
 def test_what_cannot_be_looked_into_is_refused(name):
     with pytest.raises(MoestroError, match=r"Doge|encoder-decoder"):
         record(zoo.build(name), passages(4))
-
-
-def test_a_mixture_written_in_some_other_way_is_refused():
-    class MyMoE(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(4, 2)
-            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-    model = zoo.build("MixtralForCausalLM")
-    model.model.layers[1].mlp = MyMoE()
-    with pytest.raises(MoestroError, match="ModuleList, MyMoE in MixtralForCausalLM"):
-        foreign.taps(model)
-    with pytest.raises(MoestroError, match="Linear has no mixture"):
-        foreign.taps(nn.Linear(2, 2))
 
 
 def test_a_mixture_that_is_never_reached_is_an_error():

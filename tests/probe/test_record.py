@@ -1,9 +1,3 @@
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +9,7 @@ from moestro.probe.recording.record import record, record_batches
 from moestro.probe.recording.traces import join
 
 from ..models.tiny_encdec import settings
+from ..ranks import run_two_ranks
 from .deciders import VOCABULARY, decoder, passages
 
 
@@ -220,29 +215,7 @@ dist.destroy_process_group()
 def test_two_ranks_share_the_work_and_both_have_the_trace_of_one(tmp_path):
     from moestro.probe.recording.tracefile import read_trace
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_OF_TWO, tmp_path],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | shared | {"RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        found = [child.communicate(timeout=60) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, (output, errors) in zip(children, found, strict=True):
-        assert child.returncode == 0, errors
-        assert output == "[24, 42, 50]\n"
+    assert run_two_ranks(RANK_OF_TWO, tmp_path) == ["[24, 42, 50]\n"] * 2
     torch.manual_seed(0)
     model = decoder()
     one = record(model, passages(5, 7, 3, 6, 4), batch_size=4, generate=1)

@@ -9,7 +9,8 @@ import torch
 
 from moestro import Decoder, ModelConfig
 from moestro.errors import DataError, MoestroError
-from moestro.probe.ablation.ablate import Target, ablate, every, targets
+from moestro.probe.ablation.ablate import ablate
+from moestro.probe.ablation.targets import Target, every, targets
 from moestro.probe.recording.passages import Passage
 from moestro.probe.recording.record import record
 

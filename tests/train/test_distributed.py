@@ -1,16 +1,13 @@
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from moestro.checkpoints.folders import read_tensors
+from moestro.checkpoints.tensor_files import read_tensors
 from moestro.errors import ConfigError
 from moestro.train.distributed import ALONE, Ranks, joined, pick_device, pick_dtype, ranks_from
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
+
+from ..ranks import run_two_ranks
 
 RANK_OF_TWO = """
 import sys, warnings
@@ -25,7 +22,7 @@ from moestro.train.loop import Trainer
 root, corpus = Path(sys.argv[1]), Corpus(Path(sys.argv[2]))
 with joined(torch.device("cpu")) as ranks:
     def train(name, resume=False):
-        cfg = state.read_settings(root, f"{name}.json")
+        cfg = state.read_run_settings(root, f"{name}.json")
         return Trainer(cfg, root / name, corpus, ranks=ranks).train(resume)
 
     steps = train("plain").step
@@ -59,28 +56,8 @@ def two(tiny_settings, plain, tiny_corpus, tiny_data_folder, tmp_path_factory):
     )
     (root / "plain.json").write_text(plain.model_dump_json())
     (root / "noisy.json").write_text(noisy.model_dump_json())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_OF_TWO, root, tiny_data_folder],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        found = [child.communicate(timeout=100) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for rank, (child, (output, errors)) in enumerate(zip(children, found, strict=True)):
-        assert child.returncode == 0, errors
-        assert output == f"{rank} 3\n"
+    outputs = run_two_ranks(RANK_OF_TWO, root, tiny_data_folder)
+    assert outputs == ["0 3\n", "1 3\n"]
     return root
 
 

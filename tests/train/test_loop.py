@@ -7,7 +7,9 @@ from functools import partialmethod
 import pytest
 import torch
 
-from moestro.checkpoints.folders import load_model, newest_checkpoint, read_tensors
+from moestro.checkpoints.folders import newest_checkpoint
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.tensor_files import read_tensors
 from moestro.data.windows import DataConfig, prepare
 from moestro.errors import ConfigError, TrainingError
 from moestro.train.loop import Trainer
@@ -175,7 +177,7 @@ def test_the_bias_moves_by_its_rate_each_step(tiny_settings, tiny_corpus, tmp_pa
         train={"steps": 1},
         balance={"bias_rate": 0.5},
     )
-    model = load_model(Trainer(cfg, tmp_path / "run", tiny_corpus).train().checkpoint)
+    model = open_checkpoint(Trainer(cfg, tmp_path / "run", tiny_corpus).train().checkpoint).model
     for mixture in model.mixtures():
         assert set(mixture.router.bias.abs().tolist()) <= {0.0, 0.5}
         assert mixture.router.bias.abs().sum() > 0

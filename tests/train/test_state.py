@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from moestro.checkpoints.folders import load_model, newest_checkpoint, read_tensors, step_folders
+from moestro.checkpoints.folders import newest_checkpoint, step_folders
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.tensor_files import read_tensors
 from moestro.config import OptimConfig
 from moestro.errors import CheckpointError, ConfigError, TrainingError
 from moestro.models.decoder import Decoder
@@ -44,7 +46,7 @@ def test_a_checkpoint_holds_what_its_docstring_lists_and_no_pickle(finished):
         "trainer.json",
         "manifest.json",
     }
-    assert state.read_settings(run / "checkpoints" / "step-000006") == cfg
+    assert state.read_run_settings(run / "checkpoints" / "step-000006") == cfg
     values = json.loads((run / "checkpoints" / "step-000006" / "trainer.json").read_text())
     assert (values["step"], values["tokens"]) == (6, 6 * 4 * 16)
 
@@ -184,7 +186,7 @@ def test_a_full_disk_costs_no_good_checkpoint(
         Trainer(cfg, run, tiny_corpus).train()
     assert str(run / "checkpoints" / "step-000003") in str(caught.value)
     assert step_names(run) == ["step-000003"]
-    load_model(run)
+    open_checkpoint(run)
     monkeypatch.undo()
     assert Trainer(cfg, run, tiny_corpus).train(resume=True).step == 6
 
@@ -208,7 +210,7 @@ def slow(model, folder):
         time.sleep(60)
 
 state.save_model = slow
-cfg = state.read_settings(run.parent, "settings.json")
+cfg = state.read_run_settings(run.parent, "settings.json")
 Trainer(cfg, run, Corpus(data)).train()
 """
 
@@ -230,7 +232,7 @@ def test_a_process_killed_while_saving_loses_nothing(
         child.wait()
     assert len(step_names(run)) == 2, "the killed save should have left something behind"
     assert newest_checkpoint(run).name == "step-000003"
-    load_model(run)
+    open_checkpoint(run)
     result = Trainer(cfg, run, tiny_corpus).train(resume=True)
     assert step_names(run) == ["step-000006"]
     Trainer(cfg, tmp_path / "straight", tiny_corpus).train()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.data.spans import corrupt, hidden
 from moestro.data.windows import HeldOut
@@ -19,7 +19,7 @@ from moestro.train.loop import Trainer
 from moestro.train.task import (
     NEXT_TOKEN,
     FillSpans,
-    encdec_train_flops,
+    example_train_flops,
     task_of,
     train_flops,
     vocabulary,
@@ -102,7 +102,7 @@ def test_the_vocabulary_has_room_for_sentinels(two_sided, tiny_corpus, tmp_path)
 def test_flops_are_those_of_the_count_where_both_sides_are_equally_long(length):
     cfg = EncDecConfig(**T5)
     want = length * count(cfg).train_flops(length)
-    assert encdec_train_flops(cfg, length, length) == pytest.approx(want)
+    assert example_train_flops(cfg, length, length) == pytest.approx(want)
     decoder = ModelConfig()
     assert train_flops(decoder, length) == length * count(decoder).train_flops(length)
 
@@ -119,10 +119,10 @@ def test_flops_of_each_side():
     scores = 2 * source**2 + 2 * target * source + 2 * target * (target + 1) / 2
     matmul = per_side["source"] * source + per_side["target"] * target
     want = 3 * (2 * matmul + 4 * width * scores)
-    assert encdec_train_flops(cfg, source, target) == pytest.approx(want)
+    assert example_train_flops(cfg, source, target) == pytest.approx(want)
     tokens, spans = hidden(40)
     found = train_flops(cfg, 40)
-    assert found == encdec_train_flops(cfg, 40 - tokens + spans + 1, tokens + spans + 1)
+    assert found == example_train_flops(cfg, 40 - tokens + spans + 1, tokens + spans + 1)
 
 
 def test_held_out_bits_are_those_of_the_targets_over_the_bytes_hidden(monkeypatch):
@@ -150,7 +150,7 @@ def test_an_encoder_decoder_trains_and_loads(two_sided, tiny_corpus, tmp_path):
     bits = [point.bits_per_byte["all"] for point in result.history]
     assert bits[1] < bits[0]
     assert result.history[0].train_flops == 15 * 4 * train_flops(cfg.model, 16)
-    loaded = load_model(result.checkpoint)
+    loaded = open_checkpoint(result.checkpoint).model
     assert isinstance(loaded, EncDec)
     assert loaded.cfg == cfg.model
     for name, weight in trainer.model.state_dict().items():

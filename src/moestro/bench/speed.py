@@ -19,9 +19,8 @@ from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.kernels import native_cpu
 from moestro.machine import Energy, peak_bytes
 from moestro.models.decoder import Decoder
-from moestro.models.linear import PackedLinear
 from moestro.moe.layer import MoE
-from moestro.moe.packed import PackedWeights
+from moestro.moe.packed import Packed
 
 # Far larger than a cache, far smaller than a memory.
 READ_BYTES = 512 * 2**20
@@ -134,7 +133,7 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
         joules = energy.joules()
         begun = time.perf_counter()
         for token in ids[prompt:]:
-            decoding.step([token], [past])
+            decoding.step([[token]], [past])
         decode_s = time.perf_counter() - begun
         used = energy.since(joules)
         return Round(prefilled - start, first - start, decode_s, used)
@@ -152,8 +151,8 @@ def weight_bytes(model: nn.Module) -> float:
     }
     total = 0.0
     for module in modules:
-        if isinstance(module, PackedLinear | PackedWeights):
-            size = module.weights.data.numel()
+        if isinstance(module, Packed):
+            size = module.parts()["packed"].numel()
         elif isinstance(module, nn.Embedding):
             continue  # a tied head has the same tensor, and is counted
         else:

@@ -1,8 +1,7 @@
-"""Checkpoints on disk: whole or not there at all, every byte verified, every key accounted for.
+"""Our own checkpoints on disk: whole or not there at all, and every byte verified.
 
 A checkpoint is a folder with a manifest of sizes and SHA-256 sums. It is written under another
 name, flushed, read back and then renamed, so a crash at any moment leaves the old one untouched.
-Only safetensors and JSON are read.
 """
 
 from __future__ import annotations
@@ -11,28 +10,17 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from moestro.checkpoints.tensor_files import Stored, open_file, read, read_into
-from moestro.config import EncDecConfig, ModelConfig
-from moestro.errors import CheckpointError, ConfigError
+from moestro.errors import CheckpointError
 from moestro.files import UNFINISHED, write_json
-from moestro.models.build import Model, build_model
-from moestro.models.count import count
-from moestro.models.materialize import materialize, without_memory
 from moestro.strictjson import read_object
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -58,7 +46,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+        written = sorted(path for path in folder.iterdir() if path.is_file())
+        files = {path.name: _fingerprint(path) for path in written}
         write_json(folder / MANIFEST, {"files": files})
         for path in folder.iterdir():
             _flush(path)
@@ -188,138 +177,6 @@ def newest_checkpoint(path: Path, known: Callable[[Path], bool] | None = None) -
     if troubles:
         raise CheckpointError(f"no checkpoint in {path} is whole: {'; '.join(troubles)}")
     raise CheckpointError(f"{path} holds no checkpoint; give a run's folder or a checkpoint's")
-
-
-def save_model(model: Model, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into an existing folder."""
-    write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
-    save_tensors(model.state_dict(), folder / WEIGHTS)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; of names for the same tensor only the first is kept."""
-    seen: set[object] = set()
-    unique = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        unique[name] = tensor.detach().contiguous()
-    save_file(unique, path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing, truncated or something else than safetensors.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read {path} as safetensors: {error}. Only safetensors is read, never pickle"
-        ) from None
-
-
-def load_model(path: Path, device: str = "cpu", backend: str = "auto") -> Model:
-    """Load a model in evaluation mode.
-
-    Args:
-        path: a run's folder (its newest good checkpoint is taken) or a checkpoint's.
-        device: where to put it.
-        backend: a kernel's name, or "auto".
-
-    Raises:
-        CheckpointError: it is incomplete or altered, or a key or shape does not fit.
-    """
-    folder = newest_checkpoint(path)
-    model, stored = open_own(folder, backend)
-    materialize(model, stored["embed.weight"].dtype, device)
-    load_weights(model, folder)
-    return model.eval()
-
-
-def open_own(folder: Path, backend: str = "auto") -> tuple[Model, dict[str, Stored]]:
-    """A checkpoint's model without memory, and the stored tensors that fit it, by name.
-
-    Raises:
-        CheckpointError: the settings are not valid, or a key or shape does not fit them.
-    """
-    cfg, stored = read_own_config(folder / CONFIG), open_file(folder / WEIGHTS)
-    check_room(folder, cfg, stored)
-    with without_memory():
-        model = build_model(cfg, backend)
-    _check_fit(model, folder, stored)
-    return model, stored
-
-
-def check_room(folder: Path, cfg: ModelConfig | EncDecConfig, stored: Mapping[str, Stored]) -> None:
-    """Refuse settings of a far larger model than the files hold, before it is built.
-
-    Raises:
-        CheckpointError: a parameter would have less than half a byte, or a layer no tensor.
-    """
-    size, parameters = sum(one.bytes for one in stored.values()), count(cfg).total
-    layers = (
-        cfg.encoder_layers + cfg.decoder_layers if isinstance(cfg, EncDecConfig) else cfg.num_layers
-    )
-    if parameters > 2 * size or layers > len(stored):
-        raise CheckpointError(
-            f"{folder} does not fit its {CONFIG}: that describes {parameters:,} parameters in "
-            f"{layers:,} layers, and the weights are {len(stored):,} tensors of {size:,} bytes in "
-            "all; use another checkpoint"
-        )
-
-
-def read_own_config(path: Path) -> ModelConfig | EncDecConfig:
-    """The model's settings in a checkpoint's config.json.
-
-    Raises:
-        CheckpointError: it is missing, or holds no valid settings.
-    """
-    values = read_json(path)
-    try:
-        return EncDecConfig(**values) if "encoder_layers" in values else ModelConfig(**values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def load_weights(model: Model, folder: Path) -> None:
-    """Read a checkpoint's weights into a model of the same settings, which takes their dtype.
-
-    Raises:
-        CheckpointError: a key is missing or unknown, or a shape differs; all are named.
-    """
-    stored = open_file(folder / WEIGHTS)
-    _check_fit(model, folder, stored)
-    model.to(stored["embed.weight"].dtype)
-    head = stored.get("head.weight") if model.cfg.head.tied else None
-    own = model.state_dict()
-    for name, one in stored.items():
-        if one is not head:
-            read_into(one, own[name])
-    if head is not None and not torch.equal(read(head), own["embed.weight"].cpu()):
-        raise CheckpointError(
-            f"{folder / WEIGHTS} holds a head.weight that differs from embed.weight, but the "
-            "settings tie them; set head.tied = false"
-        )
-
-
-def _check_fit(model: Model, folder: Path, stored: dict[str, Stored]) -> None:
-    """Refuse a file whose keys or shapes are not the model's."""
-    own = model.state_dict()
-    wanted = own.keys() - ({"head.weight"} if model.cfg.head.tied else set())
-    problems = [f"missing {name}" for name in wanted - stored.keys()]
-    problems += [f"unknown {name}" for name in stored.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(stored[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & stored.keys()
-        if own[name].shape != stored[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit: {', '.join(sorted(problems))}")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -10,8 +10,15 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moestro.checkpoints.folders import CHECKPOINTS, CONFIG, newest_checkpoint, read_json
-from moestro.checkpoints.pretrained import is_pretrained
+from moestro.checkpoints.folders import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    newest_checkpoint,
+    read_json,
+    verify_folder,
+)
+from moestro.checkpoints.reading import is_pretrained
 from moestro.checkpoints.tensor_files import INDEX, SINGLE
 from moestro.errors import CheckpointError
 
@@ -32,12 +39,18 @@ def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = Non
         known: whether a checkpoint of ours is known to be good, so that it is not read through.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or another program's; see also
+        CheckpointError: it does not exist, is damaged, or is another program's; see also
             `find_model`.
     """
     folder = find_model(name)
     check_kind(folder)
-    return folder if is_pretrained(folder) else newest_checkpoint(folder, known)
+    try:
+        published = is_pretrained(folder)
+    except CheckpointError:
+        if (folder / MANIFEST).is_file():
+            verify_folder(folder)  # says more: which file was altered
+        raise
+    return folder if published else newest_checkpoint(folder, known)
 
 
 def find_model(name: str | Path) -> Path:
@@ -68,7 +81,7 @@ def find_settings(name: str) -> Path:
     """The config.json of a model of the hub; nothing else of it is fetched.
 
     Raises:
-        CheckpointError: see `find_model`; or it has none.
+        CheckpointError: see `find_model`; or there is no config.json.
     """
     path = _fetch(name, [CONFIG]) / CONFIG
     if not path.is_file():

@@ -69,13 +69,7 @@ def is_of(path: Path, folder: Path) -> bool:
 
 
 def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> None:
-    """Write a packed model, whole or not at all.
-
-    Args:
-        model: packed.
-        path: the new file; one that is there is replaced.
-        format: that it was packed in.
-        source: the checkpoint's `fingerprint`.
+    """Write a packed model and its checkpoint's `fingerprint`, whole or not at all.
 
     Raises:
         ShapeError: its parameters have several dtypes.
@@ -99,13 +93,13 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
         source: the `fingerprint` of the checkpoint that it must be of; None: any.
 
     Raises:
-        CheckpointError: it is missing, no packed model, truncated, of another version of this
-            program, or of another checkpoint.
+        CheckpointError: it is missing, truncated, not a packed model, or of a different version of
+            this program or checkpoint.
     """
     header, begin = packed_header.read(path)
     if source is not None and header["source"] != source:
         raise CheckpointError(
-            f"{path} is the packed form of another checkpoint than the one beside it, or that one "
+            f"{path} is the packed form of a different checkpoint, or the one beside it "
             "has changed; remove the file to pack it again"
         )
     try:

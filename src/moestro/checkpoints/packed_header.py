@@ -12,28 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moestro.checkpoints.quantize import places
+from moestro.checkpoints.quantize import packable
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
-from moestro.kernels.packing import (
-    PAGE,
-    Format,
-    PackedExperts,
-    PackedMatrix,
-    check_format,
-    matrix_bytes,
-    slab_bytes,
-)
+from moestro.kernels.packing import PAGE, Format, check_format
 from moestro.models.build import Model, build_model
 from moestro.models.count import count
-from moestro.models.linear import PackedLinear
 from moestro.models.materialize import without_memory
-from moestro.moe import packed as modules
-from moestro.moe.experts import FeedForward, StackedWeights
+from moestro.moe.packed import Packed
 
 MAGIC = b"moestro packed model\n"
 VERSION = 1
@@ -95,7 +84,7 @@ def read(path: Path) -> tuple[dict[str, Any], int]:
             start = file.read(_START)
             if not start.startswith(MAGIC):
                 raise CheckpointError(
-                    f"{path} is no packed model of moestro; remove it to pack the checkpoint again"
+                    f"{path} is not a packed model; remove it to pack the checkpoint again"
                 )
             length = int.from_bytes(start[len(MAGIC) :], "little")
             text = file.read(length) if length < _MOST_BYTES else b""
@@ -107,7 +96,7 @@ def read(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(text, parse_int=_whole, parse_float=_float)
         version, layout = header["version"], header["layout"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise broken(path, "its header is no JSON, or has numbers beyond any size") from None
+        raise broken(path, "its header is not JSON, or has numbers beyond any size") from None
     if (version, layout) != (VERSION, LAYOUT):
         raise CheckpointError(
             f"{path} was packed by another version of moestro (format {version!r:.40}, layout "
@@ -137,10 +126,7 @@ def format_of(path: Path, header: dict[str, Any]) -> Format:
 def unfilled(path: Path, header: dict[str, Any], nbytes: int) -> tuple[Model, dict[str, Section]]:
     """The packed model of a header's settings, without memory, and where its tensors are.
 
-    Args:
-        path: of the file.
-        header: from `read`.
-        nbytes: of the file after its header.
+    `nbytes` is the length of the file after its header.
 
     Raises:
         CheckpointError: the header says what its settings do not, or more than the file has.
@@ -167,7 +153,7 @@ def tensors(model: Model) -> dict[str, Tensor]:
     """All that a packed model's file holds: parameters, buffers, packed bytes and their biases."""
     found: dict[str, Tensor] = dict((*model.named_parameters(), *model.named_buffers()))
     for path, module in model.named_modules():
-        if isinstance(module, modules.Packed):
+        if isinstance(module, Packed):
             found |= {f"{path}.{part}": tensor for part, tensor in module.parts().items()}
     return found
 
@@ -183,61 +169,19 @@ def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
         raise ValueError(f"its settings have {total} parameters, which {nbytes} bytes do not hold")
     with without_memory():
         model = build_model(cfg)
-    for place in places(model):
-        setattr(place.parent, place.name, _packed(place.module, format))
+    for path, module in packable(model).items():
+        model.set_submodule(path, module.to_packed(format))
     return model.eval()
-
-
-def _packed(module: nn.Module, format: Format) -> modules.Packed:
-    """What a module is packed as, without memory."""
-
-    def data(nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
-
-    def bias(own: Tensor | None) -> Tensor | None:
-        return None if own is None else torch.empty_like(own, dtype=torch.float32)
-
-    if isinstance(module, nn.Linear):
-        rows, columns = module.weight.shape
-        matrix = PackedMatrix(data(matrix_bytes(rows, columns, format)), rows, columns, format)
-        return PackedLinear(matrix, bias(module.bias))
-    assert isinstance(module, StackedWeights)
-    (num_experts, dim, hidden), activation = module.down.shape, module.activation
-    slabs = data(num_experts * slab_bytes(dim, hidden, activation, format))
-    biases = map(bias, module.biases or (None, None))
-    kind = modules.PackedFeedForward if isinstance(module, FeedForward) else modules.PackedExperts
-    return kind(PackedExperts(slabs, num_experts, dim, hidden, activation, format, *biases))
 
 
 def _described(model: Model) -> dict[str, dict[str, Any]]:
     """What the header says of each packed module."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            matrix = module.weights
-            found[path] = {"rows": matrix.rows, "columns": matrix.columns}
-        elif isinstance(module, modules.PackedWeights):
-            experts = module.weights
-            found[path] = {
-                "experts": experts.num_experts,
-                "dim": experts.dim,
-                "hidden_dim": experts.hidden_dim,
-                "activation": experts.activation,
-                "dense": isinstance(module, modules.PackedFeedForward),
-            }
-        else:
-            continue
-        found[path] |= module.weights.format._asdict()
-    return found
+    modules = model.named_modules()
+    return {path: module.described() for path, module in modules if isinstance(module, Packed)}
 
 
 def _sections(given: dict[str, Any], model: Model, nbytes: int) -> dict[str, Section]:
-    """Where the file has each tensor of the model.
-
-    Raises:
-        ValueError: a tensor is missing, or is one too many, or is not what the model has; or it
-            is outside the file or over another.
-    """
+    """Where the file has each tensor of the model; refuses what does not fit by a ValueError."""
     wanted, found = tensors(model), {}
     if given.keys() != wanted.keys():
         raise ValueError(f"its tensors are not the settings': {given.keys() ^ wanted.keys()}")

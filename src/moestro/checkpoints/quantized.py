@@ -10,12 +10,14 @@ Letters: E experts, O, I out and in of a matrix, N = I / 32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.checkpoints.tensor_files import Source, Stored
 from moestro.errors import CheckpointError, ShapeError
 
 Shape = tuple[int, ...]
@@ -60,7 +62,6 @@ class Scheme(NamedTuple):
     """How a checkpoint stores one tensor as two, values and scales.
 
     Attributes:
-        name: its `quant_method` in config.json.
         values: what the key of the values adds to the key of the tensor.
         scales: what the key of the scales adds to it.
         shape: (shape of the values) → shape of the tensor.
@@ -68,7 +69,6 @@ class Scheme(NamedTuple):
             not quantised has.
     """
 
-    name: str
     values: str
     scales: str
     shape: Callable[[Shape], Shape]
@@ -94,7 +94,7 @@ def scheme(settings: Mapping[str, Any]) -> Scheme:
             f"{', '.join(unknown)}; known are {', '.join(sorted(_FIELDS[method]))}"
         )
     if method == "mxfp4":
-        return Scheme("mxfp4", "_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
+        return Scheme("_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
     block = settings.get("weight_block_size")
     if not _is_block(block):
         raise CheckpointError(
@@ -109,7 +109,7 @@ def scheme(settings: Mapping[str, Any]) -> Scheme:
     def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return from_fp8(values, scales, (block[0], block[1]), dtype)
 
-    return Scheme("fp8", "", "_scale_inv", lambda shape: shape, dequantize)
+    return Scheme("", "_scale_inv", lambda shape: shape, dequantize)
 
 
 def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
@@ -138,19 +138,60 @@ def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
     names = set(keys)
     found = {}
     for key in sorted(names):
-        if key.endswith(method.scales):
-            name = key.removesuffix(method.scales)
-            if name + method.values not in names:
-                raise CheckpointError(f"the checkpoint has {key} but lacks {name + method.values}")
-            found[name] = (name + method.values, key)
-    if method.values:
-        lonely = {key for key in names if key.endswith(method.values)}
-        lonely -= {values for values, _ in found.values()}
-        if lonely:
-            key = min(lonely)
-            scales = key.removesuffix(method.values) + method.scales
-            raise CheckpointError(f"the checkpoint has {key} but lacks {scales}")
+        for own, other in ((method.scales, method.values), (method.values, method.scales)):
+            if own and key.endswith(own):
+                name = key.removesuffix(own)
+                if name + other not in names:
+                    raise CheckpointError(f"the checkpoint has {key} but lacks {name + other}")
+                found[name] = (name + method.values, name + method.scales)
     return found
+
+
+@dataclass(frozen=True)
+class Quantized(Source):
+    """A tensor that two of a checkpoint stand for, values and scales."""
+
+    values: Stored
+    scales: Stored
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, values: Stored, scales: Stored, scheme: Scheme) -> Quantized:
+        """The tensor of these two."""
+        shape, size = scheme.shape(values.shape), values.bytes + scales.bytes
+        return cls(values.file, values.key, None, shape, size, values, scales, scheme)
+
+    def entry(self, index: int) -> Quantized:
+        """Entry `index` of the first axis."""
+        return Quantized.of(self.values.entry(index), self.scales.entry(index), self.scheme)
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in `dtype`."""
+        try:
+            return self.scheme.dequantize(self.values.load(), self.scales.load(), dtype)
+        except ShapeError as error:
+            raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
+
+
+def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
+    """Sources by key, quantised pairs joined under the key of the tensor that they stand for.
+
+    Raises:
+        CheckpointError: the quantisation is not known, or values lack their scales.
+    """
+    if not hf_config.get("quantization_config"):
+        return dict(stored)
+    method = scheme(hf_config["quantization_config"])
+    joined = {values: (name, scales) for name, (values, scales) in pairs(stored, method).items()}
+    used = {scales for _, scales in joined.values()}
+    sources: dict[str, Source] = {}
+    for key, one in stored.items():
+        if key in joined:
+            name, scales = joined[key]
+            sources[name] = Quantized.of(one, stored[scales], method)
+        elif key not in used:
+            sources[key] = one
+    return sources
 
 
 def from_fp8(

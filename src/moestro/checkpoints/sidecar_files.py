@@ -7,70 +7,51 @@ through a run that starts from it, into what is written back.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from moestro.checkpoints.folders import CONFIG
-from moestro.checkpoints.pretrained import HF_CONFIG, is_pretrained
+from moestro.checkpoints.reading import HF_CONFIG, origin
 from moestro.text import HF_FILE, NOTE_FILE, load_tokenizer
 
-# Layout of Hugging Face's tokenizers, old and new; the templates in a folder come last.
+# Hugging Face's tokenizers, old and new; the templates in a folder come last.
 NAMES = (
-    HF_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "tiktoken.model",
-    "spiece.model",
-    "generation_config.json",
+    HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "tiktoken.model", "spiece.model", "generation_config.json",
     "chat_template.jinja",
-)
+)  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy what is there of them into an existing folder of Hugging Face's layout.
-
-    Returns:
-        The names of what was copied.
+def copy_sidecar_files(source: Path, target: Path) -> None:
+    """Copy those that are there into an existing folder of Hugging Face's layout.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    names = [name for name in (*NAMES, NOTE_FILE) if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
+    _copy((*NAMES, NOTE_FILE), source, target)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
-        names.append(TEMPLATES)
-    return names
 
 
-def keep_companions(source: Path, target: Path) -> list[str]:
+def keep_sidecar_files(source: Path, target: Path) -> None:
     """Copy them into an existing folder of this project's layout, and the config they came with.
 
     A folder of Hugging Face's layout gives its config.json, as hf_config.json, and a note on its
     tokenizer, whose ends of text are stated in files that are not read in this layout. More chat
     templates than one stay behind: a checkpoint of this project has no folders in it.
 
-    Returns:
-        The names of what was written.
-
     Raises:
         DataError: the tokenizer cannot be read.
         OSError: a file cannot be read or written.
     """
-    published = is_pretrained(source)
-    with_tokenizer = any((source / name).is_file() for name in (NOTE_FILE, HF_FILE))
-    if with_tokenizer:
+    if any((source / name).is_file() for name in (NOTE_FILE, HF_FILE)):
         load_tokenizer(source).save(target)
-    names = [name for name in NAMES if (source / name).is_file()]
+    _copy(NAMES, source, target)
+    if origin(source).is_file():
+        shutil.copyfile(origin(source), target / HF_CONFIG)
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
     for name in names:
-        shutil.copyfile(source / name, target / name)
-    config = source / (CONFIG if published else HF_CONFIG)
-    if config.is_file():
-        shutil.copyfile(config, target / HF_CONFIG)
-        names.append(HF_CONFIG)
-    return [*names, *([NOTE_FILE] if with_tokenizer else [])]
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,24 +36,105 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Stored(NamedTuple):
-    """One tensor of a file: where its bytes are and what they are."""
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor comes from; each kind says how it is loaded.
+
+    Attributes:
+        file: that it is in.
+        key: its name there.
+        dtype: as it is stored; None: quantised, and made in the dtype that is asked for.
+        shape: of the tensor, however it is stored.
+        bytes: on disk.
+    """
 
     file: Path
     key: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     shape: tuple[int, ...]
+    bytes: int
+
+    def entry(self, index: int) -> Source:
+        """Entry `index` of the first axis, as a tensor of its own."""
+        raise NotImplementedError
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
+        raise NotImplementedError
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of this shape, converted to its dtype; a stack entry by entry."""
+        if len(self.shape) < 3:
+            target.copy_(self.load(target.dtype))
+            return
+        for index, entry in enumerate(target):
+            self.entry(index).load_into(entry)
+
+
+@dataclass(frozen=True)
+class Stored(Source):
+    """One tensor of a safetensors file, whose bytes begin at `offset`."""
+
+    dtype: torch.dtype
     offset: int
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def rows(self, index: int) -> Stored:
+    def entry(self, index: int) -> Stored:
         """Entry `index` of the first axis, as a tensor of its own."""
-        one = self._replace(shape=self.shape[1:])
-        return one._replace(offset=self.offset + index * one.bytes)
+        size = self.bytes // self.shape[0]
+        at = self.offset + index * size
+        return replace(self, shape=self.shape[1:], bytes=size, offset=at)
+
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU as it is stored, whatever `dtype`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends before its tensor does.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self._fill(tensor.view(-1), 0)
+        return tensor
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of this shape, converted to its dtype.
+
+        Bytes go straight to the target's memory if it is contiguous, on the CPU and of the stored
+        dtype; else they pass through a buffer of at most `BUFFER_BYTES`, or of the tensor if the
+        target is not contiguous.
+
+        Raises:
+            CheckpointError: see `load`.
+        """
+        if not target.is_contiguous():
+            target.copy_(self.load())
+            return
+        flat = target.detach().view(-1)
+        if target.device.type == "cpu" and target.dtype == self.dtype:
+            self._fill(flat, 0)
+            return
+        step = BUFFER_BYTES // self.dtype.itemsize
+        buffer = torch.empty(min(step, flat.numel()), dtype=self.dtype, device="cpu")
+        for start in range(0, flat.numel(), step):
+            part = buffer[: flat.numel() - start]
+            self._fill(part, start * self.dtype.itemsize)
+            flat[start : start + step].copy_(part)
+
+    def _fill(self, flat: Tensor, skip: int) -> None:
+        """Read bytes from `skip` of the tensor on into a contiguous vector on the CPU."""
+        if not flat.numel():
+            return
+        memory = flat.view(torch.uint8).numpy().data
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset + skip)
+                while memory:
+                    count = file.readinto(memory[:BUFFER_BYTES])
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.file} ends inside {self.key}: it is truncated; copy it again"
+                        )
+                    memory = memory[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.key} of {self.file}: {error}") from None
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
@@ -104,74 +186,25 @@ def open_file(path: Path) -> dict[str, Stored]:
             header = parse(file.read(size))
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         raise CheckpointError(
-            f"cannot read {path} as safetensors: {error}. It is truncated or altered, or another "
-            "format; only safetensors is read, never pickle"
+            f"cannot read {path} as safetensors: {error}. It is truncated or altered, or not "
+            "safetensors; only safetensors is read, never pickle"
         ) from None
     stored = []
     for key, shape in shapes.items():
-        entry = header[key]
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {key} is {entry['dtype']}; read are {', '.join(DTYPES)}"
-            )
-        start = 8 + size + entry["data_offsets"][0]
-        stored.append(Stored(path, key, DTYPES[entry["dtype"]], shape, start))
+        kind, (start, end) = header[key]["dtype"], header[key]["data_offsets"]
+        if kind not in DTYPES:
+            raise CheckpointError(f"{path}: {key} is {kind}; read are {', '.join(DTYPES)}")
+        stored.append(Stored(path, key, DTYPES[kind], shape, end - start, 8 + size + start))
     return {one.key: one for one in sorted(stored, key=lambda one: one.offset)}
 
 
-def read_into(stored: Stored, target: Tensor) -> None:
-    """Fill `target`, which has the stored shape, from disk; converted where its dtype differs.
-
-    Bytes go straight to the target's memory where it is contiguous, on the CPU and of the stored
-    dtype; else they pass through a buffer of at most `BUFFER_BYTES`, or of the tensor where the
-    target is not contiguous.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file, in memory of its own.
 
     Raises:
-        CheckpointError: the file cannot be read, or ends before its tensor does.
+        CheckpointError: see `open_file`.
     """
-    if not target.is_contiguous():
-        target.copy_(read(stored))
-        return
-    flat = target.detach().view(-1)
-    if target.device.type == "cpu" and target.dtype == stored.dtype:
-        _fill(stored, flat, 0)
-        return
-    step = BUFFER_BYTES // stored.dtype.itemsize
-    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype, device="cpu")
-    for start in range(0, flat.numel(), step):
-        part = buffer[: flat.numel() - start]
-        _fill(stored, part, start * stored.dtype.itemsize)
-        flat[start : start + step].copy_(part)
-
-
-def read(stored: Stored) -> Tensor:
-    """The tensor on the CPU, as it is stored.
-
-    Raises:
-        CheckpointError: the file cannot be read, or ends before its tensor does.
-    """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
-    _fill(stored, tensor.view(-1), 0)
-    return tensor
-
-
-def _fill(stored: Stored, flat: Tensor, skip: int) -> None:
-    """Read bytes from `skip` of the tensor on into a contiguous vector on the CPU."""
-    if not flat.numel():
-        return
-    memory = flat.view(torch.uint8).numpy().data
-    try:
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset + skip)
-            while memory:
-                count = file.readinto(memory[:BUFFER_BYTES])
-                if not count:
-                    raise CheckpointError(
-                        f"{stored.file} ends inside {stored.key}: it is truncated; copy it again"
-                    )
-                memory = memory[count:]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.key} of {stored.file}: {error}") from None
+    return {key: stored.load() for key, stored in open_file(path).items()}
 
 
 class Written(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tensors on their way between a checkpoint's files and a model, by the rules of its family.
+"""Tensors on their way between a checkpoint's sources and a model, by the rules of its family.
 
 All of them are matched first. Then each is read into its place, a few at a time.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,144 +15,101 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moestro.checkpoints.families.pieces import FUSED, Piece, fused, key_pattern, pieces
-from moestro.checkpoints.families.table import LAYOUTS, Family
-from moestro.checkpoints.quantized import Scheme, pairs, scheme
-from moestro.checkpoints.tensor_files import Stored, Written, read, read_into, some
-from moestro.errors import CheckpointError, ShapeError
+from moestro.checkpoints.families.slices import FUSED, TensorSlice, fused, key_pattern, slices
+from moestro.checkpoints.families.table import LAYOUTS, Family, Rule
+from moestro.checkpoints.tensor_files import Source, Written, some
+from moestro.errors import CheckpointError
+from moestro.models.build import Model
 
 Progress = Callable[[int, int], None]
 
 _MOST_READERS = 4  # one reads while others convert, or wait for their memory
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (None, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Source(NamedTuple):
-    """What a tensor is made from: its stored values, and their scales where it is quantised."""
+class Unread(NamedTuple):
+    """A checkpoint that fits its model, before a byte of a tensor is read.
 
-    values: Stored
-    scales: Stored | None = None
-    scheme: Scheme | None = None
+    Attributes:
+        model: without memory.
+        dtype: of the stored embedding; bf16 if that is quantised.
+        sources: what fills each slice of the model's tensors, in the order of files and bytes.
+        copies: (source, name of our tensor that it must equal).
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor, not of its packed values."""
-        return self.values.shape if self.scheme is None else self.scheme.shape(self.values.shape)
+    model: Model
+    dtype: torch.dtype
+    sources: list[tuple[TensorSlice, Source]]
+    copies: list[tuple[Source, str]]
 
     @property
     def bytes(self) -> int:
-        """Bytes on disk."""
-        return self.values.bytes + (0 if self.scales is None else self.scales.bytes)
+        """Bytes on disk of all sources."""
+        return sum(source.bytes for _, source in self.sources)
 
-    def entry(self, index: int) -> Source:
-        """Entry `index` of the first axis."""
-        scales = None if self.scales is None else self.scales.rows(index)
-        return Source(self.values.rows(index), scales, self.scheme)
+    def part(self, names: Container[str]) -> Unread:
+        """What fills the tensors of these names, and repeats them."""
+        return self._replace(
+            sources=[pair for pair in self.sources if pair[0].ours in names],
+            copies=[pair for pair in self.copies if pair[1] in names],
+        )
 
-    def load(self, dtype: torch.dtype) -> Tensor:
-        """The tensor: a quantised one in `dtype`, another as it is stored."""
-        if self.scheme is None or self.scales is None:
-            return read(self.values)
-        try:
-            return self.scheme.dequantize(read(self.values), read(self.scales), dtype)
-        except ShapeError as error:
-            raise CheckpointError(f"{self.values.file}: {self.values.key}: {error}") from None
-
-
-class Matched(NamedTuple):
-    """A checkpoint that fits: the source of each piece, and tensors that repeat another.
-
-    Attributes:
-        sources: in the order of files and bytes.
-        copies: (source, name of our tensor that it must equal).
-        dtype: of the embedding.
-        settings: of the model.
-    """
-
-    sources: list[tuple[Piece, Source]]
-    copies: list[tuple[Source, str]]
-    dtype: torch.dtype
-    settings: Any
-
-    def rounded(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
+    def rounded(self) -> list[str]:
         """Keys of plain tensors that parameters of `dtype` cannot hold exactly."""
-        buffers = dict(model.named_buffers())
+        buffers = dict(self.model.named_buffers())
         return [
-            source.values.key
-            for piece, source in self.sources
-            if source.scheme is None
-            and piece.ours not in buffers
-            and torch.promote_types(source.values.dtype, dtype) != dtype
+            source.key
+            for place, source in self.sources
+            if source.dtype is not None
+            and place.ours not in buffers
+            and torch.promote_types(source.dtype, self.dtype) != self.dtype
         ]
 
 
-def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> dict[str, Source]:
-    """Sources by key, quantised pairs joined under the key of the tensor that they stand for.
-
-    Raises:
-        CheckpointError: an unknown quantisation, or values without scales.
-    """
-    if not hf_config.get("quantization_config"):
-        return {key: Source(one) for key, one in stored.items()}
-    method = scheme(hf_config["quantization_config"])
-    joined = pairs(stored, method)
-    used = {key for pair in joined.values() for key in pair}
-    sources = {key: Source(one) for key, one in stored.items() if key not in used}
-    for key, (values, scales) in joined.items():
-        sources[key] = Source(stored[values], stored[scales], method)
-    return sources
-
-
-def match(folder: Path, family: Family, model: nn.Module, sources: Mapping[str, Source]) -> Matched:
+def match(folder: Path, family: Family, model: Model, sources: Mapping[str, Source]) -> Unread:
     """Give every tensor of the model its sources; reads nothing.
 
     Args:
         folder: for messages.
         family: whose rules apply.
-        model: may be on meta.
-        sources: of the checkpoint, by key.
+        model: may be without memory.
+        sources: of the checkpoint, by key, in the order of files and bytes.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape or dtype; names them.
+        CheckpointError: a tensor is missing, unknown, or of a different shape or dtype; names them.
 
     Warns:
         UserWarning: a part of the checkpoint is left out; with its size.
     """
     sources = _without_left_out(folder, family, model.cfg, sources)
-    own = unique_tensors(model)
-    rules = family.rules(model.cfg)
+    rules: Sequence[Rule] = family.rules
     if any(key.endswith(FUSED) for key in sources):
         rules = fused(rules, family.renamed)
-    wanted = {
-        piece.theirs: piece
-        for piece in pieces(rules, {name: tuple(tensor.shape) for name, tensor in own.items()})
-    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(model).items()}
+    wanted = {place.theirs: place for place in slices(rules, shapes, model.cfg)}
     copies = {**family.copies, **_tied(model, rules, wanted)}
-    harmless = [key_pattern(name) for name in family.ignored(model.cfg)]
-    missing = [key for key in wanted if key not in sources]
-    problems = [f"missing {key}" for key in missing]
+    ignored = [key_pattern(name) for name in family.ignored]
+    problems = [f"missing {key}" for key in wanted if key not in sources]
     for key, source in sources.items():
-        piece = wanted.get(copies.get(key, key))
-        if piece is None:
-            if not any(pattern.fullmatch(key) for pattern in harmless):
-                problems.append(f"unknown {key} in {source.values.file.name}")
-        else:
-            problems += _misfits(key, piece, source)
+        place = wanted.get(copies.get(key, key))
+        if place is not None:
+            problems += _misfits(key, place, source)
+        elif not any(pattern.fullmatch(key) for pattern in ignored):
+            problems.append(f"unknown {key} in {source.file.name}")
     if problems:
         raise CheckpointError(
             f"{folder} does not fit its config.json ({family.model_type}): {some(problems)}"
         )
     found = [(wanted[key], source) for key, source in sources.items() if key in wanted]
-    found.sort(key=lambda pair: (pair[1].values.file, pair[1].values.offset))
     again = [(source, wanted[copies[key]].ours) for key, source in sources.items() if key in copies]
-    embed = next(source for piece, source in found if piece.ours == "embed.weight")
-    return Matched(found, again, embed.values.dtype, model.cfg)
+    embed = next(source for place, source in found if place.ours == "embed.weight")
+    return Unread(model, embed.dtype or torch.bfloat16, found, again)
 
 
 def _without_left_out(
     folder: Path, family: Family, settings: Any, sources: Mapping[str, Source]
 ) -> dict[str, Source]:
-    """The sources that are not of a part that this project does not run."""
+    """The sources without those of a part that this project does not run."""
     kept = dict(sources)
     for what, names in family.left_out(settings).items():
         patterns = [key_pattern(name) for name in names]
@@ -170,46 +127,43 @@ def _without_left_out(
     return kept
 
 
-def pour(matched: Matched, model: nn.Module, progress: Progress | None = None) -> None:
-    """Read every tensor into its place.
+def load_tensors(unread: Unread, progress: Progress | None = None) -> None:
+    """Read every tensor into its place in the model, which has memory by now.
 
     Args:
-        matched: from `match` for a model of the same settings.
-        model: with memory.
+        unread: from `match`, or a part of it.
         progress: called with (bytes read so far, bytes in all) after each tensor.
 
     Raises:
         CheckpointError: a file cannot be read, or a tensor that should repeat another differs.
     """
-    own = unique_tensors(model)
-    total = sum(source.bytes for _, source in matched.sources)
-    done = 0
+    own, total, done = unique_tensors(unread.model), unread.bytes, 0
 
-    def one(pair: tuple[Piece, Source]) -> int:
-        piece, source = pair
-        _place(piece, source, piece.part(own[piece.ours]), matched.settings)
+    def one(pair: tuple[TensorSlice, Source]) -> int:
+        place, source = pair
+        _load_slice(place, source, place.of(own[place.ours]), unread.model.cfg)
         return source.bytes
 
-    with ThreadPoolExecutor(min(_MOST_READERS, torch.get_num_threads())) as readers:
+    with ThreadPoolExecutor(_MOST_READERS) as readers:
         try:
-            for count in readers.map(one, matched.sources):
+            for count in readers.map(one, unread.sources):
                 done += count
                 if progress is not None:
                     progress(done, total)
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise
-    for source, name in matched.copies:
+    for source, name in unread.copies:
         tensor = own[name]
         if not torch.equal(source.load(tensor.dtype).to(tensor.device, tensor.dtype), tensor):
-            key = source.values.key
             raise CheckpointError(
-                f"{source.values.file}: {key} differs from the tensor that config.json says it is "
-                f"tied to; if {key} is right, set tie_word_embeddings to false there"
+                f"{source.file}: {source.key} differs from the tensor that config.json says it is "
+                f"tied to; if {source.key} is right, untie them there: set tie_word_embeddings "
+                "(head.tied in this project's layout) to false"
             )
 
 
-def outgoing(family: Family, model: nn.Module, dtype: torch.dtype | None) -> list[Written]:
+def outgoing(family: Family, model: Model, dtype: torch.dtype | None = None) -> list[Written]:
     """The tensors of a checkpoint of this model, each made when it is written.
 
     Args:
@@ -221,21 +175,17 @@ def outgoing(family: Family, model: nn.Module, dtype: torch.dtype | None) -> lis
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
 
-    def written(piece: Piece) -> Written:
-        tensor = own[piece.ours]
-        to = dtype if dtype is not None and piece.ours in parameters else tensor.dtype
-        layout = LAYOUTS[piece.layout]
+    def written(place: TensorSlice) -> Written:
+        tensor = own[place.ours]
+        to = dtype if dtype is not None and place.ours in parameters else tensor.dtype
+        save = LAYOUTS[place.layout].save
+        return Written(place.theirs, to, place.shape, lambda: save(place.of(tensor), model.cfg))
 
-        def make() -> Tensor:
-            return layout.save(piece.part(tensor), model.cfg)
-
-        return Written(piece.theirs, to, piece.shape, make)
-
-    found = pieces(family.rules(model.cfg), shapes)
+    found = slices(family.rules, shapes, model.cfg)
     if family.copied(model.cfg):
-        keys = {piece.theirs: piece for piece in found}
+        keys = {place.theirs: place for place in found}
         found += [keys[of]._replace(theirs=key) for key, of in family.copies.items()]
-    return [written(piece) for piece in found]
+    return [written(place) for place in found]
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -246,38 +196,37 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found | buffers
 
 
-def _tied(model: nn.Module, rules: list[Any], wanted: Mapping[str, Piece]) -> dict[str, str]:
+def _tied(model: Model, rules: Sequence[Rule], wanted: Mapping[str, TensorSlice]) -> dict[str, str]:
     """Their keys of tied parameters → the key under which the tensor is read."""
     first: dict[Tensor, str] = {}
     found = {}
-    by_name = {piece.ours: key for key, piece in wanted.items()}
+    by_name = {place.ours: key for key, place in wanted.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = first.setdefault(parameter, name)
         if owner != name:
-            for piece in pieces(rules, {name: tuple(parameter.shape)}):
-                found[piece.theirs] = by_name[owner]
+            for place in slices(rules, {name: tuple(parameter.shape)}, model.cfg):
+                found[place.theirs] = by_name[owner]
     return found
 
 
-def _misfits(key: str, piece: Piece, source: Source) -> list[str]:
+def _misfits(key: str, place: TensorSlice, source: Source) -> list[str]:
     """What is wrong with the shape and dtype of a source."""
-    place = f"{key} in {source.values.file.name}"
-    if source.shape != piece.shape:
-        return [f"{place} is {list(source.shape)} instead of {list(piece.shape)}"]
-    if source.scheme is None and source.values.dtype not in _FLOATS:
-        return [f"{place} is {source.values.dtype}, not a float of 16 bits or more"]
+    where = f"{key} in {source.file.name}"
+    if source.shape != place.shape:
+        return [f"{where} is {list(source.shape)} instead of {list(place.shape)}"]
+    if source.dtype not in _FLOATS:
+        return [f"{where} is {source.dtype}, not a float of 16 bits or more"]
     return []
 
 
 @torch.no_grad()
-def _place(piece: Piece, source: Source, part: Tensor, settings: Any) -> None:
-    """Read one tensor into its part; a stack that is changed on the way, entry by entry."""
-    if source.scheme is None and piece.layout == "same":
-        read_into(source.values, part)
-        return
-    layout = LAYOUTS[piece.layout]
-    if len(source.shape) < 3:
-        part.copy_(layout.load(source.load(part.dtype), settings))
-        return
-    for index, entry in enumerate(part):
-        entry.copy_(layout.load(source.entry(index).load(part.dtype), settings))
+def _load_slice(place: TensorSlice, source: Source, part: Tensor, settings: Any) -> None:
+    """Read one tensor into its slice; a stack whose layout changes, entry by entry."""
+    load = LAYOUTS[place.layout].load
+    if place.layout == "same":
+        source.load_into(part)
+    elif len(source.shape) < 3:
+        part.copy_(load(source.load(part.dtype), settings))
+    else:
+        for index, entry in enumerate(part):
+            entry.copy_(load(source.entry(index).load(part.dtype), settings))

@@ -113,21 +113,19 @@ def _peer(text: str) -> tuple[str, Path | None]:
 def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int) -> Plan:
     """The model's settings, and its folder if it has weights."""
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.checkpoints.pretrained import settings_of
+    from moestro.checkpoints.reading import read_settings
+    from moestro.cli.subjects import open_subject
     from moestro.config import ModelConfig
     from moestro.plan.presets import is_preset
-    from moestro.plan.subject import from_file, from_preset
 
     path, folder = Path(name), None
-    if path.suffix in (".toml", ".json"):
-        cfg = from_file(path).cfg
-    elif is_preset(name) and not path.exists():
-        cfg = from_preset(name).cfg
+    if path.suffix in (".toml", ".json") or (is_preset(name) and not path.exists()):
+        cfg = open_subject(name, accept_fields).cfg
         if cfg is None:
             raise ConfigError(f"{name}'s settings are not known or cannot be expressed")
     else:
         folder = find_checkpoint(name)
-        cfg = settings_of(folder, accept_fields)
+        cfg = read_settings(folder, accept_fields).cfg
     if not isinstance(cfg, ModelConfig):
         raise ConfigError(f"{name} is an encoder-decoder; bench measures decoders")
     if prompt + tokens > cfg.attention.context:
@@ -158,15 +156,15 @@ def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
 
 def _open(plan: Plan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
-    from moestro.checkpoints.pretrained import open_model
-    from moestro.checkpoints.quantize import format_of, random_model, read_packed
+    from moestro.checkpoints.opening import open_checkpoint
+    from moestro.checkpoints.quantize import format_of, random_model
 
-    format = format_of(kind)
     if plan.folder is None:
-        return random_model(plan.cfg, format)
-    if format is None:
-        return open_model(plan.folder, accept_fields=plan.accept_fields).model
-    return read_packed(plan.folder, format, accept_fields=plan.accept_fields)
+        return random_model(plan.cfg, format_of(kind))
+    accepted = plan.accept_fields
+    return open_checkpoint(
+        plan.folder, weights=kind, keep=False, accept_fields=accepted, verified=True
+    ).model
 
 
 def _check_memory(plan: Plan, kind: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import time
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,9 @@ from moestro.cli.train import (
     ConfigPath,
     OutPath,
     Sources,
-    check_words,
+    exit_if_stopped,
+    fit_vocabulary,
+    prepare_options,
 )
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def compare(
     from moestro.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    check_words(out, source)
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    folder, stated = prepare_options(out, assignments, source)
     if resume:
         if out is None:
             raise ConfigError(
@@ -78,7 +78,7 @@ def compare(
         cfg, corpus, seeds = _reopen(folder)
     else:
         seeds = seeds or 1
-        cfg, corpus = _open(folder, config, assignments or [], source or [])
+        cfg, corpus = _open(folder, config, stated)
         cfg = _settle(cfg, corpus, folder, seeds, minutes)
         write_json(folder / SETTINGS_NAME, {"seeds": seeds, "run": cfg.model_dump(mode="json")})
     curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, seeds)]
@@ -93,27 +93,20 @@ def compare(
     typer.echo(f"written: {folder / 'compare.json'}, {folder / 'compare.png'}")
 
 
-def _open(
-    folder: Path, config: Path | None, assignments: list[str], sources: list[str]
-) -> tuple[RunConfig, Corpus]:
+def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConfig, Corpus]:
     """Settings and text of a new comparison, in a folder that holds nothing of the kind."""
     from moestro.config import RunConfig
     from moestro.data.windows import prepare
     from moestro.errors import ConfigError
     from moestro.settings import load_settings
-    from moestro.train.state import holds_run
+    from moestro.train.state import claim_folder, holds_run
 
     if (folder / SETTINGS_NAME).exists():
         raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
     if holds_run(folder):
         raise ConfigError(f"{folder} holds a run of moestro train; choose another --out")
-    if sources:
-        assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
-    cfg = load_settings(RunConfig, config or DEMO, assignments)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from None
+    cfg = load_settings(RunConfig, config or DEMO, stated)
+    claim_folder(folder, resume=False)
     return cfg, prepare(cfg.data, folder / "data")
 
 
@@ -143,11 +136,8 @@ def _settle(
 ) -> RunConfig:
     """Fit the vocabulary to the tokenizer, and the steps to the minutes."""
     from moestro.train.compare import fit_to, plan
-    from moestro.train.task import vocabulary
 
-    needed = vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
-    vocab_size = max(cfg.model.vocab_size, needed)
-    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": vocab_size})})
+    cfg = fit_vocabulary(cfg, corpus)
     plan(cfg, folder, seeds)  # refuses a dense model before anything is timed
     for note in corpus.notes:
         typer.echo(note, err=True)
@@ -177,13 +167,7 @@ def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
     with ProgressDisplay(f"{title}, seed {entry.seed}: {entry.folder}") as progress:
         trainer = Trainer(entry.cfg, entry.folder, corpus, progress)
         result = trainer.train(resume=newest_or_none(entry.folder) is not None)
-    if result.stopped_by:
-        typer.echo(
-            f"stopped by {signal.Signals(result.stopped_by).name} after step {result.step}; "
-            f"go on with: moestro compare --resume --out {folder}",
-            err=True,
-        )
-        raise typer.Exit(128 + result.stopped_by)
+    exit_if_stopped(result, f"compare --resume --out {shlex.quote(str(folder))}")
     return Curve(entry.kind, entry.seed, result.history)
 
 
@@ -193,17 +177,15 @@ def _print(cfg: RunConfig, curves: list[Curve]) -> None:
     from rich.table import Table
 
     from moestro.models.count import count
-    from moestro.models.twin import dense_twin
-    from moestro.train.compare import mean_and_spread
+    from moestro.train.compare import mean_and_spread, models
 
-    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
     table = Table("", "mixture", "dense twin", title="held-out bits per byte after the same tokens")
-    counts = [count(model) for model in models.values()]
+    counts = [count(model) for model in models(cfg).values()]
     table.add_row("parameters", *(f"{c.total:,}" for c in counts))
     table.add_row("active per token", *(f"{c.active:,}" for c in counts))
     flops = [c.train_flops(cfg.data.seq_len) / 1e6 for c in counts]
     table.add_row("training MFLOP per token", *(f"{f:.2f}" for f in flops))
-    finals = [[c.final for c in curves if c.kind == kind] for kind in models]
+    finals = [[c.final for c in curves if c.kind == kind] for kind in models(cfg)]
     speeds = [[p.tokens / p.seconds for p in points] for points in finals]
     table.add_row("tokens/s", *(f"{mean_and_spread(s)[0]:,.0f}" for s in speeds))
     for name in finals[0][0].bits_per_byte:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown, pick_dtype
+from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from moestro.checkpoints.pretrained import Pretrained
+    from moestro.checkpoints.opening import Opened
 
 Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The new folder.")]
 Layout = Annotated[
@@ -48,6 +45,7 @@ def convert(
     appears whole or not at all, and nothing is overwritten.
     """
     from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.opening import pick_dtype
     from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
@@ -55,16 +53,20 @@ def convert(
     if family is not None and to != "hf":
         raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
     _check_new(target)
-    folder = find_checkpoint(source)
-    opened = open_shown(folder, dtype=dtype, accept_fields=accept_field)
-    with _whole(target) as fresh:
+    opened = open_shown(find_checkpoint(source), dtype=dtype, accept_fields=accept_field)
+    try:
         if to == "hf":
-            notes = _write_hf(opened, folder, fresh, family, shard_bytes)
+            notes = _write_hf(opened, target, family, shard_bytes)
         else:
-            notes = _write_own(opened, folder, fresh)
+            notes = _write_own(opened, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
+            "written and has room"
+        ) from None
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
-    typer.echo(_summary(opened, folder, target, to))
+    typer.echo(_summary(opened, target, to))
 
 
 def _check_new(target: Path) -> None:
@@ -75,67 +77,49 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"{target} exists already; choose a new name, nothing is overwritten")
     above = next((path for path in target.absolute().parents if path.exists()), None)
     if above is None or not above.is_dir():
-        raise ConfigError(f"cannot write to {target}: {above} is no folder; choose another place")
+        raise ConfigError(f"cannot write to {target}: {above} is not a folder; choose another")
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A name beside the target to write a folder under, which becomes the target at the end."""
-    beside = target.with_name(f".converting-{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        yield beside
-        beside.rename(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
-            "written and has room"
-        ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_hf(
-    opened: Pretrained, source: Path, folder: Path, family: str | None, shard_bytes: int
-) -> list[str]:
+def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
-    from moestro.checkpoints.pretrained import write_pretrained
-    from moestro.checkpoints.sidecar_files import copy_companions
+    from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
 
-    same = family in (None, opened.family)
     write_pretrained(
         opened.model,
-        folder,
+        target,
         family=family,
-        hf_config=opened.hf_config if same else None,
+        hf_config=opened.hf_config if family in (None, opened.family) else None,
         shard_bytes=shard_bytes,
+        sidecar_files=opened.folder,
     )
-    copied = copy_companions(source, folder)
-    if HF_FILE in copied:
+    if (target / HF_FILE).is_file():
         return []
-    return [f"{source} has no {HF_FILE}, so other programs find no tokenizer in the new folder"]
+    return [
+        f"{opened.folder} has no {HF_FILE}, so other programs find no tokenizer in the new folder"
+    ]
 
 
-def _write_own(opened: Pretrained, source: Path, folder: Path) -> list[str]:
+def _write_own(opened: Opened, target: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
-    from moestro.checkpoints.folders import atomic_folder, save_model
-    from moestro.checkpoints.sidecar_files import TEMPLATES, keep_companions
+    from moestro.checkpoints.folders import atomic_folder
+    from moestro.checkpoints.sidecar_files import TEMPLATES, keep_sidecar_files
+    from moestro.checkpoints.writing import save_model
     from moestro.text import NOTE_FILE
 
-    with atomic_folder(folder) as inner:
+    source = opened.folder
+    with atomic_folder(target) as inner:
         save_model(opened.model, inner)
-        kept = keep_companions(source, inner)
+        keep_sidecar_files(source, inner)
     notes = []
-    if NOTE_FILE not in kept:
+    if not (target / NOTE_FILE).is_file():
         notes.append(f"{source} has no tokenizer, so `moestro generate` needs one put there")
     if (source / TEMPLATES).is_dir():
         notes.append(f"{source / TEMPLATES} stays behind: one chat template is kept, the default")
     return notes
 
 
-def _summary(opened: Pretrained, source: Path, target: Path, to: str) -> str:
+def _summary(opened: Opened, target: Path, to: str) -> str:
     """What was written, in one sentence."""
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
@@ -143,5 +127,5 @@ def _summary(opened: Pretrained, source: Path, target: Path, to: str) -> str:
     layout = "Hugging Face's layout" if to == "hf" else "this project's layout"
     return (
         f"{target}: {parameters:,} parameters in {dtype}, {size / 1e6:,.1f} MB, {layout}, "
-        f"from {source}"
+        f"from {opened.folder}"
     )

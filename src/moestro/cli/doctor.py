@@ -18,6 +18,7 @@ EXTRAS = {
     "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
     "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
 }
+# Those that decide which number types are fast.
 CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
 GIB = 2**30
 # What each path of the native kernels is made of.
@@ -36,9 +37,10 @@ def doctor(
     """Show what this machine can run, and why.
 
     Python, torch, the processor and its memory, the number type that training takes when it is
-    left to choose, the native kernels' path, the kernel backends with the reason for each, and the
-    optional packages. The environment variable MOESTRO_BACKEND forces one backend,
-    MOESTRO_NATIVE_PATH a lower path of the native kernels.
+    left to choose, the native kernels' path, the optional packages, and the kernel backends with
+    the reason for each, by use: train (experts with gradients), infer (without), packed (packed
+    weights), step (a token through a whole decoder). The environment variable MOESTRO_BACKEND
+    forces one backend, MOESTRO_NATIVE_PATH a lower path of the native kernels.
     """
     facts = _facts()
     typer.echo(json.dumps(facts, indent=2) if as_json else _text(facts))
@@ -49,14 +51,15 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from moestro.errors import BackendError
-    from moestro.kernels.backends import ENVIRONMENT, choose, table
+    from moestro.kernels.backends import ENVIRONMENT, Work, choose, table
 
     problem = None
     try:
-        choose("auto", "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+        choose("auto", Work("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16))
     except BackendError as error:
         problem = str(error)
-    features = _cpu_features()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    features = {name: bool(known.get(name, False)) for name in CPU_FEATURES}
     cuda = _cuda()
     dtype, reason = _default_dtype(features, cuda)
     return {
@@ -107,14 +110,13 @@ def _native() -> dict[str, Any]:
     from moestro.kernels import native_library
 
     missing = native_library.available()
-    facts = {"path": None, "best": None, "threads": None, "reason": missing}
-    if missing is not None:
-        return facts
-    forced = os.environ.get(native_library.PATH_VARIABLE)
     try:
-        loaded = native_library.library()
+        loaded = None if missing else native_library.library()
     except BackendError as error:
-        return {**facts, "reason": str(error)}
+        missing = str(error)
+    if missing or loaded is None:
+        return {"path": None, "best": None, "threads": None, "reason": missing}
+    forced = os.environ.get(native_library.PATH_VARIABLE)
     best = native_library.PATHS[loaded.moestro_best_path()]
     reason = f"the best path that this processor runs: {_NATIVE_NEEDS[best]}"
     if forced:
@@ -125,14 +127,6 @@ def _native() -> dict[str, Any]:
         "threads": loaded.moestro_threads(),
         "reason": reason,
     }
-
-
-def _cpu_features() -> dict[str, bool]:
-    """Processor features that decide which number types are fast."""
-    import torch
-
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return {name: bool(known.get(name, False)) for name in CPU_FEATURES}
 
 
 def _cuda() -> dict[str, Any] | None:
@@ -156,7 +150,8 @@ def _text(facts: dict[str, Any]) -> str:
     cpu, cuda, dtype = facts["cpu"], facts["cuda"], facts["dtype"]
     memory = f"{cpu['memory_bytes'] / GIB:.1f} GiB" if cpu["memory_bytes"] else "unknown"
     features = ", ".join(name for name, on in cpu["features"].items() if on) or "none of note"
-    device = "none"
+    device, forced = "none", facts["forced_backend"]
+    how = f"forced by MOESTRO_BACKEND={forced}" if forced else "MOESTRO_BACKEND=NAME forces one"
     if cuda:
         device = (
             f"{cuda['name']} (capability {cuda['capability']}, "
@@ -173,13 +168,11 @@ def _text(facts: dict[str, Any]) -> str:
         f"dtype       {dtype['default']}: {dtype['reason']}",
         f"native      {_native_text(facts['native'])}",
         "",
-        _backends_title(facts["forced_backend"]),
+        f"kernel backends (→ is the one in use; {how})",
     ]
-    width = max((len(row["name"]) for row in facts["backends"]), default=0)
     for row in facts["backends"]:
-        mark = "→" if row["chosen"] else " "
-        state = "yes" if row["ok"] else "no "
-        lines.append(f"{mark} {row['name']:<{width}}  {state}  {row['reason']}")
+        mark, state = "→" if row["chosen"] else " ", "yes" if row["ok"] else "no"
+        lines.append(f"{mark} {row['use']:<6}  {row['name']:<9}  {state:<3}  {row['reason']}")
     if facts["problem"]:
         lines.append(f"  none can run: {facts['problem']}")
     lines += ["", "optional packages"]
@@ -194,8 +187,3 @@ def _native_text(native: dict[str, Any]) -> str:
         return f"no native kernels: {native['reason']}"
     threads = f"{native['threads']} thread{'' if native['threads'] == 1 else 's'}"
     return f"{native['path']}, {threads}: {native['reason']} (MOESTRO_NATIVE_PATH=NAME forces one)"
-
-
-def _backends_title(forced: str | None) -> str:
-    how = f"forced by MOESTRO_BACKEND={forced}" if forced else "MOESTRO_BACKEND=NAME forces one"
-    return f"kernel backends (→ is the one in use; {how})"

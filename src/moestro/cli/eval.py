@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moestro.cli.held_out import open_corpus
-from moestro.cli.opening import AcceptField, ModelName, open_shown, read_packed_shown
+from moestro.cli.opening import AcceptField, ModelName, open_shown
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.checkpoints.families.table import Config
     from moestro.data.windows import HeldOut
-    from moestro.models.build import Model
 
 Source = Annotated[
     list[str] | None,
@@ -62,15 +61,15 @@ def eval(
     quality. Text that the run held out, or other text with --source.
     """
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.checkpoints.pretrained import settings_of
     from moestro.checkpoints.quantize import format_of
+    from moestro.checkpoints.reading import read_settings
 
     kinds = list(dict.fromkeys(weights or DEFAULT))
     for kind in kinds:
         format_of(kind)
     checkpoint = find_checkpoint(path)
     with ExitStack() as stack:
-        cfg = settings_of(checkpoint, accept_field or ())
+        cfg = read_settings(checkpoint, accept_field or ()).cfg
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
     rows = [Score(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
@@ -84,10 +83,9 @@ def _text(
     checkpoint: Path, cfg: Config, sources: tuple[str, ...], tokens: int, stack: ExitStack
 ) -> tuple[dict[str, HeldOut], int]:
     """Held-out windows by domain, and their length."""
-    from moestro.config import EncDecConfig
-    from moestro.infer.engine import check_known
+    from moestro.infer.prompts import check_known
 
-    if isinstance(cfg, EncDecConfig):
+    if cfg.has_encoder:
         raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)
@@ -104,20 +102,11 @@ def _measure(
     """Bits per byte in one kind of weights; the model is gone afterwards."""
     from moestro.train.evaluate import evaluate
 
-    model = _open(checkpoint, kind, accept_fields)
+    model = open_shown(checkpoint, weights=kind, keep=False, accept_fields=accept_fields).model
     bits = evaluate(model, held_out, BATCH)
     del model
     gc.collect()
     return bits
-
-
-def _open(checkpoint: Path, kind: str, accept_fields: list[str] | None) -> Model:
-    from moestro.checkpoints.quantize import format_of
-
-    format = format_of(kind)
-    if format is None:
-        return open_shown(checkpoint, accept_fields=accept_fields).model
-    return read_packed_shown(checkpoint, format, accept_fields)
 
 
 def _over(row: Score, first: Score) -> float:

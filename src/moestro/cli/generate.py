@@ -19,14 +19,12 @@ from moestro.cli.opening import (
     ModelName,
     PackedFile,
     Weights,
-    find_weighted,
-    open_weighted,
+    open_shown,
 )
 from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from moestro.infer.engine import Prompt
     from moestro.infer.sampling import SamplingConfig
     from moestro.infer.writing import Piece
     from moestro.models.build import Model
@@ -144,10 +142,11 @@ def generate(
     in a prompt. How its generation_config.json chooses tokens comes before the defaults here. An
     encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
 
-    Only the continuation goes to stdout; what there is to say about it goes to stderr. Without
-    colour (a pipe, or NO_COLOR set) --show-experts prints the expert's number in brackets
-    wherever the expert changes.
+    Only the continuation goes to stdout; notes on it go to stderr. Without colour (a pipe, or
+    NO_COLOR set) --show-experts prints the expert's number in brackets wherever it changes.
     """
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.opening import kept_as
     from moestro.text import load_tokenizer
 
     given = _given(
@@ -157,10 +156,11 @@ def generate(
     )  # fmt: skip
     _check_pairs(layer, show_experts, system, chat)
     text = _read_prompt(prompt)
-    folder = find_weighted(path, weights, packed)
+    folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    model = open_weighted(folder, device, dtype, weights, packed, accept_field)
+    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    model = open_shown(folder, **options, accept_fields=accept_field).model
     layers = _chosen_layers(model)
     column = _column(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
@@ -245,40 +245,23 @@ def _start(
     special: bool,
 ) -> tuple[int, Iterator[Piece]]:
     """How many tokens of the prompt are left out, which is said, and the text to come."""
-    from moestro.infer import engine, text_to_text
-    from moestro.models.encdec import EncDec
+    from moestro.infer import engine, prompts
 
-    context = model.cfg.attention.context
-    if isinstance(model, EncDec):
-        encoded = text_to_text.encode_source(tokenizer, prompt, context, model.cfg.vocab_size)
-        pieces = text_to_text.stream(model, tokenizer, prompt, sampling, special)
-    else:
-        encoded = engine.encode_prompt(tokenizer, prompt, context)
-        pieces = engine.stream(model, tokenizer, prompt, sampling, special)
-    _say_dropped(encoded, model)
-    return encoded.dropped, pieces
+    tokens, dropped = prompts.encode(model.cfg, tokenizer, prompt)
+    if dropped:
+        which = "last" if model.cfg.has_encoder else "first"
+        typer.echo(
+            f"moestro: the prompt is {len(tokens) + dropped} tokens long, the model's context "
+            f"{len(tokens)}; the {which} {dropped} are left out",
+            err=True,
+        )
+    return dropped, engine.stream(model, tokenizer, prompt, sampling, special)
 
 
 def _chosen_layers(model: Model) -> tuple[int, ...]:
     """Layer numbers of the mixtures that a generated token meets: a decoder's own."""
-    from moestro.models.encdec import EncDec
-
-    if not isinstance(model, EncDec):
-        return model.moe_layers
-    return tuple(n for n in model.moe_layers if n >= model.cfg.encoder_layers)
-
-
-def _say_dropped(prompt: Prompt, model: Model) -> None:
-    """Say which tokens of a prompt are left out because the context is full."""
-    from moestro.models.encdec import EncDec
-
-    kept, which = len(prompt.tokens), "last" if isinstance(model, EncDec) else "first"
-    if prompt.dropped:
-        typer.echo(
-            f"moestro: the prompt is {kept + prompt.dropped} tokens long, the model's context "
-            f"{kept}; the {which} {prompt.dropped} are left out",
-            err=True,
-        )
+    encoder_layers = sum(len(stack.layers) for stack in model.cfg.stacks()[:-1])
+    return tuple(n for n in model.moe_layers if n >= encoder_layers)
 
 
 def _column(moe_layers: tuple[int, ...], layer: int | None) -> int:

@@ -30,7 +30,7 @@ def open_corpus(
     """
     from moestro.config import DataConfig
     from moestro.data.windows import Corpus, prepare
-    from moestro.train.state import corpus_fingerprint, read_settings
+    from moestro.train.state import corpus_fingerprint, read_run_settings
 
     if not sources:
         with suppress(DataError):
@@ -39,7 +39,7 @@ def open_corpus(
                 return corpus
     own = str(checkpoint)  # its tokenizer is the one that it learnt with, not one trained anew
     if (checkpoint / "run.json").exists():
-        cfg = read_settings(checkpoint).data
+        cfg = read_run_settings(checkpoint).data
         cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})
     else:
         cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)

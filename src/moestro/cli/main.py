@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -43,11 +43,7 @@ LONGEST_MESSAGE = 4000  # characters
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code.
-
-    Args:
-        args: The words after `moestro`; None takes the process's own.
-    """
+    """Run one command line, `args` or the process's own, and return its exit code."""
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     for name in ("stdout", "stderr"):  # closed when the process began
         if getattr(sys, name) is None:
@@ -71,7 +67,9 @@ def main(args: Sequence[str] | None = None) -> int:
         left = error.errno in (errno.EPIPE, errno.EIO)
         return READER_LEFT if left else _report(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        # Of torch on CPU, and on CUDA.
+        said = any(words in str(error) for words in ("allocate memory", "out of memory"))
+        if not said and not isinstance(error, MemoryError):
             raise
         return _report(
             "not enough memory for these sizes; lower train.batch_size or the model's widths, "
@@ -98,13 +96,9 @@ def _app(words: Sequence[str]) -> typer.Typer:
     app.callback()(_options)
     chosen = next((word for word in words if not word.startswith("-")), None)
     for verb, summary in VERBS.items():
-        app.command(verb, short_help=summary)(_load(verb) if verb == chosen else _unloaded)
+        module = import_module(f"moestro.cli.{verb}") if verb == chosen else None
+        app.command(verb, short_help=summary)(getattr(module, verb, _unloaded))
     return app
-
-
-def _load(verb: str) -> Callable[..., object]:
-    function: Callable[..., object] = getattr(import_module(f"moestro.cli.{verb}"), verb)
-    return function
 
 
 def _unloaded() -> None:
@@ -138,12 +132,6 @@ def _usage_message(error: TyperException) -> str:
     where = context.command_path if context else "moestro"
     end = "" if message.endswith((".", "?")) else "."
     return f"{message[:1].lower()}{message[1:]}{end} See `{where} --help`."
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether numpy, torch on CPU or torch on CUDA could not allocate."""
-    said = ("allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

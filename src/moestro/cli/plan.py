@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,32 +26,6 @@ if TYPE_CHECKING:
 MOST = 10**9
 
 
-class Convention(StrEnum):
-    """What the parameters count; published numbers differ."""
-
-    ALL = "all"
-    NO_INPUT_EMBEDDING = "no-input-embedding"
-    NON_EMBEDDING = "non-embedding"
-
-
-class Dtype(StrEnum):
-    """Of the weights in use."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT4_EXPERTS = "int4-experts"
-    INT4 = "int4"
-
-
-class Parallel(StrEnum):
-    """How several ranks train together."""
-
-    DATA = "data"
-    FSDP = "fsdp"
-    EXPERT = "expert"
-
-
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -70,8 +43,13 @@ Context = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at once, on each device.")]
-Counted = Annotated[
-    Convention, typer.Option(help="Which embeddings count as parameters, total and active.")
+Dtype = Annotated[
+    Literal["fp32", "bf16", "int8", "int4-experts", "int4"],
+    typer.Option(help="Of the weights in use."),
+]
+Convention = Annotated[
+    Literal["all", "no-input-embedding", "non-embedding"],
+    typer.Option(help="Which embeddings count as parameters, total and active."),
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Say what fits into it, such as 24GiB; default: the device's.")
@@ -81,18 +59,17 @@ DeviceName = Annotated[
     typer.Option("--device", help="Bound the speed: h100, rtx4090, …, or 'this', measured."),
 ]
 Price = Annotated[
-    float | None,
-    typer.Option(help="Its price in $; gives the cost per million tokens."),
+    float | None, typer.Option(help="Its price in $; gives the cost per million tokens.")
 ]
 Ranks = Annotated[int, typer.Option(min=1, max=MOST, help="Devices that train together.")]
-Kind = Annotated[Parallel | None, typer.Option(help="How they do; default data.")]
+Parallel = Annotated[
+    Literal["data", "fsdp", "expert"] | None, typer.Option(help="How they do; default data.")
+]
 FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]
 
-CONVENTIONS: dict[Convention, Embeddings] = {
-    Convention.ALL: "all",
-    Convention.NO_INPUT_EMBEDDING: "output",
-    Convention.NON_EMBEDDING: "none",
-}
+CONVENTIONS: dict[str, Embeddings] = {
+    "all": "all", "no-input-embedding": "output", "non-embedding": "none",
+}  # fmt: skip
 
 
 def plan(
@@ -100,13 +77,13 @@ def plan(
     against: Against = None,
     context: Context = None,
     batch: Batch = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights in use.")] = Dtype.BF16,
-    convention: Counted = Convention.ALL,
+    dtype: Dtype = "bf16",
+    convention: Convention = "all",
     memory: Memory = None,
     device: DeviceName = None,
     price_per_hour: Price = None,
     ranks: Ranks = 1,
-    parallel: Kind = None,
+    parallel: Parallel = None,
     figure: FigurePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
@@ -131,16 +108,11 @@ def plan(
     subjects = open_subjects([model, *(against or ())], accept_field or ())
     _check(subjects, device, price_per_hour, ranks, parallel)
     question = Question(
-        context=context,
-        batch=batch,
-        dtype=dtype.value,
-        embeddings=CONVENTIONS[convention],
+        context=context, batch=batch, dtype=dtype, embeddings=CONVENTIONS[convention],
         memory_bytes=None if memory is None else parse_bytes(memory),
         device=None if device is None else _device(device),
-        usd_per_hour=price_per_hour,
-        ranks=ranks,
-        parallel=(parallel or Parallel.DATA).value,
-    )
+        usd_per_hour=price_per_hour, ranks=ranks, parallel=parallel or "data",
+    )  # fmt: skip
     reports = [report(subject, question) for subject in subjects]
     if figure is not None:
         _draw(reports if against else [*reports, *reports[0].dense], figure)
@@ -157,7 +129,7 @@ def _check(
     device: str | None,
     price_per_hour: float | None,
     ranks: int,
-    parallel: Parallel | None,
+    parallel: str | None,
 ) -> None:
     """Refuse options that mean nothing without each other."""
     from moestro.errors import ConfigError
@@ -168,7 +140,7 @@ def _check(
         raise ConfigError("--price-per-hour is the price of a device; name it with --device")
     if parallel is not None and ranks == 1:
         raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
-    if parallel == Parallel.EXPERT and not any(s.counted.expert for s in subjects):
+    if parallel == "expert" and not any(s.count.expert for s in subjects):
         raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
 
 
@@ -200,29 +172,23 @@ def _list(as_json: bool) -> None:
     """All presets, with what they count."""
     from rich.console import Console
 
-    from moestro.plan.presets import names
+    from moestro.plan.presets import names, preset
     from moestro.plan.sizes import parameters_text
-    from moestro.plan.subject import from_preset
 
-    subjects = [from_preset(name) for name in names()]
+    subjects = [preset(name) for name in names()]
     if as_json:
         facts = [
             {
-                "name": s.name,
-                "rumour": s.rumour,
-                "total": s.counted.total,
-                "active": s.counted.active,
-                "source": s.source,
-                "note": s.note,
+                "name": s.name, "rumour": s.rumour, "total": s.count.total,
+                "active": s.count.active, "source": s.source, "note": s.note,
             }
             for s in subjects
-        ]
+        ]  # fmt: skip
         typer.echo(json.dumps({"presets": facts}))
         return
     table = _table("preset", "in all", "active")
     for s in subjects:
-        sizes = (parameters_text(s.counted.total), parameters_text(s.counted.active))
-        table.add_row(s.title, *sizes)
+        table.add_row(s.title, *map(parameters_text, (s.count.total, s.count.active)))
     Console().print(table)
 
 
@@ -238,15 +204,21 @@ def _table(*columns: str) -> Table:
 
 
 def _print(reports: list[Report], question: Question) -> None:
-    """Tables side by side, as many as the terminal is wide; then what fits, and the notes."""
+    """What each model costs, the device, what fits, and the notes."""
     from rich.console import Console
 
+    from moestro.plan.sizes import bytes_text, number_text
+
     console = Console()
-    models = [*reports, *reports[0].dense] if len(reports) == 1 else reports
-    for start, stop in _columns(models, question, console.width):
-        _print_columns(models[start:stop], question, console)
-    if question.device is not None:
-        console.print(_device_text(question.device), highlight=False, markup=False)
+    _print_costs([*reports, *reports[0].dense] if len(reports) == 1 else reports, question, console)
+    if (device := question.device) is not None:
+        console.print(
+            f"{device.name}: {bytes_text(device.memory_bytes)}, "
+            f"{number_text(device.bytes_per_s / 1e9)} GB/s, "
+            f"{number_text(device.flops_per_s / 1e12)} TFLOP/s ({device.source})",
+            highlight=False,
+            markup=False,
+        )
     # Beside others, and with a device's memory alone, the table's one line says enough.
     for answer in reports if len(reports) == 1 or question.memory_bytes else ():
         if answer.fit is not None:
@@ -256,38 +228,22 @@ def _print(reports: list[Report], question: Question) -> None:
             console.print(f"{answer.title}: {answer.note}", style="dim", highlight=False)
 
 
-def _device_text(device: Device) -> str:
-    from moestro.plan.sizes import bytes_text, number_text
-
-    return (
-        f"{device.name}: {bytes_text(device.memory_bytes)}, "
-        f"{number_text(device.bytes_per_s / 1e9)} GB/s, "
-        f"{number_text(device.flops_per_s / 1e12)} TFLOP/s ({device.source})"
-    )
-
-
-def _columns(models: list[Report], question: Question, width: int) -> list[tuple[int, int]]:
-    """Start and end of the models that fit side by side."""
+def _print_costs(models: list[Report], question: Question, console: Console) -> None:
+    """Tables of as many models as fit side by side."""
     from moestro.plan.rows import rows
 
     found = rows(models, question)
     label = max(len(row.label) + 2 * bool(row.cells) for row in found)
     cell = max(len(text) for row in found for text in row.cells)
     cell = max(cell, *(len(word) for model in models for word in model.title.split()))
-    most = max(1, (width - label) // (cell + 2))
-    return [(start, start + most) for start in range(0, len(models), most)]
-
-
-def _print_columns(models: list[Report], question: Question, console: Console) -> None:
-    from moestro.plan.rows import rows
-
-    table = _table("", *(model.title for model in models))
-    for row in rows(models, question):
-        if row.cells:
-            table.add_row(f"  {row.label}", *row.cells)
-        else:
-            table.add_row(f"[bold]{row.label}[/bold]")
-    console.print(table)
+    most = max(1, (console.width - label) // (cell + 2))
+    for start in range(0, len(models), most):
+        beside = models[start : start + most]
+        table = _table("", *(model.title for model in beside))
+        for row in rows(beside, question):
+            name = f"  {row.label}" if row.cells else f"[bold]{row.label}[/bold]"
+            table.add_row(name, *row.cells)
+        console.print(table)
 
 
 def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -> None:
@@ -310,8 +266,6 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
         say(f"{question.dtype} does not fit; any one of these makes room:")
         for change in fit.changes:
             say(f"  {change.text}")
-    if fit.training is None:
-        return
     if fit.training:
         say("A training step fits.")
     elif fit.training_checkpointed:
@@ -321,5 +275,5 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
             f"A training step needs {fit.fsdp_ranks:,} such devices, fully sharded and with "
             "checkpointed activations."
         )
-    else:
+    elif fit.training is not None:
         say("A training step does not fit, whatever is sharded: its activations are too many.")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
+from os import W_OK, access
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from moestro.cli.opening import AcceptField, ModelName
+from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
 from moestro.errors import ConfigError, MoestroError
-from moestro.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moestro.cli.probe_model import Probed
-    from moestro.probe.ablation.effects import Ablations
-    from moestro.probe.measures.measure import Findings
+    from moestro.cli.probe_model import Opened
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.specialise import Grouping
-    from moestro.probe.measures.versus import Comparison
     from moestro.probe.recording.passages import Passage
-    from moestro.probe.recording.traces import Trace
+    from moestro.probe.study import Answers, Study
 
 Out = Annotated[
     Path | None,
@@ -94,51 +91,16 @@ Transformers = Annotated[
 TRACE = ".npz"
 
 
-class Wanted(NamedTuple):
-    """What was asked for besides the model."""
+class Recording(NamedTuple):
+    """How a model is to be run: on which text, and what is kept."""
 
     tokens: int
     sources: tuple[str, ...]
-    by: tuple[str, ...]
-    seed: int
-    trace: Path | None
-    ablate: int
     generate: int
+    ablate: int
+    trace: Path | None
     transformers: bool
     accept_fields: tuple[str, ...]
-
-
-class Looked(NamedTuple):
-    """What one model gave.
-
-    Attributes:
-        trace: every decision.
-        probed: the model; None where a trace was read.
-        passages: the text it was recorded on; none where a trace was read.
-    """
-
-    trace: Trace
-    probed: Probed | None
-    passages: list[Passage]
-
-    @property
-    def read(self) -> Trace:
-        """The decisions on what the model was given; what it wrote itself is left out."""
-        written_T = self.trace.generated_T
-        return self.trace.choose_tokens(~written_T) if written_T.any() else self.trace
-
-
-class Done(NamedTuple):
-    """What one call measured, and the files it wrote."""
-
-    content: dict[str, Any]
-    findings: Findings
-    ablations: Ablations | None
-    saturation: Saturation | None
-    written: Comparison | None
-    folder: Path
-    files: list[str]
-    report: Path | None
 
 
 def probe(
@@ -165,134 +127,99 @@ def probe(
     would give, repetition, caches, and on request what silencing an expert does. Figures (PNG and
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
-    wanted = Wanted(
-        tokens, tuple(source or ()), tuple(by or ()), seed, trace, ablate, generate, transformers,
+    how = Recording(
+        tokens, tuple(source or ()), generate, ablate, trace, transformers,
         tuple(accept_field or ()),
     )  # fmt: skip
     if compare is not None:
-        from moestro.cli.probe_compare import run_compare
-
         if report or ablate or checkpoints or trace:
             raise ConfigError(
                 "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
                 "and --trace, or probe each model by itself"
             )
-        run_compare(path, compare, wanted, out, as_json)
+        _compare((path, compare), how, out, as_json, seed)
         return
-    done = run(path, wanted, out, layer, report, checkpoints)
+    _groupings((), by)  # what is wrong with these is said before the model runs
+    _require_places(out, report)
+    study, opened = _study(path, how)
+    if report is not None:
+        study.require_tokenizer()
+    groupings = _groupings(study.trace.domains, by)
+    folder = _made(out or _beside(path, opened))
+    answers = _answers(study, opened, groupings, layer, ablate, checkpoints, seed)
+    files = study.save(answers, folder, layer=layer, sources=how.sources, seed=seed)
+    if report is not None:
+        study.write_page(answers, report)
     if as_json:
-        typer.echo((done.folder / "probe.json").read_text(encoding="utf-8").rstrip())
+        typer.echo((folder / "probe.json").read_text(encoding="utf-8").rstrip())
     else:
-        _print(done, layer)
+        lines = [f"\nwritten to {folder}: {', '.join(files)}"]
+        lines += [f"to read in a browser: {report}"] if report is not None else []
+        _print(study, answers, layer, lines)
 
 
-def run(
-    path: str | Path,
-    wanted: Wanted,
-    out: Path | None = None,
-    layer: int | None = None,
-    report: Path | None = None,
-    checkpoints: bool = False,
-) -> Done:
-    """Probe the model or trace that `path` means, and write everything.
-
-    Raises:
-        MoestroError: no model or text, a dense model, a layer that is no mixture, or a folder that
-            cannot be written.
-    """
+def _answers(
+    study: Study,
+    opened: Opened | None,
+    groupings: tuple[Grouping, ...],
+    layer: int | None,
+    ablate: int,
+    checkpoints: bool,
+    seed: int,
+) -> Answers:
+    """All that was asked for, with a display of what is under way."""
     from rich.console import Console
 
-    from moestro.cli.probe_more import (
-        ablate_halves,
-        content_of,
-        require_places,
-        saturation_of_run,
-        tokenizer_of,
-        write_page,
-        written_beside_read,
-    )
-    from moestro.probe.measures.measure import measure
-    from moestro.probe.report.figures import layer_index, save_figures
-    from moestro.probe.report.table import save_csv
-    from moestro.probe.report.tables import tables
-    from moestro.probe.report.token_text import TokenText
+    from moestro.probe.recording.traces import place_of
 
-    _groupings((), wanted.by)  # what is wrong with these is said before the model runs
-    require_places(out, report)
-    looked = look(path, wanted)
-    trace, tokenizer = looked.trace, tokenizer_of(looked, needed=report is not None)
-    groupings = _groupings(trace.domains, wanted.by)
-    folder = make_folder(out or _beside(path, looked.probed))
-    with Console(stderr=True).status("measuring"):
-        findings = measure(looked.read, groupings=groupings, seed=wanted.seed)
-        written = written_beside_read(looked, wanted.seed)
     if layer is not None:
-        layer_index(findings, layer)
-    saturation = saturation_of_run(looked, wanted.seed) if checkpoints else None
-    ablations = ablate_halves(looked, wanted.ablate, wanted.seed) if wanted.ablate else None
-    figures = [file.name for file in save_figures(findings, folder, layer, ablations)]
-    content = content_of(trace, wanted, findings, ablations, saturation, written, figures)
-    name = None if tokenizer is None else TokenText(tokenizer, trace.tokens_T).name
-    found = tables(findings, ablations, saturation, name)
-    files = [*figures, *(file.name for file in save_csv(found, folder)), "probe.json"]
-    write(folder / "probe.json", json.dumps(content, indent=1) + "\n")
-    if report is not None and tokenizer is not None:
-        write_page(report, findings, looked, tokenizer, ablations, saturation)
-    return Done(content, findings, ablations, saturation, written, folder, files, report)
+        place_of(layer, study.trace.subject.moe_layers)
+    with Console(stderr=True).status("measuring"):
+        answers = study.measure(groupings, seed)
+    if checkpoints:
+        answers = answers._replace(saturation=_saturation(study, opened, seed))
+    if ablate:
+        with bar("silencing experts") as progress:
+            answers = answers._replace(ablations=study.ablate(ablate, seed, progress))
+    return answers
 
 
-def look(path: str | Path, wanted: Wanted, passages: list[Passage] | None = None) -> Looked:
-    """Record a model on its text, or read a trace.
+def _study(
+    path: str, how: Recording, passages: Sequence[Passage] = ()
+) -> tuple[Study, Opened | None]:
+    """Record a model on its text, or on passages of a different one; or read a trace."""
+    from moestro.probe.study import read_study, record_study
 
-    Args:
-        path: a model's name, or a trace's file.
-        wanted: what to read and keep.
-        passages: the text, where it is that of another model.
-    """
-    from moestro.cli.probe_more import bar
-    from moestro.probe.recording.record import record_batches
-    from moestro.probe.recording.tracefile import TraceWriter, read_trace
-    from moestro.probe.recording.traces import join
-
-    if is_trace(path):
-        if wanted.trace or wanted.ablate or wanted.generate or wanted.sources:
+    if _is_trace(path):
+        if how.trace or how.ablate or how.generate or how.sources:
             raise ConfigError(
                 f"{path} is a trace: nothing is run, so leave out --source, --trace, --ablate and "
                 "--generate, or give the model"
             )
-        return Looked(read_trace(Path(path)), None, [])
+        return read_study(Path(path)), None
     from moestro.cli.probe_model import open_probed
 
-    probed = open_probed(path, wanted.transformers, wanted.generate, wanted.accept_fields)
-    passages = passages or probed.passages(wanted.sources, wanted.tokens)
-    parts = []
+    opened = open_probed(path, how.transformers, how.generate, how.accept_fields)
+    passages = passages or opened.passages(how.sources, how.tokens)
     with bar("probing held-out text") as progress:
-        batches = record_batches(
-            probed.model, passages, tokenizer=probed.tokenizer, name=str(probed.folder),
-            generate=wanted.generate, progress=progress,
+        study = record_study(
+            opened.model, opened.tokenizer, passages, name=str(opened.folder),
+            generate=how.generate, keep=how.trace, progress=progress,
         )  # fmt: skip
-        first = next(batches)
-        if wanted.trace is None:
-            parts = [first, *batches]
-        else:
-            with TraceWriter(wanted.trace, first.subject) as writer:
-                for part in (first, *batches):
-                    writer.write(part)
-                    parts.append(part)
-    return Looked(join(parts), probed, passages)
+    return study, opened
 
 
-def is_trace(path: str | Path) -> bool:
+def _is_trace(path: str) -> bool:
     """Whether a trace is meant: models are folders or names of the hub."""
-    return str(path).endswith(TRACE) or Path(path).is_file()
+    return path.endswith(TRACE) or Path(path).is_file()
 
 
-def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, ...]:
+def _groupings(domains: tuple[str, ...], by: Sequence[str] | None) -> tuple[Grouping, ...]:
     """The groupings that --by asks for."""
     from moestro.probe.measures.specialise import by_pattern
 
     found = []
-    for each in by:
+    for each in by or ():
         name, equals, pattern = each.partition("=")
         if not (name and equals and pattern):
             raise ConfigError(f"--by {each}: give NAME=REGEX, as in 'language=-(..)$'")
@@ -300,70 +227,126 @@ def _groupings(domains: tuple[str, ...], by: Sequence[str]) -> tuple[Grouping, .
     return tuple(found)
 
 
-def _beside(path: str | Path, probed: Probed | None) -> Path:
-    """Where the files go unless told: a published checkpoint is not ours to write into."""
-    from moestro.checkpoints.pretrained import is_pretrained
+def _require_places(out: Path | None, report: Path | None) -> None:
+    """Refuse places that cannot be written to before anything is run."""
+    if out is not None:
+        there = next(each for each in (out, *out.absolute().parents) if each.exists())
+        if not (there.is_dir() and access(there, W_OK)):
+            raise ConfigError(f"cannot write to {out}; choose another folder with --out")
+    if report is not None and (
+        report.is_dir() or not report.parent.is_dir() or not access(report.parent, W_OK)
+    ):
+        raise ConfigError(
+            f"cannot write the report {report}; choose a file with --report, in a folder that is "
+            "there"
+        )
 
-    if probed is not None and not is_pretrained(probed.folder):
-        return probed.home / "probe"
+
+def _beside(path: str, opened: Opened | None) -> Path:
+    """Where the files go unless told: a published checkpoint is not ours to write into."""
+    from moestro.checkpoints.reading import is_pretrained
+
+    if opened is not None and not is_pretrained(opened.folder):
+        return opened.home / "probe"
     return Path(f"probe-{Path(path).name.removesuffix(TRACE)}")
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, made where it is not there.
-
-    Raises:
-        MoestroError: it cannot be made.
-    """
+def _made(folder: Path) -> Path:
+    """The folder, made where it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise MoestroError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --out"
+        ) from None
     return folder
 
 
-def write(path: Path, text: str) -> None:
-    """Write a small file.
+def _saturation(study: Study, opened: Opened | None, seed: int) -> Saturation:
+    """How much of the final routing each checkpoint of the run has, on the same text."""
+    from moestro.checkpoints.folders import step_folders
 
-    Raises:
-        MoestroError: it cannot be written.
-    """
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> MoestroError:
-    reason = error.strerror or error
-    return MoestroError(f"cannot write to {path}: {reason}; choose another folder with --out")
+    folders = {} if opened is None else step_folders(opened.home)
+    if len(folders) < 2:
+        raise ConfigError(
+            f"{'a trace' if opened is None else opened.home} is no run with several checkpoints, "
+            "which --checkpoints compares; train with train.keep at 2 or more, or leave it out"
+        )
+    models = (open_shown(folder).model for folder in folders.values())
+    return study.saturation(models, list(folders), seed)
 
 
-def _print(done: Done, layer: int | None) -> None:
+def _print(study: Study, answers: Answers, layer: int | None, files: list[str]) -> None:
     """The tables and the summary, for a person."""
     from rich.console import Console
 
-    from moestro.cli.probe_compare import print_comparison
-    from moestro.cli.probe_tables import print_findings
+    from moestro.cli.probe_tables import print_comparison, print_findings
 
-    console, content = Console(highlight=False), done.content
-    domains = len(done.findings.domains)
+    console, findings = Console(highlight=False), answers.findings
+    domains = len(findings.domains)
     console.print(
-        f"{content['model']}: {done.findings.tokens_M.sum():,} tokens of {domains} "
+        f"{findings.model}: {findings.tokens_M.sum():,} tokens of {domains} "
         f"{'domain' if domains == 1 else 'domains'}",
         markup=False,
         soft_wrap=True,
     )
-    print_findings(console, done.findings, layer, done.ablations, done.saturation)
-    if done.written is not None:
-        on = f"what the model read and the {content['tokens_generated']:,} tokens that it wrote"
-        print_comparison(console, done.written, on, "read", "written")
-    for sentence in content["summary"]:
+    print_findings(console, findings, layer, answers.ablations, answers.saturation)
+    if answers.written is not None:
+        generated = study.trace.generated_T.sum()
+        on = f"what the model read and the {generated:,} tokens that it wrote"
+        print_comparison(console, answers.written, on, "read", "written")
+    for sentence in answers.summary:
         console.print(f"• {sentence}", markup=False)
-    for note in done.findings.notes:
+    for note in findings.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(
-        f"\nwritten to {done.folder}: {', '.join(done.files)}", markup=False, soft_wrap=True
-    )
-    if done.report is not None:
-        console.print(f"to read in a browser: {done.report}", markup=False, soft_wrap=True)
+    for line in files:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _compare(
+    paths: tuple[str, str], how: Recording, out: Path | None, as_json: bool, seed: int
+) -> None:
+    """Compare two models or traces; print the table, and write compare.json with --out."""
+    from rich.console import Console
+
+    from moestro.cli.probe_tables import print_comparison
+    from moestro.probe.measures.measure import to_json
+    from moestro.probe.measures.versus import compare
+    from moestro.probe.report.table import save_text
+
+    first, second = _both(*paths, how)
+    found = compare(first.read, second.read, seed=seed)
+    text = json.dumps({"paths": list(paths), **to_json(found)}, indent=1)
+    file = None if out is None else _made(out) / "compare.json"
+    if file is not None:
+        save_text(file, text + "\n", f"the comparison {file}")
+    if as_json:
+        typer.echo(text)
+        return
+    console = Console(highlight=False)
+    for letter, path in zip("AB", paths, strict=True):
+        console.print(f"{letter}: {path}", markup=False, soft_wrap=True)
+    print_comparison(console, found, f"the {found.documents} documents that both read", "A", "B")
+    for path, left in zip(paths, found.left_out, strict=True):
+        if left:
+            console.print(f"{left} documents that only {path} has are left out.", markup=False)
+    if file is not None:
+        console.print(f"written to {file}", markup=False, soft_wrap=True)
+
+
+def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
+    """Studies of both: of documents of the same sources, or of the first one's passages."""
+    from moestro.probe.study import same_tokens
+
+    files = [_is_trace(each) for each in (path, other)]
+    of_trace = how._replace(sources=(), generate=0)  # nothing is run
+    first, _ = _study(path, of_trace if files[0] else how)
+    if how.sources or any(files):
+        return first, _study(other, of_trace if files[1] else how)[0]
+    second, _ = _study(other, how, first.passages)
+    if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
+        raise ConfigError(
+            f"{path} and {other} have different tokenizers, so the tokens that one held out mean "
+            "nothing to the other; give text for both with --source"
+        )
+    return first, second

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moestro.cli.labelled import held_out_passages, source_passages
-from moestro.cli.opening import open_shown, pick_device
+from moestro.cli.held_out import open_corpus
+from moestro.cli.opening import open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PASSAGE = 256
 
 
-class Probed(NamedTuple):
+class Opened(NamedTuple):
     """A model to look into.
 
     Attributes:
@@ -44,9 +45,13 @@ class Probed(NamedTuple):
         Raises:
             DataError: there is no text.
         """
+        from moestro.probe.recording.labelled import held_out_passages, source_passages
+
         if sources:
             return source_passages(sources, self.tokenizer, tokens, self.length, self.by)
-        return held_out_passages(self.folder, self.home, tokens, self.length)
+        with ExitStack() as stack:
+            corpus = open_corpus(self.folder, self.home / "data", (), self.length, stack)
+            return held_out_passages(corpus, tokens)
 
 
 def open_probed(
@@ -54,7 +59,7 @@ def open_probed(
     transformers: bool = False,
     generate: int = 0,
     accept_fields: tuple[str, ...] = (),
-) -> Probed:
+) -> Opened:
     """The model that a name means.
 
     Args:
@@ -71,20 +76,20 @@ def open_probed(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.models.decoder import Decoder
     from moestro.text import load_tokenizer
-    from moestro.train.state import read_settings
+    from moestro.train.state import read_run_settings
 
     folder = find_checkpoint(name)
     home = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    model = open_shown(folder, pick_device("auto"), accept_fields=accept_fields).model
+    model = open_shown(folder, device="auto", accept_fields=accept_fields).model
     if not isinstance(model, Decoder):
         raise ConfigError(f"{folder} is an encoder-decoder; probe reads decoders only")
-    data = read_settings(folder).data if (folder / "run.json").exists() else None
+    data = read_run_settings(folder).data if (folder / "run.json").exists() else None
     length = min(PASSAGE if data is None else data.seq_len, model.cfg.attention.context)
     by = "field" if data is not None and data.domains == "field" else "folder"
-    return Probed(model, load_tokenizer(folder), folder, home, length, by)
+    return Opened(model, load_tokenizer(folder), folder, home, length, by)
 
 
-def _by_transformers(name: str | Path, generate: int) -> Probed:
+def _by_transformers(name: str | Path, generate: int) -> Opened:
     """A causal language model of transformers, any family; only safetensors is read."""
     try:
         import transformers
@@ -111,4 +116,4 @@ def _by_transformers(name: str | Path, generate: int) -> Probed:
             "tokens; give less"
         )
     model.train(False)
-    return Probed(model, load_tokenizer(folder), folder, folder, length)
+    return Opened(model, load_tokenizer(folder), folder, folder, length)

@@ -13,9 +13,20 @@ if TYPE_CHECKING:
     from moestro.probe.ablation.effects import Ablations
     from moestro.probe.measures.measure import Findings
     from moestro.probe.measures.saturation import Saturation
+    from moestro.probe.measures.versus import Comparison, Quantity
     from moestro.probe.report.table import Grid, Table
 
 ORDER = ("layers", "specialisation", "experts_by_domain", "repetition", "ablation", "saturation")
+MEANING = {
+    "imbalance": "largest / mean load",
+    "variation": "spread of loads (CV)",
+    "dead": "dead experts",
+    "dropped": "dropped",
+    "balance": "entropy, overall",
+    "spread": "entropy, by token",
+    "margin": "lead of last choice",
+    "specialisation": "domains apart",
+}
 
 
 def print_findings(
@@ -64,3 +75,38 @@ def _left_out(content: Grid, width: int) -> int:
     columns = zip(content.headings, *content.rows, strict=True)
     ends = list(accumulate(max(map(len, column)) + 3 for column in columns))  # space between them
     return min(sum(end > width for end in ends), max(0, content.repeated - 1))
+
+
+def print_comparison(console: Console, found: Comparison, on: str, first: str, second: str) -> None:
+    """One row for each measure.
+
+    Args:
+        console: where to.
+        found: what was measured.
+        on: the text that it is about.
+        first: what to call the first trace.
+        second: what to call the second.
+    """
+    from moestro.probe.report.table import Table, View, fields
+
+    rows = (
+        {
+            **fields("", each, "first second difference interval_2"),
+            "name": MEANING[each.name],
+            "beyond": _beyond(each),
+        }
+        for each in found.quantities
+    )
+    view = View(
+        f"Mean over mixture layers, on {on}; in brackets the 95 % interval of the difference over "
+        "documents",
+        f": {{name}} | {first}: {{first:.3f}} | {second}: {{second:.3f}} | "
+        f"{second} − {first}: {{difference:+.3f}}{{~:+.3f}} | beyond noise: {{beyond}}",
+    )
+    print_table(console, Table("comparison", rows, terminal=view))
+
+
+def _beyond(quantity: Quantity) -> str:
+    """Whether the difference is beyond noise; a dash where no noise is known to hold it against."""
+    low, high = (float(end) for end in quantity.interval_2)
+    return "–" if low != low or high != high else "yes" if quantity.supported else "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def open_subjects(names: Sequence[str], accept_fields: Sequence[str] = ()) -> li
     subjects = [open_subject(name, accept_fields) for name in names]
     titles = [subject.name for subject in subjects]
     return [
-        subject if titles.count(subject.name) == 1 else subject._replace(name=name)
+        subject if titles.count(subject.name) == 1 else replace(subject, name=name)
         for subject, name in zip(subjects, names, strict=True)
     ]
 
@@ -29,61 +30,56 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
     """What a name means: a file or folder that is there, else a preset, else a model of the hub.
 
     Raises:
-        ConfigError: it is none of these, or its settings are not allowed.
-        CheckpointError: a config.json cannot be read, or the hub has none of that name.
+        ConfigError: it is not one of these, or its settings are not allowed.
+        CheckpointError: a config.json cannot be read, or the hub has no model of that name.
     """
     from moestro.errors import ConfigError
-    from moestro.plan.presets import is_preset
-    from moestro.plan.subject import from_file, from_preset
-    from moestro.strictjson import read_object
+    from moestro.plan.presets import is_preset, preset
+    from moestro.plan.subject import from_file
 
-    advice = "give a config.json, a .toml or a preset"
     path, title = Path(name), None
+    if not path.exists():
+        if path.suffix in (".json", ".toml"):
+            raise ConfigError(f"there is no file {path}; give a config.json, a .toml or a preset")
+        if is_preset(name) or "/" not in name:
+            return preset(name)
+    # They import torch, which a preset does not need.
+    from moestro.checkpoints.hub import check_kind, find_settings
+    from moestro.checkpoints.reading import is_pretrained
+
     if path.is_dir():
         path = _config_in(path)
     elif not path.exists():
-        if path.suffix in (".json", ".toml"):
-            raise ConfigError(f"there is no file {path}; {advice}")
-        if is_preset(name) or "/" not in name:
-            return from_preset(name)
-        from moestro.checkpoints.hub import find_settings
-
         path, title = find_settings(name), name
     if title is None:
         title = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if path.suffix == ".json" and "model_type" in read_object(
-        path, ConfigError, advice, finite=False
-    ):
+    if path.suffix == ".json" and is_pretrained(path):
         return _published(title, path, accept_fields)
     if path.suffix not in (".json", ".toml"):
-        from moestro.checkpoints.hub import check_kind
-
         check_kind(path)
-    return from_file(path)._replace(name=title)
+    return from_file(path, title)
 
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
     """A config.json of Hugging Face's layout; how its weights are stored is only noted."""
-    from moestro.checkpoints.pretrained import read_config
     from moestro.checkpoints.quantized import quantisation
+    from moestro.checkpoints.reading import read_settings
     from moestro.plan.subject import from_settings
 
-    described = read_config(path, accept_fields)
-    stored = quantisation(described.hf_config)
+    described = read_settings(path, accept_fields, for_weights=False)
+    stored = quantisation(described.fields)
     note = "" if stored is None else f"Its weights are stored quantised by {stored.words}."
-    return from_settings(title, described.cfg, str(path))._replace(note=note)
+    return from_settings(title, described.cfg, str(path), note)
 
 
 def _config_in(folder: Path) -> Path:
     """The settings in a model's folder, or in a run's newest checkpoint."""
+    from moestro.checkpoints.folders import CONFIG, checkpoints
+    from moestro.checkpoints.hub import check_kind
     from moestro.errors import ConfigError
 
-    if (folder / "config.json").is_file():
-        return folder / "config.json"
-    saved = sorted(folder.glob("checkpoints/step-*/config.json"))
-    if not saved:
-        from moestro.checkpoints.hub import check_kind
-
-        check_kind(folder)
-        raise ConfigError(f"{folder} holds neither a config.json nor checkpoints of a run")
-    return saved[-1]
+    for place in (folder, *reversed(checkpoints(folder))):
+        if (place / CONFIG).is_file():
+            return place / CONFIG
+    check_kind(folder)
+    raise ConfigError(f"{folder} holds neither a {CONFIG} nor checkpoints of a run")

@@ -7,8 +7,9 @@ import os
 import shlex
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +30,7 @@ ConfigPath = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON; default: the demo's.")
 ]
 OutPath = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME."),
+    Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME.")
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -39,12 +39,11 @@ Assignments = Annotated[
 Sources = Annotated[
     list[str] | None,
     typer.Option(
-        "--source",
-        metavar="PATH",
-        help="File, folder or glob to train on; repeat. Default: the "
-        "text every Python installation has.",
+        "--source", metavar="PATH",
+        help="File, folder or glob to train on; repeat. Default: the text every Python "
+        "installation has.",
     ),
-]
+]  # fmt: skip
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
 ]
@@ -75,20 +74,27 @@ def train(
     goes on from there. Under torchrun the batch is shared by all processes.
     """
     from moestro.checkpoints.hub import find_checkpoint
+    from moestro.config import RunConfig
     from moestro.errors import ConfigError
+    from moestro.settings import load_settings
     from moestro.train.distributed import joined, pick_device, ranks_from
+    from moestro.train.initial import initial_settings
     from moestro.train.memory import keep_freed_memory
+    from moestro.train.state import SETTINGS_NAME
 
     keep_freed_memory()
-    check_words(out, source)
+    folder, stated = prepare_options(out, assignments, source)
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
     if resume and init is not None:
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    begin = None if init is None else find_checkpoint(init)
-    accepted = accept_field or ()
-    cfg = _settings(config, folder, assignments or [], source or [], resume, begin, accepted)
+    begin, accepted = None if init is None else find_checkpoint(init), accept_field or ()
+    if config is None and resume and (folder / SETTINGS_NAME).exists():
+        config = folder / SETTINGS_NAME
+    if begin is not None:
+        cfg = initial_settings(begin, folder, DEMO, config, stated, accepted)
+    else:
+        cfg = load_settings(RunConfig, config or DEMO, stated)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
     with joined(device) as ranks:
         if begin is not None:
@@ -96,50 +102,48 @@ def train(
         cfg, result = _train(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
         if as_json:
-            typer.echo(json.dumps(_as_json(folder, result)))
+            signal_name = signal.Signals(result.stopped_by).name if result.stopped_by else None
+            last = result.history[-1]._asdict() if result.history else None
+            facts = {
+                "run": str(folder), "checkpoint": str(result.checkpoint), "step": result.step,
+                "stopped_by": signal_name, "evaluation": last,
+            }  # fmt: skip
+            typer.echo(json.dumps(facts))
         else:
             _print_result(folder, cfg, result)
-        if result.stopped_by:
-            _print_resume(folder, result)
-    if result.stopped_by:
-        raise typer.Exit(128 + result.stopped_by)
+    exit_if_stopped(result, f"train --resume --out {shlex.quote(str(folder))}", ranks.writes)
 
 
-def check_words(out: Path | None, sources: list[str] | None) -> None:
-    """Refuse an empty --out or --source, which would mean the current folder.
-
-    Raises:
-        ConfigError: one of them is empty.
-    """
+def prepare_options(
+    out: Path | None, assignments: list[str] | None, sources: list[str] | None
+) -> tuple[Path, list[str]]:
+    """The folder of a run, and what --set and --source say as assignments."""
     from moestro.errors import ConfigError
 
-    if (out is not None and out == Path()) or "" in (sources or []):
+    if out == Path() or "" in (sources or []):  # an empty one would mean the current folder
         raise ConfigError("--out and --source need a name; an empty one was given")
+    stated = [f"data.sources={json.dumps(sources)}"] if sources else []
+    return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"), [*(assignments or []), *stated]
 
 
-def _settings(
-    config: Path | None,
-    folder: Path,
-    assignments: list[str],
-    sources: list[str],
-    resume: bool,
-    begin: Path | None,
-    accept_fields: Sequence[str],
-) -> RunConfig:
-    """The run's settings: from the file, else on resume from the run itself, else the defaults."""
-    from moestro.config import RunConfig
-    from moestro.settings import load_settings
-    from moestro.train.initial import initial_settings
-    from moestro.train.state import SETTINGS_NAME
+def fit_vocabulary(cfg: RunConfig, corpus: Corpus) -> RunConfig:
+    """The settings with a vocabulary that holds the tokenizer's."""
+    from moestro.train.task import vocabulary
 
-    saved = folder / SETTINGS_NAME
-    if config is None and resume and saved.exists():
-        config = saved
-    if sources:
-        assignments = [*assignments, f"data.sources={json.dumps(sources)}"]
-    if begin is not None:
-        return initial_settings(begin, folder, DEMO, config, assignments, accept_fields)
-    return load_settings(RunConfig, config or DEMO, assignments)
+    needed = vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
+    if cfg.model.vocab_size >= needed:
+        return cfg
+    model = cfg.model.model_copy(update={"vocab_size": needed})
+    return cfg.model_copy(update={"model": model})
+
+
+def exit_if_stopped(result: Result, resume: str, speaks: bool = True) -> None:
+    """End as a signal that stopped a run asks for; `resume` is the command that goes on."""
+    if not result.stopped_by:
+        return
+    name = signal.Signals(result.stopped_by).name
+    _say(f"stopped by {name} after step {result.step}; go on with: moestro {resume}", speaks)
+    raise typer.Exit(128 + result.stopped_by)
 
 
 def _begin(
@@ -161,19 +165,15 @@ def _begin(
 def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[RunConfig, Result]:
     from moestro.train.loop import Trainer
     from moestro.train.progress import ProgressDisplay
-    from moestro.train.task import vocabulary
 
     corpus = _corpus(cfg, folder, resume, ranks)
-    needed = vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
-    if cfg.model.vocab_size < needed:
-        _say(ranks, f"model.vocab_size = {needed}, as the tokenizer {corpus.tokenizer.name} needs")
-        model = cfg.model.model_copy(update={"vocab_size": needed})
-        cfg = cfg.model_copy(update={"model": model})
+    given, cfg = cfg, fit_vocabulary(cfg, corpus)
+    if cfg is not given:
+        size, name = cfg.model.vocab_size, corpus.tokenizer.name
+        _say(f"model.vocab_size = {size}, as the tokenizer {name} needs", ranks.writes)
     for text in (_describe(cfg, corpus), *corpus.notes):
-        _say(ranks, text)
-    if not ranks.writes:
-        return cfg, Trainer(cfg, folder, corpus, ranks=ranks).train(resume)
-    with ProgressDisplay(str(folder)) as progress:
+        _say(text, ranks.writes)
+    with ProgressDisplay(str(folder)) if ranks.writes else nullcontext() as progress:
         return cfg, Trainer(cfg, folder, corpus, progress, ranks).train(resume)
 
 
@@ -181,13 +181,15 @@ def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
     from moestro.train.state import claim_folder, corpus_of, newest_or_none
 
-    if ranks.writes:
+    if not ranks.writes:
+        ranks.wait()
+    else:
         claim_folder(folder, resume)
     checkpoint = newest_or_none(folder) if resume else None
+    corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     if ranks.writes:
-        corpus = corpus_of(folder / "data", cfg.data, checkpoint)
-    ranks.wait()
-    return corpus if ranks.writes else corpus_of(folder / "data", cfg.data, checkpoint)
+        ranks.wait()
+    return corpus
 
 
 def _describe(cfg: RunConfig, corpus: Corpus) -> str:
@@ -205,20 +207,9 @@ def _describe(cfg: RunConfig, corpus: Corpus) -> str:
     )
 
 
-def _say(ranks: Ranks, text: str) -> None:
-    if ranks.writes:
+def _say(text: str, speaks: bool) -> None:
+    if speaks:
         typer.echo(text, err=True)
-
-
-def _as_json(folder: Path, result: Result) -> dict[str, Any]:
-    last = result.history[-1]._asdict() if result.history else None
-    return {
-        "run": str(folder),
-        "checkpoint": str(result.checkpoint),
-        "step": result.step,
-        "stopped_by": signal.Signals(result.stopped_by).name if result.stopped_by else None,
-        "evaluation": last,
-    }
 
 
 def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
@@ -239,12 +230,3 @@ def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
     if not result.stopped_by:
         run = shlex.quote(str(folder))
         typer.echo(f'next:\n  moestro generate {run} "The "\n  moestro probe {run}')
-
-
-def _print_resume(folder: Path, result: Result) -> None:
-    name = signal.Signals(result.stopped_by).name
-    typer.echo(
-        f"stopped by {name} after step {result.step}; go on with: "
-        f"moestro train --resume --out {shlex.quote(str(folder))}",
-        err=True,
-    )

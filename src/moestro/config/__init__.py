@@ -19,7 +19,15 @@ from moestro.config.mixture import (
     RouterConfig,
     SharedConfig,
 )
-from moestro.config.model import EncDecConfig, HeadConfig, ModelConfig, NetworkConfig, NormConfig
+from moestro.config.model import (
+    EncDecConfig,
+    HeadConfig,
+    LayerSpec,
+    ModelConfig,
+    NetworkConfig,
+    NormConfig,
+    StackSpec,
+)
 from moestro.config.run import (
     BalanceConfig,
     DataConfig,
@@ -31,8 +39,8 @@ from moestro.config.run import (
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DenseConfig",
-    "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LinearScaling",
+    "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec", "LinearScaling",
     "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig",
     "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
-    "SharedConfig", "TrainConfig", "WindowConfig", "YarnScaling",
+    "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig", "YarnScaling",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ Letters follow docs/shapes.md: D width, F expert hidden width, E experts, K expe
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,7 @@ class RouterConfig(Settings):
     top_groups: Positive = 1
     group_score: Literal["max", "top2"] = "top2"
     scale: PositiveFloat = 1.0
-    jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    jitter: Fraction = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

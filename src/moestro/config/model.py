@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,32 @@ class HeadConfig(Settings):
     scale: PositiveFloat = Field(
         1.0, description="The hidden state is multiplied by it (T5's tied head: 1 / sqrt(dim))."
     )
+
+
+class LayerSpec(NamedTuple):
+    """One block.
+
+    Attributes:
+        mixture: whether its feed-forward network is a mixture.
+        window: most positions that its attention looks back on, its own included; None: no limit.
+    """
+
+    mixture: bool
+    window: int | None = None
+
+
+class StackSpec(NamedTuple):
+    """Blocks that read one text.
+
+    Attributes:
+        layers: first block first.
+        causal: a position sees those up to its own, else (an encoder) the whole text.
+        cross: each block also attends to the output of the stack before.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    causal: bool = True
+    cross: bool = False
 
 
 class NetworkConfig(Settings):
@@ -83,6 +109,19 @@ class NetworkConfig(Settings):
         """G, the number of key/value heads."""
         return self.attention.num_kv_heads or self.attention.num_heads
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads a text before the decoder writes another."""
+        return len(self.stacks()) > 1
+
+    def stacks(self) -> tuple[StackSpec, ...]:
+        """The stacks of blocks in the order that they run; the last one predicts."""
+        raise NotImplementedError
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) of a stack holds a mixture."""
+        return self.moe is not None and (layer + 1) % self.moe_every == 0
+
 
 class ModelConfig(NetworkConfig):
     """A decoder language model; `moe` unset is a dense one."""
@@ -101,9 +140,14 @@ class ModelConfig(NetworkConfig):
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) holds a mixture."""
-        return (
-            self.moe is not None and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
-        )
+        return layer >= self.dense_first and super().is_moe_layer(layer)
+
+    def stacks(self) -> tuple[StackSpec, ...]:
+        """One stack, whose windows never exceed the context."""
+        context = self.attention.context
+        windows = (min(self.window(n) or context, context) for n in range(self.num_layers))
+        layers = (LayerSpec(self.is_moe_layer(n), window) for n, window in enumerate(windows))
+        return (StackSpec(tuple(layers)),)
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
@@ -143,6 +187,8 @@ class EncDecConfig(NetworkConfig):
             )
         return self
 
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) of either side holds a mixture."""
-        return self.moe is not None and (layer + 1) % self.moe_every == 0
+    def stacks(self) -> tuple[StackSpec, ...]:
+        """The encoder, and the decoder that attends to its output."""
+        sides = (range(self.encoder_layers), range(self.decoder_layers))
+        encoder, decoder = (tuple(LayerSpec(self.is_moe_layer(n)) for n in side) for side in sides)
+        return StackSpec(encoder, causal=False), StackSpec(decoder, cross=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from moestro.config.model import EncDecConfig, ModelConfig
-from moestro.config.number import Coefficient, Fraction, Positive
+from moestro.config.number import Coefficient, Fraction, Positive, PositiveFloat
 from moestro.settings import Settings
 
 
@@ -57,11 +57,9 @@ class BalanceConfig(Settings):
 class OptimConfig(Settings):
     """AdamW and its learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 2e-3
+    lr: PositiveFloat = 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.05, description="Share of the steps spent warming up."
-    )
+    warmup: Fraction = Field(0.05, description="Share of the steps spent warming up.")
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.2, description="Share of the steps spent decaying (wsd only)."
     )
@@ -70,7 +68,7 @@ class OptimConfig(Settings):
     )
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Coefficient = 0.1
-    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    clip: PositiveFloat = 1.0
 
 
 class RuntimeConfig(Settings):

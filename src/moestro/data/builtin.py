@@ -36,9 +36,7 @@ _ONES = (
     "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
     "nineteen",
 )  # fmt: skip
-_TENS = (
-    "", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
-)  # fmt: skip
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 class LibraryText(NamedTuple):
@@ -56,20 +54,14 @@ class LibraryText(NamedTuple):
 
 
 def library_files() -> list[Path]:
-    """Every file that `library_texts` reads, sorted.
-
-    Raises:
-        DataError: this Python has no sources of its standard library on disk.
-    """
+    """Every file that `library_texts` reads, sorted."""
     root = _library()
     found = [root / _TOPICS] if (root / _TOPICS).is_file() else []
     for folder, inner, names in os.walk(root):
-        inner[:] = [
-            name
-            for name in inner
-            if name not in _SKIPPED_FOLDERS and not name.startswith("config-")
-        ]
-        found += [Path(folder, name) for name in names if _is_text(name)]
+        inner[:] = [n for n in inner if n not in _SKIPPED_FOLDERS and not n.startswith("config-")]
+        # _sysconfigdata is a generated table of this machine's build settings.
+        texts = (n for n in names if n.endswith((".py", *_PROSE)))
+        found += [Path(folder, n) for n in texts if not n.startswith("_sysconfigdata")]
     if not any(path.suffix == ".py" and path != root / _TOPICS for path in found):
         raise DataError(
             f"this Python has no standard-library sources in {root}, so there is no built-in text; "
@@ -79,11 +71,7 @@ def library_files() -> list[Path]:
 
 
 def library_texts() -> Iterator[LibraryText]:
-    """The standard library's modules, then its documentation topics, in a fixed order.
-
-    Raises:
-        DataError: this Python has no sources of its standard library on disk.
-    """
+    """The standard library's modules, then its documentation topics, in a fixed order."""
     root = _library()
     for path in library_files():
         module = path.relative_to(root).as_posix()
@@ -118,11 +106,10 @@ def split_docstrings(source: str) -> tuple[str, str]:
         if not isinstance(node, _DOCUMENTED) or not node.body:
             continue
         first = node.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            value = first.value
-            if isinstance(value.value, str):
-                spans.append((value.lineno, value.end_lineno or value.lineno))
-                prose.append((value.lineno, _without_doctests(inspect.cleandoc(value.value))))
+        value = first.value if isinstance(first, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            spans.append((value.lineno, value.end_lineno or value.lineno))
+            prose.append((value.lineno, _without_doctests(inspect.cleandoc(value.value))))
     return _without_lines(source, spans), "\n\n".join(
         text for _, text in sorted(prose) if len(text) >= _SHORTEST_DOCSTRING
     )
@@ -135,12 +122,10 @@ def arithmetic_texts(seed: int) -> Iterator[str]:
         source = random.Random(f"moestro arithmetic {seed} {number}")
         # Two kinds a document, so that the beginning tells what the rest will look like.
         chosen = source.sample(kinds, 2)
-        lines: list[str] = []
-        length = 0
-        while length < ARITHMETIC_CHARACTERS:
-            lines.append(source.choice(chosen)(source))
-            length += len(lines[-1]) + 1
-        yield "\n".join(lines) + "\n"
+        text = ""
+        while len(text) < ARITHMETIC_CHARACTERS:
+            text += source.choice(chosen)(source) + "\n"
+        yield text
 
 
 def number_words(number: int) -> str:
@@ -158,11 +143,6 @@ def number_words(number: int) -> str:
 
 def _library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
-
-
-def _is_text(name: str) -> bool:
-    # _sysconfigdata is a generated table of this machine's build settings.
-    return name.endswith((".py", *_PROSE)) and not name.startswith("_sysconfigdata")
 
 
 def _topics(source: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,10 @@ TEXT_EXTENSIONS = {
     ".f90", ".f", ".asm", ".s", ".zig", ".nim", ".dart", ".v", ".vhd", ".cmake", ".mk",
 }  # fmt: skip
 JSONL_EXTENSIONS = {".jsonl", ".ndjson"}
+_WHAT_IS_TEXT = (
+    "read are .txt, .md, .jsonl and source code such as .py, also with .gz; name a file by its own "
+    "path to read it whatever its extension"
+)
 _CHUNK_BYTES = 1 << 20
 # Longer text files are cut at a line, so that memory does not depend on the length of a file.
 LONGEST_DOCUMENT = 16 << 20
@@ -80,21 +84,13 @@ def read_documents(cfg: DataConfig) -> Iterator[Document]:
             or decoded; a line of a .jsonl file lacks its fields or is longer than 64 MiB.
     """
     files = source_files(cfg)  # first, so that a mistake in any source is told at once
-    if BUILTIN in cfg.sources:
-        yield from _builtin_documents(cfg)
-    for file in files:
-        records = _read_jsonl(file, cfg) if _is_jsonl(file.path) else _read_text(file, cfg)
-        for document in records:
-            if document.text.strip():
-                yield document
+    readers = [_builtin_documents(cfg)] if BUILTIN in cfg.sources else []
+    readers += [(_read_jsonl if _is_jsonl(file.path) else _read_text)(file, cfg) for file in files]
+    yield from (document for reader in readers for document in reader if document.text.strip())
 
 
 def source_files(cfg: DataConfig) -> list[SourceFile]:
-    """The files of all sources but 'builtin', each once, in the order of the sources, sorted.
-
-    Raises:
-        DataError: there is no source, or one is missing or matches no text file.
-    """
+    """The files of all sources but 'builtin', each once, in the order of the sources, sorted."""
     if not cfg.sources:
         raise DataError("data.sources is empty; give files, folders, globs, or 'builtin'")
     files: dict[Path, SourceFile] = {}
@@ -105,11 +101,7 @@ def source_files(cfg: DataConfig) -> list[SourceFile]:
 
 
 def source_state(cfg: DataConfig) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and modification time in ns of everything that would be read.
-
-    Raises:
-        DataError: as in `source_files`.
-    """
+    """Name, size in bytes and modification time in ns of everything that would be read."""
     files = [(file.name, file.path) for file in source_files(cfg)]
     state: list[tuple[str, int, int]] = []
     if BUILTIN in cfg.sources:
@@ -129,9 +121,6 @@ def resolve(source: str) -> list[SourceFile]:
 
     A file named by its own path is read whatever its extension; inside folders and globs only
     text extensions count, and names that begin with a dot are passed over.
-
-    Raises:
-        DataError: nothing is there, or nothing in it is text.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -141,7 +130,7 @@ def resolve(source: str) -> list[SourceFile]:
         root = path.resolve()
         found = [SourceFile(file, root) for file in _walk(root)]
         if not found:
-            raise DataError(f"no text file in the folder {source}: {_what_is_text()}")
+            raise DataError(f"no text file in the folder {source}: {_WHAT_IS_TEXT}")
         return found
     if not glob.has_magic(source):
         raise DataError(
@@ -210,17 +199,13 @@ def character_start(text: bytearray | mmap.mmap, place: int) -> int:
 
 
 def _builtin_documents(cfg: DataConfig) -> Iterator[Document]:
-    def label(domain: str) -> str:
-        return "all" if cfg.domains == "none" else domain
-
-    for module, code, english in builtin.library_texts():
+    one = "all" if cfg.domains == "none" else ""
+    for module, *texts in builtin.library_texts():
         group = f"{BUILTIN}/{module}"
-        for kind, text in (("code", code), ("english", english)):
-            text = text.replace("\0", " ")
-            if text.strip():
-                yield Document(f"{group}:{kind}", label(kind), text, group)
+        for kind, text in zip(("code", "english"), texts, strict=True):
+            yield Document(f"{group}:{kind}", one or kind, text.replace("\0", " "), group)
     for number, text in enumerate(builtin.arithmetic_texts(cfg.seed)):
-        yield Document(f"{BUILTIN}/arithmetic/{number:05d}", label("arithmetic"), text)
+        yield Document(f"{BUILTIN}/arithmetic/{number:05d}", one or "arithmetic", text)
 
 
 def _resolve_glob(source: str, path: Path) -> list[SourceFile]:
@@ -234,16 +219,12 @@ def _resolve_glob(source: str, path: Path) -> list[SourceFile]:
         raise DataError(f"nothing matches the glob {source}; check the folder and the pattern")
     files = {file for match in matches if match.is_dir() for file in _walk(match)}
     files |= {match for match in matches if _is_text(match) and match.is_file()}
-    seen = sorted(file for file in files if not _is_hidden(file.relative_to(root)))
+    seen = sorted(f for f in files if "." not in {part[0] for part in f.relative_to(root).parts})
     if not seen:
         raise DataError(
-            f"the glob {source} matches {len(matches)} names, but no text file: {_what_is_text()}"
+            f"the glob {source} matches {len(matches)} names, but no text file: {_WHAT_IS_TEXT}"
         )
     return [SourceFile(file, root) for file in seen]
-
-
-def _is_hidden(below: Path) -> bool:
-    return any(part.startswith(".") for part in below.parts)
 
 
 def _walk(root: Path) -> list[Path]:
@@ -259,9 +240,13 @@ def _walk(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _plain(path: Path) -> Path:
     """The path without a final .gz."""
-    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return path.with_suffix("") if _is_gzip(path) else path
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -270,13 +255,6 @@ def _is_jsonl(path: Path) -> bool:
 
 def _is_text(path: Path) -> bool:
     return _is_jsonl(path) or _plain(path).suffix.lower() in TEXT_EXTENSIONS
-
-
-def _what_is_text() -> str:
-    return (
-        "read are .txt, .md, .jsonl and source code such as .py, also with .gz; "
-        "name a file by its own path to read it whatever its extension"
-    )
 
 
 def _domain(file: SourceFile, cfg: DataConfig) -> str:
@@ -340,12 +318,6 @@ def _field(record: Any, field: str, setting: str, where: str) -> str:
     return cast(str, record[field])
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
 def _split_at_nul(path: Path) -> Iterator[tuple[int, bytes]]:
     """The number of each document of a file and its bytes; a long one's in several parts."""
     number, kept = 0, bytearray()
@@ -365,7 +337,7 @@ def _split_at_nul(path: Path) -> Iterator[tuple[int, bytes]]:
 def _guarded(path: Path, lines: bool) -> Iterator[bytes]:
     """The file's bytes, unzipped, by line or by chunk; every failure is a DataError."""
     try:
-        with _open(path) as stream:
+        with gzip.open(path) if _is_gzip(path) else path.open("rb") as stream:
             read = stream.readline if lines else stream.read
             while chunk := read(LONGEST_LINE + 1 if lines else _CHUNK_BYTES):
                 if len(chunk) > LONGEST_LINE:
@@ -386,7 +358,7 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        inside = " of the unzipped text" if path.suffix.lower() == ".gz" else ""
+        inside = " of the unzipped text" if _is_gzip(path) else ""
         raise DataError(
             f"{path} is not UTF-8: byte {offset + error.start}{inside} is "
             f"0x{raw[error.start]:02x} ({error.reason}); convert the file to UTF-8 or leave it out"

@@ -48,11 +48,7 @@ class Corrupted(NamedTuple):
 
 
 def hidden(length: int) -> Hidden:
-    """How much of a text of S = `length` tokens is hidden.
-
-    Raises:
-        DataError: the text has fewer than 2 tokens, so that nothing would be left.
-    """
+    """How much of a text of S = `length` tokens, at least 2, is hidden."""
     if length < 2:
         raise DataError(f"a text of {length} tokens has no span to hide; give at least 2")
     tokens = min(max(round(length * DENSITY), 1), length - 1)
@@ -67,9 +63,6 @@ def corrupt(tokens_S: Ids, vocab_size: int, end: int, seed: tuple[object, ...]) 
         vocab_size: The model's, V; the first span's sentinel is V - 1, the second's V - 2.
         end: The id that ends source and target.
         seed: What the choice is a function of, whatever the machine and NumPy's version.
-
-    Raises:
-        DataError: the text is too short, or holds ids that are sentinels.
     """
     length = len(tokens_S)
     num_hidden, num_spans = hidden(length)

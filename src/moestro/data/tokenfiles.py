@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from moestro.config import DataConfig
+from moestro.config.number import Positive
 from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
 from moestro.errors import DataError
+from moestro.settings import Settings
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
 
 TRAIN_FILE, HELD_FILE, ENDS_FILE = "train.bin", "held_out.bin", "train_ends.bin"
@@ -51,25 +55,20 @@ class Ranges(NamedTuple):
         return Ranges(*(column_N[kept_N] for column_N in self))
 
 
-class Written(NamedTuple):
+class TokenFiles(Settings):
     """What is in the token files; goes into the folder's meta file as it is."""
 
-    domains: list[str]
-    dtype: str
-    train_tokens: dict[str, int]
-    held_tokens: dict[str, int]
-    held_bytes: dict[str, int]
-    notes: list[str]
+    domains: tuple[str, ...]
+    dtype: Literal["uint16", "uint32"]
+    train_tokens: dict[str, Annotated[int, Field(ge=0)]]
+    held_tokens: dict[str, Positive]
+    held_bytes: dict[str, Positive]
+    notes: tuple[str, ...]
     digest: str
 
 
-def write_token_files(cfg: DataConfig, folder: Path) -> Written:
-    """Read all sources and write their tokens, and the tokenizer, into an existing folder.
-
-    Raises:
-        DataError: as in `read_documents`; or there is too little text for one context.
-        OSError: the folder cannot be written.
-    """
+def write_token_files(cfg: DataConfig, folder: Path) -> TokenFiles:
+    """Read all sources and write their tokens, and the tokenizer, into an existing folder."""
     spool = folder / _SPOOL_FILE
     with spool.open("wb") as writing:
         domains, ranges = _spool(cfg, writing)
@@ -77,7 +76,7 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
         raise DataError(
             f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
         )
-    with spool.open("rb") as stream, _mapped(stream) as text:
+    with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if cfg.domain_bytes is not None:
             ranges = _capped(ranges, text, cfg.domain_bytes)
         train, held, notes = _split(ranges, text, cfg, domains)
@@ -93,26 +92,20 @@ def write_token_files(cfg: DataConfig, folder: Path) -> Written:
     digest.update(train_ends.tobytes() + held_ends.tobytes())
     tokenizer.save(folder)
     held_bytes = np.bincount(held.domains_N, held.sizes_N + 1, len(domains)).astype(np.int64)
-    written = Written(
-        domains,
-        token_dtype(tokenizer).name,
-        dict(zip(domains, train_tokens, strict=True)),
-        dict(zip(domains, held_tokens, strict=True)),
-        dict(zip(domains, held_bytes.tolist(), strict=True)),
-        notes,
-        digest.hexdigest(),
+    train_by, held_by, bytes_by = (
+        dict(zip(domains, numbers, strict=True))
+        for numbers in (train_tokens, held_tokens, held_bytes.tolist())
     )
-    _check_length(written, cfg)
-    return written
+    _check_length(train_by, held_by, cfg)
+    return TokenFiles(
+        domains=domains, dtype=token_dtype(tokenizer).name, train_tokens=train_by,
+        held_tokens=held_by, held_bytes=bytes_by, notes=notes, digest=digest.hexdigest(),
+    )  # fmt: skip
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """uint16 where the vocabulary fits, else uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def _mapped(stream: IO[bytes]) -> mmap.mmap:
-    return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Ranges]:
@@ -159,8 +152,7 @@ def _split(
     # A few windows' worth, so that a small domain's number is not one window's luck.
     least = 8 * context
     held_N = choose_held_out(ranges.domains_N, ranges.groups_N, ranges.sizes_N, cfg.held_out, least)
-    sides: tuple[list[Ranges], list[Ranges]] = ([], [])
-    notes = []
+    sides, notes = [], []
     for number, domain in enumerate(domains):
         inside_N = ranges.domains_N == number
         train, held = ranges.where(inside_N & ~held_N), ranges.where(inside_N & held_N)
@@ -172,9 +164,9 @@ def _split(
                 f"domain {domain!r} has too few documents to hold some out whole, so it is cut in "
                 f"two by position: the last {held.sizes_N.sum() / total:.0%} of it is held out"
             )
-        sides[0].append(train)
-        sides[1].append(held)
-    return _joined(sides[0]), _joined(sides[1]), notes
+        sides.append((train, held))
+    train, held = map(_joined, zip(*sides, strict=True))
+    return train, held, notes
 
 
 def _cut(ranges: Ranges, text: mmap.mmap, wanted: int) -> tuple[Ranges, Ranges]:
@@ -186,12 +178,11 @@ def _cut(ranges: Ranges, text: mmap.mmap, wanted: int) -> tuple[Ranges, Ranges]:
     where = _line_start(text, max(int(ranges.starts_N[cut]), target - wanted), target)
     numbers_N = np.arange(len(ends_N))
     first, last = ranges.where(numbers_N <= cut), ranges.where(numbers_N >= cut)
-    first.stops_N[-1] = where
-    last.starts_N[0] = where
+    first.stops_N[-1] = last.starts_N[0] = where
     return first.where(first.sizes_N > 0), last.where(last.sizes_N > 0)
 
 
-def _joined(parts: list[Ranges]) -> Ranges:
+def _joined(parts: Iterable[Ranges]) -> Ranges:
     return Ranges(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -210,19 +201,14 @@ def _write(
     with path.open("wb") as stream:
         for domain, start, stop in zip(*(a.tolist() for a in ranges[:3]), strict=True):
             begin = place
-            for part in _parts(text, start, stop):
-                place += _append(_encode(tokenizer, part, dtype), stream, digest)
-            place += _append(np.array([tokenizer.end_of_text], dtype), stream, digest)
+            tokens = (_encode(tokenizer, part, dtype) for part in _parts(text, start, stop))
+            for some in chain(tokens, [np.array([tokenizer.end_of_text], dtype)]):
+                stream.write(some.data)
+                digest.update(some.data)
+                place += len(some)
             ends.append(place)
             totals[domain] += place - begin
     return np.array(ends, dtype=np.int64), totals
-
-
-def _append(tokens: NDArray[Any], stream: IO[bytes], digest: hashlib._Hash) -> int:
-    raw = tokens.tobytes()
-    stream.write(raw)
-    digest.update(raw)
-    return len(tokens)
 
 
 def _encode(tokenizer: Tokenizer, raw: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -253,18 +239,18 @@ def _line_start(text: mmap.mmap, lowest: int, target: int) -> int:
     return newline + 1 if newline >= 0 else character_start(text, target)
 
 
-def _check_length(written: Written, cfg: DataConfig) -> None:
+def _check_length(by_train: dict[str, int], by_held: dict[str, int], cfg: DataConfig) -> None:
     context = cfg.seq_len + 1
     advice = (
         f"one context needs {context} (data.seq_len + 1): add text, lower data.seq_len, "
         "{} data.held_out, or merge domains with data.domains = 'none'"
     )
-    train = sum(written.train_tokens.values())
+    train = sum(by_train.values())
     if train < context:
         raise DataError(f"only {train} tokens are left for training, but " + advice.format("lower"))
-    for domain, held in written.held_tokens.items():
+    for domain, held in by_held.items():
         if held < context:
             raise DataError(
                 f"domain {domain!r} has {held} held-out tokens (and "
-                f"{written.train_tokens[domain]} for training), but " + advice.format("raise")
+                f"{by_train[domain]} for training), but " + advice.format("raise")
             )

@@ -14,20 +14,26 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import source_state, stable_hash
-from moestro.data.tokenfiles import ENDS_FILE, HELD_FILE, TRAIN_FILE, write_token_files
+from moestro.data.tokenfiles import (
+    ENDS_FILE,
+    HELD_FILE,
+    TRAIN_FILE,
+    TokenFiles,
+    write_token_files,
+)
 from moestro.errors import DataError
-from moestro.settings import Settings
+from moestro.files import write_json
 from moestro.strictjson import read_object
 from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 
@@ -48,7 +54,7 @@ class HeldOut(NamedTuple):
     bytes_per_token: float
 
 
-class _Meta(Settings):
+class _Meta(TokenFiles):
     """What meta.json says of a data folder, checked against itself and the sizes of the files."""
 
     format: Literal[1]
@@ -56,13 +62,6 @@ class _Meta(Settings):
     fingerprint: str
     seq_len: Positive
     seed: int
-    domains: tuple[str, ...]
-    dtype: Literal["uint16", "uint32"]
-    train_tokens: dict[str, Annotated[int, Field(ge=0)]]
-    held_tokens: dict[str, Positive]
-    held_bytes: dict[str, Positive]
-    notes: tuple[str, ...]
-    digest: str
     files: dict[str, int]
 
     @model_validator(mode="after")
@@ -97,23 +96,16 @@ class Corpus:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open what `prepare` wrote.
-
-        Raises:
-            DataError: the folder is not complete.
-        """
+        """Open what `prepare` wrote; an incomplete folder is refused."""
         meta = _read_meta(folder)
         if meta is None:
             raise DataError(f"{folder} is not a complete data folder; prepare it again")
         self.tokenizer: Tokenizer = load_tokenizer(folder)
-        self.domains = meta.domains
-        self.seq_len = meta.seq_len
+        self.domains, self.notes, self.seq_len = meta.domains, meta.notes, meta.seq_len
         self.fingerprint = meta.fingerprint
         self.domain_tokens: dict[str, int] = meta.train_tokens
         self.num_train_tokens = sum(meta.train_tokens.values())
-        self.notes = meta.notes
-        self._seed = meta.seed
-        self._held_tokens, self._held_bytes = meta.held_tokens, meta.held_bytes
+        self._meta = meta
         self._train = np.memmap(folder / TRAIN_FILE, dtype=meta.dtype, mode="r")
         self._held = np.memmap(folder / HELD_FILE, dtype=meta.dtype, mode="r")
         self._ends = np.fromfile(folder / ENDS_FILE, dtype=np.int64)
@@ -141,9 +133,6 @@ class Corpus:
 
         Returns:
             int64 [batch_size / world, seq_len + 1].
-
-        Raises:
-            DataError: the batch does not split evenly, or a number is out of range.
         """
         if not (step >= 0 and batch_size >= 1 and 0 <= rank < world):
             raise DataError(
@@ -172,14 +161,13 @@ class Corpus:
         windows = max(1, max_tokens // len(self.domains) // self.seq_len)
         result, start = {}, 0
         for domain in self.domains:
-            length = self._held_tokens[domain]
+            length = self._meta.held_tokens[domain]
             there = (length - 1) // self.seq_len
             wanted = min(windows, there)
             starts_N = start + np.arange(wanted) * there // wanted * self.seq_len
             tokens_NS = self._held[starts_N[:, None] + np.arange(self.seq_len + 1)]
-            result[domain] = HeldOut(
-                torch.from_numpy(tokens_NS.astype(np.int64)), self._held_bytes[domain] / length
-            )
+            bytes_per_token = self._meta.held_bytes[domain] / length
+            result[domain] = HeldOut(torch.from_numpy(tokens_NS.astype(np.int64)), bytes_per_token)
             start += length
         return result
 
@@ -187,9 +175,8 @@ class Corpus:
         if epoch not in self._epochs:
             if len(self._epochs) > 1:  # a batch may lie across two
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = _Epoch.shuffled(
-                self._ends, self.windows_per_epoch, self.seq_len, self._seed, epoch
-            )
+            windows, seed = self.windows_per_epoch, self._meta.seed
+            self._epochs[epoch] = _Epoch.shuffled(self._ends, windows, self.seq_len, seed, epoch)
         return self._epochs[epoch]
 
 
@@ -233,11 +220,8 @@ class _Epoch(NamedTuple):
 def prepare(cfg: DataConfig, folder: Path) -> Corpus:
     """Tokenise the sources into `folder`, or reuse what is there if nothing has changed.
 
-    The folder appears whole or not at all: it is written under another name first.
-
-    Raises:
-        DataError: the text is missing, unreadable or too short, a setting is wrong, or the folder
-            cannot be written or holds something else.
+    The folder appears whole or not at all: it is written under another name first. One that holds
+    something else is left alone.
     """
     check_tokenizer(cfg.tokenizer)
     inputs = _inputs(cfg)
@@ -245,7 +229,8 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
         return Corpus(folder)
     temporary = _beside(folder, "new")
     try:
-        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+        ours = folder.is_dir() and ((folder / META_FILE).exists() or not any(folder.iterdir()))
+        if folder.exists() and not ours:
             raise DataError(
                 f"{folder} holds something other than prepared text and is left alone; "
                 "give a folder that is new or empty"
@@ -274,12 +259,8 @@ def _inputs(cfg: DataConfig) -> str:
     """Fingerprint of all that the token files are made from: settings, and the files' state."""
     tokenizer = Path(cfg.tokenizer).expanduser()
     tokenizer = tokenizer / HF_FILE if tokenizer.is_dir() else tokenizer
-    made_of = [
-        FORMAT,
-        cfg.model_dump(mode="json"),
-        source_state(cfg),
-        [tokenizer.stat().st_size, tokenizer.stat().st_mtime_ns] if tokenizer.is_file() else [],
-    ]
+    state = [tokenizer.stat().st_size, tokenizer.stat().st_mtime_ns] if tokenizer.is_file() else []
+    made_of = [FORMAT, cfg.model_dump(mode="json"), source_state(cfg), state]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -287,18 +268,15 @@ def _build(cfg: DataConfig, folder: Path, inputs: str) -> None:
     written = write_token_files(cfg, folder)
     files = sorted(folder.iterdir())
     meta = {
-        "format": FORMAT,
-        "inputs": inputs,
+        "format": FORMAT, "inputs": inputs,
         "fingerprint": _fingerprint(cfg.seed, cfg.seq_len, written.digest),
-        "seq_len": cfg.seq_len,
-        "seed": cfg.seed,
-        **written._asdict(),
+        "seq_len": cfg.seq_len, "seed": cfg.seed, **written.model_dump(),
         "files": {path.name: path.stat().st_size for path in files},
-    }
-    (folder / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    for path in (*files, folder / META_FILE):
+    }  # fmt: skip
+    for path in files:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+    write_json(folder / META_FILE, meta)
 
 
 def _read_meta(folder: Path) -> _Meta | None:
@@ -314,10 +292,6 @@ def _read_meta(folder: Path) -> _Meta | None:
 def _is_current(folder: Path, inputs: str) -> bool:
     meta = _read_meta(folder)
     return meta is not None and meta.inputs == inputs
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / META_FILE).exists() or not any(folder.iterdir())
 
 
 def _beside(folder: Path, kind: str) -> Path:

@@ -1,13 +1,5 @@
 """Balance for mixtures of transformers: losses and loss-free bias updates for any training loop.
 
-    balancer = moestro.hf.balance(model, switch=0.01)
-    for batch in batches:
-        loss = model(**batch).loss + balancer.loss()
-        loss.backward()
-        optimizer.step()
-        balancer.step()
-        optimizer.zero_grad()
-
 See docs/balance.md. Letters: T tokens, E experts, K experts per token, L mixtures.
 """
 
@@ -23,14 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.config import BalanceConfig
 from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.foreign import hooks
+from moestro.foreign.classes import core, core_kind
+from moestro.foreign.taps import Tap, taps
 from moestro.hf.balance_callback import BalanceCallback
-from moestro.hf.family_loss import OwnLoss, chosen_per_token, converted, own_coefficient
-from moestro.hf.selection import AddedBias, Bias, bias_of, reshard
+from moestro.hf.family_loss import OwnLoss, own_switch
+from moestro.hf.selection import AddedBias, biases_of, reshard
 from moestro.hf.watch import Watch
 from moestro.moe.balance import update_bias
 from moestro.moe.routing import Routing
-from moestro.probe.recording import hooks, routers
-from moestro.probe.recording.foreign import Tap, taps
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.health import LayerHealth, Tally
 from moestro.train.objective import Objective
@@ -65,15 +58,25 @@ def balance(
         MoestroError: no mixture, a router that is not known, or a bias that cannot be added.
         ConfigError: a coefficient is negative, or the family names none.
     """
-    inner = _inner(model)
-    found = _mixtures(inner, bool(z))
-    hooks.drop_copied(inner)
-    if any(isinstance(getattr(each, "__self__", None), Watch) for each in hooks.functions(inner)):
+    if isinstance(model, nn.DataParallel):
+        raise ConfigError(
+            "the copies of torch.nn.DataParallel cannot be counted together; start one process a "
+            "GPU (torchrun) with DistributedDataParallel"
+        )
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    found = _mixtures(model, bool(z))
+    hooks.drop_copied(model)
+    if any(isinstance(getattr(each, "__self__", None), Watch) for each in hooks.functions(model)):
         raise MoestroError("this model is balanced already; call remove() on the first balancer")
-    if switch is None:
-        switch = _family_switch(inner, found, optional=bool(z or bias_rate))
-    cfg = BalanceConfig(switch=switch, scope=scope, z=z, bias_rate=bias_rate)
-    return Balance(inner, found, cfg)
+    switch = own_switch(model, found) if switch is None else switch
+    if switch is None and not (z or bias_rate):
+        raise ConfigError(
+            f"the configuration of {type(model).__name__} names no coefficient for a balance loss; "
+            "give switch= (0.01 is usual), z= or bias_rate="
+        )
+    cfg = BalanceConfig(switch=switch or 0.0, scope=scope, z=z, bias_rate=bias_rate)
+    return Balance(model, found, cfg)
 
 
 class Balance:
@@ -95,8 +98,8 @@ class Balance:
         self._pending: tuple[list[Routing], int] | None = None
         self._tally: Tally | None = None
         self._last: Tally | None = None
-        self._taken = self._reached = 0
-        self._biases = _biases(model, found) if cfg.bias_rate else {}
+        self._reached: bool | None = None  # whether a backward pass came through a loss; None: none
+        self._biases = biases_of(model, found) if cfg.bias_rate else {}
         self._own = OwnLoss(model)
         self._watch = Watch(model, found, self._begins, self._seen, self._has_losses)
 
@@ -106,13 +109,12 @@ class Balance:
         Under accumulation it is one micro-batch's, to be divided as that micro-batch's own loss is.
 
         Raises:
-            MoestroError: there was no forward pass in training mode since the last call; nothing
-                that is trained has a part in the routing.
+            MoestroError: no forward pass in training mode since the last call, or no gradient.
         """
         if self._pending is None:
             raise MoestroError(
-                "there is no forward pass to take the balance loss of: call loss() once after each "
-                "forward pass of the balanced model, in training mode and with gradients on"
+                "there is no forward pass to take the balance loss of: call loss() once after "
+                "each, in training mode and with gradients on"
             )
         (routings, num_sequences), self._pending = self._pending, None
         self.parts = {}
@@ -122,7 +124,14 @@ class Balance:
         for name, weight, values_L in self._objective.balance(routings, num_sequences):
             total = total + weight * values_L.sum()
             self.parts[name] = values_L.detach().mean()
-        self._follow(total)
+        if not total.requires_grad:
+            raise MoestroError(
+                "the balance loss has no gradient: neither a router nor anything before one is "
+                "trained; set switch and z to 0, or train the routers"
+            )
+        self._reached = bool(self._reached)
+        # torch leaves `register_hook` without annotations.
+        total.register_hook(self._reach)  # type: ignore[no-untyped-call]
         return total
 
     def valid(self, mask: Tensor) -> None:
@@ -140,15 +149,19 @@ class Balance:
         The counts are those of all micro-batches since the last step, over all ranks.
 
         Raises:
-            MoestroError: there was no forward pass since, or the loss of one had no part in what
-                was differentiated.
+            MoestroError: there was no forward pass since, or no backward pass through its loss.
         """
         if self._tally is None:
             raise MoestroError(
                 "step() without a forward pass since the last: call it once after each "
                 "optimizer.step(), with the model in training mode"
             )
-        self._refuse_lost()
+        self._refuse_untaken()
+        if self._reached is False:
+            raise MoestroError(
+                "loss() was called, but no backward pass of this step came through what it "
+                "returned: add it to the loss that backward() is called on"
+            )
         self._tally.reduce(self._ranks)
         if self.cfg.bias_rate:
             reshard(self.model)
@@ -161,8 +174,7 @@ class Balance:
 
     def restart(self) -> None:
         """Forget the forward passes since the last step, of a step that failed and is done over."""
-        self._pending = self._tally = None
-        self._taken = self._reached = 0
+        self._pending = self._tally = self._reached = None
         self._objective.restart()
 
     def health(self) -> dict[str, LayerHealth]:
@@ -190,9 +202,15 @@ class Balance:
             CheckpointError: it is not of a model of these mixtures.
         """
         if state or self._biases:
-            self._check_state(state)
-            if not self._biases:
-                self._biases = _biases(self.model, self._mixtures)
+            given = {name: tuple(value.shape) for name, value in state.items()}
+            wanted = {tap.name: (tap.num_experts,) for tap in self._mixtures}
+            if given != wanted:
+                name, shape = sorted(given.items() ^ wanted.items())[0]
+                raise CheckpointError(
+                    f"the state is not of the biases of this model: {name} with {shape} is in one "
+                    "and not in the other"
+                )
+            self._biases = self._biases or biases_of(self.model, self._mixtures)
         reshard(self.model)
         for name, bias in self._biases.items():
             bias.set(state[name])
@@ -217,9 +235,8 @@ class Balance:
 
     def __reduce__(self) -> Never:
         raise MoestroError(
-            "a balancer belongs to one model in one process and cannot be copied or pickled. The "
-            "model can, without what watches it: call moestro.hf.balance on the copy, and hand the "
-            "biases over with state_dict() and load_state_dict()"
+            "a balancer belongs to one model and cannot be copied or pickled. Copy the model, call "
+            "moestro.hf.balance on the copy, and take the biases over by state_dict()"
         )
 
     def __enter__(self) -> Self:
@@ -241,8 +258,8 @@ class Balance:
     def _begins(self) -> None:
         if _ranks() != self._ranks:
             raise MoestroError(
-                "torch.distributed was initialised after moestro.hf.balance; balance the model "
-                "after init_process_group, or its counts are this rank's alone"
+                "torch.distributed was initialised after moestro.hf.balance, which counts this "
+                "rank alone; balance the model after init_process_group"
             )
         self._refuse_untaken()
 
@@ -254,83 +271,34 @@ class Balance:
         # Without a loss to take, nothing of the graph may be held on to.
         self._pending = (routings if self._has_losses else []), num_sequences
 
-    def _follow(self, total: Tensor) -> None:
-        """Notice whether a backward pass comes by."""
-        if not total.requires_grad:
-            raise MoestroError(
-                "the balance loss has no gradient: neither a router nor anything before one is "
-                "trained; set switch and z to 0, or train the routers"
-            )
-        self._taken += 1
-
-        def reached(_: Tensor) -> None:
-            self._reached += 1
-
-        # torch leaves `register_hook` without annotations.
-        total.register_hook(reached)  # type: ignore[no-untyped-call]
+    def _reach(self, _: Tensor) -> None:
+        self._reached = True
 
     def _refuse_untaken(self) -> None:
         if self._has_losses and self._pending is not None:
             self._pending = None
             raise MoestroError(
                 "the balance loss of the last forward pass was never taken: add balancer.loss() to "
-                "what is differentiated after each forward pass, or run passes that are not "
-                "trained on under torch.no_grad()"
+                "each training loss, and run passes that are not trained on under torch.no_grad()"
             )
-
-    def _refuse_lost(self) -> None:
-        self._refuse_untaken()
-        if self._taken and not self._reached:
-            raise MoestroError(
-                "loss() was called, but no backward pass of this step came through what it "
-                "returned: add it to the loss that backward() is called on"
-            )
-
-    def _check_state(self, state: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        wanted = {tap.name: (tap.num_experts,) for tap in self._mixtures}
-        if shapes != wanted:
-            odd = sorted(shapes.items() ^ wanted.items())[0]
-            raise CheckpointError(
-                f"the state is not of the biases of this model: {odd[0]} with {odd[1]} is in one "
-                "and not in the other"
-            )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model that a wrapper calls.
-
-    Raises:
-        ConfigError: a wrapper that copies the model to several devices within one process.
-    """
-    if isinstance(model, nn.DataParallel):
-        raise ConfigError(
-            "torch.nn.DataParallel runs copies of the model in threads, whose routing cannot be "
-            "counted together; start one process a GPU (torchrun) with DistributedDataParallel"
-        )
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _mixtures(model: nn.Module, z: bool) -> list[Tap]:
-    """Every mixture of a model.
-
-    Raises:
-        MoestroError: there is none, or one that cannot be balanced; says why.
-    """
+    """Every mixture of a model; refused is one that cannot be balanced."""
     found = taps(model)
     sizes = sorted({tap.num_experts for tap in found})
     if len(sizes) > 1:
         raise MoestroError(f"mixtures of {sizes} experts in one model cannot be balanced together")
     for tap in found:
-        kind, experts = routers.named(tap.router), routers.core(tap.experts)
         if tap.router is None or tap.scoring is None:
             raise MoestroError(
-                f"how {tap.name} ({kind if tap.router else routers.kind(experts)}) chooses is not "
-                "known: no router of a known class is beside it, so it cannot be balanced"
+                f"how {tap.name} ({core_kind(tap.router or tap.experts)}) chooses is not known: no "
+                "router of a known class is beside it, so it cannot be balanced"
             )
         if z and tap.scoring == "none":
-            raise MoestroError(f"{kind} shows probabilities and no logits: set z to 0")
-        if getattr(experts, "_is_expert_parallel", False):
+            name = core_kind(tap.router)
+            raise MoestroError(f"{name} shows probabilities and no logits: set z to 0")
+        if getattr(core(tap.experts), "_is_expert_parallel", False):
             raise MoestroError(
                 f"the experts of {tap.name} are spread over processes, which count them by local "
                 "numbers; balance works with whole experts on each rank"
@@ -338,34 +306,7 @@ def _mixtures(model: nn.Module, z: bool) -> list[Tap]:
     return found
 
 
-def _biases(model: nn.Module, found: list[Tap]) -> dict[str, Bias]:
-    """The selection bias of each mixture, by name; all of them or none."""
-    biases: dict[str, Bias] = {}
-    try:
-        for tap in found:
-            assert tap.router is not None
-            block = model.get_submodule(tap.name.rpartition(".")[0])
-            biases[tap.name] = bias_of(tap.name, tap.router, block, tap.num_experts)
-    except MoestroError:
-        for bias in biases.values():
-            bias.remove()
-        raise
-    return biases
-
-
 def _ranks() -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size())
-
-
-def _family_switch(model: nn.Module, found: list[Tap], optional: bool) -> float:
-    own = own_coefficient(model)
-    if own is not None:
-        return converted(own, chosen_per_token(model, [tap.router for tap in found]), len(found))
-    if optional:
-        return 0.0
-    raise ConfigError(
-        f"the configuration of {type(model).__name__} names no coefficient for a balance loss; "
-        "give switch= (0.01 is usual), z= or bias_rate="
-    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -11,30 +13,39 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moestro.errors import CheckpointError, ConfigError, MoestroError
-from moestro.probe.recording import hooks
-
-if TYPE_CHECKING:
-    from moestro.hf.balance import Balance
+from moestro.foreign import hooks
+from moestro.train.health import LayerHealth
 
 # What lies beside a checkpoint's weights: biases that the model's own files have no place for.
 FILE = "moestro_balance.safetensors"
 _IGNORED = -100
 
 
+class _Balance(Protocol):
+    """What is asked of a `moestro.hf.Balance`."""
+
+    model: nn.Module
+    parts: dict[str, Tensor]
+
+    @property
+    def adds_bias(self) -> bool: ...
+    @property
+    def waiting(self) -> bool: ...
+    def loss(self) -> Tensor: ...
+    def step(self) -> None: ...
+    def restart(self) -> None: ...
+    def health(self) -> dict[str, LayerHealth]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
 class BalanceCallback(TrainerCallback):
-    """Lets a `Balance` work within transformers' Trainer.
+    """Lets a `Balance` work within transformers' Trainer; see docs/balance.md.
 
-    While the Trainer trains, the balance loss is added to the loss in the model's output, so the
-    training loss that it logs has it in. Where transformers divides a micro-batch's loss by the
-    labels of the whole step, over its micro-batches and ranks, the balance loss counts by the
-    micro-batch's share of those labels: over a step the shares sum to 1. After each step of the
-    optimizer the biases move.
-
-    To what is logged come `balance/imbalance` (most loaded expert over the mean; mean over layers),
-    `balance/worst` (its largest), `balance/dead` (experts without a token, all layers),
-    `balance/entropy` (mean over layers) and each loss of the last micro-batch (1 is perfect for
-    `balance/switch`). Callbacks that stand before this one have seen the log without them.
-
+    While the Trainer trains, the balance loss is added to the loss in the model's output, by the
+    micro-batch's share of the step's labels. After each step of the optimizer the biases move. To
+    what is logged come `balance/imbalance` and `balance/entropy` (means over layers),
+    `balance/worst` (imbalance), `balance/dead` (all layers) and the losses of the last micro-batch.
     Biases go into `moestro_balance.safetensors` in each checkpoint and come back on resuming.
 
     Args:
@@ -42,9 +53,9 @@ class BalanceCallback(TrainerCallback):
         add_loss: False: a loss function of your own (`compute_loss_func`) adds `balance.loss()`.
     """
 
-    def __init__(self, balance: Balance, add_loss: bool = True) -> None:
+    def __init__(self, balance: _Balance, add_loss: bool = True) -> None:
         self.balance, self._add_loss = balance, add_loss
-        self._hook: Any = None
+        self._adding = ExitStack()
         self._stepped = False
 
     def on_train_begin(
@@ -53,14 +64,14 @@ class BalanceCallback(TrainerCallback):
         """Begin to add the loss; on resuming, read the biases.
 
         Raises:
-            ConfigError: DataParallel, or another model than the balanced one.
+            ConfigError: DataParallel, or a different model than the balanced one.
             CheckpointError: there is no file of biases to resume with.
         """
         model = kwargs["model"]
         if args.n_gpu > 1:
             raise ConfigError(
-                f"the Trainer would run {args.n_gpu} GPUs in one process with DataParallel, whose "
-                "routing cannot be counted together; start it with torchrun, one process a GPU"
+                f"the Trainer would run {args.n_gpu} GPUs with DataParallel, whose routing cannot "
+                "be counted together; start it with torchrun, one process a GPU"
             )
         if self.balance.model not in (model, getattr(model, "module", None)):
             raise ConfigError(
@@ -69,12 +80,12 @@ class BalanceCallback(TrainerCallback):
             )
         if state.global_step:
             self._take(Path(args.output_dir or "", f"checkpoint-{state.global_step}", FILE))
-        self._stop_adding()
+        self._adding.close()
         # The Trainer begins again where memory did not suffice for a batch (auto_find_batch_size).
         self.balance.restart()
         if self._add_loss:
             register = self.balance.model.register_forward_hook
-            self._hook = hooks.add(register, self._add, with_kwargs=True)
+            self._adding.callback(hooks.add(register, self._add, with_kwargs=True).remove)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move the biases."""
@@ -110,14 +121,9 @@ class BalanceCallback(TrainerCallback):
         Raises:
             CheckpointError: there is no file of biases in it.
         """
-        self._stop_adding()
+        self._adding.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take(Path(state.best_model_checkpoint, FILE))
-
-    def _stop_adding(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def _take(self, path: Path) -> None:
         """The biases of a checkpoint."""
@@ -125,9 +131,8 @@ class BalanceCallback(TrainerCallback):
             self.balance.load_state_dict(load_file(path))
         elif self.balance.adds_bias:
             raise CheckpointError(
-                f"{path} with the selection biases of this checkpoint is not there, and without "
-                "them the model routes otherwise than it was trained to; put the file there, from "
-                "the folder that the checkpoint was first saved in"
+                f"there is no {path} with the selection biases of this checkpoint, without which "
+                "the model routes otherwise than in training; copy it from where it was saved"
             )
 
     def _add(
@@ -140,9 +145,9 @@ class BalanceCallback(TrainerCallback):
         loss = output[0] if as_tuple else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MoestroError(
-                "the model's output has no loss that the balance loss could be added to (label "
-                "smoothing and compute_loss_func take the labels away); use "
-                "balancer.callback(add_loss=False), and add balancer.loss() in compute_loss_func"
+                "the model's output has no loss to add the balance loss to (label smoothing and "
+                "compute_loss_func take the labels away); use balancer.callback(add_loss=False), "
+                "and add balancer.loss() in compute_loss_func"
             )
         loss = loss + self.balance.loss().to(loss.device) * _share(model, kwargs)
         if as_tuple:

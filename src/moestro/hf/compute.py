@@ -1,9 +1,9 @@
 """What computes the experts of a model of transformers, on tensors alone.
 
 Without gradients on CPU the native kernels run, on the model's own weights or on packed ones.
-Everything else runs on the torch kernels that this project trains with: gradients, GPUs, a missing
+Everything else runs on the kernels that this project trains with: gradients, GPUs, a missing
 native library, and what the native kernels have no form for; on CPU without gradients the reason
-is said once, as a warning. MOESTRO_BACKEND forces either; see `moestro.kernels.backends`.
+is said once, as a warning. What runs is chosen by the table of `moestro.kernels.backends`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.errors import BackendError
-from moestro.hf.layouts import Weights
+from moestro.foreign.layouts import Weights
 from moestro.kernels import backends, native_cpu
+from moestro.kernels.backends import Work
 from moestro.kernels.packing import PackedExperts
 from moestro.kernels.reference import Biases
 from moestro.moe import dispatch, mixing
-from moestro.moe.experts import compute_dtype
-from moestro.moe.mixing import ExpertWeights
+from moestro.moe.mixing import ExpertWeights, compute_dtype
 from moestro.moe.routing import Routing
 
 _said: set[str] = set()
@@ -43,111 +42,72 @@ def without_gradients(
         weights: of the experts.
         x_TD: tokens.
         experts_TK: the experts of each token; E and above: of another rank, takes no part.
-        weights_TK: their weights.
+        weights_TK: their weights in the sum.
         name: of the experts, for the warning.
-        experts: see `by_torch`.
+        experts: the module, whose own functions run between and after the products where `fused`
+            has no name for them.
 
     Returns:
-        y_TD in the tokens' dtype, and why the native kernels did not run (None: they did).
+        y_TD in the tokens' dtype, and why it was not one native call (None: it was).
 
     Raises:
         BackendError: what MOESTRO_BACKEND names cannot run.
     """
-    inputs, forced = (x_TD, experts_TK, weights_TK), backends.forced()
-    if forced not in ("auto", "native"):
-        return by_torch(weights, *inputs, experts), f"{backends.ENVIRONMENT} is {forced}"
-    reason = why_not_native(weights, x_TD)
+    lacks = weights.odd()
+    if lacks is not None:
+        lacks = f"they have {lacks}"
+    elif weights.interleaved or weights.transposed:
+        lacks = "its weights lie transposed; moestro.hf.quantize(model, 'bfloat16') packs them"
+    pair = (weights.up_EHD, weights.down_EDF)
+    work = Work(x_TD.device.type, compute_dtype(x_TD), (), "infer", pair, lacks)
+    reason = backends.why_not_whole("auto", work)
     if reason is None:
-        return _native(_plain(weights), *inputs), None
-    if forced == "auto" and x_TD.device.type == "cpu":
-        _say_once(f"{name} runs on moestro's torch kernels: {reason}")
-    try:
-        return by_torch(weights, *inputs, experts), reason
-    except BackendError as error:  # native was asked for, and is not a kernel of training either
-        raise BackendError(f"{error}; and without gradients: {reason}") from error
-
-
-def why_not_native(weights: Weights, x_TD: Tensor) -> str | None:
-    """Why the native kernels cannot multiply these weights as they lie; None: they can."""
-    if x_TD.device.type != "cpu":
-        return f"the model is on {x_TD.device.type}"
-    missing = native_cpu.available()
-    if missing is not None:
-        return missing
-    dtypes = {weights.up_EHD.dtype, weights.down_EDF.dtype}
-    if dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return "its weights are neither float32 nor bfloat16; load it in one of them"
-    if compute_dtype(x_TD) not in (torch.float32, weights.up_EHD.dtype):
-        return (
-            f"tokens are {compute_dtype(x_TD)} and weights {weights.up_EHD.dtype}; load the model "
-            "in the dtype to compute in, without autocast"
-        )
-    odd = weights.odd()
-    if odd is not None:
-        return f"they have {odd}"
-    if torch.bfloat16 in dtypes and (weights.up_EHD.shape[2] % 2 or weights.down_EDF.shape[2] % 2):
-        return "its bfloat16 weights have an odd width"
-    if weights.interleaved or weights.transposed:
-        return "its weights lie transposed; moestro.hf.quantize(model, 'bfloat16') packs them"
-    if not (weights.up_EHD.is_contiguous() and weights.down_EDF.is_contiguous()):
-        return "its weights are not contiguous"
-    return None
+        assert weights.activation is not None
+        biases = (weights.up_EH, weights.down_ED)
+        plain = native_cpu.plain_experts(*pair, weights.activation, *biases)
+        return _native(plain, x_TD, experts_TK, weights_TK), None
+    warning = f"{name} runs on moestro's torch kernels: {reason}"
+    if backends.forced() == "auto" and x_TD.device.type == "cpu" and warning not in _said:
+        _said.add(warning)
+        warnings.warn(warning, stacklevel=3)
+    return by_torch(weights, x_TD, experts_TK, weights_TK, experts, training=False), reason
 
 
 def by_packed(
     packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """The mixture of packed experts, without gradients.
-
-    Raises:
-        BackendError: MOESTRO_BACKEND names what cannot run it.
-    """
-    if backends.forced() not in ("auto", "native"):
-        raise BackendError(
-            f"{backends.ENVIRONMENT} is {backends.forced()!r}, and packed weights run by the "
-            "native kernels alone; unset it, or load the model without moestro.hf.quantize"
-        )
+    """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
+    backends.choose("auto", backends.PACKED)
     return _native(packed, x_TD, experts_TK, weights_TK)
 
 
 def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    tokens_A = _tokens(*experts_TK.shape)
     experts_A, weights_A = experts_TK.reshape(-1).long(), weights_TK.detach().reshape(-1)
     here_A = experts_A < packed.num_experts
-    complete = bool(here_A.all())
-    tokens_A = _tokens(*experts_TK.shape)
-    if not complete:
+    if not bool(here_A.all()):
         tokens_A, experts_A, weights_A = tokens_A[here_A], experts_A[here_A], weights_A[here_A]
-    dtype = compute_dtype(x_TD)
-    y_TD = native_cpu.mixture(packed, x_TD.to(dtype), tokens_A, experts_A, weights_A)
-    return y_TD.to(x_TD.dtype)
+    rows_TD = x_TD.to(compute_dtype(x_TD))
+    return native_cpu.mixture(packed, rows_TD, tokens_A, experts_A, weights_A).to(x_TD.dtype)
 
 
 def by_torch(
-    weights: Weights, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Any = None
+    weights: Weights,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    experts: Any = None,
+    training: bool = True,
 ) -> Tensor:
-    """Dispatch, experts and combine by the kernels of training, with their gradients.
-
-    Args:
-        weights: of the experts.
-        x_TD: tokens.
-        experts_TK: see `without_gradients`.
-        weights_TK: their weights.
-        experts: the module, whose own functions run between and after the products where
-            `fused` has no name for them.
-    """
+    """Dispatch, experts and combine, with their gradients; see `without_gradients`, `mix`."""
+    up_EHD, down_EDF, up_EH, down_ED = weights[:4]
+    biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
+    norm = experts.post_expert_norm if weights.post_norm else None
+    activation = fused(weights) or gate_of(experts)
+    values = ExpertWeights(up_EHD, down_EDF, activation, biases, norm)
+    routing = _routing(experts_TK, weights_TK, len(up_EHD))
     rows_TD = x_TD.to(compute_dtype(x_TD))
-    biases = None
-    if weights.up_EH is not None and weights.down_ED is not None:
-        biases = Biases(weights.up_EH, weights.down_ED)
-    values = ExpertWeights(
-        weights.up_EHD,
-        weights.down_EDF,
-        fused(weights) or bend(experts),
-        biases,
-        experts.post_expert_norm if weights.post_norm else None,
-    )
-    routing = _routing(experts_TK, weights_TK, len(weights.up_EHD))
-    return mixing.mix(rows_TD, routing, values).to(x_TD.dtype)
+    return mixing.mix(rows_TD, routing, values, training=training).to(x_TD.dtype)
 
 
 def split(
@@ -160,19 +120,13 @@ def split(
 ) -> Tensor:
     """The mixture in steps, where a module's own functions run between or after the products.
 
-    Args:
-        weights: of the experts.
-        rows_TD: tokens in the dtype to compute in.
-        experts_TK: see `without_gradients`.
-        weights_TK: their weights.
-        experts: the module.
-        product: the function of that name, or its operator.
+    `product` is the function of that name, or its operator; else see `without_gradients`.
     """
     num_tokens, top_k = experts_TK.shape
     experts_A = experts_TK.reshape(-1)
     rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
     hidden_AH = product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
-    rows_AD = product(bend(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    rows_AD = product(gate_of(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)
@@ -187,12 +141,10 @@ def fused(weights: Weights) -> str | None:
     return weights.activation if not (weights.interleaved or weights.post_norm) else None
 
 
-def bend(experts: Any) -> Callable[[Tensor], Tensor]:
+def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """What a module of transformers does between its two products."""
-    function: Callable[[Tensor], Tensor] = (
-        experts._apply_gate if experts.has_gate else experts.act_fn
-    )
-    return function
+    gate: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    return gate
 
 
 def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
@@ -201,25 +153,12 @@ def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | No
     Returns:
         [A, O] in the rows' dtype; zero where the expert is that of another rank.
     """
-    kernel = backends.choose("auto", x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:]))
+    kernel = backends.choose("auto", Work(x_AI.device.type, x_AI.dtype, tuple(w_EOI.shape[1:])))
     routing = _routing(experts_A[:, None], x_AI.new_ones(len(x_AI), 1), len(w_EOI))
-    plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_AI.dtype))
+    plan = dispatch.make_plan(routing, lambda counts_E: kernel.padded_counts(counts_E, x_AI.dtype))
     rows_RI = dispatch.dispatch(x_AI, plan)
     y_RO = kernel.grouped_mm(rows_RI, w_EOI, plan.offsets_E, plan.experts_E, bias_EO)
     return dispatch.combine(y_RO, routing.weights_R, plan)
-
-
-def _say_once(reason: str) -> None:
-    if reason not in _said:
-        _said.add(reason)
-        warnings.warn(reason, stacklevel=4)
-
-
-def _plain(weights: Weights) -> PackedExperts:
-    """The model's own weights, not copied."""
-    assert weights.activation is not None
-    both = (weights.up_EHD, weights.down_EDF, weights.activation)
-    return native_cpu.plain_experts(*both, weights.up_EH, weights.down_ED)
 
 
 @lru_cache(maxsize=64)
@@ -230,15 +169,12 @@ def _tokens(num_tokens: int, top_k: int) -> Tensor:
 
 def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
     """A router's choice as a Routing; experts of other ranks count as dropped."""
-    experts_TK = experts_TK.long()
     # In at least fp32, and zero where nobody may read it: zero times NaN would not be.
     weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
-    here_TK = experts_TK < num_experts
-    kept_R = None
-    if not bool(here_TK.all()):
-        kept_R = here_TK.flatten()
-        weights_TK = weights_TK.masked_fill(~here_TK, 0)
-        experts_TK = experts_TK.masked_fill(~here_TK, 0)
+    experts_TK, away_TK, kept_R = experts_TK.long(), experts_TK >= num_experts, None
+    if bool(away_TK.any()):
+        kept_R = ~away_TK.flatten()
+        weights_TK, experts_TK = (each.masked_fill(away_TK, 0) for each in (weights_TK, experts_TK))
     # Nobody asks for the logits here, only for their shape.
     shape_TE = torch.empty(len(experts_TK), num_experts, dtype=torch.float32, device="meta")
     return Routing.of_choice(experts_TK, weights_TK, shape_TE, shape_TE)._replace(kept_R=kept_R)

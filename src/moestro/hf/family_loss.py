@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moestro.errors import ConfigError
-from moestro.probe.recording import hooks, routers
+from moestro.foreign import hooks
+from moestro.foreign.classes import core
+from moestro.foreign.taps import Tap
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 # What models, or their configurations, call what they multiply their losses by.
@@ -19,10 +21,8 @@ _HELD = {*COEFFICIENTS, "router_z_loss_coef"}
 def converted(coefficient: float, top_k: int, layers: int) -> float:
     """What a coefficient of transformers is worth as `switch=` here: c · K / L.
 
-    transformers' loss is K at perfect balance, and is one loss over all layers together; ours is 1
-    at balance in each layer, and is summed over the layers. With the converted coefficient the two
-    give the same gradient where all layers are uneven in the same way; where they are not,
-    transformers lets the unevenness of one layer cancel that of another, and this project does not.
+    transformers' loss is K at perfect balance and one for all layers; ours is 1 in each layer, and
+    summed. The gradients are the same where all layers are uneven alike (docs/balance.md).
 
     Args:
         coefficient: c, such as `config.router_aux_loss_coef`.
@@ -32,22 +32,31 @@ def converted(coefficient: float, top_k: int, layers: int) -> float:
     return coefficient * top_k / layers
 
 
-def own_coefficient(model: nn.Module) -> float | None:
-    """The coefficient that the model's configuration names; None: it names none."""
-    for config in _configs(model):
-        for name in COEFFICIENTS:
-            value = getattr(config, name, None)
-            if value is not None:
-                return float(value)
-    return None
+def own_switch(model: nn.Module, found: Sequence[Tap]) -> float | None:
+    """The coefficient that the model's configuration names, converted; None: it names none.
+
+    Raises:
+        ConfigError: its routers do not state one K.
+    """
+    coefficient = _coefficient(model)
+    if coefficient is None:
+        return None
+    stated = {getattr(tap.router and core(tap.router), "top_k", None) for tap in found}
+    top_k = stated.pop() if len(stated) == 1 else None
+    if not isinstance(top_k, int):
+        raise ConfigError(
+            f"the routers of {type(model).__name__} do not state one K, so the family's "
+            "coefficient cannot be converted; give switch= (0.01 is usual)"
+        )
+    return converted(coefficient, top_k, len(found))
 
 
 class OwnLoss:
     """Keeps the balance loss that a family has itself out of what is differentiated.
 
-    While the model runs, every coefficient that it could multiply that loss by is 0, whatever it
-    was set to meanwhile. Outside of forward passes they are what they were set to, and so is what a
-    checkpoint saves of them. `aux_loss` in the output keeps its value and loses its gradient.
+    While the model runs, every coefficient that it could multiply that loss by is 0; outside of
+    forward passes, and in what a checkpoint saves, they are what they were set to. `aux_loss` in
+    the output keeps its value and loses its gradient.
 
     Args:
         model: of transformers. Where its own loss is on, a warning says that it will be off.
@@ -57,38 +66,27 @@ class OwnLoss:
         self._owners = [*model.modules(), *_configs(model)]
         self._owners = [each for each in self._owners if not _HELD.isdisjoint(vars(each))]
         self._held: list[tuple[Any, str, Any]] = []
-        coefficient = own_coefficient(model)
-        asking = any(getattr(each, "output_router_logits", False) for each in _configs(model))
-        self._said = bool(asking and coefficient)
-        if self._said:
-            warnings.warn(
-                f"{type(model).__name__} adds a balance loss of its own "
-                f"(coefficient {coefficient}); it is off while moestro.hf.balance is at work, so "
-                "that balance is not paid for twice; aux_loss in its output is without gradient",
-                UserWarning,
-                stacklevel=4,
-            )
-        self._hooks = [
-            hooks.add(model.register_forward_pre_hook, self._stop),
-            hooks.add(model.register_forward_hook, self._resume, always_call=True),
-        ]
+        self._said = False
+        asked = any(getattr(each, "output_router_logits", False) for each in _configs(model))
+        if asked and _coefficient(model):
+            self._say(model, stacklevel=5)
+        self._before = hooks.add(model.register_forward_pre_hook, self._stop)
+        self._after = hooks.add(model.register_forward_hook, self._resume, always_call=True)
 
     def remove(self) -> None:
         """Let the model do as it likes again."""
         self._put_back()
-        for hook in self._hooks:
-            hook.remove()
+        self._before.remove()
+        self._after.remove()
 
     def _stop(self, *_: Any) -> None:
         self._put_back()  # what a pass that was interrupted left at 0
-        self._held = [
-            (owner, name, value)
-            for owner in self._owners
-            for name in _HELD
-            if isinstance(value := vars(owner).get(name), int | float)
-        ]
-        for owner, name, _ in self._held:
-            setattr(owner, name, 0.0)
+        for owner in self._owners:
+            for name in _HELD:
+                value = vars(owner).get(name)
+                if isinstance(value, int | float):
+                    self._held.append((owner, name, value))
+                    setattr(owner, name, 0.0)
 
     def _resume(self, model: nn.Module, _: Any, output: Any) -> None:
         self._put_back()
@@ -97,15 +95,17 @@ class OwnLoss:
             return
         output.aux_loss = loss.detach()
         if not self._said:
-            self._said = True
-            warnings.warn(
-                f"{type(model).__name__} computed a balance loss of its own beside that of "
-                "moestro.hf.balance; so that balance is not paid for twice, aux_loss in its output "
-                "is without gradient. Do not ask for it (output_router_logits), or call remove() "
-                "on the balancer to train with it",
-                UserWarning,
-                stacklevel=2,
-            )
+            self._say(model, stacklevel=3)
+
+    def _say(self, model: nn.Module, stacklevel: int) -> None:
+        self._said = True
+        warnings.warn(
+            f"{type(model).__name__} has a balance loss of its own (output_router_logits). It is "
+            "off until the balancer's remove(), so that balance is not paid for twice: aux_loss in "
+            "its output is without gradient",
+            UserWarning,
+            stacklevel,
+        )
 
     def _put_back(self) -> None:
         for owner, name, value in self._held:
@@ -113,20 +113,9 @@ class OwnLoss:
         self._held = []
 
 
-def chosen_per_token(model: nn.Module, beside: Sequence[nn.Module | None]) -> int:
-    """K, as the routers state it.
-
-    Raises:
-        ConfigError: they do not, or differ; what to give instead.
-    """
-    stated = {getattr(each and routers.core(each), "top_k", None) for each in beside}
-    top_k = stated.pop() if len(stated) == 1 else None
-    if not isinstance(top_k, int):
-        raise ConfigError(
-            f"the routers of {type(model).__name__} do not state one number of experts per token, "
-            "so the family's coefficient cannot be converted; give switch= (0.01 is usual)"
-        )
-    return top_k
+def _coefficient(model: nn.Module) -> float | None:
+    values = (getattr(each, name, None) for each in _configs(model) for name in COEFFICIENTS)
+    return next((float(value) for value in values if value is not None), None)
 
 
 def _configs(model: nn.Module) -> list[Any]:

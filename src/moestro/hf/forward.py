@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError
-from moestro.hf import compute, layouts, ops
+from moestro.foreign import layouts
+from moestro.hf import compute, ops
 from moestro.kernels import native_cpu, pointwise
 from moestro.kernels.packing import PackedExperts
+from moestro.moe.mixing import differentiated
 
 # Where a module's packed experts hang; see `moestro.hf.packed`.
 PACKED = "moestro_packed"
 
-_PLAIN = (Tensor, nn.Parameter)
 _watched: dict[int, list[str]] | None = None
 
 
@@ -47,7 +48,11 @@ def mixture(
     inputs = (hidden_states, top_k_index, top_k_weights)
     packed: PackedExperts | None = vars(self).get(PACKED)
     if packed is not None:
-        _refuse_training(self, hidden_states, top_k_weights)
+        if self.training or differentiated(hidden_states, top_k_weights):
+            raise BackendError(
+                "packed weights cannot be trained, and no gradient goes through them; train before "
+                "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"
+            )
         if through_ops(hidden_states):
             return ops.traced_packed(packed, *inputs)
         y_TD = compute.by_packed(packed, *inputs)
@@ -56,7 +61,7 @@ def mixture(
     weights = layouts.read(self)
     if through_ops(hidden_states, weights.up_EHD, weights.down_EDF):
         return ops.traced(self, weights, *inputs)
-    if ops.wanted(hidden_states, top_k_weights, *weights.tensors):
+    if differentiated(hidden_states, top_k_weights, *weights.tensors):
         _note(self, "gradients are wanted")
         return compute.by_torch(weights, *inputs, self)
     y_TD, why_not = compute.without_gradients(weights, *inputs, type(self).__name__, self)
@@ -79,27 +84,15 @@ def through_ops(*tensors: Tensor) -> bool:
             'model.set_experts_implementation("eager") for them'
         )
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            _refuse_sharded(tensor)
+        if hasattr(tensor, "placements"):
+            raise BackendError(
+                "the experts' weights are sharded (DTensor); moestro's kernels take whole ones. "
+                "FSDP2 gathers them before the forward of the module that fully_shard was given: "
+                "call that module; for tensor parallelism use another experts_implementation"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter):
             return True
     return tensors[0].is_meta
-
-
-def _refuse_sharded(tensor: Tensor) -> None:
-    if hasattr(tensor, "placements"):
-        raise BackendError(
-            "the experts' weights are sharded (DTensor), and moestro's kernels take whole ones. "
-            "FSDP2 gathers them before the forward of the module that fully_shard was given: "
-            "call that module; for tensor parallelism use another experts_implementation"
-        )
-
-
-def _refuse_training(experts: nn.Module, *inputs: Tensor) -> None:
-    if ops.wanted(*inputs) or experts.training:
-        raise BackendError(
-            "packed weights cannot be trained, and no gradient goes through them; train before "
-            "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"
-        )
 
 
 @contextmanager

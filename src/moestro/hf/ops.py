@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro.foreign.layouts import Weights
 from moestro.hf import compute
-from moestro.hf.layouts import Weights
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
-from moestro.moe.experts import compute_dtype
+from moestro.moe.mixing import compute_dtype, differentiated
 
 # A CUDA graph would replay the group sizes of its first batch.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -39,7 +39,7 @@ def traced(
         return compute.split(weights, rows_TD, experts_TK, weights_TK, *how).to(x_TD.dtype)
     inputs = (rows_TD, experts_TK, weights_TK)
     tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
-    grads = wanted(x_TD, weights_TK, *weights.tensors)
+    grads = differentiated(x_TD, weights_TK, *weights.tensors)
     y_TD: Tensor = _ops().mixture(*inputs, *tensors, weights.transposed, activation, grads)
     return y_TD.to(x_TD.dtype)
 
@@ -56,16 +56,11 @@ def traced_packed(
     return y_TD.to(x_TD.dtype)
 
 
-def traced_linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+def traced_linear(packed: PackedMatrix, x_TI: Tensor) -> Tensor:
     """`native_cpu.linear`, by an operator."""
-    shape = [packed.rows, packed.columns]
-    y_TO: Tensor = _ops().packed_linear(x_TI, packed.data, bias_O, *packed.format, shape)
+    data, *shape, format, bias_O = packed
+    y_TO: Tensor = _ops().packed_linear(x_TI, data, bias_O, *format, shape)
     return y_TO
-
-
-def wanted(*tensors: Tensor) -> bool:
-    """Whether gradients of any of these are wanted."""
-    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def _rows(x_TD: Tensor) -> Tensor:
@@ -78,10 +73,10 @@ def _ops() -> Any:
 
 
 def _register(
-    name: str, arguments: str, run: Callable[..., Tensor], like: Callable[..., Tensor]
+    name: str, arguments: str, run: Callable[..., Any], like: Callable[..., Any], to: str = "Tensor"
 ) -> None:
     """An operator without gradients: `run` computes it, `like` makes an empty result."""
-    torch.library.define(f"moestro::{name}", f"({arguments}) -> Tensor", tags=_TAGS)
+    torch.library.define(f"moestro::{name}", f"({arguments}) -> {to}", tags=_TAGS)
     torch.library.impl(f"moestro::{name}", "default")(run)
     torch.library.register_fake(f"moestro::{name}")(like)
 
@@ -121,28 +116,15 @@ def _register_with_gradients(
 
     _register(name, arguments, forward, like)
     torch.library.register_autograd(f"moestro::{name}", backward, setup_context=keep)
-    qualified = f"moestro::{name}_gradients"
-    schema = f"(Tensor grad, bool[] needs, {arguments}) -> Tensor[]"
-    torch.library.define(qualified, schema, tags=_TAGS)
-    torch.library.impl(qualified, "default")(gradients)
-    torch.library.register_fake(qualified)(gradients_like)
+    arguments = f"Tensor grad, bool[] needs, {arguments}"
+    _register(f"{name}_gradients", arguments, gradients, gradients_like, "Tensor[]")
 
 
-def _mixture(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    up_EH: Tensor | None,
-    down_ED: Tensor | None,
-    transposed: bool,
-    activation: str,
-    grads: bool,
-) -> Tensor:
+def _mixture(*args: Any) -> Tensor:
+    x_TD, experts_TK, weights_TK, *tensors, transposed, activation, grads = args
+    up_EHD, down_EDF, up_EH, down_ED = tensors
     gated = up_EHD.shape[1] != down_EDF.shape[2]
-    tensors = (up_EHD, down_EDF, up_EH, down_ED)
-    weights = Weights(*tensors, gated, False, transposed, activation, False)
+    weights = Weights(up_EHD, down_EDF, up_EH, down_ED, gated, False, transposed, activation, False)
     inputs = (weights, x_TD, experts_TK, weights_TK)
     with torch.set_grad_enabled(grads):  # which decides the path, as it does without a compiler
         if grads:
@@ -150,28 +132,14 @@ def _mixture(
         return compute.without_gradients(*inputs, "a compiled mixture")[0]
 
 
-def _packed_mixture(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    data: Tensor,
-    up_EH: Tensor | None,
-    down_ED: Tensor | None,
-    activation: str,
-    kind: str,
-    group: int,
-    sizes: list[int],
-) -> Tensor:
-    num_experts, dim, hidden = sizes
-    how = (activation, Format(kind, group))
-    packed = PackedExperts(data, num_experts, dim, hidden, *how, up_EH, down_ED)
+def _packed_mixture(*args: Any) -> Tensor:
+    x_TD, experts_TK, weights_TK, data, *biases, activation, kind, group, sizes = args
+    packed = PackedExperts._make((data, *sizes, activation, Format(kind, group), *biases, None))
     return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
 
 
-def _packed_linear(
-    x_TI: Tensor, data: Tensor, bias_O: Tensor | None, kind: str, group: int, shape: list[int]
-) -> Tensor:
-    rows, columns = shape
+def _packed_linear(*args: Any) -> Tensor:
+    x_TI, data, bias_O, kind, group, (rows, columns) = args
     return native_cpu.linear(PackedMatrix(data, rows, columns, Format(kind, group)), x_TI, bias_O)
 
 

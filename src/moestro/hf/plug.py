@@ -14,40 +14,27 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moestro.errors import BackendError
-from moestro.hf import layouts
+from moestro.foreign import classes, layouts
 from moestro.hf.forward import mixture, watching
 from moestro.kernels import native_cpu
-from moestro.probe.recording import routers
 
 NAME = "moestro"
 
 
 class Installed(NamedTuple):
-    """What `install` did.
+    """What `install` did."""
 
-    Attributes:
-        name: what to ask for: `experts_implementation=name`.
-        transformers: the version registered with.
-        native: the path of the native kernels (amx, avx512, avx2, portable); None: torch's run.
-        reason: why there are no native kernels; None: there are.
-    """
-
-    name: str
-    transformers: str
-    native: str | None
-    reason: str | None
+    name: str  # what to ask for: `experts_implementation=name`
+    transformers: str  # the version registered with
+    native: str | None  # path of the native kernels (amx, avx512, …); None: torch's run
+    reason: str | None  # why there are no native kernels; None: there are
 
 
 class Checked(NamedTuple):
-    """What ran in one forward pass.
+    """What ran in one forward pass."""
 
-    Attributes:
-        ran: for each experts module of the model, by name, the kernels that computed it.
-        calls: how often they did, all modules together.
-    """
-
-    ran: dict[str, str]
-    calls: int
+    ran: dict[str, str]  # the kernels that computed each experts module, by its name
+    calls: int  # how often they did, all modules together
 
 
 def install() -> Installed:
@@ -56,9 +43,6 @@ def install() -> Installed:
     Two methods of `PreTrainedModel` are wrapped, the end of its construction and
     `set_experts_implementation`: there a model is refused whose experts transformers would run
     by other code though this name was asked for. To install again changes nothing.
-
-    Returns:
-        What was done, and which kernels will run.
     """
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ExpertsInterface.register(NAME, mixture)
@@ -71,10 +55,7 @@ def install() -> Installed:
 
 
 def use(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Make all experts of a model run here.
-
-    Returns:
-        The experts modules by name.
+    """Make all experts of a model run here, and return them by name.
 
     Raises:
         BackendError: some cannot be reached.
@@ -88,11 +69,8 @@ def use(model: PreTrainedModel) -> dict[str, nn.Module]:
 def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked:
     """Run a forward pass, without gradients, and make sure that each mixture was computed here.
 
-    Of a compiled model too, whose Python then runs as it does without a compiler.
-
-    Args:
-        model: of transformers.
-        inputs: token ids, or the keywords of the model's forward.
+    Of a compiled model too, whose Python then runs as it does without a compiler. The inputs are
+    token ids, or the keywords of the model's forward.
 
     Raises:
         BackendError: some mixture ran other code, or did not run; names it and its class.
@@ -110,7 +88,7 @@ def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked
         for hook in hooks:
             hook.remove()
     modules, ran = dict(model.named_modules()), {}
-    places = {name: routers.outermost(modules, name) for name in found}
+    places = {name: classes.outermost(modules, name) for name in found}
     used = {places[name] for name in reached}  # an adapter may hold two experts, of which one runs
     for name, module in found.items():
         lines = seen.get(id(module), [])

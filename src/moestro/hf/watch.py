@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError, ShapeError
+from moestro.foreign import hooks
+from moestro.foreign.classes import core_kind
+from moestro.foreign.taps import RawChoice, Tap, tapped
 from moestro.moe.routing import Routing
-from moestro.probe.recording import hooks, routers
-from moestro.probe.recording.foreign import Chosen, Tap, probabilities, tapped
-
-# Takes the Routings of a forward pass, one for each mixture, and its number of sequences.
-Seen = Callable[[list[Routing], int], None]
 
 
 class Watch:
@@ -34,7 +32,7 @@ class Watch:
         model: whose forward is called.
         mixtures: all of its, in order.
         begins: called before a forward pass that will be watched.
-        seen: called after it.
+        seen: called after it, with the Routing of each mixture and the number of sequences.
         differentiable: refuse logits without gradients.
     """
 
@@ -43,16 +41,15 @@ class Watch:
         model: nn.Module,
         mixtures: Sequence[Tap],
         begins: Callable[[], None],
-        seen: Seen,
+        seen: Callable[[list[Routing], int], None],
         differentiable: bool,
     ) -> None:
         self._mixtures, self._begins, self._seen = mixtures, begins, seen
         self._differentiable = differentiable
-        self._listening = False
+        self._choices: dict[int, RawChoice] | None = None  # of a pass that is watched
         self._given_T: Tensor | None = None
         self._valid_T: Tensor | None = None
         self._sequences = 1
-        self._chosen: dict[int, Chosen] = {}
         reader = _reader(model, mixtures)
         self._names = tuple(inspect.signature(reader.forward).parameters)
         self._hooks = ExitStack()
@@ -73,14 +70,20 @@ class Watch:
         self._given_T = mask.bool().flatten()
 
     def _start(self, model: nn.Module, _: Any) -> None:
-        self._listening = model.training and torch.is_grad_enabled()
-        if self._listening:
-            _refuse_again()
-            self._valid_T, self._sequences, self._chosen = None, 1, {}
-            self._begins()
+        watched = model.training and torch.is_grad_enabled()
+        self._choices = {} if watched else None
+        if not watched:
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise MoestroError(
+                "the whole model runs again within a backward pass, which looks like a forward "
+                "pass of its own; checkpoint its layers (gradient_checkpointing_enable) instead"
+            )
+        self._valid_T, self._sequences = None, 1
+        self._begins()
 
     def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._listening:
+        if self._choices is None:
             return
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         mask, cache = inputs.get("attention_mask"), _first(inputs, "cache", "past_key_values")
@@ -90,42 +93,38 @@ class Watch:
         if self._valid_T is None:
             self._valid_T = real_tokens(mask, self._sequences, length, cache)
 
-    def _see(self, place: int, chosen: Chosen) -> None:
-        if not self._listening:
+    def _see(self, place: int, choice: RawChoice) -> None:
+        if self._choices is None:
             return
         name = self._mixtures[place].name
-        if place in self._chosen:
-            raise MoestroError(
-                f"{name} ran twice in one forward pass; layers that are used more than once "
-                "cannot be balanced"
-            )
+        if place in self._choices:
+            raise MoestroError(f"{name} ran twice in one forward pass, so it cannot be balanced")
         if self._differentiable and not torch.is_grad_enabled():
             raise MoestroError(
-                f"{name} runs without gradients inside a training step, so no loss on its routing "
-                "can reach the router. Reentrant activation checkpointing does this: enable "
-                'it with {"use_reentrant": False}'
+                f"{name} runs without gradients inside a training step, so no loss can reach its "
+                'router: enable activation checkpointing with {"use_reentrant": False}'
             )
         # Nothing is computed here: a layer that is computed again must save the same tensors.
-        self._chosen[place] = chosen
+        self._choices[place] = choice
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
-        if not self._listening:
+        choices, self._choices = self._choices, None
+        if choices is None:
             return
-        self._listening, chosen, self._chosen = False, self._chosen, {}
         valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if output is None:  # the forward pass failed: nothing of it may be held on to
             return
-        missing = [tap.name for n, tap in enumerate(self._mixtures) if n not in chosen]
+        missing = [tap.name for place, tap in enumerate(self._mixtures) if place not in choices]
         if missing:
             raise MoestroError(
                 f"{', '.join(missing)} did not run in this forward pass: these inputs pass by, or "
-                "a kernel from the hub stands in for the block; load without use_kernels"
+                "a kernel from the hub runs instead; load without use_kernels"
             )
-        routings = [
-            routing_of(tap, chosen[place], valid_T) for place, tap in enumerate(self._mixtures)
-        ]
-        first = routings[0].logits_TE.device
-        self._seen([_moved(routing, first) for routing in routings], self._sequences)
+        found = [_routing(tap, choices[n], valid_T) for n, tap in enumerate(self._mixtures)]
+        # Layers may lie on several devices.
+        device = found[0].logits_TE.device
+        found = [Routing(*(_moved(each, device) for each in routing)) for routing in found]
+        self._seen(found, self._sequences)
 
 
 def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | None:
@@ -158,43 +157,29 @@ def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | 
     given = list(shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ShapeError(
         f"attention_mask is {given}, and {sequences} sequences of {length} tokens are routed after "
-        f"{cached} cached ones; which of them are padding, which must not count, can be read from "
-        f"[{sequences}, {end}] or [{sequences}, 1, {length}, {end}]. For other masks, say which "
-        "tokens are real with balancer.valid(mask) before each forward pass"
+        f"{cached} cached ones; padding can be read from [{sequences}, {end}] or [{sequences}, 1, "
+        f"{length}, {end}]. For other masks, say which tokens are real with "
+        "balancer.valid(mask) before each forward pass"
     )
 
 
-def routing_of(tap: Tap, chosen: Chosen, valid_T: Tensor | None) -> Routing:
-    """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients.
-
-    Raises:
-        MoestroError: the router showed no logits.
-        ShapeError: the mask is not of these tokens.
-    """
-    probs_TE = probabilities(tap, chosen.logits_TE)
-    if chosen.logits_TE is None or probs_TE is None:
+def _routing(tap: Tap, choice: RawChoice, valid_T: Tensor | None) -> Routing:
+    """What a mixture decided, as a Routing; logits and probabilities in fp32, with gradients."""
+    probs_TE = tap.probabilities(choice.logits_TE)
+    if choice.logits_TE is None or probs_TE is None:
         raise MoestroError(
-            f"{tap.name} ({routers.named(tap.router)}) showed no logits that probabilities could "
-            "be made of, so it cannot be balanced; if the model was compiled and run before, "
-            "balance it first"
+            f"{tap.name} ({core_kind(tap.router)}) showed no logits that probabilities could be "
+            "made of; a model must be balanced before it is compiled and run"
         )
-    num_tokens, top_k = chosen.experts_TK.shape
+    num_tokens = len(choice.experts_TK)
     if valid_T is not None and len(valid_T) != num_tokens:
         raise ShapeError(
             f"{tap.name} routes {num_tokens} tokens, and the mask has {len(valid_T)} places; say "
-            f"which of these {num_tokens} tokens are real with balancer.valid(mask) before the "
-            "forward pass"
+            "which tokens are real with balancer.valid(mask) before the forward pass"
         )
-    tokens_T = torch.arange(num_tokens, device=chosen.experts_TK.device)
-    return Routing(
-        tokens_T.repeat_interleave(top_k),
-        chosen.experts_TK.flatten(),
-        chosen.weights_TK.flatten(),
-        chosen.logits_TE.to(probs_TE.dtype),
-        probs_TE,
-        top_k,
-        None if valid_T is None else valid_T.to(probs_TE.device),
-    )
+    valid_T = None if valid_T is None else valid_T.to(probs_TE.device)
+    logits_TE = choice.logits_TE.to(probs_TE.dtype)
+    return Routing.of_choice(choice.experts_TK, choice.weights_TK, logits_TE, probs_TE, valid_T)
 
 
 def _reader(model: nn.Module, mixtures: Sequence[Tap]) -> nn.Module:
@@ -228,17 +213,5 @@ def _unbalanced(model: nn.Module, *_: Any) -> None:
         )
 
 
-def _refuse_again() -> None:
-    if torch._C._current_graph_task_id() != -1:
-        raise MoestroError(
-            "the whole model runs again within a backward pass, which cannot be told from a "
-            "forward pass of its own; checkpoint its layers (gradient_checkpointing_enable), not "
-            "the model"
-        )
-
-
-def _moved(routing: Routing, device: torch.device) -> Routing:
-    """The same on another device: layers may lie on several."""
-    fields = routing._asdict()
-    moved: dict[str, Any] = {n: x.to(device) for n, x in fields.items() if isinstance(x, Tensor)}
-    return routing._replace(**moved)
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

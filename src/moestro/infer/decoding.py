@@ -1,20 +1,25 @@
-"""How tokens pass through a decoder: a prompt in chunks, then one token of many sequences at once.
+"""How tokens pass through a model: prompts in chunks, beside the next tokens of other sequences.
 
-Each sequence gets the same bits whatever runs beside it: prompts pass alone, and a step is either
-native, where no row depends on another, or taken sequence by sequence.
+Each sequence gets the same bits whatever runs beside it: a step is either native, where no row
+depends on another, or taken sequence by sequence. Native steps also give the same bits however a
+prompt is cut, so a past can be continued and forked at any token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from moestro.config import LongRopeScaling, ModelConfig, RopeConfig
+from moestro.config import LongRopeScaling, NetworkConfig, RopeConfig
 from moestro.infer.native_decoder import NativeDecoder, supports
+from moestro.models.build import Model
 from moestro.models.cache import KVCache
-from moestro.models.decoder import Decoder, DecoderOutput
+from moestro.models.encdec import START_TOKEN
+from moestro.models.network import ModelOutput
 from moestro.moe.routing import Routing
 
 # Tokens of a prompt that pass at once: enough rows for each expert, few enough for their memory.
@@ -29,19 +34,20 @@ class Passed(NamedTuple):
         experts: the expert with the most say in each mixture; see `Piece.experts`.
     """
 
-    logits_1V: torch.Tensor
+    logits_1V: Tensor
     experts: tuple[int, ...]
 
 
 class Decoding:
-    """Every step through the model's own forward, sequence by sequence."""
+    """Tokens through the model's own forward, sequence by sequence."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     def new(self) -> KVCache:
         """The memory of a sequence that has not begun; `fork` it where two texts begin alike."""
-        return self.model.new_cache(1)
+        cache: KVCache = self.model.new_cache(1)
+        return cache
 
     def read(self, past: KVCache, tokens: Sequence[int]) -> Passed:
         """Pass tokens of a prompt, at least one, after those already passed.
@@ -49,62 +55,94 @@ class Decoding:
         A prompt may come in any number of calls, between steps of other sequences; not that of a
         model that is not `chunked`, which passes in one.
         """
-        size = CHUNK if chunked(self.model.cfg) else len(tokens)
+        size = self.chunk(tokens)
         for start in range(0, len(tokens), size):
-            output = _forward(self.model, tokens[start : start + size], past)
-        return _passed(output)
+            (passed,) = self.step([tokens[start : start + size]], [past])
+        return passed
+
+    def chunk(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's tokens pass at once."""
+        return CHUNK if chunked(self.model.cfg) else len(tokens)
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""
         past = self.new()
         return past, self.read(past, tokens)
 
-    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
-        """Pass one token of each sequence, whose memory is extended in place."""
+    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
+        """Pass the next tokens of each sequence, at least one; its memory is extended in place.
+
+        Those of a prompt, a chunk at a time, may pass beside one token of each running sequence.
+        """
         pairs = zip(tokens, pasts, strict=True)
-        return [_passed(_forward(self.model, [token], past)) for token, past in pairs]
+        return [_passed(self._forward(new, past)) for new, past in pairs]
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
+        output: ModelOutput = self.model(self._ids(tokens), cache=cache)
+        return output
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        device = next(self.model.parameters()).device
+        return torch.tensor([tokens], dtype=torch.int64, device=device)
 
 
-def decoding_of(model: Decoder) -> Decoding:
+def decoding_of(model: Model) -> Decoding:
     """Native where `native_decoder.supports` says so, else the Python forward."""
+    if model.cfg.has_encoder:
+        return EncDecDecoding(model)
     return NativeDecoding(model) if supports(model) is None else Decoding(model)
 
 
-class NativeDecoding(Decoding):
-    """Prompts through the model's own forward, every step in native code, on the same memory."""
+class EncDecDecoding(Decoding):
+    """The encoder reads the prompt, its source; the decoder's own text begins with START_TOKEN."""
 
-    def __init__(self, model: Decoder) -> None:
+    def new(self) -> KVCache:
+        """See `Decoding`; the source is not read yet."""
+        cache: KVCache = self.model.decoder.new_cache()
+        return cache
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
+        """First the whole source, and START_TOKEN; later tokens are the decoder's own."""
+        if cache.source is None:
+            cache.source = self.model.look(self.model.encode(self._ids(tokens)).memory)
+            tokens = [START_TOKEN]
+        output: ModelOutput = self.model.decode(self._ids(tokens), cache)
+        return output
+
+
+class NativeDecoding(Decoding):
+    """Prompts and steps in native code, tokens of all sequences together."""
+
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._native = NativeDecoder(model)
 
-    def step(self, tokens: Sequence[int], pasts: Sequence[KVCache]) -> list[Passed]:
+    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
         """See `Decoding`."""
         stepped = self._native.step(tokens, pasts)
-        first_BL = stepped.experts_LBK[:, :, :1].transpose(0, 1).flatten(1).tolist()
+        last_B = [end - 1 for end in accumulate(map(len, tokens))]
+        first_BL = stepped.experts_LTK[:, last_B, :1].transpose(0, 1).flatten(1).tolist()
         rows = zip(stepped.logits_BV, first_BL, strict=True)
         return [Passed(logits_V[None], tuple(experts)) for logits_V, experts in rows]
 
 
-def chunked(cfg: ModelConfig) -> bool:
+def chunked(cfg: NetworkConfig) -> bool:
     """Whether a prompt may pass in chunks without changing what the model computes.
 
-    Not where tokens compete for an expert's room, nor where angles depend on the whole length.
+    Not where tokens compete for an expert's capacity, nor where angles depend on the whole length,
+    nor through an encoder.
     """
-    positions, moe = getattr(cfg.attention, "positions", None), getattr(cfg, "moe", None)
+    positions, moe = cfg.attention.positions, cfg.moe
+    if cfg.has_encoder:
+        return False
     if isinstance(positions, RopeConfig) and isinstance(positions.scaling, LongRopeScaling):
         return False
     return moe is None or (moe.capacity is None and moe.router.kind != "expert_choice")
 
 
-@torch.inference_mode()
-def _forward(model: Decoder, tokens: Sequence[int], cache: KVCache) -> DecoderOutput:
-    device = next(model.parameters()).device
-    tokens_BS = torch.tensor([tokens], dtype=torch.int64, device=device)
-    output: DecoderOutput = model(tokens_BS, cache=cache)
-    return output
-
-
-def _passed(output: DecoderOutput) -> Passed:
+def _passed(output: ModelOutput) -> Passed:
     experts = tuple(first_expert(routing) for routing in output.routings)
     return Passed(output.logits[:, -1], experts)
 

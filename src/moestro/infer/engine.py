@@ -3,64 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from moestro.errors import DataError, MoestroError
-from moestro.infer.decoding import Decoding, decoding_of, first_expert
+from moestro.errors import MoestroError
+from moestro.infer.decoding import Decoding, decoding_of
+from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Piece, Writer
-from moestro.models.decoder import Decoder, DecoderOutput
-from moestro.models.encdec import EncDec, EncDecOutput
+from moestro.models.build import Model
+from moestro.models.cache import KVCache
+from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
 
-Step = Callable[[Sequence[int]], DecoderOutput | EncDecOutput]
 # Requests that write at once; each holds a cache.
 MOST_LIVE = 16
 
 
-class Prompt(NamedTuple):
-    """A prompt as the model gets it.
-
-    Attributes:
-        tokens: Ids, at least one, at most the model's context.
-        dropped: Tokens left out at the start because the context was full.
-    """
-
-    tokens: list[int]
-    dropped: int
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], context: int) -> Prompt:
-    """Turn text, or its tokens, into at most `context` tokens, keeping the last ones.
-
-    An empty prompt becomes the end-of-text token, after which a new document begins.
-    """
-    tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-    tokens = tokens or [tokenizer.end_of_text]
-    return Prompt(tokens[-context:], max(0, len(tokens) - context))
-
-
 def stream(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     sampling: SamplingConfig,
     special: bool = False,
 ) -> Iterator[Piece]:
-    """Continue a prompt, yielding each token as soon as its text is certain.
+    """Continue a prompt, or answer it, yielding each token as soon as its text is certain.
 
     Text that may be the beginning of a stop string waits until it is known not to be one. A token
     is yielded after it has itself passed through the model, since only then are its experts known.
+    An encoder-decoder's prompt is its source; its answer begins after START_TOKEN.
 
     Args:
         model: In eval mode.
         tokenizer: The one that the model was trained with.
-        prompt: Text of any length, or its tokens; see `encode_prompt` for what is kept of it.
+        prompt: Text of any length, or its tokens; see `prompts.encode` for what is kept of it.
         sampling: How to choose tokens and when to stop.
-        special: Spell special tokens out; otherwise one that does not end the text is a line's end.
+        special: Spell special tokens out; otherwise one that does not end the text is a line's end
+            (gaps of an encoder-decoder always appear as they are written).
 
     Yields:
         One Piece per generated token; the texts joined are the continuation, without the stop
@@ -75,7 +56,7 @@ def stream(
 
 
 def generate_batch(
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     samplings: Sequence[SamplingConfig],
@@ -110,13 +91,15 @@ def generate_batch(
         yield from session.step()
 
 
-class _Live(NamedTuple):
-    """A request that is being written."""
+@dataclass
+class _Live:
+    """A request whose prompt is being read, or whose text is being written."""
 
     number: int
     writer: Writer
-    past: Any
-    logits_1V: Tensor
+    past: KVCache
+    prompt: list[int]  # what is not read yet
+    logits_1V: Tensor | None = None  # of its next token
 
 
 class Session:
@@ -128,7 +111,7 @@ class Session:
         live: Requests that are not done.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
         """Open a session.
 
         Args:
@@ -139,7 +122,8 @@ class Session:
         Raises:
             MoestroError: the model is in training mode.
         """
-        check_ready(model)
+        if model.training:
+            raise MoestroError("the model is in training mode; call model.eval() before generating")
         self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
@@ -161,11 +145,13 @@ class Session:
             DataError: the prompt has a token that the model does not know.
         """
         tokenizer = self._tokenizer
-        tokens, _ = encode_prompt(tokenizer, prompt, self._cfg.attention.context)
-        check_known(tokens, self._cfg.vocab_size, tokenizer, "the prompt")
+        tokens, _ = encode(self._cfg, tokenizer, prompt)
         number, self._count = self._count, self._count + 1
-        marks = tokenizer.specials if special else None
-        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, tokens)))
+        start, marks = tokens, dict(tokenizer.specials) if special else {}
+        if self._cfg.has_encoder:
+            gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
+            start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
+        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, start)))
         return number
 
     def drop(self, number: int) -> None:
@@ -174,7 +160,10 @@ class Session:
         self._running = [each for each in self._running if each.number != number]
 
     def step(self) -> list[tuple[int, Piece]]:
-        """Begin one waiting request, if there is room, and write a token of every running one.
+        """Write a token of every running request, and read a chunk of the next one's prompt.
+
+        All pass through the model together, so that a long prompt holds the others up by no more
+        than a chunk.
 
         Returns:
             (number of the request, Piece) of all text that is certain now.
@@ -182,87 +171,35 @@ class Session:
         Raises:
             MoestroError: the logits of a request allow no choice.
         """
-        if self._waiting and len(self._running) < self._most:
+        if self._waiting and len(self._running) < self._most and not self._reading():
             number, tokens, writer = self._waiting.popleft()
-            past, passed = self._decoding.begin(tokens)
-            self._running.append(_Live(number, writer, past, passed.logits_1V))
-        made = [
-            (each.number, piece)
-            for each in self._running
-            for piece in each.writer.choose(each.logits_1V)
-        ]
-        running = [each for each in self._running if not each.writer.done]
-        if running:
-            tokens_B = [each.writer.token for each in running]
-            outputs = self._decoding.step(tokens_B, [each.past for each in running])
-            for place, (each, passed) in enumerate(zip(running, outputs, strict=True)):
-                made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
-                running[place] = each._replace(logits_1V=passed.logits_1V)
-        self._running = [each for each in running if not each.writer.done]
+            self._running.append(_Live(number, writer, self._decoding.new(), tokens))
+        made: list[tuple[int, Piece]] = []
+        for each in self._running:
+            if each.logits_1V is not None:
+                made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
+        self._running = [each for each in self._running if not each.writer.done]
+        if self._running:
+            made += self._pass()
         return made
 
+    def _reading(self) -> bool:
+        """Whether a prompt is not read to its end; at most one at a time."""
+        return any(each.prompt for each in self._running)
 
-def check_ready(model: Decoder | EncDec) -> None:
-    """Refuse to generate with a model in training mode.
-
-    Raises:
-        MoestroError: it is.
-    """
-    if model.training:
-        raise MoestroError("the model is in training mode; call model.eval() before generating")
-
-
-def check_known(ids: Iterable[Any], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
-    """Refuse what are no tokens of a model, as where its tokenizer has more than it.
-
-    Args:
-        ids: What is to be read.
-        vocab_size: The model's, V.
-        tokenizer: The model's.
-        what: What to call the text.
-
-    Raises:
-        DataError: names the first of them.
-    """
-    for each in ids:
-        if type(each) is not int:
-            raise DataError(
-                f"{what} has {each!r:.80} of type {type(each).__name__}; a token is a whole number "
-                f"from 0 to {vocab_size - 1}, the model's vocabulary"
-            )
-        if not 0 <= each < vocab_size:
-            known = 0 <= each < tokenizer.vocab_size
-            name = tokenizer.specials.get(each) or (tokenizer.decode([each]) if known else "")
-            raise DataError(
-                f"{what} has token {each}{f', {name!r},' if name else ''} but the model's "
-                f"vocabulary is 0 to {vocab_size - 1}; leave that token out, or use the tokenizer "
-                "that the model was trained with"
-            )
-
-
-def generate(
-    step: Step,
-    start: Sequence[int],
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    marks: Mapping[int, str] | None = None,
-) -> Iterator[Piece]:
-    """Choose token after token until one ends the text; see `stream` for what is yielded.
-
-    Args:
-        step: Passes tokens through the model, which remembers those before them.
-        start: What the model reads before the first token that is chosen.
-        tokenizer: The one that the model was trained with.
-        sampling: How to choose tokens and when to stop.
-        marks: Text of tokens that are none of the tokenizer's, or no text to it.
-    """
-    writer = Writer(tokenizer, sampling, marks, start)
-    output = step(start)
-    while True:
-        yield from writer.choose(output.logits[:, -1])
-        if writer.done:
-            return
-        output = step([writer.token])
-        yield from writer.passed(tuple(map(first_expert, output.routings)))
-        if writer.done:
-            return
+    def _pass(self) -> list[tuple[int, Piece]]:
+        """What was chosen, and a chunk of a prompt, through the model."""
+        made: list[tuple[int, Piece]] = []
+        live = self._running
+        tokens = [
+            each.prompt[: self._decoding.chunk(each.prompt)] or [each.writer.token] for each in live
+        ]
+        outputs = self._decoding.step(tokens, [each.past for each in live])
+        for each, new, passed in zip(live, tokens, outputs, strict=True):
+            if each.prompt:
+                each.prompt = each.prompt[len(new) :]
+            else:
+                made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
+            each.logits_1V = None if each.prompt else passed.logits_1V
+        self._running = [each for each in live if not each.writer.done]
+        return made

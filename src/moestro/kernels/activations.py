@@ -1,7 +1,7 @@
 """Expert non-linearities with hand-written derivatives, for kernels that own their backward.
 
-The definition is `reference.activate`. The forward keeps the bent gate, whose exponentials are what
-costs time; the backward returns the activated rows again, which the gradient of `down` needs.
+The definition is `reference.activate`. The forward keeps the activated gate, whose exponentials are
+what costs time; the backward returns the activated rows again, which the gradient of `down` needs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def forward(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """`reference.activate` without autograd.
 
     Returns:
-        (activated [R, F], what `backward` wants kept [R, F]: the bent gate, or for the plain kinds
-        the activated rows themselves).
+        (activated [R, F], what `backward` wants kept [R, F]: the activated gate, or for the plain
+        kinds the activated rows themselves).
     """
     if activation in ("relu", "gelu"):
         act_RF = F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
@@ -28,14 +28,14 @@ def forward(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     gate_RF, up_RF = _halves(hidden_RH, activation)
     if activation == "clamped_swiglu":
         # gate · sigmoid(s · gate) is SiLU(s · gate) / s.
-        bent_RF = F.silu(gate_RF * STEEPNESS).div_(STEEPNESS)
+        gated_RF = F.silu(gate_RF * STEEPNESS).div_(STEEPNESS)
     else:
-        bent_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
-    return bent_RF * up_RF, bent_RF
+        gated_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
+    return gated_RF * up_RF, gated_RF
 
 
 def _halves(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """What is bent, and what multiplies it."""
+    """What is activated, and what multiplies it."""
     half = hidden_RH.shape[1] // 2
     gate_RF, up_RF = hidden_RH[:, :half], hidden_RH[:, half:]
     if activation == "clamped_swiglu":
@@ -46,16 +46,13 @@ def _halves(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 def backward(
     grad_RF: Tensor, hidden_RH: Tensor, kept_RF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradient through the non-linearity, and the activated rows.
+    """Gradient through the non-linearity, and the activated rows again.
 
     Args:
         grad_RF: gradient of the activated rows.
         hidden_RH: what `forward` was given.
         kept_RF: what it returned second.
         activation: see `reference.activate`.
-
-    Returns:
-        (grad of hidden_RH, activated [R, F]).
     """
     if activation == "relu":
         return grad_RF * (hidden_RH > 0), kept_RF

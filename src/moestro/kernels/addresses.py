@@ -47,14 +47,9 @@ def check(tensor: Tensor | None, name: str, shape: Shape, dtypes: Iterable[torch
 def address(
     tensor: Tensor | None, name: str, shape: Shape, dtypes: Iterable[torch.dtype], multiple: int = 1
 ) -> int:
-    """Where a tensor's memory begins, all of it in one piece.
+    """Where the memory of a tensor begins that `check` accepts, all of it in one piece.
 
-    Args:
-        tensor: what was given.
-        name: see `check`.
-        shape: see there.
-        dtypes: see there.
-        multiple: of bytes that it must begin at.
+    It begins at a multiple of `multiple` bytes.
 
     Raises:
         ShapeError: it is something else, strided (`.contiguous()` makes a copy that is not), or
@@ -71,6 +66,23 @@ def address(
         if whole and (at or not tensor.nbytes) and not at % multiple and not at % size:
             return at
     raise _refusal(tensor, name, shape, dtypes, f"in one piece at a multiple of {multiple} bytes, ")
+
+
+def piece(
+    tensor: Tensor,
+    name: str,
+    shape: Shape,
+    dtypes: Iterable[torch.dtype],
+    to: torch.dtype | None = None,
+) -> tuple[Tensor, int]:
+    """The tensor in one piece, copied where it is strided, and its `address`.
+
+    Other float types are converted to `to` first, if that is given.
+    """
+    if to is not None and tensor.dtype != to:
+        tensor = check(tensor, name, shape, FLOATS).to(to)
+    tensor = tensor.contiguous()
+    return tensor, address(tensor, name, shape, dtypes)
 
 
 def _fits(shape: tuple[int, ...], wanted: Shape) -> bool:

@@ -58,9 +58,8 @@ class _ShortCausal(torch.autograd.Function):
             grad_NQA = grad_NSA[:, rows]
             grad_v[:, seen] += torch.bmm(probs_NQP.transpose(1, 2), grad_NQA)
             grad_NQP = torch.bmm(grad_NQA, v_NSA[:, seen].transpose(1, 2))
-            grad_NQP = torch.ops.aten._softmax_backward_data(
-                grad_NQP, probs_NQP, -1, probs_NQP.dtype
-            )
+            dtype = probs_NQP.dtype
+            grad_NQP = torch.ops.aten._softmax_backward_data(grad_NQP, probs_NQP, -1, dtype)
             grad_q[:, rows] = torch.bmm(grad_NQP, k_NSA[:, seen])
             grad_k[:, seen] += torch.bmm(grad_NQP.transpose(1, 2), q_NSA[:, rows])
         return grad_q.mul_(ctx.scale), grad_k, grad_v, None
@@ -69,17 +68,7 @@ class _ShortCausal(torch.autograd.Function):
 def short_causal(
     q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Causal attention by plain batched products.
-
-    Args:
-        q_BHSA: queries of H heads.
-        k_BGSA: keys of G heads, each serving H / G query heads.
-        v_BGSA: values, of any width.
-        scale: of the scores; None: 1 / sqrt(A).
-
-    Returns:
-        [B, H, S, width of a value].
-    """
+    """Causal attention by plain batched products; see `reference_attention.attend`."""
     heads = q_BHSA.shape[1]
     k_BHSA, v_BHSA = (
         x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
@@ -92,7 +81,7 @@ def short_causal(
 
 
 def causal(q_BHSA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention by whatever is fastest here; see `short_causal` for shapes.
+    """Causal attention by whatever is fastest here.
 
     On CPU, torch's flash kernel takes twice the time of plain products in 16 bits when it trains
     on short sequences; everywhere else it is the better one.
@@ -114,11 +103,15 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
+    bidirectional: bool = False,
 ) -> Tensor:
     """`reference_attention.attend`: no mask where none is needed, and none of all P keys at once.
 
-    The queries go in blocks, each with the keys that its window reaches.
+    Causal queries go in blocks, each with the keys that its window reaches.
     """
+    if bidirectional:
+        mask = _padded(bias_HSP, valid_BP, q_BHSA)
+        return _fused(q_BHSA, k_BGPA, v_BGPA, scale, mask)
     length, span = q_BHSA.shape[2], k_BGPA.shape[2]
     reach = span if window is None else window
     plain = sinks_H is None and bias_HSP is None and valid_BP is None
@@ -137,6 +130,14 @@ def attend(
         block = (q_BHSA[:, :, rows], k_BGPA[:, :, keys], v_BGPA[:, :, keys], scale)
         parts.append(_masked(*block, seen, sinks_H, bias_HQP))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _padded(bias_HSP: Tensor | None, valid_BP: Tensor | None, q_BHSA: Tensor) -> Tensor | None:
+    """The bias with padding masked; all keys of a text of padding alone weigh the same."""
+    if valid_BP is None:
+        return bias_HSP
+    added = q_BHSA.new_zeros(()) if bias_HSP is None else bias_HSP.to(q_BHSA.dtype)
+    return added.masked_fill(~valid_BP[:, None, None], torch.finfo(added.dtype).min)
 
 
 def _seen(
@@ -210,6 +211,9 @@ def _fused(
         v_BGPA = F.pad(v_BGPA, (0, width - value_width))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q_BHSA.dtype)
+    # torch's flash kernel takes masks of four dimensions; for one row of 16 bits it is slower.
+    if mask is not None and mask.dim() == 3 and (q_BHSA.shape[2] > 1 or mask.dtype.itemsize > 2):
+        mask = mask[None]
     grouped = q_BHSA.shape[1] != k_BGPA.shape[1]
     # The fused kernels have neither forward derivatives nor a rule for vmap.
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():

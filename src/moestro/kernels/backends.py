@@ -1,7 +1,7 @@
 """Which kernel runs, why, and how to force one.
 
-`TABLE` is the whole story: the first row whose predicate accepts the device, dtype and widths
-runs. A backend asked for by name, in code or by the environment variable MOESTRO_BACKEND, runs or
+`TABLE` is the whole story: of the rows for a use, the first whose predicate accepts the work runs.
+A backend asked for by name, in code or by the environment variable MOESTRO_BACKEND, runs or
 raises; it is never replaced by another. To add a kernel, write its functions and add a row.
 """
 
@@ -10,16 +10,38 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.errors import BackendError
-from moestro.kernels import native_training, pointwise, reference, torch_grouped
+from moestro.kernels import native_cpu, native_training, pointwise, reference, torch_grouped
+from moestro.kernels.addresses import ROWS
 from moestro.kernels.reference import Biases
 
 ENVIRONMENT = "MOESTRO_BACKEND"
+USES = {
+    "train": "experts' products, with gradients",
+    "infer": "a mixture without gradients",
+    "packed": "packed weights",
+    "step": "a token through a whole decoder",
+}
+
+
+class Work(NamedTuple):
+    """What is to be computed."""
+
+    device: str  # its type, such as "cpu"
+    dtype: torch.dtype  # that is computed in
+    widths: tuple[int, ...] = ()  # D and the experts' hidden widths
+    use: str = "train"  # one of `USES`
+    weights: tuple[Tensor, ...] = ()  # those that native code would read as they lie in the model
+    lacks: str | None = None  # what else native code lacks for it
+
+
+PACKED = Work("cpu", torch.float32, use="packed")
 
 
 class Verdict(NamedTuple):
@@ -29,47 +51,59 @@ class Verdict(NamedTuple):
     reason: str
 
 
-Supports = Callable[[str, torch.dtype, tuple[int, ...]], Verdict]
+def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    return counts_E
 
 
 class Backend(NamedTuple):
-    """One row of the table.
+    """One row of the table. What it does not bring is the definition's.
 
     Attributes:
-        name: what a person types to force it.
-        supports: (device type, dtype, widths of every matrix) → Verdict.
-        grouped_mm: see `reference.grouped_mm`.
-        expert_ffn: see `reference.expert_ffn`.
         single_ffn: the network of one expert on a few rows, where no gradients are wanted; see
             `torch_grouped.single_ffn`. None: grouping is as good for few rows.
-        rooms: (rows of each expert, dtype) → rows to give it, padding included. Groups are laid
-            out by falling room where the two differ, else in the order of the experts.
+        padded_counts: (rows of each expert, dtype) → rows to give it, padding included. Groups are
+            laid out largest first where the two differ, else in the order of the experts.
         mixture: the whole mixture in one call; see `reference.mixture`. None: dispatch, experts
             and combine, one after another.
     """
 
-    name: str
-    supports: Supports
-    grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    name: str  # what a person types to force it
+    uses: tuple[str, ...]  # what it is for, of `USES`
+    runs_on: str  # in words
+    against: Callable[[Work], str | None]  # why it cannot do some work; None: it can
+    grouped_mm: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = (
+        reference.grouped_mm
+    )
     expert_ffn: Callable[
         [Tensor, Tensor, Tensor, Tensor, str, Tensor | None, Biases | None], Tensor
-    ]
-    single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None
-    rooms: Callable[[Tensor, torch.dtype], Tensor]
+    ] = reference.expert_ffn
+    single_ffn: Callable[[Tensor, int, Tensor, Tensor, str, Biases | None], Tensor] | None = None
+    padded_counts: Callable[[Tensor, torch.dtype], Tensor] = _no_padding
     mixture: Callable[..., Tensor] | None = None
+
+    def refusal(self, work: Work) -> str | None:
+        """Why it cannot do this now: `torch.func` cannot pass through a kernel's own autograd."""
+        if pointwise.transformed() and self.name != "reference":
+            return (
+                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
+                'build the model with backend="reference", or leave it "auto"'
+            )
+        return self.against(work)
+
+    def supports(self, work: Work) -> Verdict:
+        """Whether it can do this now."""
+        reason = self.refusal(work)
+        return Verdict(reason is None, reason or self.runs_on)
 
 
 class Row(NamedTuple):
     """One line of `moestro doctor`."""
 
+    use: str
     name: str
     ok: bool
     reason: str
     chosen: bool
-
-
-def _no_padding(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    return counts_E
 
 
 def _few_sizes(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,85 +131,72 @@ def _size_above(count: int) -> int:
     return max(math.ceil(2 ** ((step + 0.5) / 8) / 16), math.ceil(count / 16)) * 16
 
 
-def _supports_torch(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-    if device != "cuda":
-        return Verdict(False, "slower than segments off CUDA, where it is a loop over all experts")
+def _against_torch(work: Work) -> str | None:
+    """What `torch.nn.functional.grouped_mm` is slow for, or refuses."""
+    if work.device != "cuda":
+        return "slower than segments off CUDA, where it is a loop over all experts"
     if not torch.cuda.is_available():
-        return Verdict(False, "no CUDA device on this machine")
+        return "no CUDA device on this machine"
     if torch.cuda.get_device_capability() < (8, 0):
-        return Verdict(False, "needs compute capability 8.0 or newer")
-    return _torch_layout(dtype, widths)
+        return "needs compute capability 8.0 or newer"
+    if work.dtype != torch.bfloat16:
+        return f"fast for bfloat16 only, not {work.dtype}"
+    odd = [width for width in work.widths if width % 8]
+    return f"widths must be multiples of 8 (16 bytes); given {odd}" if odd else None
 
 
-def _torch_layout(dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-    """What `torch.nn.functional.grouped_mm` needs of dtype and widths, on any device."""
-    if dtype != torch.bfloat16:
-        return Verdict(False, f"fast for bfloat16 only, not {dtype}")
-    odd = [width for width in widths if width % 8]
-    if odd:
-        return Verdict(False, f"widths must be multiples of 8 (16 bytes); given {odd}")
-    return Verdict(True, "CUDA with bfloat16")
-
-
-def _supports_native(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-    reason = native_training.reason_against(device, dtype, widths)
-    return Verdict(reason is None, reason or "CPU with AMX tiles, for bfloat16")
-
-
-def _anywhere(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-    return Verdict(True, "any device and dtype")
-
-
-def _own_autograd(supports: Supports) -> Supports:
-    """The predicate of a kernel with its own autograd, which `torch.func` cannot pass through."""
-
-    def verdict(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Verdict:
-        if pointwise.transformed():
-            return Verdict(
-                False,
-                "torch.func (grad, vmap, jvp, …) needs plain torch, which only the reference is: "
-                'build the model with backend="reference", or leave it "auto"',
+def _against_whole(work: Work) -> str | None:
+    """What the native kernels cannot do in one call; asked before each, so in few steps."""
+    if work.device != "cpu":
+        return f"for the CPU, not {work.device}"
+    reason = native_cpu.available() or work.lacks
+    if reason is not None:
+        return reason
+    if work.use == "infer" and work.dtype not in ROWS:
+        return f"for float32 and bfloat16, not {work.dtype}"
+    for weight in work.weights:
+        dtype = weight.dtype
+        if work.use == "infer" and dtype != work.dtype:
+            return (
+                f"tokens are {work.dtype} and weights {dtype}; load the model in the dtype to "
+                "compute in, without autocast"
             )
-        return supports(device, dtype, widths)
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"weights are plain tensors; given a {type(weight).__name__}"
+        if not weight.is_cpu or dtype not in ROWS:
+            return f"weights are float32 or bfloat16 on CPU; given {dtype} on {weight.device}"
+        if dtype == torch.bfloat16 and weight.dim() > 1 and weight.shape[-1] % 2:
+            return f"bfloat16 weights have an even width; given {list(weight.shape)}"
+        if not weight.is_contiguous():
+            return "weights are contiguous; given strided ones"
+    return None
 
-    return verdict
 
-
+EXPERTS = ("train", "infer")
+WHOLE = Backend(
+    "native", ("infer", "packed", "step"), "CPU, for float32 and bfloat16", _against_whole,
+    mixture=native_cpu.plain_mixture,
+)  # fmt: skip
 TABLE: tuple[Backend, ...] = (
+    WHOLE,
     Backend(
-        "torch",
-        _own_autograd(_supports_torch),
-        torch_grouped.TORCH.grouped_mm,
-        torch_grouped.TORCH.expert_ffn,
-        None,
-        _no_padding,
+        "torch", EXPERTS, "CUDA with bfloat16", _against_torch,
+        torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn,
     ),
     Backend(
-        "native",
-        _own_autograd(_supports_native),
-        native_training.NATIVE.grouped_mm,
-        native_training.expert_ffn,
-        torch_grouped.single_ffn,
-        _no_padding,
+        "native", EXPERTS, "CPU with AMX tiles, for bfloat16",
+        lambda work: native_training.reason_against(*work[:3]),
+        native_training.NATIVE.grouped_mm, native_training.expert_ffn, torch_grouped.single_ffn,
     ),
     Backend(
-        "segments",
-        _own_autograd(_anywhere),
-        torch_grouped.SEGMENTS.grouped_mm,
-        torch_grouped.SEGMENTS.expert_ffn,
-        torch_grouped.single_ffn,
-        _few_sizes,
+        "segments", EXPERTS, "any device and dtype", lambda work: None,
+        torch_grouped.SEGMENTS.grouped_mm, torch_grouped.SEGMENTS.expert_ffn,
+        torch_grouped.single_ffn, _few_sizes,
     ),
     Backend(
-        "reference",
-        _anywhere,
-        reference.grouped_mm,
-        reference.expert_ffn,
-        None,
-        _no_padding,
-        reference.mixture,
+        "reference", EXPERTS, "any device and dtype", lambda work: None, mixture=reference.mixture
     ),
-)
+)  # fmt: skip
 
 
 def forced() -> str:
@@ -183,40 +204,49 @@ def forced() -> str:
     return os.environ.get(ENVIRONMENT, "auto")
 
 
-def choose(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> Backend:
-    """The backend that runs.
-
-    Args:
-        name: a row's name, or "auto": what MOESTRO_BACKEND says, else the first that can run.
-        device: device type, such as "cpu".
-        dtype: the dtype computed in.
-        widths: D and the experts' hidden widths.
+def choose(name: str, work: Work) -> Backend:
+    """The backend that runs: the one named, or for "auto" what MOESTRO_BACKEND says or the first.
 
     Raises:
-        BackendError: the name is unknown, or that backend cannot run this.
+        BackendError: the name is unknown, or what it names (of "auto": any) cannot run this.
     """
+    name = forced() if name == "auto" else name
+    reasons = []
+    for row in TABLE:
+        if work.use in row.uses and name in ("auto", row.name):
+            reason = row.refusal(work)
+            if reason is None:
+                return row
+            reasons.append(reason)
+    known = dict.fromkeys(row.name for row in TABLE)
+    if name not in ("auto", *known):
+        raise BackendError(f"unknown kernel backend {name!r}; known: auto, {', '.join(known)}")
     if name == "auto":
-        name = forced()
-    if name == "auto":
-        return next(row for row in TABLE if row.supports(device, dtype, widths).ok)
-    named = [row for row in TABLE if row.name == name]
-    if not named:
-        known = ", ".join(row.name for row in TABLE)
-        raise BackendError(f"unknown kernel backend {name!r}; known: auto, {known}")
-    verdict = named[0].supports(device, dtype, widths)
-    if not verdict.ok:
-        raise BackendError(
-            f"kernel backend {name!r} was asked for and cannot run on {device}: {verdict.reason}. "
-            f"Choose another (unset {ENVIRONMENT}, or use 'auto'); `moestro doctor` lists them"
-        )
-    return named[0]
+        raise BackendError(f"no kernel backend can run {USES[work.use]}: {'; '.join(reasons)}")
+    able = dict.fromkeys(row.name for row in TABLE if work.use in row.uses)
+    why = "; ".join(reasons) or f"{USES[work.use]} run by {', '.join(able)} alone"
+    raise BackendError(
+        f"kernel backend {name!r} was asked for and cannot run on {work.device}: {why}. Choose "
+        f"another (unset {ENVIRONMENT}, or use 'auto'); `moestro doctor` lists them"
+    )
+
+
+def why_not_whole(name: str, work: Work) -> str | None:
+    """Why this is not done in one native call, the choice by name included; None: it is."""
+    name = forced() if name == "auto" else name
+    if name not in ("auto", WHOLE.name):
+        return f"the kernel backend {name} was asked for"
+    return WHOLE.refusal(work)
 
 
 def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """The table as this machine sees it, for `moestro doctor`."""
+    """The table as this machine sees it, use by use, for `moestro doctor`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = choose("auto", device, dtype).name
-    except BackendError:
-        chosen = ""
-    return [Row(row.name, *row.supports(device, dtype, ()), row.name == chosen) for row in TABLE]
+    rows = []
+    for use in USES:
+        work, chosen = Work(device, dtype, use=use), None
+        with suppress(BackendError):
+            chosen = choose("auto", work)
+        able = [row for row in TABLE if use in row.uses]
+        rows += [Row(use, row.name, *row.supports(work), row is chosen) for row in able]
+    return rows

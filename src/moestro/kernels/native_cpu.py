@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, INT64, ROWS, UINT8, address, check
-from moestro.kernels.native_library import Experts, Matrix, refusal
+from moestro.kernels.addresses import CPU, FP32, INT64, ROWS, UINT8, address, check, piece
+from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -27,9 +28,12 @@ from moestro.kernels.packing import (
     Format,
     PackedExperts,
     PackedMatrix,
+    blank_experts,
+    blank_matrix,
 )
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes
+from moestro.kernels.reference import Biases
 
 PLAIN = Format("plain")
 _LINE = 64  # what packed weights begin at a multiple of, in bytes
@@ -42,17 +46,57 @@ def aligned(nbytes: int) -> Tensor:
     return memory[start : start + nbytes]
 
 
-def pack_matrix(w_OI: Tensor, format: Format) -> PackedMatrix:
-    """Pack one matrix.
+def pack_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:
+    """Pack one matrix; a bias beside it becomes fp32.
 
     Raises:
         ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
     """
     w_OI = _packable(w_OI)
-    rows, columns = w_OI.shape
-    data = aligned(matrix_bytes(rows, columns, format))
+    blank = blank_matrix(w_OI, format, bias_O)
+    data = aligned(blank.data.numel())
     _pack(w_OI, format, data.data_ptr(), 1)
-    return PackedMatrix(data, rows, columns, format)
+    return blank._replace(data=data)
+
+
+def pack_experts(
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    format: Format,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    interleaved: bool = False,
+) -> PackedExperts:
+    """Pack stacked experts of any strides, in as many threads as torch has.
+
+    fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
+    before those of up, or (`interleaved`) in turn with them.
+
+    Raises:
+        ShapeError: see `pack_matrix`; names the expert.
+    """
+    if interleaved:
+        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)  # [E, 2, F, D], not copied
+        if up_bias_EH is not None:
+            up_bias_EH = up_bias_EH.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+    blank = blank_experts(down_EDF, activation, format, up_bias_EH, down_bias_ED)
+    data = aligned(blank.data.numel())
+    slabs = data.view(blank.num_experts, -1)
+
+    def pack(expert: int) -> None:
+        up_HD, down_DF = (
+            each.detach() if each.dtype in ROWS else each.detach().float()
+            for each in (up_EHD[expert].flatten(0, -2), down_EDF[expert])
+        )
+        try:
+            pack_expert(up_HD, down_DF, activation, format, slabs[expert])
+        except ShapeError as error:
+            raise ShapeError(f"expert {expert}: {error}") from error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as packers:
+        list(packers.map(pack, range(blank.num_experts)))
+    return blank._replace(data=data)
 
 
 def pack_expert(
@@ -60,28 +104,16 @@ def pack_expert(
 ) -> None:
     """Pack one expert into its slab (uint8, `slab_bytes` long, on a multiple of 64 bytes).
 
-    Args:
-        up_HD: `gate_up` [2F, D] of a gated expert, gate first, or `up` [F, D].
-        down_DF: down projection.
-        activation: decides whether there is a gate.
-        format: of the slab.
-        slab: written to.
-
     Raises:
         ShapeError: see `pack_matrix`.
     """
     up_HD, down_DF = _packable(up_HD), _packable(down_DF)
     dim, hidden = _sizes(up_HD, down_DF, activation)
-    size = slab_bytes(dim, hidden, activation, format)
-    at, up_bytes = _packed_at(slab, size, "slab"), matrix_bytes(hidden, dim, format)
-    if activation in UNGATED:
-        _pack(up_HD, format, at, 1)
-        _pack(down_DF, format, at + up_bytes, 1)
-        return
-    block = up_bytes // -(-hidden // COLUMNS)
-    _pack(up_HD[:hidden], format, at, 2)
-    _pack(up_HD[hidden:], format, at + block, 2)
-    _pack(down_DF, format, at + 2 * up_bytes, 1)
+    at = _packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
+    ups, step, down = _within(dim, hidden, activation, format)
+    for offset, part_FD in zip(ups, up_HD.split(hidden), strict=True):
+        _pack(part_FD, format, at + offset, step)
+    _pack(down_DF, format, at + down, 1)
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
@@ -90,7 +122,7 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
     Raises:
         ShapeError: it is plain, or its data is not what it says.
     """
-    data, rows, columns, format = packed
+    data, rows, columns, format, _ = packed
     return _unpack(_packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
 
 
@@ -105,13 +137,17 @@ def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
     if not 0 <= expert < packed.num_experts:
         raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
     at = _packed_at(packed.data, packed.num_experts * size) + expert * size
+    ups, step, down = _within(dim, hidden, packed.activation, format)
+    up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
+    return up_HD, _unpack(at + down, dim, hidden, format, 1)
+
+
+def _within(dim: int, hidden: int, activation: str, format: Format) -> tuple[list[int], int, int]:
+    """Where gate and up begin in a slab, how many blocks apart theirs are, where down begins."""
     up_bytes = matrix_bytes(hidden, dim, format)
-    if packed.activation in UNGATED:
-        up_HD = _unpack(at, hidden, dim, format, 1)
-        return up_HD, _unpack(at + up_bytes, dim, hidden, format, 1)
-    block = up_bytes // -(-hidden // COLUMNS)
-    gate_FD, up_FD = (_unpack(at + n * block, hidden, dim, format, 2) for n in (0, 1))
-    return torch.cat([gate_FD, up_FD]), _unpack(at + 2 * up_bytes, dim, hidden, format, 1)
+    if activation in UNGATED:
+        return [0], 1, up_bytes
+    return [0, up_bytes // -(-hidden // COLUMNS)], 2, 2 * up_bytes
 
 
 def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -123,15 +159,12 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
     Raises:
         ShapeError: x is not [T, I] in fp32 or bf16 on CPU, or the bias not fp32 [O].
     """
-    matrix, x_TI = matrix_of(packed), x_TI.contiguous()
-    x_at = address(x_TI, "rows", (*x_TI.shape[:1], packed.columns), ROWS)
+    matrix = matrix_of(packed)
+    x_TI, x_at = piece(x_TI, "rows", (*x_TI.shape[:1], packed.columns), ROWS)
     bias = None if bias_O is None else address(bias_O, "bias", (packed.rows,), FP32)
     y_TO = x_TI.new_empty(x_TI.shape[0], packed.rows)
-    code = library().moestro_linear(
-        ctypes.byref(matrix), ROWS[x_TI.dtype], x_at, x_TI.shape[0], y_TO.data_ptr(), bias
-    )
-    if code:
-        raise refusal(code)
+    given = (ROWS[x_TI.dtype], x_at, x_TI.shape[0], y_TO.data_ptr(), bias)
+    call("linear", ctypes.byref(matrix), *given)
     return y_TO
 
 
@@ -140,44 +173,51 @@ def mixture(
 ) -> Tensor:
     """A whole mixture: gather, gate and up, activation, down, weighted sum in a fixed order.
 
-    The definition is `reference.mixture` over the unpacked weights, up to rounding.
-
-    Args:
-        packed: the experts.
-        x_TD: tokens, fp32 or bf16.
-        tokens_A: int64, token of each assignment, not falling.
-        experts_A: int64, its expert.
-        weights_A: fp32, its weight.
+    The definition is `reference.mixture` over the unpacked weights, up to rounding. Assignments
+    come token by token.
 
     Returns:
-        y_TD in x's dtype; zero for a token without an assignment.
+        y_TD in x's dtype, fp32 or bf16; zero for a token without an assignment.
 
     Raises:
         ShapeError: a shape or dtype does not fit, or an index is out of range.
     """
-    experts, x_TD, (size,) = experts_of(packed), x_TD.contiguous(), (tokens_A.numel(),)
-    x_at = address(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
-    tokens_A, experts_A = tokens_A.contiguous(), experts_A.contiguous()
-    if weights_A.dtype != torch.float32:
-        weights_A = check(weights_A, "weights", (size,), FLOATS).float()
-    weights_A = weights_A.contiguous()
+    experts, (size,) = experts_of(packed), (tokens_A.numel(),)
+    x_TD, x_at = piece(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
+    tokens_A, tokens_at = piece(tokens_A, "tokens", (size,), INT64)
+    experts_A, experts_at = piece(experts_A, "experts", (size,), INT64)
+    weights_A, weights_at = piece(weights_A, "weights", (size,), FP32, torch.float32)
     y_TD = torch.empty_like(x_TD)
-    code = library().moestro_mixture(
-        ctypes.byref(experts), ROWS[x_TD.dtype], x_at, x_TD.shape[0],
-        address(tokens_A, "tokens", (size,), INT64), address(experts_A, "experts", (size,), INT64),
-        address(weights_A, "weights", (size,), FP32), size, y_TD.data_ptr(),
+    call(
+        "mixture", ctypes.byref(experts), ROWS[x_TD.dtype], x_at, len(x_TD), tokens_at, experts_at,
+        weights_at, size, y_TD.data_ptr(),
+        takes=lambda: f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
+        f"{_range('experts', experts_A, packed.num_experts)}",
     )  # fmt: skip
-    if code:
-        raise refusal(
-            code,
-            f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
-            f"{_range('experts', experts_A, packed.num_experts)}",
-        )
     return y_TD
 
 
-def plain_matrix(w_OI: Tensor) -> PackedMatrix:
-    """A matrix of a model as it is, not copied: fp32 or bf16 on CPU.
+def plain_mixture(
+    x_TD: Tensor,
+    tokens_R: Tensor,
+    experts_R: Tensor,
+    weights_R: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    biases: Biases | None = None,
+    kept_R: Tensor | None = None,
+) -> Tensor:
+    """`reference.mixture` of token choice, on weights as they are; raises as `mixture` does."""
+    experts = plain_experts(up_EHD, down_EDF, activation, *(biases or (None, None)))
+    chosen = (tokens_R, experts_R, weights_R)
+    if kept_R is not None:
+        chosen = (tokens_R[kept_R], experts_R[kept_R], weights_R[kept_R])
+    return mixture(experts, x_TD, *chosen)
+
+
+def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
+    """A matrix of a model as it is, not copied: fp32 or bf16 on CPU. A bias is taken as fp32.
 
     bf16 weights multiply rows rounded to bf16, fp32 weights multiply in fp32.
 
@@ -186,7 +226,8 @@ def plain_matrix(w_OI: Tensor) -> PackedMatrix:
     """
     w_OI = check(w_OI, "plain weights", (None, None), ROWS).detach().contiguous()
     rows, columns = w_OI.shape
-    packed = PackedMatrix(w_OI, rows, columns, PLAIN)
+    bias_O = None if bias_O is None else bias_O.detach().float().contiguous()
+    packed = PackedMatrix(w_OI, rows, columns, PLAIN, bias_O)
     matrix_of(packed)
     return packed
 
@@ -221,7 +262,7 @@ def matrix_of(packed: PackedMatrix) -> Matrix:
     Raises:
         ShapeError: the data is not what the matrix says of it.
     """
-    data, rows, columns, format = packed
+    data, rows, columns, format, _ = packed
     if format.kind == "plain":
         at = _plain_at(data, (rows, columns))
     else:
@@ -280,10 +321,6 @@ def read(data: Tensor) -> int:
     return int(library().moestro_read(at, data.nbytes))
 
 
-def _code(format: Format) -> tuple[int, int]:
-    return KINDS.index(format.kind), format.group
-
-
 def _kind(format: Format, data: Tensor) -> int:
     """The number in moestro.h; plain bf16 comes before plain fp32."""
     return KINDS.index(format.kind) + (format.kind == "plain" and data.dtype == torch.float32)
@@ -316,20 +353,15 @@ def _packable(w_OI: Tensor) -> Tensor:
 
 
 def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
-    code = library().moestro_pack(
-        *_code(format), ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape,
-        w_OI.shape[1], at, step,
+    given = (ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape)
+    call(
+        "pack", KINDS.index(format.kind), format.group, *given, w_OI.shape[1], at, step,
+        takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
     )  # fmt: skip
-    if code:
-        raise refusal(
-            code,
-            "weights without NaN or infinity, and for int8 and int4 none of size above 65504",
-        )
 
 
 def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
     w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
-    code = library().moestro_unpack(*_code(format), at, rows, columns, step, w_OI.data_ptr())
-    if code:
-        raise refusal(code)
+    kind = KINDS.index(format.kind)
+    call("unpack", kind, format.group, at, rows, columns, step, w_OI.data_ptr())
     return w_OI

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,71 +23,53 @@ PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
-ABI = 4
+ABI = 5
 _EMEMORY, _EPATH = -2, -3
-_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_DOCUMENTED = "what the docstrings say"
+I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
 class Matrix(ctypes.Structure):
     """`moestro_matrix`."""
 
-    _fields_ = (
-        ("data", _POINTER), ("n", _INT64), ("k", _INT64), ("kind", _INT32), ("group", _INT32),
-    )  # fmt: skip
+    _fields_ = (("data", PTR), ("n", I64), ("k", I64), ("kind", I32), ("group", I32))
 
 
 class Experts(ctypes.Structure):
     """`moestro_experts`."""
 
     _fields_ = (
-        ("data", _POINTER), ("down", _POINTER), ("slab_bytes", _INT64), ("experts", _INT64),
-        ("dim", _INT64), ("hidden", _INT64), ("kind", _INT32), ("group", _INT32),
-        ("activation", _INT32), ("reserved", _INT32), ("up_bias", _POINTER),
-        ("down_bias", _POINTER),
+        ("data", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
+        ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("reserved", I32),
+        ("up_bias", PTR), ("down_bias", PTR),
     )  # fmt: skip
 
 
 class Grouping(ctypes.Structure):
     """`moestro_groups`."""
 
-    _fields_ = (
-        ("ends", _POINTER), ("experts", _POINTER), ("count", _INT64), ("rows", _INT64),
-    )  # fmt: skip
+    _fields_ = (("ends", PTR), ("experts", PTR), ("count", I64), ("rows", I64))
 
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "moestro_abi": (_INT32, ()),
-    "moestro_best_path": (_INT32, ()),
-    "moestro_path": (_INT32, ()),
-    "moestro_use_path": (_INT32, (_INT32,)),
-    "moestro_threads": (_INT32, ()),
-    "moestro_use_threads": (_INT32, (_INT32, _POINTER)),
-    "moestro_pack": (
-        _INT32, (_INT32, _INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64),
-    ),
-    "moestro_unpack": (_INT32, (_INT32, _INT32, _POINTER, _INT64, _INT64, _INT64, _POINTER)),
-    "moestro_linear": (_INT32, (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER)),
-    "moestro_mixture": (
-        _INT32,
-        (_POINTER, _INT32, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
-    ),
-    "moestro_step": (
-        _INT32,
-        (_POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-    ),
-    "moestro_trains": (_INT32, ()),
-    "moestro_grouped": (
-        _INT32, (_POINTER, _INT32, _POINTER, _INT64, _INT64, _INT32, _POINTER, _POINTER),
-    ),
-    "moestro_grouped_grad": (
-        _INT32, (_POINTER, _INT32, _INT64, _INT64, _POINTER, _POINTER, _POINTER),
-    ),
-    "moestro_ffn": (_INT32, (_POINTER, _INT32, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 3)),
-    "moestro_ffn_back": (
-        _INT32, (_POINTER, _INT32, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 5),
-    ),
-    "moestro_read": (ctypes.c_uint64, (_POINTER, _INT64)),
-}  # fmt: skip
+    "moestro_abi": (I32, ()),
+    "moestro_best_path": (I32, ()),
+    "moestro_path": (I32, ()),
+    "moestro_use_path": (I32, (I32,)),
+    "moestro_threads": (I32, ()),
+    "moestro_use_threads": (I32, (I32, PTR)),
+    "moestro_pack": (I32, (I32, I32, I32, PTR, I64, I64, I64, PTR, I64)),
+    "moestro_unpack": (I32, (I32, I32, PTR, I64, I64, I64, PTR)),
+    "moestro_linear": (I32, (PTR, I32, PTR, I64, PTR, PTR)),
+    "moestro_mixture": (I32, (PTR, I32, PTR, I64, PTR, PTR, PTR, I64, PTR)),
+    "moestro_step": (I32, (PTR, I64, *[PTR] * 7)),
+    "moestro_trains": (I32, ()),
+    "moestro_grouped": (I32, (PTR, I32, PTR, I64, I64, I32, PTR, PTR)),
+    "moestro_grouped_grad": (I32, (PTR, I32, I64, I64, PTR, PTR, PTR)),
+    "moestro_ffn": (I32, (PTR, I32, PTR, PTR, I64, I64, *[PTR] * 3)),
+    "moestro_ffn_back": (I32, (PTR, I32, PTR, PTR, I64, I64, *[PTR] * 5)),
+    "moestro_read": (ctypes.c_uint64, (PTR, I64)),
+}
 
 
 @cache
@@ -134,7 +117,7 @@ def _follow_threads(loaded: ctypes.CDLL) -> None:
 def _team() -> int | None:
     """The address of torch's own GOMP_parallel: its threads compute, not twice as many."""
     for place in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
-        return ctypes.cast(ctypes.CDLL(str(place)).GOMP_parallel, _POINTER).value
+        return ctypes.cast(ctypes.CDLL(str(place)).GOMP_parallel, PTR).value
     return None
 
 
@@ -149,26 +132,34 @@ def library() -> ctypes.CDLL:
     if isinstance(loaded, str):
         raise BackendError(loaded)
     _follow_threads(loaded)
-    forced = os.environ.get(PATH_VARIABLE, "")
+    forced, best = os.environ.get(PATH_VARIABLE, ""), loaded.moestro_best_path()
     if forced and forced not in PATHS:
         raise BackendError(f"{PATH_VARIABLE}={forced!r}; known: {', '.join(PATHS)}")
-    wanted = PATHS.index(forced) if forced else loaded.moestro_best_path()
+    wanted = PATHS.index(forced) if forced else best
     if wanted != loaded.moestro_path() and loaded.moestro_use_path(wanted):
-        best = PATHS[loaded.moestro_best_path()]
         raise BackendError(
             f"{PATH_VARIABLE}={forced} was asked for, but this machine does not run it; its best "
-            f"is {best}"
+            f"is {PATHS[best]}"
         )
     return loaded
 
 
-def refusal(code: int, allowed: str = "what the docstrings say") -> Exception:
-    """What a code other than 0 of a native function means; `allowed` says what it takes."""
+def call(name: str, *arguments: Any, takes: str | Callable[[], str] = _DOCUMENTED) -> None:
+    """Call `moestro_{name}`, which returns a code.
+
+    Raises:
+        ShapeError: it refuses what it was given; says what it `takes`.
+        MemoryError: there is not enough memory for its buffers.
+        BackendError: the path changed to one without AMX tiles, or there is no library.
+    """
+    code = getattr(library(), "moestro_" + name)(*arguments)
     if code == _EMEMORY:
-        return MemoryError("not enough memory for the native kernels' buffers")
+        raise MemoryError("not enough memory for the native kernels' buffers")
     if code == _EPATH:
-        return BackendError("the native kernels' path changed to one without AMX tiles")
-    return ShapeError(f"the native kernels take {allowed}")
+        raise BackendError("the native kernels' path changed to one without AMX tiles")
+    if code:
+        takes = takes if isinstance(takes, str) else takes()
+        raise ShapeError(f"the native kernels take {takes}")
 
 
 def available() -> str | None:

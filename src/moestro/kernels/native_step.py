@@ -1,123 +1,104 @@
-"""One token through a whole decoder in one native call: the C structures of `moestro_step`.
+"""Tokens through a whole decoder in one native call: the C structures of `moestro_step`.
 
 What bounds decoding is reading the weights, so nothing else may take time between them. The Python
 forward of `models.decoder` is the definition; `infer.native_decoder` decides which models fit.
 
-Letters: L layers, B sequences, D width, H heads, G key/value heads, A head width, V vocabulary,
-K experts per token, P positions.
+Letters: L layers, B sequences, T their new tokens, D width, H heads, G key/value heads, A head
+width, V vocabulary, K experts per token, P positions.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FLOATS, FP32, ROWS, address, check
+from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import Experts, Matrix, library, refusal
+from moestro.kernels.native_library import I32, I64, PTR, Experts, Matrix, call
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
-_INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_FLOAT = ctypes.c_float
 
 
 class StepLayer(NamedTuple):
-    """One layer. All plain tensors are fp32 and contiguous; None where the layer has none.
+    """One layer. All plain tensors are fp32 and contiguous; None where the layer has none."""
 
-    Attributes:
-        attention_norm: [D] gain of the RMSNorm before attention.
-        ffn_norm: [D] gain of the one before the feed-forward network.
-        qkv: [(H + 2G)·A, D].
-        out: [D, H·A].
-        experts: the routed experts; of a dense layer its network as a single one.
-        router: [E, D]; None for a dense layer.
-        window: positions seen, the token's own included; 0: all that are kept.
-        qkv_bias: [(H + 2G)·A].
-        out_bias: [D].
-        q_norm: [A] gain of each query head's RMSNorm.
-        k_norm: [A] of each key head's.
-        sinks: [H].
-        logit_bias: [E] added to the logits.
-        selection_bias: [E] added to the scores when choosing.
-        shared: the shared expert, as a single one.
-        shared_gate: [D].
-    """
-
-    attention_norm: Tensor
-    ffn_norm: Tensor
-    qkv: PackedMatrix
-    out: PackedMatrix
-    experts: PackedExperts
-    router: Tensor | None = None
-    window: int = 0
-    qkv_bias: Tensor | None = None
-    out_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    sinks: Tensor | None = None
-    logit_bias: Tensor | None = None
-    selection_bias: Tensor | None = None
-    shared: PackedExperts | None = None
-    shared_gate: Tensor | None = None
+    attention_norm: Tensor  # [D], gain of the norm before attention
+    ffn_norm: Tensor  # [D], of the one before the feed-forward network
+    qkv: PackedMatrix  # [(H + 2G)·A, D]
+    out: PackedMatrix  # [D, H·A]
+    experts: PackedExperts  # of a dense layer its network as a single one
+    router: Tensor | None = None  # [E, D]; None for a dense layer
+    attention_norm_bias: Tensor | None = None  # [D], of a layer norm; None for an RMSNorm
+    ffn_norm_bias: Tensor | None = None  # [D]
+    window: int = 0  # positions seen, the token's own included; 0: all that are kept
+    qkv_bias: Tensor | None = None  # [(H + 2G)·A]
+    out_bias: Tensor | None = None  # [D]
+    q_norm: Tensor | None = None  # [A], gain of each query head's RMSNorm; norm_all: [H·A]
+    k_norm: Tensor | None = None  # [A], of each key head's; norm_all: [G·A]
+    sinks: Tensor | None = None  # [H]
+    logit_bias: Tensor | None = None  # [E], added to the logits
+    selection_bias: Tensor | None = None  # [E], added to the scores when choosing
+    shared: PackedExperts | None = None  # the shared expert, as a single one
+    shared_gate: Tensor | None = None  # [D]
 
 
 class StepShape(NamedTuple):
-    """Numbers that all layers share.
+    """Numbers that all layers share."""
 
-    Attributes:
-        dim: D.
-        heads: H.
-        groups: G.
-        head_dim: A.
-        vocab: V.
-        top_k: K; 0 for a model without mixtures.
-        sigmoid: scores are sigmoids instead of a softmax.
-        renormalize: the K weights are divided by their sum.
-        router_scale: every weight is multiplied by it.
-        eps: of the norms.
-        score_scale: of the attention scores.
-        head_scale: of the last hidden state.
-    """
+    dim: int  # D
+    heads: int  # H
+    groups: int  # G
+    head_dim: int  # A
+    vocab: int  # V
+    top_k: int  # K; 0 for a model without mixtures
+    norm_all: bool = False  # queries, and keys, have one norm over all heads
+    expert_groups: int = 1  # experts are chosen in the best of them alone
+    top_groups: int = 1  # how many those are
+    group_best: int = 1  # a group counts as much as its best ones
+    sigmoid: bool = False  # scores are sigmoids instead of a softmax
+    renormalize: bool = True  # the K weights are divided by their sum
+    router_scale: float = 1.0  # every weight is multiplied by it
+    eps: float = 1e-6  # of the norms
+    score_scale: float = 1.0  # of the attention scores
+    head_scale: float = 1.0  # of the last hidden state
 
-    dim: int
-    heads: int
-    groups: int
-    head_dim: int
-    vocab: int
-    top_k: int
-    sigmoid: bool = False
-    renormalize: bool = True
-    router_scale: float = 1.0
-    eps: float = 1e-6
-    score_scale: float = 1.0
-    head_scale: float = 1.0
+
+# Fields of `moestro_layer`, each taken from the field of StepLayer of that name. A letter is a
+# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A, q and k the gains
+# of queries and keys.
+_LAYER = (
+    ("attention_norm", PTR, "D"), ("ffn_norm", PTR, "D"), ("attention_norm_bias", PTR, "D"),
+    ("ffn_norm_bias", PTR, "D"), ("qkv", Matrix, "WD"),
+    ("out", Matrix, "DN"), ("qkv_bias", PTR, "W"), ("out_bias", PTR, "D"),
+    ("q_norm", PTR, "q"), ("k_norm", PTR, "k"), ("sinks", PTR, "H"),
+    ("window", I64, ""), ("router", PTR, "ED"), ("logit_bias", PTR, "E"),
+    ("selection_bias", PTR, "E"), ("experts", Experts, "ED"), ("shared", Experts, "1D"),
+    ("shared_gate", PTR, "D"),
+)  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
     """`moestro_layer`."""
 
-    _fields_ = (
-        ("attention_norm", _POINTER), ("ffn_norm", _POINTER), ("qkv", Matrix), ("out", Matrix),
-        ("qkv_bias", _POINTER), ("out_bias", _POINTER), ("q_norm", _POINTER), ("k_norm", _POINTER),
-        ("sinks", _POINTER), ("window", _INT64), ("router", _POINTER), ("logit_bias", _POINTER),
-        ("selection_bias", _POINTER), ("experts", Experts), ("shared", Experts),
-        ("shared_gate", _POINTER),
-    )  # fmt: skip
+    _fields_ = tuple((name, kind) for name, kind, _ in _LAYER)
 
 
 class _Decoder(ctypes.Structure):
     """`moestro_decoder`."""
 
     _fields_ = (
-        ("layers", _INT64), ("dim", _INT64), ("heads", _INT64), ("groups", _INT64),
-        ("head_dim", _INT64), ("vocab", _INT64), ("top_k", _INT32), ("sigmoid", _INT32),
-        ("renormalize", _INT32), ("cache_dtype", _INT32), ("router_scale", _FLOAT),
-        ("eps", _FLOAT), ("score_scale", _FLOAT), ("head_scale", _FLOAT), ("layer", _POINTER),
-        ("norm", _POINTER), ("head", Matrix), ("head_bias", _POINTER),
+        ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
+        ("vocab", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
+        ("cache_dtype", I32), ("norm_all", I32), ("expert_groups", I32), ("top_groups", I32),
+        ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
+        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
+        ("norm_bias", PTR), ("head", Matrix), ("head_bias", PTR),
     )  # fmt: skip
 
 
@@ -125,34 +106,35 @@ class _Past(ctypes.Structure):
     """`moestro_past`."""
 
     _fields_ = (
-        ("keys", _POINTER), ("values", _POINTER), ("room", _POINTER), ("place", _POINTER),
-        ("kept", _POINTER),
+        ("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR), ("rows", I64),
     )  # fmt: skip
 
 
 class StepPast:
-    """Where one sequence's keys and values are, and where the step writes those of its new token.
+    """Where one sequence's keys and values are, and where the step writes those of new tokens.
 
-    Attributes:
-        structure: what the native library reads.
-        buffers: of each layer, as it was put.
-        kind: see `StepDecoder.past_kind`.
+    Args:
+        decoder: whose past it is; it has no layer yet.
     """
 
     def __init__(self, decoder: StepDecoder) -> None:
-        """Of no layer yet.
-
-        Args:
-            decoder: whose past it is.
-        """
         count = decoder.num_layers
         self.kind = decoder.past_kind
         self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
-        self._keys, self._values = (_POINTER * count)(), (_POINTER * count)()
-        self._rooms, self._places = (_INT64 * count)(), (_INT64 * count)()
-        self._kept = (_INT64 * count)()
+        self._keys, self._values = (PTR * count)(), (PTR * count)()
+        self._rooms, self._places = (I64 * count)(), (I64 * count)()
+        self._kept = (I64 * count)()
         self._arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
-        self.structure = _Past(*(ctypes.cast(array, _POINTER) for array in self._arrays))
+        self.structure = _Past(*(ctypes.cast(array, PTR) for array in self._arrays), 1)
+
+    @property
+    def rows(self) -> int:
+        """How many new tokens the next step brings."""
+        return int(self.structure.rows)
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self.structure.rows = rows
 
     def put(self, layer: int, buffers: tuple[Tensor, ...], place: int, kept: int) -> None:
         """Say where a layer's keys and values are, before each step.
@@ -160,16 +142,16 @@ class StepPast:
         Args:
             layer: its number.
             buffers: keys and values [1, G, P, A], consecutive positions side by side.
-            place: of the new token in P.
+            place: of the first new token in P.
             kept: positions before it that it may see.
 
         Raises:
             ShapeError: there is no such layer, or they are not of the decoder's shape and cache
                 dtype, or not contiguous. Places that do not fit are refused by the step.
         """
-        if not 0 <= layer < len(self.buffers) or buffers is not self.buffers[layer]:
-            if not 0 <= layer < len(self.buffers):
-                raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
+        if not 0 <= layer < len(self.buffers):
+            raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
+        if buffers is not self.buffers[layer]:
             _, groups, width, dtype = self.kind
             keys, values = buffers
             room = check(keys, "keys", (1, groups, None, width), (dtype,)).shape[2]
@@ -182,11 +164,7 @@ class StepPast:
 
 
 class StepDecoder:
-    """A decoder as the native library sees it; keeps the tensors alive that it points to.
-
-    Attributes:
-        past_kind: what its pasts have in common with it: L, G, A and the dtype.
-    """
+    """A decoder as the native library sees it; keeps the tensors alive that it points to."""
 
     def __init__(
         self,
@@ -196,49 +174,47 @@ class StepDecoder:
         head: PackedMatrix,
         head_bias: Tensor | None = None,
         cache_dtype: torch.dtype = torch.float32,
+        norm_bias: Tensor | None = None,
     ) -> None:
-        """Point at the weights.
-
-        Args:
-            layers: first to last.
-            shape: see there.
-            norm: fp32 [D], gain of the last RMSNorm.
-            head: [V, D].
-            head_bias: fp32 [V].
-            cache_dtype: of keys and values, fp32 or bf16.
+        """Point at the weights: of the layers, the last norm (fp32 [D]) and the head ([V, D]).
 
         Raises:
-            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU.
+            ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU; or
+                keys and values (`cache_dtype`) are neither fp32 nor bf16.
         """
         _check_shape(shape, len(layers), cache_dtype)
-        self.shape, self.cache_dtype = shape, cache_dtype
-        self.num_layers = len(layers)
+        self.shape, self.num_layers = shape, len(layers)
+        # What its pasts have in common with it.
         self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
-        self._alive = (list(layers), norm, head, head_bias)
+        self._alive = (list(layers), norm, head, head_bias, norm_bias)
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
+            shape.norm_all, shape.expert_groups, shape.top_groups, shape.group_best,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
-            ctypes.cast(self._layers, _POINTER), _fp32(norm, "norm", shape.dim),
+            ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
+            None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),
             _matrix(head, "head", shape.vocab, shape.dim),
-            _maybe(head_bias, "head_bias", shape.vocab),
+            None if head_bias is None else address(head_bias, "head_bias", (shape.vocab,), FP32),
         )  # fmt: skip
 
     def step(
-        self, x_BD: Tensor, cos_BA: Tensor, sin_BA: Tensor, pasts: Sequence[StepPast]
+        self, x_TD: Tensor, cos_TA: Tensor, sin_TA: Tensor, pasts: Sequence[StepPast]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One new token for each of B sequences; its key and value are written into their pasts.
+        """New tokens of B sequences; their keys and values are written into the pasts.
+
+        A token gets the same bits however its sequence is cut, and whatever runs beside it.
 
         Args:
-            x_BD: fp32, the tokens' embeddings.
-            cos_BA: fp32 [B, A/2], cosines of their positions.
-            sin_BA: fp32 [B, A/2], sines.
+            x_TD: fp32, the tokens' embeddings, sequence by sequence, `rows` of each.
+            cos_TA: fp32 [T, A/2], cosines of their positions.
+            sin_TA: fp32 [T, A/2], sines.
             pasts: of the sequences, each its own; every layer of them must be `put`.
 
         Returns:
-            (logits fp32 [B, V], experts int64 [L, B, K], weights fp32 [L, B, K]; those of dense
-            layers are -1 and 0).
+            (logits after each sequence's last token, fp32 [B, V]; experts int64 [L, T, K]; weights
+            fp32 [L, T, K]; those of dense layers are -1 and 0).
 
         Raises:
             ShapeError: shapes do not fit.
@@ -250,21 +226,21 @@ class StepDecoder:
                 f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
                 f"dtype); given {kinds}"
             )
-        x_BD, x_at = _input(x_BD, "embeddings", batch, self.shape.dim)
-        cos_BA, cos_at = _input(cos_BA, "cosines", batch, half)
-        sin_BA, sin_at = _input(sin_BA, "sines", batch, half)
+        tokens = sum(past.rows for past in pasts)
+        x_TD, x_at = piece(x_TD, "embeddings", (tokens, self.shape.dim), FP32, torch.float32)
+        cos_TA, cos_at = piece(cos_TA, "cosines", (tokens, half), FP32, torch.float32)
+        sin_TA, sin_at = piece(sin_TA, "sines", (tokens, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
-        sizes = (self.num_layers, batch, self.shape.top_k)
+        sizes = (self.num_layers, tokens, self.shape.top_k)
         logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
-        experts_LBK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
-        weights_LBK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
-        code = library().moestro_step(
-            ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
-            logits_BV.data_ptr(), experts_LBK.data_ptr(), weights_LBK.data_ptr(),
+        experts_LTK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
+        weights_LTK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
+        call(
+            "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
+            logits_BV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
+            takes="pasts with every layer put, at places within their room",
         )  # fmt: skip
-        if code:
-            raise refusal(code, "pasts with every layer put, at a place within its room")
-        return logits_BV, experts_LBK, weights_LBK
+        return logits_BV, experts_LTK, weights_LTK
 
 
 def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:
@@ -279,36 +255,44 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
         raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
 
 
+def _routes(shape: StepShape, count: int) -> bool:
+    """Whether top_k of `count` experts can be chosen, in the best groups."""
+    groups, best = shape.expert_groups, shape.top_groups
+    if groups < 1 or count % groups or not 1 <= best <= groups:
+        return False
+    size = count // groups
+    return 1 <= shape.group_best <= size and 1 <= shape.top_k <= size * best
+
+
 def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
-    dim, width = shape.dim, shape.head_dim
-    queries, routed = shape.heads * width, layer.router is not None
-    wide = queries + 2 * shape.groups * width
-    count = layer.experts.num_experts
-    if layer.window < 0 or (not 1 <= shape.top_k <= count if routed else count != 1):
+    width, queries = shape.head_dim, shape.heads * shape.head_dim
+    count, routed = layer.experts.num_experts, layer.router is not None
+    if layer.window < 0 or (not _routes(shape, count) if routed else count != 1):
         raise ShapeError(
             f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
             f"one a single expert; given window {layer.window}, {count} experts, {shape}"
         )
-    shared = Experts() if layer.shared is None else _experts(layer.shared, "shared", 1, dim)
-    return _Layer(
-        _fp32(layer.attention_norm, "attention_norm", dim), _fp32(layer.ffn_norm, "ffn_norm", dim),
-        _matrix(layer.qkv, "qkv", wide, dim), _matrix(layer.out, "out", dim, queries),
-        _maybe(layer.qkv_bias, "qkv_bias", wide), _maybe(layer.out_bias, "out_bias", dim),
-        _maybe(layer.q_norm, "q_norm", width), _maybe(layer.k_norm, "k_norm", width),
-        _maybe(layer.sinks, "sinks", shape.heads), layer.window,
-        _maybe(layer.router, "router", count, dim), _maybe(layer.logit_bias, "logit_bias", count),
-        _maybe(layer.selection_bias, "selection_bias", count),
-        _experts(layer.experts, "experts", count, dim), shared,
-        _maybe(layer.shared_gate, "shared_gate", dim),
-    )  # fmt: skip
+    sizes = {"D": shape.dim, "A": width, "H": shape.heads, "E": count, "1": 1, "N": queries}
+    sizes["W"] = queries + 2 * shape.groups * width
+    sizes["q"] = queries if shape.norm_all else width
+    sizes["k"] = shape.groups * width if shape.norm_all else width
+    given = (
+        _field(layer, name, kind, [sizes[letter] for letter in letters])
+        for name, kind, letters in _LAYER
+    )
+    return _Layer(*given)
 
 
-def _input(x_BX: Tensor, name: str, batch: int, size: int) -> tuple[Tensor, int]:
-    """A step's input in fp32 and in one piece, and where that is."""
-    if x_BX.dtype != torch.float32:
-        x_BX = check(x_BX, name, (batch, size), FLOATS).float()
-    x_BX = x_BX.contiguous()
-    return x_BX, address(x_BX, name, (batch, size), FP32)
+def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
+    """What the C structure holds of a layer's field; an empty `kind` for an optional None."""
+    value = getattr(layer, name)
+    if value is None and name in StepLayer._field_defaults:
+        return kind()
+    if kind is PTR:
+        return address(value, name, tuple(sizes), FP32)
+    if kind is Matrix:
+        return _matrix(value, name, *sizes)
+    return _experts(value, name, *sizes) if kind is Experts else value
 
 
 def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
@@ -325,11 +309,3 @@ def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
             f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
         )
     return experts_of(packed)
-
-
-def _fp32(tensor: Tensor, name: str, *shape: int) -> int:
-    return address(tensor, name, shape, FP32)
-
-
-def _maybe(tensor: Tensor | None, name: str, *shape: int) -> int | None:
-    return None if tensor is None else address(tensor, name, shape, FP32)

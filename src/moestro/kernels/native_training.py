@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moestro.errors import BackendError
-from moestro.kernels.addresses import FLOATS, INT64, ROWS, address, check
-from moestro.kernels.native_library import PATHS, Grouping, library, refusal
+from moestro.kernels.addresses import FLOATS, INT64, ROWS, Shape, address, check, piece
+from moestro.kernels.native_library import PATHS, Grouping, call, library
 from moestro.kernels.reference import Biases
 from moestro.kernels.torch_grouped import Groups, Products, clear_tail, segments_add_bias
 
@@ -48,22 +48,13 @@ def reason_against(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> 
 
 
 def mm(x_RI: Tensor, w_EOI: Tensor, groups: Groups, back: bool) -> Tensor:
-    """See `torch_grouped.Products.mm`.
-
-    Raises:
-        ShapeError: rows, weights and groups do not fit each other, or have a wrong dtype.
-        MemoryError: there is not enough for the packed weights.
-    """
+    """See `torch_grouped.Products.mm`; raises as `native_library.call` does."""
     w_EOI = _weights(w_EOI)
     num_experts, outputs, inputs = w_EOI.shape
     x_RI = _rows(x_RI, outputs if back else inputs)
-    y_RO = x_RI.new_empty(x_RI.shape[0], inputs if back else outputs)
-    grouping = _Grouping(groups, num_experts, len(x_RI))
-    code = library().moestro_grouped(
-        *grouping.given, ROWS[w_EOI.dtype], _at(w_EOI), outputs, inputs, back, _at(x_RI), _at(y_RO)
-    )
-    if code:
-        raise refusal(code, _ALLOWED)
+    y_RO = x_RI.new_empty(len(x_RI), inputs if back else outputs)
+    given = (ROWS[w_EOI.dtype], _at(w_EOI), outputs, inputs, back, _at(x_RI), _at(y_RO))
+    _call("grouped", groups, num_experts, len(x_RI), *given)
     return y_RO
 
 
@@ -73,12 +64,8 @@ def weight_grad(grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtyp
     num_experts, outputs, inputs = len(groups.offsets_E), grad_RO.shape[1], x_RI.shape[1]
     made = dtype if dtype in ROWS else torch.float32
     grad_EOI = x_RI.new_empty(num_experts, outputs, inputs, dtype=made)
-    grouping = _Grouping(groups, num_experts, min(len(x_RI), len(grad_RO)))
-    code = library().moestro_grouped_grad(
-        *grouping.given, ROWS[made], outputs, inputs, _at(grad_RO), _at(x_RI), _at(grad_EOI)
-    )
-    if code:
-        raise refusal(code, _ALLOWED)
+    given = (ROWS[made], outputs, inputs, _at(grad_RO), _at(x_RI), _at(grad_EOI))
+    _call("grouped_grad", groups, num_experts, min(len(x_RI), len(grad_RO)), *given)
     return grad_EOI.to(dtype)
 
 
@@ -143,13 +130,9 @@ def _forward(
     num_experts, dim, hidden = down_EDF.shape
     x_RD = _rows(x_RD, dim)
     y_RD = torch.empty_like(x_RD)
-    grouping = _Grouping(groups, num_experts, len(x_RD))
-    code = library().moestro_ffn(
-        *grouping.given, ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden, _at(x_RD),
-        None if hidden_RH is None else _at(hidden_RH, len(x_RD), 2 * hidden), _at(y_RD),
-    )  # fmt: skip
-    if code:
-        raise refusal(code, _ALLOWED)
+    kept = None if hidden_RH is None else _at(hidden_RH, len(x_RD), 2 * hidden)
+    weights = (ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden)
+    _call("ffn", groups, num_experts, len(x_RD), *weights, _at(x_RD), kept, _at(y_RD))
     return clear_tail(y_RD, groups)
 
 
@@ -163,35 +146,26 @@ def _backward(
     grad_hidden_RH = torch.empty_like(hidden_RH)
     act_RF = grad_RD.new_empty(len(grad_RD), hidden)
     grad_x_RD = torch.empty_like(grad_RD)
-    grouping = _Grouping(groups, num_experts, len(grad_RD))
-    code = library().moestro_ffn_back(
-        *grouping.given, ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden, _at(grad_RD),
-        _at(hidden_RH, len(grad_RD), 2 * hidden), _at(grad_hidden_RH), _at(act_RF), _at(grad_x_RD),
-    )  # fmt: skip
-    if code:
-        raise refusal(code, _ALLOWED)
+    weights = (ROWS[up_EHD.dtype], _at(up_EHD), _at(down_EDF), dim, hidden)
+    kept = (_at(grad_RD), _at(hidden_RH, len(grad_RD), 2 * hidden))
+    made = (_at(grad_hidden_RH), _at(act_RF), _at(grad_x_RD))
+    _call("ffn_back", groups, num_experts, len(grad_RD), *weights, *kept, *made)
     return grad_hidden_RH, act_RF, clear_tail(grad_x_RD, groups)
 
 
-class _Grouping:
-    """The C structure of some groups, with the tensors that it points to."""
-
-    def __init__(self, groups: Groups, num_experts: int, num_rows: int) -> None:
-        given = (("offsets", groups.offsets_E), ("experts", groups.experts_E))
-        self.kept = [
-            None if each is None else check(each, name, (num_experts,), _WHOLE).long().contiguous()
-            for name, each in given
-        ]
-        addresses = (
-            None if each is None else address(each, "groups", (num_experts,), INT64)
-            for each in self.kept
-        )
-        self.given = (ctypes.byref(Grouping(*addresses, num_experts, num_rows)),)
+def _call(name: str, groups: Groups, num_experts: int, num_rows: int, *given: Any) -> None:
+    """A native function that begins with the groups of its rows."""
+    size, pairs = (num_experts,), []
+    for what, each in (("offsets", groups.offsets_E), ("experts", groups.experts_E)):
+        whole = None if each is None else check(each, what, size, _WHOLE).long()
+        pairs.append((None, None) if whole is None else piece(whole, what, size, INT64))
+    grouping = Grouping(*(at for _, at in pairs), num_experts, num_rows)
+    call(name, ctypes.byref(grouping), *given, takes=_ALLOWED)
 
 
-def _weights(w_EOI: Tensor) -> Tensor:
+def _weights(w_EOI: Tensor, name: str = "weights", shape: Shape = (None,) * 3) -> Tensor:
     """As the kernels read them: fp32 or bf16 in one piece."""
-    check(w_EOI, "weights", (None, None, None), FLOATS)
+    check(w_EOI, name, shape, FLOATS)
     return (w_EOI if w_EOI.dtype in ROWS else w_EOI.to(torch.bfloat16)).contiguous()
 
 
@@ -201,8 +175,7 @@ def _expert_weights(up_EHD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
         up_EHD, down_EDF = up_EHD.to(torch.bfloat16), down_EDF.to(torch.bfloat16)
     down_EDF = _weights(down_EDF)
     num_experts, dim, hidden = down_EDF.shape
-    up_EHD = _weights(check(up_EHD, "up", (num_experts, 2 * hidden, dim), FLOATS))
-    return up_EHD, down_EDF
+    return _weights(up_EHD, "up", (num_experts, 2 * hidden, dim)), down_EDF
 
 
 def _rows(rows_RI: Tensor, width: int | None = None) -> Tensor:

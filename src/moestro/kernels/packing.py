@@ -48,41 +48,29 @@ class Format(NamedTuple):
 
 
 class PackedMatrix(NamedTuple):
-    """A packed matrix [rows, columns]; `data` is uint8 and starts on a multiple of 64 bytes.
+    """A packed matrix [rows, columns]."""
 
-    Of kind "plain", `data` is the matrix itself, fp32 or bf16.
-    """
-
-    data: Tensor
+    data: Tensor  # uint8, at a multiple of 64 bytes; of kind "plain" the matrix, fp32 or bf16
     rows: int
     columns: int
     format: Format
+    bias: Tensor | None = None  # fp32 [rows], of a projection that has one
 
 
 class PackedExperts(NamedTuple):
-    """E packed experts in one page-aligned piece of memory, a slab each.
+    """E packed experts in one page-aligned piece of memory, a slab each."""
 
-    Attributes:
-        data: uint8 [E · slab_bytes]; of kind "plain" gate_up [E, 2F, D] or up [E, F, D] itself.
-        num_experts: E.
-        dim: D.
-        hidden_dim: F.
-        activation: see `reference.activate`.
-        format: of all matrices.
-        up_bias: fp32 [E, 2F] (gate first) or [E, F]; None: none.
-        down_bias: fp32 [E, D]; None: none.
-        down: of kind "plain" the down projections [E, D, F]; else None.
-    """
-
-    data: Tensor
-    num_experts: int
-    dim: int
-    hidden_dim: int
-    activation: str
-    format: Format
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    down: Tensor | None = None
+    data: (
+        Tensor  # uint8 [E · slab_bytes]; of kind "plain" gate_up [E, 2F, D] or up [E, F, D] itself
+    )
+    num_experts: int  # E
+    dim: int  # D
+    hidden_dim: int  # F
+    activation: str  # see `reference.activate`
+    format: Format  # of all matrices
+    up_bias: Tensor | None = None  # fp32 [E, 2F] (gate first) or [E, F]
+    down_bias: Tensor | None = None  # fp32 [E, D]
+    down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
 
 
 def check_format(format: Format) -> None:
@@ -128,6 +116,30 @@ def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> in
         raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
     up = matrix_bytes(hidden_dim, dim, format) * (1 if activation in UNGATED else 2)
     return -(-(up + matrix_bytes(dim, hidden_dim, format)) // PAGE) * PAGE
+
+
+def blank_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:
+    """What `native_cpu.pack_matrix` gives, without memory but for the bias, which is copied."""
+    rows, columns = w_OI.shape
+    data = torch.empty(matrix_bytes(rows, columns, format), dtype=torch.uint8, device="meta")
+    bias_O = None if bias_O is None else bias_O.detach().float().clone()
+    return PackedMatrix(data, rows, columns, format, bias_O)
+
+
+def blank_experts(
+    down_EDF: Tensor,
+    activation: str,
+    format: Format,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+) -> PackedExperts:
+    """What `native_cpu.pack_experts` gives, without memory but for the biases, which are copied."""
+    num_experts, dim, hidden = down_EDF.shape
+    size = num_experts * slab_bytes(dim, hidden, activation, format)
+    data = torch.empty(size, dtype=torch.uint8, device="meta")
+    pair = (up_bias_EH, down_bias_ED)
+    biases = (None if bias is None else bias.detach().float().clone() for bias in pair)
+    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:

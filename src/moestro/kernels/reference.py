@@ -140,13 +140,12 @@ def mixture(
     Args:
         x_TD: tokens.
         tokens_R: int64, token of each assignment.
-        experts_R: int64, expert of each assignment.
-        weights_R: fp32, weight of each assignment.
+        experts_R: int64, its expert.
+        weights_R: fp32, its weight.
         up_EHD: see `expert_ffn`.
-        down_EDF: see `expert_ffn`.
-        activation: see `activate`.
-        biases: of the experts that have them; the down bias is part of an expert's output, so
-            the weight multiplies it too.
+        down_EDF: see there.
+        activation: see there.
+        biases: the down bias is part of an expert's output, so the weight multiplies it too.
         kept_R: bool, False for an assignment that takes no part; None: all do.
 
     Returns:
@@ -177,13 +176,7 @@ def mixture(
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Divide by the root mean square of the last dimension (Zhang and Sennrich 2019, eq. 4).
 
-    x / sqrt(mean(x²) + eps) · weight.
-
-    Args:
-        x_TD: [..., D], any dtype; computed in at least fp32.
-        weight_D: gain.
-        eps: added to the mean square.
-        dtype: of the result.
+    x / sqrt(mean(x²) + eps) · weight, in at least fp32, then cast to `dtype`.
     """
     x32_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     mean_square_T1 = x32_TD.square().mean(-1, keepdim=True)
@@ -191,15 +184,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
 
 
 def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
-    """Rotary positions: turn each pair (i, i + A/2) of a head by its angle (Su et al. 2021, §3.2).
+    """Rotary positions (Su et al. 2021, §3.2): each pair (i, i + A/2) of a head by its angle.
 
-    Args:
-        x_BSHA: queries or keys, A even.
-        cos_SA: cosines of the A/2 angles of each position, [S, A/2].
-        sin_SA: their sines.
-
-    Returns:
-        Like x, computed in its dtype.
+    x is queries or keys, computed in its dtype; cosines and sines are [S, A/2], of each position.
     """
     cos_S1A, sin_S1A = cos_SA[:, None].to(x_BSHA.dtype), sin_SA[:, None].to(x_BSHA.dtype)
     first, second = x_BSHA.chunk(2, dim=-1)
@@ -209,14 +196,6 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
 
 
 def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
-    """Multiply x · wᵀ in at least fp32, whatever the dtypes of both: the product of a router.
-
-    Args:
-        x_TI: [T, I].
-        w_OI: [O, I].
-
-    Returns:
-        [T, O], fp32 (fp64 where x is).
-    """
+    """Multiply x · wᵀ in fp32 (fp64 where x is), whatever the dtypes: a router's product."""
     dtype = torch.promote_types(x_TI.dtype, torch.float32)
     return F.linear(x_TI.to(dtype), w_OI.to(dtype))

@@ -19,8 +19,9 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
+    bidirectional: bool = False,
 ) -> Tensor:
-    """Causal attention of S queries that stand at the last S of P positions.
+    """Causal attention of S queries that stand at the last S of P positions, or to all P.
 
     For each query: softmax(scale · q · k + bias) over the keys it sees, times their values. A sink
     is one more score in the softmax, without a value (gpt-oss; Xiao et al. 2023).
@@ -34,6 +35,8 @@ def attend(
         sinks_H: score of each head's sink.
         bias_HSP: added to the scores.
         valid_BP: bool, False for keys that only their own query sees.
+        bidirectional: every query sees every valid key, and all alike where none is valid; P is
+            any length. Without window and sinks.
 
     Returns:
         [B, H, S, width of a value].
@@ -48,7 +51,13 @@ def attend(
             for s in range(length):
                 own = span - length + s
                 first = 0 if window is None else max(0, own - window + 1)
-                keys = [p for p in range(first, own + 1) if p == own or _valid(valid_BP, b, p)]
+                valid_P = [True] * span if valid_BP is None else valid_BP[b].tolist()
+                keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
+                if bidirectional:
+                    keys = [p for p in range(span) if valid_P[p]]
+                if not keys:
+                    y_BHSA[b, h, s] = v_BGPA[b, g].mean(0)
+                    continue
                 scores_P = k_BGPA[b, g, keys] @ q_BHSA[b, h, s] * factor
                 if bias_HSP is not None:
                     scores_P = scores_P + bias_HSP[h, s, keys]
@@ -57,7 +66,3 @@ def attend(
                 weights_P = scores_P.softmax(0)[: len(keys)]
                 y_BHSA[b, h, s] = weights_P @ v_BGPA[b, g, keys]
     return y_BHSA
-
-
-def _valid(valid_BP: Tensor | None, b: int, p: int) -> bool:
-    return valid_BP is None or bool(valid_BP[b, p])

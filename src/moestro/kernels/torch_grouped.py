@@ -122,19 +122,19 @@ class Products(NamedTuple):
         biases: Biases | None = None,
     ) -> Tensor:
         """`reference.expert_ffn` by these products."""
-        weights = (up_EHD, down_EDF, *(biases or (None, None)))
+        inputs, groups = (x_RD, up_EHD, down_EDF), Groups(offsets_E, experts_E)
         y_RD: Tensor = _ExpertFFN.apply(
-            x_RD, *weights, activation, Groups(offsets_E, experts_E), self
+            *inputs, *(biases or (None, None)), activation, groups, self
         )
         return y_RD
 
 
 def _take(w_EOI: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
     """The weights of some experts in `dtype`, without a copy where they lie as they are needed."""
-    first = experts[0]
-    if experts == list(range(first, first + len(experts))):
-        return w_EOI[first : first + len(experts)].to(dtype)
-    w_NOI = w_EOI.new_empty(len(experts), *w_EOI.shape[1:], dtype=dtype)
+    first, count = experts[0], len(experts)
+    if experts == list(range(first, first + count)):
+        return w_EOI[first : first + count].to(dtype)
+    w_NOI = w_EOI.new_empty(count, *w_EOI.shape[1:], dtype=dtype)
     for place, expert in enumerate(experts):
         w_NOI[place].copy_(w_EOI[expert])
     return w_NOI
@@ -218,7 +218,6 @@ def torch_add_bias(y_RO: Tensor, bias_EO: Tensor, groups: Groups) -> None:
     y_RO.add_(bias_EO.to(y_RO.dtype)[groups.experts_R(len(y_RO))])
 
 
-# One product per run of hit experts; `torch.nn.functional.grouped_mm`.
 SEGMENTS = Products(segments_mm, segments_weight_grad, segments_add_bias)
 TORCH = Products(torch_mm, torch_weight_grad, torch_add_bias)
 
@@ -237,12 +236,7 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_RI: Tensor,
-        w_EOI: Tensor,
-        bias_EO: Tensor | None,
-        groups: Groups,
-        by: Products,
+        ctx: Any, x_RI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, groups: Groups, by: Products
     ) -> Tensor:
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, w_EOI, bias_EO)
@@ -266,7 +260,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """up → activation → down, keeping the rows, the hidden rows and the bent gate."""
+    """up → activation → down, keeping the rows, the hidden rows and the activated gate."""
 
     @staticmethod
     def forward(
@@ -311,8 +305,8 @@ class _ExpertFFN(torch.autograd.Function):
         return tuple(grads)
 
 
-def _linear(x_PI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """One expert's product with few rows, in the rows' dtype or a wider one.
+def linear(x_PI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """One matrix and few rows, without autograd; in the rows' dtype or a wider one.
 
     fp32 weights stay as they are: to cast them takes longer than to use them once. Alone, a row in
     16 bits is fastest as a vector: 12 GB/s of weights on one core, 10 as a matrix.
@@ -339,19 +333,7 @@ def single_ffn(
     activation: str,
     biases: Biases | None = None,
 ) -> Tensor:
-    """`reference.expert_ffn` of a few rows of one expert, without autograd.
-
-    Args:
-        x_PD: the rows.
-        expert: whose they are.
-        up_EHD: see `reference.expert_ffn`.
-        down_EDF: see there.
-        activation: see `reference.activate`.
-        biases: of the experts that have them.
-
-    Returns:
-        y_PD in the rows' dtype.
-    """
+    """`reference.expert_ffn` of a few rows of one expert, without autograd."""
     up_H, down_D = (None, None) if biases is None else (bias[expert] for bias in biases)
-    act_PF, _ = activations.forward(_linear(x_PD, up_EHD[expert], up_H), activation)
-    return _linear(act_PF, down_EDF[expert], down_D)
+    act_PF, _ = activations.forward(linear(x_PD, up_EHD[expert], up_H), activation)
+    return linear(act_PF, down_EDF[expert], down_D)

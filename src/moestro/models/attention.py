@@ -9,39 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, RelativeConfig
+from moestro.config import NetworkConfig, RelativeConfig, StackSpec
 from moestro.kernels import attention, pointwise
-from moestro.models.cache import LayerCache
+from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
 from moestro.models.norms import RMSNorm
 from moestro.models.relative import RelativeBias
 from moestro.models.rotary import Rotary
 
 
-def reach(cfg: ModelConfig, layer: int) -> int:
-    """Most positions that layer number `layer` looks back on, its own included."""
-    return min(cfg.window(layer) or cfg.attention.context, cfg.attention.context)
-
-
-def relative_bias(cfg: RelativeConfig, num_heads: int) -> RelativeBias:
-    """The table of a decoder: only earlier keys are seen."""
-    return RelativeBias(cfg.buckets, cfg.max_distance, num_heads, bidirectional=False)
-
-
 class Attention(nn.Module):
-    """Causal self-attention over the last positions: the layer's window, at most the context.
+    """Self-attention: causal, over the last positions of the layer's window, or an encoder's.
 
     Args:
         cfg: of the model.
-        layer: its number.
+        stack: that it is in.
+        layer: its number there.
         out_scale: of the output's weights at the start.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int = 0, out_scale: float = 1.0) -> None:
+    def __init__(
+        self, cfg: NetworkConfig, stack: StackSpec, layer: int = 0, out_scale: float = 1.0
+    ) -> None:
         super().__init__()
         settings, positions = cfg.attention, cfg.attention.positions
         self.num_heads, self.num_kv_heads = settings.num_heads, cfg.num_kv_heads
-        self.head_dim, self.window = cfg.head_dim, reach(cfg, layer)
+        self.head_dim = cfg.head_dim
+        self.window, self.bidirectional = stack.layers[layer].window, not stack.causal
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         relative = isinstance(positions, RelativeConfig)
         # T5 has the scale of the scores in the initial queries instead.
@@ -57,7 +51,9 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if settings.sinks else None
         self.relative = None
         if isinstance(positions, RelativeConfig) and not positions.shared:
-            self.relative = relative_bias(positions, self.num_heads)
+            self.relative = RelativeBias(
+                positions.buckets, positions.max_distance, self.num_heads, self.bidirectional
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,6 +102,7 @@ class Attention(nn.Module):
             sinks_H=self.sinks,
             bias_HSP=bias_HSP,
             valid_BP=valid_BS,
+            bidirectional=self.bidirectional,
         )
         out: Tensor = self.out(y_BHSA.transpose(1, 2).reshape(batch, length, -1))
         return out
@@ -120,3 +117,39 @@ class Attention(nn.Module):
             q_BSO, k_BSO = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q_BSO, k_BSO))
         q_BSO, k_BSO = self.q_norm(q_BSO), self.k_norm(k_BSO)
         return torch.cat([q_BSO.flatten(2), k_BSO.flatten(2), v_BSO], dim=-1)
+
+
+class CrossAttention(nn.Module):
+    """A decoder's attention to all of its encoder's output, as in T5: scores are not scaled.
+
+    Args:
+        cfg: of the model.
+        out_scale: of the output's weights at the start.
+    """
+
+    def __init__(self, cfg: NetworkConfig, out_scale: float = 1.0) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = cfg.attention.num_heads, cfg.num_kv_heads
+        self.head_dim = cfg.head_dim
+        wide = self.num_heads * self.head_dim
+        self.q = Linear(cfg.dim, wide, scale=self.head_dim**-0.5)
+        self.kv = Linear(cfg.dim, 2 * self.num_kv_heads * self.head_dim)
+        self.out = Linear(wide, cfg.dim, scale=out_scale)
+
+    def look(self, memory_BPD: Tensor) -> KeysValues:
+        """The keys and values of the encoder's output."""
+        kv_BPNA = self.kv(memory_BPD).unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
+        return KeysValues(*kv_BPNA.transpose(1, 2).chunk(2, dim=1))
+
+    def forward(self, x_BSD: Tensor, source: KeysValues, valid_BP: Tensor | None) -> Tensor:
+        """Attend. [B, S, D] → [B, S, D].
+
+        Args:
+            x_BSD: normalised hidden states.
+            source: from `look`.
+            valid_BP: bool, False for padding in the source.
+        """
+        q_BHSA = self.q(x_BSD).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        y_BHSA = attention.attend(q_BHSA, *source, scale=1.0, valid_BP=valid_BP, bidirectional=True)
+        out: Tensor = self.out(y_BHSA.transpose(1, 2).flatten(2))
+        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +64,17 @@ class LayerCache:
         self.length = total
         return tuple(buffer.narrow(-2, self._start, total) for buffer in self._buffers)
 
-    def room(self, *like: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    def room(self, added: int, *like: Tensor) -> tuple[tuple[Tensor, ...], int]:
         """The whole buffers, and the place of the next position in them, for who writes there.
 
         Args:
+            added: positions that will be written; more than `limit` make the buffers longer, until
+                the next call.
             like: tensors [..., 0, A] of the buffers' shapes and dtypes.
         """
         kept = self._forget()
-        if not self._fits(kept + 1):
-            self._move(like, kept, kept + 1)
+        if not self._fits(kept + added):
+            self._move(like, kept, kept + added)
         return self._buffers, self._start + kept
 
     def fork(self) -> LayerCache:
@@ -96,7 +99,7 @@ class LayerCache:
 
     def _move(self, new: Sequence[Tensor], kept: int, total: int) -> None:
         """Bring what is kept to the front of larger buffers."""
-        room = min(self._most, total + total // 2 + 16)
+        room = max(total, min(self._most, total + total // 2 + 16))
         buffers = []
         for n, tensor in enumerate(new):
             buffer = tensor.new_empty(*tensor.shape[:-2], room, tensor.shape[-1])
@@ -118,27 +121,46 @@ class LayerCache:
         return whole
 
 
+class KeysValues(NamedTuple):
+    """What queries look at: keys and values, each [B, G, P, A]."""
+
+    keys_BGPA: Tensor
+    values_BGPA: Tensor
+
+
+class Source(NamedTuple):
+    """What a decoder's cross attention sees of a text: one pair for each layer, and its padding."""
+
+    cross: tuple[KeysValues, ...]
+    valid_BP: Tensor | None
+
+
 class KVCache:
     """One `LayerCache` per layer, how many positions have passed, and the angles of the next.
 
     Args:
         limits: most positions that each layer looks back on.
         rotary: angles, for models with rotary positions.
+
+    Attributes:
+        source: what cross attention sees, once it is read.
     """
 
     def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
         self.layers = [LayerCache(limit) for limit in limits]
         self.rotary = rotary
+        self.source: Source | None = None
         self.position = 0
 
     def fork(self) -> KVCache:
         """The same past in memory of its own: both may go on, each its own way."""
         twin = KVCache((), self.rotary)
         twin.layers, twin.position = [layer.fork() for layer in self.layers], self.position
+        twin.source = self.source  # nothing writes to it
         return twin
 
-    def advance(self) -> None:
-        """Count the position that the native step has written."""
+    def advance(self, added: int) -> None:
+        """Count the positions that the native step has written."""
         for layer in self.layers:
-            layer.length += 1
-        self.position += 1
+            layer.length += added
+        self.position += added

@@ -7,17 +7,10 @@ A head width, V vocabulary, S sequence length.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from moestro.config import (
-    EncDecConfig,
-    LatentConfig,
-    ModelConfig,
-    MoEConfig,
-    NetworkConfig,
-    RelativeConfig,
-)
+from moestro.config import LatentConfig, MoEConfig, NetworkConfig, RelativeConfig, StackSpec
 
 Embeddings = Literal["all", "output", "none"]
 
@@ -35,10 +28,15 @@ class Span(NamedTuple):
     window: int | None
     causal: bool
 
-    def positions(self, seq_len: int) -> float:
-        """Positions attended to, averaged over the tokens of a sequence of `seq_len`."""
+    def positions(self, seq_len: int, source: int | None = None) -> float:
+        """Positions attended to, averaged over the tokens of a sequence of `seq_len`.
+
+        Args:
+            seq_len: S.
+            source: length of the text that cross attention sees; unset: S too.
+        """
         if not self.causal:
-            return float(seq_len)
+            return float(source or seq_len)
         reach = min(seq_len, self.window or seq_len)
         return ((reach + 1) / 2 * reach + reach * (seq_len - reach)) / seq_len
 
@@ -89,17 +87,18 @@ class Count(NamedTuple):
         }[embeddings]
         return self.total - left_out, self.active - left_out
 
-    def forward_flops(self, seq_len: int) -> float:
+    def forward_flops(self, seq_len: int, source: int | None = None) -> float:
         """FLOPs per token of a forward pass over sequences of `seq_len`.
 
         A decoder's token attends to those before it, at most to its layer's window; an encoder's
-        and cross attention to all. Sources and targets of an encoder-decoder are equally long.
+        and cross attention to all. `source` as in `Span.positions`.
         """
-        return 2 * self.matmul + sum(span.flops * span.positions(seq_len) for span in self.spans)
+        attended = sum(span.flops * span.positions(seq_len, source) for span in self.spans)
+        return 2 * self.matmul + attended
 
-    def train_flops(self, seq_len: int) -> float:
+    def train_flops(self, seq_len: int, source: int | None = None) -> float:
         """FLOPs per token of a training step: the backward pass costs two forward passes."""
-        return 3 * self.forward_flops(seq_len)
+        return 3 * self.forward_flops(seq_len, source)
 
 
 def matrices(activation: str) -> int:
@@ -107,20 +106,44 @@ def matrices(activation: str) -> int:
     return 3 if activation in ("swiglu", "geglu", "clamped_swiglu") else 2
 
 
-def count(cfg: ModelConfig | EncDecConfig) -> Count:
+def count(cfg: NetworkConfig) -> Count:
     """Count a model. `total` equals what `Decoder(cfg)` or `EncDec(cfg)` holds, exactly."""
-    layers = _encdec(cfg) if isinstance(cfg, EncDecConfig) else _decoder(cfg)
+    stacks = cfg.stacks()
+    parts = (part for stack in stacks for part in (*_blocks(cfg, stack), _cross_keys(cfg, stack)))
+    return _counted(cfg, parts, stacks, predicts=True)
+
+
+def sides(cfg: NetworkConfig) -> tuple[Count, ...]:
+    """A count for each text that a model takes: a decoder's one; a source, then its target.
+
+    The keys and values of cross attention are made of the source, so they count with it; the head
+    counts with the target. The embedding is in both.
+    """
+    stacks = cfg.stacks()
+    after = (*stacks[1:], None)
+    return tuple(
+        _counted(
+            cfg, [*_blocks(cfg, stack), _cross_keys(cfg, reader)], [stack], predicts=reader is None
+        )
+        for stack, reader in zip(stacks, after, strict=True)
+    )
+
+
+def _counted(
+    cfg: NetworkConfig, parts: Iterable[_Part], stacks: Sequence[StackSpec], predicts: bool
+) -> Count:
+    """These parts, the embedding, and a head where the last of the stacks predicts."""
     embedding = cfg.vocab_size * cfg.dim
-    head = 0 if cfg.head.tied else embedding
-    body = _sum([*layers, _always(0, embedding + cfg.head.bias * cfg.vocab_size)])
+    head = embedding if predicts and not cfg.head.tied else 0
+    body = _sum([*parts, _always(0, embedding + predicts * cfg.head.bias * cfg.vocab_size)])
     return Count(
         total=body.total + head,
         active=body.active + head,
-        matmul=body.matmul + embedding,
+        matmul=body.matmul + predicts * embedding,
         input_embedding=embedding,
         output_embedding=head,
         expert=body.expert,
-        spans=_spans(cfg),
+        spans=_spans(cfg, stacks),
     )
 
 
@@ -142,23 +165,20 @@ def _sum(parts: Iterable[_Part]) -> _Part:
     return _Part(*map(sum, zip(*parts, strict=True)))
 
 
-def _decoder(cfg: ModelConfig) -> list[_Part]:
+def _blocks(cfg: NetworkConfig, stack: StackSpec) -> list[_Part]:
+    """A stack, without what makes the keys and values of its cross attention."""
+    cross = _always(2 * cfg.dim * cfg.attention.num_heads * cfg.head_dim, _norm(cfg))
     parts = [_always(0, _norm(cfg) + _table(cfg, shared=True))]
-    for layer in range(cfg.num_layers):
-        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
+    for layer in stack.layers:
+        parts += [_attention(cfg), _ffn(cfg, layer.mixture), _always(0, 2 * _norm(cfg))]
+        parts += [cross] if stack.cross else []
     return parts
 
 
-def _encdec(cfg: EncDecConfig) -> list[_Part]:
-    parts = [_always(0, 2 * (_norm(cfg) + _table(cfg, shared=True)))]
-    for layer in range(cfg.encoder_layers):
-        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
-    heads = cfg.attention.num_heads + cfg.num_kv_heads
-    cross = _always(2 * cfg.dim * heads * cfg.head_dim, _norm(cfg))
-    for layer in range(cfg.decoder_layers):
-        parts += [_attention(cfg), _ffn(cfg, cfg.is_moe_layer(layer)), _always(0, 2 * _norm(cfg))]
-        parts.append(cross)
-    return parts
+def _cross_keys(cfg: NetworkConfig, stack: StackSpec | None) -> _Part:
+    """What makes the keys and values that a stack's cross attention looks at."""
+    layers = len(stack.layers) if stack is not None and stack.cross else 0
+    return _always(layers * 2 * cfg.dim * cfg.num_kv_heads * cfg.head_dim)
 
 
 def _norm(cfg: NetworkConfig) -> int:
@@ -216,17 +236,17 @@ def _mixture(cfg: MoEConfig) -> _Part:
     return _sum([always, _Part(experts, chosen, cfg.top_k * weights, expert=experts)])
 
 
-def _spans(cfg: ModelConfig | EncDecConfig) -> tuple[Span, ...]:
-    """The attention of every layer; a decoder's window never exceeds its context."""
+def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
+    """The attention of every layer."""
     attention = cfg.attention
     per_head = 2 * cfg.head_dim
     if attention.latent is not None:
         latent = attention.latent
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
+    layers: Counter[tuple[int | None, bool]] = Counter()
+    for stack in stacks:
+        layers.update((layer.window, stack.causal) for layer in stack.layers)
+        if stack.cross:
+            layers[None, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
-    if isinstance(cfg, EncDecConfig):
-        both_ways, causal = (cfg.encoder_layers + cfg.decoder_layers), cfg.decoder_layers
-        return Span(flops * both_ways, None, False), Span(flops * causal, None, True)
-    context = attention.context
-    reach = Counter(min(context, cfg.window(n) or context) for n in range(cfg.num_layers))
-    return tuple(Span(flops * layers, window, True) for window, layers in reach.items())
+    return tuple(Span(flops * number, *kind) for kind, number in layers.items())

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, RopeConfig
+from moestro.config import NetworkConfig, RopeConfig
 from moestro.kernels import attention, pointwise
 from moestro.models.cache import LayerCache
-from moestro.models.linear import Linear
+from moestro.models.linear import Linear, PlainLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import Rotary, score_scale
 
@@ -31,7 +31,7 @@ class LatentAttention(nn.Module):
         out_scale: of the output's weights at the start.
     """
 
-    def __init__(self, cfg: ModelConfig, out_scale: float = 1.0) -> None:
+    def __init__(self, cfg: NetworkConfig, out_scale: float = 1.0) -> None:
         super().__init__()
         latent, positions = cfg.attention.latent, cfg.attention.positions
         assert latent is not None
@@ -49,7 +49,8 @@ class LatentAttention(nn.Module):
         self.kv_down = Linear(cfg.dim, latent.kv_rank + latent.rope_dim)
         self.kv_norm = RMSNorm(latent.kv_rank, NORM_EPS)
         up_dim = self.num_heads * (latent.nope_dim + latent.value_dim)
-        self.kv_up = Linear(latent.kv_rank, up_dim)
+        # Decoding multiplies by parts of it in both directions.
+        self.kv_up = PlainLinear(latent.kv_rank, up_dim)
         self.out = Linear(self.num_heads * latent.value_dim, cfg.dim, scale=out_scale)
 
     def forward(

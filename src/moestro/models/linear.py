@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from moestro.errors import ShapeError
-from moestro.kernels import native_cpu
-from moestro.kernels.packing import PackedMatrix
-from moestro.moe.experts import compute_dtype
+from moestro.kernels import native_cpu, torch_grouped
+from moestro.kernels.addresses import ROWS
+from moestro.kernels.packing import Format, PackedMatrix, blank_matrix
+from moestro.moe.mixing import compute_dtype
 from moestro.moe.packed import Packed
-
-# Weights of so few numbers are cast to fp32: torch's 16-bit product takes 15 µs however small.
-SMALL = 2**15
 
 
 class Embedding(nn.Embedding):
@@ -49,8 +49,8 @@ class Embedding(nn.Embedding):
             ) from None
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear` whose weights start N(0, scale² / I), and its bias at zero.
+class PlainLinear(nn.Linear):
+    """`torch.nn.Linear` whose weights start N(0, scale² / I), and its bias at zero; never packed.
 
     One row in 16 bits on CPU goes through the product of a vector, which reads weights up to twice
     as fast there as torch's product of matrices.
@@ -68,21 +68,33 @@ class Linear(nn.Linear):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O]."""
-        weight_OI, dtype = self.weight, x_TI.dtype
         alone = (
             not torch.is_grad_enabled()
-            and x_TI.numel() == weight_OI.shape[1]
-            and dtype.itemsize == 2
-            and dtype == weight_OI.dtype
+            and x_TI.numel() == self.in_features
+            and x_TI.dtype.itemsize == 2
+            and x_TI.dtype == self.weight.dtype
             and x_TI.device.type == "cpu"
         )
         if not alone:
             return super().forward(x_TI)
-        product = torch.float32 if weight_OI.numel() <= SMALL else dtype
-        y_O = torch.mv(weight_OI.to(product), x_TI.reshape(-1).to(product))
-        if self.bias is not None:
-            y_O = y_O + self.bias
-        return y_O.to(dtype).view(*x_TI.shape[:-1], -1)
+        y_1O = torch_grouped.linear(x_TI.reshape(1, -1), self.weight, self.bias)
+        return y_1O.view(*x_TI.shape[:-1], -1)
+
+
+class Linear(PlainLinear):
+    """A projection that can be packed."""
+
+    def to_packed(self, format: Format) -> PackedLinear:
+        """See `moestro.moe.packed.Packable`."""
+        weight_OI = self.weight.detach()
+        if weight_OI.dtype not in ROWS:
+            weight_OI = weight_OI.float()
+        pack = blank_matrix if weight_OI.is_meta else native_cpu.pack_matrix
+        return PackedLinear(pack(weight_OI, format, self.bias))
+
+    def native(self) -> PackedMatrix:
+        """The weights as the native kernels read them, not copied."""
+        return native_cpu.plain_matrix(self.weight, self.bias)
 
 
 class QKV(Linear):
@@ -111,27 +123,15 @@ class QKV(Linear):
 
 
 class PackedLinear(Packed):
-    """A projection with packed weights, in the place of `torch.nn.Linear`.
+    """A projection with packed weights, in the place of `torch.nn.Linear`."""
 
-    Args:
-        weights: from `native_cpu.pack_matrix`, or mapped from a file.
-        bias_O: fp32; None: none.
-    """
+    TENSORS: ClassVar = {"packed": "data", "bias_O": "bias"}
+    weights: PackedMatrix
 
-    def __init__(self, weights: PackedMatrix, bias_O: Tensor | None = None) -> None:
-        super().__init__()
-        self.weights, self.bias_O = weights, bias_O
-
-    def parts(self) -> dict[str, Tensor]:
-        """Packed bytes, and the bias where there is one."""
-        return {"packed": self.weights.data} | (
-            {} if self.bias_O is None else {"bias_O": self.bias_O}
-        )
-
-    def use(self, parts: dict[str, Tensor]) -> None:
-        """Take others in their place."""
-        self.weights = self.weights._replace(data=parts["packed"])
-        self.bias_O = parts.get("bias_O")
+    def described(self) -> dict[str, Any]:
+        """See `Packed.described`."""
+        _, rows, columns, format, _ = self.weights
+        return {"rows": rows, "columns": columns, **format._asdict()}
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O], in the dtype to compute in."""
@@ -141,7 +141,7 @@ class PackedLinear(Packed):
 
     def product(self, rows_TI: Tensor) -> Tensor:
         """[T, I] → [T, O] in the rows' dtype."""
-        return native_cpu.linear(self.weights, rows_TI, self.bias_O)
+        return native_cpu.linear(self.weights, rows_TI, self.weights.bias)
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""

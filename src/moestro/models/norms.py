@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moestro.config import NormConfig
 from moestro.kernels import pointwise
-from moestro.moe.experts import compute_dtype
+from moestro.moe.mixing import compute_dtype
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ from moestro.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    ModelConfig,
+    NetworkConfig,
     RopeConfig,
     YarnScaling,
 )
@@ -29,7 +29,7 @@ class Rotary(NamedTuple):
     sin_SA: Tensor
 
 
-def turning_width(cfg: ModelConfig) -> int:
+def turning_width(cfg: NetworkConfig) -> int:
     """A: the width of a head, or of the rotary part of a latent one."""
     latent = cfg.attention.latent
     return cfg.head_dim if latent is None else latent.rope_dim
@@ -135,7 +135,7 @@ def _yarn(base_A: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
 def rotary(
     start: int,
     length: int,
-    cfg: ModelConfig,
+    cfg: NetworkConfig,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Rotary:
@@ -158,7 +158,7 @@ def rotary(
     return Rotary((angles_SA.cos() * scale).to(dtype), (angles_SA.sin() * scale).to(dtype))
 
 
-def _rope_of(cfg: ModelConfig) -> RopeConfig:
+def _rope_of(cfg: NetworkConfig) -> RopeConfig:
     assert isinstance(cfg.attention.positions, RopeConfig)
     return cfg.attention.positions
 
@@ -172,22 +172,15 @@ class RotaryTable:
 
     AHEAD = 256
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: NetworkConfig) -> None:
         self.cfg = cfg
         self._start = self._stop = 0
         self._rows: Rotary | None = None
 
     def at(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
         """`rotary` of these positions."""
-        rows = self._rows
-        known = (
-            rows is not None
-            and self._start <= start
-            and start + length <= self._stop
-            and rows.cos_SA.dtype == dtype
-            and rows.cos_SA.device == device
-        )
-        if not known or rows is None:
+        rows, inside = self._rows, self._start <= start and start + length <= self._stop
+        if not inside or rows is None or (rows[0].dtype, rows[0].device) != (dtype, device):
             rows = self._compute(start, length, device, dtype)
         first = start - self._start
         return Rotary(rows.cos_SA[first : first + length], rows.sin_SA[first : first + length])

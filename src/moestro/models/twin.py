@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
-from moestro.config import DenseConfig, EncDecConfig, ModelConfig
+from moestro.config import DenseConfig, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count, matrices
 
-Model = TypeVar("Model", bound=ModelConfig | EncDecConfig)
+Model = TypeVar("Model", bound=NetworkConfig)
 
 
 def dense_twin(cfg: Model, of: Literal["active", "total"] = "active") -> Model:
@@ -31,13 +31,10 @@ def dense_twin(cfg: Model, of: Literal["active", "total"] = "active") -> Model:
     narrow = cfg.model_copy(
         update={"moe": None, "dense": DenseConfig(hidden_dim=1, activation=activation)}
     )
-    if isinstance(cfg, EncDecConfig):
-        layers = cfg.encoder_layers + cfg.decoder_layers
-    else:
-        layers = cfg.num_layers
+    layers = sum(len(stack.layers) for stack in cfg.stacks())
     missing = getattr(count(cfg), of) - count(narrow).total
     exact = 1 + missing / (layers * matrices(activation) * cfg.dim)
     step = 8 if exact >= 256 else 1
     width = max(1, round(exact / step) * step)
     dense = DenseConfig(hidden_dim=width, activation=activation)
-    return cast(Model, narrow.model_copy(update={"dense": dense}))
+    return narrow.model_copy(update={"dense": dense})

@@ -37,9 +37,7 @@ def switch_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
 def sequence_loss(routing: Routing, num_sequences: int) -> Tensor:
     """The Switch loss inside each sequence, then the mean (DeepSeek-V3 2024, eq. 17-20).
 
-    Args:
-        routing: one layer's, of T = N · S tokens stored sequence by sequence.
-        num_sequences: N. A sequence of padding alone does not count.
+    T = N · S tokens are stored sequence by sequence. One of padding alone does not count.
 
     Raises:
         ShapeError: T does not split into N sequences.
@@ -101,12 +99,7 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
     Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", alg. 1: once per optimizer step, from
     the counts n of that whole step over all ranks, after the weights have been updated. Only
     differences between biases choose, so the steps' own mean is taken out: it says nothing, and
-    with a few dead experts would carry all biases away together.
-
-    Args:
-        bias_E: fp32 buffer of the router.
-        counts_E: assignments per expert, before drops.
-        rate: u; the paper's is 1e-3.
+    with a few dead experts would carry all biases away together. The paper's rate u is 1e-3.
 
     Raises:
         ShapeError: the bias is of 16 bits, where steps of u are lost.
@@ -127,11 +120,8 @@ def _shares(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _real(routing: Routing, values_TE: Tensor) -> Tensor:
     """The values with padding at 0, whatever it held: 0 times NaN would be NaN."""
-    return (
-        values_TE
-        if routing.valid_T is None
-        else values_TE.masked_fill(~routing.valid_T[:, None], 0)
-    )
+    valid_T = routing.valid_T
+    return values_TE if valid_T is None else values_TE.masked_fill(~valid_T[:, None], 0)
 
 
 def _num_real(routing: Routing) -> Tensor | int:

@@ -29,7 +29,7 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
     """Keep at most `rows` assignments per expert; the others are dropped, and say so.
 
     Args:
-        routing: token choice, before any drop.
+        routing: token choice.
         rows: C.
         priority: "arrival": first choices before second choices, then in the order of the tokens
             (Lepikhin et al. 2020, GShard §2.2); "router": highest weight first (batch prioritised
@@ -71,24 +71,22 @@ def limit(routing: Routing, rows: int, priority: str, num_sequences: int = 1) ->
     return routing._replace(kept_R=kept_R)
 
 
-def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None) -> Plan:
+def make_plan(routing: Routing, padded_counts: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Group the kept assignments by expert.
 
-    Args:
-        routing: any router's.
-        rooms: rows of each expert (int64 [E]) → rows to give it, none fewer; the difference
-            becomes zero rows, and groups then lie in the order of falling room. None gives each
-            what it has, in the order of the experts.
+    `padded_counts` maps the rows of each expert (int64 [E]) to rows to give it, at least as many;
+    the difference becomes zero rows, and groups then lie largest first. None gives each what it
+    has, in the order of the experts.
     """
     experts_A, num_experts = routing.experts_R, routing.num_experts
     if routing.kept_R is not None:
         experts_A = experts_A.masked_fill(~routing.kept_R, num_experts)
     order_A = experts_A.argsort(stable=True)
     counts_E = torch.bincount(experts_A, minlength=num_experts + 1)[:num_experts]
-    room_E = counts_E if rooms is None else rooms(counts_E)
-    padded = room_E is not counts_E
-    groups_E = room_E.argsort(descending=True, stable=True) if padded else None
-    sizes_E = room_E if groups_E is None else room_E[groups_E]
+    padded_E = counts_E if padded_counts is None else padded_counts(counts_E)
+    padded = padded_E is not counts_E
+    groups_E = padded_E.argsort(descending=True, stable=True) if padded else None
+    sizes_E = padded_E if groups_E is None else padded_E[groups_E]
     offsets_E = sizes_E.cumsum(0)
     starts_E = offsets_E - sizes_E
     if groups_E is not None:  # from the order of the groups to that of the experts
@@ -104,18 +102,12 @@ def make_plan(routing: Routing, rooms: Callable[[Tensor], Tensor] | None = None)
     rows_A[order_A] = sorted_rows_A
     tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=order_A.device)
     tokens_R[sorted_rows_A] = routing.tokens_R[order_A]
-    padding_P = _padding(sorted_rows_A, num_rows)
+    padding_P = sorted_rows_A[:0]
+    if len(sorted_rows_A) < num_rows:
+        free_R = torch.ones(num_rows, dtype=torch.bool, device=order_A.device)
+        padding_P = free_R.index_fill_(0, sorted_rows_A, False).nonzero().squeeze(1)
     slots_TK, rows_TK, complete = _by_token(routing, rows_A, num_rows)
     return Plan(tokens_R, padding_P, slots_TK, rows_TK, offsets_E, groups_E, counts_E, complete)
-
-
-def _padding(used_rows_A: Tensor, num_rows: int) -> Tensor:
-    """Row numbers that no assignment uses."""
-    if len(used_rows_A) == num_rows:
-        return used_rows_A[:0]
-    free_R = torch.ones(num_rows, dtype=torch.bool, device=used_rows_A.device)
-    free_R[used_rows_A] = False
-    return free_R.nonzero().squeeze(1)
 
 
 def _by_token(routing: Routing, rows_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor, bool]:
@@ -146,12 +138,7 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
     """Weighted sum of each token's rows. [R, D] → [T, D] in the rows' dtype.
 
     The sum runs over K in a fixed order, in at least fp32, so that the result does not depend on
-    what else is in the batch. A token without a row gets zero.
-
-    Args:
-        rows_RD: outputs of the experts.
-        weights_A: the Routing's weights, in its order.
-        plan: what `make_plan` returned.
+    what else is in the batch. A token without a row gets zero. The weights are the Routing's.
     """
     y_TD: Tensor = _Combine.apply(rows_RD, weights_A, plan)
     return y_TD
@@ -160,15 +147,8 @@ def combine(rows_RD: Tensor, weights_A: Tensor, plan: Plan) -> Tensor:
 def mix_few(x_TD: Tensor, routing: Routing, single: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Dispatch, experts and combine of few tokens, without a plan and without gradients.
 
-    The same sum in the same order as `combine`'s. Each expert that is hit works once.
-
-    Args:
-        x_TD: tokens, in the dtype to compute in.
-        routing: token choice.
-        single: one expert: (rows [P, D], its number) → [P, D].
-
-    Returns:
-        y_TD in the tokens' dtype.
+    The same sum in the same order as `combine`'s, for token choice. Each expert that is hit works
+    once: `single` maps (rows [P, D], its number) to [P, D].
     """
     top_k, dtype = routing.top_k, torch.promote_types(x_TD.dtype, torch.float32)
     kept_R = None if routing.kept_R is None else routing.kept_R.tolist()

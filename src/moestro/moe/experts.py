@@ -7,25 +7,20 @@ where there are biases, `gate_up_bias [E, 2F]` or `[E, F]`, and `down_bias [E, D
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.errors import ShapeError
-from moestro.kernels import reference
+from moestro.kernels import native_cpu, packing, reference
+from moestro.kernels.packing import Format
 from moestro.kernels.reference import Biases
 from moestro.moe import mixing
-from moestro.moe.mixing import ExpertWeights
+from moestro.moe.mixing import ExpertWeights, compute_dtype
+from moestro.moe.packed import PackedExperts, PackedFeedForward, PackedStack
 from moestro.moe.routing import Routing
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on, else the tensor's own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 class StackedWeights(nn.Module):
@@ -44,6 +39,7 @@ class StackedWeights(nn.Module):
         out_scale: of the σ of `down`.
     """
 
+    packed: type[PackedStack]  # what it becomes
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
 
@@ -90,6 +86,18 @@ class StackedWeights(nn.Module):
         """The weights, for `moestro.moe.mixing`."""
         return ExpertWeights(self.gate_up, self.down, self.activation, self.biases)
 
+    def to_packed(self, format: Format) -> PackedStack:
+        """The same with packed weights; see `moestro.moe.packed.Packable`."""
+        how = (self.activation, format, *(self.biases or ()))
+        if self.down.is_meta:
+            return self.packed(packing.blank_experts(self.down, *how))
+        return self.packed(native_cpu.pack_experts(self.gate_up, self.down, *how))
+
+    def native(self) -> packing.PackedExperts:
+        """The weights as the native kernels read them, not copied."""
+        weights = (self.gate_up, self.down, self.activation)
+        return native_cpu.plain_experts(*weights, *(self.biases or ()))
+
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
         num_experts, dim, hidden_dim = self.down.shape
@@ -99,18 +107,13 @@ class StackedWeights(nn.Module):
 class Experts(StackedWeights):
     """E feed-forward networks, whose `forward` is the mixing."""
 
+    packed = PackedExperts
+
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Each token through its experts, and the weighted sum of what they return.
 
-        Args:
-            x_TD: tokens in the weights' dtype; under autocast in any.
-            routing: who goes where.
-
-        Returns:
-            y_TD in the dtype computed in.
-
         Raises:
-            ShapeError: the tokens have another dtype than the weights.
+            ShapeError: the tokens are not of the weights' dtype, and autocast is off.
         """
         if x_TD.dtype != self.down.dtype and not torch.is_autocast_enabled(x_TD.device.type):
             raise ShapeError(
@@ -120,8 +123,7 @@ class Experts(StackedWeights):
         weights = self.values()
         if self.training and self.dropout:
             weights = weights._replace(activation=self._activate_and_drop)
-        mix = torch.compiler.disable(mixing.mix) if torch.compiler.is_compiling() else mixing.mix
-        return mix(x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend)
+        return _hidden(mixing.mix)(x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend)
 
     def _activate_and_drop(self, hidden_RH: Tensor) -> Tensor:
         return F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
@@ -129,6 +131,8 @@ class Experts(StackedWeights):
 
 class FeedForward(StackedWeights):
     """A dense feed-forward network: one expert that takes every row, by the same kernels."""
+
+    packed = PackedFeedForward
 
     def __init__(
         self,
@@ -140,18 +144,14 @@ class FeedForward(StackedWeights):
         out_scale: float = 1.0,
     ) -> None:
         super().__init__(
-            1,
-            dim,
-            hidden_dim,
-            activation,
-            init_scale=init_scale,
-            backend=backend,
-            out_scale=out_scale,
+            1, dim, hidden_dim, activation, 0.0, init_scale, backend, out_scale=out_scale
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D] in the dtype computed in."""
-        ffn = (
-            torch.compiler.disable(mixing.dense) if torch.compiler.is_compiling() else mixing.dense
-        )
-        return ffn(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+        return _hidden(mixing.dense)(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+
+
+def _hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, kept out of what is being compiled; see `moestro.moe.mixing`."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

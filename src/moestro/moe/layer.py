@@ -37,16 +37,9 @@ class MoE(nn.Module):
         self.cfg = cfg
         self.router = build_router(cfg)
         self.experts: nn.Module = Experts(
-            cfg.num_experts,
-            cfg.dim,
-            cfg.hidden_dim,
-            cfg.activation,
-            cfg.experts.dropout,
-            cfg.init_scale,
-            backend,
-            cfg.experts.bias,
-            out_scale,
-        )
+            cfg.num_experts, cfg.dim, cfg.hidden_dim, cfg.activation, cfg.experts.dropout,
+            cfg.init_scale, backend, cfg.experts.bias, out_scale,
+        )  # fmt: skip
         self.shared: nn.Module | None = None
         self.shared_gate: nn.Linear | None = None
         if cfg.shared is not None:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moestro.kernels import backends
+from moestro.kernels.backends import Backend, Work
 from moestro.kernels.reference import Activation, Biases
 from moestro.moe import dispatch
 from moestro.moe.routing import Routing
@@ -23,47 +25,75 @@ FEW_ROWS = 16
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E feed-forward networks.
+    """The weights of E feed-forward networks; see `reference.expert_ffn`.
 
-    Attributes:
-        up_EHD: see `reference.expert_ffn`.
-        down_EDF: see `reference.expert_ffn`.
-        activation: see `reference.activate`; a function in its place runs between two products,
-            where a name lets a kernel fuse all three.
-        biases: of the experts that have them.
-        norm: of each row after the second product; None: none.
+    A function in the place of an activation's name runs between two products, where a name lets a
+    kernel fuse all three.
     """
 
     up_EHD: Tensor
     down_EDF: Tensor
     activation: Activation
     biases: Biases | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None  # of each row after the second product
+
+    def work(self, x_TD: Tensor, use: str, lacks: str | None = None) -> Work:
+        """What is to be computed with them; see `backends.Work`."""
+        if callable(self.activation):
+            lacks = lacks or "the experts have an activation or gate of their own"
+        elif self.norm is not None:
+            lacks = lacks or "the experts have a norm after each"
+        up_EHD, down_EDF = weights = self[:2]
+        widths = (up_EHD.shape[2], up_EHD.shape[1], down_EDF.shape[2])
+        return Work(x_TD.device.type, x_TD.dtype, widths, use, weights, lacks)
 
 
-def mix(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "auto") -> Tensor:
-    """Dispatch → experts → combine; of few rows without gradients, expert by expert.
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on, else the tensor's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether derivatives with respect to any of these are wanted."""
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        return True
+    return forward_ad._current_level >= 0
+
+
+def mix(
+    x_TD: Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    backend: str = "auto",
+    training: bool | None = None,
+) -> Tensor:
+    """Dispatch → experts → combine; without gradients in one call, or expert by expert.
 
     Args:
-        x_TD: tokens, in the dtype to compute in.
+        x_TD: tokens, in the dtype to compute in, which is that of the result.
         routing: who goes where.
         weights: of the experts, in any dtype.
         backend: a kernel's name, or "auto"; see `moestro.kernels.backends`.
-
-    Returns:
-        y_TD in the tokens' dtype.
+        training: whether to compute as where gradients are wanted; None: where they are.
     """
-    kernel = _kernel(x_TD, weights, backend)
     if routing.weights_R.dtype.itemsize < 4:  # A wrapper cast its inputs, as FSDP2 does.
         routing = routing._replace(weights_R=routing.weights_R.float())
+    if training is None:
+        tensors = (x_TD, routing.weights_R, *weights[:2], *(weights.biases or ()))
+        training = differentiated(*tensors)
+    lacks = None if routing.top_k else "tokens have varying numbers of experts"
+    kernel = backends.choose(backend, weights.work(x_TD, "train" if training else "infer", lacks))
     if kernel.mixture is not None and weights.norm is None:
         rows = (routing.tokens_R, routing.experts_R, routing.weights_R)
         return kernel.mixture(x_TD, *rows, *weights[:4], routing.kept_R)
-    few = routing.top_k and len(routing.experts_R) <= FEW_ROWS
+    few = not training and routing.top_k and len(routing.experts_R) <= FEW_ROWS
     single = _single(kernel, weights) if few else None
     if single is not None:
         return dispatch.mix_few(x_TD, routing, single)
-    plan = dispatch.make_plan(routing, lambda counts_E: kernel.rooms(counts_E, x_TD.dtype))
+    plan = dispatch.make_plan(routing, lambda counts_E: kernel.padded_counts(counts_E, x_TD.dtype))
     rows_RD = dispatch.dispatch(x_TD, plan)
     rows_RD = _ffn(kernel, rows_RD, weights, plan.offsets_E, plan.experts_E)
     if weights.norm is not None:
@@ -72,38 +102,31 @@ def mix(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "
 
 
 def dense(x_TD: Tensor, weights: ExpertWeights, backend: str = "auto") -> Tensor:
-    """One network that takes every row; see `mix`."""
-    kernel = _kernel(x_TD, weights, backend)
-    single = _single(kernel, weights) if len(x_TD) <= FEW_ROWS else None
+    """One network that takes every row, by the kernels that train; see `mix`."""
+    kernel = backends.choose(backend, weights.work(x_TD, "train"))
+    few = len(x_TD) <= FEW_ROWS and not differentiated(x_TD, *weights[:2], *(weights.biases or ()))
+    single = _single(kernel, weights) if few else None
     if single is not None:
         return single(x_TD, 0)
     all_rows_E = torch.tensor([len(x_TD)], dtype=torch.int64, device=x_TD.device)
     return _ffn(kernel, x_TD, weights, all_rows_E, None)
 
 
-def _kernel(x_TD: Tensor, weights: ExpertWeights, backend: str) -> backends.Backend:
-    up_EHD, down_EDF = weights.up_EHD, weights.down_EDF
-    widths = (up_EHD.shape[2], up_EHD.shape[1], down_EDF.shape[2])
-    return backends.choose(backend, x_TD.device.type, x_TD.dtype, widths)
-
-
-def _single(
-    kernel: backends.Backend, weights: ExpertWeights
-) -> Callable[[Tensor, int], Tensor] | None:
+def _single(kernel: Backend, weights: ExpertWeights) -> Callable[[Tensor, int], Tensor] | None:
     """One expert as a function: (rows [P, D], its number) → [P, D], without gradients.
 
     For generating text, where so few rows are multiplied that grouping them costs more. None where
-    grouping is better or needed: gradients, a kernel without such a function, no named activation.
+    grouping is better or needed: a kernel without such a function, no named activation, a norm.
     """
     up_EHD, down_EDF, activation, biases, norm = weights
     single_ffn = kernel.single_ffn
-    if single_ffn is None or callable(activation) or norm or torch.is_grad_enabled():
+    if single_ffn is None or callable(activation) or norm:
         return None
     return lambda rows_PD, expert: single_ffn(rows_PD, expert, up_EHD, down_EDF, activation, biases)
 
 
 def _ffn(
-    kernel: backends.Backend,
+    kernel: Backend,
     rows_RD: Tensor,
     weights: ExpertWeights,
     offsets_E: Tensor,
@@ -112,9 +135,8 @@ def _ffn(
     """Each row through its expert; rows past the last offset give zero."""
     up_EHD, down_EDF, activation, biases, _ = weights
     if not callable(activation):
-        return kernel.expert_ffn(
-            rows_RD, up_EHD, down_EDF, offsets_E, activation, experts_E, biases
-        )
+        plain = (up_EHD, down_EDF, offsets_E, activation, experts_E, biases)
+        return kernel.expert_ffn(rows_RD, *plain)
     up_EH, down_ED = biases or (None, None)
     hidden_RH = kernel.grouped_mm(rows_RD, up_EHD, offsets_E, experts_E, up_EH)
     return kernel.grouped_mm(activation(hidden_RH), down_EDF, offsets_E, experts_E, down_ED)

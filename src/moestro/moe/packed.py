@@ -6,23 +6,38 @@ neither moves nor converts them, and they are saved by `moestro.checkpoints.pack
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError
-from moestro.kernels import native_cpu, packing
-from moestro.moe.experts import compute_dtype
+from moestro.kernels import backends, native_cpu, packing
+from moestro.kernels.packing import Format
+from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
 
-class Packed(nn.Module):
-    """What packed modules have in common: they never train, and no state dict holds them."""
+@runtime_checkable
+class Packable(Protocol):
+    """A module that can be packed."""
 
-    def __init__(self) -> None:
+    def to_packed(self, format: Format) -> Packed:
+        """The same with packed weights, without memory where it has none; see `quantize.pack`."""
+
+
+class Packed(nn.Module):
+    """What packed modules have in common: they never train, and no state dict holds them.
+
+    Args:
+        weights: a PackedMatrix or PackedExperts, from `native_cpu` or mapped from a file.
+    """
+
+    TENSORS: ClassVar[dict[str, str]]  # the tensors of the weights: name in a file → name there
+
+    def __init__(self, weights: Any) -> None:
         super().__init__()
-        self.training = False
+        self.weights, self.training = weights, False
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode.
@@ -51,12 +66,22 @@ class Packed(nn.Module):
         x_TI = x_TI.to(compute_dtype(x_TI))
         return x_TI.float() if x_TI.dtype == torch.float16 else x_TI
 
+    def native(self) -> Any:
+        """The weights as the native kernels read them."""
+        return self.weights
+
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it is made of, by the names that `use` takes."""
-        raise NotImplementedError
+        found = {name: getattr(self.weights, own) for name, own in self.TENSORS.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def use(self, parts: dict[str, Tensor]) -> None:
         """Take others in their place, of the same shapes and dtypes."""
+        given = {own: parts.get(name) for name, own in self.TENSORS.items()}
+        self.weights = self.weights._replace(**given)
+
+    def described(self) -> dict[str, Any]:
+        """Sizes and format, as the header of a packed file has them."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, *_: Any) -> None:
@@ -66,28 +91,29 @@ class Packed(nn.Module):
         )
 
 
-class PackedWeights(Packed):
-    """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share.
+class PackedStack(Packed):
+    """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share."""
 
-    Args:
-        weights: from `native_cpu.pack_expert`, expert by expert, or mapped from a file.
-    """
+    TENSORS: ClassVar = {"packed": "data", "up_bias": "up_bias", "down_bias": "down_bias"}
+    weights: packing.PackedExperts
 
-    def __init__(self, weights: packing.PackedExperts) -> None:
-        super().__init__()
-        self.weights = weights
+    def described(self) -> dict[str, Any]:
+        """See `Packed.described`."""
+        _, experts, dim, hidden_dim, activation, format, *_ = self.weights
+        sizes = {"experts": experts, "dim": dim, "hidden_dim": hidden_dim}
+        dense = isinstance(self, PackedFeedForward)
+        return {**sizes, "activation": activation, "dense": dense, **format._asdict()}
 
-    def parts(self) -> dict[str, Tensor]:
-        """Packed bytes, and biases where there are some."""
-        data, biases = self.weights.data, (self.weights.up_bias, self.weights.down_bias)
-        up_down = zip(("up_bias", "down_bias"), biases, strict=True)
-        return {"packed": data} | {name: bias for name, bias in up_down if bias is not None}
+    def mix(self, x_TD: Tensor, tokens_R: Tensor, experts_R: Tensor, weights_R: Tensor) -> Tensor:
+        """A whole mixture in one call; see `native_cpu.mixture`.
 
-    def use(self, parts: dict[str, Tensor]) -> None:
-        """Take others in their place."""
-        self.weights = self.weights._replace(
-            data=parts["packed"], up_bias=parts.get("up_bias"), down_bias=parts.get("down_bias")
-        )
+        Raises:
+            BackendError: another backend was asked for; only native code reads packed weights.
+        """
+        rows_TD = self.rows(x_TD)
+        backends.choose("auto", backends.PACKED)
+        y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_R, experts_R, weights_R)
+        return y_TD.to(compute_dtype(x_TD))
 
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
@@ -96,35 +122,25 @@ class PackedWeights(Packed):
         return f"{shape}, {packed.activation}, {packed.format.kind}"
 
 
-class PackedExperts(PackedWeights):
-    """Packed experts: a whole mixture in one call of the kernels."""
+class PackedExperts(PackedStack):
+    """Packed experts in the place of `Experts`."""
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See `Experts.forward`."""
-        tokens_R, experts_R, weights_R = routing.tokens_R, routing.experts_R, routing.weights_R
+        chosen = [routing.tokens_R, routing.experts_R, routing.weights_R]
         if routing.kept_R is not None:
-            kept_R = routing.kept_R
-            tokens_R, experts_R, weights_R = (
-                each[kept_R] for each in (tokens_R, experts_R, weights_R)
-            )
+            chosen = [each[routing.kept_R] for each in chosen]
         if routing.top_k == 0:  # Expert choice lists its assignments by expert.
-            order_R = tokens_R.argsort(stable=True)
-            tokens_R, experts_R, weights_R = (
-                each[order_R] for each in (tokens_R, experts_R, weights_R)
-            )
-        rows_TD = self.rows(x_TD)
-        y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_R, experts_R, weights_R)
-        return y_TD.to(compute_dtype(x_TD))
+            order_R = chosen[0].argsort(stable=True)
+            chosen = [each[order_R] for each in chosen]
+        return self.mix(x_TD, *chosen)
 
 
-class PackedFeedForward(PackedWeights):
+class PackedFeedForward(PackedStack):
     """A packed dense network: one expert that takes every row."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """See `FeedForward.forward`."""
-        rows_TD = self.rows(x_TD)
-        tokens_T = torch.arange(len(rows_TD), device="cpu")
-        experts_T = torch.zeros_like(tokens_T)
-        weights_T = torch.ones_like(tokens_T, dtype=torch.float32)
-        y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_T, experts_T, weights_T)
-        return y_TD.to(compute_dtype(x_TD))
+        tokens_T = torch.arange(len(x_TD), device="cpu")
+        ones_T = torch.ones_like(tokens_T, dtype=torch.float32)
+        return self.mix(x_TD, tokens_T, torch.zeros_like(tokens_T), ones_T)

@@ -138,9 +138,8 @@ class TopKRouter(Router):
         best = min(2, size) if router.group_score == "top2" else 1
         group_scores_TN = grouped_TNP.topk(best, dim=-1).values.sum(-1)
         chosen_TG = group_scores_TN.topk(router.top_groups, dim=-1).indices
-        allowed_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool).scatter(
-            -1, chosen_TG, True
-        )
+        none_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool)
+        allowed_TN = none_TN.scatter(-1, chosen_TG, True)
         return allowed_TN.repeat_interleave(size, dim=-1)
 
 
@@ -251,15 +250,9 @@ class ExpertChoiceRouter(Router):
         rows = capacity(1.0, num_tokens, self.cfg.top_k, self.cfg.num_experts)
         weights_CE, tokens_CE = bids_TE.topk(min(rows, num_tokens), dim=0)
         experts_CE = torch.arange(self.cfg.num_experts, device=x_TD.device).expand_as(tokens_CE)
-        return Routing(
-            tokens_CE.flatten(),
-            experts_CE.flatten(),
-            weights_CE.flatten() * self.cfg.router.scale,
-            logits_TE,
-            probs_TE,
-            top_k=0,
-            valid_T=valid_T,
-        )
+        weights_R = weights_CE.flatten() * self.cfg.router.scale
+        chosen = (tokens_CE.flatten(), experts_CE.flatten(), weights_R)
+        return Routing(*chosen, logits_TE, probs_TE, top_k=0, valid_T=valid_T)
 
 
 class HashRouter(nn.Module):
@@ -288,9 +281,7 @@ class HashRouter(nn.Module):
         first_T = ((token_ids_T * 2_654_435_761) % 2**32 >> 12) % num_experts
         steps_K = torch.arange(top_k, device=x_TD.device) * (num_experts // top_k)
         experts_TK = (first_T[:, None] + steps_K) % num_experts
-        zeros_TE = torch.zeros(
-            len(x_TD), num_experts, dtype=_router_dtype(x_TD), device=x_TD.device
-        )
+        zeros_TE = x_TD.new_zeros(len(x_TD), num_experts, dtype=_router_dtype(x_TD))
         weights_TK = zeros_TE.new_full(experts_TK.shape, 1 / top_k)
         probs_TE = zeros_TE.scatter(-1, experts_TK, 1 / top_k)
         scale = self.cfg.router.scale

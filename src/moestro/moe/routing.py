@@ -52,16 +52,7 @@ class Routing(NamedTuple):
         valid_T: Tensor | None = None,
         scale: float = 1.0,
     ) -> Self:
-        """Token choice: K experts for each token, first choice first.
-
-        Args:
-            experts_TK: int64.
-            weights_TK: before `scale`, which multiplies them.
-            logits_TE: see `Routing`.
-            probs_TE: see `Routing`.
-            valid_T: see `Routing`.
-            scale: factor of the weights.
-        """
+        """Token choice: K experts for each token, first choice first, and their weights · scale."""
         num_tokens, top_k = experts_TK.shape
         tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
         # Multiplied last: the result is no view, which FSDP2 warns of in what a module returns.

@@ -10,7 +10,7 @@ those marked c are in the dtype computed in, the others in fp32.
       relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
       sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
                        c · H · A                    the sum
-    dense network      D · (1 + c) + c · n · F      n = 3: gate, up, bent gate; 2 where not gated
+    dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
     mixture            D · (1 + c) + 2E             logits and probabilities of the router
       each of K rows   c · (2D + n · F)             the token's copy, hidden units, the output
     head               D · (1 + c) + V · (1 + c)    logits, and log-probabilities
@@ -28,14 +28,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moestro.config import (
-    AttentionConfig,
-    EncDecConfig,
-    LatentConfig,
-    ModelConfig,
-    NetworkConfig,
-    RelativeConfig,
-)
+from moestro.config import AttentionConfig, LatentConfig, NetworkConfig, RelativeConfig
 from moestro.models.count import matrices
 
 FP32 = 4
@@ -53,7 +46,7 @@ class Seen(NamedTuple):
 
 
 def activation_bytes(
-    cfg: ModelConfig | EncDecConfig, context: int, batch: int, number: int, checkpointed: bool
+    cfg: NetworkConfig, context: int, batch: int, number: int, checkpointed: bool
 ) -> int:
     """Bytes kept for B sequences of S tokens.
 
@@ -65,8 +58,7 @@ def activation_bytes(
         checkpointed: with `train.runtime.checkpoint_activations`.
     """
     layers = _layers(cfg, context, number)
-    stacks = 2 if isinstance(cfg, EncDecConfig) else 1
-    end = stacks * _norm(cfg, number) + (FP32 + number) * cfg.vocab_size
+    end = len(cfg.stacks()) * _norm(cfg, number) + (FP32 + number) * cfg.vocab_size
     copies = number * _projections(cfg) if number < FP32 else 0
     tokens = batch * context
     if not checkpointed:
@@ -75,21 +67,17 @@ def activation_bytes(
     return round(tokens * (len(layers) * FP32 * cfg.dim + end) + max(tokens * max(layers), copies))
 
 
-def _layers(cfg: ModelConfig | EncDecConfig, context: int, number: int) -> list[float]:
+def _layers(cfg: NetworkConfig, context: int, number: int) -> list[float]:
     """Bytes per token of each layer."""
-    if isinstance(cfg, ModelConfig):
-        seen = (_seen(context, cfg.window(layer)) for layer in range(cfg.num_layers))
-        return [_layer(cfg, layer, number, keys) for layer, keys in enumerate(seen)]
-    everything, heads = Seen(context, 1), cfg.attention.num_heads
-    cross = _norm(cfg, number) + number * 4 * heads * cfg.head_dim + FP32 * heads
-    encoder = [_layer(cfg, n, number, everything) for n in range(cfg.encoder_layers)]
-    decoder = [_layer(cfg, n, number, everything) + cross for n in range(cfg.decoder_layers)]
-    return encoder + decoder
-
-
-def _layer(cfg: ModelConfig | EncDecConfig, layer: int, number: int, seen: Seen) -> float:
-    network = _network(cfg, cfg.is_moe_layer(layer), number)
-    return 2 * _norm(cfg, number) + _attention(cfg, number, seen) + network
+    found = []
+    for stack in cfg.stacks():
+        other = (3 if stack.cross else 2) * _norm(cfg, number)
+        other += stack.cross * _cross(cfg, number)
+        for layer in stack.layers:
+            seen = _seen(context, layer.window) if stack.causal else Seen(context, 1)
+            network = _network(cfg, layer.mixture, number)
+            found.append(other + _attention(cfg, number, seen) + network)
+    return found
 
 
 def _seen(context: int, window: int | None) -> Seen:
@@ -125,6 +113,12 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
     return normed + number * (3 * queries + 3 * keys) + FP32 * heads
 
 
+def _cross(cfg: NetworkConfig, number: int) -> int:
+    """Queries, keys, values and the sum; a logarithm for each head."""
+    heads, groups = cfg.attention.num_heads, cfg.num_kv_heads
+    return number * 2 * (heads + groups) * cfg.head_dim + FP32 * heads
+
+
 def _latent(attention: AttentionConfig, latent: LatentConfig, number: int) -> int:
     """Both small vectors before and after their norms; full queries, keys, values and the sum."""
     heads, small = attention.num_heads, latent.kv_rank + (latent.q_rank or 0)
@@ -145,19 +139,17 @@ def _network(cfg: NetworkConfig, mixed: bool, number: int) -> int:
     return FP32 * 2 * moe.num_experts + moe.top_k * row + shared
 
 
-def _projections(cfg: ModelConfig | EncDecConfig) -> int:
+def _projections(cfg: NetworkConfig) -> int:
     """Weights of the matrices that autocast copies: attention's and the head's."""
     attention, heads = cfg.attention, cfg.attention.num_heads
-    head = cfg.vocab_size * cfg.dim
-    if attention.latent is not None and isinstance(cfg, ModelConfig):
-        latent = attention.latent
+    latent = attention.latent
+    if latent is None:
+        one = cfg.dim * cfg.head_dim * 2 * (heads + cfg.num_kv_heads)
+    else:
         queries = heads * (latent.nope_dim + latent.rope_dim)
         rank = latent.q_rank
-        q = cfg.dim * queries if rank is None else rank * (cfg.dim + queries)
-        kv = cfg.dim * (latent.kv_rank + latent.rope_dim)
-        kv += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
-        return head + cfg.num_layers * (q + kv + heads * latent.value_dim * cfg.dim)
-    one = cfg.dim * cfg.head_dim * 2 * (heads + cfg.num_kv_heads)
-    if isinstance(cfg, ModelConfig):
-        return head + cfg.num_layers * one
-    return head + (cfg.encoder_layers + 2 * cfg.decoder_layers) * one
+        one = cfg.dim * queries if rank is None else rank * (cfg.dim + queries)
+        one += cfg.dim * (latent.kv_rank + latent.rope_dim + heads * latent.value_dim)
+        one += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+    layers = sum((1 + stack.cross) * len(stack.layers) for stack in cfg.stacks())
+    return cfg.vocab_size * cfg.dim + layers * one

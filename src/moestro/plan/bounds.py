@@ -12,31 +12,17 @@ from moestro.plan.work import Work
 
 
 class Bound(NamedTuple):
-    """An upper bound on speed, and so a lower one on price.
+    """An upper bound on speed, and so a lower one on price."""
 
-    Attributes:
-        tokens_per_s: of all sequences together.
-        limit: "bandwidth" or "arithmetic", whichever is the narrower.
-        read_bytes: of one step.
-        flops: of one step.
-        usd_per_million: price of a million tokens at that speed; None without a price per hour.
-    """
-
-    tokens_per_s: float
-    limit: str
-    read_bytes: float
+    tokens_per_s: float  # of all sequences together
+    limit: str  # "bandwidth" or "arithmetic", whichever is the narrower
+    read_bytes: float  # of one step
     flops: float
-    usd_per_million: float | None
+    usd_per_million: float | None  # price of a million tokens; None without a price per hour
 
 
 def bound(work: Work, device: Device, usd_per_hour: float | None) -> Bound:
-    """The bound on `work` repeated over and over.
-
-    Args:
-        work: one step.
-        device: what it runs on.
-        usd_per_hour: what that costs, in any currency.
-    """
+    """The bound on one step, repeated over and over; a price is in any currency."""
     read_s = work.read_bytes / device.bytes_per_s
     compute_s = work.flops / device.flops_per_s
     speed = work.tokens / max(read_s, compute_s)

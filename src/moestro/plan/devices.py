@@ -15,20 +15,12 @@ from moestro.errors import ConfigError
 
 
 class Device(NamedTuple):
-    """What bounds a model's speed.
+    """What bounds a model's speed."""
 
-    Attributes:
-        name: for people.
-        memory_bytes: all of it.
-        bytes_per_s: peak read bandwidth of that memory.
-        flops_per_s: peak dense matrix products of bfloat16, a multiply and an add being two.
-        source: where the numbers are from.
-    """
-
-    name: str
+    name: str  # for people
     memory_bytes: int
-    bytes_per_s: float
-    flops_per_s: float
+    bytes_per_s: float  # peak read bandwidth of that memory
+    flops_per_s: float  # peak dense products of bfloat16, a multiply and an add being two
     source: str
 
 

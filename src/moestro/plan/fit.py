@@ -6,67 +6,45 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import NetworkConfig
 from moestro.models.count import Count
 from moestro.plan.memory import Training, cache_bytes, dtypes, number_bytes, weights
 from moestro.plan.parallel import rank
 
 
 class Serving(NamedTuple):
-    """Serving with weights of one dtype.
-
-    Attributes:
-        dtype: of the weights.
-        need_bytes: weights and cache.
-        fits: whether that is no more than the memory.
-        longest_context: at the batch asked for; 0 where not even one token fits.
-        largest_batch: at the context asked for.
-    """
+    """Serving with weights of one dtype."""
 
     dtype: str
-    need_bytes: int
+    need_bytes: int  # weights and cache
     fits: bool
-    longest_context: int | None
-    largest_batch: int | None
+    longest_context: int | None  # at the batch asked for; 0 where not even one token fits
+    largest_batch: int | None  # at the context asked for
 
 
 class Change(NamedTuple):
-    """One thing that, given up alone, makes the rest fit.
+    """One thing that, given up alone, makes the rest fit."""
 
-    Attributes:
-        what: "dtype", "context", "batch", "offload" (experts kept outside) or "devices".
-        value: the dtype, tokens, sequences, bytes, or how many devices of this memory.
-        text: for people.
-    """
-
-    what: str
-    value: str | int
-    text: str
+    what: str  # "dtype", "context", "batch", "offload" (experts kept outside) or "devices"
+    value: str | int  # the dtype, tokens, sequences, bytes, or how many devices of this memory
+    text: str  # for people
 
 
 class Fit(NamedTuple):
-    """What an amount of memory holds.
-
-    Attributes:
-        memory_bytes: the amount.
-        rows: serving, for each dtype from wide to narrow.
-        changes: what would have to give, where the dtype asked for does not fit.
-        training: whether a training step fits, as it is; None where it is not known.
-        training_checkpointed: the same with checkpointed activations.
-        fsdp_ranks: fewest ranks of fully sharded training that hold it, checkpointed; None where
-            the activations of one rank alone are too many, or not known.
-    """
+    """What an amount of memory holds."""
 
     memory_bytes: int
-    rows: tuple[Serving, ...]
-    changes: tuple[Change, ...]
-    training: bool | None
-    training_checkpointed: bool | None
+    rows: tuple[Serving, ...]  # serving, for each dtype from wide to narrow
+    changes: tuple[Change, ...]  # what would have to give, where the dtype asked for does not fit
+    training: bool | None  # whether a training step fits as it is; None where it is not known
+    training_checkpointed: bool | None  # the same with checkpointed activations
+    # Fewest ranks of fully sharded training that hold it, checkpointed; None where the activations
+    # of one rank alone are too many, or not known.
     fsdp_ranks: int | None
 
 
 def fit(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     count: Count,
     training: Training,
     context: int,
@@ -85,13 +63,25 @@ def fit(
         dtype: of the weights asked for, one of `DTYPES`.
         memory_bytes: what is there for weights, cache and activations.
     """
-    rows = {name: _row(cfg, count, context, batch, name, memory_bytes) for name in dtypes(count)}
+
+    def row(name: str) -> Serving:
+        need = weights(count, name).total
+        if cfg is None:
+            return Serving(name, need, need <= memory_bytes, None, None)
+        left = memory_bytes - need
+        need += cache_bytes(cfg, context, batch, name)
+        longest = _most(
+            lambda tokens: cache_bytes(cfg, tokens, batch, name), left, cfg.attention.context
+        )
+        most = max(0, left) // cache_bytes(cfg, context, 1, name)
+        return Serving(name, need, need <= memory_bytes, longest, most)
+
+    rows = {name: row(name) for name in dtypes(count)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
-    changes = () if asked.fits else _changes(cfg, count, context, batch, asked, rows, memory_bytes)
+    changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
     if training.activations is None or training.checkpointed is None:
         return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None)
-    number = number_bytes(dtype)
-    sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number)
+    sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
     room = memory_bytes - training.checkpointed - ((sharded.gathered if sharded else None) or 0)
     return Fit(
         memory_bytes,
@@ -100,29 +90,6 @@ def fit(
         training.state + training.activations <= memory_bytes,
         training.state + training.checkpointed <= memory_bytes,
         math.ceil(training.state / room) if room > 0 else None,
-    )
-
-
-def _row(
-    cfg: ModelConfig | EncDecConfig | None,
-    count: Count,
-    context: int,
-    batch: int,
-    dtype: str,
-    memory_bytes: int,
-) -> Serving:
-    need = weights(count, dtype).total
-    if cfg is None:
-        return Serving(dtype, need, need <= memory_bytes, None, None)
-    model, left = cfg, memory_bytes - need
-    need += cache_bytes(model, context, batch, dtype)
-    longest = model.attention.context
-    return Serving(
-        dtype,
-        need,
-        need <= memory_bytes,
-        _most(lambda tokens: cache_bytes(model, tokens, batch, dtype), left, longest),
-        max(0, left) // cache_bytes(model, context, 1, dtype),
     )
 
 
@@ -139,7 +106,6 @@ def _most(cost: Callable[[int], int], left: int, limit: int) -> int:
 
 
 def _changes(
-    cfg: ModelConfig | EncDecConfig | None,
     count: Count,
     context: int,
     batch: int,

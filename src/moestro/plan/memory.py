@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import NetworkConfig
 from moestro.models.count import Count
 
 # Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
@@ -16,11 +16,11 @@ GROUP, SCALE_BITS = 32, 16
 
 
 class Bits(NamedTuple):
-    """Bits of one weight, scales included: in the embeddings and head, the experts, the rest."""
+    """Bits of one weight, scales included."""
 
-    tables: float
-    experts: float
-    rest: float
+    tables: float  # input embedding, and the head where it is not the same matrix
+    experts: float  # all routed experts
+    rest: float  # attention, dense networks, shared experts, routers, norms
 
 
 def _grouped(bits: int) -> float:
@@ -38,13 +38,7 @@ DTYPES = {
 
 
 class Weights(NamedTuple):
-    """Bytes of a model's weights.
-
-    Attributes:
-        tables: input embedding, and the head where it is not the same matrix.
-        experts: all routed experts.
-        rest: attention, dense networks, shared experts, routers, norms.
-    """
+    """Bytes of a model's weights, in the parts of `Bits`."""
 
     tables: int
     experts: int
@@ -60,13 +54,8 @@ def weights(count: Count, dtype: str) -> Weights:
     """Bytes of the weights in one of `DTYPES`."""
     bits = DTYPES[dtype]
     tables = count.input_embedding + count.output_embedding
-    rest = count.total - tables - count.expert
-    return Weights(
-        *(
-            math.ceil(number * wide / 8)
-            for number, wide in zip((tables, count.expert, rest), bits, strict=True)
-        )
-    )
+    numbers = (tables, count.expert, count.total - tables - count.expert)
+    return Weights(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
 
 
 def dtypes(count: Count) -> list[str]:
@@ -79,7 +68,7 @@ def number_bytes(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def cache_bytes(cfg: ModelConfig | EncDecConfig, context: int, batch: int, dtype: str) -> int:
+def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int:
     """Keys and values of B sequences after S positions.
 
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
@@ -87,35 +76,26 @@ def cache_bytes(cfg: ModelConfig | EncDecConfig, context: int, batch: int, dtype
     (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
     layer of its decoder; its encoder keeps nothing.
     """
-    attention = cfg.attention
-    width = 2 * cfg.num_kv_heads * cfg.head_dim
-    if isinstance(cfg, EncDecConfig):
-        positions = 2 * context * cfg.decoder_layers
-    else:
-        longest = min(context, attention.context)
-        windows = (cfg.window(layer) or longest for layer in range(cfg.num_layers))
-        positions = sum(min(longest, window) for window in windows)
-        if attention.latent is not None:
-            width = attention.latent.kv_rank + attention.latent.rope_dim
+    positions = 0
+    for stack in cfg.stacks():
+        if stack.causal:
+            positions += sum(min(context, layer.window or context) for layer in stack.layers)
+        if stack.cross:
+            positions += context * len(stack.layers)
+    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
+    if latent is not None:
+        width = latent.kv_rank + latent.rope_dim
     return batch * positions * width * number_bytes(dtype)
 
 
 class Training(NamedTuple):
-    """Bytes of a training step on one device, all of the model on it.
+    """Bytes of a training step on one device, all of the model on it."""
 
-    Attributes:
-        weights: fp32, as `moestro train` keeps them.
-        gradients: fp32.
-        optimizer: AdamW's two moments, fp32.
-        activations: kept for the backward pass; None where the settings are not known.
-        checkpointed: the same with `train.runtime.checkpoint_activations`.
-    """
-
-    weights: int
+    weights: int  # fp32, as `moestro train` keeps them; so are gradients and AdamW's two moments
     gradients: int
     optimizer: int
-    activations: int | None
-    checkpointed: int | None
+    activations: int | None  # kept for the backward pass; None where the settings are not known
+    checkpointed: int | None  # the same with `train.runtime.checkpoint_activations`
 
     @property
     def state(self) -> int:
@@ -123,5 +103,6 @@ class Training(NamedTuple):
         return self.weights + self.gradients + self.optimizer
 
 
-STATE_BYTES = Training(weights=4, gradients=4, optimizer=8, activations=None, checkpointed=None)
-"""Of one parameter."""
+def state_bytes(parameters: int) -> dict[str, int]:
+    """What so many parameters take in training, by field of `Training`."""
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}

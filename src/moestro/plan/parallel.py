@@ -12,44 +12,32 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import LayerSpec, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count
-from moestro.plan.memory import STATE_BYTES, Training
+from moestro.plan.memory import Training, state_bytes
 
+# All of the model on each; parameters, gradients and moments fully sharded; experts split, all else
+# as with "data".
 KINDS = ("data", "fsdp", "expert")
 GRADIENT_BYTES = 4
 
 
 class Rank(NamedTuple):
-    """One of `ranks` processes that train together.
+    """One of `ranks` processes that train together; bytes, of the fullest rank."""
 
-    Attributes:
-        kind: "data" (all of the model on each), "fsdp" (parameters, gradients and moments fully
-            sharded), "expert" (experts split, all else as with "data").
-        ranks: N.
-        weights: bytes, of the fullest rank, as are the next two.
-        gradients: bytes.
-        optimizer: bytes.
-        activations: bytes for its own sequences; None where the settings are not known.
-        gathered: bytes of the layer whose weights are gathered to compute with (fsdp); None where
-            the number of layers is not known.
-        sent: bytes that it sends in a step.
-        all_to_all_per_layer: bytes that it sends of one mixture layer's rows in a step: there and
-            back, forward and backward.
-        all_to_all: of all mixture layers; part of `sent`.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
     ranks: int
     weights: int
     gradients: int
     optimizer: int
-    activations: int | None
+    activations: int | None  # of its own sequences; None where the settings are not known
+    # The layer whose weights are gathered to compute with (fsdp); None where the number of layers
+    # is not known.
     gathered: int | None
-    sent: int
-    all_to_all_per_layer: int
-    all_to_all: int
+    sent: int  # in a step
+    all_to_all_per_layer: int  # of one mixture layer's rows: there and back, forward and backward
+    all_to_all: int  # of all mixture layers; part of `sent`
 
     @property
     def held(self) -> int:
@@ -59,7 +47,7 @@ class Rank(NamedTuple):
 
 
 def rank(
-    cfg: ModelConfig | EncDecConfig | None,
+    cfg: NetworkConfig | None,
     counted: Count,
     training: Training,
     kind: str,
@@ -81,50 +69,34 @@ def rank(
     Raises:
         ConfigError: there are more ranks than experts.
     """
-    share = (ranks - 1) / ranks
+    share, layers, total = (ranks - 1) / ranks, _layers(cfg), counted.total
+    gathered: int | None = 0
+    exchange = exchanges = 0
     if kind == "data":
-        sent = 2 * share * counted.total * GRADIENT_BYTES
-        return _rank(kind, ranks, counted.total, training, sent=sent)
-    if kind == "fsdp":
+        held, sent = total, 2 * share * total * GRADIENT_BYTES
+    elif kind == "fsdp":
         # Gathered in the forward and again in the backward, then the gradients scattered.
-        sent = share * counted.total * (2 * number + GRADIENT_BYTES)
-        layers = _num_layers(cfg)
-        body = counted.total - counted.input_embedding - counted.output_embedding
-        gathered = number * math.ceil(body / layers) if layers else None
-        held = math.ceil(counted.total / ranks)
-        return _rank(kind, ranks, held, training, sent=sent, gathered=gathered)
-    if cfg is None or cfg.moe is None:
+        held, sent = math.ceil(total / ranks), share * total * (2 * number + GRADIENT_BYTES)
+        body = total - counted.input_embedding - counted.output_embedding
+        gathered = number * math.ceil(body / len(layers)) if layers else None
+    elif cfg is None or cfg.moe is None:
         return None
-    experts = cfg.moe.num_experts
-    if ranks > experts:
+    elif ranks > cfg.moe.num_experts:
         raise ConfigError(
             f"expert parallelism over {ranks} ranks needs as many experts, and a layer has "
-            f"{experts}; lower --ranks to {experts}, or choose --parallel fsdp"
+            f"{cfg.moe.num_experts}; lower --ranks to {cfg.moe.num_experts}, or choose --parallel "
+            "fsdp"
         )
-    everywhere = counted.total - counted.expert
-    held = everywhere + counted.expert // experts * math.ceil(experts / ranks)
-    exchange = round(4 * tokens * cfg.moe.top_k * cfg.dim * number * share)
-    exchanges = exchange * _num_mixtures(cfg)
-    sent = 2 * share * everywhere * GRADIENT_BYTES + exchanges
-    return _rank(kind, ranks, held, training, sent, exchange=exchange, exchanges=exchanges)
-
-
-def _rank(
-    kind: str,
-    ranks: int,
-    parameters: int,
-    training: Training,
-    sent: float,
-    gathered: int | None = 0,
-    exchange: int = 0,
-    exchanges: int = 0,
-) -> Rank:
+    else:
+        experts, everywhere = cfg.moe.num_experts, total - counted.expert
+        held = everywhere + counted.expert // experts * math.ceil(experts / ranks)
+        exchange = round(4 * tokens * cfg.moe.top_k * cfg.dim * number * share)
+        exchanges = exchange * sum(layer.mixture for layer in layers)
+        sent = 2 * share * everywhere * GRADIENT_BYTES + exchanges
     return Rank(
-        kind=kind,
-        ranks=ranks,
-        weights=STATE_BYTES.weights * parameters,
-        gradients=STATE_BYTES.gradients * parameters,
-        optimizer=STATE_BYTES.optimizer * parameters,
+        kind,
+        ranks,
+        **state_bytes(held),
         activations=training.activations,
         gathered=gathered,
         sent=round(sent),
@@ -133,16 +105,6 @@ def _rank(
     )
 
 
-def _num_layers(cfg: ModelConfig | EncDecConfig | None) -> int:
-    if cfg is None:
-        return 0
-    if isinstance(cfg, EncDecConfig):
-        return cfg.encoder_layers + cfg.decoder_layers
-    return cfg.num_layers
-
-
-def _num_mixtures(cfg: ModelConfig | EncDecConfig) -> int:
-    if isinstance(cfg, EncDecConfig):
-        sides = (cfg.encoder_layers, cfg.decoder_layers)
-        return sum(cfg.is_moe_layer(layer) for side in sides for layer in range(side))
-    return sum(map(cfg.is_moe_layer, range(cfg.num_layers)))
+def _layers(cfg: NetworkConfig | None) -> list[LayerSpec]:
+    """Of all stacks; none where the settings are not known."""
+    return [] if cfg is None else [layer for stack in cfg.stacks() for layer in stack.layers]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,9 @@ from typing import Any
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count, Span, count
+from moestro.plan.subject import Subject
 
 DATA = Path(__file__).with_name("presets.toml")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One model of the field.
-
-    Attributes:
-        name: lower case, as `moestro plan` takes it.
-        cfg: its settings; None where they cannot express it, or nobody outside knows them.
-        count: its parameters and FLOPs.
-        source: the paper and table, or the model card.
-        note: what is assumed, or not modelled.
-        family: `model_type` in the config.json of its published checkpoint, whether or not
-            `checkpoints.families` reads it; None without one.
-        rumour: nothing about it was ever confirmed; say so wherever it is shown.
-        illustrative: made up to illustrate a sentence, no model of the world.
-    """
-
-    name: str
-    cfg: ModelConfig | EncDecConfig | None
-    count: Count
-    source: str
-    note: str = ""
-    family: str | None = None
-    rumour: bool = False
-    illustrative: bool = False
 
 
 def names() -> list[str]:
@@ -57,7 +31,7 @@ def is_preset(name: str) -> bool:
     return _key(name) in _entries()
 
 
-def preset(name: str) -> Preset:
+def preset(name: str) -> Subject:
     """The preset of that name; capitals do not matter, and `/` may stand for `-`.
 
     Raises:
@@ -83,17 +57,13 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _build(name: str) -> Preset:
+def _build(name: str) -> Subject:
     entry = _resolved(name)
-    counts = entry.pop("count", None)
-    decoder, encdec = entry.pop("model", None), entry.pop("encdec", None)
-    cfg: ModelConfig | EncDecConfig | None = None
-    if decoder is not None:
-        cfg = ModelConfig(**decoder)
-    elif encdec is not None:
-        cfg = EncDecConfig(**encdec)
-    counted = count(cfg) if cfg is not None else _given(**counts)
-    return Preset(name, cfg, counted, **entry)
+    counts, decoder, encdec = (entry.pop(key, None) for key in ("count", "model", "encdec"))
+    if counts is not None:
+        return Subject(name, None, _given(**counts), **entry)
+    cfg = EncDecConfig(**encdec) if decoder is None else ModelConfig(**decoder)
+    return Subject(name, cfg, count(cfg), **entry)
 
 
 def _resolved(name: str) -> dict[str, Any]:

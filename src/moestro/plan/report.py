@@ -4,93 +4,60 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moestro.config import EncDecConfig
 from moestro.models.count import Embeddings
 from moestro.plan.activations import activation_bytes
 from moestro.plan.bounds import Bound, bound
 from moestro.plan.devices import Device
 from moestro.plan.fit import Fit, fit
 from moestro.plan.memory import (
-    STATE_BYTES,
     Training,
     cache_bytes,
     dtypes,
     number_bytes,
+    state_bytes,
     weights,
 )
 from moestro.plan.parallel import Rank, rank
-from moestro.plan.subject import RUMOUR, Subject, dense_of_equal_cost, dense_of_equal_size
+from moestro.plan.subject import RUMOUR, Subject, dense_models
 from moestro.plan.work import decode, prefill
 
 USUAL_CONTEXT = 4096
 
 
 class Question(NamedTuple):
-    """What to plan for.
+    """What to plan for."""
 
-    Attributes:
-        context: tokens of each sequence; None: 4096, or the model's context where that is less.
-        batch: sequences at once, on each device.
-        dtype: of the weights in use, one of `DTYPES`; training keeps fp32 weights whatever it is.
-        embeddings: which embeddings the parameters count; see `Count.parameters`.
-        device: to bound the speed on; None leaves speed out.
-        usd_per_hour: price of that device.
-        memory_bytes: to fit into; None takes the device's, if there is one.
-        ranks: that train together.
-        parallel: how, one of `parallel.KINDS`.
-    """
-
-    context: int | None = None
-    batch: int = 1
-    dtype: str = "bf16"
-    embeddings: Embeddings = "all"
-    device: Device | None = None
-    usd_per_hour: float | None = None
-    memory_bytes: int | None = None
-    ranks: int = 1
-    parallel: str = "data"
+    context: int | None = None  # None: 4096, or the model's context where that is less
+    batch: int = 1  # sequences at once, on each device
+    dtype: str = "bf16"  # of the weights in use, one of `DTYPES`; training keeps fp32 weights
+    embeddings: Embeddings = "all"  # which the parameters count; see `Count.parameters`
+    device: Device | None = None  # to bound the speed on; None leaves speed out
+    usd_per_hour: float | None = None  # price of that device
+    memory_bytes: int | None = None  # to fit into; None takes the device's, if there is one
+    ranks: int = 1  # that train together
+    parallel: str = "data"  # how, one of `parallel.KINDS`
 
 
 class Report(NamedTuple):
-    """One model's cost; None where its settings are not known or nothing was asked.
-
-    Attributes:
-        name: of the model.
-        rumour: "RUMOUR" where nothing about it was ever confirmed, else None.
-        source: where its settings are from.
-        note: what is assumed, or not modelled.
-        context: tokens of each sequence, at most what the model can see.
-        total: parameters under the convention asked for.
-        active: those that one token passes.
-        forward_flops: per token, the mean over a sequence.
-        train_flops: per token, forward and backward.
-        weights_bytes: by dtype.
-        cache_bytes: of all sequences at once.
-        training: a step on one device.
-        rank: one rank of several; None for one alone.
-        prefill: bound on reading prompts.
-        decode: bound on writing.
-        fit: into the memory.
-        dense: the dense models of equal cost and of equal size; empty for a dense model.
-    """
+    """One model's cost; None where its settings are not known or nothing was asked."""
 
     name: str
-    rumour: str | None
+    rumour: str | None  # "RUMOUR" where nothing about it was ever confirmed
     source: str
     note: str
-    context: int
-    total: int
+    context: int  # tokens of each sequence, at most what the model can see
+    total: int  # parameters under the convention asked for
     active: int
-    forward_flops: float
-    train_flops: float
-    weights_bytes: dict[str, int]
-    cache_bytes: int | None
-    training: Training
-    rank: Rank | None
-    prefill: Bound | None
-    decode: Bound | None
+    forward_flops: float  # per token, the mean over a sequence
+    train_flops: float  # forward and backward
+    weights_bytes: dict[str, int]  # by dtype
+    cache_bytes: int | None  # of all sequences at once
+    training: Training  # a step on one device
+    rank: Rank | None  # one rank of several; None for one alone
+    prefill: Bound | None  # on reading prompts
+    decode: Bound | None  # on writing
     fit: Fit | None
-    dense: tuple[Report, ...]
+    dense: tuple[Report, ...]  # of equal cost and of equal size; empty for a dense model
 
     @property
     def title(self) -> str:
@@ -109,7 +76,7 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
     Raises:
         ConfigError: the ranks do not suit the model.
     """
-    cfg, counted = subject.cfg, subject.counted
+    cfg, counted = subject.cfg, subject.count
     context = context_of(subject, question.context)
     batch, dtype = question.batch, question.dtype
     total, active = counted.parameters(question.embeddings)
@@ -120,16 +87,15 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
         shared = rank(cfg, counted, training, question.parallel, question.ranks, tokens, number)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
-        at = (cfg, counted, context, batch, dtype)
-        reading = bound(prefill(*at), question.device, question.usd_per_hour)
-        writing = bound(decode(*at), question.device, question.usd_per_hour)
+        works = (work(cfg, context, batch, dtype) for work in (prefill, decode))
+        reading, writing = (bound(one, question.device, question.usd_per_hour) for one in works)
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
         fitting = fit(cfg, counted, training, context, batch, dtype, memory)
     notes = [subject.note] if subject.note else []
     if question.context is not None and context < question.context:
         notes.append(f"Planned for {context:,} tokens, the most that it looks back on.")
-    models = (dense_of_equal_cost(subject), dense_of_equal_size(subject)) if with_dense else ()
+    dense = dense_models(subject) if with_dense else []
     return Report(
         name=subject.name,
         rumour=RUMOUR if subject.rumour else None,
@@ -147,7 +113,7 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
         prefill=reading,
         decode=writing,
         fit=fitting,
-        dense=tuple(report(m, question, with_dense=False) for m in models if m is not None),
+        dense=tuple(report(model, question, with_dense=False) for model in dense),
     )
 
 
@@ -156,25 +122,21 @@ def context_of(subject: Subject, asked: int | None) -> int:
     if subject.cfg is None:
         return asked or USUAL_CONTEXT
     longest = subject.cfg.attention.context
-    if asked is not None and isinstance(subject.cfg, EncDecConfig):
+    if asked is not None and subject.cfg.has_encoder:
         return asked
     return min(asked or USUAL_CONTEXT, longest)
 
 
 def training_step(subject: Subject, context: int, batch: int, dtype: str) -> Training:
     """Bytes of a training step on one device; see docs/planning.md."""
-    size, cfg = subject.counted.total, subject.cfg
-    kept = checkpointed = None
-    if cfg is not None:
-        number = number_bytes(dtype)
-        kept = activation_bytes(cfg, context, batch, number, checkpointed=False)
-        checkpointed = activation_bytes(cfg, context, batch, number, checkpointed=True)
+
+    def kept(checkpointed: bool) -> int | None:
+        if subject.cfg is None:
+            return None
+        return activation_bytes(subject.cfg, context, batch, number_bytes(dtype), checkpointed)
+
     return Training(
-        STATE_BYTES.weights * size,
-        STATE_BYTES.gradients * size,
-        STATE_BYTES.optimizer * size,
-        kept,
-        checkpointed,
+        **state_bytes(subject.count.total), activations=kept(False), checkpointed=kept(True)
     )
 
 

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.config import EncDecConfig, ModelConfig, NetworkConfig, RunConfig
 from moestro.models.count import Count, count
 from moestro.models.twin import dense_twin
-from moestro.plan.presets import preset
 from moestro.settings import read_values
 
 RUMOUR = "RUMOUR"
 
 
-class Subject(NamedTuple):
-    """A model to plan for.
-
-    Attributes:
-        name: for people.
-        cfg: its settings; None where only counts are known.
-        counted: its parameters and FLOPs.
-        source: where the settings are from.
-        note: what is assumed, or not modelled.
-        rumour: nothing about it was ever confirmed.
-    """
+@dataclass(frozen=True)
+class Subject:
+    """A model to plan for."""
 
     name: str
-    cfg: ModelConfig | EncDecConfig | None
-    counted: Count
-    source: str = ""
-    note: str = ""
-    rumour: bool = False
+    cfg: NetworkConfig | None  # None where they cannot express it, or nobody outside knows them
+    count: Count
+    source: str = ""  # where the settings are from: a file, the paper and table, the model card
+    note: str = ""  # what is assumed, or not modelled
+    # `model_type` in the config.json of its published checkpoint, whether or not
+    # `checkpoints.families` reads it; None without one.
+    family: str | None = None
+    rumour: bool = False  # nothing about it was ever confirmed; say so wherever it is shown
+    illustrative: bool = False  # made up to illustrate a sentence, no model of the world
 
     @property
     def title(self) -> str:
@@ -39,23 +35,13 @@ class Subject(NamedTuple):
         return f"{self.name} ({RUMOUR})" if self.rumour else self.name
 
 
-def from_preset(name: str) -> Subject:
-    """The preset of that name.
-
-    Raises:
-        ConfigError: there is none; the message has the nearest.
-    """
-    known = preset(name)
-    return Subject(known.name, known.cfg, known.count, known.source, known.note, known.rumour)
-
-
-def from_settings(name: str, cfg: ModelConfig | EncDecConfig, source: str) -> Subject:
+def from_settings(name: str, cfg: NetworkConfig, source: str, note: str = "") -> Subject:
     """A model whose settings are at hand."""
-    return Subject(name, cfg, count(cfg), source)
+    return Subject(name, cfg, count(cfg), source, note)
 
 
-def from_file(path: Path) -> Subject:
-    """A .toml or .json file of this project's settings.
+def from_file(path: Path, name: str | None = None) -> Subject:
+    """A .toml or .json file of this project's settings, called by its stem unless named.
 
     The file holds a model's settings, or those of a run with the model under [model]. One that
     names `encoder_layers` or `decoder_layers` is an encoder-decoder.
@@ -63,7 +49,7 @@ def from_file(path: Path) -> Subject:
     Raises:
         ConfigError: it cannot be read, or is neither.
     """
-    return from_settings(path.stem, _model(read_values(path)), str(path))
+    return from_settings(name or path.stem, _model(read_values(path)), str(path))
 
 
 def _model(values: dict[str, Any]) -> ModelConfig | EncDecConfig:
@@ -77,35 +63,24 @@ def _model(values: dict[str, Any]) -> ModelConfig | EncDecConfig:
     return ModelConfig(**values)
 
 
-def dense_of_equal_cost(subject: Subject) -> Subject | None:
-    """The dense model with as many active parameters; None for a dense model."""
-    return _dense(subject, "dense, equal cost", total=False)
+def dense_models(subject: Subject) -> list[Subject]:
+    """The dense model with as many active parameters, and the one with as many in all.
 
-
-def dense_of_equal_size(subject: Subject) -> Subject | None:
-    """The dense model with as many parameters in all; None for a dense model."""
-    return _dense(subject, "dense, equal size", total=True)
-
-
-def _dense(subject: Subject, name: str, total: bool) -> Subject | None:
-    """By the settings where they are known, else by the numbers alone."""
-    counted = subject.counted
-    if subject.cfg is not None:
-        if subject.cfg.moe is None:
-            return None
-        cfg = _twin(subject.cfg, "total" if total else "active")
-        return Subject(name, cfg, count(cfg), rumour=subject.rumour)
-    if counted.active == counted.total:
-        return None
-    size = counted.total if total else counted.active
-    matmul = counted.matmul + size - counted.active
-    same = counted._replace(total=size, active=size, matmul=matmul, expert=0)
-    return Subject(name, None, same, rumour=subject.rumour)
-
-
-def _twin(
-    cfg: ModelConfig | EncDecConfig, of: Literal["active", "total"]
-) -> ModelConfig | EncDecConfig:
-    if isinstance(cfg, EncDecConfig):
-        return dense_twin(cfg, of)
-    return dense_twin(cfg, of)
+    None of a dense model. By the settings where they are known, else by the numbers alone.
+    """
+    cfg, counted, found = subject.cfg, subject.count, []
+    if counted.active == counted.total if cfg is None else cfg.moe is None:
+        return []
+    names: dict[Literal["active", "total"], str] = {
+        "active": "dense, equal cost", "total": "dense, equal size",
+    }  # fmt: skip
+    for of, name in names.items():
+        twin = None if cfg is None else dense_twin(cfg, of)
+        if twin is not None:
+            same = count(twin)
+        else:
+            size = counted.total if of == "total" else counted.active
+            matmul = counted.matmul + size - counted.active
+            same = counted._replace(total=size, active=size, matmul=matmul, expert=0)
+        found.append(Subject(name, twin, same, rumour=subject.rumour))
+    return found

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moestro.probe.recording.passages import Passage, cut
     from moestro.probe.recording.record import record, record_batches
     from moestro.probe.recording.replay import agreement, replay
-    from moestro.probe.recording.taps import rerouted
+    from moestro.probe.recording.reroute import rerouted
     from moestro.probe.recording.tracefile import TraceWriter, read_trace, write_parts
     from moestro.probe.recording.traces import Trace
 
@@ -34,7 +34,7 @@ _HOMES = {
     "record": "recording.record",
     "record_batches": "recording.record",
     "replay": "recording.replay",
-    "rerouted": "recording.taps",
+    "rerouted": "recording.reroute",
     "saturation": "measures.saturation",
     "targets": "ablation.targets",
     "write_parts": "recording.tracefile",

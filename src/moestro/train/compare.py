@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moestro.config import RunConfig
+from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
 from moestro.models.count import count
@@ -68,23 +68,23 @@ class Verdict(NamedTuple):
     time: float | None
 
 
-def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
-    """The runs of a comparison, in the order in which they are trained.
+def models(cfg: RunConfig) -> dict[Kind, ModelConfig | EncDecConfig]:
+    """The two models that are compared."""
+    return {"moe": cfg.model, "dense": dense_twin(cfg.model)}
 
-    Raises:
-        ConfigError: the settings describe a dense model.
-    """
+
+def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
+    """The runs of a comparison, in the order in which they are trained."""
     if cfg.model.moe is None:
         raise ConfigError(
             "nothing to compare: the settings have no mixture; set model.moe.hidden_dim, for one"
         )
-    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
     entries = []
     for seed in range(cfg.train.seed, cfg.train.seed + seeds):
         train = cfg.train.model_copy(update={"seed": seed})
-        for kind in ("moe", "dense"):
+        for kind, model in models(cfg).items():
             name = kind if seeds == 1 else f"{kind}-seed{seed}"
-            run = cfg.model_copy(update={"model": models[kind], "train": train})
+            run = cfg.model_copy(update={"model": model, "train": train})
             entries.append(Entry(kind, seed, folder / name, run))
     return entries
 
@@ -95,10 +95,9 @@ def fit_to(cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: fl
     A few steps of each model are timed on this machine, so the number of steps, and with it the
     result, depends on its speed.
     """
-    seconds = 0.0
-    short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": 10**6})})
-    for entry in plan(short, folder, 1):
-        seconds += Trainer(entry.cfg, entry.folder, corpus).time_steps(CALIBRATION_STEPS)
+    long = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": 10**6})})
+    trainers = (Trainer(entry.cfg, entry.folder, corpus) for entry in plan(long, folder, 1))
+    seconds = sum(trainer.time_steps(CALIBRATION_STEPS) for trainer in trainers)
     evaluations = 20
     step_tokens = cfg.train.batch_size * cfg.data.seq_len
     # An evaluation runs forward only: a third of a step's work for each of its tokens.
@@ -107,36 +106,30 @@ def fit_to(cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: fl
     steps = int(budget_s / seconds - evaluation_steps)
     steps = max(evaluations, steps - steps % evaluations)
     every = steps // evaluations
-    train = cfg.train.model_copy(
-        update={"steps": steps, "eval_every": every, "save_every": 5 * every}
-    )
-    return cfg.model_copy(update={"train": train})
+    chosen = {"steps": steps, "eval_every": every, "save_every": 5 * every}
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
 
 
 def done(entry: Entry) -> bool:
     """Whether this run has been trained to its last step."""
-    checkpoint = state.newest_or_none(entry.folder)
-    if checkpoint is None:
-        return False
-    return checkpoint == state.checkpoint_folder(entry.folder, entry.cfg.train.steps)
+    last = state.checkpoint_folder(entry.folder, entry.cfg.train.steps)
+    return state.newest_or_none(entry.folder) == last
 
 
 def judge(curves: list[Curve]) -> list[Verdict]:
     """Compare the two curves of each seed."""
+    twins = {curve.seed: curve.final for curve in curves if curve.kind == "dense"}
     verdicts = []
-    for moe, dense in _pairs(curves):
-        goal = dense.final.bits_per_byte[ALL]
+    for moe in curves:
+        if moe.kind != "moe" or moe.seed not in twins:
+            continue
+        twin = twins[moe.seed]
+        goal = twin.bits_per_byte[ALL]
         flops = crossing(moe.points, goal, lambda point: point.train_flops)
         seconds = crossing(moe.points, goal, lambda point: point.seconds)
-        verdicts.append(
-            Verdict(
-                moe.seed,
-                moe.final.bits_per_byte[ALL],
-                goal,
-                None if flops is None else flops / dense.final.train_flops,
-                None if seconds is None else seconds / dense.final.seconds,
-            )
-        )
+        compute = None if flops is None else flops / twin.train_flops
+        time = None if seconds is None else seconds / twin.seconds
+        verdicts.append(Verdict(moe.seed, moe.final.bits_per_byte[ALL], goal, compute, time))
     return verdicts
 
 
@@ -146,16 +139,15 @@ def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float
     Between two evaluations the curve is taken as a straight line; before the first one nothing
     is known, so a curve that starts below the goal is given its first evaluation's cost.
     """
-    previous: Point | None = None
-    for point in points:
+    for number, point in enumerate(points):
         here = point.bits_per_byte[ALL]
         if here <= goal_bpb:
-            if previous is None:
+            if number == 0:
                 return cost(point)
+            previous = points[number - 1]
             before = previous.bits_per_byte[ALL]
             share = (before - goal_bpb) / (before - here)
             return cost(previous) + share * (cost(point) - cost(previous))
-        previous = point
     return None
 
 
@@ -187,23 +179,17 @@ def sentence(verdicts: list[Verdict]) -> str:
 def as_json(cfg: RunConfig, curves: list[Curve]) -> dict[str, Any]:
     """Everything that was measured, for compare.json and --json."""
     verdicts = judge(curves)
-    models = {"moe": cfg.model, "dense": dense_twin(cfg.model)}
+    counts = {kind: count(model) for kind, model in models(cfg).items()}
+    seq_len = cfg.data.seq_len
     return {
         "sentence": sentence(verdicts),
         "verdicts": [verdict._asdict() for verdict in verdicts],
         "models": {
-            kind: {
-                **count(model)._asdict(),
-                "train_flops_per_token": count(model).train_flops(cfg.data.seq_len),
-            }
-            for kind, model in models.items()
+            kind: {**counted._asdict(), "train_flops_per_token": counted.train_flops(seq_len)}
+            for kind, counted in counts.items()
         },
         "curves": [
-            {
-                "kind": curve.kind,
-                "seed": curve.seed,
-                "points": [point._asdict() for point in curve.points],
-            }
+            {**curve._asdict(), "points": [point._asdict() for point in curve.points]}
             for curve in curves
         ],
         "settings": cfg.model_dump(mode="json"),
@@ -214,10 +200,3 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation; the latter NaN for a single value."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return statistics.fmean(values), spread
-
-
-def _pairs(curves: list[Curve]) -> Iterator[tuple[Curve, Curve]]:
-    dense = {curve.seed: curve for curve in curves if curve.kind == "dense"}
-    for curve in curves:
-        if curve.kind == "moe" and curve.seed in dense:
-            yield curve, dense[curve.seed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,36 +26,23 @@ def first_bad_gradient(model: nn.Module) -> str | None:
 def first_bad_value(model: nn.Module, forward: Callable[[], object]) -> str | None:
     """Name of the first parameter, else module output, that holds NaN or infinity.
 
-    Args:
-        model: The model to watch.
-        forward: Runs the model on the batch that went wrong; called once, without gradients.
+    `forward` runs the model on the batch that went wrong; called once, without gradients.
     """
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
             return f"the parameter {name}"
-    with torch.no_grad(), _watched(model) as found:
-        forward()
-    return f"the output of {found[0]}" if found else None
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of modules whose output is not finite, in the order they finish."""
+    names = {module: name or "the model" for name, module in model.named_modules()}
     found: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not all(is_finite(x) for x in _floats(output)):
-                found.append(name or "the model")
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not all(is_finite(x) for x in _floats(output)):
+            found.append(names[module])
 
-        return hook
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in names:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        forward()
+    return f"the output of {found[0]}" if found else None
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

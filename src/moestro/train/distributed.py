@@ -52,11 +52,7 @@ ALONE = Ranks()
 
 
 def ranks_from(environment: Mapping[str, str]) -> Ranks:
-    """Read the place that torchrun gave this process; alone where it gave none.
-
-    Raises:
-        ConfigError: RANK, WORLD_SIZE or LOCAL_RANK is missing or no whole number.
-    """
+    """Read the place that torchrun gave this process; alone where it gave none."""
     if "WORLD_SIZE" not in environment:
         return ALONE
     try:
@@ -73,11 +69,9 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 
 @contextmanager
 def joined(device: torch.device, environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
-    """Join the other processes for as long as the block runs: nccl on CUDA, gloo elsewhere.
+    """Join the other processes while the block runs, on CUDA by nccl, elsewhere by gloo.
 
-    Args:
-        device: What this process computes on.
-        environment: Where torchrun's variables are; the process's own if left out.
+    The `environment` holds torchrun's variables; the process's own if left out.
     """
     ranks = ranks_from(os.environ if environment is None else environment)
     if ranks.world == 1:
@@ -97,12 +91,7 @@ def joined(device: torch.device, environment: Mapping[str, str] | None = None) -
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """Turn the setting `train.runtime.device` into a device that is here.
 
-    Args:
-        name: 'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', …
-        ranks: On CUDA without a number, each process takes the GPU of its local rank.
-
-    Raises:
-        ConfigError: the name means no device, or one that this machine does not have.
+    'auto' is CUDA if there is one, else the CPU; 'cuda' the GPU of the process's local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +105,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         raise ConfigError(
             f"train.runtime.device = {name!r} is not supported; use auto, cpu, cuda or cuda:NUMBER"
         )
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
     index = ranks.local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
@@ -133,9 +122,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     'auto' is bfloat16 where the hardware has instructions for it (CUDA; a CPU with AMX or
     AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case.
     """
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    has_instructions = (
+        device.type == "cuda"
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu._is_avx512_bf16_supported()
+    )
+    chosen = name == "bfloat16" or (name == "auto" and has_instructions)
+    return torch.bfloat16 if chosen else torch.float32

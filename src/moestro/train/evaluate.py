@@ -41,14 +41,12 @@ def evaluate(
         task: What the model is to predict.
     """
     device = next(model.parameters()).device
-    names = list(held_out)
-    bits_N = torch.zeros(len(names), dtype=torch.float64, device=device)
+    bits_N = torch.zeros(len(held_out), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for place, name in enumerate(names):
-                tokens_NS = held_out[name].tokens_NS
+            for place, (name, (tokens_NS, _)) in enumerate(held_out.items()):
                 mine = range(ranks.rank, len(tokens_NS), ranks.world)
                 for first in range(0, len(mine), batch_size):
                     rows = list(mine[first : first + batch_size])
@@ -58,8 +56,8 @@ def evaluate(
     finally:
         model.train(was_training)
     bits = ranks.sum_(bits_N).tolist()
-    num_bytes = [_bytes(held_out[name], task) for name in names]
-    result = {name: b / n for name, b, n in zip(names, bits, num_bytes, strict=True)}
+    num_bytes = [_bytes(domain, task) for domain in held_out.values()]
+    result = {name: b / n for name, b, n in zip(held_out, bits, num_bytes, strict=True)}
     return {ALL: sum(bits) / sum(num_bytes), **result}
 
 

@@ -41,7 +41,6 @@ class Tally:
     """Sums of one step over its micro-batches; after `reduce`, over the ranks too."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
-        self._shape = (num_layers, num_experts)
         self._sums = torch.zeros(num_layers, num_experts + 3, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -64,7 +63,7 @@ class Tally:
     @property
     def counts_LE(self) -> Tensor:
         """Assignments per layer and expert before drops, float64 [L, E]."""
-        return self._sums[:, : self._shape[1]]
+        return self._sums[:, :-3]
 
     def packed(self) -> Tensor:
         """Every sum as one flat tensor, to be read in one copy and given to `unpack`."""
@@ -72,9 +71,9 @@ class Tally:
 
     def unpack(self, numbers: Sequence[float]) -> list[LayerHealth]:
         """Turn the numbers of `packed` into one LayerHealth per layer."""
-        width = self._shape[1] + 3
-        rows = [numbers[i * width : (i + 1) * width] for i in range(self._shape[0])]
-        return [_layer_health(row[:-3], *row[-3:]) for row in rows]
+        layers, width = self._sums.shape
+        rows = (numbers[i * width : (i + 1) * width] for i in range(layers))
+        return [_layer_health(*row) for row in rows]
 
 
 def entropy_sum(routing: Routing) -> tuple[Tensor, Tensor]:
@@ -89,9 +88,8 @@ def entropy_sum(routing: Routing) -> tuple[Tensor, Tensor]:
     return entropy_T.sum(), tokens
 
 
-def _layer_health(
-    counts: Sequence[float], dropped: float, entropy: float, tokens: float
-) -> LayerHealth:
+def _layer_health(*sums: float) -> LayerHealth:
+    *counts, dropped, entropy, tokens = sums
     assignments = sum(counts)
     mean = assignments / len(counts)
     return LayerHealth(
@@ -122,11 +120,9 @@ class CollapseWatch:
         self.collapsed: set[int] = set()
 
     def observe(self, step: int, counts_LE: Tensor) -> list[str]:
-        """Take in one step's counts; return one sentence per layer that has just collapsed.
+        """Take in the counts of one step, from 1; a sentence for each layer just collapsed.
 
-        Args:
-            step: Number of the step, from 1; nothing is judged before the window is full.
-            counts_LE: Assignments per layer and expert, on the CPU.
+        Nothing is judged before the window is full.
         """
         self.window_WLE[step % WINDOW_STEPS] = counts_LE.long()
         num_experts = self.window_WLE.shape[2]

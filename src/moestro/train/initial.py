@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.checkpoints.pretrained import settings_of
-from moestro.checkpoints.sidecar_files import keep_companions
+from moestro.checkpoints.reading import read_settings
+from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
@@ -41,13 +41,13 @@ def initial_settings(
         default: Settings where `config` is None; what they say about the model does not count.
         config: The person's own settings.
         assignments: `a.b=value` over them.
-        accept_fields: see `models.pretrained.read_config`.
+        accept_fields: see `checkpoints.reading.read_settings`.
 
     Raises:
-        ConfigError: they state another model or tokenizer, windows are longer than the model's
+        ConfigError: they state a different model or tokenizer, windows are longer than the model's
             context, or its vocabulary is too small for the tokenizer.
     """
-    model = settings_of(init, accept_fields)
+    model = read_settings(init, accept_fields).cfg
     stated = read_values(config, assignments)
     _check_stated(stated, model, init)
     tokenizer = load_tokenizer(init)
@@ -76,7 +76,7 @@ def keep_origin(init: Path, run: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        keep_companions(init, folder)
+        keep_sidecar_files(init, folder)
     except OSError as error:
         raise ConfigError(
             f"cannot copy the tokenizer's files to {folder}: {error.strerror or error}; choose "
@@ -109,7 +109,7 @@ def save_step_zero(run: Path, cfg: RunConfig, model: Model, corpus: Corpus) -> P
 
 
 def _check_stated(stated: Mapping[str, Any], model: ModelConfig | EncDecConfig, init: Path) -> None:
-    """Refuse settings that name another model or tokenizer than the checkpoint has."""
+    """Refuse settings that name a model or tokenizer other than the checkpoint's."""
     given = stated.get("model", {})
     if not isinstance(given, Mapping):
         raise ConfigError(f"model is {given!r}, but it comes from {init}; leave it out")

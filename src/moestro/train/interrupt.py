@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 # Elsewhere than on Unix a closed terminal and a reader that left send no signal.
@@ -31,12 +31,7 @@ class StopRequest:
             self._previous = {which: signal.signal(which, self._ask) for which in STOPPING}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for which, handler in self._previous.items():
             signal.signal(which, handler)
 

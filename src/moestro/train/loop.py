@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.folders import load_model
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
-from moestro.models.decoder import DecoderOutput
-from moestro.models.encdec import EncDecOutput
+from moestro.models.network import ModelOutput
 from moestro.moe.balance import update_bias
 from moestro.train import state
 from moestro.train.diagnose import first_bad_gradient, first_bad_value
@@ -74,10 +73,7 @@ class Trainer:
         folder: The run's folder; made if missing.
         corpus: What to train on.
         progress: Where to show it, already entered; None shows nothing.
-        ranks: This process's place among several; alone if left out.
-
-    Attributes:
-        model: The model, once `train` has begun.
+        ranks: This process's place among several.
     """
 
     def __init__(
@@ -113,22 +109,18 @@ class Trainer:
             CheckpointError: there are checkpoints to resume from, and all are damaged.
             TrainingError: the loss or a gradient is not finite, or nothing can be written.
         """
-        checkpoint = self._open(resume)
-        self._build(checkpoint)
+        self._build(self._open(resume))
         held_out = self.corpus.held_out(self.cfg.train.eval_tokens)
-        log = self._open_log()
-        try:
-            with StopRequest() as stop:
-                return self._run(stop, held_out, log, checkpoint)
-        finally:
-            if log is not None:
-                log.close()
+        log = None
+        if self.ranks.writes:
+            log = MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
+        with closing(log) if log else nullcontext(), StopRequest() as stop:
+            return self._run(stop, held_out, log)
 
     def time_steps(self, number: int) -> float:
-        """Median seconds of a training step on this machine; nothing is written or kept.
+        """Median seconds of `number` steps on this machine; nothing is written or kept.
 
-        Args:
-            number: Steps to run; the first half, in which kernels are compiled, is not counted.
+        The first half of the steps, in which kernels are compiled, is not counted.
         """
         self._build(None)
         with StopRequest() as stop:
@@ -151,7 +143,9 @@ class Trainer:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
         else:
-            self.model = load_model(checkpoint, str(self.device), runtime.backend)
+            self.model = open_checkpoint(
+                checkpoint, device=str(self.device), backend=runtime.backend, verified=True
+            ).model
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
         self._optimizer = make_optimizer(self.model, cfg.optim)
@@ -160,7 +154,11 @@ class Trainer:
         self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
         self._step, self._seconds, self._checkpoint = 0, 0.0, checkpoint
         if checkpoint is not None:
-            self._restore(checkpoint)
+            fingerprint = self.corpus.fingerprint
+            numbers = state.restore(checkpoint, self.model, self._optimizer, fingerprint)
+            self._step, self._seconds = numbers.step, numbers.seconds
+            self._watch.window_WLE = numbers.window_WLE
+            self._watch.collapsed = set(numbers.collapsed)
         forward: nn.Module = self.model
         if runtime.compile:
             forward.compile()
@@ -169,26 +167,10 @@ class Trainer:
             forward = DistributedDataParallel(forward, device_ids=device_ids)
         self._forward = forward
 
-    def _restore(self, checkpoint: Path) -> None:
-        numbers = state.restore(checkpoint, self.model, self._optimizer, self.corpus.fingerprint)
-        self._step, self._seconds = numbers.step, numbers.seconds
-        self._watch.window_WLE = numbers.window_WLE
-        self._watch.collapsed = set(numbers.collapsed)
-
-    def _open_log(self) -> MetricsLog | None:
-        if not self.ranks.writes:
-            return None
-        return MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
-
     def _run(
-        self,
-        stop: StopRequest,
-        held_out: Mapping[str, HeldOut],
-        log: MetricsLog | None,
-        checkpoint: Path | None,
+        self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None
     ) -> Result:
-        cfg = self.cfg.train
-        stopping = False
+        cfg, checkpoint, stopping = self.cfg.train, self._checkpoint, False
         while self._step < cfg.steps and not stopping:
             measured = self._one_step(self._step, stop)
             stopping = measured.stop
@@ -209,10 +191,12 @@ class Trainer:
         assert checkpoint is not None  # at least one step ran, or it was resumed at the end
         # Another rank may have got the signal that ended this one's loop.
         signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
-        return Result(self._step, checkpoint, self._history(), signal_number)
+        points = history(read_metrics(self.folder / METRICS_NAME))
+        return Result(self._step, checkpoint, points, signal_number)
 
     def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
-        size = self._eval_batch()
+        cfg = self.cfg.train
+        size = max(1, cfg.batch_size // cfg.accumulate // self.ranks.world)
         bits = evaluate(self.model, held_out, size, self.dtype, self.ranks, self._task)
         if not all(map(math.isfinite, bits.values())):
             raise self._stopped(self._step, "the loss on held-out text")
@@ -232,9 +216,10 @@ class Trainer:
         tally.reduce(self.ranks)
         # The step's only copy from the device.
         numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
-        grad_norm, means = numbers[0], [x / self.ranks.world for x in numbers[1 : len(names) + 1]]
-        if not all(map(math.isfinite, (grad_norm, *means))):
-            raise self._not_finite(step, batch, dict(zip(names, means, strict=True)))
+        grad_norm, sums = numbers[0], numbers[1 : len(names) + 1]
+        parts = {name: x / self.ranks.world for name, x in zip(names, sums, strict=True)}
+        if not all(map(math.isfinite, (grad_norm, *parts.values()))):
+            raise self._not_finite(step, batch, parts)
         if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
@@ -243,13 +228,10 @@ class Trainer:
         if cfg.balance.bias_rate:
             for moe, counts_E in zip(self.model.mixtures(), tally.counts_LE, strict=True):
                 update_bias(cast(Tensor, moe.router.bias), counts_E, cfg.balance.bias_rate)
-        self._step = step + 1
+        self._step, self._counts_LE = step + 1, tally.counts_LE
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
-        parts = dict(zip(names, means, strict=True))
-        loss = parts.pop("loss")
-        layers = tally.unpack(numbers[len(names) + 2 :])
-        self._counts_LE = tally.counts_LE
+        loss, layers = parts.pop("loss"), tally.unpack(numbers[len(names) + 2 :])
         return Measured(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
 
     def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
@@ -268,17 +250,16 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
         return list(sums), torch.stack(list(sums.values()))
 
-    def _predict(self, micro: Example) -> DecoderOutput | EncDecOutput:
+    def _predict(self, micro: Example) -> ModelOutput:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: DecoderOutput | EncDecOutput = self._forward(*micro.inputs)
+            output: ModelOutput = self._forward(*micro.inputs)
         return output
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
         """Gradients travel between ranks with a step's last micro-batch only."""
         if last or not isinstance(self._forward, DistributedDataParallel):
             return nullcontext()
-        context: AbstractContextManager[None] = self._forward.no_sync()
-        return context
+        return cast(AbstractContextManager[None], self._forward.no_sync())
 
     def _seed_noise(self, step: int) -> None:
         """Make dropout and jitter a function of seed, step and rank: nothing to save."""
@@ -291,9 +272,6 @@ class Trainer:
         first = step * size + rank * len(windows_BS)
         places = [(self.cfg.train.seed, first + row) for row in range(len(windows_BS))]
         return self._task.examples(windows_BS, places).to(self.device)
-
-    def _eval_batch(self) -> int:
-        return max(1, self.cfg.train.batch_size // self.cfg.train.accumulate // self.ranks.world)
 
     def _not_finite(self, step: int, batch: Example, parts: dict[str, float]) -> TrainingError:
         """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
@@ -315,24 +293,22 @@ class Trainer:
 
     def _record(self, measured: Measured) -> dict[str, Any]:
         """One line of metrics.jsonl."""
-        cfg = self.cfg
+        step, cfg = self._step, self.cfg
+        layers = zip(self.model.moe_layers, measured.layers, strict=True)
         record: dict[str, Any] = {
-            "step": self._step,
-            "tokens": self._step * self._step_tokens,
+            "step": step,
+            "tokens": step * self._step_tokens,
             "step_tokens": self._step_tokens,
             "seconds": self._seconds,
-            "train_flops": self._step * self._step_flops,
+            "train_flops": step * self._step_flops,
             "loss": measured.loss,
-            "lr": learning_rate(self._step - 1, cfg.train.steps, cfg.optim),
+            "lr": learning_rate(step - 1, cfg.train.steps, cfg.optim),
             "grad_norm": measured.grad_norm,
             "tokens_per_s": self._step_tokens / measured.seconds,
             "balance": measured.balance,
-            "layers": [
-                {"layer": number, **health._asdict()}
-                for number, health in zip(self.model.moe_layers, measured.layers, strict=True)
-            ],
+            "layers": [{"layer": number, **health._asdict()} for number, health in layers],
         }
-        if warnings := self._watch.observe(self._step, self._counts_LE.cpu()):
+        if warnings := self._watch.observe(step, self._counts_LE.cpu()):
             record["warnings"] = warnings
         return record
 
@@ -341,26 +317,20 @@ class Trainer:
         for name, weight in self.model.named_parameters():
             if not weight.isfinite().all():
                 raise self._stopped(self._step, f"the weight {name} after the update")
+        watch, corpus = self._watch, self.corpus
         numbers = state.Numbers(
-            self._step,
-            self._seconds,
-            tuple(sorted(self._watch.collapsed)),
-            self._watch.window_WLE,
-            self.corpus.fingerprint,
-        )
+            self._step, self._seconds, tuple(sorted(watch.collapsed)), watch.window_WLE,
+            corpus.fingerprint,
+        )  # fmt: skip
         target = state.checkpoint_folder(self.folder, self._step)
         if self.ranks.writes:
             state.save(
-                self.folder, self.cfg, self.model, self._optimizer, self.corpus.tokenizer, numbers
+                self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers
             )
             if self.progress is not None:
                 self.progress.note(f"saved {target}")
         self.ranks.wait()
         return target
-
-    def _history(self) -> list[Point]:
-        """Every evaluation that metrics.jsonl holds."""
-        return history(read_metrics(self.folder / METRICS_NAME))
 
 
 def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:

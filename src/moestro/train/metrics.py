@@ -42,9 +42,6 @@ class MetricsLog:
         folder: The run folder.
         step: The step the run starts after; lines of later steps are cut off.
         tensorboard: Also write event files under `folder/tensorboard`.
-
-    Raises:
-        ConfigError: tensorboard was asked for and is not installed, or the file cannot be opened.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
@@ -57,11 +54,7 @@ class MetricsLog:
             raise ConfigError(f"cannot write metrics to {self.path}: {error.strerror}") from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write one record with at least a `step`; a number that is not finite becomes null.
-
-        Raises:
-            TrainingError: the disk is full, or the file cannot be written any more.
-        """
+        """Write one record with at least a `step`; a number that is not finite becomes null."""
         try:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -87,15 +80,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a metrics file, in order; none if there is no file.
 
     A last line without its newline, as a killed process leaves it, is ignored.
-
-    Raises:
-        CheckpointError: a line in the middle is not a JSON object.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = parse(line)
         except ValueError:
@@ -110,11 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def history(records: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The evaluations among metrics records, oldest first; a measure of null is NaN.
-
-    Raises:
-        CheckpointError: one of them lacks a number.
-    """
+    """The evaluations among metrics records, oldest first; a measure of null is NaN."""
     points = []
     for record in records:
         if "bits_per_byte" not in record:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moestro.config import BalanceConfig
-from moestro.models.decoder import DecoderOutput
-from moestro.models.encdec import EncDecOutput
+from moestro.models.network import ModelOutput
 from moestro.moe import balance
 from moestro.moe.routing import Routing
 from moestro.train.distributed import ALONE, Ranks
@@ -49,7 +48,7 @@ class Objective:
         """Forget the counts of the micro-batches so far: a new step begins."""
         self._counts_LE = None
 
-    def __call__(self, output: DecoderOutput | EncDecOutput, targets_BS: Tensor) -> Loss:
+    def __call__(self, output: ModelOutput, targets_BS: Tensor) -> Loss:
         """The loss of one micro-batch of B sequences, in fp32."""
         total = cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
         parts = {"loss": total.detach()}

@@ -17,12 +17,7 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over all trainable parameters of `model`, fused where torch has it.
-
-    Args:
-        model: The model, already on its device.
-        cfg: Learning rate, betas and weight decay; the schedule is `learning_rate`'s.
-    """
+    """Build AdamW over all trainable parameters of `model`, fused where torch has it."""
     decayed, free = split_parameters(model)
     groups = [
         {"params": list(decayed.values()), "weight_decay": cfg.weight_decay},
@@ -32,18 +27,14 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 
-def split_parameters(
-    model: nn.Module,
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+Parameters = dict[str, nn.Parameter]
+
+
+def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
     """Split the trainable parameters by name into those that decay and those that do not."""
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed: dict[str, nn.Parameter] = {}
-    free: dict[str, nn.Parameter] = {}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: Parameters = {}
+    free: Parameters = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -27,11 +26,6 @@ SMOOTHING = 0.1
 class ProgressDisplay:
     """Shows the records of a training loop; use it as a context manager around the loop.
 
-    Args:
-        title: Shown above the numbers, such as the run's folder.
-        console: Where to draw; stderr if left out.
-        plain_every_s: Seconds between lines where there is no terminal.
-
     Attributes:
         lost: Nobody reads any more: the terminal was closed, or the reader of a pipe left.
     """
@@ -44,63 +38,45 @@ class ProgressDisplay:
     ) -> None:
         self.title = title
         self._console = console or Console(file=sys.stderr)
-        self._plain_every_s = plain_every_s
+        self._plain_every_s, self._last_plain_s = plain_every_s, float("-inf")
         self.lost = False
         self._live: Live | None = None
         self._record: dict[str, Any] = {}
         self._steps = 1
-        self._last_plain_s = float("-inf")
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live = Live(
-                console=self._console, get_renderable=self._panel, refresh_per_second=4
-            )
+            self._live = Live(console=self._console, get_renderable=self._panel)
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._live is not None:
             with self._writing():
                 self._live.stop()
             self._live = None
 
     def update(self, record: Mapping[str, Any], steps: int) -> None:
-        """Show the numbers of one step; values missing from `record` keep their last one.
-
-        Args:
-            record: One metrics record, as the loop writes it to metrics.jsonl.
-            steps: Steps of the whole run, for the bar and the time left.
-        """
-        self._record = {**self._record, **record, "tokens_per_s": self._smooth(record)}
+        """Show one metrics record of a run of `steps`; values missing from it keep their last."""
+        # A running mean of the speed: single steps jump too much to read, or to foretell.
+        speed: float = record.get("tokens_per_s", 0.0)
+        if before := self._record.get("tokens_per_s", 0.0):
+            speed = before + SMOOTHING * (speed - before)
+        self._record = {**self._record, **record, "tokens_per_s": speed}
         self._steps = steps
         if self._live is None:
             now_s = time.monotonic()
             last = self._record.get("step") == steps
             if last or now_s - self._last_plain_s >= self._plain_every_s:
                 self._last_plain_s = now_s
-                self._write(f"{self.title}: {describe(self._record, steps)}")
-
-    def _smooth(self, record: Mapping[str, Any]) -> float:
-        """A running mean of the speed: single steps jump too much to read, or to foretell."""
-        latest: float = record.get("tokens_per_s", 0.0)
-        before: float = self._record.get("tokens_per_s", 0.0)
-        return before + SMOOTHING * (latest - before) if before else latest
-
-    def note(self, text: str) -> None:
-        """Print a line that stays, such as the path of a checkpoint."""
-        self._write(text)
+                self.note(f"{self.title}: {describe(self._record, steps)}")
 
     def warn(self, text: str) -> None:
         """Print a warning that stays and stands out."""
-        self._write(f"warning: {text}", style="bold yellow")
+        self.note(f"warning: {text}", style="bold yellow")
 
-    def _write(self, text: str, style: str = "") -> None:
+    def note(self, text: str, style: str = "") -> None:
+        """Print a line that stays, such as the path of a checkpoint."""
         with self._writing():
             self._console.print(Text(text, style=style), soft_wrap=True)
 
@@ -128,7 +104,10 @@ def describe(record: Mapping[str, Any], steps: int) -> str:
 
 
 def lines(record: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
-    """What to show of a record: (name, value) pairs, only those that are known."""
+    """What to show of a record: (name, value) pairs, only those that are known.
+
+    Of all layers' routing: the worst imbalance, sums and means.
+    """
     step = record.get("step", 0)
     found = [("step", f"{step}/{steps}")]
     if "loss" in record:
@@ -139,19 +118,14 @@ def lines(record: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
         left_s = (steps - step) * record["step_tokens"] / record["tokens_per_s"]
         found.append(("tokens/s", f"{record['tokens_per_s']:,.0f}"))
         found.append(("ETA", duration(left_s)))
-    if record.get("layers"):
-        found += routing_lines(record["layers"])
+    if layers := record.get("layers"):
+        found += [
+            ("load max/mean", f"{max(layer['imbalance'] for layer in layers):.2f}"),
+            ("dead experts", f"{sum(layer['dead'] for layer in layers):.0f}"),
+            ("dropped", f"{sum(layer['dropped'] for layer in layers) / len(layers):.1%}"),
+            ("router entropy", f"{sum(layer['entropy'] for layer in layers) / len(layers):.2f}"),
+        ]
     return found
-
-
-def routing_lines(layers: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """The routing's health over all layers: the worst imbalance, sums and means."""
-    return [
-        ("load max/mean", f"{max(layer['imbalance'] for layer in layers):.2f}"),
-        ("dead experts", f"{sum(layer['dead'] for layer in layers):.0f}"),
-        ("dropped", f"{sum(layer['dropped'] for layer in layers) / len(layers):.1%}"),
-        ("router entropy", f"{sum(layer['entropy'] for layer in layers) / len(layers):.2f}"),
-    ]
 
 
 def duration(seconds: float) -> str:

@@ -32,22 +32,16 @@ from moestro.checkpoints.folders import (
     atomic_folder,
     newest_checkpoint,
     read_json,
-    read_tensors,
     remove_folder,
-    save_model,
     step_folders,
     verify_folder,
 )
-from moestro.checkpoints.sidecar_files import keep_companions
+from moestro.checkpoints.sidecar_files import keep_sidecar_files
+from moestro.checkpoints.tensor_files import read_tensors
+from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
 from moestro.data.windows import Corpus, prepare
-from moestro.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MoestroError,
-    TrainingError,
-)
+from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError, TrainingError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
@@ -90,25 +84,29 @@ def save(
 ) -> Path:
     """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
     """
     target = checkpoint_folder(run, numbers.step)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _make_room(target)
+        if target.exists():  # damaged: a resumed run has gone behind it
+            try:
+                verify_folder(target)
+            except CheckpointError:
+                remove_folder(target)
         with atomic_folder(target) as folder:
             save_model(model, folder)
             tokenizer.save(folder)
             if (run / ORIGIN).is_dir():
-                keep_companions(run / ORIGIN, folder)
+                keep_sidecar_files(run / ORIGIN, folder)
             write_json(folder / "run.json", cfg.model_dump(mode="json"))
             save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
             save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
-            write_json(folder / "trainer.json", _as_json(numbers, cfg))
+            tokens = numbers.step * cfg.train.batch_size * cfg.data.seq_len
+            values = {"format": FORMAT, "tokens": tokens, **numbers._asdict()}
+            del values["window_WLE"]
+            write_json(folder / "trainer.json", values)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise TrainingError(
             f"could not save the checkpoint of step {numbers.step} in {target.parent}: {error}. "
@@ -121,23 +119,15 @@ def save(
 def restore(
     checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer, corpus: str
 ) -> Numbers:
-    """Read everything but the model from a verified checkpoint, into `optimizer` and Numbers.
-
-    Raises:
-        ConfigError: the text is not the one that the run was trained on.
-        CheckpointError: a file is missing or does not fit the model.
-    """
+    """Read everything but the model from a verified checkpoint, into `optimizer` and Numbers."""
     try:
         values = read_json(checkpoint / "trainer.json")
-        window_WLE = read_tensors(checkpoint / "trainer.safetensors")["window"].clone()
         tensors = read_tensors(checkpoint / "optimizer.safetensors")
         numbers = Numbers(
-            step=int(values["step"]),
-            seconds=float(values["seconds"]),
-            collapsed=tuple(values["collapsed"]),
-            window_WLE=window_WLE,
-            corpus=str(values["corpus"]),
-        )
+            int(values["step"]), float(values["seconds"]), tuple(values["collapsed"]),
+            read_tensors(checkpoint / "trainer.safetensors")["window"].clone(),
+            str(values["corpus"]),
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot go on from {checkpoint}: {error!r}; use an older checkpoint of the run"
@@ -163,7 +153,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put `optimizer_tensors` back, on each parameter's device.
+    """Put a copy of `optimizer_tensors` back, on each parameter's device.
 
     Raises:
         CheckpointError: a tensor belongs to no parameter, or has another shape.
@@ -177,11 +167,10 @@ def load_optimizer_tensors(
                 f"the optimizer's tensor {full_name} {list(value.shape)} fits no parameter of "
                 "the model; the checkpoint was made by another model"
             )
-        # A copy: what was read may still be mapped from the checkpoint's file.
         optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
+def read_run_settings(folder: Path, name: str = "run.json") -> RunConfig:
     """The RunConfig saved in a checkpoint.
 
     Raises:
@@ -195,11 +184,7 @@ def read_settings(folder: Path, name: str = "run.json") -> RunConfig:
 
 
 def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None:
-    """Refuse to go on with settings that would make it another run.
-
-    Raises:
-        ConfigError: names every setting that differs, with both values.
-    """
+    """Refuse settings that make it a different run; the error names each with both values."""
     old, new = (dotted(cfg.model_dump(mode="json")) for cfg in (saved, given))
     differing = [
         f"{name} = {new.get(name)!r} (saved: {old.get(name)!r})"
@@ -217,20 +202,13 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
 
 
 def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
-    """The text that a run goes on with: as the run left it, else prepared from its sources.
+    """The text that a run goes on with: as it left it in the folder `data`, else prepared anew.
 
-    Args:
-        data: The folder of the tokens.
-        cfg: Where they come from.
-        checkpoint: To go on from; None for a run without one.
-
-    Raises:
-        ConfigError: `cfg` is not what the checkpoint was trained with; nothing is written then.
-        DataError: the sources cannot be read.
+    Nothing is written where `cfg` is not what the checkpoint was trained with.
     """
     if checkpoint is None:
         return prepare(cfg, data)
-    saved = read_settings(checkpoint)
+    saved = read_run_settings(checkpoint)
     check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
     with suppress(DataError):
         corpus = Corpus(data)
@@ -251,12 +229,7 @@ def holds_run(run: Path) -> bool:
 
 
 def claim_folder(run: Path, resume: bool) -> None:
-    """Make sure that a folder may be used for this run, and exists.
-
-    Raises:
-        ConfigError: it holds a run and `resume` is off, holds none and `resume` is on, or cannot
-            be made.
-    """
+    """Make a run's folder if missing; it must hold a run with `resume`, and none without."""
     if holds_run(run) and not resume:
         raise ConfigError(
             f"{run} already holds a run; add --resume to go on with it, or choose another folder "
@@ -280,11 +253,6 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     Returns:
         The newest good checkpoint to go on from; None to begin at step 0, also where a resumed
         run was stopped before its first checkpoint.
-
-    Raises:
-        ConfigError: as `claim_folder`, or the run was made with other settings, or was to begin
-            from weights and has lost them.
-        CheckpointError: it holds checkpoints, and all of them are damaged.
     """
     claim_folder(run, resume)
     checkpoint = newest_or_none(run)
@@ -296,9 +264,9 @@ def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
     if not resume:
         shutil.rmtree(run / ORIGIN, ignore_errors=True)  # of a start that came to nothing
     if checkpoint is not None:
-        check_settings(read_settings(checkpoint), cfg, checkpoint)
+        check_settings(read_run_settings(checkpoint), cfg, checkpoint)
     elif (run / SETTINGS_NAME).exists():
-        check_settings(read_settings(run, SETTINGS_NAME), cfg, run)
+        check_settings(read_run_settings(run, SETTINGS_NAME), cfg, run)
     try:
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         clear_leftovers(run)
@@ -314,11 +282,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def newest_or_none(run: Path) -> Path | None:
-    """The newest good checkpoint of a run; None if it has not saved any yet.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
-    """
+    """The newest good checkpoint of a run; None if it has saved none; an error if all are bad."""
     return newest_checkpoint(run) if step_folders(run) else None
 
 
@@ -348,26 +312,6 @@ def _unwritable(run: Path, error: OSError) -> ConfigError:
         f"cannot write to {run}: {error.strerror}; choose another folder with --out, or change "
         "its permissions"
     )
-
-
-def _make_room(target: Path) -> None:
-    """Remove a damaged checkpoint of the same step, which a resumed run has gone behind."""
-    if target.exists():
-        try:
-            verify_folder(target)
-        except CheckpointError:
-            remove_folder(target)
-
-
-def _as_json(numbers: Numbers, cfg: RunConfig) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "step": numbers.step,
-        "tokens": numbers.step * cfg.train.batch_size * cfg.data.seq_len,
-        "seconds": numbers.seconds,
-        "collapsed": list(numbers.collapsed),
-        "corpus": numbers.corpus,
-    }
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moestro.config import EncDecConfig, ModelConfig
+from moestro.config import NetworkConfig
 from moestro.data.spans import corrupt, hidden
 from moestro.errors import ConfigError
-from moestro.models.count import count
+from moestro.models.count import sides
 from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
 
-AnyConfig = ModelConfig | EncDecConfig
 Place = tuple[object, ...]
 
 
@@ -56,7 +55,7 @@ class NextToken:
 
 
 class FillSpans:
-    """An encoder-decoder reads a window with spans hidden, and writes them; see `train.spans`.
+    """An encoder-decoder reads a window with spans hidden, and writes them; see `data.spans`.
 
     Args:
         vocab_size: The model's, whose last ids are the sentinels.
@@ -92,20 +91,20 @@ Task = NextToken | FillSpans
 NEXT_TOKEN = NextToken()
 
 
-def task_of(cfg: AnyConfig, end_of_text: int) -> Task:
+def task_of(cfg: NetworkConfig, end_of_text: int) -> Task:
     """What a model of these settings learns."""
-    if isinstance(cfg, EncDecConfig):
+    if cfg.has_encoder:
         return FillSpans(cfg.vocab_size, end_of_text)
     return NEXT_TOKEN
 
 
-def vocabulary(cfg: AnyConfig, tokenizer: Tokenizer, seq_len: int) -> int:
+def vocabulary(cfg: NetworkConfig, tokenizer: Tokenizer, seq_len: int) -> int:
     """Ids that a model of these settings needs: the tokenizer's, and the sentinels."""
-    spans = hidden(seq_len).spans if isinstance(cfg, EncDecConfig) else 0
+    spans = hidden(seq_len).spans if cfg.has_encoder else 0
     return tokenizer.vocab_size + spans
 
 
-def check_vocabulary(cfg: AnyConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+def check_vocabulary(cfg: NetworkConfig, tokenizer: Tokenizer, seq_len: int) -> None:
     """Refuse a model with too small a vocabulary.
 
     Raises:
@@ -121,25 +120,15 @@ def check_vocabulary(cfg: AnyConfig, tokenizer: Tokenizer, seq_len: int) -> None
         )
 
 
-def train_flops(cfg: AnyConfig, seq_len: int) -> float:
+def train_flops(cfg: NetworkConfig, seq_len: int) -> float:
     """FLOPs of one window of text in training."""
-    if not isinstance(cfg, EncDecConfig):
-        return seq_len * count(cfg).train_flops(seq_len)
+    if not cfg.has_encoder:
+        return example_train_flops(cfg, seq_len)
     tokens, spans = hidden(seq_len)
-    return encdec_train_flops(cfg, seq_len - tokens + spans + 1, tokens + spans + 1)
+    return example_train_flops(cfg, seq_len - tokens + spans + 1, tokens + spans + 1)
 
 
-def encdec_train_flops(cfg: EncDecConfig, source: int, target: int) -> float:
-    """FLOPs of one pair of S = `source` and T = `target` tokens in training.
-
-    Counted as `moestro.models.count` does, but each side at its own length; the keys and values of
-    cross attention are the source's.
-    """
-    no_encoder = count(cfg.model_copy(update={"encoder_layers": 0}))
-    width = cfg.attention.num_heads * cfg.head_dim
-    cross = cfg.decoder_layers * 2 * cfg.dim * cfg.num_kv_heads * cfg.head_dim
-    matmul = (count(cfg).matmul - no_encoder.matmul + cross) * source
-    matmul += (no_encoder.matmul - cross) * target
-    seen = cfg.encoder_layers * source**2 + cfg.decoder_layers * target * source
-    seen_earlier = cfg.decoder_layers * target * (target + 1) / 2
-    return 3 * (2 * matmul + 4 * width * (seen + seen_earlier))
+def example_train_flops(cfg: NetworkConfig, *lengths: int) -> float:
+    """FLOPs in training of one text of `lengths` tokens, or of a source and its target."""
+    texts = zip(sides(cfg), lengths, strict=True)
+    return sum(length * side.train_flops(length, source=lengths[0]) for side, length in texts)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import write_pretrained
 
 from . import tiny
 
@@ -76,7 +77,7 @@ def write(folder, tensors):
 def pair(tmp_path):
     theirs = tiny.build_deepseek()
     folder = write(tmp_path / "deepseek", theirs.state_dict())
-    return theirs, read_pretrained(folder), folder
+    return theirs, open_checkpoint(folder), folder
 
 
 def test_logits_and_gradients(pair, tmp_path):
@@ -90,7 +91,7 @@ def test_logits_and_gradients(pair, tmp_path):
     assert scale > 0.5
     torch.testing.assert_close(logits[1] / scale, logits[0] / scale, rtol=0, atol=1e-5)
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    expected = read_pretrained(write(tmp_path / "gradients", gradients)).model
+    expected = open_checkpoint(write(tmp_path / "gradients", gradients)).model
     for (name, parameter), gradient in zip(
         read.model.named_parameters(), expected.parameters(), strict=True
     ):

@@ -7,7 +7,7 @@ import pytest
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_settings
-from moestro.checkpoints.pretrained import read_config
+from moestro.checkpoints.reading import read_settings
 from moestro.errors import ConfigError
 
 from . import tiny
@@ -100,14 +100,14 @@ def test_fields_accepted_by_name(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**fields, "frob": 1, "knob": 2}))
     with pytest.raises(ConfigError, match=r"unknown field frob, knob .*--accept-field NAME"):
-        read_config(path)
+        read_settings(path)
     with pytest.raises(ConfigError, match="unknown field knob for"):
-        read_config(path, ["frob"])
-    described = read_config(path, ["frob", "knob"])
+        read_settings(path, ["frob"])
+    described = read_settings(path, ["frob", "knob"])
     assert described.cfg == settings_of(fields)
-    assert described.hf_config["frob"] == 1
+    assert described.fields["frob"] == 1
     with pytest.raises(ConfigError, match=r"hidden_size says what .* leave it out"):
-        read_config(path, ["frob", "knob", "hidden_size"])
+        read_settings(path, ["frob", "knob", "hidden_size"])
 
 
 HUGE = (10**9, 2**31, 2**62, 10**30, 1e300)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import write_pretrained
 from moestro.errors import CheckpointError
 
 from . import tiny
@@ -31,10 +32,10 @@ def test_the_same_model_either_way(name, tmp_path):
     tiny.save(theirs, tmp_path / "apart")
     fused, apart = (
         load_file(tmp_path / "fused/model.safetensors"),
-        read_pretrained(tmp_path / "apart"),
+        open_checkpoint(tmp_path / "apart"),
     )
     assert any(key.endswith("experts.gate_up_proj") for key in fused)
-    found = read_pretrained(tmp_path / "fused")
+    found = open_checkpoint(tmp_path / "fused")
     wanted = apart.model.state_dict()
     assert found.model.state_dict().keys() == wanted.keys()
     for key, tensor in found.model.state_dict().items():
@@ -59,4 +60,4 @@ def test_fused_experts_that_do_not_fit(change, words, tmp_path):
     change(tensors, "model.layers.2.mlp.experts.gate_up_proj")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=words):
-        read_pretrained(tmp_path)
+        open_checkpoint(tmp_path)

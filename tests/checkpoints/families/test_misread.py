@@ -7,7 +7,7 @@ import pytest
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import canonical, to_fields, to_settings
-from moestro.checkpoints.pretrained import read_config
+from moestro.checkpoints.reading import read_settings
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 
@@ -120,4 +120,4 @@ def test_a_model_type_that_is_no_name(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"model_type": ["llama"]}')
     with pytest.raises(ConfigError, match=r"model_type \['llama'\] is not known"):
-        read_config(path)
+        read_settings(path)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from moestro.checkpoints.pretrained import read_pretrained, write_pretrained
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.writing import write_pretrained
 
 from . import tiny
 
@@ -31,7 +32,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     theirs = tiny.build(request.param)
     tiny.save(theirs, folder)
-    read = read_pretrained(folder)
+    read = open_checkpoint(folder)
     return Pair(theirs, read.model.eval(), read.family, read.hf_config, folder)
 
 
@@ -109,7 +110,7 @@ def test_gradients(pair, tmp_path):
         for copied, parameter in zip(gradients.parameters(), pair.theirs.parameters(), strict=True):
             copied.copy_(torch.zeros_like(copied) if parameter.grad is None else parameter.grad)
     tiny.save(gradients, tmp_path)
-    expected = dict(read_pretrained(tmp_path).model.named_parameters())
+    expected = dict(open_checkpoint(tmp_path).model.named_parameters())
     for name, parameter in pair.ours.named_parameters():
         scale = expected[name].abs().max().item()
         assert scale > 0, f"{name}: no gradient to compare"
@@ -142,4 +143,4 @@ def test_written_from_our_settings_alone(pair, tmp_path):
     tokens_BS = tokens(2, 19)
     loaded = tiny.load(tmp_path / "back")
     assert torch.equal(loaded(tokens_BS).logits, pair.theirs(tokens_BS).logits)
-    assert read_pretrained(tmp_path / "back").model.cfg == pair.ours.cfg
+    assert open_checkpoint(tmp_path / "back").model.cfg == pair.ours.cfg

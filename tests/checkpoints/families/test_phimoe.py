@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from moestro.checkpoints.pretrained import read_pretrained
+from moestro.checkpoints.opening import open_checkpoint
 
 from . import tiny
 
@@ -16,7 +16,7 @@ def test_long_factors_beyond_the_original_context(tmp_path, length):
     """transformers 5 asks for its frequencies without saying how long the text is: say it."""
     theirs = tiny.build("phimoe")
     tiny.save(theirs, tmp_path)
-    ours = read_pretrained(tmp_path).model
+    ours = open_checkpoint(tmp_path).model
     tokens_BS = torch.randint(0, tiny.VOCABULARY, (2, length))
     frequencies = theirs.model.rotary_emb
     frequencies.rope_init_fn = functools.partial(frequencies.rope_init_fn, seq_len=length)

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields
-from moestro.checkpoints.pretrained import read_config
+from moestro.checkpoints.reading import read_settings
 from moestro.checkpoints.transfer import unique_tensors
 from moestro.config import EncDecConfig
 from moestro.models.count import count
@@ -22,9 +21,9 @@ def test_the_model_has_the_published_size(name, tmp_path):
     fields, total = PUBLISHED[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
-    described = read_config(path)
-    assert described.family == fields["model_type"]
-    assert described.hf_config == fields
+    described = read_settings(path)
+    assert described.family.model_type == fields["model_type"]
+    assert described.fields == fields
     kind = EncDec if isinstance(described.cfg, EncDecConfig) else Decoder
     with torch.device("meta"):
         model = kind(described.cfg)
@@ -39,8 +38,8 @@ def test_written_settings_keep_every_field(name, tmp_path):
     fields, _ = PUBLISHED[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
-    described = read_config(path)
-    written = to_fields(FAMILIES[described.family], described.cfg, fields)
+    described = read_settings(path)
+    written = to_fields(described.family, described.cfg, fields)
     expected = {key: value for key, value in fields.items() if key != "quantization_config"}
     if "num_nextn_predict_layers" in expected:
         expected["num_nextn_predict_layers"] = 0
@@ -51,9 +50,9 @@ def test_written_settings_keep_every_field(name, tmp_path):
 def test_written_from_our_settings_alone_they_mean_the_same(name, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(PUBLISHED[name][0]))
-    described = read_config(path)
-    path.write_text(json.dumps(to_fields(FAMILIES[described.family], described.cfg, {})))
-    again = read_config(path)
+    described = read_settings(path)
+    path.write_text(json.dumps(to_fields(described.family, described.cfg, {})))
+    again = read_settings(path)
     with torch.device("meta"):
         kind = EncDec if isinstance(again.cfg, EncDecConfig) else Decoder
         shapes = [

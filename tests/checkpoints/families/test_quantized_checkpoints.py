@@ -9,12 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields
-from moestro.checkpoints.pretrained import (
-    read_config,
-    read_pretrained,
-    settings_of,
-    write_pretrained,
-)
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import read_settings
+from moestro.checkpoints.writing import write_pretrained
 from moestro.errors import CheckpointError, ConfigError
 
 from . import tiny
@@ -96,7 +93,7 @@ def deepseek(tmp_path):
 
 
 def test_mxfp4(gpt_oss, tmp_path):
-    read = read_pretrained(gpt_oss, dtype=torch.float32)
+    read = open_checkpoint(gpt_oss, dtype=torch.float32)
     dequantize = tiny.transformers.Mxfp4Config(dequantize=True)
     theirs = tiny.load(gpt_oss, quantization_config=dequantize, dtype=torch.float32)
     agree(read.model, theirs)
@@ -107,8 +104,8 @@ def test_mxfp4(gpt_oss, tmp_path):
 
 def test_mxfp4_in_bfloat16_is_exact(gpt_oss):
     """Four bits times a power of two fit: nothing is lost in the dtype of the published rest."""
-    wide = read_pretrained(gpt_oss, dtype=torch.float32).model
-    narrow = read_pretrained(gpt_oss, dtype=torch.bfloat16).model
+    wide = open_checkpoint(gpt_oss, dtype=torch.float32).model
+    narrow = open_checkpoint(gpt_oss, dtype=torch.bfloat16).model
     for block, other in zip(wide.blocks, narrow.blocks, strict=True):
         assert other.ffn.experts.gate_up.dtype == torch.bfloat16
         assert torch.equal(block.ffn.experts.gate_up, other.ffn.experts.gate_up.float())
@@ -116,7 +113,7 @@ def test_mxfp4_in_bfloat16_is_exact(gpt_oss):
 
 
 def test_fp8(deepseek, tmp_path):
-    read = read_pretrained(deepseek, dtype=torch.float32)
+    read = open_checkpoint(deepseek, dtype=torch.float32)
     write_pretrained(read.model, tmp_path / "plain", hf_config=read.hf_config)
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     rewrite(deepseek, from_fp8, quantization_config=None)
@@ -130,7 +127,7 @@ def test_fp8_of_any_family(tmp_path):
     folder = tmp_path / "qwen3_moe"
     tiny.save(tiny.build("qwen3_moe"), folder)
     rewrite(folder, to_fp8, quantization_config=FP8)
-    read = read_pretrained(folder, dtype=torch.float32)
+    read = open_checkpoint(folder, dtype=torch.float32)
     rewrite(folder, from_fp8, quantization_config=None)
     agree(read.model, tiny.load(folder))
 
@@ -157,19 +154,19 @@ def test_fp8_of_any_family(tmp_path):
 def test_other_quantisations_are_named_and_refused_where_weights_are_read(fields, words, tmp_path):
     """Their settings are read all the same: planning needs no weights."""
     tiny.save(tiny.build("qwen3_moe"), tmp_path)
-    cfg = read_config(tmp_path).cfg
+    cfg = read_settings(tmp_path, for_weights=False).cfg
     rewrite(tmp_path, lambda tensors: None, **fields)
-    for use in (read_pretrained, settings_of):
+    for use in (open_checkpoint, read_settings):
         with pytest.raises(ConfigError, match=f"quantised by {words}; read for qwen3_moe: fp8, or"):
             use(tmp_path)
-    described = read_config(tmp_path)
+    described = read_settings(tmp_path, for_weights=False)
     assert described.cfg == cfg
-    assert not to_fields(FAMILIES["qwen3_moe"], cfg, described.hf_config).keys() & fields.keys()
+    assert not to_fields(FAMILIES["qwen3_moe"], cfg, described.fields).keys() & fields.keys()
 
 
 def test_selection_biases_stay_exact_in_bfloat16(deepseek):
     stored = load_file(deepseek / "model.safetensors")
-    model = read_pretrained(deepseek, dtype=torch.bfloat16).model
+    model = open_checkpoint(deepseek, dtype=torch.bfloat16).model
     for n in (1, 2):
         expected = stored[f"model.layers.{n}.mlp.gate.e_score_correction_bias"]
         assert torch.equal(model.blocks[n].ffn.router.bias, expected)
@@ -195,13 +192,13 @@ def test_selection_biases_stay_exact_in_bfloat16(deepseek):
 def test_a_broken_pair_is_refused(gpt_oss, change, message):
     rewrite(gpt_oss, change)
     with pytest.raises(CheckpointError, match=message):
-        read_pretrained(gpt_oss)
+        open_checkpoint(gpt_oss)
 
 
 def test_a_quantisation_of_another_family_is_refused(gpt_oss):
     rewrite(gpt_oss, lambda tensors: None, quantization_config=FP8)
     with pytest.raises(ConfigError, match=r"quantised by fp8; read for gpt_oss: mxfp4"):
-        read_pretrained(gpt_oss)
+        open_checkpoint(gpt_oss)
 
 
 def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):
@@ -217,7 +214,7 @@ def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):
     rewrite(folder, lambda tensors: tensors.update(extra), num_nextn_predict_layers=1)
     message = "multi-token prediction.* 3 tensors with 5,520 numbers, 22,080 bytes"
     with pytest.warns(UserWarning, match=message):
-        read = read_pretrained(folder)
+        read = open_checkpoint(folder)
     agree(read.model, theirs)
     write_pretrained(read.model, tmp_path / "back", hf_config=read.hf_config)
     fields = json.loads((tmp_path / "back/config.json").read_text())

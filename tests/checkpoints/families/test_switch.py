@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moestro.bench.peers import cache_of
-from moestro.checkpoints.pretrained import read_config, read_pretrained, write_pretrained
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import read_settings
+from moestro.checkpoints.writing import write_pretrained
 from moestro.errors import CheckpointError, ConfigError
 
 from . import tiny
@@ -32,7 +34,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     theirs = tiny.build_switch(**FORMS[request.param])
     tiny.save(theirs, folder)
-    return theirs, read_pretrained(folder), folder
+    return theirs, open_checkpoint(folder), folder
 
 
 def tokens(batch, length):
@@ -130,7 +132,7 @@ def test_gradients(pair, tmp_path):
         for copied, parameter in zip(gradients.parameters(), theirs.parameters(), strict=True):
             copied.copy_(torch.zeros_like(copied) if parameter.grad is None else parameter.grad)
     tiny.save(gradients, tmp_path)
-    expected = dict(read_pretrained(tmp_path).model.named_parameters())
+    expected = dict(open_checkpoint(tmp_path).model.named_parameters())
     for name, parameter in read.model.named_parameters():
         scale = expected[name].abs().max().item()
         assert scale > 0, f"{name}: no gradient to compare"
@@ -163,12 +165,12 @@ def test_copies_of_the_embedding_are_read_and_must_be_copies(tmp_path):
     for key in copies:
         tensors[key] = tensors["shared.weight"].clone()
     save_file(tensors, path)
-    model = read_pretrained(tmp_path).model
+    model = open_checkpoint(tmp_path).model
     assert torch.equal(model.embed.weight, tensors["shared.weight"])
     for key in copies:
         save_file({**tensors, key: tensors[key] + 1}, path)
         with pytest.raises(CheckpointError, match=f"{key} differs"):
-            read_pretrained(tmp_path)
+            open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,4 +189,4 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, fields, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(ConfigError, match=message):
-        read_config(path)
+        read_settings(path)

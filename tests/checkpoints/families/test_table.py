@@ -5,7 +5,7 @@ import torch
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.fields import derived, layer_types
-from moestro.checkpoints.families.pieces import key_pattern, pieces
+from moestro.checkpoints.families.slices import key_pattern, slices
 from moestro.checkpoints.families.table import LAYOUTS, Rule
 from moestro.checkpoints.families.translate import canonical, to_fields, to_settings
 from moestro.config import LatentConfig, ModelConfig
@@ -310,28 +310,28 @@ def test_layouts_by_hand():
     assert end.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 7, 9, 11, 13]
 
 
-def test_pieces():
+def test_slices():
     rules = [
-        Rule(("q{n}", "k{n}"), "blocks.{n}.qk", sizes=(4, 2)),
+        Rule(("q{n}", "k{n}"), "blocks.{n}.qk", sizes=lambda _: (4, 2)),
         Rule(("{n}.{e}.gate", "{n}.{e}.up"), "blocks.{n}.experts[{e}]"),
         Rule(("{n}.down",), "blocks.{n}.down[0]", "transposed"),
         Rule(("unused",), "head.bias"),
     ]
     shapes = {"blocks.7.qk": (6, 3), "blocks.7.experts": (2, 8, 3), "blocks.7.down": (1, 3, 5)}
-    found = {piece.theirs: piece for piece in pieces(rules, shapes)}
+    found = {each.theirs: each for each in slices(rules, shapes)}
     assert list(found) == ["q7", "k7", "7.0.gate", "7.0.up", "7.1.gate", "7.1.up", "7.down"]
-    shapes_of_theirs = [piece.shape for piece in found.values()]
+    shapes_of_theirs = [each.shape for each in found.values()]
     assert shapes_of_theirs == [(4, 3), (2, 3), (4, 3), (4, 3), (4, 3), (4, 3), (5, 3)]
     stack = torch.arange(48.0).view(2, 8, 3)
-    assert torch.equal(found["7.1.up"].part(stack), stack[1, 4:])
-    assert torch.equal(found["q7"].part(stack[0]), stack[0, :4])
-    assert found["7.down"].part(torch.zeros(1, 3, 5)).shape == (3, 5)
+    assert torch.equal(found["7.1.up"].of(stack), stack[1, 4:])
+    assert torch.equal(found["q7"].of(stack[0]), stack[0, :4])
+    assert found["7.down"].of(torch.zeros(1, 3, 5)).shape == (3, 5)
 
 
 @pytest.mark.parametrize("rules", [[], [Rule(("a",), "x"), Rule(("b",), "x")]])
 def test_every_tensor_has_one_rule(rules):
     with pytest.raises(AssertionError, match="rules for x"):
-        pieces(rules, {"x": (1,)})
+        slices(rules, {"x": (1,)})
 
 
 def test_patterns_of_ignored_keys():

@@ -1,8 +1,9 @@
-"""The families that are read and written in Hugging Face's layout, by config.json's model_type."""
+"""The families that are read and written: by config.json's model_type, and this project's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from moestro.checkpoints.families import (
     deepseek,
@@ -14,7 +15,8 @@ from moestro.checkpoints.families import (
     qwen_moe,
     switch,
 )
-from moestro.checkpoints.families.table import Family
+from moestro.checkpoints.families.table import Family, Rule
+from moestro.errors import ConfigError
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -34,3 +36,25 @@ FAMILIES: Mapping[str, Family] = {
         switch.SWITCH,
     )
 }
+# This project's own layout: every tensor under its own name.
+OWN = Family("moestro", "", (), (Rule(("{name}",), "{name}"),))
+
+
+def family_of(model_type: Any, where: str) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        ConfigError: it is not known; begins with `where`.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is not known; known: {names(FAMILIES)}. "
+            "transformers runs others: load it there, and moestro.hf.install() speeds up its "
+            "experts"
+        )
+    return FAMILIES[model_type]
+
+
+def names(found: Iterable[str]) -> str:
+    """Names in a sentence."""
+    return ", ".join(sorted(found))

@@ -11,54 +11,46 @@ from typing import Any
 
 from moestro.checkpoints.families.fields import derived, field, fixed
 from moestro.checkpoints.families.llama import (
+    BACKBONE,
     BIAS,
-    DECODER,
+    BLOCK,
     DENSE,
-    EPS,
-    TIED,
-    backbone,
-    dense,
+    LAYER,
+    OUTER,
+    decoder,
+    experts,
     gated,
-    old_keys,
+    mixture,
+    renamed,
 )
-from moestro.checkpoints.families.rope import rope
 from moestro.checkpoints.families.table import Entry, Family, Rule
 from moestro.errors import ConfigError
 
-
-def _mixture(cfg: Any) -> list[Rule]:
-    """The feed-forward networks of all three."""
-    layer, names = "model.layers.{n}.mlp.", ("gate_proj", "up_proj", "down_proj")
-    return [
-        *dense(cfg),
-        Rule((f"{layer}gate.weight",), "blocks.{n}.ffn.router.weight"),
-        Rule((f"{layer}gate.e_score_correction_bias",), "blocks.{n}.ffn.router.bias"),
-        *gated(f"{layer}experts.{{e}}.", "blocks.{n}.ffn.experts.{}[{e}]", names),
-        *gated(f"{layer}shared_experts.", "blocks.{n}.ffn.shared.{}[0]", names),
-    ]
-
-
-def rules(cfg: Any) -> list[Rule]:
-    """Every tensor of the first DeepSeekMoE, whose attention is Llama's."""
-    return backbone(cfg) + _mixture(cfg)
-
-
-def latent_rules(cfg: Any) -> list[Rule]:
-    """Every tensor of V2 and V3; both turn rotary pairs that lie side by side."""
-    theirs, ours = "model.layers.{n}.self_attn.", "blocks.{n}.attention."
-    shared = [rule for rule in backbone(cfg) if not rule.theirs[0].startswith(theirs)]
-    return [
-        *shared,
-        Rule((f"{theirs}q_proj.weight",), f"{ours}q.weight", "rope_pairs_of_heads"),
-        Rule((f"{theirs}q_a_proj.weight",), f"{ours}q_down.weight"),
-        Rule((f"{theirs}q_a_layernorm.weight",), f"{ours}q_norm.weight"),
-        Rule((f"{theirs}q_b_proj.weight",), f"{ours}q_up.weight", "rope_pairs_of_heads"),
-        Rule((f"{theirs}kv_a_proj_with_mqa.weight",), f"{ours}kv_down.weight", "rope_pairs_at_end"),
-        Rule((f"{theirs}kv_a_layernorm.weight",), f"{ours}kv_norm.weight"),
-        Rule((f"{theirs}kv_b_proj.weight",), f"{ours}kv_up.weight"),
-        Rule((f"{theirs}o_proj.weight",), f"{ours}out.weight"),
-        *_mixture(cfg),
-    ]
+# The feed-forward networks of all three.
+_NETWORKS = (
+    *gated("mlp."),
+    *mixture(),
+    Rule((f"{LAYER}mlp.gate.e_score_correction_bias",), f"{BLOCK}ffn.router.bias"),
+    *gated("mlp.shared_experts.", "shared."),
+)
+_THEIRS, _OURS = f"{LAYER}self_attn.", f"{BLOCK}attention."
+# V2 and V3; both turn rotary pairs that lie side by side.
+_LATENT_RULES = (
+    *OUTER,
+    Rule((f"{_THEIRS}q_proj.weight",), f"{_OURS}q.weight", "rope_pairs_of_heads"),
+    Rule((f"{_THEIRS}q_b_proj.weight",), f"{_OURS}q_up.weight", "rope_pairs_of_heads"),
+    Rule((f"{_THEIRS}kv_a_proj_with_mqa.weight",), f"{_OURS}kv_down.weight", "rope_pairs_at_end"),
+    *renamed(
+        {
+            f"{_THEIRS}q_a_proj": f"{_OURS}q_down",
+            f"{_THEIRS}q_a_layernorm": f"{_OURS}q_norm",
+            f"{_THEIRS}kv_a_layernorm": f"{_OURS}kv_norm",
+            f"{_THEIRS}kv_b_proj": f"{_OURS}kv_up",
+            f"{_THEIRS}o_proj": f"{_OURS}out",
+        }
+    ),
+    *_NETWORKS,
+)
 
 
 def _next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
@@ -114,20 +106,14 @@ def _v2_groups() -> Entry:
 
 
 _MIXTURE = (
-    EPS,
-    TIED,
     DENSE,
     field("first_k_dense_replace", "dense_first", 0),
     fixed("moe_layer_freq", 1),
-    field("moe_intermediate_size", "moe.hidden_dim"),
-    field("n_routed_experts", "moe.num_experts"),
-    field("num_experts_per_tok", "moe.top_k"),
+    *experts("n_routed_experts", "moe_intermediate_size"),
     _shared(),
 )
 _LATENT = (
-    *(entry for entry in DECODER if entry.theirs != ("num_key_value_heads",)),
-    derived("num_key_value_heads", lambda cfg: cfg.attention.num_heads),
-    rope(),
+    *decoder(kv_heads=derived("num_key_value_heads", lambda cfg: cfg.attention.num_heads)),
     *_MIXTURE,
     fixed("attention_bias", False),
     field("q_lora_rank", "attention.latent.q_rank", None),
@@ -148,17 +134,15 @@ DEEPSEEK = Family(
     "deepseek",
     "DeepseekForCausalLM",
     (
-        *DECODER,
-        rope(),
+        *decoder(),
         *_MIXTURE,
         BIAS,
         field("norm_topk_prob", "moe.router.renormalize", False),
         fixed("scoring_func", "softmax"),
     ),
-    rules,
+    (*BACKBONE, *_NETWORKS),
     always={"moe.router.kind": "softmax"},
     harmless=_HARMLESS,
-    ignored=old_keys,
 )
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
@@ -172,14 +156,13 @@ DEEPSEEK_V2 = Family(
         fixed("norm_topk_prob", False),
         fixed("scoring_func", "softmax"),
     ),
-    latent_rules,
+    _LATENT_RULES,
     always={
         "moe.router.kind": "softmax",
         "moe.router.renormalize": False,
         "moe.router.group_score": "max",
     },
     harmless=_HARMLESS,
-    ignored=old_keys,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -194,14 +177,13 @@ DEEPSEEK_V3 = Family(
         fixed("scoring_func", "sigmoid"),
         fixed("topk_method", "noaux_tc"),
     ),
-    latent_rules,
+    _LATENT_RULES,
     always={
         "moe.router.kind": "sigmoid",
         "moe.router.selection_bias": True,
         "moe.router.group_score": "top2",
     },
     harmless=_HARMLESS,
-    ignored=old_keys,
     left_out=_next_tokens,
     replaced={"num_nextn_predict_layers": 0},
 )

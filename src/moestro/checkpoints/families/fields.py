@@ -72,33 +72,19 @@ def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def field(
-    theirs: str,
-    ours: str,
-    default: Any = REQUIRED,
-    *,
-    read: Callable[[Any], Any] = lambda value: value,
-    write: Callable[[Any], Any] = lambda value: value,
-) -> Entry:
+def field(theirs: str, ours: str, default: Any = REQUIRED) -> Entry:
     """One field, one setting.
 
     Args:
         theirs: the field.
         ours: the setting's dotted name.
-        default: the field's value where it is missing or null.
-        read: field's value → ours (not called for None).
-        write: ours → field's value (not called for None).
+        default: the field's value if it is missing or null.
     """
-
-    def reads(hf: Mapping[str, Any]) -> dict[str, Any]:
-        value = _given(hf, theirs, default)
-        return {ours: None if value is None else read(value)}
-
-    def writes(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
-        value = setting(cfg, ours)
-        return {theirs: None if value is None else write(value)}
-
-    return Entry((theirs,), reads, writes)
+    return Entry(
+        (theirs,),
+        lambda hf: {ours: _given(hf, theirs, default)},
+        lambda cfg, original: {theirs: setting(cfg, ours)},
+    )
 
 
 def num_layers(hf: Mapping[str, Any]) -> int:
@@ -115,19 +101,18 @@ def num_layers(hf: Mapping[str, Any]) -> int:
 
 def choice(theirs: str, ours: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Entry:
     """One field whose values have other names in ours; `values` maps theirs → ours."""
+
+    def other(name: str, value: Any, names: Mapping[Any, Any]) -> Any:
+        if value not in names:
+            raise ConfigError(_only(name, value, list(names)))
+        return names[value]
+
     back = {name: value for value, name in values.items()}
-
-    def read(value: Any) -> Any:
-        if value not in values:
-            raise ConfigError(_only(theirs, value, list(values)))
-        return values[value]
-
-    def write(value: Any) -> Any:
-        if value not in back:
-            raise ConfigError(_only(ours, value, list(back)))
-        return back[value]
-
-    return field(theirs, ours, default, read=read, write=write)
+    return Entry(
+        (theirs,),
+        lambda hf: {ours: other(theirs, _given(hf, theirs, default), values)},
+        lambda cfg, original: {theirs: other(ours, setting(cfg, ours), back)},
+    )
 
 
 def fixed(theirs: str, *allowed: Any) -> Entry:
@@ -166,25 +151,33 @@ def _only(name: str, value: Any, allowed: list[Any]) -> str:
     return f"{name} is {value!r}; only {known} can be expressed here"
 
 
-def window(default: int | None = None) -> Entry:
-    """`sliding_window`: tokens that every layer looks back on, or null."""
+def window(default: int | None = None, *, switch: bool = False) -> Entry:
+    """`sliding_window`: tokens that every layer looks back on, or null.
+
+    Args:
+        default: its value where it is missing.
+        switch: `use_sliding_window` turns it on (Qwen).
+    """
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        size = hf.get("sliding_window", default)
+        on = not switch or hf.get("use_sliding_window")
+        size = hf.get("sliding_window", default) if on else None
         return {"attention.window": None if size is None else {"size": size}}
 
     def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
         window = cfg.attention.window
-        return {"sliding_window": None if window is None else window.size}
+        values: dict[str, Any] = {"sliding_window": None if window is None else window.size}
+        return values | ({"use_sliding_window": window is not None} if switch else {})
 
-    return Entry(("sliding_window",), read, write)
+    switches = ("use_sliding_window", "max_window_layers") if switch else ()
+    return Entry(("sliding_window", *switches), read, write)
 
 
-def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool) -> Entry:
+def layer_types(slides: Callable[[Mapping[str, Any]], list[bool]], *, switch: bool) -> Entry:
     """`layer_types`: which layers slide and which see everything, and the window's size.
 
     Args:
-        kinds: config.json → the layer types where the field is missing.
+        slides: config.json → whether each layer slides, if the field is missing.
         switch: `use_sliding_window` turns the whole on (Qwen); else a size does (gpt-oss).
     """
 
@@ -193,10 +186,10 @@ def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool
         if switch and not hf.get("use_sliding_window", False):
             size = None
         given = hf.get("layer_types")
-        sliding = [kind == "sliding_attention" for kind in (kinds(hf) if given is None else given)]
-        unknown = set(given or ()) - {"sliding_attention", "full_attention"}
+        unknown = set(given or ()) - set(_KINDS)
         if unknown:
             raise ConfigError(_only("layer_types", unknown.pop(), list(_KINDS)))
+        sliding = slides(hf) if given is None else [kind == _KINDS[0] for kind in given]
         if not any(sliding):
             return {"attention.window": None}
         if size is None:
@@ -205,10 +198,9 @@ def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
         window = cfg.attention.window
-        layers = range(cfg.num_layers)
         values: dict[str, Any] = {
             "sliding_window": None if window is None else window.size,
-            "layer_types": [_KINDS[cfg.window(layer) is None] for layer in layers],
+            "layer_types": [_KINDS[cfg.window(n) is None] for n in range(cfg.num_layers)],
         }
         if switch:
             values["use_sliding_window"] = window is not None
@@ -220,10 +212,8 @@ def layer_types(kinds: Callable[[Mapping[str, Any]], list[str]], *, switch: bool
         if given is not None and len(given) != cfg.num_layers:
             raise ConfigError(f"layer_types has {len(given)} entries for {cfg.num_layers} layers")
 
-    names: tuple[str, ...] = ("sliding_window", "layer_types")
-    if switch:
-        names += ("use_sliding_window", "max_window_layers")
-    return Entry(names, read, write, check)
+    switches = ("use_sliding_window", "max_window_layers") if switch else ()
+    return Entry(("sliding_window", "layer_types", *switches), read, write, check)
 
 
 _KINDS = ("sliding_attention", "full_attention")

@@ -16,18 +16,42 @@ from moestro.checkpoints.families.fields import (
 from moestro.checkpoints.families.rope import rope
 from moestro.checkpoints.families.table import Entry, Family, Rule
 
-# The fields of a decoder with grouped-query attention and RMSNorm, rotary positions aside.
-DECODER: tuple[Entry, ...] = (
-    field("vocab_size", "vocab_size"),
-    field("hidden_size", "dim"),
-    field("num_hidden_layers", "num_layers"),
-    field("num_attention_heads", "attention.num_heads"),
-    field("num_key_value_heads", "attention.num_kv_heads", None),
-    field("max_position_embeddings", "attention.context"),
-    fixed("hidden_act", "silu"),
-)
-EPS = field("rms_norm_eps", "norm.eps", 1e-6)
-TIED = field("tie_word_embeddings", "head.tied", False)
+_KV_HEADS = field("num_key_value_heads", "attention.num_kv_heads", None)
+
+
+def decoder(
+    eps: float = 1e-6, positions: Entry | None = None, kv_heads: Entry = _KV_HEADS
+) -> tuple[Entry, ...]:
+    """The fields of a decoder with RMSNorm.
+
+    Args:
+        eps: default of `rms_norm_eps`.
+        positions: None: rotary, of base 10,000.
+        kv_heads: None of latent attention.
+    """
+    return (
+        field("vocab_size", "vocab_size"),
+        field("hidden_size", "dim"),
+        field("num_hidden_layers", "num_layers"),
+        field("num_attention_heads", "attention.num_heads"),
+        kv_heads,
+        field("max_position_embeddings", "attention.context"),
+        fixed("hidden_act", "silu"),
+        field("rms_norm_eps", "norm.eps", eps),
+        positions or rope(),
+        field("tie_word_embeddings", "head.tied", False),
+    )
+
+
+def experts(
+    number: str = "num_local_experts", width: str = "intermediate_size"
+) -> tuple[Entry, ...]:
+    """The fields of a mixture's sizes, by the names of its number of experts and their width."""
+    return (
+        field(number, "moe.num_experts"),
+        field(width, "moe.hidden_dim"),
+        field("num_experts_per_tok", "moe.top_k"),
+    )
 
 
 def _read_head_dim(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,91 +65,107 @@ DENSE = field("intermediate_size", "dense.hidden_dim")
 # Biases on q, k, v and on the output alike, or on none.
 BIAS = choice("attention_bias", "attention.bias", {False: "none", True: "all"}, False)
 
-OLD_KEYS = ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+LAYER, BLOCK = "model.layers.{n}.", "blocks.{n}."
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def old_keys(cfg: Any) -> tuple[str, ...]:
-    """Rotary frequencies that old checkpoints hold and that follow from config.json."""
-    return OLD_KEYS
+def _qkv_rows(cfg: Any) -> tuple[int, ...]:
+    heads, groups = cfg.attention.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    return heads, groups, groups
 
 
-def backbone(cfg: Any) -> list[Rule]:
-    """Everything but the feed-forward networks, where it is named as in Llama."""
-    layer, block = "model.layers.{n}.", "blocks.{n}."
-    heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
-    rows = (heads * width, groups * width, groups * width)
-    rules = [
-        Rule(("model.embed_tokens.weight",), "embed.weight"),
-        Rule(("lm_head.weight",), "head.weight"),
-        Rule(("model.norm.weight",), "norm.weight"),
-        Rule((f"{layer}input_layernorm.weight",), f"{block}attention_norm.weight"),
-        Rule((f"{layer}post_attention_layernorm.weight",), f"{block}ffn_norm.weight"),
-    ]
-    for kind in ("weight", "bias"):
-        qkv = tuple(f"{layer}self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        rules += [
-            Rule(qkv, f"{block}attention.qkv.{kind}", sizes=rows),
-            Rule((f"{layer}self_attn.o_proj.{kind}",), f"{block}attention.out.{kind}"),
-        ]
-    rules += [
-        Rule((f"{layer}self_attn.{name}.weight",), f"{block}attention.{name}.weight")
-        for name in ("q_norm", "k_norm")
-    ]
-    return rules
+def renamed(names: Mapping[str, str], *kinds: str) -> tuple[Rule, ...]:
+    """Rules of modules whose weights (and biases) are the same under another name."""
+    return tuple(
+        Rule((f"{theirs}.{kind}",), f"{ours}.{kind}")
+        for theirs, ours in names.items()
+        for kind in kinds or ("weight",)
+    )
 
 
-def gated(theirs: str, ours: str, names: tuple[str, str, str]) -> list[Rule]:
+# Everything but attention and the feed-forward networks.
+OUTER = (
+    Rule(("model.embed_tokens.weight",), "embed.weight"),
+    *renamed(
+        {
+            "lm_head": "head",
+            "model.norm": "norm",
+            f"{LAYER}input_layernorm": f"{BLOCK}attention_norm",
+            f"{LAYER}post_attention_layernorm": f"{BLOCK}ffn_norm",
+        },
+        "weight",
+        "bias",
+    ),
+)
+# Everything but the feed-forward networks.
+BACKBONE = (
+    *OUTER,
+    *(
+        Rule(
+            tuple(f"{LAYER}self_attn.{letter}_proj.{kind}" for letter in "qkv"),
+            f"{BLOCK}attention.qkv.{kind}",
+            sizes=_qkv_rows,
+        )
+        for kind in ("weight", "bias")
+    ),
+    *renamed({f"{LAYER}self_attn.o_proj": f"{BLOCK}attention.out"}, "weight", "bias"),
+    *renamed(
+        {f"{LAYER}self_attn.{name}": f"{BLOCK}attention.{name}" for name in ("q_norm", "k_norm")}
+    ),
+)
+
+
+def gated(
+    theirs: str, ours: str = "", names: tuple[str, str, str] = PROJECTIONS
+) -> tuple[Rule, ...]:
     """A gated feed-forward network stored as three matrices.
 
     Args:
-        theirs: prefix of its keys, with {e} for one of many experts.
-        ours: `name of ours {}` with the matrix's name for {} and an index: `…ffn.{}[0]`.
+        theirs: prefix of its keys in a layer, with {e} for one of many experts.
+        ours: prefix of our names in `blocks.{n}.ffn`.
         names: their gate, up and down.
     """
-    gate, up, down = (f"{theirs}{name}.weight" for name in names)
-    return [
-        Rule((gate, up), ours.replace("{}", "gate_up")),
-        Rule((down,), ours.replace("{}", "down")),
-    ]
+    gate, up, down = (f"{LAYER}{theirs}{name}.weight" for name in names)
+    network, index = f"{BLOCK}ffn.{ours}", "[{e}]" if "{e}" in theirs else "[0]"
+    return (
+        Rule((gate, up), f"{network}gate_up{index}"),
+        Rule((down,), f"{network}down{index}"),
+    )
 
 
-def dense(cfg: Any) -> list[Rule]:
-    """The feed-forward network of Llama's layers."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    return gated("model.layers.{n}.mlp.", "blocks.{n}.ffn.{}[0]", names)
+def mixture(theirs: str = "mlp.", names: tuple[str, str, str] = PROJECTIONS) -> tuple[Rule, ...]:
+    """A router, and experts stored as three matrices each."""
+    return (
+        Rule((f"{LAYER}{theirs}gate.weight",), f"{BLOCK}ffn.router.weight"),
+        *gated(f"{theirs}experts.{{e}}.", "experts.", names),
+    )
 
 
-def rules(cfg: Any) -> list[Rule]:
-    """Every tensor of a dense decoder."""
-    return backbone(cfg) + dense(cfg)
+DENSE_RULES = (*BACKBONE, *gated("mlp."))
 
 
-def _qwen3_windows(hf: Mapping[str, Any]) -> list[str]:
-    """Qwen3's layers slide from number max_window_layers on, where windows are on at all."""
+def _qwen3_slides(hf: Mapping[str, Any]) -> list[bool]:
+    """Qwen3's layers slide from number max_window_layers on, if windows are on at all."""
     first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else None
-    sliding = [first is not None and n >= first for n in range(num_layers(hf))]
-    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return [first is not None and n >= first for n in range(num_layers(hf))]
 
 
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
-    (*DECODER, EPS, rope(), TIED, HEAD_DIM, DENSE, BIAS, fixed("mlp_bias", False)),
-    rules,
-    ignored=old_keys,
+    (*decoder(), HEAD_DIM, DENSE, BIAS, fixed("mlp_bias", False)),
+    DENSE_RULES,
 )
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
-    (*DECODER, EPS, rope(), TIED, HEAD_DIM, DENSE, window(4096)),
-    rules,
-    ignored=old_keys,
+    (*decoder(), HEAD_DIM, DENSE, window(4096)),
+    DENSE_RULES,
 )
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    (*DECODER, EPS, rope(), TIED, HEAD_DIM, DENSE, BIAS, layer_types(_qwen3_windows, switch=True)),
-    rules,
+    (*decoder(), HEAD_DIM, DENSE, BIAS, layer_types(_qwen3_slides, switch=True)),
+    DENSE_RULES,
     always={"attention.qk_norm": "head"},
-    ignored=old_keys,
 )

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moestro.checkpoints.families.fields import field, fixed
-from moestro.checkpoints.families.llama import BIAS, DECODER, TIED, backbone, gated, old_keys
-from moestro.checkpoints.families.rope import rope
-from moestro.checkpoints.families.table import Family, Rule
-
-
-def rules(cfg: Any) -> list[Rule]:
-    """Every tensor."""
-    layer, names = "model.layers.{n}.mlp.", ("gate_proj", "up_proj", "down_proj")
-    return [
-        *backbone(cfg),
-        Rule((f"{layer}gate.weight",), "blocks.{n}.ffn.router.weight"),
-        *gated(f"{layer}experts.{{e}}.", "blocks.{n}.ffn.experts.{}[{e}]", names),
-    ]
-
+from moestro.checkpoints.families.llama import BACKBONE, BIAS, decoder, experts, mixture
+from moestro.checkpoints.families.table import Family
 
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
     (
-        *DECODER,
-        field("rms_norm_eps", "norm.eps", 1e-5),
-        rope(),
-        TIED,
+        *decoder(1e-5),
         BIAS,
-        field("intermediate_size", "moe.hidden_dim"),
-        field("num_experts", "moe.num_experts"),
-        field("num_experts_per_tok", "moe.top_k"),
+        *experts("num_experts"),
         field("norm_topk_prob", "moe.router.renormalize", False),
         fixed("clip_qkv", None),
     ),
-    rules,
+    (*BACKBONE, *mixture()),
     always={"attention.qk_norm": "full", "moe.router.kind": "softmax"},
-    ignored=old_keys,
 )

@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.checkpoints.families.fields import choice, field, layer_types, num_layers
+from moestro.checkpoints.families.fields import choice, field, layer_types, num_layers, window
 from moestro.checkpoints.families.llama import (
     BIAS,
-    DECODER,
+    BLOCK,
     DENSE,
-    EPS,
-    TIED,
-    backbone,
-    dense,
+    DENSE_RULES,
+    HEAD_DIM,
+    LAYER,
+    decoder,
     gated,
-    old_keys,
+    mixture,
+    renamed,
 )
-from moestro.checkpoints.families.rope import rope
-from moestro.checkpoints.families.table import Entry, Family, Inert, Rule
+from moestro.checkpoints.families.table import Entry, Family, Inert
 from moestro.errors import ConfigError
 
-
-def rules(cfg: Any) -> list[Rule]:
-    """Every tensor of both."""
-    layer, names = "model.layers.{n}.mlp.", ("gate_proj", "up_proj", "down_proj")
-    return [
-        *backbone(cfg),
-        *dense(cfg),
-        Rule((f"{layer}gate.weight",), "blocks.{n}.ffn.router.weight"),
-        *gated(f"{layer}experts.{{e}}.", "blocks.{n}.ffn.experts.{}[{e}]", names),
-        *gated(f"{layer}shared_expert.", "blocks.{n}.ffn.shared.{}[0]", names),
-        Rule((f"{layer}shared_expert_gate.weight",), "blocks.{n}.ffn.shared_gate.weight"),
-    ]
+_RULES = (
+    *DENSE_RULES,
+    *mixture(),
+    *gated("mlp.shared_expert.", "shared."),
+    *renamed({f"{LAYER}mlp.shared_expert_gate": f"{BLOCK}ffn.shared_gate"}),
+)
 
 
 def _mixed_layers() -> Entry:
@@ -72,38 +66,15 @@ def _num_experts() -> Entry:
     return Entry(names, read, lambda cfg, original: {names[0]: cfg.moe.num_experts})
 
 
-def _head_dim() -> Entry:
-    """`head_dim`, never written as null: transformers would take that for the width."""
-
-    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"attention.head_dim": hf.get("head_dim")}
-
-    return Entry(("head_dim",), read, lambda cfg, original: {"head_dim": cfg.head_dim})
-
-
-def _switched_window() -> Entry:
-    """Qwen3-MoE's window: of all layers, where `use_sliding_window` turns it on."""
-
-    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-        return {"attention.window": None if size is None else {"size": size}}
-
-    def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = cfg.attention.window
-        size = None if window is None else window.size
-        return {"use_sliding_window": size is not None, "sliding_window": size}
-
-    return Entry(("use_sliding_window", "sliding_window", "max_window_layers"), read, write)
-
-
-def _qwen2_windows(hf: Mapping[str, Any]) -> list[str]:
-    """Of the first max_window_layers, every other one slides, where windows are on at all."""
+def _qwen2_slides(hf: Mapping[str, Any]) -> list[bool]:
+    """Of the first max_window_layers, every other one slides, if windows are on at all."""
     last = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else 0
-    sliding = [n % 2 == 0 and n < last for n in range(num_layers(hf))]
-    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return [n % 2 == 0 and n < last for n in range(num_layers(hf))]
 
 
 _MIXTURE = (
+    *decoder(),
+    DENSE,
     field("moe_intermediate_size", "moe.hidden_dim"),
     field("num_experts_per_tok", "moe.top_k"),
     field("norm_topk_prob", "moe.router.renormalize", False),
@@ -114,25 +85,19 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     (
-        *DECODER,
-        EPS,
-        rope(),
-        TIED,
-        DENSE,
         *_MIXTURE,
         field("shared_expert_intermediate_size", "moe.shared.hidden_dim"),
         choice("qkv_bias", "attention.bias", {True: "qkv", False: "none"}, True),
-        layer_types(_qwen2_windows, switch=True),
+        layer_types(_qwen2_slides, switch=True),
     ),
-    rules,
+    _RULES,
     always={"moe.router.kind": "softmax", "moe.shared.gate": True},
-    ignored=old_keys,
 )
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    (*DECODER, EPS, rope(), TIED, DENSE, BIAS, *_MIXTURE, _head_dim(), _switched_window()),
-    rules,
+    (*_MIXTURE, BIAS, HEAD_DIM, window(4096, switch=True)),
+    _RULES,
     always={"attention.qk_norm": "head", "moe.router.kind": "softmax"},
     # Left over from Qwen2-MoE in Qwen3-Coder's.
     inert=(
@@ -140,5 +105,4 @@ QWEN3_MOE = Family(
         Inert("use_qk_norm", (True,), "queries and keys without norms"),
         Inert("shared_expert_intermediate_size", (0,), "a shared expert beside the routed ones"),
     ),
-    ignored=old_keys,
 )

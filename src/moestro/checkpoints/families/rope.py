@@ -18,38 +18,18 @@ from moestro.config import (
 )
 from moestro.errors import ConfigError
 
+# Our setting → its name in theirs, if it has another.
+_RENAMED = {
+    "original_context": "original_max_position_embeddings",
+    "short_scale": "short_mscale",
+    "long_scale": "long_mscale",
+}
 # rope_type → {its field: our setting of that kind of scaling}
 SCALINGS: Mapping[str, Mapping[str, str]] = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_context",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_context",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-    "longrope": {
-        "short_factor": "short_factor",
-        "long_factor": "long_factor",
-        "original_max_position_embeddings": "original_context",
-        "short_mscale": "short_scale",
-        "long_mscale": "long_scale",
-    },
-}
-_KINDS = {
-    "linear": LinearScaling,
-    "llama3": Llama3Scaling,
-    "yarn": YarnScaling,
-    "longrope": LongRopeScaling,
+    kind.model_fields["kind"].default: {
+        _RENAMED.get(name, name): name for name in kind.model_fields if name != "kind"
+    }
+    for kind in (LinearScaling, Llama3Scaling, YarnScaling, LongRopeScaling)
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 # What both forms may say besides, and older files repeat.

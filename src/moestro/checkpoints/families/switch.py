@@ -11,71 +11,47 @@ from moestro.config import EncDecConfig
 from moestro.errors import ConfigError
 
 
-def rules(cfg: Any) -> list[Rule]:
-    """Every tensor of both stacks."""
-    return [
-        Rule(("shared.weight",), "embed.weight"),
-        Rule(("lm_head.weight",), "head.weight"),
-        *_stack("encoder", ffn=1),
-        *_stack("decoder", ffn=2),
-        Rule(("decoder.block.{n}.layer.1.layer_norm.weight",), _block("cross_norm.weight")),
-        Rule((_cross("q"),), _block("cross.q.weight")),
-        Rule((_cross("k"), _cross("v")), _block("cross.kv.weight")),
-        Rule((_cross("o"),), _block("cross.out.weight")),
-    ]
-
-
-def _block(name: str) -> str:
-    return f"decoder.blocks.{{n}}.{name}"
-
-
-def _cross(letter: str) -> str:
-    return f"decoder.block.{{n}}.layer.1.EncDecAttention.{letter}.weight"
-
-
-def _stack(stack: str, ffn: int) -> list[Rule]:
+def _stack(stack: str, ffn: int) -> tuple[Rule, ...]:
     """What both stacks have; `ffn` is the number of the feed-forward network in each layer."""
     layer, block = f"{stack}.block.{{n}}.layer.", f"{stack}.blocks.{{n}}."
-    attention, mlp = f"{layer}0.SelfAttention.", f"{layer}{ffn}.mlp."
-    expert, ours = f"{mlp}experts.expert_{{e}}.", f"{block}ffn.experts."
+    mlp, expert = f"{layer}{ffn}.mlp.", f"{layer}{ffn}.mlp.experts.expert_{{e}}."
     table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    return [
+    return (
         Rule((table,), f"{stack}.relative.weight"),
         Rule((f"{stack}.final_layer_norm.weight",), f"{stack}.norm.weight"),
         Rule((f"{layer}0.layer_norm.weight",), f"{block}attention_norm.weight"),
         Rule((f"{layer}{ffn}.layer_norm.weight",), f"{block}ffn_norm.weight"),
-        Rule(
-            tuple(f"{attention}{letter}.weight" for letter in "qkv"), f"{block}attention.qkv.weight"
-        ),
-        Rule((f"{attention}o.weight",), f"{block}attention.out.weight"),
+        Rule(_letters(f"{layer}0.SelfAttention.", "qkv"), f"{block}attention.qkv.weight"),
+        Rule(_letters(f"{layer}0.SelfAttention.", "o"), f"{block}attention.out.weight"),
         Rule((f"{mlp}wi.weight",), f"{block}ffn.gate_up[0]"),
         Rule((f"{mlp}wo.weight",), f"{block}ffn.down[0]"),
         Rule((f"{mlp}router.classifier.weight",), f"{block}ffn.router.weight"),
-        Rule((f"{expert}wi.weight",), f"{ours}gate_up[{{e}}]"),
-        Rule((f"{expert}wo.weight",), f"{ours}down[{{e}}]"),
-    ]
-
-
-def _head() -> Entry:
-    """`tie_word_embeddings`: a tied head also divides by the square root of the width (T5)."""
-
-    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        tied = hf.get("tie_word_embeddings", True)
-        scale = hf["d_model"] ** -0.5 if tied else 1.0
-        return {"head.tied": tied, "head.scale": scale}
-
-    return Entry(
-        ("tie_word_embeddings",), read, lambda cfg, original: {"tie_word_embeddings": cfg.head.tied}
+        Rule((f"{expert}wi.weight",), f"{block}ffn.experts.gate_up[{{e}}]"),
+        Rule((f"{expert}wo.weight",), f"{block}ffn.experts.down[{{e}}]"),
     )
 
 
-def _width() -> Entry:
-    """`d_ff`, of the experts and of the dense layers alike."""
+def _letters(module: str, letters: str) -> tuple[str, ...]:
+    return tuple(f"{module}{letter}.weight" for letter in letters)
 
-    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"dense.hidden_dim": hf["d_ff"], "moe.hidden_dim": hf["d_ff"]}
 
-    return Entry(("d_ff",), read, lambda cfg, original: {"d_ff": cfg.moe.hidden_dim})
+_CROSS, _BLOCK = "decoder.block.{n}.layer.1.", "decoder.blocks.{n}."
+_RULES = (
+    Rule(("shared.weight",), "embed.weight"),
+    Rule(("lm_head.weight",), "head.weight"),
+    *_stack("encoder", ffn=1),
+    *_stack("decoder", ffn=2),
+    Rule((f"{_CROSS}layer_norm.weight",), f"{_BLOCK}cross_norm.weight"),
+    Rule(_letters(f"{_CROSS}EncDecAttention.", "q"), f"{_BLOCK}cross.q.weight"),
+    Rule(_letters(f"{_CROSS}EncDecAttention.", "kv"), f"{_BLOCK}cross.kv.weight"),
+    Rule(_letters(f"{_CROSS}EncDecAttention.", "o"), f"{_BLOCK}cross.out.weight"),
+)
+
+
+def _tied(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """A tied head also divides by the square root of the width (T5)."""
+    tied = hf.get("tie_word_embeddings", True)
+    return {"head.tied": tied, "head.scale": hf["d_model"] ** -0.5 if tied else 1.0}
 
 
 def _sparse_layers() -> Entry:
@@ -103,19 +79,11 @@ def _sparse_layers() -> Entry:
     return Entry(names, read, write)
 
 
-def _decoder_layers() -> Entry:
-    """`num_decoder_layers`; as many as the encoder has where it is missing."""
-
-    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"decoder_layers": hf.get("num_decoder_layers") or hf["num_layers"]}
-
-    return Entry(
-        ("num_decoder_layers",),
-        read,
-        lambda cfg, original: {"num_decoder_layers": cfg.decoder_layers},
-    )
-
-
+# Of training, or of the parts that it is made of.
+_HARMLESS = frozenset({
+    "add_cross_attention", "add_router_probs", "dropout_rate", "initializer_factor", "is_decoder",
+    "n_positions", "output_past",
+})  # fmt: skip
 SWITCH = Family(
     "switch_transformers",
     "SwitchTransformersForConditionalGeneration",
@@ -123,17 +91,31 @@ SWITCH = Family(
         field("vocab_size", "vocab_size"),
         field("d_model", "dim"),
         field("num_layers", "encoder_layers"),
-        _decoder_layers(),
+        # As many as the encoder has where it is missing.
+        Entry(
+            ("num_decoder_layers",),
+            lambda hf: {"decoder_layers": hf.get("num_decoder_layers") or hf["num_layers"]},
+            lambda cfg, original: {"num_decoder_layers": cfg.decoder_layers},
+        ),
         _sparse_layers(),
         derived("encoder_sparse_step", lambda cfg: cfg.moe_every),
         derived("decoder_sparse_step", lambda cfg: cfg.moe_every),
-        _width(),
+        # Of the experts and of the dense layers alike.
+        Entry(
+            ("d_ff",),
+            lambda hf: {"dense.hidden_dim": hf["d_ff"], "moe.hidden_dim": hf["d_ff"]},
+            lambda cfg, original: {"d_ff": cfg.moe.hidden_dim},
+        ),
         field("num_heads", "attention.num_heads"),
         field("d_kv", "attention.head_dim"),
         field("relative_attention_num_buckets", "attention.positions.buckets", 32),
         field("relative_attention_max_distance", "attention.positions.max_distance", 128),
         field("layer_norm_epsilon", "norm.eps", 1e-6),
-        _head(),
+        Entry(
+            ("tie_word_embeddings",),
+            _tied,
+            lambda cfg, original: {"tie_word_embeddings": cfg.head.tied},
+        ),
         field("num_experts", "moe.num_experts"),
         field("expert_capacity", "moe.capacity.per_sequence", 64),
         # Theirs blurs what the experts see as well; it is a matter of training only.
@@ -149,7 +131,7 @@ SWITCH = Family(
         fixed("num_selected_experts", 1),
         fixed("batch_prioritized_routing", False),
     ),
-    rules,
+    _RULES,
     always={
         "attention.positions.kind": "relative",
         "attention.positions.shared": True,
@@ -159,18 +141,7 @@ SWITCH = Family(
         "moe.router.kind": "softmax",
         "moe.router.renormalize": False,
     },
-    # Of training, or of the parts that it is made of.
-    harmless=frozenset(
-        {
-            "add_cross_attention",
-            "add_router_probs",
-            "dropout_rate",
-            "initializer_factor",
-            "is_decoder",
-            "n_positions",
-            "output_past",
-        }
-    ),
+    harmless=_HARMLESS,
     # The one embedding, which transformers takes for three where the head is not tied.
     copies={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
     copied=lambda cfg: not cfg.head.tied,

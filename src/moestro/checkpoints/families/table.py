@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moestro.config import EncDecConfig, ModelConfig
@@ -21,20 +22,20 @@ class Rule(NamedTuple):
 
     Attributes:
         theirs: their names, with {n} for the layer and {e} for the expert. Several are the parts
-            of ours, one after another along the first axis (after the index, where there is one).
+            of ours, one after another along the first axis (after the index, if there is one).
         ours: our name, with {n} for the layer; an index in brackets takes that slice of the first
-            axis: `blocks.{n}.ffn.experts.down[{e}]`, `blocks.{n}.ffn.down[0]`.
+            axis: `blocks.{n}.ffn.experts.down[{e}]`, `blocks.{n}.ffn.down[0]`. {name} is any name.
         layout: how a part of theirs becomes a part of ours, by its name in `LAYOUTS`.
-        sizes: rows of each part of ours; None: equal parts.
+        sizes: settings → rows of each part of ours; None: equal parts.
 
-    A rule whose tensor of ours is not in the model is not used, so that a table can list what only
-    some models of the family have.
+    A rule whose tensor the model does not have is not used, so a table can list what only some
+    models of the family have.
     """
 
     theirs: tuple[str, ...]
     ours: str
     layout: str = "same"
-    sizes: tuple[int, ...] | None = None
+    sizes: Callable[[Any], tuple[int, ...]] | None = None
 
 
 class Entry(NamedTuple):
@@ -68,16 +69,8 @@ class Inert(NamedTuple):
     otherwise: str
 
 
-def _nothing(cfg: Any) -> tuple[str, ...]:
-    return ()
-
-
-def _never(cfg: Any) -> bool:
-    return False
-
-
-def _all_runs(cfg: Any) -> Mapping[str, tuple[str, ...]]:
-    return {}
+# Rotary frequencies that old checkpoints hold and that follow from config.json.
+OLD_KEYS = ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
 class Family(NamedTuple):
@@ -87,19 +80,19 @@ class Family(NamedTuple):
         model_type: its name in config.json.
         architecture: transformers' class, written to config.json's `architectures`.
         entries: the fields of config.json that mean something to us.
-        rules: settings → the rules of the tensors. Every tensor of our model needs exactly one.
+        rules: every tensor of our model needs exactly one.
         always: settings of ours, by dotted name, that every model of the family has.
         harmless: fields of config.json without meaning for the model, beside `fields.HARMLESS`.
         inert: fields that must have a value without meaning, beside `fields.INERT`.
-        ignored: settings → tensor names that a checkpoint may hold and that nobody needs, with
-            {n} for any number and * for anything.
+        ignored: tensor names that a checkpoint may hold and that are not needed, with {n} for any
+            number and * for anything.
         left_out: settings → what a checkpoint may hold that this project does not run, by a name
             for people: its tensor names. Reading warns with its size.
-        replaced: fields of config.json about what is left out, as they are written, always.
+        replaced: fields of config.json about what is left out, as they are always written.
         copies: tensor names that a checkpoint may hold beside the ones that they must equal (those
-            of tied parameters are known without).
-        renamed: parts of keys → what they are where experts are `fused`.
-        copied: settings → whether those are written as well.
+            of tied parameters need no entry).
+        renamed: parts of keys → what they are if experts are `fused`.
+        copied: settings → whether `copies` are written as well.
         quantised: values of quantization_config's quant_method that are read (dequantised).
         settings: the class of our settings.
     """
@@ -107,18 +100,22 @@ class Family(NamedTuple):
     model_type: str
     architecture: str
     entries: tuple[Entry, ...]
-    rules: Callable[[Any], list[Rule]]
+    rules: tuple[Rule, ...]
     always: Mapping[str, Any] = {}
     harmless: frozenset[str] = frozenset()
     inert: tuple[Inert, ...] = ()
-    ignored: Callable[[Any], tuple[str, ...]] = _nothing
-    left_out: Callable[[Any], Mapping[str, tuple[str, ...]]] = _all_runs
+    ignored: tuple[str, ...] = OLD_KEYS
+    left_out: Callable[[Any], Mapping[str, tuple[str, ...]]] = lambda cfg: {}
     replaced: Mapping[str, Any] = {}
     copies: Mapping[str, str] = {}
     renamed: Mapping[str, str] = {}
-    copied: Callable[[Any], bool] = _never
+    copied: Callable[[Any], bool] = lambda cfg: False
     quantised: tuple[str, ...] = ("fp8",)
     settings: type[ModelConfig] | type[EncDecConfig] = ModelConfig
+
+
+def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
 
 
 class Layout(NamedTuple):
@@ -132,79 +129,54 @@ class Layout(NamedTuple):
 
     load: Callable[[Tensor, Any], Tensor]
     save: Callable[[Tensor, Any], Tensor]
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-
-
-def _same_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = _same_shape
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def _same(x: Tensor, cfg: Any) -> Tensor:
-    return x
-
-
-def _transposed(x: Tensor, cfg: Any) -> Tensor:
-    return x.transpose(-2, -1)
-
-
-def _apart(x: Tensor, axis: int) -> Tensor:
+def _apart(x: Tensor, axis: int = -1) -> Tensor:
     """Interleaved (0 1 0 1 …) to halves (0 0 … 1 1 …) along `axis` < 0."""
-    pairs = _split(x, axis, (x.shape[axis] // 2, 2))
-    return pairs.transpose(axis - 1, axis).flatten(axis - 1, axis)
+    return _regrouped(x, axis, (x.shape[axis] // 2, 2))
 
 
-def _together(x: Tensor, axis: int) -> Tensor:
+def _together(x: Tensor, axis: int = -1) -> Tensor:
     """Halves to interleaved: the inverse of `_apart`."""
-    halves = _split(x, axis, (2, x.shape[axis] // 2))
-    return halves.transpose(axis - 1, axis).flatten(axis - 1, axis)
+    return _regrouped(x, axis, (2, x.shape[axis] // 2))
 
 
-def _split(x: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
-    place = x.dim() + axis
-    return x.reshape(*x.shape[:place], *sizes, *x.shape[place + 1 :])
+def _regrouped(x: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
+    return torch.unflatten(x, axis, sizes).transpose(axis - 1, axis).flatten(axis - 1, axis)
 
 
-def _rotary_rows(x: Tensor, heads: int, rope: int, turn: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Turn the last `rope` rows of each of `heads` equal blocks of rows."""
-    x_HRI = x.reshape(heads, x.shape[0] // heads, -1).clone()
-    x_HRI[:, -rope:] = turn(x_HRI[:, -rope:], -2)
-    return x_HRI.reshape(x.shape)
+def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
+    """Rotary rows of latent attention: pairs (2i, 2i+1) in DeepSeek's, (i, i + A/2) in ours.
+
+    They are the last rows of each of `heads` equal blocks. A bias passes the same way.
+    """
+
+    def reorder(x: Tensor, cfg: Any, order: Callable[[Tensor, int], Tensor]) -> Tensor:
+        rope = cfg.attention.latent.rope_dim
+        x_HRI = x.reshape(heads(cfg), x.shape[0] // heads(cfg), -1).clone()
+        x_HRI[:, -rope:] = order(x_HRI[:, -rope:], -2)
+        return x_HRI.reshape(x.shape)
+
+    return Layout(lambda x, cfg: reorder(x, cfg, _apart), lambda x, cfg: reorder(x, cfg, _together))
 
 
-# Rotary rows of latent attention: DeepSeek turns the pairs (2i, 2i+1), this project (i, i + A/2).
-# A vector of rows (a bias) has no columns and passes the same way.
 LAYOUTS: Mapping[str, Layout] = {
-    "same": Layout(_same, _same, _same_shape),
+    "same": Layout(lambda x, _: x, lambda x, _: x),
     # [.., I, O] in theirs, [.., O, I] in ours.
-    "transposed": Layout(_transposed, _transposed, _swapped),
+    "transposed": Layout(lambda x, _: x.mT, lambda x, _: x.mT, _swapped),
     # gate, up, gate, up … along the last axis of theirs; all gates, then all ups in ours.
-    "interleaved": Layout(lambda x, _: _apart(x, -1), lambda x, _: _together(x, -1), _same_shape),
+    "interleaved": Layout(lambda x, _: _apart(x), lambda x, _: _together(x)),
     # Both: [.., D, 2F] interleaved in theirs, [.., 2F, D] in ours (gpt-oss).
     "interleaved_transposed": Layout(
-        lambda x, _: _apart(x, -1).transpose(-2, -1),
-        lambda x, _: _together(x.transpose(-2, -1), -1),
-        _swapped,
+        lambda x, _: _apart(x).mT, lambda x, _: _together(x.mT), _swapped
     ),
-    # Rows H·(nope + rope): the rope rows of each head (DeepSeek's q_proj, q_b_proj).
-    "rope_pairs_of_heads": Layout(
-        lambda x, cfg: _rotary_rows(x, cfg.attention.num_heads, _rope(cfg), _apart),
-        lambda x, cfg: _rotary_rows(x, cfg.attention.num_heads, _rope(cfg), _together),
-        _same_shape,
-    ),
-    # Rows kv_rank + rope: the rope rows at the end (DeepSeek's kv_a_proj_with_mqa).
-    "rope_pairs_at_end": Layout(
-        lambda x, cfg: _rotary_rows(x, 1, _rope(cfg), _apart),
-        lambda x, cfg: _rotary_rows(x, 1, _rope(cfg), _together),
-        _same_shape,
-    ),
+    # DeepSeek's q_proj and q_b_proj: H·(nope + rope) rows.
+    "rope_pairs_of_heads": _rope_pairs(lambda cfg: cfg.attention.num_heads),
+    # DeepSeek's kv_a_proj_with_mqa: kv_rank + rope rows.
+    "rope_pairs_at_end": _rope_pairs(lambda cfg: 1),
 }
-
-
-def _rope(cfg: Any) -> int:
-    """Rotary rows of a head of latent attention."""
-    width: int = cfg.attention.latent.rope_dim
-    return width

@@ -37,10 +37,8 @@ def to_settings(family: Family, hf: Mapping[str, Any], accepted: Container[str] 
     """
     _check_fields(family, hf, accepted)
     values: dict[str, Any] = {}
-    for dotted, value in family.always.items():
-        _put(values, dotted, value)
-    for entry in family.entries:
-        for dotted, value in _read(entry, hf).items():
+    for stated in (family.always, *(_read(entry, hf) for entry in family.entries)):
+        for dotted, value in stated.items():
             _put(values, dotted, value)
     cfg = family.settings(**values)
     for entry in family.entries:
@@ -66,13 +64,14 @@ def to_fields(family: Family, cfg: Config, original: Mapping[str, Any]) -> dict[
         raise ConfigError(
             f"{family.model_type} takes {family.settings.__name__}, not {type(cfg).__name__}"
         )
-    cfg = _spelled_out(cfg)
-    fields = {name: value for name, value in original.items() if name not in QUANTISATION}
-    if not original:
-        cfg = _with_kv_heads(cfg)
+    cfg = _spelled_out(cfg, kv_heads=not original)
+    before = None
+    if original:
+        fields = {name: value for name, value in original.items() if name not in QUANTISATION}
+        before = canonical(to_settings(family, original, original))
+    else:
         fields = {"architectures": [family.architecture], "model_type": family.model_type}
         fields |= dict.fromkeys(_SPECIAL)
-    before = _read_before(family, original)
     for entry in family.entries:
         written = entry.write(cfg, original)
         if before is not None and _agrees(entry, original, before, cfg):
@@ -102,16 +101,14 @@ def canonical(cfg: Config) -> dict[str, Any]:
         attention["head_dim"] = cfg.head_dim
         attention["num_kv_heads"] = cfg.num_kv_heads
     if isinstance(cfg, ModelConfig):
-        dense = [n for n in range(cfg.num_layers) if not cfg.is_moe_layer(n)]
-        if not dense:
+        mixtures = [n for n in range(cfg.num_layers) if cfg.is_moe_layer(n)]
+        if len(mixtures) == cfg.num_layers:
             values["dense"] = DenseConfig().model_dump(mode="json")
         if cfg.moe is None:
-            values["moe_every"] = 1
+            values |= {"moe_every": 1, "dense_first": 0}
         elif cfg.moe_every > 1:
             # A mixture may start later than its turn allows: the same layers, said otherwise.
-            values["dense_first"] = next(n for n in range(cfg.num_layers) if cfg.is_moe_layer(n))
-        if cfg.moe is None:
-            values["dense_first"] = 0
+            values["dense_first"] = mixtures[0]
     if cfg.moe is not None:
         moe, router = values["moe"], values["moe"]["router"]
         router["renormalize"] = cfg.moe.renormalizes
@@ -133,20 +130,19 @@ def _read(entry: Entry, hf: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def _spelled_out(cfg: Config) -> Config:
-    """The same settings, with the default said that a config.json has no word for leaving out."""
-    if cfg.moe is None:
-        return cfg
-    router = cfg.moe.router.model_copy(update={"renormalize": cfg.moe.renormalizes})
-    return cfg.model_copy(update={"moe": cfg.moe.model_copy(update={"router": router})})
+def _spelled_out(cfg: Config, kv_heads: bool) -> Config:
+    """The same settings, with defaults said that a config.json cannot leave out.
 
-
-def _with_kv_heads(cfg: Config) -> Config:
-    """The same settings with the number of key/value heads said: transformers refuses null."""
-    if cfg.attention.latent is not None:
-        return cfg
-    attention = cfg.attention.model_copy(update={"num_kv_heads": cfg.num_kv_heads})
-    return cfg.model_copy(update={"attention": attention})
+    `kv_heads`: the number of key/value heads among them, since transformers refuses null.
+    """
+    values: dict[str, Any] = {}
+    if cfg.moe is not None:
+        router = cfg.moe.router.model_copy(update={"renormalize": cfg.moe.renormalizes})
+        values["moe"] = cfg.moe.model_copy(update={"router": router})
+    if kv_heads and cfg.attention.latent is None:
+        update = {"num_kv_heads": cfg.num_kv_heads}
+        values["attention"] = cfg.attention.model_copy(update=update)
+    return cfg.model_copy(update=values)
 
 
 def _check_fields(family: Family, hf: Mapping[str, Any], accepted: Container[str]) -> None:
@@ -175,11 +171,6 @@ def _check_fields(family: Family, hf: Mapping[str, Any], accepted: Container[str
 def fields_with_meaning(family: Family) -> set[str]:
     """The fields of config.json that a family's settings are made from."""
     return {name for entry in family.entries for name in entry.theirs} | family.replaced.keys()
-
-
-def _read_before(family: Family, original: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The canonical settings of the original config.json; None where there is none."""
-    return canonical(to_settings(family, original, original)) if original else None
 
 
 def _agrees(entry: Entry, original: Mapping[str, Any], before: dict[str, Any], cfg: Config) -> bool:

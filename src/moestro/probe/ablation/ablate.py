@@ -1,12 +1,13 @@
 """Ablation: take an expert away, or swap it with another, and see which domain needs it.
 
 The same batches run with and without each change, and every token's loss is compared with itself.
-Letters beside those of docs/shapes.md: M domains, P documents, N sequences.
+Letters beside those of docs/shapes.md: M domains, P documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,19 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moestro.errors import MoestroError
-from moestro.probe.ablation.effects import Ablation, Ablations, Masked
+from moestro.probe.ablation.effects import Ablations, Masked
 from moestro.probe.ablation.losses import Run, predicting
-from moestro.probe.ablation.targets import Target, every, targets
-from moestro.probe.ablation.verdicts import Measured, Predicted, by_domain, judge, measure_row
-from moestro.probe.measures.bootstrap import Floats
+from moestro.probe.ablation.targets import Target
+from moestro.probe.ablation.verdicts import Measured, judge, measure_row
 from moestro.probe.recording.passages import Encodes, Passage, in_batches
 from moestro.probe.recording.record import Progress
-from moestro.probe.recording.taps import Edit
-
-__all__ = [
-    "MODES", "Ablation", "Ablations", "Cost", "Masked", "Target", "ablate", "cost", "every",
-    "mask_top", "targets",
-]  # fmt: skip
+from moestro.probe.recording.reroute import Edit
+from moestro.probe.recording.traces import place_of
 
 MODES = {
     "silence": "the expert's weight becomes 0 and the token's other experts keep theirs",
@@ -63,8 +59,7 @@ def cost(
 ) -> Cost:
     """The forward passes that `ablate` will need, without a model; arguments as there."""
     readings = predicting(texts, tokenizer)
-    batches = len(in_batches(readings, batch_size))
-    changes = len({_key(target) for target in _wanted(chosen, mode)})
+    batches, changes = len(in_batches(readings, batch_size)), len(_changes(chosen, mode))
     tokens = sum(len(reading.tokens_S) for reading in readings)
     return Cost(tokens, batches, changes, batches * (1 + changes))
 
@@ -107,64 +102,43 @@ def ablate(
         DataError: there is no text of two tokens, none of a chosen domain, a token outside the
             vocabulary, or a model on the meta device.
     """
-    wanted = _wanted(chosen, mode)
-    run = Run(model, texts, tokenizer, batch_size, token_bytes, progress)
-    return _changed(run, run.predicted(draws, seed), wanted, mode, draws)
-
-
-def _changed(
-    run: Run, text: Predicted, wanted: Sequence[Target], mode: str, draws: int
-) -> Ablations:
-    """All changes, each against the model as it is."""
-    domains = run.domains
-    for target in wanted:
-        run.check(target)
-    changes = dict.fromkeys(_key(target) for target in wanted)
+    changes = _changes(chosen, mode)
+    run = Run(model, texts, tokenizer, batch_size, token_bytes, draws, seed, progress)
+    for of_change in changes:
+        for target in of_change:
+            run.check(target)
     run.total = len(run.batches) * (1 + len(changes))
-    before_T = run.losses(None, [target.layer for target in wanted])
-    measured = [
-        each for change in changes for each in _measure(run, text, change, wanted, mode, before_T)
-    ]
-    ordered = sorted(measured, key=lambda each: each.row.control)
-    baseline_M, interval_M2 = by_domain(text, text.sums(before_T.astype(np.float64)), len(domains))
+    before_T = run.losses(counted=[of_change[0].layer for of_change in changes])
+    measured = [row for of_change in changes for row in _measure(run, of_change, mode, before_T)]
+    baseline_M, interval_M2 = run.by_domain(before_T)
     return Ablations(
-        fingerprint=run.fingerprint,
+        **run.facts(),
         mode=mode,
-        unit=run.unit,
-        domains=domains,
-        tokens_M=np.bincount(text.domain_P[text.document_T], minlength=len(domains)),
-        documents_M=np.bincount(text.domain_P, minlength=len(domains)),
-        bytes_M=run.bytes_M(text),
+        bytes_M=run.bytes_M(),
         baseline_M=baseline_M,
         baseline_interval_M2=interval_M2,
-        rows=judge(ordered, text),
-        passes=run.done,
+        rows=judge(sorted(measured, key=lambda each: each.row.control), run.text),
         draws=draws,
     )
 
 
 def _measure(
-    run: Run,
-    text: Predicted,
-    change: tuple[int, int, int | None],
-    wanted: Sequence[Target],
-    mode: str,
-    before_T: NDArray[np.float32],
+    run: Run, of_change: list[Target], mode: str, before_T: NDArray[np.float32]
 ) -> Iterator[Measured]:
     """One change, and what it does for each target that it is made for."""
-    layer, expert, other = change
-    edit = _edit(mode, run.layers.index(layer), expert, other)
-    rise_T = (run.losses(edit) - before_T).astype(np.float64)
+    layer, expert, _, other, _ = of_change[0]
+    if other is None:
+        change = partial(_silence, expert, mode == "silence_renormalised")
+    else:
+        change = partial(_swap, expert, other)
+    rise_T = (run.losses(_in({run.layers.index(layer)}, change)) - before_T).astype(np.float64)
     used_PE = run.used_PE[layer]
-    touched_P = used_PE[:, [n for n in (expert, other) if n is not None]].sum(axis=1)
-    for target in wanted:
-        if _key(target) == change:
-            found = measure_row(
-                text, target, run.domains.index(target.domain), len(run.domains), rise_T,
-                (touched_P, used_PE.sum(axis=1)),
-            )  # fmt: skip
-            partner = target.other if mode == "swap" else None
-            yield found._replace(row=found.row._replace(other=partner))
+    touched_P = used_PE[:, [expert] if other is None else [expert, other]].sum(axis=1)
+    for target in of_change:
+        domain = run.domains.index(target.domain)
+        touched_PX = touched_P, used_PE.sum(axis=1)
+        found = measure_row(run.text, target, domain, len(run.domains), rise_T, touched_PX)
+        yield found._replace(row=found.row._replace(other=other))
 
 
 def mask_top(
@@ -187,129 +161,90 @@ def mask_top(
     experts; here, since the same test must work on every model, nobody takes the place of those
     masked.
 
-    Args:
-        model: as in `ablate`.
-        texts: held-out text.
-        layer: mask in this layer only, by its layer number; None: in all.
-        renormalise: scale the remaining weights of a token to add up to what all did.
-        tokenizer: as there, like all that follow.
-        token_bytes: gives losses in bits per byte.
-        batch_size: sequences of a forward pass.
-        draws: behind the intervals.
-        seed: of the draws.
-        progress: called with (passes done, passes in all).
+    Arguments are those of `ablate`, with `layer` to mask in one layer only, by its layer number,
+    and `renormalise` to scale the remaining weights of a token to add up to what all did.
 
     Raises:
         MoestroError: as `ablate`; or there is no such mixture layer.
         DataError: as `ablate`.
     """
-    run = Run(model, texts, tokenizer, batch_size, token_bytes, progress)
-    return _mask_all(run, run.predicted(draws, seed), layer, renormalise)
-
-
-def _mask_all(run: Run, text: Predicted, layer: int | None, renormalise: bool) -> Masked:
-    """The model as it is, then with 1 to K choices masked."""
-    number = len(run.domains)
-    masked = run.layers if layer is None else (layer,)
-    places = {run.place(each) for each in masked}
-    # K is known once the model has run.
-    run.total = 2 * len(run.batches)
-    before_T = run.losses(None, masked)
+    run = Run(model, texts, tokenizer, batch_size, token_bytes, draws, seed, progress)
+    layers = run.layers if layer is None else (layer,)
+    places = {place_of(each, run.layers) for each in layers}
+    run.total = 2 * len(run.batches)  # K is known once the model has run.
+    before_T = run.losses(counted=layers).astype(np.float64)
     run.total = (1 + run.top_k) * len(run.batches)
-    losses, changes = _masked(run, text, before_T, places, renormalise)
+    losses = [before_T]
+    for top in range(1, run.top_k + 1):
+        losses.append(run.losses(_in(places, partial(_mask, top, renormalise))).astype(np.float64))
+    found = [(*run.by_domain(loss_T), *run.by_domain(loss_T - before_T)) for loss_T in losses]
+    loss_XM, loss_interval_XM2, change_XM, change_interval_XM2 = map(
+        np.stack, zip(*found, strict=True)
+    )
     return Masked(
-        fingerprint=run.fingerprint,
+        **run.facts(),
         mode="mask_top_renormalised" if renormalise else "mask_top",
-        layers=masked,
-        unit=run.unit,
-        domains=run.domains,
-        tokens_M=np.bincount(text.domain_P[text.document_T], minlength=number),
-        documents_M=np.bincount(text.domain_P, minlength=number),
+        layers=layers,
         top_k=run.top_k,
         masked_X=np.arange(run.top_k + 1),
-        loss_XM=np.stack([loss for loss, _ in losses]),
-        loss_interval_XM2=np.stack([each for _, each in losses]),
-        change_XM=np.stack([change for change, _ in changes]),
-        change_interval_XM2=np.stack([each for _, each in changes]),
-        passes=run.done,
+        loss_XM=loss_XM,
+        loss_interval_XM2=loss_interval_XM2,
+        change_XM=change_XM,
+        change_interval_XM2=change_interval_XM2,
     )
 
 
-def _masked(
-    run: Run,
-    text: Predicted,
-    before_T: NDArray[np.float32],
-    places: set[int],
-    renormalise: bool,
-) -> tuple[list[tuple[Floats, Floats]], list[tuple[Floats, Floats]]]:
-    """Loss and rise of each domain with their intervals, with 0 to K choices masked."""
-    number = len(run.domains)
-    losses = [by_domain(text, text.sums(before_T.astype(np.float64)), number)]
-    changes = [by_domain(text, np.zeros(len(text.domain_P)), number)]
-    for top in range(1, run.top_k + 1):
-        after_T = run.losses(_mask_edit(places, top, renormalise)).astype(np.float64)
-        losses.append(by_domain(text, text.sums(after_T), number))
-        changes.append(by_domain(text, text.sums(after_T - before_T), number))
-    return losses, changes
-
-
-def _wanted(chosen: Sequence[Target], mode: str) -> list[Target]:
-    """The targets that a mode can do something about.
+def _changes(chosen: Sequence[Target], mode: str) -> list[list[Target]]:
+    """The changes to be made, each with the targets that it is made for.
 
     Raises:
         MoestroError: there is none, or no such mode.
     """
     if mode not in MODES:
         raise MoestroError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
-    wanted = list(dict.fromkeys(chosen))
-    if mode == "swap":
-        wanted = [each for each in wanted if not each.control and each.other is not None]
-        wanted = [each for each in wanted if each.other != each.expert]
-    else:
-        wanted = list(dict.fromkeys(each._replace(other=None) for each in wanted))
-    if not wanted:
+    changes: dict[tuple[int, int, int | None], dict[Target, None]] = {}
+    for target in chosen:
+        if mode != "swap":
+            target = target._replace(other=None)
+        elif target.control or target.other in (None, target.expert):
+            continue
+        changes.setdefault((target.layer, target.expert, target.other), {})[target] = None
+    if not changes:
         raise MoestroError(
             "there is no expert to change; choose some with `targets`, or name them"
             + (" (a swap needs the `other` expert too)" if mode == "swap" else "")
         )
-    return wanted
+    return [list(of_change) for of_change in changes.values()]
 
 
-def _key(target: Target) -> tuple[int, int, int | None]:
-    """What decides the model's losses; several rows may share them."""
-    return target.layer, target.expert, target.other
+def _in(places: set[int], change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Edit:
+    """A change of some mixtures only, as `rerouted` takes it."""
+    return lambda place, experts_TK, weights_TK: (
+        change(experts_TK, weights_TK) if place in places else (experts_TK, weights_TK)
+    )
 
 
-def _edit(mode: str, place: int, expert: int, other: int | None) -> Edit:
-    """The change as `rerouted` takes it."""
-
-    def edit(index: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        if index != place:
-            return experts_TK, weights_TK
-        hit_TK = experts_TK == expert
-        if mode == "swap":
-            assert other is not None
-            swapped_TK = experts_TK.masked_fill(experts_TK == other, expert)
-            return swapped_TK.masked_fill(hit_TK, other), weights_TK
-        return experts_TK, _silenced(weights_TK, hit_TK, mode == "silence_renormalised")
-
-    return edit
+def _swap(one: int, other: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    swapped_TK = experts_TK.masked_fill(experts_TK == other, one)
+    return swapped_TK.masked_fill(experts_TK == one, other), weights_TK
 
 
-def _mask_edit(places: set[int], top: int, renormalise: bool) -> Edit:
-    """Mask the `top` heaviest experts of each token in some layers."""
-
-    def edit(index: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        if index not in places:
-            return experts_TK, weights_TK
-        heaviest_TK = weights_TK.topk(min(top, weights_TK.shape[1]), dim=1).indices
-        hit_TK = torch.zeros_like(weights_TK, dtype=torch.bool).scatter(1, heaviest_TK, True)
-        return experts_TK, _silenced(weights_TK, hit_TK, renormalise)
-
-    return edit
+def _silence(
+    expert: int, renormalise: bool, experts_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    return experts_TK, _without(weights_TK, experts_TK == expert, renormalise)
 
 
-def _silenced(weights_TK: Tensor, hit_TK: Tensor, renormalise: bool) -> Tensor:
+def _mask(
+    top: int, renormalise: bool, experts_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Without the `top` heaviest experts of each token."""
+    heaviest_TK = weights_TK.topk(min(top, weights_TK.shape[1]), dim=1).indices
+    hit_TK = torch.zeros_like(weights_TK, dtype=torch.bool).scatter(1, heaviest_TK, True)
+    return experts_TK, _without(weights_TK, hit_TK, renormalise)
+
+
+def _without(weights_TK: Tensor, hit_TK: Tensor, renormalise: bool) -> Tensor:
     """Weight 0 where hit; the others as they are, or scaled to the same sum as before."""
     left_TK = weights_TK.masked_fill(hit_TK, 0)
     if not renormalise:

@@ -6,6 +6,7 @@ Letters beside those of docs/shapes.md: M domains, P documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from math import log
 from typing import Any
 
@@ -16,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.errors import DataError, MoestroError
-from moestro.models.decoder import Decoder
 from moestro.probe.ablation.targets import Target
-from moestro.probe.ablation.verdicts import Predicted
-from moestro.probe.measures.bootstrap import Ints
-from moestro.probe.recording import foreign
-from moestro.probe.recording.foreign import Tap
+from moestro.probe.ablation.verdicts import Predicted, by_domain
+from moestro.probe.measures.bootstrap import Floats, Ints
+from moestro.probe.recording.choices import LayerRecord
 from moestro.probe.recording.passages import (
     Batch,
     Encodes,
@@ -31,20 +30,24 @@ from moestro.probe.recording.passages import (
     pad,
     prepare,
 )
-from moestro.probe.recording.record import (
-    Looked,
-    Progress,
-    check_tokens,
-    evaluating,
-    look,
-    mixtures,
-)
-from moestro.probe.recording.taps import Edit, rerouted
-from moestro.probe.recording.traces import fingerprint
+from moestro.probe.recording.reader import reader_of
+from moestro.probe.recording.record import Progress
+from moestro.probe.recording.reroute import Edit, rerouted
+from moestro.probe.recording.traces import fingerprint, place_of
 
 
 class Run:
-    """A model and its batches, to be run without and with changes; counts the passes."""
+    """A model and its batches, to be run without and with changes.
+
+    Attributes:
+        layers: layer number of each mixture.
+        domains: the M labels.
+        text: the tokens that have a loss: all but the first of each sequence.
+        used_PE: assignments of each document to each expert, of the layers counted so far.
+        top_k: K of these.
+        done: forward passes so far.
+        total: forward passes in all, for the display of progress.
+    """
 
     def __init__(
         self,
@@ -53,39 +56,44 @@ class Run:
         tokenizer: Encodes | None,
         batch_size: int,
         token_bytes: Callable[[int], int] | None,
+        draws: int,
+        seed: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.found = model, mixtures(model)
-        self.fingerprint = fingerprint(model)
+        self._reader, self._fingerprint = reader_of(model), fingerprint(model)
         readings = predicting(texts, tokenizer)
-        check_tokens(model, readings, 0)
+        self._reader.check(readings)
+        if not self._reader.has_head:
+            raise MoestroError(
+                f"{type(model).__name__} has no head that predicts tokens, so it has no loss; give "
+                "the causal language model (…ForCausalLM)"
+            )
         self.batches = in_batches(readings, batch_size)
-        self.ordered = [reading for batch in self.batches for reading in batch]
         self.domains = tuple(dict.fromkeys(reading.domain for reading in readings))
-        documents = tuple(dict.fromkeys(reading.document for reading in readings))
-        self.number = {document: place for place, document in enumerate(documents)}
-        self.token_bytes = token_bytes
-        self.unit = "bits per byte" if token_bytes else "bits per token"
-        self.layers, self.num_experts = _sizes(model, self.found)
+        documents = dict.fromkeys(reading.document for reading in readings)
+        self._number = {document: number for number, document in enumerate(documents)}
+        self._token_bytes, self._progress = token_bytes, progress
+        self.text = self._predicted(draws, seed)
+        self.layers = tuple(mixture.layer for mixture in self._reader.mixtures)
         self.used_PE: dict[int, Ints] = {}
-        self.progress, self.done, self.total, self.top_k = progress, 0, 0, 0
+        self.done = self.total = self.top_k = 0
 
-    def predicted(self, draws: int, seed: int) -> Predicted:
-        """The tokens that have a loss: all but the first of each sequence."""
-        domain_P = np.zeros(len(self.number), dtype=np.int64)
-        for reading in self.ordered:
-            domain_P[self.number[reading.document]] = self.domains.index(reading.domain)
-        inputs = torch.cat([reading.tokens_S[:-1] for reading in self.ordered]).numpy()
-        wanted = torch.cat([reading.tokens_S[1:] for reading in self.ordered]).numpy()
+    def _predicted(self, draws: int, seed: int) -> Predicted:
+        readings = [reading for batch in self.batches for reading in batch]
+        domain_P = np.zeros(len(self._number), dtype=np.int64)
+        for reading in readings:
+            domain_P[self._number[reading.document]] = self.domains.index(reading.domain)
+        inputs = torch.cat([reading.tokens_S[:-1] for reading in readings]).numpy()
+        wanted = torch.cat([reading.tokens_S[1:] for reading in readings]).numpy()
         names, target_T = np.unique(wanted, return_inverse=True)
         size_T = np.ones(len(wanted))
-        if self.token_bytes is not None:
-            size_T = np.array([float(self.token_bytes(int(name))) for name in names])[target_T]
+        if self._token_bytes is not None:
+            size_T = np.array([float(self._token_bytes(int(name))) for name in names])[target_T]
         return Predicted(
             domain_P=domain_P,
             document_T=np.repeat(
-                [self.number[reading.document] for reading in self.ordered],
-                [len(reading.tokens_S) - 1 for reading in self.ordered],
+                [self._number[reading.document] for reading in readings],
+                [len(reading.tokens_S) - 1 for reading in readings],
             ),
             input_T=np.unique(inputs, return_inverse=True)[1],
             target_T=target_T,
@@ -94,24 +102,30 @@ class Run:
             seed=seed,
         )
 
-    def bytes_M(self, text: Predicted) -> Ints | None:
+    def facts(self) -> dict[str, Any]:
+        """What every result says of the model, its text and the work."""
+        text, number = self.text, len(self.domains)
+        return {
+            "fingerprint": self._fingerprint,
+            "unit": "bits per byte" if self._token_bytes else "bits per token",
+            "domains": self.domains,
+            "tokens_M": np.bincount(text.domain_P[text.document_T], minlength=number),
+            "documents_M": np.bincount(text.domain_P, minlength=number),
+            "passes": self.done,
+        }
+
+    def bytes_M(self) -> Ints | None:
         """Bytes of each domain's predicted tokens, where they are known."""
-        if self.token_bytes is None:
+        if self._token_bytes is None:
             return None
-        domain_T = text.domain_P[text.document_T]
-        total_M = np.bincount(domain_T, text.size_T, minlength=len(self.domains))
+        domain_T = self.text.domain_P[self.text.document_T]
+        total_M = np.bincount(domain_T, self.text.size_T, minlength=len(self.domains))
         return total_M.astype(np.int64)
 
-    def place(self, layer: int) -> int:
-        """Which of the mixtures is that of a layer.
-
-        Raises:
-            MoestroError: the layer has none.
-        """
-        if layer not in self.layers:
-            known = ", ".join(map(str, self.layers))
-            raise MoestroError(f"layer {layer} is not a mixture layer; choose one of {known}")
-        return self.layers.index(layer)
+    def by_domain(self, change_T: NDArray[Any]) -> tuple[Floats, Floats]:
+        """A number of each token by domain, in the unit of losses, and its interval."""
+        change_P = self.text.sums(change_T.astype(np.float64))
+        return by_domain(self.text, change_P, len(self.domains))
 
     def check(self, target: Target) -> None:
         """Refuse an expert or a domain that does not exist.
@@ -120,9 +134,9 @@ class Run:
             MoestroError: the layer or the expert.
             DataError: the domain.
         """
-        experts = self.num_experts[self.place(target.layer)]
-        for expert in (target.expert, target.expert if target.other is None else target.other):
-            if not 0 <= expert < experts:
+        experts = self._reader.mixtures[place_of(target.layer, self.layers)].num_experts
+        for expert in (target.expert, target.other):
+            if expert is not None and not 0 <= expert < experts:
                 raise MoestroError(
                     f"expert {expert} of layer {target.layer} does not exist; choose one of 0 to "
                     f"{experts - 1}"
@@ -134,7 +148,7 @@ class Run:
                 f"{', '.join(self.domains)}"
             )
 
-    def losses(self, edit: Edit | None, counted: Iterable[int] = ()) -> NDArray[np.float32]:
+    def losses(self, edit: Edit | None = None, counted: Iterable[int] = ()) -> NDArray[np.float32]:
         """Loss of every predicted token, bits, fp32 [T], as the model is or changed.
 
         Args:
@@ -145,20 +159,19 @@ class Run:
             MoestroError: experts choose the tokens, or a loss is not finite.
         """
         parts: list[NDArray[np.float32]] = []
-        with evaluating(self.model) as device:
+        changed = nullcontext() if edit is None else rerouted(self._reader.model, edit)
+        with self._reader.evaluating(), changed:
             for readings in self.batches:
                 batch = pad(readings)
                 if edit is None:
-                    looked = look(self.model, self.found, batch, device)
-                    self._count(looked, batch, counted)
-                    logits_BSV = looked.logits_BSV
+                    logits_BSV, layers = self._reader.record(batch)
+                    self._count(layers, batch, counted)
                 else:
-                    with rerouted(self.model, edit):
-                        logits_BSV = _logits(self.model, batch, device)
+                    logits_BSV = self._reader.logits(batch)
                 parts += [_bits(*each) for each in zip(logits_BSV, readings, strict=True)]
                 self.done += 1
-                if self.progress is not None:
-                    self.progress(self.done, self.total)
+                if self._progress is not None:
+                    self._progress(self.done, self.total)
         losses_T = np.concatenate(parts)
         if not np.isfinite(losses_T).all():
             raise MoestroError(
@@ -167,35 +180,26 @@ class Run:
             )
         return losses_T
 
-    def _count(self, looked: Looked, batch: Batch, counted: Iterable[int]) -> None:
+    def _count(self, layers: list[LayerRecord], batch: Batch, counted: Iterable[int]) -> None:
         """Add up who handled the tokens that have a loss, by document."""
         document_BS = torch.full_like(batch.tokens_BS, -1)
         for row_S, reading in zip(document_BS, batch.readings, strict=True):
-            row_S[: len(reading.tokens_S) - 1] = self.number[reading.document]
+            row_S[: len(reading.tokens_S) - 1] = self._number[reading.document]
         document_T = document_BS.flatten().numpy()
         for layer in set(counted):
-            kept = looked.layers[self.layers.index(layer)]
-            if not kept.top_k:
+            choice = layers[self.layers.index(layer)].choice
+            if not choice.top_k:
                 raise MoestroError(
                     "experts choose the tokens in this model (expert choice), so taking one away "
                     "changes who is chosen elsewhere; give a model whose tokens choose"
                 )
-            self.top_k = max(self.top_k, kept.top_k)
-            width = kept.num_experts + 1  # the last marks an empty place
-            cell_TK = document_T[:, None] * width + kept.experts_TK.cpu().numpy()
+            self.top_k = max(self.top_k, choice.top_k)
+            width = choice.num_experts + 1  # the last marks an empty place
+            cell_TK = document_T[:, None] * width + choice.experts_TK.cpu().numpy()
             used = np.bincount(
-                cell_TK[document_T >= 0].ravel(), minlength=len(self.number) * width
+                cell_TK[document_T >= 0].ravel(), minlength=len(self._number) * width
             ).reshape(-1, width)[:, :-1]
             self.used_PE[layer] = self.used_PE.get(layer, np.zeros_like(used)) + used
-
-
-def _logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
-    tokens_BS = batch.tokens_BS.to(device)
-    valid_BS = None if batch.valid_BS is None else batch.valid_BS.to(device)
-    if isinstance(model, Decoder):
-        logits_BSV: Tensor = model(tokens_BS, valid_BS=valid_BS).logits
-        return logits_BSV
-    return foreign.run(model, tokens_BS, valid_BS)
 
 
 def _bits(logits_SV: Tensor, reading: Reading) -> NDArray[np.float32]:
@@ -217,21 +221,3 @@ def predicting(texts: Iterable[Passage | str], tokenizer: Encodes | None) -> lis
     if not readings:
         raise DataError("every text has a single token, which predicts nothing; give longer ones")
     return readings
-
-
-def _sizes(model: nn.Module, found: list[Tap]) -> tuple[tuple[int, ...], list[int]]:
-    """Layer number and number of experts of each mixture.
-
-    Raises:
-        MoestroError: the model has no head.
-    """
-    if isinstance(model, Decoder):
-        assert model.cfg.moe is not None
-        return tuple(model.moe_layers), [model.cfg.moe.num_experts] * len(model.moe_layers)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise MoestroError(
-            f"{type(model).__name__} has no head that predicts tokens, so it has no loss; give the "
-            "causal language model (…ForCausalLM)"
-        )
-    return tuple(tap.layer for tap in found), [tap.num_experts for tap in found]

@@ -12,7 +12,7 @@ import numpy as np
 
 from moestro.errors import DataError, MoestroError
 from moestro.probe.measures.bootstrap import Floats, document_domains, membership, shares
-from moestro.probe.recording.traces import Trace
+from moestro.probe.recording.traces import Trace, place_of
 
 _SURE = 3.0  # standard errors by which a domain's use of an expert must exceed the others'
 
@@ -78,13 +78,8 @@ def every(trace: Trace, layer: int) -> list[Target]:
     Raises:
         MoestroError: as in `targets`, or there is no such mixture layer.
     """
-    known = trace.subject.moe_layers
-    if layer not in known:
-        raise MoestroError(
-            f"layer {layer} is not a mixture layer; choose one of {', '.join(map(str, known))}"
-        )
+    place = place_of(layer, trace.subject.moe_layers)
     share_LME, score_LME = _lifts(trace)
-    place = known.index(layer)
     best_E = score_LME[place].argmax(axis=0)
     chosen = [(place, int(domain), expert) for expert, domain in enumerate(best_E)]
     return _with_controls(trace, share_LME, chosen, False, 0)
@@ -144,8 +139,7 @@ def _with_controls(
 ) -> list[Target]:
     rng = np.random.default_rng(seed)
     layers, domains = trace.subject.moe_layers, trace.domains
-    found: list[Target] = []
-    beside: list[Target] = []
+    found, beside = [], []
     for layer, domain, expert in chosen:
         share_E = share_LME[layer, domain]
         used = {number for place, _, number in chosen if place == layer}

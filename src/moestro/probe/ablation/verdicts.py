@@ -14,37 +14,34 @@ import numpy as np
 from moestro.probe.ablation import effects
 from moestro.probe.ablation.effects import Ablation, TokenIdentity
 from moestro.probe.ablation.targets import Target
-from moestro.probe.measures.bootstrap import Bools, Floats, Ints, document_weights, holm, interval
+from moestro.probe.measures.bootstrap import (
+    Bools,
+    Floats,
+    Ints,
+    document_sums,
+    document_weights,
+    holm,
+    interval,
+    membership,
+)
 
 _TINY = 1e-12
 
 
 class Predicted(NamedTuple):
-    """The T tokens that the model predicted, sequence after sequence, in the order of its runs.
-
-    Attributes:
-        domain_P: the domain of each document.
-        document_T: the document of each token.
-        input_T: the id read there, ids being numbered through from 0.
-        target_T: the id to be predicted, likewise.
-        size_T: what a loss is divided by: 1, or the bytes that the target stands for.
-        draws: Z.
-        seed: of all draws.
-    """
+    """The T tokens that the model predicted, sequence after sequence, in the order of its runs."""
 
     domain_P: Ints
     document_T: Ints
-    input_T: Ints
-    target_T: Ints
-    size_T: Floats
+    input_T: Ints  # the id read there, ids being numbered through from 0
+    target_T: Ints  # the id to be predicted, likewise
+    size_T: Floats  # what a loss is divided by: 1, or the bytes that the target stands for
     draws: int
     seed: int
 
     def sums(self, value_T: Floats) -> Floats:
         """Sum of a number of each token over each document. [P]."""
-        total_P = np.zeros(len(self.domain_P))
-        np.add.at(total_P, self.document_T, value_T)
-        return total_P
+        return document_sums(value_T, self.document_T, len(self.domain_P))
 
     def deals(self) -> Ints:
         """Documents in random orders, the same at every call. [Z, P]."""
@@ -68,12 +65,7 @@ def by_domain(text: Predicted, change_P: Floats, domains: int) -> tuple[Floats, 
 
 
 class Measured(NamedTuple):
-    """A row without its verdict, and what the verdict is made of.
-
-    Attributes:
-        row: without verdict.
-        samples_Z: `per_assignment` under the bootstrap.
-    """
+    """A row without its verdict, and `per_assignment` under the bootstrap."""
 
     row: Ablation
     samples_Z: Floats
@@ -103,7 +95,7 @@ def measure_row(
     change_M, change_interval_M2 = by_domain(text, change_P, domains)
     sides = [_side(weights_ZP, which_P, change_P, size_P) for which_P in (own_P, ~own_P)]
     single = [_side(weights_ZP, which_P, change_P, touched_P) for which_P in (own_P, ~own_P)]
-    own_MP = np.equal(text.domain_P, np.arange(domains)[:, None])
+    own_MP = membership(text.domain_P, domains)
     deals_ZP, several = text.deals(), own_P.sum() > 1 and (~own_P).sum() > 1
     row = Ablation(
         layer=target.layer,

@@ -14,12 +14,11 @@ from moestro.probe.measures.bootstrap import (
     Bools,
     Floats,
     Ints,
+    beside_chance,
     distances,
     document_weights,
-    holm,
     lonely,
     membership,
-    p_values,
     reflected,
     signs,
 )
@@ -30,36 +29,23 @@ class BeyondTokens(NamedTuple):
     """What of a label's use of experts its token ids do not tell.
 
     About the label's tokens whose id also occurs under another label only: of the others nobody
-    can tell whether the token or the topic chose the expert. A label without any has NaN.
-
-    Attributes:
-        shared_M: share of each label's tokens whose id also occurs under another label.
-        distance_LM: total variation, over those tokens, from the mean over labels.
-        tokens_LM: the distance that those tokens would give if each id were routed under every
-            label as it is on average over all its occurrences.
-        tokens_interval_LM2: its 95 % interval (the routing of each id held fixed).
-        excess_LM: share of the label's assignments of those tokens that go to other experts than
-            the same ids do on average: total variation between what is and what tokens alone give.
-        chance_LM: its mean under the null that token identity explains everything.
-        chance_high_LM: what it exceeds in 5 % of the draws of that null.
-        interval_LM2: 95 % interval of the excess, the upward bias of sampling taken off; NaN for
-            a label of one document. Whether there is any excess, `p_value_L` tells.
-        mean_L: the layer's excess: the mean over labels with shared ids and two documents or more.
-        mean_chance_L: its mean under the null.
-        mean_chance_high_L: its 95 % quantile under the null.
-        p_value_L: share of draws of the null with at least as much excess.
-        supported_L: whether there is excess at a family-wise rate of 5 % over all layers (Holm).
+    can tell whether the token or the topic chose the expert. A label without any has NaN. The null
+    is that token identity explains everything; the rest is as in `Specialisation`.
     """
 
-    shared_M: Floats
-    distance_LM: Floats
+    shared_M: Floats  # share of each label's tokens whose id also occurs under another label
+    distance_LM: Floats  # total variation, over those tokens, from the mean over labels
+    # The distance that those tokens would give if each id were routed under every label as it is
+    # on average over all its occurrences; in its interval the routing of each id is held fixed.
     tokens_LM: Floats
     tokens_interval_LM2: Floats
+    # Share of the label's assignments of those tokens that go to other experts than the same ids
+    # do on average: total variation between what is and what tokens alone give.
     excess_LM: Floats
     chance_LM: Floats
     chance_high_LM: Floats
     interval_LM2: Floats
-    mean_L: Floats
+    mean_L: Floats  # over labels with shared ids and two documents or more
     mean_chance_L: Floats
     mean_chance_high_L: Floats
     p_value_L: Floats
@@ -67,37 +53,22 @@ class BeyondTokens(NamedTuple):
 
 
 class _Vocabulary(NamedTuple):
-    """The shared token ids of a trace, and where they occur.
+    """The shared token ids of a trace, and where they occur."""
 
-    Attributes:
-        used_T: whether the token's id occurs under two labels or more.
-        id_T: number of its id among all U ids of labelled text.
-        count_U: occurrences of each id.
-        label_UM: share of an id's occurrences that lie under each label.
-        shared_M: share of each label's tokens that are used.
-    """
-
-    used_T: Bools
-    id_T: Ints
+    used_T: Bools  # whether the token's id occurs under two labels or more
+    id_T: Ints  # number of its id among all U ids of labelled text
     count_U: Floats
-    label_UM: Floats
-    shared_M: Floats
+    label_UM: Floats  # share of an id's occurrences that lie under each label
+    shared_M: Floats  # share of each label's tokens that are used
 
 
 class _Layer(NamedTuple):
-    """One layer's assignments of shared tokens, by document.
-
-    Attributes:
-        seen_PE: assignments.
-        told_PE: what the documents' token ids tell of them.
-        score_PME: what each document adds to the difference of the two for each label.
-        noise_PME: the same, compared with the other documents only.
-    """
+    """One layer's assignments of shared tokens, by document."""
 
     seen_PE: Floats
-    told_PE: Floats
-    score_PME: Floats
-    noise_PME: Floats
+    told_PE: Floats  # what the documents' token ids tell of them
+    score_PME: Floats  # what each document adds to the difference of the two for each label
+    noise_PME: Floats  # the same, compared with the other documents only
 
 
 def beyond_tokens(
@@ -122,12 +93,7 @@ def beyond_tokens(
     would hide some of the noise. That makes the test a little careful: on text without any
     excess it rejects in 1 to 5 % instead of 5.
 
-    Args:
-        trace: of the routing.
-        label_P: the label of each document, below 0 to leave it out.
-        labels: M.
-        draws: of the null, and bootstrap samples.
-        seed: of those draws.
+    Documents of a label below 0 are left out.
     """
     vocabulary = _vocabulary(trace, label_P, labels)
     member_MP, alone_M = membership(label_P, labels), lonely(label_P, labels)
@@ -148,53 +114,19 @@ def beyond_tokens(
         excess_LM[index] = _excess(difference_ME, assigned_M)
         chance_ZLM[:, index] = _excess(null_ZME, assigned_M)
         drawn_ZLM[:, index] = _excess(difference_ME + moved_ZME, assigned_M)
-    seen_PLE, told_PLE = np.stack(seen, axis=1), np.stack(told, axis=1)
-    told_ML = distances(member_MP, told_PLE)
-    resampled_ZML = np.stack([distances(member_MP * w_P, told_PLE) for w_P in weights_ZP])
-    return _summary(
-        vocabulary.shared_M,
-        alone_M | (vocabulary.shared_M == 0),
-        (distances(member_MP, seen_PLE).T, told_ML.T, excess_LM),
-        (resampled_ZML.swapaxes(1, 2), drawn_ZLM),
-        chance_ZLM,
-    )
-
-
-def _summary(
-    shared_M: Floats,
-    alone_M: Bools,
-    measured: tuple[Floats, Floats, Floats],
-    resampled: tuple[Floats, Floats],
-    chance_ZLM: Floats,
-) -> BeyondTokens:
-    """Put the parts together; labels that no question can be asked of have no say in the layer."""
-    seen_LM, told_LM, excess_LM = measured
-    told_LM2, excess_LM2 = (
-        reflected(drawn, at) for drawn, at in zip(resampled, (told_LM, excess_LM), strict=True)
-    )
-    told_LM2[:, alone_M], excess_LM2[:, alone_M] = np.nan, np.nan
+    told_PLE, shared_M = np.stack(told, axis=1), vocabulary.shared_M
+    told_LM, asked_M = distances(member_MP, told_PLE).T, ~alone_M & (shared_M > 0)
+    told_ZLM = np.stack([distances(member_MP * w_P, told_PLE).T for w_P in weights_ZP])
+    told_LM2 = reflected(told_ZLM, told_LM)
+    told_LM2[:, ~asked_M] = np.nan
     chance_ZLM[:, :, shared_M == 0] = np.nan
-    mean_L, mean_ZL = np.full(len(excess_LM), np.nan), np.full(chance_ZLM.shape[:2], np.nan)
-    if not alone_M.all():
-        mean_L, mean_ZL = (
-            excess_LM[:, ~alone_M].mean(axis=1),
-            chance_ZLM[..., ~alone_M].mean(axis=2),
-        )
-    p_value_L = p_values(mean_ZL, mean_L)
     return BeyondTokens(
         shared_M=shared_M,
-        distance_LM=seen_LM,
+        distance_LM=distances(member_MP, np.stack(seen, axis=1)).T,
         tokens_LM=told_LM,
         tokens_interval_LM2=told_LM2,
         excess_LM=excess_LM,
-        chance_LM=chance_ZLM.mean(axis=0),
-        chance_high_LM=np.quantile(chance_ZLM, 0.95, axis=0),
-        interval_LM2=excess_LM2,
-        mean_L=mean_L,
-        mean_chance_L=mean_ZL.mean(axis=0),
-        mean_chance_high_L=np.quantile(mean_ZL, 0.95, axis=0),
-        p_value_L=p_value_L,
-        supported_L=holm(p_value_L),
+        **beside_chance(excess_LM, drawn_ZLM, chance_ZLM, asked_M),
     )
 
 

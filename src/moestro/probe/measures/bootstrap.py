@@ -6,6 +6,7 @@ M domains or labels, Z random draws.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -42,17 +43,11 @@ def document_domains(trace: Trace) -> Ints:
 def document_weights(domain_P: Ints, draws: int, seed: int) -> Floats:
     """How often each document is drawn when each domain's documents are drawn again. [Z, P].
 
-    As many as the domain has, with replacement. The only document of a domain always counts once:
-    such a domain shows no noise, so set its intervals to NaN (`lonely` tells which).
-
-    Args:
-        domain_P: the domain of each document; those below 0 get weight 0.
-        draws: Z.
-        seed: of the draws.
+    As many as the domain has, with replacement; those of a domain below 0 get weight 0. The only
+    document of a domain always counts once: such a domain shows no noise, so set its intervals to
+    NaN (`lonely` tells which).
     """
-    if draws < 1:
-        raise MoestroError(f"draws is {draws}; give at least 1")
-    rng = np.random.default_rng(seed)
+    rng = _generator(draws, seed)
     weights_ZP = np.zeros((draws, len(domain_P)))
     for domain in np.unique(domain_P[domain_P >= 0]):
         own = np.flatnonzero(domain_P == domain)
@@ -98,15 +93,9 @@ def reflected(
 ) -> Floats:
     """Basic bootstrap interval, for a measure that noise pushes upwards. [..., 2].
 
-    A distance of resampled text carries the noise of sampling twice, so the quantiles are
-    reflected about the measured value: that takes the upward bias off instead of adding it again.
-
-    Args:
-        samples: [Z, ...], of the bootstrap.
-        measured: [...], of the text itself.
-        low: the smallest possible value.
-        high: the largest.
-        level: of confidence.
+    A distance of resampled text carries the noise of sampling twice, so the quantiles of the
+    samples, [Z, ...], are reflected about the measured value, [...]: that takes the upward bias
+    off instead of adding it again. No value lies below `low` or above `high`.
     """
     limits = interval(samples, 0, level)
     centre = 2 * np.asarray(measured, dtype=np.float64)[..., None]
@@ -134,6 +123,41 @@ def largest_p_values(largest_Z: Floats, measured: Floats) -> Floats:
     return result
 
 
+def beside_chance(
+    measured_LM: Floats, drawn_ZLM: Floats, chance_ZLM: Floats, asked_M: Bools, least: int = 1
+) -> dict[str, Any]:
+    """A distance of each layer and label with its noise, and the test of each layer's mean.
+
+    Args:
+        measured_LM: the distance.
+        drawn_ZLM: bootstrap samples of it.
+        chance_ZLM: draws of its null.
+        asked_M: the labels that the question can be asked of: the others have no interval, and no
+            part in the mean.
+        least: how many of them a mean needs; NaN below.
+
+    Returns: interval, chance and its 95 % quantile by label; the same of the mean, and its p-value
+        with whether it holds over all layers (Holm). Names as in `Specialisation`.
+    """
+    interval_LM2 = reflected(drawn_ZLM, measured_LM)
+    interval_LM2[:, ~asked_M] = np.nan
+    mean_L, mean_ZL = np.full(len(measured_LM), np.nan), np.full(chance_ZLM.shape[:2], np.nan)
+    if asked_M.sum() >= least:
+        mean_L = measured_LM[:, asked_M].mean(axis=1)
+        mean_ZL = chance_ZLM[..., asked_M].mean(axis=2)
+    p_value_L = p_values(mean_ZL, mean_L)
+    return {
+        "interval_LM2": interval_LM2,
+        "chance_LM": chance_ZLM.mean(axis=0),
+        "chance_high_LM": np.quantile(chance_ZLM, 0.95, axis=0),
+        "mean_L": mean_L,
+        "mean_chance_L": mean_ZL.mean(axis=0),
+        "mean_chance_high_L": np.quantile(mean_ZL, 0.95, axis=0),
+        "p_value_L": p_value_L,
+        "supported_L": holm(p_value_L),
+    }
+
+
 def holm(p_value: Floats) -> Bools:
     """Which p-values hold at a family-wise `SIGNIFICANCE` (Holm 1979, step-down)."""
     flat = np.nan_to_num(p_value.ravel(), nan=1.0)
@@ -146,9 +170,7 @@ def holm(p_value: Floats) -> Bools:
 
 def signs(documents: int, draws: int, seed: int) -> Floats:
     """Random signs for documents: what they add up to if none had a direction. ±1, [Z, P]."""
-    if draws < 1:
-        raise MoestroError(f"draws is {draws}; give at least 1")
-    flips = np.random.default_rng(seed).integers(0, 2, size=(draws, documents))
+    flips = _generator(draws, seed).integers(0, 2, size=(draws, documents))
     return 2.0 * flips.astype(np.float64) - 1.0
 
 
@@ -177,6 +199,14 @@ def distances(weights_MP: Floats, counts_PLE: Floats) -> Floats:
 
 
 def document_sums(values_TX: NDArray[Any], document_T: Ints, documents: int) -> Floats:
-    """Sum of each column over each document's tokens. [P, X]."""
-    columns = [np.bincount(document_T, each_T, minlength=documents) for each_T in values_TX.T]
-    return np.stack(columns, axis=1).astype(np.float64)
+    """Sum of a number, or of arrays of any shape, over each document's tokens. [T, …] -> [P, …]."""
+    columns = values_TX.reshape(len(values_TX), prod(values_TX.shape[1:])).T
+    sums = [np.bincount(document_T, each_T, minlength=documents) for each_T in columns]
+    shape = (documents, *values_TX.shape[1:])
+    return np.stack(sums, axis=1).astype(np.float64, copy=False).reshape(shape)
+
+
+def _generator(draws: int, seed: int) -> np.random.Generator:
+    if draws < 1:
+        raise MoestroError(f"draws is {draws}; give at least 1")
+    return np.random.default_rng(seed)

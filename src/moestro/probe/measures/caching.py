@@ -25,10 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.errors import MoestroError
-from moestro.probe.measures.bootstrap import Floats, interval, pooled_weights
+from moestro.probe.measures.bootstrap import (
+    Floats,
+    Ints,
+    document_sums,
+    interval,
+    pooled_weights,
+)
 from moestro.probe.recording.traces import Trace
 
-Ints = NDArray[np.int64]
 POLICIES = ("lru", "lfu", "oracle")
 # Places of caches that are looked at, about 6 ns each.
 MOST_WORK = 2 * 10**9
@@ -39,54 +44,35 @@ _PINNED = np.int64(1 << 62)
 
 
 class HitRates(NamedTuple):
-    """Share of the wanted experts that one policy had in its cache; size 1 first, size E last.
-
-    Attributes:
-        rate_LE: by layer.
-        interval_LE2: its 95 % interval, from a bootstrap over documents; NaN for one document.
-        shuffled_LE: with all tokens in random order, sequences as long as before: what uneven
-            loads alone give. What the order of the text adds lies above it.
-        mean_E: mean of `rate_LE` over layers.
-        mean_interval_E2: its 95 % interval.
-        shuffled_E: mean of `shuffled_LE` over layers.
-        uniform_E: the same if tokens chose experts at random, each as likely as any other. It lies
-            below size / E by the first touches; but for the oracle, which foresees.
-    """
+    """Share of the wanted experts that one policy had in its cache; size 1 first, size E last."""
 
     rate_LE: Floats
     interval_LE2: Floats
+    # With all tokens in random order, sequences as long as before: what uneven loads alone give.
+    # What the order of the text adds lies above it.
     shuffled_LE: Floats
-    mean_E: Floats
+    mean_E: Floats  # over layers, like the rest
     mean_interval_E2: Floats
     shuffled_E: Floats
+    # If tokens chose experts at random, each as likely as any other. It lies below size / E by the
+    # first touches; but for the oracle, which foresees.
     uniform_E: Floats
 
 
 class Caching(NamedTuple):
-    """Hit rates of expert caches.
-
-    Attributes:
-        lru: the least recently used expert goes.
-        lfu: the least often used expert goes.
-        oracle: the expert that is wanted latest goes; the most that any policy can reach.
-        first_L: share of wanted experts that their sequence had not used before: misses of every
-            policy at every size.
-        full_E: size / E, the hit rate of a full cache if all experts are equally likely each time.
-        tokens: how many were simulated: the first ones of each of some sequences.
-        sequences: how many sequences.
-        documents: of how many documents.
-        tokens_recorded: how many the trace has.
-    """
+    """Hit rates of expert caches."""
 
     lru: HitRates
     lfu: HitRates
     oracle: HitRates
+    # Share of wanted experts that their sequence had not used before: misses of every policy at
+    # every size.
     first_L: Floats
-    full_E: Floats
-    tokens: int
+    full_E: Floats  # size / E: of a full cache if all experts are equally likely each time
+    tokens: int  # how many were simulated: the first ones of each of some sequences
     sequences: int
     documents: int
-    tokens_recorded: int
+    tokens_recorded: int  # how many the trace has
 
 
 def caching(
@@ -95,8 +81,8 @@ def caching(
     """Hit rates of every policy, size and layer.
 
     Args:
-        trace: of any model. Where it is larger than `most_work` allows, some sequences are drawn,
-            and of each its first tokens are used; the result says how many.
+        trace: where it is larger than `most_work` allows, some sequences are drawn, and of each
+            its first tokens are used; the result says how many.
         draws: bootstrap samples of documents.
         seed: of the draws.
         most_work: tokens × layers × experts × experts per token × 9 that are simulated; the
@@ -122,20 +108,17 @@ def caching(
     document_N, domain_N = trace.document_N[sequence_N], trace.domain_N[sequence_N]
     documents, first_of_N, of_N = np.unique(document_N, return_index=True, return_inverse=True)
     weights_ZP = pooled_weights(domain_N[first_of_N], draws, seed)
-    wanted_PL, wanted_L = _by_document(wanted_NL, of_N), wanted_NL.sum(axis=0)
+    wanted_PL = document_sums(wanted_NL, of_N, len(documents))
+    found = {}
     with np.errstate(invalid="ignore"):
-        lru, lfu, oracle = (
-            _rates(
-                total_PJE[policy].reshape(3, layers, num_experts) / wanted_L[:, None],
-                *_intervals(_by_document(hits_NPLE[:, policy], of_N), wanted_PL, weights_ZP),
-            )
-            for policy in range(len(POLICIES))
-        )
+        for place, policy in enumerate(POLICIES):
+            hits_PLE = document_sums(hits_NPLE[:, place], of_N, len(documents))
+            counts_OLE = total_PJE[place].reshape(3, layers, num_experts)
+            rate_OLE = counts_OLE / wanted_NL.sum(axis=0)[:, None]
+            found[policy] = _rates(rate_OLE, *_intervals(hits_PLE, wanted_PL, weights_ZP))
     return Caching(
-        lru=lru,
-        lfu=lfu,
-        oracle=oracle,
-        first_L=1 - lru.rate_LE[:, -1],
+        **found,
+        first_L=1 - found["lru"].rate_LE[:, -1],
         full_E=np.arange(1, num_experts + 1) / num_experts,
         tokens=len(token_T),
         sequences=len(sequence_N),
@@ -146,16 +129,9 @@ def caching(
 
 def _rates(rate_OLE: Floats, interval_LE2: Floats, mean_interval_E2: Floats) -> HitRates:
     """Put together, from the rates of the three orders: as it is, shuffled, uniform."""
-    rate_LE, shuffled_LE, uniform_LE = rate_OLE
-    return HitRates(
-        rate_LE=rate_LE,
-        interval_LE2=interval_LE2,
-        shuffled_LE=shuffled_LE,
-        mean_E=rate_LE.mean(axis=0),
-        mean_interval_E2=mean_interval_E2,
-        shuffled_E=shuffled_LE.mean(axis=0),
-        uniform_E=uniform_LE.mean(axis=0),
-    )
+    rate_LE, shuffled_LE, _ = rate_OLE
+    mean_OE = rate_OLE.mean(axis=1)
+    return HitRates(rate_LE, interval_LE2, shuffled_LE, mean_OE[0], mean_interval_E2, *mean_OE[1:])
 
 
 def _sample(trace: Trace, most_work: int, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
@@ -324,12 +300,6 @@ def _stack_positions(
             stack_EnJ[0] = new_nJ
         stack_EnJ[:top_k] &= ~_PINNED
     return held
-
-
-def _by_document(values_N: NDArray[Any], document_N: Ints) -> Floats:
-    sums_P = np.zeros((int(document_N.max()) + 1, *values_N.shape[1:]))
-    np.add.at(sums_P, document_N, values_N)
-    return sums_P
 
 
 def _intervals(hits_PLE: Floats, wanted_PL: Floats, weights_ZP: Floats) -> tuple[Floats, Floats]:

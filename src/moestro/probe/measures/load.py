@@ -1,7 +1,6 @@
-"""Load: how evenly experts are used, by whom, and how sure the router is, with intervals.
+"""Load: how evenly experts are used, by whom, and how sure the router is.
 
-Letters beside those of docs/shapes.md: M domains, P documents, Z random draws. All intervals are
-of 95 %, from a bootstrap over documents; NaN where a domain has a single document.
+Letters beside those of docs/shapes.md: M domains, P documents, Z random draws.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from moestro.probe.measures.bootstrap import (
     Floats,
     Ints,
     document_domains,
-    document_sums,
     document_weights,
     interval,
     largest_p_values,
@@ -27,68 +25,48 @@ from moestro.probe.measures.bootstrap import (
     reflected,
     shares,
 )
+from moestro.probe.measures.totals import Totals, document_counts, totals
 from moestro.probe.recording.traces import Trace
 
 
 class Load(NamedTuple):
     """How evenly the experts of each layer are used, over all domains together.
 
-    Attributes:
-        share_LE: each expert's share of the layer's assignments, before any drop; rows sum to 1.
-        share_interval_LE2: its interval.
-        imbalance_L: largest load over mean load; 1 is perfect balance, E the worst.
-        imbalance_interval_L2: its interval, with the upward bias of sampling taken off.
-        variation_L: coefficient of variation of the loads: standard deviation over mean.
-        variation_interval_L2: its interval, with the upward bias of sampling taken off.
-        dead_L: the experts that received nothing at all.
-        dead_limit: an expert that none of the documents used occurs in less than this share of
-            all such documents (95 %, if they are alike).
-        dropped_L: share of the assignments that found no room.
-        dropped_interval_L2: its interval.
+    The upward bias of sampling is taken off the intervals of imbalance and variation.
     """
 
-    share_LE: Floats
+    share_LE: Floats  # of the layer's assignments, before any drop; rows sum to 1
     share_interval_LE2: Floats
-    imbalance_L: Floats
+    imbalance_L: Floats  # largest load over mean load; 1 is perfect balance, E the worst
     imbalance_interval_L2: Floats
-    variation_L: Floats
+    variation_L: Floats  # of the loads: standard deviation over mean
     variation_interval_L2: Floats
-    dead_L: tuple[tuple[int, ...], ...]
+    dead_L: tuple[tuple[int, ...], ...]  # the experts that received nothing at all
+    # An expert that none of the documents used occurs in less than this share of all such
+    # documents (95 %, if they are alike).
     dead_limit: float
-    dropped_L: Floats
+    dropped_L: Floats  # share of the assignments that found no room
     dropped_interval_L2: Floats
 
 
 class Table(NamedTuple):
-    """Experts by domain.
+    """Experts by domain."""
 
-    Attributes:
-        share_LME: share of each domain's assignments on each expert; rows sum to 1.
-        interval_LME2: its interval.
-        p_value_LME: whether the cell differs from what dealing whole documents to the domains at
-            random gives, corrected for all cells of all layers (Westfall and Young's largest
-            studentised difference); NaN where there is one domain only.
-        supported_LME: whether it does at a family-wise rate of 5 %.
-    """
-
-    share_LME: Floats
+    share_LME: Floats  # of each domain's assignments on each expert; rows sum to 1
     interval_LME2: Floats
+    # Whether the cell differs from what dealing whole documents to the domains at random gives,
+    # corrected for all cells of all layers (Westfall and Young's largest studentised difference);
+    # NaN where there is one domain only.
     p_value_LME: Floats
-    supported_LME: Bools
+    supported_LME: Bools  # whether it does at a family-wise rate of 5 %
 
 
 class Entropy(NamedTuple):
     """Entropy of the router's probabilities, as a share of log E: 0 one expert, 1 all alike.
 
-    Attributes:
-        balance_L: of the probabilities averaged over tokens: 1 if experts share the work evenly.
-        balance_interval_L2: its interval.
-        balance_LM: the same within each domain.
-        balance_interval_LM2: its interval.
-        spread_L: of each token's own, averaged over tokens: 0 if the router is sure of one expert.
-        spread_interval_L2: its interval.
-        spread_LM: the same within each domain.
-        spread_interval_LM2: its interval.
+    Balance is that of the probabilities averaged over tokens: 1 if experts share the work evenly.
+    Spread is each token's own, averaged over tokens: 0 if the router is sure of one expert. Both
+    over all text, and within each domain.
     """
 
     balance_L: Floats
@@ -104,11 +82,8 @@ class Entropy(NamedTuple):
 class Margin(NamedTuple):
     """How far the least likely chosen expert is ahead of the next one, in probability.
 
-    Attributes:
-        mean_L: mean over tokens; below 0 where a bias or groups overrule the probabilities.
-        interval_L2: its interval.
-        mean_LM: the same within each domain.
-        interval_LM2: its interval.
+    The mean over tokens, of all text and within each domain; below 0 where a bias or groups
+    overrule the probabilities.
     """
 
     mean_L: Floats
@@ -118,26 +93,13 @@ class Margin(NamedTuple):
 
 
 def load(trace: Trace, *, draws: int = 999, seed: int = 0) -> Load:
-    """Load per layer and expert, over all domains together.
-
-    Args:
-        trace: of the routing.
-        draws: bootstrap samples behind the intervals.
-        seed: of those draws.
-    """
-    num_experts = trace.subject.num_experts
-    counts_PLE = document_counts(trace)
+    """Load per layer and expert, over all domains together."""
+    num_experts, total = trace.subject.num_experts, totals(trace)
     weights_ZP = pooled_weights(document_domains(trace), draws, seed)
-    share_LE = shares(counts_PLE.sum(axis=0))
-    share_ZLE = shares(np.tensordot(weights_ZP, counts_PLE, 1))
+    once_1P = np.ones((1, len(total.tokens_P)))
+    share_LE, share_ZLE = total.load(once_1P)[0], total.load(weights_ZP)
     imbalance_L, variation_L = _unevenness(share_LE)
     imbalance_ZL, variation_ZL = _unevenness(share_ZLE)
-    lost_PL = np.zeros(counts_PLE.shape[:2])
-    if trace.kept_TLK is not None:
-        lost_TL = (~trace.kept_TLK & (trace.experts_TLK < num_experts)).sum(axis=2)
-        lost_PL = document_sums(lost_TL, trace.document_T, len(trace.documents))
-    all_PL = counts_PLE.sum(axis=2)
-    used = len(np.unique(trace.document_N))
     return Load(
         share_LE=share_LE,
         share_interval_LE2=interval(share_ZLE),
@@ -146,9 +108,9 @@ def load(trace: Trace, *, draws: int = 999, seed: int = 0) -> Load:
         variation_L=variation_L,
         variation_interval_L2=reflected(variation_ZL, variation_L, 0.0, (num_experts - 1) ** 0.5),
         dead_L=tuple(tuple(np.flatnonzero(row_E == 0).tolist()) for row_E in share_LE),
-        dead_limit=1 - SIGNIFICANCE ** (1 / used),
-        dropped_L=lost_PL.sum(axis=0) / np.maximum(all_PL.sum(axis=0), 1),
-        dropped_interval_L2=interval(weights_ZP @ lost_PL / np.maximum(weights_ZP @ all_PL, 1)),
+        dead_limit=1 - SIGNIFICANCE ** (1 / len(np.unique(trace.document_N))),
+        dropped_L=total.dropped(once_1P)[0],
+        dropped_interval_L2=interval(total.dropped(weights_ZP)),
     )
 
 
@@ -157,11 +119,6 @@ def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> Table:
 
     Chance: whole documents are dealt to the domains at random, each domain keeping its number of
     documents; the only document of a domain stays where it is, and nothing is claimed there.
-
-    Args:
-        trace: of the routing.
-        draws: bootstrap samples, and random deals.
-        seed: of those draws.
     """
     domain_P, domains = document_domains(trace), len(trace.domains)
     counts_PLE = document_counts(trace)
@@ -190,54 +147,21 @@ def entropy(trace: Trace, *, draws: int = 999, seed: int = 0) -> Entropy | None:
     """Entropy of the mean probabilities (balance), and mean of each token's own (spread).
 
     None where the trace does not know the router's probabilities; where it knows them by token
-    only, as of sequences that lost a part, the balance is NaN. Arguments as for `load`.
+    only, as of sequences that lost a part, the balance is NaN.
     """
     if np.isnan(trace.entropy_TL).all():
         return None
-    most = np.log(trace.subject.num_experts) if trace.subject.num_experts > 1 else 1.0
-    layers, documents = len(trace.subject.moe_layers), len(trace.documents)
-    total_NLE = trace.probs_NLE * trace.length_N[:, None, None].astype(np.float64)
-    total_PLE = np.zeros((documents, layers, trace.subject.num_experts))
-    np.add.at(total_PLE, trace.document_N, total_NLE)
-    own_PL = document_sums(trace.entropy_TL, trace.document_T, documents)
-    tokens_P = np.bincount(trace.document_T, minlength=documents).astype(np.float64)
-
-    def balance(weights_ZQ: Floats, own_Q: Ints) -> Floats:
-        return entropy_of(shares(np.tensordot(weights_ZQ, total_PLE[own_Q], 1))) / most
-
-    def spread(weights_ZQ: Floats, own_Q: Ints) -> Floats:
-        return _means(weights_ZQ, own_PL[own_Q], tokens_P[own_Q]) / most
-
-    balanced = _both(trace, balance, draws, seed)
-    spreads = _both(trace, spread, draws, seed)
-    return Entropy(*balanced, *spreads)
+    return Entropy(
+        *_by_domain(trace, Totals.balance, draws, seed),
+        *_by_domain(trace, Totals.spread, draws, seed),
+    )
 
 
 def margin(trace: Trace, *, draws: int = 999, seed: int = 0) -> Margin | None:
-    """Mean lead of the last chosen expert over the next; None where unknown. See `load`."""
+    """Mean lead of the last chosen expert over the next; None where unknown."""
     if np.isnan(trace.margin_TL).all():
         return None
-    documents = len(trace.documents)
-    own_PL = document_sums(trace.margin_TL, trace.document_T, documents)
-    tokens_P = np.bincount(trace.document_T, minlength=documents).astype(np.float64)
-
-    def mean(weights_ZQ: Floats, own_Q: Ints) -> Floats:
-        return _means(weights_ZQ, own_PL[own_Q], tokens_P[own_Q])
-
-    return Margin(*_both(trace, mean, draws, seed, -1.0))
-
-
-def document_counts(trace: Trace) -> Floats:
-    """Assignments, before any drop, by document, layer and expert. [P, L, E]."""
-    counts_LPE = trace.counts(trace.document_T, len(trace.documents))
-    return counts_LPE.swapaxes(0, 1).astype(np.float64)
-
-
-def entropy_of(p: Floats) -> Floats:
-    """Entropy along the last axis, in nats."""
-    surprise: Floats = -np.log(np.where(p > 0, p, 1.0))
-    result: Floats = np.where(np.isnan(p).any(axis=-1), np.nan, (p * surprise).sum(axis=-1))
-    return result
+    return Margin(*_by_domain(trace, Totals.margin, draws, seed, -1.0))
 
 
 def _unevenness(share: Floats) -> tuple[Floats, Floats]:
@@ -246,40 +170,30 @@ def _unevenness(share: Floats) -> tuple[Floats, Floats]:
     return share.max(axis=-1) * num_experts, share.std(axis=-1) * num_experts
 
 
-def _means(weights_ZP: Floats, sums_PL: Floats, tokens_P: Floats) -> Floats:
-    tokens_Z1: Floats = np.maximum(weights_ZP @ tokens_P, 1)[:, None]
-    return (weights_ZP @ sums_PL) / tokens_Z1
-
-
-def _both(
-    trace: Trace, of: Callable[[Floats, Ints], Floats], draws: int, seed: int, low: float = 0.0
+def _by_domain(
+    trace: Trace,
+    statistic: Callable[[Totals, Floats], Floats],
+    draws: int,
+    seed: int,
+    low: float = 0.0,
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """A measure of some documents by their weights, over all domains and for each of them.
+    """A statistic of all documents, [L] and [L, 2], and of each domain's, [L, M] and [L, M, 2]."""
+    total, domain_P, domains = totals(trace), document_domains(trace), len(trace.domains)
 
-    Args:
-        trace: of the routing.
-        of: from weights [Z, Q] and the numbers of the Q documents to the measure [Z, L].
-        draws: bootstrap samples.
-        seed: of the draws.
-        low: the smallest possible value.
+    def measured(own_Q: Ints, weights_ZP: Floats) -> tuple[Floats, Floats]:
+        own = total.only(own_Q)
+        value_L = statistic(own, np.ones((1, len(own_Q))))[0]
+        return value_L, reflected(statistic(own, weights_ZP[:, own_Q]), value_L, low)
 
-    Returns: the value [L], its interval [L, 2], and by domain the values [L, M] and theirs.
-    """
-    domain_P, domains = document_domains(trace), len(trace.domains)
-    there_Q = np.flatnonzero(domain_P >= 0)
-    together_L = of(np.ones((1, len(there_Q))), there_Q)[0]
-    drawn_ZL = of(pooled_weights(domain_P, draws, seed)[:, there_Q], there_Q)
-    alone_M, weights_ZP = lonely(domain_P, domains), document_weights(domain_P, draws, seed)
-    apart_ML = np.full((domains, len(together_L)), np.nan)
-    ends_ML2 = np.full((*apart_ML.shape, 2), np.nan)
-    for domain in np.unique(domain_P[there_Q]):
+    together = measured(np.flatnonzero(domain_P >= 0), pooled_weights(domain_P, draws, seed))
+    weights_ZP = document_weights(domain_P, draws, seed)
+    apart_LM = np.full((len(together[0]), domains), np.nan)
+    ends_LM2 = np.full((*apart_LM.shape, 2), np.nan)
+    for domain in np.unique(domain_P[domain_P >= 0]):
         own_Q = np.flatnonzero(domain_P == domain)
-        apart_ML[domain] = of(np.ones((1, len(own_Q))), own_Q)[0]
-        if not alone_M[domain]:
-            samples_ZL = of(weights_ZP[:, own_Q], own_Q)
-            ends_ML2[domain] = reflected(samples_ZL, apart_ML[domain], low)
-    ends_L2 = reflected(drawn_ZL, together_L, low)
-    return together_L, ends_L2, apart_ML.T, ends_ML2.swapaxes(0, 1)
+        apart_LM[:, domain], ends_LM2[:, domain] = measured(own_Q, weights_ZP)
+    ends_LM2[:, lonely(domain_P, domains)] = np.nan
+    return *together, apart_LM, ends_LM2
 
 
 def _cells(domain_P: Ints, counts_PLE: Floats, share_MLE: Floats, draws: int, seed: int) -> Floats:

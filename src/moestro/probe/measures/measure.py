@@ -35,58 +35,32 @@ FEW_DOCUMENTS = 8
 
 
 class Findings(NamedTuple):
-    """All measures of one trace. What cannot be measured is None, and `notes` says why.
+    """All measures of one trace. What cannot be measured is None, and `notes` says why."""
 
-    Attributes:
-        model: what the model was called.
-        domains: the M labels.
-        moe_layers: the layer number of each of the L mixture layers.
-        num_experts: E.
-        top_k: K, or 0 for expert choice.
-        tokens_M: tokens of each domain.
-        documents_M: documents of each domain.
-        load: load of experts.
-        table_LME: share of each domain's assignments on each expert; rows sum to 1.
-        table_interval_LME2: its 95 % interval over documents; NaN for a domain of one document.
-        table_p_value_LME: whether the cell differs from chance, corrected for all cells.
-        table_supported_LME: whether it does at a family-wise rate of 5 %.
-        entropy: entropy of the router's probabilities; None where they are unknown.
-        margin: lead of the last chosen expert over the next; None where unknown.
-        specialisation: one for each grouping that has two labels or more: by domain first.
-        tokens: the most typical tokens of each expert.
-        explained: what token identity, neighbours and position tell; None for expert choice and
-            for fewer than two documents.
-        coactivation: None for expert choice and for one expert per token.
-        overlap: what one layer's choice tells about the next; None for expert choice and for a
-            single mixture layer.
-        repetition: None for expert choice and for sequences of a single token.
-        caching: hit rates of expert caches; None for expert choice, whose experts no token waits
-            for in turn.
-        notes: what could not be measured and why, and which numbers have no interval.
-    """
-
-    model: str
+    model: str  # what it was called
     domains: tuple[str, ...]
-    moe_layers: tuple[int, ...]
+    moe_layers: tuple[int, ...]  # the layer number of each of the L mixture layers
     num_experts: int
-    top_k: int
+    top_k: int  # 0 for expert choice
     tokens_M: Ints
     documents_M: Ints
     load: Load
-    table_LME: Floats
+    table_LME: Floats  # experts by domain; see `Table`, as of the next three
     table_interval_LME2: Floats
     table_p_value_LME: Floats
     table_supported_LME: Bools
-    entropy: Entropy | None
-    margin: Margin | None
+    entropy: Entropy | None  # None where the router's probabilities are unknown
+    margin: Margin | None  # None where they are unknown
+    # One for each grouping that has two labels or more: by domain first.
     specialisation: tuple[Specialisation, ...]
     tokens: TypicalTokens
-    explained: Explained | None
-    coactivation: Coactivation | None
-    overlap: LayerOverlap | None
-    repetition: Repetition | None
+    # The rest is None for expert choice, under which no token chooses, or waits, in turn.
+    explained: Explained | None  # None for fewer than two documents
+    coactivation: Coactivation | None  # None for one expert per token
+    overlap: LayerOverlap | None  # None for a single mixture layer
+    repetition: Repetition | None  # None for sequences of a single token
     caching: Caching | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what could not be measured and why, and what has no interval
 
 
 def measure(
@@ -99,7 +73,7 @@ def measure(
         groupings: of its domains, beside the domains themselves, to measure specialisation by.
         draws: random draws behind the noise of each number; of pairs of experts and layers 199
             at most.
-        seed: of those draws; the same seed gives the same findings.
+        seed: of those draws.
 
     Raises:
         DataError: the trace has no token.

@@ -20,87 +20,55 @@ from moestro.probe.measures.bootstrap import (
     pooled_weights,
     signs,
 )
-from moestro.probe.measures.load import entropy_of
+from moestro.probe.measures.totals import entropy_of
 from moestro.probe.recording.traces import Trace
 
 
 class Pair(NamedTuple):
-    """Two experts that are chosen together more, or less, often than their loads tell.
+    """Two experts that are chosen together more, or less, often than their loads tell."""
 
-    Attributes:
-        layer: index into the trace's mixture layers.
-        experts: the two.
-        together: share of the layer's tokens that chose both.
-        independent: that share if choices were independent at the same loads.
-        ratio: together / independent.
-        low: lower end of the ratio's 95 % interval.
-        high: upper end.
-    """
-
-    layer: int
+    layer: int  # index into the trace's mixture layers
     experts: tuple[int, int]
-    together: float
-    independent: float
-    ratio: float
-    low: float
+    together: float  # share of the layer's tokens that chose both
+    independent: float  # that share if choices were independent at the same loads
+    ratio: float  # together / independent
+    low: float  # of its 95 % interval
     high: float
 
 
 class Coactivation(NamedTuple):
-    """How often the experts of a layer are chosen for the same token.
+    """How often the experts of a layer are chosen for the same token."""
 
-    Attributes:
-        given_LEE: N_ij / N_i: of the tokens of expert i, the share that chose j too (OLMoE); NaN
-            on the diagonal and for an expert without tokens.
-        independent_LEE: the same if a token's experts were chosen independently at the same
-            loads, save that no expert is chosen twice.
-        ratio_LEE: given / independent, symmetric.
-        ratio_interval_LEE2: its 95 % interval over documents; NaN for a single document.
-        p_value_LEE: whether the ratio is not 1, corrected for all pairs of all layers.
-        pairs: those that stand out at a family-wise rate of 5 %, largest ratio first.
-    """
-
+    # N_ij / N_i: of the tokens of expert i, the share that chose j too (OLMoE); NaN on the
+    # diagonal and for an expert without tokens.
     given_LEE: Floats
+    # The same if a token's experts were chosen independently at the same loads, save that no
+    # expert is chosen twice.
     independent_LEE: Floats
-    ratio_LEE: Floats
+    ratio_LEE: Floats  # given / independent, symmetric
     ratio_interval_LEE2: Floats
-    p_value_LEE: Floats
-    pairs: tuple[Pair, ...]
+    p_value_LEE: Floats  # whether the ratio is not 1, corrected for all pairs of all layers
+    pairs: tuple[Pair, ...]  # beyond chance at a family-wise rate of 5 %, largest ratio first
 
 
 class LayerOverlap(NamedTuple):
-    """What a layer's first choice tells about the next layer's. Arrays have one row less than L.
+    """What a layer's first choice tells about the next layer's. Arrays have one row less than L."""
 
-    Attributes:
-        information_L: mutual information of the first choices of mixture layers l and l + 1 over
-            the mean of their entropies, the bias of finite text taken off: 0 independent, 1 the
-            one tells the other.
-        interval_L2: its 95 % interval over documents; NaN for a single document.
-        chance_L: that bias: the normalised information left when the tokens of one layer are
-            shuffled.
-    """
-
+    # Mutual information of the first choices of mixture layers l and l + 1 over the mean of their
+    # entropies, the bias of finite text taken off: 0 independent, 1 the one tells the other.
     information_L: Floats
     interval_L2: Floats
-    chance_L: Floats
+    chance_L: Floats  # that bias: what is left when the tokens of one layer are shuffled
 
 
 class _Pairs(NamedTuple):
-    """Pairs of one layer's experts. [E, E], except `largest_Z`.
+    """Pairs of one layer's experts. [E, E], except `largest_Z`."""
 
-    Attributes:
-        both_EE: tokens that chose both; the expert's own tokens on the diagonal.
-        expected_EE: as many if choices were independent.
-        error_EE: standard error of the difference.
-        apart_EE: the difference, studentised.
-        largest_Z: the largest of any pair in each draw of the null.
-    """
-
-    both_EE: Floats
-    expected_EE: Floats
-    error_EE: Floats
-    apart_EE: Floats
-    largest_Z: Floats
+    both_EE: Floats  # tokens that chose both; the expert's own tokens on the diagonal
+    expected_EE: Floats  # as many if choices were independent
+    error_EE: Floats  # standard error of the difference
+    apart_EE: Floats  # the difference, studentised
+    largest_Z: Floats  # the largest of any pair in each draw of the null
 
 
 def coactivation(trace: Trace, *, draws: int = 199, seed: int = 0) -> Coactivation:
@@ -110,11 +78,6 @@ def coactivation(trace: Trace, *, draws: int = 199, seed: int = 0) -> Coactivati
     expert the load that it has, the one of largest entropy. Experts that the same documents or
     the same tokens use are not independent in this sense. Noise is over documents: the null
     draws a random sign for each document's part of the difference.
-
-    Args:
-        trace: of a token-choice model with two experts per token or more.
-        draws: of the null.
-        seed: of the draws.
 
     Raises:
         MoestroError: there is one expert per token, or the experts chose (expert choice).
@@ -150,11 +113,6 @@ def coactivation(trace: Trace, *, draws: int = 199, seed: int = 0) -> Coactivati
 
 def layer_overlap(trace: Trace, *, draws: int = 199, seed: int = 0) -> LayerOverlap:
     """Mutual information of the first choices of neighbouring mixture layers.
-
-    Args:
-        trace: of a token-choice model with two mixture layers or more.
-        draws: bootstrap samples behind the intervals.
-        seed: of those draws, and of the shuffles.
 
     Raises:
         MoestroError: there is one mixture layer only, or the experts chose (expert choice).

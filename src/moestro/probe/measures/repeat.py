@@ -19,36 +19,24 @@ from moestro.probe.recording.traces import Trace
 class Repetition(NamedTuple):
     """How often neighbouring tokens go to the same experts (Mixtral, table 5), and chance.
 
-    Attributes:
-        first_LM: P(first choice is the same at positions i and i + 1).
-        any_LM: P(the K choices at i and i + 1 share at least one expert).
-        first_error_LM: standard error of `first_LM` over documents; NaN for one document.
-        any_error_LM: the same of `any_LM`.
-        first_uniform: `first_LM` if experts were drawn uniformly: 1 / E.
-        any_uniform: `any_LM` if they were: 1 − C(E − K, K) / C(E, K).
-        first_shuffled_LM: `first_LM` with the domain's tokens in random order, Σ p² over its loads
-            p; the fair comparison, since uneven loads repeat by themselves.
-        any_shuffled_LM: the same of `any_LM`, from random pairs of the domain's tokens.
+    `first`: the first choice is the same at positions i and i + 1; `any`: their K choices share at
+    least one expert. A domain whose sequences all have a single token has NaN.
     """
 
     first_LM: Floats
     any_LM: Floats
-    first_error_LM: Floats
+    first_error_LM: Floats  # standard error over documents; NaN for one document
     any_error_LM: Floats
-    first_uniform: float
-    any_uniform: float
+    first_uniform: float  # if experts were drawn uniformly: 1 / E
+    any_uniform: float  # 1 − C(E − K, K) / C(E, K)
+    # With the domain's tokens in random order: Σ p² over its loads p; the fair comparison, since
+    # uneven loads repeat by themselves.
     first_shuffled_LM: Floats
-    any_shuffled_LM: Floats
+    any_shuffled_LM: Floats  # from random pairs of the domain's tokens
 
 
 def repetition(trace: Trace, *, seed: int = 0) -> Repetition:
     """How often neighbours of one sequence share their first, or any, expert; and the nulls.
-
-    A domain whose sequences all have a single token has NaN.
-
-    Args:
-        trace: of a token-choice model.
-        seed: of the random pairs.
 
     Raises:
         MoestroError: experts chose tokens (expert choice), or no sequence has two tokens.

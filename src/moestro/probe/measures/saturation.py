@@ -28,28 +28,17 @@ class Saturation(NamedTuple):
 
     OLMoE (Muennighoff et al. 2024), section 5.1. Where tokens have varying numbers of experts,
     all choices count alike.
-
-    Attributes:
-        steps_J: the training step of each checkpoint; the last has a saturation of 1.
-        moe_layers: the layer number of each of the L mixture layers.
-        share_JL: by checkpoint and layer.
-        interval_JL2: its 95 % interval, from a bootstrap over documents; NaN for one document.
-        mean_J: mean of `share_JL` over layers.
-        mean_interval_J2: its 95 % interval.
-        random: the same if both checkpoints chose at random, each expert equally likely: mean
-            experts per token / E.
-        loads_JL: the same if they chose independently of each other, but with the loads that they
-            have: what dealing the choices to other tokens gives on average.
-        documents: independent pieces of text.
     """
 
-    steps_J: Ints
-    moe_layers: tuple[int, ...]
+    steps_J: Ints  # the training step of each checkpoint; the last has a saturation of 1
+    moe_layers: tuple[int, ...]  # the layer number of each of the L mixture layers
     share_JL: Floats
     interval_JL2: Floats
-    mean_J: Floats
+    mean_J: Floats  # over layers
     mean_interval_J2: Floats
-    random: float
+    random: float  # if both chose at random, all experts alike: mean experts per token / E
+    # If they chose independently of each other, but with the loads that they have: what dealing
+    # the choices to other tokens gives on average.
     loads_JL: Floats
     documents: int
 
@@ -76,48 +65,38 @@ def saturation(
         )
     if any(here >= there for here, there in pairwise(steps)):
         raise DataError(f"the steps {list(steps)} do not rise; give the traces in their order")
-    last = traces[-1]
+    last, num_experts = traces[-1], traces[-1].subject.num_experts
     for trace, step in zip(traces[:-1], steps[:-1], strict=True):
-        require_same_text(trace, last, f"step {step}", f"step {steps[-1]}")
-    num_experts = last.subject.num_experts
+        _require_same_text(trace, last, f"step {step}", f"step {steps[-1]}")
     domain_P = document_domains(last)
-    documents = int((domain_P >= 0).sum())
     weights_ZP = pooled_weights(domain_P, draws, seed)
     chosen_TL = (last.experts_TLK < num_experts).sum(axis=2)
     chosen_PL = document_sums(chosen_TL, last.document_T, len(domain_P))
-    shares, limits, means, mean_limits, loads = [], [], [], [], []
+    chosen_L, chosen_ZL = chosen_PL.sum(axis=0), weights_ZP @ chosen_PL
+    shares, samples, loads = [], [], []
     all_T = np.zeros(len(last.tokens_T), dtype=np.int64)
     last_LE = last.counts(all_T, 1)[:, 0]
     for trace in traces:
         shared_PL = document_sums(_shared(trace, last), last.document_T, len(domain_P))
-        shares.append(shared_PL.sum(axis=0) / chosen_PL.sum(axis=0))
-        means.append(shares[-1].mean())
+        shares.append(shared_PL.sum(axis=0) / chosen_L)
+        samples.append((weights_ZP @ shared_PL) / chosen_ZL)
         pairs_L = (trace.counts(all_T, 1)[:, 0] * last_LE).sum(axis=1) / len(all_T)
-        loads.append(pairs_L / chosen_PL.sum(axis=0))
-        share_ZL = (weights_ZP @ shared_PL) / (weights_ZP @ chosen_PL)
-        limits.append(interval(share_ZL))
-        mean_limits.append(interval(share_ZL.mean(axis=1)))
+        loads.append(pairs_L / chosen_L)
     return Saturation(
         steps_J=np.array(steps, dtype=np.int64),
         moe_layers=last.subject.moe_layers,
         share_JL=np.stack(shares),
-        interval_JL2=np.stack(limits),
-        mean_J=np.array(means),
-        mean_interval_J2=np.stack(mean_limits),
+        interval_JL2=np.stack([interval(share_ZL) for share_ZL in samples]),
+        mean_J=np.array([share_L.mean() for share_L in shares]),
+        mean_interval_J2=np.stack([interval(share_ZL.mean(axis=1)) for share_ZL in samples]),
         random=float(chosen_TL.mean() / num_experts),
         loads_JL=np.stack(loads),
-        documents=documents,
+        documents=int((domain_P >= 0).sum()),
     )
 
 
-def require_same_text(here: Trace, there: Trace, name: str, other: str) -> None:
-    """Refuse two traces that cannot be compared token by token.
-
-    Args:
-        here: one trace.
-        there: the other.
-        name: what messages call the one.
-        other: what they call the other.
+def _require_same_text(here: Trace, there: Trace, name: str, other: str) -> None:
+    """Refuse two traces that cannot be compared token by token; messages use the two names.
 
     Raises:
         DataError: the models differ in shape, or the texts in their tokens, documents or order.
@@ -134,7 +113,7 @@ def require_same_text(here: Trace, there: Trace, name: str, other: str) -> None:
     same = (
         np.array_equal(here.tokens_T, there.tokens_T)
         and np.array_equal(here.length_N, there.length_N)
-        and _names(here) == _names(there)
+        and here.names_N == there.names_N
     )
     if not same:
         raise DataError(
@@ -142,12 +121,6 @@ def require_same_text(here: Trace, there: Trace, name: str, other: str) -> None:
             f"tokens in {len(here.length_N)} sequences, and {len(there.tokens_T)} in "
             f"{len(there.length_N)}); record both with the same texts in the same order"
         )
-
-
-def _names(trace: Trace) -> list[tuple[str, str]]:
-    """The domain and the document of each sequence."""
-    pairs = zip(trace.domain_N.tolist(), trace.document_N.tolist(), strict=True)
-    return [(trace.domains[domain], trace.documents[document]) for domain, document in pairs]
 
 
 def _shared(trace: Trace, last: Trace) -> Ints:

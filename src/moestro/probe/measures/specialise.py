@@ -17,29 +17,22 @@ from moestro.probe.measures.bootstrap import (
     Bools,
     Floats,
     Ints,
+    beside_chance,
     distances,
     document_domains,
     document_weights,
-    holm,
     lonely,
     membership,
-    p_values,
-    reflected,
 )
-from moestro.probe.measures.load import document_counts
+from moestro.probe.measures.totals import document_counts
 from moestro.probe.recording.traces import Trace
 
 
 class Grouping(NamedTuple):
-    """A way to put the domains of a trace together under labels.
+    """A way to put the domains of a trace together under labels."""
 
-    Attributes:
-        name: such as "domain", "language", "genre".
-        label_M: the label of each domain of the trace, None to leave it out.
-    """
-
-    name: str
-    label_M: tuple[str | None, ...]
+    name: str  # such as "domain", "language", "genre"
+    label_M: tuple[str | None, ...]  # of each domain of the trace, None to leave it out
 
 
 class Specialisation(NamedTuple):
@@ -50,39 +43,26 @@ class Specialisation(NamedTuple):
     treated alike lie some way apart in finite text: `chance` is what remains of the distance when
     whole documents are dealt to the labels at random.
 
-    Attributes:
-        grouping: the name of the grouping.
-        labels: its M labels; all arrays below follow their order.
-        documents_M: documents of each label.
-        distance_LM: distance of each label.
-        chance_LM: its mean when documents are dealt at random.
-        chance_high_LM: the distance that chance exceeds in 5 % of the deals.
-        interval_LM2: 95 % interval of the distance with the upward bias of sampling taken off,
-            from a bootstrap over documents; NaN for a label of one document. It tells the size
-            of a difference; near 0 it lies too high, so whether there is one, `p_value_L` tells.
-        mean_L: the layer's distance: the mean over labels of two documents or more; NaN where
-            fewer than two have that many, as then there is nothing to compare chance with.
-        mean_chance_L: its mean under chance.
-        mean_chance_high_L: its 95 % quantile under chance.
-        p_value_L: share of deals at least as far apart as measured.
-        supported_L: whether the layer's distance is beyond chance at a family-wise rate of 5 %
-            over all layers (Holm).
-        beyond: what token identity does not explain.
+    The upward bias of sampling is taken off the intervals. They tell the size of a difference;
+    near 0 they lie too high, so whether there is one, `p_value_L` tells.
     """
 
     grouping: str
     labels: tuple[str, ...]
     documents_M: Ints
     distance_LM: Floats
-    chance_LM: Floats
-    chance_high_LM: Floats
+    chance_LM: Floats  # mean of the distance when documents are dealt at random
+    chance_high_LM: Floats  # the distance that chance exceeds in 5 % of the deals
     interval_LM2: Floats
+    # The mean over labels of two documents or more; NaN where fewer than two have that many, as
+    # then there is nothing to compare chance with.
     mean_L: Floats
-    mean_chance_L: Floats
-    mean_chance_high_L: Floats
-    p_value_L: Floats
+    mean_chance_L: Floats  # its mean under chance
+    mean_chance_high_L: Floats  # its 95 % quantile under chance
+    p_value_L: Floats  # share of deals at least as far apart as measured
+    # Whether the layer's distance is beyond chance at a family-wise rate of 5 % over all layers.
     supported_L: Bools
-    beyond: BeyondTokens
+    beyond: BeyondTokens  # what token identity does not explain
 
 
 def by_domain(domains: Sequence[str]) -> Grouping:
@@ -128,8 +108,8 @@ def specialisation(
     Args:
         trace: with at least two labels.
         grouping: of its domains; None for the domains themselves.
-        draws: random deals, and bootstrap samples; at least 20 for each layer if a finding is to
-            be possible at all after the correction for the number of layers.
+        draws: at least 20 for each layer if a finding is to be possible at all after the
+            correction for the number of layers.
         seed: of the draws.
 
     Raises:
@@ -143,35 +123,18 @@ def specialisation(
             f"specialisation compares labels, but by {grouping.name!r} the text has only {has}; "
             "give text with at least two labels"
         )
-    if draws < 1:
-        raise MoestroError(f"draws is {draws}; give at least 1")
-    counts_PLE = document_counts(trace)
-    member_MP, alone_M = membership(label_P, len(labels)), lonely(label_P, len(labels))
-    distance_ML = distances(member_MP, counts_PLE)
-    chance_ZLM, resampled_ZLM = _drawn(label_P, alone_M, counts_PLE, draws, seed)
-    interval_LM2 = reflected(resampled_ZLM, distance_ML.T)
-    interval_LM2[:, alone_M] = np.nan
-    layers = distance_ML.shape[1]
-    tested_L, tested_ZL = np.full(layers, np.nan), np.full((draws, layers), np.nan)
-    if (~alone_M).sum() > 1:
-        tested_L = distance_ML[~alone_M].mean(axis=0)
-        tested_ZL = chance_ZLM[..., ~alone_M].mean(axis=2)
-    p_value_L = p_values(tested_ZL, tested_L)
+    counts_PLE, member_MP = document_counts(trace), membership(label_P, len(labels))
+    alone_M = lonely(label_P, len(labels))
+    distance_LM = distances(member_MP, counts_PLE).T
+    chance_ZLM, drawn_ZLM = _drawn(label_P, alone_M, counts_PLE, draws, seed)
     chance_ZLM[..., alone_M] = np.nan
     return Specialisation(
         grouping=grouping.name,
         labels=labels,
         documents_M=member_MP.sum(axis=1).astype(np.int64),
-        distance_LM=distance_ML.T,
-        chance_LM=chance_ZLM.mean(axis=0),
-        chance_high_LM=np.quantile(chance_ZLM, 0.95, axis=0),
-        interval_LM2=interval_LM2,
-        mean_L=tested_L,
-        mean_chance_L=tested_ZL.mean(axis=0),
-        mean_chance_high_L=np.quantile(tested_ZL, 0.95, axis=0),
-        p_value_L=p_value_L,
-        supported_L=holm(p_value_L),
+        distance_LM=distance_LM,
         beyond=beyond_tokens(trace, label_P, len(labels), draws=draws, seed=seed),
+        **beside_chance(distance_LM, drawn_ZLM, chance_ZLM, ~alone_M, least=2),
     )
 
 

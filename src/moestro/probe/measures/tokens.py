@@ -27,26 +27,17 @@ PREDICTORS = ("token", "previous token", "next token", "position")
 
 
 class TypicalTokens(NamedTuple):
-    """The token ids that lean most to each expert, the surest first.
+    """The token ids that lean most to each expert, the surest first."""
 
-    Attributes:
-        token_LEX: token id; −1 in an empty place.
-        count_LEX: its occurrences in the trace.
-        rate_LEX: share of its occurrences that this expert took; NaN in an empty place.
-        lift_LEX: that rate over the expert's rate for all tokens.
-        low_LEX: lower bound of the lift (95 %, one-sided, corrected for all tokens and experts of
-            the layer); the ids are ordered by it.
-        supported_LEX: whether it is above 1: the token really leans to the expert.
-        min_count: ids with fewer occurrences were not looked at.
-    """
-
-    token_LEX: Ints
-    count_LEX: Ints
-    rate_LEX: Floats
-    lift_LEX: Floats
+    token_LEX: Ints  # token id; −1 in an empty place
+    count_LEX: Ints  # its occurrences in the trace
+    rate_LEX: Floats  # share of its occurrences that this expert took; NaN in an empty place
+    lift_LEX: Floats  # that rate over the expert's rate for all tokens
+    # Lower bound of the lift (95 %, one-sided, corrected for all tokens and experts of the layer);
+    # the ids are ordered by it.
     low_LEX: Floats
-    supported_LEX: Bools
-    min_count: int
+    supported_LEX: Bools  # whether it is above 1: the token really leans to the expert
+    min_count: int  # ids with fewer occurrences were left out
 
 
 class Explained(NamedTuple):
@@ -55,41 +46,26 @@ class Explained(NamedTuple):
     Each predictor names the most frequent expert for its value (for example for the token id) in
     one half of the documents and is tested on the other half, and the other way round; a value
     that the other half does not have gets that half's most frequent expert.
-
-    Attributes:
-        predictors: the J names: "token", "previous token", "next token", "position".
-        majority_L: share of first choices right by always naming the most frequent expert.
-        majority_interval_L2: its 95 % interval over documents.
-        accuracy_LJ: share right by each predictor.
-        accuracy_interval_LJ2: its interval.
-        explained_LJ: share of what the most frequent expert leaves that the predictor gets right:
-            (accuracy − majority) / (1 − majority); below 0 where it does worse.
-        explained_interval_LJ2: its interval.
-        unseen_J: share of tokens whose value does not occur in the other half.
     """
 
     predictors: tuple[str, ...]
-    majority_L: Floats
+    majority_L: Floats  # share of first choices right by always naming the most frequent expert
     majority_interval_L2: Floats
-    accuracy_LJ: Floats
+    accuracy_LJ: Floats  # share right by each predictor
     accuracy_interval_LJ2: Floats
+    # Share of what the most frequent expert leaves that the predictor gets right: accuracy less
+    # majority over 1 less majority; below 0 where it does worse.
     explained_LJ: Floats
     explained_interval_LJ2: Floats
-    unseen_J: Floats
+    unseen_J: Floats  # share of tokens whose value does not occur in the other half
 
 
 class TokenTable(NamedTuple):
-    """One layer's experts by token id.
+    """One layer's experts by token id."""
 
-    Attributes:
-        token_U: the ids that occur, rising.
-        count_U: occurrences of each.
-        counts_UE: how many of them each expert took, before any drop.
-    """
-
-    token_U: Ints
+    token_U: Ints  # the ids that occur, rising
     count_U: Ints
-    counts_UE: Ints
+    counts_UE: Ints  # how many of them each expert took, before any drop
 
 
 def token_table(trace: Trace, layer: int) -> TokenTable:
@@ -105,12 +81,8 @@ def typical_tokens(trace: Trace, *, ranks: int = 12, min_count: int = 8) -> Typi
     The bound of the rate is Wilson's for as many observations as there are documents with the
     token, or fewer where some hold most of its occurrences (Kish: n² / Σ n_d²): what one document
     does with a token may be that document's habit. The expert's rate for all tokens is far surer
-    and taken as known.
-
-    Args:
-        trace: of the routing.
-        ranks: X, at most so many tokens of each expert.
-        min_count: leave out ids with fewer occurrences.
+    and taken as known. At most `ranks` tokens of each expert are kept; ids with fewer occurrences
+    than `min_count` are left out.
     """
     token_U, id_T, count_U = np.unique(trace.tokens_T, return_inverse=True, return_counts=True)
     cells, count_C = np.unique(id_T * len(trace.documents) + trace.document_T, return_counts=True)
@@ -143,11 +115,6 @@ def explained(trace: Trace, *, draws: int = 999, seed: int = 0) -> Explained:
 
     Positions are in classes that double: 0, 1, 2 to 3, 4 to 7, and so on. The first token of a
     sequence has no previous token and the last no next one; that is a value of its own.
-
-    Args:
-        trace: of a token-choice model, of two documents or more.
-        draws: bootstrap samples behind the intervals.
-        seed: of the draws, and of the division into halves.
 
     Raises:
         MoestroError: it is of expert choice, or there is one document only.

@@ -18,14 +18,13 @@ from moestro.probe.measures.bootstrap import (
     Bools,
     Floats,
     Ints,
-    document_sums,
     document_weights,
     lonely,
     pooled_weights,
     reflected,
     shares,
 )
-from moestro.probe.measures.load import document_counts, entropy_of
+from moestro.probe.measures.totals import document_counts, totals
 from moestro.probe.recording.traces import Trace
 
 Weighted = Callable[[Floats], Floats]
@@ -34,60 +33,38 @@ Weighted = Callable[[Floats], Floats]
 class Quantity(NamedTuple):
     """One measure of two traces; NaN where it is unknown or no interval is possible.
 
-    Attributes:
-        name: imbalance (largest over mean load), variation (standard deviation of the loads over
-            their mean), dead (experts without any token), dropped (share of assignments that
-            found no room), balance (entropy of the mean probabilities over log E), spread (mean
-            entropy of a token's probabilities over log E), margin (mean lead of the last chosen
-            expert) or specialisation (mean distance of a domain's use of experts from the average
-            over domains).
-        first_L: of the first trace, by layer.
-        second_L: of the second one.
-        first: mean of `first_L`.
-        second: mean of `second_L`.
-        difference: `second` − `first`.
-        interval_2: its 95 % interval, from a bootstrap over documents, the bias taken off.
-        difference_L: by layer; empty where the traces have different mixture layers.
-        interval_L2: its 95 % intervals.
-        supported: whether the means differ beyond what another choice of documents would change,
-            at a rate of 5 % over all quantities together (Bonferroni).
+    The measures: imbalance (largest over mean load), variation (standard deviation of the loads
+    over their mean), dead (experts without any token), dropped (share of assignments that found no
+    room), balance (entropy of the mean probabilities over log E), spread (mean entropy of a
+    token's probabilities over log E), margin (mean lead of the last chosen expert) and
+    specialisation (mean distance of a domain's use of experts from the average over domains).
     """
 
     name: str
     first_L: Floats
     second_L: Floats
-    first: float
+    first: float  # mean of `first_L`
     second: float
-    difference: float
-    interval_2: Floats
-    difference_L: Floats
+    difference: float  # `second` − `first`
+    interval_2: Floats  # of the difference, the bias taken off
+    difference_L: Floats  # empty where the traces have different mixture layers
     interval_L2: Floats
+    # Whether the means differ beyond what another choice of documents would change, at a rate of
+    # 5 % over all quantities together (Bonferroni).
     supported: bool
 
 
 class Comparison(NamedTuple):
-    """Two traces on the documents that both have.
+    """Two traces on the documents that both have; pairs are of the first and the second one."""
 
-    Attributes:
-        names: what the models were called.
-        domains: of the documents compared.
-        domains_compared: those with at least two documents, which specialisation is about.
-        documents: how many both traces have.
-        left_out: how many only one has, for each trace.
-        tokens: of the documents compared, in each trace.
-        moe_layers: of each model.
-        loads_LE: shares of the assignments, the largest first, by layer of each model.
-        quantities: the measures.
-    """
-
-    names: tuple[str, str]
-    domains: tuple[str, ...]
-    domains_compared: tuple[str, ...]
-    documents: int
-    left_out: tuple[int, int]
-    tokens: tuple[int, int]
+    names: tuple[str, str]  # what the models were called
+    domains: tuple[str, ...]  # of the documents compared
+    domains_compared: tuple[str, ...]  # of two documents or more: specialisation is about these
+    documents: int  # how many both traces have
+    left_out: tuple[int, int]  # how many only one has
+    tokens: tuple[int, int]  # of the documents compared
     moe_layers: tuple[tuple[int, ...], tuple[int, ...]]
-    loads_LE: tuple[Floats, Floats]
+    loads_LE: tuple[Floats, Floats]  # shares of the assignments, the largest first
     quantities: tuple[Quantity, ...]
 
 
@@ -96,27 +73,19 @@ def compare(first: Trace, second: Trace, *, draws: int = 999, seed: int = 0) -> 
 
     Documents are the same if their names and domains are; the tokenizers may differ.
 
-    Args:
-        first: of one model.
-        second: of the other.
-        draws: bootstrap samples of documents.
-        seed: of the draws.
-
     Raises:
         DataError: they have no document in common.
     """
-    keys = [_keys(trace) for trace in (first, second)]
-    shared = sorted(set(keys[0]) & set(keys[1]))
+    documents = [set(trace.names_N) for trace in (first, second)]
+    shared = sorted(documents[0] & documents[1])
     if not shared:
         raise DataError(
             f"the traces of {first.subject.name} and {second.subject.name} have no document in "
-            f"common ({_examples(keys[0])}; {_examples(keys[1])}); record both with the same texts"
+            f"common ({'; '.join(map(_examples, documents))}); record both with the same texts"
         )
     domains = tuple(dict.fromkeys(domain for domain, _ in shared))
     domain_P = np.array([domains.index(domain) for domain, _ in shared], dtype=np.int64)
-    traces = [
-        _only(trace, own, shared, domains) for trace, own in zip((first, second), keys, strict=True)
-    ]
+    traces = [_only(trace, shared, domains, domain_P) for trace in (first, second)]
     apart_M = ~lonely(domain_P, len(domains))
     measured = [_measures(trace, domain_P, apart_M) for trace in traces]
     pooled_ZP = pooled_weights(domain_P, draws, seed)
@@ -133,7 +102,7 @@ def compare(first: Trace, second: Trace, *, draws: int = 999, seed: int = 0) -> 
         domains=domains,
         domains_compared=tuple(np.array(domains)[apart_M].tolist()),
         documents=len(shared),
-        left_out=(len(set(keys[0])) - len(shared), len(set(keys[1])) - len(shared)),
+        left_out=(len(documents[0]) - len(shared), len(documents[1]) - len(shared)),
         tokens=(len(traces[0].tokens_T), len(traces[1].tokens_T)),
         moe_layers=(first.subject.moe_layers, second.subject.moe_layers),
         loads_LE=(_loads(traces[0]), _loads(traces[1])),
@@ -174,44 +143,23 @@ def _quantity(
 
 def _measures(trace: Trace, domain_P: Ints, apart_M: Bools) -> dict[str, Weighted]:
     """Each measure by layer, as a function of the weights of documents: [Z, P] → [Z, L]."""
-    num_experts, documents = trace.subject.num_experts, len(trace.documents)
-    most = np.log(num_experts) if num_experts > 1 else 1.0
-    counts_PLE = document_counts(trace)
-    total_PL = counts_PLE.sum(axis=2)
-    tokens_P = np.bincount(trace.document_T, minlength=documents).astype(np.float64)
-    lost_TL = np.zeros(trace.experts_TLK.shape[:2])
-    if trace.kept_TLK is not None:
-        lost_TL = (~trace.kept_TLK & (trace.experts_TLK < num_experts)).sum(axis=2)
-    lost_PL, entropy_PL, margin_PL = (
-        document_sums(values_TL, trace.document_T, documents)
-        for values_TL in (lost_TL, trace.entropy_TL, trace.margin_TL)
-    )
-    probs_PLE = np.zeros(counts_PLE.shape)
-    np.add.at(probs_PLE, trace.document_N, trace.probs_NLE * trace.length_N[:, None, None])
+    total, num_experts = totals(trace), trace.subject.num_experts
     own_M = [np.flatnonzero(domain_P == domain) for domain in np.flatnonzero(apart_M)]
-
-    def load(weights_ZP: Floats) -> Floats:
-        return shares(np.tensordot(weights_ZP, counts_PLE, 1))
 
     def apart(weights_ZP: Floats) -> Floats:
         if len(own_M) < 2:
-            return np.full((len(weights_ZP), counts_PLE.shape[1]), np.nan)
+            return np.full((len(weights_ZP), total.counts_PLE.shape[1]), np.nan)
         parts = np.array_split(weights_ZP, -(-len(weights_ZP) // 64))
-        return np.concatenate([_apart(part_ZP, counts_PLE, own_M) for part_ZP in parts])
-
-    def mean(sums_PL: Floats) -> Weighted:
-        return lambda weights_ZP: (weights_ZP @ sums_PL) / (weights_ZP @ tokens_P)[:, None]
+        return np.concatenate([_apart(part_ZP, total.counts_PLE, own_M) for part_ZP in parts])
 
     return {
-        "imbalance": lambda weights_ZP: load(weights_ZP).max(axis=2) * num_experts,
-        "variation": lambda weights_ZP: load(weights_ZP).std(axis=2) * num_experts,
-        "dead": lambda weights_ZP: (load(weights_ZP) == 0).sum(axis=2).astype(np.float64),
-        "dropped": lambda weights_ZP: (weights_ZP @ lost_PL) / (weights_ZP @ total_PL),
-        "balance": lambda weights_ZP: (
-            entropy_of(shares(np.tensordot(weights_ZP, probs_PLE, 1))) / most
-        ),
-        "spread": mean(entropy_PL / most),
-        "margin": mean(margin_PL),
+        "imbalance": lambda weights_ZP: total.load(weights_ZP).max(axis=2) * num_experts,
+        "variation": lambda weights_ZP: total.load(weights_ZP).std(axis=2) * num_experts,
+        "dead": lambda weights_ZP: (total.load(weights_ZP) == 0).sum(axis=2).astype(np.float64),
+        "dropped": total.dropped,
+        "balance": total.balance,
+        "spread": lambda weights_ZP: total.mean(weights_ZP, total.entropy_PL / total.most),
+        "margin": total.margin,
         "specialisation": apart,
     }
 
@@ -225,32 +173,22 @@ def _apart(weights_ZP: Floats, counts_PLE: Floats, own_M: list[Ints]) -> Floats:
     return distance_ZL
 
 
-def _keys(trace: Trace) -> list[tuple[str, str]]:
-    """The names of the domain and the document of each sequence."""
-    pairs = zip(trace.domain_N.tolist(), trace.document_N.tolist(), strict=True)
-    return [(trace.domains[domain], trace.documents[document]) for domain, document in pairs]
-
-
-def _examples(keys: list[tuple[str, str]]) -> str:
-    found = sorted({document for _, document in keys})
+def _examples(documents: set[tuple[str, str]]) -> str:
+    found = sorted({document for _, document in documents})
     return ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
 
 
 def _only(
-    trace: Trace,
-    own: list[tuple[str, str]],
-    shared: list[tuple[str, str]],
-    domains: tuple[str, ...],
+    trace: Trace, shared: list[tuple[str, str]], domains: tuple[str, ...], domain_P: Ints
 ) -> Trace:
     """The sequences of shared documents, numbered as in `shared`."""
     number = {key: index for index, key in enumerate(shared)}
-    document_N = np.array([number.get(key, -1) for key in own], dtype=np.int64)
-    domain_N = np.array(
-        [domains.index(domain) if domain in domains else -1 for domain, _ in own], dtype=np.int64
-    )
-    names = tuple(document for _, document in shared)
+    document_N = np.array([number.get(key, -1) for key in trace.names_N], dtype=np.int64)
     renumbered = trace._replace(
-        domains=domains, documents=names, domain_N=domain_N, document_N=document_N
+        domains=domains,
+        documents=tuple(document for _, document in shared),
+        domain_N=domain_P[document_N],
+        document_N=document_N,
     )
     return renumbered.choose(document_N >= 0)
 

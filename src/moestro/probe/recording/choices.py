@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moestro.moe.routing import Routing
 from moestro.probe.recording.passages import Batch
 from moestro.probe.recording.traces import Subject, Trace, smallest_dtype
 
 
-class Choice(NamedTuple):
+class TokenChoice(NamedTuple):
     """The experts of every token of a forward pass, padding included.
 
     Attributes:
@@ -25,7 +26,7 @@ class Choice(NamedTuple):
         probs_TE: the router's probabilities; None where they are not known.
         num_experts: E.
         top_k: K; 0 where tokens have varying numbers of experts.
-        kept_TK: bool, False for an assignment that found no room; None: all were kept.
+        kept_TK: bool, False for an assignment dropped over capacity; None: all were kept.
     """
 
     experts_TK: Tensor
@@ -36,42 +37,30 @@ class Choice(NamedTuple):
     kept_TK: Tensor | None = None
 
 
-class Kept(NamedTuple):
-    """What a trace keeps of a Choice, still where the model computed it.
+class LayerRecord(NamedTuple):
+    """What a trace keeps of a layer's choice, still where the model computed it.
 
     Attributes:
-        experts_TK: see `Choice`.
-        weights_TK: fp32.
-        kept_TK: see `Choice`.
+        choice: with weights in fp32, and without the probabilities.
         entropy_T: fp32, nats; NaN where unknown.
         margin_T: fp32; see `Trace.margin_TL`.
         probs_BE: fp32, mean over each sequence's tokens.
-        num_experts: E.
-        top_k: see `Choice`.
     """
 
-    experts_TK: Tensor
-    weights_TK: Tensor
-    kept_TK: Tensor | None
+    choice: TokenChoice
     entropy_T: Tensor
     margin_T: Tensor
     probs_BE: Tensor
-    num_experts: int
-    top_k: int
 
 
-def choice_of(routing: Routing) -> Choice:
+def choice_of(routing: Routing) -> TokenChoice:
     """A Routing token by token; where their number varies, the heaviest expert comes first."""
-    num_experts, top_k = routing.num_experts, routing.top_k
+    num_experts, top_k, kept_R = routing.num_experts, routing.top_k, routing.kept_R
     if top_k:
-        kept_R = routing.kept_R
-        return Choice(
-            routing.experts_TK(),
-            routing.weights_R.view(-1, top_k),
-            routing.probs_TE,
-            num_experts,
-            top_k,
-            None if kept_R is None else kept_R.view(-1, top_k),
+        kept_TK = None if kept_R is None else kept_R.view(-1, top_k)
+        weights_TK = routing.weights_R.view(-1, top_k)
+        return TokenChoice(
+            routing.experts_TK(), weights_TK, routing.probs_TE, num_experts, top_k, kept_TK
         )
     order_R = routing.weights_R.argsort(descending=True, stable=True)
     order_R = order_R[routing.tokens_R[order_R].argsort(stable=True)]
@@ -84,46 +73,36 @@ def choice_of(routing: Routing) -> Choice:
     weights_TK = routing.weights_R.new_zeros(routing.num_tokens, most)
     experts_TK[tokens_R, place_R] = routing.experts_R[order_R]
     weights_TK[tokens_R, place_R] = routing.weights_R[order_R]
-    return Choice(experts_TK, weights_TK, routing.probs_TE, num_experts, 0)
+    return TokenChoice(experts_TK, weights_TK, routing.probs_TE, num_experts, 0)
 
 
-def keep(choice: Choice, batch: Batch) -> Kept:
+def layer_record(choice: TokenChoice, batch: Batch) -> LayerRecord:
     """Reduce one layer's choice while the model is still at it; waits for no device."""
-    experts_TK, num_experts = choice.experts_TK.detach(), choice.num_experts
-    weights_TK = choice.weights_TK.detach().float()
-    if choice.probs_TE is None:
-        unknown_T = weights_TK.new_full((len(experts_TK),), math.nan)
-        unknown_BE = weights_TK.new_full((len(batch.length_B), num_experts), math.nan)
-        entropy_T = margin_T = unknown_T
-        probs_BE = unknown_BE
-    else:
+    experts_TK, weights_TK = choice.experts_TK.detach(), choice.weights_TK.detach().float()
+    entropy_T = margin_T = weights_TK.new_full((len(experts_TK),), math.nan)
+    probs_BE = weights_TK.new_full((len(batch.length_B), choice.num_experts), math.nan)
+    if choice.probs_TE is not None:
         probs_TE = choice.probs_TE.detach().float()
         smallest = torch.finfo(probs_TE.dtype).tiny
         entropy_T = -(probs_TE * probs_TE.clamp_min(smallest).log()).sum(1)
-        margin_T = _margin(probs_TE, experts_TK)
-        probs_BE = _means(probs_TE, batch)
-    return Kept(
-        experts_TK, weights_TK, choice.kept_TK, entropy_T, margin_T, probs_BE,
-        num_experts, choice.top_k,
-    )  # fmt: skip
+        margin_T, probs_BE = _margin(probs_TE, experts_TK), _means(probs_TE, batch)
+    choice = choice._replace(experts_TK=experts_TK, weights_TK=weights_TK, probs_TE=None)
+    return LayerRecord(choice, entropy_T, margin_T, probs_BE)
 
 
-def trace_of(layers: Sequence[Kept], batch: Batch, subject: Subject, domains: tuple[str, ...],
-             number: int) -> Trace:  # fmt: skip
+def trace_of(layers: Sequence[LayerRecord], batch: Batch, subject: Subject,
+             domains: tuple[str, ...], number: int) -> Trace:  # fmt: skip
     """The Trace of one forward pass: padding left out, everything brought over at once."""
-    num_experts = subject.num_experts
-    layers = [_moved(layer, layers[0].experts_TK.device) for layer in layers]
-    width = max(layer.experts_TK.shape[1] for layer in layers)
+    num_experts, readings = subject.num_experts, batch.readings
+    choices = [layer.choice for layer in layers]
+    width = max(choice.experts_TK.shape[1] for choice in choices)
     real_T = slice(None) if batch.valid_BS is None else batch.valid_BS.flatten().numpy()
-    experts_TLK = _together([layer.experts_TK for layer in layers], width, num_experts)[real_T]
     kept_TLK = None
-    if any(layer.kept_TK is not None for layer in layers):
-        kept = [_kept(layer) for layer in layers]
-        kept_TLK = _together(kept, width, True)[real_T]
-    probs_NLE = np.full((len(batch.length_B), len(layers), num_experts), 0, dtype=np.float32)
-    for place, layer in enumerate(layers):
-        probs_NLE[:, place, : layer.num_experts] = layer.probs_BE.cpu().numpy()
-    readings = batch.readings
+    if any(choice.kept_TK is not None for choice in choices):
+        kept_TLK = _together([_kept(choice) for choice in choices], width, True)[real_T]
+    experts_TLK = _together([choice.experts_TK for choice in choices], width, num_experts)[real_T]
+    entropy_TL1 = _together([layer.entropy_T[:, None] for layer in layers], 1, 0)[real_T]
+    margin_TL1 = _together([layer.margin_T[:, None] for layer in layers], 1, 0)[real_T]
     documents = tuple(dict.fromkeys(reading.document for reading in readings))
     generated = [np.arange(len(r.tokens_S)) >= r.prompt for r in readings]
     return Trace(
@@ -137,28 +116,18 @@ def trace_of(layers: Sequence[Kept], batch: Batch, subject: Subject, domains: tu
         tokens_T=torch.cat([reading.tokens_S for reading in readings]).int().numpy(),
         generated_T=np.concatenate(generated),
         experts_TLK=experts_TLK.astype(smallest_dtype(num_experts)),
-        weights_TLK=_together([layer.weights_TK for layer in layers], width, 0)[real_T],
+        weights_TLK=_together([choice.weights_TK for choice in choices], width, 0)[real_T],
         kept_TLK=kept_TLK,
-        entropy_TL=torch.stack([each.entropy_T for each in layers], 1).cpu().numpy()[real_T],
-        margin_TL=torch.stack([each.margin_T for each in layers], 1).cpu().numpy()[real_T],
-        probs_NLE=probs_NLE,
+        entropy_TL=entropy_TL1[..., 0],
+        margin_TL=margin_TL1[..., 0],
+        probs_NLE=_together([layer.probs_BE for layer in layers], num_experts, 0),
     )
-
-
-def _moved(layer: Kept, device: torch.device) -> Kept:
-    """The layers of one model may lie on several devices."""
-    tensors: dict[str, Any] = {
-        name: value.to(device)
-        for name, value in layer._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    return layer._replace(**tensors)
 
 
 def _margin(probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
     """Least likely chosen less most likely not chosen; NaN where all or none are chosen."""
     # An empty place looks at a column more, which is never the least.
-    wide_TE = torch.nn.functional.pad(probs_TE, (0, 1), value=math.inf)
+    wide_TE = pad(probs_TE, (0, 1), value=math.inf)
     least_T = wide_TE.gather(1, experts_TK).amin(1)
     most_T = wide_TE.scatter_(1, experts_TK, -math.inf)[:, :-1].amax(1)
     margin_T = least_T - most_T
@@ -174,19 +143,15 @@ def _means(probs_TE: Tensor, batch: Batch) -> Tensor:
     return probs_BSE.masked_fill(~valid_BS1, 0).sum(1) / length_B1
 
 
-def _kept(layer: Kept) -> Tensor:
-    if layer.kept_TK is None:
-        return torch.ones_like(layer.experts_TK, dtype=torch.bool)
-    return layer.kept_TK
+def _kept(choice: TokenChoice) -> Tensor:
+    if choice.kept_TK is None:
+        return torch.ones_like(choice.experts_TK, dtype=torch.bool)
+    return choice.kept_TK
 
 
-def _together(parts: list[Tensor], width: int, fill: float) -> NDArray[Any]:
-    """[T, L, K] of L layers' [T, K], on the host."""
-    wide = [
-        part
-        if part.shape[1] == width
-        else torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill)
-        for part in parts
-    ]
+def _together(layers: list[Tensor], width: int, fill: float) -> NDArray[Any]:
+    """[T, L, width] of L layers' [T, at most width], on the host; they may lie on many devices."""
+    device = layers[0].device
+    wide = [pad(each.to(device), (0, width - each.shape[1]), value=fill) for each in layers]
     found: NDArray[Any] = torch.stack(wide, dim=1).cpu().numpy()
     return found

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moestro.errors import DataError, MoestroError
-
-DOMAIN = "text"
 
 
 class Passage(NamedTuple):
@@ -27,7 +25,7 @@ class Passage(NamedTuple):
     """
 
     tokens: Sequence[int] | Tensor
-    domain: str = DOMAIN
+    domain: str = "text"
     document: str = ""
 
 
@@ -69,6 +67,11 @@ class Batch(NamedTuple):
     tokens_BS: Tensor
     valid_BS: Tensor | None
     length_B: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same with tokens and mask on a device."""
+        valid_BS = None if self.valid_BS is None else self.valid_BS.to(device)
+        return self._replace(tokens_BS=self.tokens_BS.to(device), valid_BS=valid_BS)
 
 
 def cut(
@@ -124,9 +127,12 @@ def prepare(texts: Iterable[Passage | str], tokenizer: Encodes | None) -> list[R
     if isinstance(texts, str):
         texts = [texts]
     for place, text in enumerate(texts):
-        passage = Passage(_encode(text, tokenizer)) if isinstance(text, str) else text
-        tokens_S = torch.as_tensor(passage.tokens, device="cpu").detach()
-        domain, document = passage.domain, passage.document
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise MoestroError("text was given as a string; give its tokenizer (tokenizer=)")
+            text = Passage(tokenizer.encode(text))
+        tokens, domain, document = text
+        tokens_S = torch.as_tensor(tokens, device="cpu").detach()
         if not tokens_S.numel():
             raise DataError(f"text {place} ({domain}) has no tokens; leave it out")
         if tokens_S.dim() != 1 or tokens_S.is_floating_point() or tokens_S.dtype == torch.bool:
@@ -156,8 +162,7 @@ def in_batches(readings: Sequence[Reading], batch_size: int) -> list[tuple[Readi
     """
     if batch_size < 1:
         raise MoestroError(f"batch_size is {batch_size}; give at least 1")
-    sizes = Counter(reading.domain for reading in readings)
-    seen: Counter[str] = Counter()
+    sizes, seen = Counter(reading.domain for reading in readings), Counter[str]()
     place_N = np.empty(len(readings))
     for n, reading in enumerate(readings):
         # Each at its place in (0, 1) of its own domain.
@@ -179,9 +184,3 @@ def pad(readings: tuple[Reading, ...]) -> Batch:
     if bool((length_B < width).any()):
         valid_BS = torch.arange(width, device="cpu") < length_B[:, None]
     return Batch(readings, tokens_BS, valid_BS, length_B)
-
-
-def _encode(text: str, tokenizer: Encodes | None) -> Sequence[int]:
-    if tokenizer is None:
-        raise MoestroError("a text was given as a string; give its tokenizer too (tokenizer=)")
-    return tokenizer.encode(text)

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moestro.errors import DataError, MoestroError
-from moestro.models.decoder import Decoder
-from moestro.models.encdec import EncDec
-from moestro.probe.recording import foreign
-from moestro.probe.recording.choices import Kept, choice_of, keep, trace_of
-from moestro.probe.recording.continuation import continued
-from moestro.probe.recording.foreign import Tap
-from moestro.probe.recording.passages import (
-    Batch,
-    Encodes,
-    Passage,
-    Reading,
-    in_batches,
-    pad,
-    prepare,
-)
+from moestro.errors import MoestroError
+from moestro.probe.recording.choices import LayerRecord, trace_of
+from moestro.probe.recording.passages import Encodes, Passage, Reading, in_batches, pad, prepare
+from moestro.probe.recording.reader import Reader, reader_of
 from moestro.probe.recording.traces import Subject, Trace, fingerprint, join
 
 Progress = Callable[[int, int], None]
@@ -65,25 +51,16 @@ def record(
         progress: called after each batch with (tokens read, tokens in all).
 
     Raises:
-        MoestroError: the model has no mixture, or one that cannot be looked into; a string comes
-            without a tokenizer.
+        MoestroError: the model has no mixture, or one that cannot be recorded; a string comes
+            without a tokenizer; `generate` or `batch_size` is too small.
         DataError: there is no text, an empty one, a token outside the vocabulary, a text longer
             than the model's context, or a model on the meta device.
     """
-    return join(
-        list(
-            record_batches(
-                model,
-                texts,
-                tokenizer=tokenizer,
-                name=name,
-                batch_size=batch_size,
-                generate=generate,
-                distributed=distributed,
-                progress=progress,
-            )
-        )
-    )
+    parts = record_batches(
+        model, texts, tokenizer=tokenizer, name=name, batch_size=batch_size, generate=generate,
+        distributed=distributed, progress=progress,
+    )  # fmt: skip
+    return join(list(parts))
 
 
 def record_batches(
@@ -98,10 +75,11 @@ def record_batches(
     progress: Progress | None = None,
 ) -> Iterator[Trace]:
     """As `record`, one Trace for each forward pass, so that no more than that is ever held."""
-    found = mixtures(model)
-    print_of = fingerprint(model)
+    reader, print_of = reader_of(model), fingerprint(model)
     readings = prepare(texts, tokenizer)
-    check_tokens(model, readings, generate)
+    if generate < 0:
+        raise MoestroError(f"generate is {generate}; give 0 or more tokens")
+    reader.check(readings, generate)
     batches = in_batches(readings, batch_size)
     domains = tuple(dict.fromkeys(reading.domain for reading in readings))
     rank, world = _place(distributed)
@@ -109,11 +87,10 @@ def record_batches(
     ends: Collection[int] = getattr(tokenizer, "ends", ())
 
     def read(number: int) -> Trace:
-        with evaluating(model) as device:
-            batch = pad(continued(model, batches[number], generate, ends, device))
-            layers = look(model, found, batch, device).layers
-        subject = _subject(model, found, name, print_of, layers)
-        return trace_of(layers, batch, subject, domains, number)
+        with reader.evaluating():
+            batch = pad(tuple(_continued(reader, each, generate, ends) for each in batches[number]))
+            layers = reader.record(batch).layers
+        return trace_of(layers, batch, _subject(reader, name, print_of, layers), domains, number)
 
     for first in range(0, len(batches), world):
         # A rank without a batch of its own reads one again: sharded models need all ranks.
@@ -131,109 +108,24 @@ def record_batches(
             yield trace
 
 
-class Looked(NamedTuple):
-    """What one forward pass gave: logits [B, S, V], and each mixture's choices."""
-
-    logits_BSV: torch.Tensor
-    layers: list[Kept]
-
-
-def look(model: nn.Module, found: list[Tap], batch: Batch, device: torch.device) -> Looked:
-    """One forward pass over a batch, with what its mixtures decided; `found` from `mixtures`."""
-    tokens_BS = batch.tokens_BS.to(device)
-    valid_BS = None if batch.valid_BS is None else batch.valid_BS.to(device)
-    if isinstance(model, Decoder):
-        output = model(tokens_BS, valid_BS=valid_BS)
-        return Looked(output.logits, [keep(choice_of(each), batch) for each in output.routings])
-    return Looked(
-        *foreign.look(model, found, tokens_BS, valid_BS, lambda choice: keep(choice, batch))
-    )
+def _continued(reader: Reader, reading: Reading, most: int, ends: Collection[int]) -> Reading:
+    """A text with what the model writes after it: by itself, so that none depends on another."""
+    if most == 0:
+        return reading
+    new_S = reader.write(reading.tokens_S[None], most, ends)
+    return reading._replace(tokens_S=torch.cat([reading.tokens_S, new_S.cpu()]))
 
 
-def mixtures(model: nn.Module) -> list[Tap]:
-    """Where to look into a model of transformers; nothing is needed for an own one.
-
-    Raises:
-        MoestroError: it has no mixtures, or some that cannot be looked into; says which.
-    """
-    if isinstance(model, EncDec):
-        raise MoestroError(
-            "this model is an encoder-decoder; traces are of decoders, which read one text from "
-            "left to right. Give a decoder"
-        )
-    if not isinstance(model, Decoder):
-        return foreign.taps(model)
-    if not model.moe_layers:
-        raise MoestroError(
-            "this model has no mixture layer (a dense model), so there is no routing to look at; "
-            "give a model whose settings have model.moe"
-        )
-    return []
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Run in eval mode without gradients; give the model's device; restore its modes after."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameter = next(model.parameters(), None)
-    model.eval()
-    # Models of transformers keep tensors that they make on the way (rotary tables of a length);
-    # made in inference mode, they would break later training.
-    without = torch.inference_mode() if isinstance(model, Decoder) else torch.no_grad()
-    try:
-        with without:
-            yield torch.device("cpu") if parameter is None else parameter.device
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _subject(
-    model: nn.Module, found: list[Tap], name: str, print_of: str, layers: list[Kept]
-) -> Subject:
-    own = getattr(model, "name_or_path", "")
-    varying = any(layer.top_k == 0 for layer in layers)
-    numbers = tuple(tap.layer for tap in found)
+def _subject(reader: Reader, name: str, print_of: str, layers: list[LayerRecord]) -> Subject:
+    own = getattr(reader.model, "name_or_path", "")
+    top_ks = [layer.choice.top_k for layer in layers]
     return Subject(
-        name=name or (own if isinstance(own, str) and own else type(model).__name__),
+        name=name or (own if isinstance(own, str) and own else type(reader.model).__name__),
         fingerprint=print_of,
-        moe_layers=model.moe_layers if isinstance(model, Decoder) else numbers,
-        num_experts=max(layer.num_experts for layer in layers),
-        top_k=0 if varying else max(layer.top_k for layer in layers),
+        moe_layers=tuple(mixture.layer for mixture in reader.mixtures),
+        num_experts=max(layer.choice.num_experts for layer in layers),
+        top_k=max(top_ks) if all(top_ks) else 0,
     )
-
-
-def check_tokens(model: nn.Module, readings: list[Reading], generate: int = 0) -> None:
-    """Refuse tokens that the model does not know, and texts longer than it can read.
-
-    Raises:
-        MoestroError: `generate` is below 0.
-        DataError: names the text.
-    """
-    if generate < 0:
-        raise MoestroError(f"generate is {generate}; give 0 or more tokens")
-    size, context = vocabulary(model), None
-    if not isinstance(model, Decoder):
-        context = foreign.context(model)
-    for place, reading in enumerate(readings):
-        low, high = int(reading.tokens_S.min()), int(reading.tokens_S.max())
-        if low < 0 or high >= size:
-            raise DataError(
-                f"text {place} ({reading.document}) has token {low if low < 0 else high}; the "
-                f"model's vocabulary is 0 to {size - 1}. Leave the text out, or use the tokenizer "
-                "that the model was trained with"
-            )
-        length = len(reading.tokens_S) + generate
-        if context is not None and length > context:
-            raise DataError(
-                f"text {place} ({reading.document}) has {length} tokens with what is to be "
-                f"generated; the model's context is {context}. Cut it (moestro.probe.cut)"
-            )
-
-
-def vocabulary(model: nn.Module) -> int:
-    """The number of token ids that a model knows."""
-    return model.cfg.vocab_size if isinstance(model, Decoder) else foreign.vocabulary(model)
 
 
 def _place(distributed: bool) -> tuple[int, int]:

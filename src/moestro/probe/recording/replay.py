@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moestro.errors import DataError
-from moestro.models.decoder import Decoder
-from moestro.probe.recording import foreign
 from moestro.probe.recording.passages import Batch, Reading, pad
-from moestro.probe.recording.record import evaluating, mixtures, vocabulary
-from moestro.probe.recording.taps import Edit, rerouted
+from moestro.probe.recording.reader import Reader, reader_of
+from moestro.probe.recording.reroute import Edit, rerouted
 from moestro.probe.recording.traces import Ints, Trace, fingerprint
 
 
@@ -36,21 +35,20 @@ def replay(model: nn.Module, trace: Trace, *, any_model: bool = False) -> Iterat
 
     The model that it was recorded from gives the same logits to the last bit, where the machine,
     the threads and the kernels are the same and weights have at most fp32's precision. Padding
-    keeps the model's own choice. Assignments that found no room find none again.
+    keeps the model's own choice. Assignments dropped over capacity are dropped again.
 
     Args:
         model: what to run.
         trace: what to force on it.
-        any_model: allow another model, with the same number of mixtures and experts.
+        any_model: allow a different model, with the same number of mixtures and experts.
 
     Raises:
-        DataError: the trace is of another model, of another shape, or of another vocabulary.
-        MoestroError: the model has no mixture, or one that cannot be looked into.
+        DataError: the trace is of a different model, shape or vocabulary.
+        MoestroError: the model has no mixture, or one that cannot be recorded.
     """
-    _check(model, trace, any_model)
-    sort = not isinstance(model, Decoder)
+    reader = _reader(model, trace, any_model)
     for part in _parts(trace):
-        yield Replayed(part.sequences, _run(model, part, _forcing(part, sort)))
+        yield Replayed(part.sequences, part.run(reader, part.forcing(reader.in_order)))
 
 
 def agreement(model: nn.Module, trace: Trace, *, any_model: bool = False) -> NDArray[np.float64]:
@@ -63,101 +61,88 @@ def agreement(model: nn.Module, trace: Trace, *, any_model: bool = False) -> NDA
     Raises:
         DataError, MoestroError: see `replay`.
     """
-    _check(model, trace, any_model)
+    reader = _reader(model, trace, any_model)
     same_L = np.zeros(len(trace.subject.moe_layers))
     for part in _parts(trace):
-        force = _forcing(part, not isinstance(model, Decoder))
-        _run(model, part, _counting(part, force, same_L))
+        part.run(reader, part.counting(part.forcing(reader.in_order), same_L))
     return same_L / len(trace.tokens_T)
 
 
 class _Part(NamedTuple):
-    """One batch of a trace, on the host.
+    """One batch of a trace.
 
     Attributes:
-        batch: its sequences, padded as they were.
-        sequences: their numbers.
+        trace: of its sequences alone.
+        sequences: their numbers in the whole trace.
+        batch: their tokens, padded as they were.
         real_T: int64, the rows of the padded batch that are tokens.
-        experts_LTK: int64, of the real tokens; E marks an empty place.
-        weights_LTK: fp32.
-        kept_LTK: bool, or None.
-        num_experts: E of the trace.
     """
 
-    batch: Batch
+    trace: Trace
     sequences: Ints
+    batch: Batch
     real_T: Tensor
-    experts_LTK: Tensor
-    weights_LTK: Tensor
-    kept_LTK: Tensor | None
-    num_experts: int
 
-    def forced(
+    def run(self, reader: Reader, edit: Edit) -> list[Tensor]:
+        """Logits of each sequence with the routing that `edit` gives."""
+        with reader.evaluating(), rerouted(reader.model, edit):
+            logits_BSV = reader.logits(self.batch)
+        lengths = self.batch.length_B.tolist()
+        return [logits_SV[:length] for logits_SV, length in zip(logits_BSV, lengths, strict=True)]
+
+    def forcing(self, in_order: bool) -> Edit:
+        """Give every mixture its recorded choice: in the recorded order, or the model's own.
+
+        A sum depends on its order, and that of a token's experts is not always recorded.
+        """
+
+        def edit(place: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+            forced_TK, forced_weights_TK = self._forced(place, experts_TK, weights_TK, drop=True)
+            if in_order or forced_TK.shape != experts_TK.shape:
+                return forced_TK, forced_weights_TK
+            equal_TKK = experts_TK[:, :, None] == forced_TK[:, None, :]
+            same_T1 = (equal_TKK.sum(-1) == 1).all(-1, keepdim=True)
+            from_TK = equal_TKK.int().argmax(-1)
+            return (
+                torch.where(same_T1, experts_TK, forced_TK),
+                torch.where(same_T1, forced_weights_TK.gather(1, from_TK), forced_weights_TK),
+            )
+
+        return edit
+
+    def counting(self, force: Edit, same_L: NDArray[np.float64]) -> Edit:
+        """As `force`; adds up tokens whose own experts are the recorded ones."""
+
+        def edit(place: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+            recorded_TK, _ = self._forced(place, experts_TK, weights_TK, drop=False)
+            width = max(experts_TK.shape[1], recorded_TK.shape[1])
+            own_TK, recorded_TK = (
+                _widened(each, width, self.trace.subject.num_experts).sort(1).values
+                for each in (experts_TK, recorded_TK)
+            )
+            same_T = (own_TK == recorded_TK).all(1)
+            same_L[place] += int(same_T[self.real_T.to(same_T.device)].sum())
+            return force(place, experts_TK, weights_TK)
+
+        return edit
+
+    def _forced(
         self, place: int, experts_TK: Tensor, weights_TK: Tensor, drop: bool
     ) -> tuple[Tensor, Tensor]:
         """The recorded choice of one mixture for all rows, padding with the model's own."""
-        recorded_TK, recorded_weights_TK = self.experts_LTK[place], self.weights_LTK[place]
-        if drop and self.kept_LTK is not None:
-            recorded_TK = recorded_TK.masked_fill(~self.kept_LTK[place], self.num_experts)
+        one, empty = self.trace, self.trace.subject.num_experts
+        recorded_TK = torch.from_numpy(one.experts_TLK[:, place].astype(np.int64))
         # Other batches and layers may have more experts a token: cut what is empty throughout.
-        used = int((self.experts_LTK[place] < self.num_experts).any(0).sum())
-        width = max(1, used)
-        recorded_TK = recorded_TK[:, :width].to(experts_TK.device)
-        recorded_weights_TK = recorded_weights_TK[:, :width].to(weights_TK)
-        own_TK, _ = _widen(experts_TK, recorded_TK, self.num_experts)
-        own_weights_TK, _ = _widen(weights_TK, recorded_weights_TK, 0)
-        new_TK, new_weights_TK = own_TK[:, :width].clone(), own_weights_TK[:, :width].clone()
-        real_T = self.real_T.to(new_TK.device)
-        new_TK[real_T], new_weights_TK[real_T] = recorded_TK, recorded_weights_TK
+        width = max(1, int((recorded_TK < empty).any(0).sum()))
+        if drop and one.kept_TLK is not None:
+            recorded_TK[torch.from_numpy(~one.kept_TLK[:, place])] = empty
+        real_T = self.real_T.to(experts_TK.device)
+        new_TK = _widened(experts_TK, width, empty)[:, :width].clone()
+        new_weights_TK = _widened(weights_TK, width, 0)[:, :width].clone()
+        new_TK[real_T] = recorded_TK[:, :width].to(new_TK)
+        recorded_weights_TK = torch.from_numpy(one.weights_TLK[:, place, :width])
+        new_weights_TK[real_T] = recorded_weights_TK.to(new_weights_TK)
         return new_TK, new_weights_TK
-
-
-def _forcing(part: _Part, sort: bool) -> Edit:
-    """Give every mixture its recorded choice; `sort`: in the model's own order where it can be.
-
-    A sum depends on its order. Traces of own models have the order that was used; of models of
-    transformers they have the heaviest first, where the router may have had another.
-    """
-
-    def edit(place: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        forced_TK, forced_weights_TK = part.forced(place, experts_TK, weights_TK, drop=True)
-        if not sort or forced_TK.shape != experts_TK.shape:
-            return forced_TK, forced_weights_TK
-        equal_TKK = experts_TK[:, :, None] == forced_TK[:, None, :]
-        same_T1 = (equal_TKK.sum(-1) == 1).all(-1, keepdim=True)
-        from_TK = equal_TKK.int().argmax(-1)
-        return (
-            torch.where(same_T1, experts_TK, forced_TK),
-            torch.where(same_T1, forced_weights_TK.gather(1, from_TK), forced_weights_TK),
-        )
-
-    return edit
-
-
-def _counting(part: _Part, force: Edit, same_L: NDArray[np.float64]) -> Edit:
-    """As `force`; adds up tokens whose own experts are the recorded ones."""
-
-    def edit(place: int, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        recorded_TK, _ = part.forced(place, experts_TK, weights_TK, drop=False)
-        own_TK, recorded_TK = _widen(experts_TK, recorded_TK, part.num_experts)
-        same_T = (own_TK.sort(1).values == recorded_TK.sort(1).values).all(1)
-        same_L[place] += int(same_T[part.real_T.to(same_T.device)].sum())
-        return force(place, experts_TK, weights_TK)
-
-    return edit
-
-
-def _run(model: nn.Module, part: _Part, edit: Edit) -> list[Tensor]:
-    """Logits of each sequence with the routing that `edit` gives."""
-    with evaluating(model) as device, rerouted(model, edit):
-        tokens_BS, valid_BS = part.batch.tokens_BS.to(device), part.batch.valid_BS
-        valid_BS = None if valid_BS is None else valid_BS.to(device)
-        if isinstance(model, Decoder):
-            logits_BSV = model(tokens_BS, valid_BS=valid_BS).logits
-        else:
-            logits_BSV = foreign.run(model, tokens_BS, valid_BS)
-    lengths = part.batch.length_B.tolist()
-    return [logits_SV[:length] for logits_SV, length in zip(logits_BSV, lengths, strict=True)]
 
 
 def _parts(trace: Trace) -> Iterator[_Part]:
@@ -167,29 +152,17 @@ def _parts(trace: Trace) -> Iterator[_Part]:
         one = trace.choose(chosen_N)
         tokens = torch.split(torch.from_numpy(one.tokens_T).long(), one.length_N.tolist())
         batch = pad(tuple(Reading(each, "", "", len(each)) for each in tokens))
-        rows_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
+        real_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
         if batch.valid_BS is not None:
-            rows_T = rows_T[batch.valid_BS.flatten()]
-        kept = one.kept_TLK
-        yield _Part(
-            batch,
-            np.flatnonzero(chosen_N),
-            rows_T,
-            torch.from_numpy(one.experts_TLK.astype(np.int64)).transpose(0, 1),
-            torch.from_numpy(one.weights_TLK).transpose(0, 1),
-            None if kept is None else torch.from_numpy(kept).transpose(0, 1),
-            trace.subject.num_experts,
-        )
+            real_T = real_T[batch.valid_BS.flatten()]
+        yield _Part(one, np.flatnonzero(chosen_N), batch, real_T)
 
 
-def _check(model: nn.Module, trace: Trace, any_model: bool) -> None:
-    found, subject = mixtures(model), trace.subject
-    if isinstance(model, Decoder):
-        assert model.cfg.moe is not None
-        shape = (len(model.moe_layers), model.cfg.moe.num_experts)
-    else:
-        shape = (len(found), max(tap.num_experts for tap in found))
-    recorded = (len(subject.moe_layers), subject.num_experts)
+def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
+    """How to read the model, once it is known that the trace fits it."""
+    reader, subject = reader_of(model), trace.subject
+    shape = len(reader.mixtures), max(mixture.num_experts for mixture in reader.mixtures)
+    recorded = len(subject.moe_layers), subject.num_experts
     if shape != recorded:
         raise DataError(
             f"this trace is of {subject.name}: {recorded[0]} mixtures of {recorded[1]} experts; "
@@ -198,22 +171,16 @@ def _check(model: nn.Module, trace: Trace, any_model: bool) -> None:
     if not any_model and fingerprint(model) != subject.fingerprint:
         raise DataError(
             f"this trace is of {subject.name}, and this model's weights are others; give the "
-            "checkpoint that it was recorded from, or any_model=True to force it on "
-            "this one"
+            "checkpoint that it was recorded from, or any_model=True to force it on this one"
         )
-    size = vocabulary(model)
-    if len(trace.tokens_T) and int(trace.tokens_T.max()) >= size:
+    if len(trace.tokens_T) and int(trace.tokens_T.max()) >= reader.vocab_size:
         raise DataError(
             f"this trace has token {int(trace.tokens_T.max())}; the model's vocabulary is 0 to "
-            f"{size - 1}. Give a model with the tokenizer that it was recorded with"
+            f"{reader.vocab_size - 1}. Give a model with the tokenizer that it was recorded with"
         )
+    return reader
 
 
-def _widen(left_TK: Tensor, right_TK: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """Both as wide as the wider one."""
-    width = max(left_TK.shape[1], right_TK.shape[1])
-    left_TK, right_TK = (
-        torch.nn.functional.pad(each, (0, width - each.shape[1]), value=fill)
-        for each in (left_TK, right_TK)
-    )
-    return left_TK, right_TK
+def _widened(values_TK: Tensor, width: int, fill: float) -> Tensor:
+    """At least so many columns."""
+    return F.pad(values_TK, (0, max(0, width - values_TK.shape[1])), value=fill)

@@ -7,22 +7,20 @@ what a file says about its size can be held against the size that it has before 
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moestro.errors import DataError
+from moestro.files import whole_file
 from moestro.probe.recording.tracecheck import check, check_subject, dtypes
 from moestro.probe.recording.traces import Subject, Trace, join, require_same
 from moestro.strictjson import parse
@@ -32,7 +30,6 @@ VERSION = 1
 _HEADER, _NAMES = "header.json", "names.json"
 _OPTIONAL = "kept_TLK"
 _MEMBER = re.compile(r"part-(\d{5,})/(\w+\.npy|names\.json)")
-_PIECE = 2**20
 
 
 class TraceWriter:
@@ -54,7 +51,6 @@ class TraceWriter:
         self._subject = subject
         self._append = append
         self._parts = 0
-        self._written = 0
         self._damaged = False
 
     def __enter__(self) -> Self:
@@ -65,9 +61,7 @@ class TraceWriter:
                 another model.
         """
         check_subject(self._subject, f"the trace for {self._path}")
-        fresh = f".unfinished-{self._path.name}-{secrets.token_hex(4)}"
-        self._unfinished = self._path.with_name(fresh)
-        with _files(self._path, "written"):
+        with _files(self._path, "written"), ExitStack() as stack:
             if self._path.is_dir():
                 raise IsADirectoryError("it is a folder")
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +70,16 @@ class TraceWriter:
                 with _Reader(self._path) as reader:
                     require_same(reader.subject, self._subject)
                     self._parts = reader.parts
-            try:
-                if old:
-                    shutil.copyfile(self._path, self._unfinished)
-                self._archive = zipfile.ZipFile(self._unfinished, "a" if old else "x")
-                if not old:
-                    header = {"format": FORMAT, "version": VERSION}
-                    self._put_json(_HEADER, {**header, "subject": self._subject._asdict()})
-            except BaseException:
-                self._unfinished.unlink(missing_ok=True)
-                raise
+            file = stack.enter_context(whole_file(self._path))
+            if old:
+                with self._path.open("rb") as before:
+                    shutil.copyfileobj(before, file)
+            self._archive = zipfile.ZipFile(file, "a" if old else "w")
+            stack.push(self._close)
+            if not old:
+                header = {"format": FORMAT, "version": VERSION}
+                self._put_json(_HEADER, {**header, "subject": self._subject._asdict()})
+            self._open = stack.pop_all()
         return self
 
     def write(self, trace: Trace) -> None:
@@ -109,36 +103,23 @@ class TraceWriter:
                         plain = np.ascontiguousarray(values, dtype=dtype)
                         np.lib.format.write_array(member, plain, allow_pickle=False)
         self._parts += 1
-        self._written += 1
         self._damaged = False
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Put the file in its place, or after an error remove what there is of it."""
-        try:
-            if error is not None:
-                with suppress(OSError, ValueError):
-                    self._archive.close()
-                return
-            with _files(self._path, "written"):
-                self._archive.close()
-                self._finish()
-        finally:
-            self._unfinished.unlink(missing_ok=True)
+        with _files(self._path, "written") if error[1] is None else nullcontext():
+            self._open.__exit__(*error)
 
-    def _finish(self) -> None:
+    def _close(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            with suppress(OSError, ValueError):
+                self._archive.close()
+            return
+        self._archive.close()
         if self._damaged:
             raise DataError(f"{self._path} was not written: one of its parts could not be")
         if not self._parts:
             raise DataError(f"{self._path} was not written: no part of a trace was given to it")
-        if self._written:
-            with self._unfinished.open("rb+") as file:
-                os.fsync(file.fileno())
-            self._unfinished.replace(self._path)
 
     def _member(self, name: str) -> IO[bytes]:
         return self._archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
@@ -326,10 +307,8 @@ class _Reader:
                     f"{self._path}: {name} should hold {dtype} of shape {list(shape)}, "
                     f"but has {size} bytes; record the trace again"
                 )
-            values = np.empty(shape, dtype)
-            flat = values.reshape(-1).view(np.uint8)
-            for start in range(0, size, _PIECE):
-                flat[start : start + _PIECE] = np.frombuffer(member.read(_PIECE), np.uint8)
+            member.seek(0)
+            values: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
             # The checksum is compared when the end is reached, which no bytes are before.
             member.read()
             return values

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moestro.errors import DataError
+from moestro.errors import DataError, MoestroError
 from moestro.kernels.packing import PackedExperts, PackedMatrix
 
 Ints = NDArray[np.int64]
@@ -24,63 +24,43 @@ _SAMPLED = 64  # numbers of each tensor that a fingerprint looks at
 
 
 class Subject(NamedTuple):
-    """The model that a trace is of.
+    """The model that a trace is of."""
 
-    Attributes:
-        name: what it was called: a folder, an id of the hub, or its class.
-        fingerprint: of its weights, see `fingerprint`.
-        moe_layers: the layer number of each of its L mixture layers.
-        num_experts: E.
-        top_k: K; 0 where tokens have varying numbers of experts (expert choice).
-    """
-
-    name: str
-    fingerprint: str
-    moe_layers: tuple[int, ...]
+    name: str  # what it was called: a folder, an id of the hub, or its class
+    fingerprint: str  # of its weights, see `fingerprint`
+    moe_layers: tuple[int, ...]  # the layer number of each of its L mixture layers
     num_experts: int
-    top_k: int
+    top_k: int  # 0 where tokens have varying numbers of experts (expert choice)
 
 
 class Trace(NamedTuple):
     """The routing of T tokens through L mixture layers, before anything is summed up.
 
-    Attributes:
-        subject: the model.
-        domains: the M labels.
-        documents: the P names of documents.
-        domain_N: int64, domain of each sequence, as an index into `domains`.
-        document_N: int64, its document, as an index into `documents`. One document may have
-            several sequences; documents are the independent pieces of text.
-        batch_N: int64, equal for the sequences of one forward pass, rising.
-        length_N: int64, tokens of each sequence; they sum to T.
-        tokens_T: int32, token ids.
-        generated_T: bool, True for tokens that the model wrote itself.
-        experts_TLK: the experts of each token, first choice first, in the smallest unsigned dtype
-            that holds E; E marks an empty place.
-        weights_TLK: fp32, the weight of that expert's output; 0 in an empty place.
-        kept_TLK: bool, False for an assignment that found no room; None where all were kept.
-        entropy_TL: fp32, entropy of the router's probabilities in nats; NaN where unknown.
-        margin_TL: fp32, probability of the least likely chosen expert less that of the most likely
-            one not chosen; below 0 where a bias or groups overruled it; NaN where unknown.
-        probs_NLE: fp32, mean over the sequence's tokens of the router's probabilities; NaN where
-            unknown.
+    What is unknown of the router's probabilities is NaN.
     """
 
     subject: Subject
-    domains: tuple[str, ...]
-    documents: tuple[str, ...]
-    domain_N: Ints
+    domains: tuple[str, ...]  # the M labels
+    documents: tuple[str, ...]  # the P names of documents
+    domain_N: Ints  # of each sequence, as an index into `domains`
+    # The document of each sequence, as an index into `documents`. One document may have several
+    # sequences; documents are the independent pieces of text.
     document_N: Ints
-    batch_N: Ints
-    length_N: Ints
+    batch_N: Ints  # equal for the sequences of one forward pass, rising
+    length_N: Ints  # tokens of each sequence; they sum to T
     tokens_T: NDArray[np.int32]
-    generated_T: NDArray[np.bool_]
+    generated_T: NDArray[np.bool_]  # True for tokens that the model wrote itself
+    # The experts of each token, first choice first, in the smallest unsigned dtype that holds E;
+    # E marks an empty place.
     experts_TLK: NDArray[np.unsignedinteger[Any]]
-    weights_TLK: Floats
+    weights_TLK: Floats  # of that expert's output; 0 in an empty place
+    # False for an assignment that found no room; None where all were kept.
     kept_TLK: NDArray[np.bool_] | None
-    entropy_TL: Floats
+    entropy_TL: Floats  # of the router's probabilities, in nats
+    # Probability of the least likely chosen expert less that of the most likely one not chosen;
+    # below 0 where a bias or groups overruled it.
     margin_TL: Floats
-    probs_NLE: Floats
+    probs_NLE: Floats  # mean over the sequence's tokens of the router's probabilities
 
     @property
     def sequence_T(self) -> Ints:
@@ -103,6 +83,12 @@ class Trace(NamedTuple):
         """The document of each token."""
         return np.repeat(self.document_N, self.length_N)
 
+    @property
+    def names_N(self) -> list[tuple[str, str]]:
+        """The names of the domain and the document of each sequence."""
+        pairs = zip(self.domain_N.tolist(), self.document_N.tolist(), strict=True)
+        return [(self.domains[domain], self.documents[document]) for domain, document in pairs]
+
     def counts(self, group_T: Ints, groups: int) -> Ints:
         """Assignments, before any drop, by layer, group of tokens and expert. int64 [L, G, E].
 
@@ -121,13 +107,7 @@ class Trace(NamedTuple):
 
     def choose(self, which_N: NDArray[np.bool_]) -> Trace:
         """The trace of some sequences only; documents and domains keep their numbers."""
-        which_T = np.repeat(which_N, self.length_N)
-        changed: dict[str, Any] = {
-            name: value[which_N if name.endswith(("_N", "_NLE")) else which_T]
-            for name, value in self._asdict().items()
-            if isinstance(value, np.ndarray)
-        }
-        return self._replace(**changed)
+        return self._at(which_N, np.repeat(which_N, self.length_N))
 
     def choose_tokens(self, which_T: NDArray[np.bool_]) -> Trace:
         """The trace of some tokens only, such as `~generated_T`; sequences without any go.
@@ -137,13 +117,15 @@ class Trace(NamedTuple):
         length_N = np.bincount(self.sequence_T[which_T], minlength=len(self.length_N))
         probs_NLE = self.probs_NLE.copy()
         probs_NLE[length_N < self.length_N] = np.nan
+        return self._replace(length_N=length_N, probs_NLE=probs_NLE)._at(length_N > 0, which_T)
+
+    def _at(self, which_N: NDArray[np.bool_], which_T: NDArray[np.bool_]) -> Trace:
         changed: dict[str, Any] = {
-            name: value[which_T]
+            name: value[which_N if name.endswith(("_N", "_NLE")) else which_T]
             for name, value in self._asdict().items()
-            if isinstance(value, np.ndarray) and name.endswith(("_T", "_TL", "_TLK"))
+            if isinstance(value, np.ndarray)
         }
-        cut = self._replace(length_N=length_N, probs_NLE=probs_NLE, **changed)
-        return cut.choose(length_N > 0)
+        return self._replace(**changed)
 
 
 def join(traces: Sequence[Trace]) -> Trace:
@@ -171,9 +153,8 @@ def join(traces: Sequence[Trace]) -> Trace:
         part["experts_TLK"] = _widen(trace.experts_TLK, width, trace.subject.num_experts)
         part["weights_TLK"] = _widen(trace.weights_TLK, width, 0)
         if trace.kept_TLK is None:
-            part["kept_TLK"] = np.ones(part["experts_TLK"].shape, dtype=np.bool_)
-        else:
-            part["kept_TLK"] = _widen(trace.kept_TLK, width, True)
+            part["kept_TLK"] = np.ones(trace.experts_TLK.shape, dtype=np.bool_)
+        part["kept_TLK"] = _widen(part["kept_TLK"], width, True)
         parts.append(part)
     arrays: dict[str, Any] = {
         name: np.concatenate([part[name] for part in parts])
@@ -200,6 +181,18 @@ def require_same(here: Subject, there: Subject) -> None:
         f"these traces are of different models, {here.name} and {there.name} ({difference}); "
         "give the trace of the same checkpoint"
     )
+
+
+def place_of(layer: int, moe_layers: Sequence[int]) -> int:
+    """Which of the mixture layers has this layer number.
+
+    Raises:
+        MoestroError: none has.
+    """
+    if layer not in moe_layers:
+        known = ", ".join(map(str, moe_layers))
+        raise MoestroError(f"layer {layer} is not a mixture layer; choose one of {known}")
+    return moe_layers.index(layer)
 
 
 def fingerprint(model: nn.Module) -> str:

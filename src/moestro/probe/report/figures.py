@@ -20,6 +20,7 @@ from moestro.probe.ablation.effects import Ablations
 from moestro.probe.measures.bootstrap import Floats
 from moestro.probe.measures.measure import Findings
 from moestro.probe.measures.specialise import Specialisation
+from moestro.probe.recording.traces import place_of
 from moestro.probe.report.charts import Chart, caching_chart, errors, label_chart
 
 # Okabe and Ito's colours, told apart in every common kind of colour blindness; the first seven
@@ -82,7 +83,7 @@ def table_figure(findings: Findings, layer: int | None = None) -> Figure:
     """
     chosen = list(range(len(findings.moe_layers)))[-MOST_PANELS:]
     if layer is not None:
-        chosen = [layer_index(findings, layer)]
+        chosen = [place_of(layer, findings.moe_layers)]
     equal, names = 100 / findings.num_experts, [_plain(name) for name in findings.domains]
     panels = [
         (f"layer {findings.moe_layers[index]}", 100 * findings.table_LME[index]) for index in chosen
@@ -182,18 +183,6 @@ def ablation_figure(ablations: Ablations) -> Figure:
         fontsize=10,
     )
     return figure
-
-
-def layer_index(findings: Findings, layer: int) -> int:
-    """Position of layer number `layer` among the mixture layers.
-
-    Raises:
-        MoestroError: it is not one of them.
-    """
-    if layer not in findings.moe_layers:
-        known = ", ".join(map(str, findings.moe_layers))
-        raise MoestroError(f"layer {layer} is not a mixture layer; choose one of {known}")
-    return findings.moe_layers.index(layer)
 
 
 def file_name(name: str) -> str:

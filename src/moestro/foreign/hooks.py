@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ class Hook:
     """
 
     def __init__(self, function: Function, in_copies: Function) -> None:
-        self.function, self._in_copies = function, in_copies
+        self.function, self.in_copies = function, in_copies
         self.number = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -27,12 +27,7 @@ class Hook:
         return self.function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self._in_copies, self.number)
-
-    @property
-    def copied(self) -> bool:
-        """Whether this one stands in a copy."""
-        return self.function is self._in_copies
+        return _copied, (self.in_copies, self.number)
 
 
 def nothing(*_: Any) -> None:
@@ -62,30 +57,27 @@ def add(
 
 def functions(model: nn.Module) -> list[Function]:
     """What a model's modules call through hooks of this kind."""
-    return [hook.function for hooks in _registers(model) for _, hook in _ours(hooks)]
+    return [hook.function for _, hook in _ours(model)]
 
 
 def drop_copied(model: nn.Module) -> None:
     """Take off what a copy was given along."""
-    for hooks in _registers(model):
-        for number, hook in _ours(hooks):
-            if hook.copied:
-                del hooks[number]
+    for registered, hook in _ours(model):
+        if hook.function is hook.in_copies:
+            del registered[hook.number]
 
 
-def _registers(model: nn.Module) -> list[dict[int, Any]]:
-    return [
-        hooks
-        for module in model.modules()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-    ]
-
-
-def _ours(hooks: dict[int, Any]) -> list[tuple[int, Hook]]:
-    return [(number, hook) for number, hook in hooks.items() if isinstance(hook, Hook)]
+def _ours(model: nn.Module) -> Iterator[tuple[dict[int, Any], Hook]]:
+    for module in model.modules():
+        for registered in (module._forward_pre_hooks, module._forward_hooks):
+            for hook in list(registered.values()):
+                if isinstance(hook, Hook):
+                    yield registered, hook
 
 
 def _copied(function: Function, number: int) -> Hook:
     # Another process counts its hooks from 0, and would give a later hook this one's number.
     RemovableHandle.next_id = max(RemovableHandle.next_id, number + 1)
-    return Hook(function, function)
+    hook = Hook(function, function)
+    hook.number = number
+    return hook

@@ -1,10 +1,10 @@
-"""Rules spelled out for one model: which tensor of a checkpoint is which part of which of ours."""
+"""Rules spelled out for one model: which tensor of a checkpoint is which slice of which of ours."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ from moestro.checkpoints.families.table import LAYOUTS, Rule
 
 # The end of a key that only fused experts have.
 FUSED = ".experts.gate_up_proj"
-_INDEXED = re.compile(r"(?P<name>.*)\[(?P<index>\{e\}|\d+)\]")
+_INDEXED = re.compile(r".*\[(\{e\}|\d+)\]")
 
 
-class Piece(NamedTuple):
-    """One tensor of a checkpoint, and the part of ours that it is.
+class TensorSlice(NamedTuple):
+    """One tensor of a checkpoint, and the slice of ours that it fills.
 
     Attributes:
         theirs: its key.
@@ -34,37 +34,40 @@ class Piece(NamedTuple):
     layout: str
     shape: tuple[int, ...]
 
-    def part(self, ours: Tensor) -> Tensor:
-        """The part of our tensor, a view."""
+    def of(self, ours: Tensor) -> Tensor:
+        """The slice of our tensor, a view."""
         if self.entry is not None:
             ours = ours[self.entry]
         return ours if self.rows is None else ours[self.rows[0] : self.rows[1]]
 
 
-def pieces(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
+def slices(
+    rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], cfg: Any = None
+) -> list[TensorSlice]:
     """Every tensor that a checkpoint of this model holds, in the order of ours.
 
     Args:
         rules: of the model's family.
         shapes: of all our tensors, by name.
+        cfg: the model's settings, for rules with `sizes`.
     """
     compiled = [(_pattern(rule), rule) for rule in rules]
-    found: list[Piece] = []
+    found: list[TensorSlice] = []
     for name, shape in shapes.items():
         fitting = [(match, rule) for way, rule in compiled if (match := way.fullmatch(name))]
         assert len(fitting) == 1, f"{len(fitting)} rules for {name}; a family's table needs one"
         match, rule = fitting[0]
-        found += _spell_out(rule, name, match.groupdict().get("n", ""), shape)
+        found += _spell_out(rule, name, {"name": name, **match.groupdict()}, shape, cfg)
     return found
 
 
 def fused(rules: Sequence[Rule], renamed: Mapping[str, str]) -> list[Rule]:
-    """The rules where all experts of a layer are in one tensor, with the layout of ours.
+    """The rules for all experts of a layer in one tensor, with the layout of ours.
 
-    transformers writes that with `save_original_format=False`, and names some parts anew.
+    transformers writes that with `save_original_format=False`, and renames some parts of keys.
 
     Args:
-        rules: where each expert has tensors of its own.
+        rules: for each expert in tensors of its own.
         renamed: parts of keys → their new names.
     """
     found = []
@@ -87,25 +90,26 @@ def key_pattern(name: str) -> re.Pattern[str]:
 
 
 def _pattern(rule: Rule) -> re.Pattern[str]:
-    name = rule.ours.split("[")[0]
-    return re.compile(re.escape(name).replace(r"\{n\}", r"(?P<n>\d+)"))
+    name = re.escape(rule.ours.split("[")[0])
+    return re.compile(name.replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{name\}", ".+"))
 
 
-def _spell_out(rule: Rule, name: str, layer: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+def _spell_out(
+    rule: Rule, name: str, words: Mapping[str, str], shape: tuple[int, ...], cfg: Any
+) -> Iterator[TensorSlice]:
     indexed = _INDEXED.fullmatch(rule.ours)
     entries: Sequence[int | None] = (None,)
     if indexed is not None:
-        each = indexed["index"] == "{e}"
-        entries = range(shape[0]) if each else (int(indexed["index"]),)
+        entries = range(shape[0]) if indexed[1] == "{e}" else (int(indexed[1]),)
         shape = shape[1:]
     count = len(rule.theirs)
-    sizes = rule.sizes or (shape[0] // count,) * count if count > 1 else (shape[0],)
-    assert sum(sizes) == shape[0], f"the parts of {name} are {sizes}, its rows {shape[0]}"
+    spans: list[tuple[int, int] | None] = [None]
+    if count > 1:
+        sizes = (shape[0] // count,) * count if rule.sizes is None else rule.sizes(cfg)
+        assert sum(sizes) == shape[0], f"the parts of {name} are {sizes}, its rows {shape[0]}"
+        spans = [(sum(sizes[:part]), sum(sizes[: part + 1])) for part in range(count)]
     for entry in entries:
-        start = 0
-        for theirs, size in zip(rule.theirs, sizes, strict=True):
-            key = theirs.replace("{n}", layer).replace("{e}", str(entry))
-            rows = None if count == 1 else (start, start + size)
-            part = LAYOUTS[rule.layout].shape((size, *shape[1:]))
-            yield Piece(key, name, entry, rows, rule.layout, part)
-            start += size
+        for theirs, rows in zip(rule.theirs, spans, strict=True):
+            part = shape if rows is None else (rows[1] - rows[0], *shape[1:])
+            key = theirs.format(e=entry, **words)
+            yield TensorSlice(key, name, entry, rows, rule.layout, LAYOUTS[rule.layout].shape(part))

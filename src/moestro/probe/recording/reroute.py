@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import ShapeError
+from moestro.foreign.taps import RawChoice, tapped, taps
 from moestro.moe.layer import MoE
 from moestro.moe.routing import Routing
-from moestro.probe.recording import foreign
 from moestro.probe.recording.choices import choice_of
 
 Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -40,12 +40,11 @@ def rerouted(model: nn.Module, edit: Edit) -> Iterator[None]:
     """
     own = [module for module in model.modules() if isinstance(module, MoE)]
     if not own:
-        found = foreign.taps(model)
 
-        def see(place: int, chosen: foreign.Chosen) -> tuple[Tensor, Tensor]:
-            return _edited(edit, place, chosen.experts_TK, chosen.weights_TK)
+        def see(place: int, raw: RawChoice) -> tuple[Tensor, Tensor]:
+            return _edited(edit, place, raw.experts_TK, raw.weights_TK)
 
-        with foreign.tapped(found, see, again=True):
+        with tapped(taps(model), see, again=True):
             yield
         return
     with ExitStack() as hooks:
@@ -82,17 +81,11 @@ def _edited(
 
 def _by_token(routing: Routing, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
     """K assignments for every token; those in empty places are dropped before any capacity."""
-    num_tokens, top_k = experts_TK.shape
     empty_TK = experts_TK >= routing.num_experts
     kept_R = ~empty_TK.flatten() if bool(empty_TK.any()) else None
-    tokens_T = torch.arange(num_tokens, device=experts_TK.device)
-    return routing._replace(
-        tokens_R=tokens_T.repeat_interleave(top_k),
-        experts_R=experts_TK.masked_fill(empty_TK, 0).flatten(),
-        weights_R=weights_TK.masked_fill(empty_TK, 0).flatten(),
-        top_k=top_k,
-        kept_R=kept_R,
-    )
+    choice = (experts_TK.masked_fill(empty_TK, 0), weights_TK.masked_fill(empty_TK, 0))
+    edited = Routing.of_choice(*choice, routing.logits_TE, routing.probs_TE, routing.valid_T)
+    return edited._replace(kept_R=kept_R, load_TE=routing.load_TE)
 
 
 def _by_expert(routing: Routing, experts_TK: Tensor, weights_TK: Tensor) -> Routing:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moestro.probe.recording import hooks
+from moestro.foreign import hooks
 
 CALLED = []
 

@@ -3,7 +3,7 @@ import torch
 
 from moestro.errors import MoestroError, ShapeError
 from moestro.models.encdec import EncDec
-from moestro.probe.recording.taps import rerouted
+from moestro.probe.recording.reroute import rerouted
 
 from ..models.tiny_encdec import settings
 from .deciders import VOCABULARY, decoder

@@ -1,21 +1,21 @@
-"""The labelled passages that a model is looked into with: its held-out text, or other text."""
+"""Labelled passages of much text: what a run held out, or documents of files, evenly of each label.
+
+Letters beside those of docs/shapes.md: N windows.
+"""
 
 from __future__ import annotations
 
 import zlib
-from contextlib import ExitStack
 from heapq import heappush, heappushpop
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from moestro.cli.held_out import open_corpus
+from torch import Tensor
+
+from moestro.config import DataConfig
+from moestro.data.documents import Document, read_documents
+from moestro.data.windows import Corpus
 from moestro.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moestro.data.documents import Document
-    from moestro.probe.recording.passages import Encodes, Passage
+from moestro.probe.recording.passages import Encodes, Passage
 
 Domains = Literal["folder", "field"]
 
@@ -26,38 +26,21 @@ MOST_DOCUMENTS = 512
 MOST_CHARACTERS = 200_000
 
 
-def held_out_passages(checkpoint: Path, home: Path, tokens: int, context: int) -> list[Passage]:
-    """Windows that the model's run held out, evenly from all domains.
-
-    Args:
-        checkpoint: its folder.
-        home: the run's folder.
-        tokens: most tokens in all.
-        context: of the model.
+def held_out_passages(corpus: Corpus, tokens: int) -> list[Passage]:
+    """Held-out windows of a run's text, at most so many tokens in all, evenly from all domains.
 
     Raises:
-        DataError: there is no text; `--source` gives other.
+        DataError: there is no text.
     """
-    import torch
-
-    from moestro.probe.recording.passages import Passage
-
     passages = []
-    with ExitStack() as stack:
-        corpus = open_corpus(checkpoint, home / "data", (), context, stack)
-        pool = corpus.held_out(POOL * tokens)
-        wanted = max(1, tokens // len(pool) // corpus.seq_len)
-        for domain, (tokens_NS, _) in pool.items():
-            there = len(tokens_NS)
-            chosen = (
-                torch.arange(min(wanted, there), device="cpu") * there // max(1, min(wanted, there))
-            )
-            # Where documents end shows only in text that lies together, so all of it is numbered.
-            # A window's last token is the next one's first: without its first each counts once.
-            numbers_N = _documents(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)
-            for n in chosen.tolist():
-                document = f"{domain}/{numbers_N[n]}"
-                passages.append(Passage(tokens_NS[n, :-1].clone(), domain, document))
+    pool = corpus.held_out(POOL * tokens)
+    wanted = max(1, tokens // len(pool) // corpus.seq_len)
+    for domain, (tokens_NS, _) in pool.items():
+        # Where documents end shows only in text that lies together, so all of it is numbered.
+        # A window's last token is the next one's first: without its first each counts once.
+        numbers_N = _documents(tokens_NS[:, 1:], corpus.tokenizer.end_of_text)
+        for n in _evenly(len(tokens_NS), wanted):
+            passages.append(Passage(tokens_NS[n, :-1].clone(), domain, f"{domain}/{numbers_N[n]}"))
     return passages
 
 
@@ -80,13 +63,11 @@ def source_passages(
     wanted = max(1, tokens // len(drawn) // length)
     passages: list[Passage] = []
     for domain in sorted(drawn):
-        documents = drawn[domain]
-        left = wanted
+        documents, left = drawn[domain], wanted
         for place, document in enumerate(documents):
             if left <= 0:
                 break
-            of_this = -(-left // (len(documents) - place))
-            pieces = _pieces(document, tokenizer, length, of_this)
+            pieces = _pieces(document, tokenizer, length, -(-left // (len(documents) - place)))
             passages += pieces
             left -= len(pieces)
     return passages
@@ -106,9 +87,6 @@ def _documents(tokens_NS: Tensor, end_of_text: int) -> list[int]:
 
 def _draw(sources: tuple[str, ...], by: Domains) -> dict[str, list[Document]]:
     """Documents of each domain, at most `MOST_DOCUMENTS`, drawn by their names."""
-    from moestro.config import DataConfig
-    from moestro.data.documents import read_documents
-
     heaps: dict[str, list[tuple[int, int, Document]]] = {}
     for number, document in enumerate(read_documents(DataConfig(sources=sources, domains=by))):
         heap = heaps.setdefault(document.domain, [])
@@ -119,7 +97,7 @@ def _draw(sources: tuple[str, ...], by: Domains) -> dict[str, list[Document]]:
         else:
             heappushpop(heap, entry)
     if not heaps:
-        raise DataError(f"there is no text in {', '.join(sources)}; give other with --source")
+        raise DataError(f"there is no text in {', '.join(sources)}; give other sources")
     return {
         domain: [document for *_, document in sorted(heap, reverse=True)]
         for domain, heap in heaps.items()
@@ -128,11 +106,16 @@ def _draw(sources: tuple[str, ...], by: Domains) -> dict[str, list[Document]]:
 
 def _pieces(document: Document, tokenizer: Encodes, length: int, most: int) -> list[Passage]:
     """At most so many pieces of one document, evenly over it; a short end is left out."""
-    from moestro.probe.recording.passages import Passage
-
     ids = list(tokenizer.encode(document.text))
     starts = list(range(0, max(1, len(ids) - length // 2), length)) if ids else []
-    most = min(most, len(starts))
-    chosen = [starts[place * len(starts) // most] for place in range(most)]
     name = f"{document.domain}/{document.name}"
-    return [Passage(ids[at : at + length], document.domain, name) for at in chosen]
+    return [
+        Passage(ids[starts[n] : starts[n] + length], document.domain, name)
+        for n in _evenly(len(starts), most)
+    ]
+
+
+def _evenly(there: int, most: int) -> list[int]:
+    """At most so many of the numbers below `there`, evenly spaced."""
+    count = min(most, there)
+    return [place * there // count for place in range(count)]

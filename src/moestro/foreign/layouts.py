@@ -8,7 +8,6 @@ Letters as in docs/shapes.md; H = 2F (gated) or F (plain), O/I out and in of a m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,16 +18,8 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moestro.errors import BackendError, ShapeError
+from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
 from moestro.kernels.reference import CLAMP, STEEPNESS
-
-# Classes whose own gate is the clamped one, where these two attributes have the usual values.
-CLAMPED = {
-    "GptOssExperts": ("alpha", "limit"),
-    "OpenAIPrivacyFilterExperts": ("alpha", "limit"),
-    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit"),
-}
-# What blocks are called that hold a mixture, in transformers and in code that came with a model.
-_BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA)$")
 
 
 class Weights(NamedTuple):
@@ -42,7 +33,7 @@ class Weights(NamedTuple):
         gated: H is 2F.
         interleaved: gate and up alternate along H; else all of the gate comes first.
         transposed: stored as [E, I, O].
-        activation: see `reference.activate`; None where the class has one that no kernel has.
+        activation: see `reference.activate`; None: one that no kernel has.
         post_norm: a norm follows each expert.
     """
 
@@ -75,12 +66,11 @@ def read(experts: Any) -> Weights:
         ShapeError: they are not laid out as the module's flags say.
     """
     gated, transposed = bool(experts.has_gate), bool(experts.is_transposed)
+    name = "gate_up_proj" if gated else "up_proj"
     try:
-        up = experts.gate_up_proj if gated else experts.up_proj
-        down = experts.down_proj
-        biased = bool(experts.has_bias)
-        up_EH = (experts.gate_up_proj_bias if gated else experts.up_proj_bias) if biased else None
-        down_ED = experts.down_proj_bias if biased else None
+        up, down = getattr(experts, name), experts.down_proj
+        up_EH = getattr(experts, f"{name}_bias") if experts.has_bias else None
+        down_ED = experts.down_proj_bias if experts.has_bias else None
     except AttributeError as error:
         raise _unknown(experts, str(error)) from error
     if up.dim() != 3 or down.dim() != 3:
@@ -125,25 +115,21 @@ def refuse_unreachable(model: nn.Module) -> None:
     Raises:
         BackendError: names the class and what to do.
     """
-    fp8, other = set(), set()
-    for name, module in model.named_modules():
-        interface = _interface(module)
-        if interface is ALL_EXPERTS_FUNCTIONS:
-            continue
-        if interface is not None:
-            fp8.add(type(module).__name__)
-        elif (_experts(name, module) or _block(module)) and not _holds_experts(module):
-            other.add(type(module).__name__)
-    if fp8:
+    modules = dict(model.named_modules())
+    interfaces = {name: _interface(module) for name, module in modules.items()}
+    decorated = [name for name, each in interfaces.items() if each is not None]
+    for name in decorated:
+        if interfaces[name] is not ALL_EXPERTS_FUNCTIONS:
+            raise BackendError(
+                f"{type(modules[name]).__name__} takes its kernels from a registry of its own (FP8 "
+                "weights), which moestro does not reach; load the model with dequantised weights"
+            )
+    others = unaccounted(modules, decorated, beside=False)
+    if others:
         raise BackendError(
-            f"{', '.join(sorted(fp8))} takes its kernels from a registry of its own (FP8 weights), "
-            "which moestro does not reach; load the model with dequantised weights"
-        )
-    if other:
-        raise BackendError(
-            f"the experts of {', '.join(sorted(other))} do not use transformers' experts "
-            "interface: they would run their own code whatever the name asked for. "
-            'Use experts_implementation="eager" for this model'
+            f"{', '.join(others)} do not use transformers' experts interface: their experts would "
+            "run their own code whatever the name asked for. Use "
+            'experts_implementation="eager" for this model'
         )
 
 
@@ -161,28 +147,13 @@ def _interface(module: nn.Module) -> object | None:
     return None
 
 
-def _experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is routed experts by its own name or by that of its class."""
-    kind = type(module).__name__
-    return name.split(".")[-1] == "experts" or ("Experts" in kind and "Shared" not in kind)
-
-
-def _block(module: nn.Module) -> bool:
-    return _BLOCK.search(type(module).__name__) is not None
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    inner = list(module.named_modules())[1:]
-    return any(_interface(each) is not None or _experts(name, each) for name, each in inner)
-
-
 def _activation(experts: Any) -> str | None:
     if not experts.has_gate:
-        return {"relu": "relu", "gelu": "gelu"}.get(_bend(experts.act_fn))
+        return {"relu": "relu", "gelu": "gelu"}.get(_activation_name(experts.act_fn))
     if "_apply_gate" in vars(experts):
         return None
     if type(experts)._apply_gate is _default_apply_gate:
-        return {"silu": "swiglu", "gelu": "geglu"}.get(_bend(experts.act_fn))
+        return {"silu": "swiglu", "gelu": "geglu"}.get(_activation_name(experts.act_fn))
     values = tuple(getattr(experts, name, None) for name in _clamped(type(experts)))
     return "clamped_swiglu" if values == (STEEPNESS, CLAMP) else None
 
@@ -191,11 +162,12 @@ def _activation(experts: Any) -> str | None:
 def _clamped(kind: Any) -> tuple[str, ...]:
     """The attributes of the clamped gate, where this class has it; the compiler asks once."""
     gate = kind._apply_gate
-    known = gate.__module__.startswith("transformers.models.")
-    return CLAMPED.get(gate.__qualname__.split(".")[0], ()) if known else ()
+    if not gate.__module__.startswith("transformers.models."):
+        return ()
+    return EXPERTS.get(gate.__qualname__.split(".")[0], PLAIN).clamp
 
 
-def _bend(act_fn: object) -> str:
+def _activation_name(act_fn: object) -> str:
     """silu, gelu (the exact one), relu, or nothing for any other."""
     if act_fn is F.silu or type(act_fn) in (nn.SiLU, SiLUActivation):
         return "silu"

@@ -1,0 +1,193 @@
+"""The one door to weights: from a name to a model, for the command line, a server or a notebook.
+
+`open_checkpoint` finds the folder (hub.py) and reads it in one of three ways:
+
+    plain    reading.read_model: settings, headers and fit are checked, then tensors are loaded
+    packed   quantize.read_packed: the same, module by module
+    mapped   packed_files.load: a packed form that an earlier start kept
+
+The seam for further formats is `reading.open_unread`: a format is a mapping key →
+`tensor_files.Source` (shape, dtype, load) and a `Family` whose rules say what its keys are of ours.
+A reader of GGUF is one more such mapping.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moestro.checkpoints import packed_files
+from moestro.checkpoints.folders import read_json
+from moestro.checkpoints.hub import find_checkpoint
+from moestro.checkpoints.quantize import AS_IS, format_of, read_packed
+from moestro.checkpoints.reading import origin, read_model
+from moestro.checkpoints.transfer import Progress
+from moestro.errors import CheckpointError, ConfigError
+from moestro.kernels.packing import Format
+from moestro.models.build import Model
+
+_DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class Opened(NamedTuple):
+    """A model in evaluation mode, and where it came from.
+
+    Attributes:
+        model: with its weights.
+        folder: of its checkpoint, with its tokenizer.
+        hf_config: the config.json of Hugging Face's layout that the weights came with, if any.
+    """
+
+    model: Model
+    folder: Path
+    hf_config: dict[str, Any] | None
+
+    @property
+    def family(self) -> str | None:
+        """The model_type that the weights came with."""
+        return None if self.hf_config is None else self.hf_config.get("model_type")
+
+
+def open_checkpoint(
+    name: str | Path,
+    *,
+    weights: str = AS_IS,
+    packed: Path | None = None,
+    keep: bool = True,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    accept_fields: Collection[str] = (),
+    progress: Progress | None = None,
+    verified: bool = False,
+) -> Opened:
+    """Open a checkpoint of any layout.
+
+    Args:
+        name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
+            checkpoint's, or `org/model`.
+        weights: as-is, or packed for the CPU kernels: fp32, bf16, int8, int8-64, int4 or int4-64.
+        packed: the file that keeps the packed form; None: see `packed_files.default_path`.
+        keep: map a packed form that was kept, or keep a new one for the next start.
+        dtype: of weights that are not packed; None: that of the checkpoint's embedding.
+        device: auto, cpu, cuda or cuda:N.
+        backend: a kernel's name, or "auto".
+        accept_fields: see `reading.read_settings`.
+        progress: called with (bytes read so far, bytes in all).
+        verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
+
+    Raises:
+        ConfigError: options do not go together, or see `reading.read_settings`.
+        CheckpointError: the checkpoint or the kept packed form cannot be used; says why.
+        BackendError: there is no native library to pack for; says why.
+
+    Warns:
+        UserWarning: the packed form cannot be kept, or see `reading.read_model`.
+    """
+    format = format_of(weights)
+    if format is None and packed is not None:
+        raise ConfigError("--packed names the file of packed weights; add --weights")
+    if format is not None and dtype is not None:
+        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
+    if format is not None and device not in ("auto", "cpu"):
+        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
+    if format is None:
+        model = read_model(
+            folder,
+            dtype=pick_dtype(dtype),
+            device=pick_device(device),
+            backend=backend,
+            progress=progress,
+            accept_fields=accept_fields,
+        )
+    elif keep:
+        path = packed or packed_files.default_path(folder, format)
+        model = _mapped_or_packed(folder, format, path, progress, accept_fields)
+    else:
+        model = read_packed(folder, format, progress, accept_fields)
+    place = origin(folder)
+    return Opened(model, folder, read_json(place, finite=False) if place.is_file() else None)
+
+
+def kept_as(weights: str, packed: Path | None = None) -> Callable[[Path], bool] | None:
+    """What says for `find_checkpoint` that a checkpoint's packed form is kept.
+
+    Such a checkpoint is not read through: what will be mapped was made from good files.
+
+    Raises:
+        ConfigError: there are no such weights.
+    """
+    format = format_of(weights)
+    if format is None:
+        return None
+    return lambda folder: packed_files.is_of(
+        packed or packed_files.default_path(folder, format), folder
+    )
+
+
+def pick_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The number type of a name.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name} is not known; choose fp32, bf16 or fp16")
+    return _DTYPES[name]
+
+
+def pick_device(name: str) -> str:
+    """The device of a name, tried out.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        usable = torch.zeros(1, dtype=torch.float32, device=name).item() == 0
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"--device {name} cannot be used here; choose auto, cpu, or cuda on a machine "
+            "where `moestro doctor` shows a CUDA device"
+        )
+    return name
+
+
+def _mapped_or_packed(
+    folder: Path,
+    format: Format,
+    path: Path,
+    progress: Progress | None,
+    accept_fields: Collection[str],
+) -> Model:
+    """Map the packed form at `path`, or make it and keep it there."""
+    source = packed_files.fingerprint(folder)
+    if path.exists():
+        model = packed_files.load(path, source)
+        if packed_files.stored_format(path) != format:
+            raise CheckpointError(
+                f"{path} holds packed weights other than {format.kind} in groups of "
+                f"{format.group}; give another --packed, or remove the file"
+            )
+        return model
+    model = read_packed(folder, format, progress, accept_fields)
+    try:
+        packed_files.save(model, path, format, source)
+    except OSError as error:
+        reason = error.strerror or error
+        warnings.warn(f"the packed form is not kept: {path}: {reason}", UserWarning, stacklevel=3)
+    return model

@@ -1,0 +1,1 @@
+"""What is known of transformers' classes: routers, expert layouts, taps, hooks."""

@@ -1,0 +1,102 @@
+"""Which class of transformers a module is, within wrappers, and which classes are mixtures."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Experts(NamedTuple):
+    """What sets a class of experts apart.
+
+    Attributes:
+        counted_by: the attribute that holds the number of experts, those that do nothing included.
+        skips: a weight of 0 means that the token skips the mixture; counted as one more expert.
+        clamp: where its own gate is the clamped one: the attributes of its steepness and limit.
+    """
+
+    counted_by: str = "num_experts"
+    skips: bool = False
+    clamp: tuple[str, ...] = ()
+
+
+PLAIN = Experts()
+EXPERTS = {
+    "GptOssExperts": Experts(clamp=("alpha", "limit")),
+    "LongcatFlashExperts": Experts(counted_by="total_experts"),
+    "MiniMaxM3VLExperts": Experts(clamp=("swiglu_alpha", "swiglu_limit")),
+    "OpenAIPrivacyFilterExperts": Experts(clamp=("alpha", "limit")),
+    "ZayaExperts": Experts(skips=True),
+}
+# Mixtures of something other than feed-forward networks.
+NOT_FEED_FORWARD = frozenset({"JetMoeMoA"})
+# What blocks are called that hold a mixture, in transformers and in code that came with a model.
+_BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA)$")
+
+
+def unaccounted(
+    modules: Mapping[str, nn.Module], known: Collection[str], *, beside: bool
+) -> list[str]:
+    """Classes that by their names, or their modules', are mixtures, and are none of the known.
+
+    Args:
+        modules: of a model, by name.
+        known: names of modules; what holds one, or lies within, is accounted for.
+        beside: so are experts in the same block as a known one.
+    """
+    found = set()
+    blocks = {name.rpartition(".")[0] for name in known if beside}
+    for name, module in modules.items():
+        own, parent = type(module).__name__, name.rpartition(".")[0]
+        # Shared experts take every token: nothing is chosen there.
+        experts = name.split(".")[-1] == "experts" or ("Experts" in own and "Shared" not in own)
+        if not name or not (experts or _BLOCK.search(own)):
+            continue
+        around = {kind(module), kind(modules.get(parent)) if experts else ""}
+        nested = any(_within(each, name) or _within(name, each) for each in known)
+        if not (nested or (experts and parent in blocks) or around & NOT_FEED_FORWARD):
+            found.add(own)
+    return sorted(found)
+
+
+def kind(module: object) -> str:
+    """The name of the class whose forward a module runs.
+
+    Classes that are made at run time around another (FSDP, parametrizations) inherit its forward.
+    """
+    classes = type(module).__mro__
+    return next((each.__name__ for each in classes if "forward" in vars(each)), classes[0].__name__)
+
+
+def core(module: nn.Module) -> nn.Module:
+    """What a wrapper holds, or the module itself: the first that names what it takes."""
+    return next((each for each in module.modules() if not _passes_on(each)), module)
+
+
+def core_kind(module: nn.Module | None) -> str:
+    """The `kind` of a module within wrappers, also for messages."""
+    return "no router" if module is None else kind(core(module))
+
+
+def outermost(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name of the outermost module that only passes calls on to the one of that name."""
+    outer = name.rpartition(".")[0]
+    while outer and _passes_on(modules[outer]):
+        if not isinstance(modules[outer], nn.ModuleDict | nn.ModuleList):
+            name = outer
+        outer = outer.rpartition(".")[0]
+    return name
+
+
+def _within(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether a module takes whatever it is given, as wrappers do (adapters, compiled modules)."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(each.kind is each.VAR_POSITIONAL for each in parameters)

@@ -1,0 +1,169 @@
+"""Pre-norm blocks, and the loop over a stack of them: all of a network but embedding and head.
+
+Letters: B batch, S sequence, P positions attended to, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
+from moestro.models.attention import Attention, CrossAttention
+from moestro.models.cache import KeysValues, KVCache, LayerCache, Source
+from moestro.models.latent import LatentAttention
+from moestro.models.norms import norm_of
+from moestro.models.relative import RelativeBias
+from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
+from moestro.moe.experts import FeedForward
+from moestro.moe.layer import MoE
+from moestro.moe.mixing import compute_dtype
+from moestro.moe.routing import Routing
+
+
+class Shared(NamedTuple):
+    """What all blocks of a stack know of the new positions.
+
+    Attributes:
+        tokens_BS: their ids.
+        valid_BS: bool, False for padding.
+        angles: of rotary positions.
+        bias_HSP: of relative positions that the layers share.
+        source_valid_BP: `valid_BS` of the text that cross attention sees.
+    """
+
+    tokens_BS: Tensor
+    valid_BS: Tensor | None
+    angles: Rotary | None
+    bias_HSP: Tensor | None
+    source_valid_BP: Tensor | None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x))."""
+
+    def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
+        super().__init__()
+        # What writes to the residual stream starts smaller, by the root of its number (GPT-2).
+        scale = ((3 if stack.cross else 2) * len(stack.layers)) ** -0.5
+        self.attention_norm = norm_of(cfg.norm, cfg.dim)
+        self.attention: Attention | LatentAttention
+        if cfg.attention.latent is None:
+            self.attention = Attention(cfg, stack, layer, scale)
+        else:
+            self.attention = LatentAttention(cfg, scale)
+        self.cross: CrossAttention | None = None
+        if stack.cross:
+            self.cross_norm = norm_of(cfg.norm, cfg.dim)
+            self.cross = CrossAttention(cfg, scale)
+        self.ffn_norm = norm_of(cfg.norm, cfg.dim)
+        self.ffn: MoE | FeedForward
+        if cfg.moe is not None and stack.layers[layer].mixture:
+            self.ffn = MoE(cfg.moe, backend, scale)
+        else:
+            dense = cfg.dense
+            self.ffn = FeedForward(
+                cfg.dim, dense.hidden_dim, dense.activation, backend=backend, out_scale=scale
+            )
+
+    def forward(
+        self, x_BSD: Tensor, shared: Shared, cache: LayerCache | None, source: KeysValues | None
+    ) -> tuple[Tensor, Routing | None]:
+        """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
+        normed_BSD = self.attention_norm(x_BSD)
+        x_BSD = x_BSD + self.attention(
+            normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP
+        )
+        if self.cross is not None:
+            x_BSD = x_BSD + self.cross(self.cross_norm(x_BSD), source, shared.source_valid_BP)
+        normed_BSD = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, MoE):
+            y_BSD, routing = self.ffn(normed_BSD, token_ids=shared.tokens_BS, valid=shared.valid_BS)
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD), None
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, the relative positions that they share, and a last norm."""
+
+    cfg: Any
+    relative: RelativeBias | None
+    blocks: nn.ModuleList
+
+    def build(self, cfg: NetworkConfig, stack: StackSpec, backend: str) -> Self:
+        """Fill with random weights; apart from __init__, which a decoder has for itself."""
+        positions, heads = cfg.attention.positions, cfg.attention.num_heads
+        self.cfg, self.spec = cfg, stack
+        self.relative = None
+        if isinstance(positions, RopeConfig):
+            frequencies(positions, turning_width(cfg))  # Refuses lists of the wrong length.
+        elif isinstance(positions, RelativeConfig) and positions.shared:
+            self.relative = RelativeBias(
+                positions.buckets, positions.max_distance, heads, bidirectional=not stack.causal
+            )
+        self.blocks = nn.ModuleList(Block(cfg, stack, n, backend) for n in range(len(stack.layers)))
+        self.norm = norm_of(cfg.norm, cfg.dim)
+        return self
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache: each layer keeps the positions of its window."""
+        rope = isinstance(self.cfg.attention.positions, RopeConfig)
+        limits = [layer.window or sys.maxsize for layer in self.spec.layers]
+        return KVCache(limits, RotaryTable(self.cfg) if rope else None)
+
+    def run(
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        source: Source | None = None,
+        recompute: bool = False,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Pass all blocks. [B, S, D] → ([B, S, D] normalised, the mixtures' Routings).
+
+        Args:
+            x_BSD: embedded tokens.
+            tokens_BS: their ids.
+            valid_BS: bool, False for padding; not together with a cache.
+            cache: of the positions before these; extended in place.
+            source: what cross attention sees.
+            recompute: keep no activations for the backward. Routings are returned values, so
+                nothing is counted twice.
+        """
+        source_valid_BP = None if source is None else source.valid_BP
+        shared = Shared(tokens_BS, valid_BS, *self._positions(x_BSD, cache), source_valid_BP)
+        routings = []
+        for n, block in enumerate(self.blocks):
+            layer_cache = cache.layers[n] if cache is not None else None
+            cross = source.cross[n] if source is not None else None
+            if recompute:
+                x_BSD, routing = checkpoint(
+                    block, x_BSD, shared, layer_cache, cross, use_reentrant=False
+                )
+            else:
+                x_BSD, routing = block(x_BSD, shared, layer_cache, cross)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.position += tokens_BS.shape[1]
+        return self.norm(x_BSD), tuple(routings)
+
+    def _positions(
+        self, x_BSD: Tensor, cache: KVCache | None
+    ) -> tuple[Rotary | None, Tensor | None]:
+        """Angles of the new positions, or their shared bias for every key that a layer may see."""
+        length, dtype = x_BSD.shape[1], compute_dtype(x_BSD)
+        if cache is not None and cache.rotary is not None:
+            return cache.rotary.at(cache.position, length, x_BSD.device, dtype), None
+        if isinstance(self.cfg.attention.positions, RopeConfig):
+            return rotary(0, length, self.cfg, x_BSD.device, dtype), None
+        if self.relative is None:
+            return None, None
+        span = length
+        if cache is not None:
+            span += min(cache.position, max(layer.limit for layer in cache.layers) - 1)
+        return None, self.relative(range(span - length, span), range(span))
