@@ -19,17 +19,11 @@ _MOST_NAMED = 4
 
 
 class Said(NamedTuple):
-    """A sentence of the summary.
+    """A sentence of the summary."""
 
-    Attributes:
-        about: what it is about, in a word or two.
-        text: the sentence.
-        sure: whether something was found beyond noise; False where chance may be all there is.
-    """
-
-    about: str
+    about: str  # in a word or two
     text: str
-    sure: bool
+    sure: bool  # something was found beyond noise; False where chance may be all there is
 
 
 def summary(findings: Findings, ablations: Ablations | None = None) -> list[Said]:
