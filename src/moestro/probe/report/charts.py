@@ -166,7 +166,7 @@ def _explained(findings: Findings) -> Chart:
         for which, name in enumerate(found.predictors)
     ]  # fmt: skip
     series.append(Series("always naming the busiest expert", found.majority_L, None, "dashed"))
-    return Chart("lines", findings.moe_layers, "first choices foretold", series)
+    return Chart("lines", findings.moe_layers, "first choices predicted", series)
 
 
 def _repetition(findings: Findings, layer: int) -> Chart:

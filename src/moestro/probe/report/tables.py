@@ -194,7 +194,7 @@ def _explained(findings: Findings) -> Iterator[Table]:
         "explained_interval_LJ2 unseen_J",
     )
     page = View(
-        "Share of first choices foretold in documents that the foretelling was not made from, "
+        "Share of first choices predicted in documents that the predictors were not fitted to, "
         "with 95 % intervals",
         "layer: {layer} | busiest expert: {majority:.1%}{majority_~:.1%} | "
         "by {predictor}: {accuracy:.1%}{~:.1%}",
@@ -296,8 +296,9 @@ def _overlap(findings: Findings) -> Iterator[Table]:
     columns = fields("L", found, "information_L interval_L2 chance_L")
     page = View(
         "What the first expert of one layer tells about that of the next: 0 nothing, 1 all (95 % "
-        "interval); what finite text gives by chance is taken off",
-        "layers: {layer} → {next_layer} | told: {information:.2f}{~:.2f} | taken off: {chance:.3f}",
+        "interval); what finite text gives by chance is subtracted",
+        "layers: {layer} → {next_layer} | information: {information:.2f}{~:.2f} | "
+        "subtracted: {chance:.3f}",
     )
     yield Table("overlap", rows({"layer": layers[:-1]}, next_layer=layers[1:], **columns), page)
 
@@ -334,7 +335,7 @@ def _ablation(found: Ablations) -> Table:
         View(
             f"Ablation ({found.mode}): rise of the held-out loss, {found.unit}, without one "
             "expert; in brackets the 95 % interval over documents",
-            "layer: {layer} | expert: {expert} | thought to serve: {domain}{_control} | "
+            "layer: {layer} | expert: {expert} | domain: {domain}{_control} | "
             "rise there: {own:+.4f} | rise elsewhere: {elsewhere:+.4f} | verdict: {verdict}",
         ),
     )
