@@ -11,7 +11,7 @@ from moestro.errors import DataError, MoestroError
 from moestro.probe.measures.measure import measure
 from moestro.probe.report import page as page_module
 from moestro.probe.report.page import Facts, build, write_report
-from moestro.probe.report.samples import Room, passages, without_dropped
+from moestro.probe.report.samples import Samples, without_dropped
 from moestro.probe.report.token_text import TokenText, visible
 from moestro.text import ByteTokenizer, train_bpe
 
@@ -110,7 +110,7 @@ def test_summary_and_tables_are_there_without_a_script(hostile):
 def test_routing_shown_is_the_routing_recorded():
     trace = traced("abc", experts=6, layers=3, dropped=0.3)
     kept = without_dropped(trace)
-    first = passages(kept, (0, 2), TokenText(ByteTokenizer(), trace.tokens_T), Room())[0]
+    first = Samples(kept, (0, 2), TokenText(ByteTokenizer(), trace.tokens_T)).passages()[0]
     shape = len(first["pieces"]), 2, 2
     experts = np.frombuffer(base64.b64decode(first["experts"]), np.uint8).reshape(shape)
     expected = np.where(trace.kept_TLK, trace.experts_TLK, 6)[: shape[0]][:, [0, 2]]

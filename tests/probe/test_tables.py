@@ -6,7 +6,7 @@ import pytest
 from moestro.errors import MoestroError
 from moestro.probe.measures.measure import measure
 from moestro.probe.measures.saturation import saturation
-from moestro.probe.report.table import save_csv, save_text
+from moestro.probe.report.table import PAGE, TERMINAL, View, grid, rows, save_csv, save_text
 from moestro.probe.report.tables import tables
 
 from .changed import make_ablations
@@ -87,3 +87,27 @@ def test_files_are_written_whole_or_not_at_all(findings, tmp_path):
     with pytest.raises(MoestroError, match="cannot write it"):
         save_text(tmp_path / "taken", "text", "it")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_view_is_the_same_rows_for_page_and_terminal():
+    share = np.array([[0.25, 0.75], [0.5, np.nan]])
+    shares = {"share": share, "low": share - 0.125, "high": share + 0.125, "sure": share > 0.6}
+    axes = {"layer": [3, 7], "domain": ["a", "b\u202e"]}
+    view = View(
+        "title", "layer: {layer} | by {domain:name}: {share:.2f}{~:.3f}{sure:*}", by="layer"
+    )
+    shown = grid(rows(axes, **shares), view, PAGE)
+    assert shown.headings == ["layer", "by a", "by b\u25ab"]
+    assert shown.rows[0] == ["3", "0.25 (0.125 to 0.375) ", "0.75 (0.625 to 0.875)*"]
+    assert shown.rows[1][2] == "? (no interval) "
+    assert shown.repeated == 2
+    terminal = grid(rows(axes, **shares), view, TERMINAL)
+    assert terminal.rows[0][1] == "0.25 [0.125, 0.375] "
+    assert terminal.rows[1][2] == "– "
+    alone = view._replace(where=lambda row: row["layer"] == 7, most=1)
+    assert [cells[0] for cells in grid(rows(axes, **shares), alone, PAGE).rows] == ["7"]
+
+
+def test_a_table_without_rows_has_its_headings():
+    view = View("title", "layer: {layer} | share: {share:.2f}")
+    assert grid([], view, PAGE)[1:] == (["layer", "share"], [], 0)

@@ -45,8 +45,8 @@ Compare = Annotated[
 LLAMA = "llama.cpp"
 
 
-class Row(NamedTuple):
-    """One line of the table."""
+class Timing(NamedTuple):
+    """One line of the table: what ran, its weights, how fast."""
 
     name: str
     weights: str
@@ -136,7 +136,7 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
     return Plan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
 
 
-def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
+def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
     """A row for each kind of weights; one model is in memory at a time."""
     from moestro.bench.speed import Reading, measure, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
@@ -149,7 +149,7 @@ def _ours(plan: Plan, kinds: list[str]) -> Iterator[Row]:
         size = weight_bytes(model)
         speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
         how = "moestro" if supports(model) is None else "moestro in Python"
-        yield Row(how, kind, speed)
+        yield Timing(how, kind, speed)
         del model, run
         gc.collect()
 
@@ -182,7 +182,7 @@ def _check_memory(plan: Plan, kind: str) -> None:
         )
 
 
-def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) -> Iterator[Row]:
+def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) -> Iterator[Timing]:
     """Rows of what is compared with."""
     import torch
 
@@ -202,10 +202,10 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
                 program, plan.cfg, kind, plan.prompt, plan.tokens, plan.rounds,
                 torch.get_num_threads(),
             )  # fmt: skip
-            yield Row(name, kind.name, speed)
+            yield Timing(name, kind.name, speed)
 
 
-def _transformers(plan: Plan) -> Iterator[Row]:
+def _transformers(plan: Plan) -> Iterator[Timing]:
     """A row for each of its ways to run experts."""
     from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
     from moestro.bench.speed import Reading, measure
@@ -217,10 +217,10 @@ def _transformers(plan: Plan) -> Iterator[Row]:
     for implementation in IMPLEMENTATIONS if plan.cfg.moe is not None else ("",):
         run = transformers_rounds(model, implementation, plan.prompt, plan.tokens)
         speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
-        yield Row(f"transformers {implementation}".rstrip(), "bf16", speed)
+        yield Timing(f"transformers {implementation}".rstrip(), "bf16", speed)
 
 
-def _facts(plan: Plan, rows: list[Row]) -> dict[str, Any]:
+def _facts(plan: Plan, rows: list[Timing]) -> dict[str, Any]:
     """Everything as JSON; rates per second, sizes in bytes."""
     import torch
 
@@ -244,7 +244,7 @@ def _facts(plan: Plan, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _print(plan: Plan, rows: list[Row]) -> None:
+def _print(plan: Plan, rows: list[Timing]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

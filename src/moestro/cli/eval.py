@@ -40,7 +40,7 @@ DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
 
 
-class Row(NamedTuple):
+class Score(NamedTuple):
     """Bits per byte by domain, `all` first."""
 
     weights: str
@@ -72,7 +72,7 @@ def eval(
         cfg = read_settings(checkpoint, accept_field or ()).cfg
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
-    rows = [Row(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
+    rows = [Score(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(_facts(checkpoint, read, rows)))
     else:
@@ -109,14 +109,14 @@ def _measure(
     return bits
 
 
-def _over(row: Row, first: Row) -> float:
+def _over(row: Score, first: Score) -> float:
     """How much more bits than the first kind needs, as a part of them."""
     from moestro.train.evaluate import ALL
 
     return row.bits[ALL] / first.bits[ALL] - 1
 
 
-def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
+def _facts(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]:
     return {
         "checkpoint": str(checkpoint),
         "tokens": tokens,
@@ -127,7 +127,7 @@ def _facts(checkpoint: Path, tokens: int, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _print(checkpoint: Path, tokens: int, rows: list[Row]) -> None:
+def _print(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

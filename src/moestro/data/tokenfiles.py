@@ -30,7 +30,7 @@ _SPOOL_FILE = "spool.txt"
 _PIECE_BYTES = 1 << 20
 
 
-class Pieces(NamedTuple):
+class Ranges(NamedTuple):
     """Byte ranges of the spool, by domain, in shuffled order within each.
 
     Attributes:
@@ -47,12 +47,12 @@ class Pieces(NamedTuple):
 
     @property
     def sizes_N(self) -> NDArray[np.int64]:
-        """Bytes of each piece."""
+        """Bytes of each range."""
         return self.stops_N - self.starts_N
 
-    def where(self, kept_N: NDArray[Any]) -> Pieces:
-        """The pieces that a mask or an index picks."""
-        return Pieces(*(column_N[kept_N] for column_N in self))
+    def where(self, kept_N: NDArray[Any]) -> Ranges:
+        """The ranges that a mask or an index picks."""
+        return Ranges(*(column_N[kept_N] for column_N in self))
 
 
 class TokenFiles(Settings):
@@ -71,15 +71,15 @@ def write_token_files(cfg: DataConfig, folder: Path) -> TokenFiles:
     """Read all sources and write their tokens, and the tokenizer, into an existing folder."""
     spool = folder / _SPOOL_FILE
     with spool.open("wb") as writing:
-        domains, pieces = _spool(cfg, writing)
+        domains, ranges = _spool(cfg, writing)
     if not domains:
         raise DataError(
             f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
         )
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if cfg.domain_bytes is not None:
-            pieces = _capped(pieces, text, cfg.domain_bytes)
-        train, held, notes = _split(pieces, text, cfg, domains)
+            ranges = _capped(ranges, text, cfg.domain_bytes)
+        train, held, notes = _split(ranges, text, cfg, domains)
         tokenizer = build_tokenizer(cfg.tokenizer, _texts(train, text))
         digest = hashlib.sha256()
         counts = [
@@ -108,7 +108,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Pieces]:
+def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Ranges]:
     """Write all text end to end; returns the sorted domains and the documents in shuffled order."""
     numbers: dict[str, int] = {}
     domains, stops = array("q"), array("q")
@@ -127,37 +127,37 @@ def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Pieces]:
     stops_N = np.array(stops, dtype=np.int64)
     starts_N = np.concatenate((np.zeros(min(1, len(stops)), np.int64), stops_N[:-1]))
     domains_N = rank_of[np.array(domains, dtype=np.int64)]
-    pieces = Pieces(domains_N, starts_N, stops_N, np.array(groups, dtype=np.uint64))
-    return names, pieces.where(np.lexsort((np.array(orders, dtype=np.uint64), domains_N)))
+    ranges = Ranges(domains_N, starts_N, stops_N, np.array(groups, dtype=np.uint64))
+    return names, ranges.where(np.lexsort((np.array(orders, dtype=np.uint64), domains_N)))
 
 
-def _capped(pieces: Pieces, text: mmap.mmap, most: int) -> Pieces:
+def _capped(ranges: Ranges, text: mmap.mmap, most: int) -> Ranges:
     """At most `most` bytes of each domain: its first documents, the last of them cut."""
-    ends_N = np.cumsum(pieces.sizes_N)
-    begins_N = ends_N - pieces.sizes_N
-    first_N = np.searchsorted(pieces.domains_N, pieces.domains_N)
+    ends_N = np.cumsum(ranges.sizes_N)
+    begins_N = ends_N - ranges.sizes_N
+    first_N = np.searchsorted(ranges.domains_N, ranges.domains_N)
     room_N = most - (begins_N - begins_N[first_N])
-    stops_N = np.minimum(pieces.stops_N, pieces.starts_N + np.maximum(room_N, 0))
-    for number in np.flatnonzero((stops_N < pieces.stops_N) & (room_N > 0)):
+    stops_N = np.minimum(ranges.stops_N, ranges.starts_N + np.maximum(room_N, 0))
+    for number in np.flatnonzero((stops_N < ranges.stops_N) & (room_N > 0)):
         stops_N[number] = character_start(text, int(stops_N[number]))
-    capped = pieces._replace(stops_N=stops_N)
+    capped = ranges._replace(stops_N=stops_N)
     return capped.where(capped.sizes_N > 0)
 
 
 def _split(
-    pieces: Pieces, text: mmap.mmap, cfg: DataConfig, domains: list[str]
-) -> tuple[Pieces, Pieces, list[str]]:
-    """Training and held-out pieces, and a note on every domain that had to be cut in two."""
+    ranges: Ranges, text: mmap.mmap, cfg: DataConfig, domains: list[str]
+) -> tuple[Ranges, Ranges, list[str]]:
+    """Training and held-out ranges, and a note on every domain that had to be cut in two."""
     context = cfg.seq_len + 1
     # A few windows' worth, so that a small domain's number is not one window's luck.
     least = 8 * context
-    held_N = choose_held_out(pieces.domains_N, pieces.groups_N, pieces.sizes_N, cfg.held_out, least)
+    held_N = choose_held_out(ranges.domains_N, ranges.groups_N, ranges.sizes_N, cfg.held_out, least)
     sides, notes = [], []
     for number, domain in enumerate(domains):
-        inside_N = pieces.domains_N == number
-        train, held = pieces.where(inside_N & ~held_N), pieces.where(inside_N & held_N)
+        inside_N = ranges.domains_N == number
+        train, held = ranges.where(inside_N & ~held_N), ranges.where(inside_N & held_N)
         if min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
-            whole = pieces.where(inside_N)
+            whole = ranges.where(inside_N)
             total = int(whole.sizes_N.sum())
             train, held = _cut(whole, text, max(int(total * cfg.held_out), min(total // 2, least)))
             notes.append(
@@ -169,25 +169,25 @@ def _split(
     return train, held, notes
 
 
-def _cut(pieces: Pieces, text: mmap.mmap, wanted: int) -> tuple[Pieces, Pieces]:
+def _cut(ranges: Ranges, text: mmap.mmap, wanted: int) -> tuple[Ranges, Ranges]:
     """Part one domain by position: about the last `wanted` bytes, whole lines if possible."""
-    ends_N = np.cumsum(pieces.sizes_N)
+    ends_N = np.cumsum(ranges.sizes_N)
     place = int(ends_N[-1]) - wanted
     cut = int(np.searchsorted(ends_N, place, side="right"))
-    target = int(pieces.stops_N[cut] - (ends_N[cut] - place))
-    where = _line_start(text, max(int(pieces.starts_N[cut]), target - wanted), target)
+    target = int(ranges.stops_N[cut] - (ends_N[cut] - place))
+    where = _line_start(text, max(int(ranges.starts_N[cut]), target - wanted), target)
     numbers_N = np.arange(len(ends_N))
-    first, last = pieces.where(numbers_N <= cut), pieces.where(numbers_N >= cut)
+    first, last = ranges.where(numbers_N <= cut), ranges.where(numbers_N >= cut)
     first.stops_N[-1] = last.starts_N[0] = where
     return first.where(first.sizes_N > 0), last.where(last.sizes_N > 0)
 
 
-def _joined(parts: Iterable[Pieces]) -> Pieces:
-    return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def _joined(parts: Iterable[Ranges]) -> Ranges:
+    return Ranges(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _write(
-    pieces: Pieces,
+    ranges: Ranges,
     text: mmap.mmap,
     tokenizer: Tokenizer,
     path: Path,
@@ -199,7 +199,7 @@ def _write(
     ends, place = array("q"), 0
     totals = [0] * num_domains
     with path.open("wb") as stream:
-        for domain, start, stop in zip(*(a.tolist() for a in pieces[:3]), strict=True):
+        for domain, start, stop in zip(*(a.tolist() for a in ranges[:3]), strict=True):
             begin = place
             tokens = (_encode(tokenizer, part, dtype) for part in _parts(text, start, stop))
             for some in chain(tokens, [np.array([tokenizer.end_of_text], dtype)]):
@@ -217,8 +217,8 @@ def _encode(tokenizer: Tokenizer, raw: bytes, dtype: np.dtype[Any]) -> NDArray[A
     return np.array(tokenizer.encode(raw.decode("utf-8")), dtype=dtype)
 
 
-def _texts(pieces: Pieces, text: mmap.mmap) -> Iterator[str]:
-    for start, stop in zip(pieces.starts_N.tolist(), pieces.stops_N.tolist(), strict=True):
+def _texts(ranges: Ranges, text: mmap.mmap) -> Iterator[str]:
+    for start, stop in zip(ranges.starts_N.tolist(), ranges.stops_N.tolist(), strict=True):
         for part in _parts(text, start, stop):
             yield part.decode("utf-8")
 

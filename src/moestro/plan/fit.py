@@ -12,7 +12,7 @@ from moestro.plan.memory import Training, cache_bytes, dtypes, number_bytes, wei
 from moestro.plan.parallel import rank
 
 
-class Row(NamedTuple):
+class Serving(NamedTuple):
     """Serving with weights of one dtype."""
 
     dtype: str
@@ -34,7 +34,7 @@ class Fit(NamedTuple):
     """What an amount of memory holds."""
 
     memory_bytes: int
-    rows: tuple[Row, ...]  # serving, for each dtype from wide to narrow
+    rows: tuple[Serving, ...]  # serving, for each dtype from wide to narrow
     changes: tuple[Change, ...]  # what would have to give, where the dtype asked for does not fit
     training: bool | None  # whether a training step fits as it is; None where it is not known
     training_checkpointed: bool | None  # the same with checkpointed activations
@@ -64,17 +64,17 @@ def fit(
         memory_bytes: what is there for weights, cache and activations.
     """
 
-    def row(name: str) -> Row:
+    def row(name: str) -> Serving:
         need = weights(count, name).total
         if cfg is None:
-            return Row(name, need, need <= memory_bytes, None, None)
+            return Serving(name, need, need <= memory_bytes, None, None)
         left = memory_bytes - need
         need += cache_bytes(cfg, context, batch, name)
         longest = _most(
             lambda tokens: cache_bytes(cfg, tokens, batch, name), left, cfg.attention.context
         )
         most = max(0, left) // cache_bytes(cfg, context, 1, name)
-        return Row(name, need, need <= memory_bytes, longest, most)
+        return Serving(name, need, need <= memory_bytes, longest, most)
 
     rows = {name: row(name) for name in dtypes(count)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
@@ -106,7 +106,12 @@ def _most(cost: Callable[[int], int], left: int, limit: int) -> int:
 
 
 def _changes(
-    count: Count, context: int, batch: int, asked: Row, rows: dict[str, Row], memory_bytes: int
+    count: Count,
+    context: int,
+    batch: int,
+    asked: Serving,
+    rows: dict[str, Serving],
+    memory_bytes: int,
 ) -> tuple[Change, ...]:
     """What helps, each alone; nothing that does not."""
     changes = []
@@ -129,7 +134,7 @@ def _changes(
     return tuple(changes)
 
 
-def _offload(count: Count, row: Row, memory_bytes: int, first: str = "") -> list[Change]:
+def _offload(count: Count, row: Serving, memory_bytes: int, first: str = "") -> list[Change]:
     """Which share of the experts would have to lie elsewhere; nothing where all is too little."""
     missing, experts = row.need_bytes - memory_bytes, weights(count, row.dtype).experts
     if missing > experts:

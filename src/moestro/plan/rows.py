@@ -20,41 +20,41 @@ CONVENTIONS = {
 }
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """A label and one cell for each model; without cells it is the title of a section."""
 
     label: str
     cells: tuple[str, ...] = ()
 
 
-def rows(reports: Sequence[Report], question: Question) -> list[Row]:
+def rows(reports: Sequence[Report], question: Question) -> list[Line]:
     """Everything that was asked, in sections."""
 
-    def row(label: str, say: Callable[[Report], str]) -> Row:
-        return Row(label, tuple(map(say, reports)))
+    def row(label: str, say: Callable[[Report], str]) -> Line:
+        return Line(label, tuple(map(say, reports)))
 
     convention = CONVENTIONS[question.embeddings]
     found = [
-        Row(f"parameters{convention}"),
+        Line(f"parameters{convention}"),
         row("in all", lambda r: parameters_text(r.total)),
         row("active per token", lambda r: parameters_text(r.active)),
-        Row("arithmetic per token"),
+        Line("arithmetic per token"),
         row("forward", lambda r: flops_text(r.forward_flops)),
         row("in training", lambda r: flops_text(r.train_flops)),
-        Row("weights in memory"),
+        Line("weights in memory"),
     ]
     for name in DTYPES:
         if any(name in r.weights_bytes for r in reports):
             found.append(row(name.replace("-", " "), _weights(name)))
     found += [
-        Row(f"sequences at once: {question.batch:,}"),
+        Line(f"sequences at once: {question.batch:,}"),
         row("tokens in each", lambda r: f"{r.context:,}"),
         row("key/value cache", lambda r: _bytes(r.cache_bytes)),
     ]
     if any(r.fit is not None for r in reports):
         found.append(row(f"fits in {question.dtype}", _fits(question.dtype)))
     found += [
-        Row("training on one device"),
+        Line("training on one device"),
         row("weights, fp32", lambda r: bytes_text(r.training.weights)),
         row("gradients", lambda r: bytes_text(r.training.gradients)),
         row("optimizer", lambda r: bytes_text(r.training.optimizer)),
@@ -88,16 +88,16 @@ def _bytes(amount: int | None) -> str:
     return UNKNOWN if amount is None else bytes_text(amount)
 
 
-def _parallel(reports: Sequence[Report], question: Question) -> list[Row]:
+def _parallel(reports: Sequence[Report], question: Question) -> list[Line]:
     """What each rank holds and sends."""
     names = {"data": "data parallel", "fsdp": "fully sharded", "expert": "expert parallel"}
 
-    def row(label: str, say: Callable[[Rank], str]) -> Row:
+    def row(label: str, say: Callable[[Rank], str]) -> Line:
         cells = (UNKNOWN if r.rank is None else say(r.rank) for r in reports)
-        return Row(label, tuple(cells))
+        return Line(label, tuple(cells))
 
     found = [
-        Row(f"1 of {question.ranks} ranks, {names[question.parallel]}"),
+        Line(f"1 of {question.ranks} ranks, {names[question.parallel]}"),
         row("weights", lambda r: bytes_text(r.weights)),
         row("gradients", lambda r: bytes_text(r.gradients)),
         row("optimizer", lambda r: bytes_text(r.optimizer)),
@@ -112,15 +112,15 @@ def _parallel(reports: Sequence[Report], question: Question) -> list[Row]:
     return found
 
 
-def _speed(reports: Sequence[Report], question: Question) -> list[Row]:
+def _speed(reports: Sequence[Report], question: Question) -> list[Line]:
     """Bounds on tokens per second, and their price."""
     assert question.device is not None
 
-    def row(label: str, of: str, say: Callable[[Bound], str]) -> Row:
+    def row(label: str, of: str, say: Callable[[Bound], str]) -> Line:
         bounds = [getattr(r, of) for r in reports]
-        return Row(label, tuple(UNKNOWN if b is None else say(b) for b in bounds))
+        return Line(label, tuple(UNKNOWN if b is None else say(b) for b in bounds))
 
-    found = [Row(f"at most, in {question.dtype}")]
+    found = [Line(f"at most, in {question.dtype}")]
     for name in ("prefill", "decode"):
         found.append(row(f"{name}, tokens/s", name, lambda b: number_text(b.tokens_per_s)))
         found.append(row("… limited by", name, lambda b: b.limit))

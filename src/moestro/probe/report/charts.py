@@ -18,45 +18,26 @@ _SPARSE = 16  # layers up to which points stand alone; more are joined by lines
 
 
 class Series(NamedTuple):
-    """Points of one kind.
+    """Points of one kind."""
 
-    Attributes:
-        name: in the legend; empty for none there.
-        y: by place, NaN for no point.
-        colour: its number, which has a shape too; None: neutral.
-        look: dot, tick, dashed, dotted, or band (the interval alone).
-        interval: [..., 2].
-        line: joins the dots, and makes the interval a band.
-    """
-
-    name: str
-    y: Floats
-    colour: int | None
-    look: str
-    interval: Floats | None = None
-    line: bool = False
+    name: str  # in the legend; empty for none there
+    y: Floats  # by place, NaN for no point
+    colour: int | None  # its number, which has a shape too; None: neutral
+    look: str  # dot, tick, dashed, dotted, or band (the interval alone)
+    interval: Floats | None = None  # [..., 2]
+    line: bool = False  # joins the dots, and makes the interval a band
 
 
 class Chart(NamedTuple):
-    """Series over places.
+    """Series over places."""
 
-    Attributes:
-        kind: "lines" (places from left to right) or "rows" (one below the other).
-        x: names of the places.
-        y_name: what is measured.
-        series: in the order of drawing.
-        x_name: what the places are.
-        dense: the places are numbers close to each other.
-        percent: the values are shares.
-    """
-
-    kind: str
-    x: Sequence[Any]
+    kind: str  # "lines" (places from left to right) or "rows" (one below the other)
+    x: Sequence[Any]  # names of the places
     y_name: str
-    series: Sequence[Series]
+    series: Sequence[Series]  # in the order of drawing
     x_name: str = "layer"
-    dense: bool = False
-    percent: bool = True
+    dense: bool = False  # the places are numbers close to each other
+    percent: bool = True  # the values are shares
 
 
 def charts(
@@ -185,7 +166,7 @@ def _explained(findings: Findings) -> Chart:
         for which, name in enumerate(found.predictors)
     ]  # fmt: skip
     series.append(Series("always naming the busiest expert", found.majority_L, None, "dashed"))
-    return Chart("lines", findings.moe_layers, "first choices foretold", series)
+    return Chart("lines", findings.moe_layers, "first choices predicted", series)
 
 
 def _repetition(findings: Findings, layer: int) -> Chart:

@@ -118,7 +118,7 @@ def specialisation_figure(findings: Findings, found: Specialisation) -> Figure:
     return _panels(
         drawn,
         f"Specialisation by {_plain(found.grouping)}{_some(found.labels)} (bars: 95 % interval "
-        "over documents, upward bias of sampling taken off)",
+        "over documents, upward bias of sampling subtracted)",
     )
 
 

@@ -31,19 +31,12 @@ _SMALLEST_DETAIL = 0.02
 
 
 class Facts(NamedTuple):
-    """What is known of the model besides its routing.
+    """What is known of the model besides its routing."""
 
-    Attributes:
-        total: all its parameters; None where unknown.
-        active: those that one token passes.
-        layers: all its layers, with and without experts.
-        more: other facts as (name, value), such as the checkpoint or the command.
-    """
-
-    total: int | None = None
-    active: int | None = None
-    layers: int | None = None
-    more: Sequence[tuple[str, str]] = ()
+    total: int | None = None  # all its parameters
+    active: int | None = None  # those that one token passes
+    layers: int | None = None  # all its layers, with and without experts
+    more: Sequence[tuple[str, str]] = ()  # other names and values, such as the command
 
 
 def build(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,94 +15,110 @@ SNIPPET = 24  # tokens of a passage that shows one expert
 _LONGEST, _SHORTEST = 192, 24  # tokens of a passage to read
 
 
-class Room(NamedTuple):
-    """How much text a page may carry.
+class Samples:
+    """Passages of a trace, and the text that they share."""
 
-    Attributes:
-        routing_bytes: of the routing of all passages to read.
-        snippet_tokens: of all passages that show one expert.
-    """
+    def __init__(self, trace: Trace, layers: tuple[int, ...], token_text: TokenText) -> None:
+        """Take the trace, the L of its mixture layers to show, as indices, and text of tokens."""
+        self.trace, self.layers, self.token_text = trace, list(layers), token_text
+        self.strings: dict[str, int] = {}  # text -> its number
+        self._starts_N = np.cumsum(trace.length_N) - trace.length_N
 
-    routing_bytes: int = 750_000
-    snippet_tokens: int = 120_000
+    def number(self, text: str) -> int:
+        """The number that stands for a text."""
+        return self.strings.setdefault(text, len(self.strings))
 
+    def passages(self, most_bytes: int = 750_000) -> list[dict[str, Any]]:
+        """Passages to read, evenly from the documents of each domain, with their whole routing.
 
-def passages(
-    trace: Trace, layers: tuple[int, ...], token_text: TokenText, room: Room
-) -> list[dict[str, Any]]:
-    """Passages to read, evenly from the documents of each domain, with their whole routing.
+        They are taken by their place alone, never because they look good.
 
-    They are taken by their place alone, never because they look good.
+        Args:
+            most_bytes: Of the routing of all of them.
 
-    Args:
-        trace: What was recorded.
-        layers: Which of the L mixture layers to show, as indices.
-        token_text: Text of tokens.
-        room: Most bytes.
+        Returns:
+            Each with `domain` and `document`; `pieces`, the text of its tokens; and, in base64,
+            `experts` [T, L, K] (bytes, or 16 bits from 255 experts on), `weights` [T, L, K] (bytes,
+            255 the largest weight of the page), `margin` and `entropy` [T, L] (bytes: from −1 to 1,
+            and of the largest possible one, up to 254; 255 unknown).
+        """
+        trace = self.trace
+        top_k = trace.experts_TLK.shape[2]
+        wide = 2 if trace.subject.num_experts > 254 else 1
+        one_token = len(self.layers) * (top_k * (wide + 1) + 2)
+        domains = [m for m in range(len(trace.domains)) if (trace.domain_N == m).any()]
+        affordable = most_bytes // max(1, one_token * len(domains))
+        each = 3 if affordable >= 3 * 128 else 2 if affordable >= 2 * 96 else 1
+        length = int(np.clip(affordable // each, _SHORTEST, _LONGEST))
+        most = max(1, most_bytes // (one_token * length * each))
+        chosen: list[int] = []
+        for domain in _evenly(domains, most):
+            own = np.flatnonzero(trace.domain_N == domain)
+            # A sequence too short to read, such as a document's last few tokens, only if all are.
+            long = own[trace.length_N[own] >= min(_SHORTEST, int(trace.length_N[own].max()))]
+            first = long[np.unique(trace.document_N[long], return_index=True)[1]]
+            chosen += _evenly((first if len(first) >= each else long).tolist(), each)
+        return [self._passage(n, length) for n in chosen]
 
-    Returns:
-        Each with `domain` and `document`; `pieces`, the text of its tokens; and, in base64,
-        `experts` [T, L, K] (bytes, or 16 bits from 255 experts on), `weights` [T, L, K] (bytes,
-        255 the largest weight of the page), `margin` and `entropy` [T, L] (bytes: from −1 to 1,
-        and of the largest possible one, up to 254; 255 unknown).
-    """
-    top_k = trace.experts_TLK.shape[2]
-    wide = 2 if trace.subject.num_experts > 254 else 1
-    one_token = len(layers) * (top_k * (wide + 1) + 2)
-    domains = [m for m in range(len(trace.domains)) if (trace.domain_N == m).any()]
-    affordable = room.routing_bytes // max(1, one_token * len(domains))
-    each = 3 if affordable >= 3 * 128 else 2 if affordable >= 2 * 96 else 1
-    length = int(np.clip(affordable // each, _SHORTEST, _LONGEST))
-    most = max(1, room.routing_bytes // (one_token * length * each))
-    starts_N = np.cumsum(trace.length_N) - trace.length_N
-    chosen = []
-    for domain in _evenly(domains, most):
-        own = np.flatnonzero(trace.domain_N == domain)
-        # A sequence too short to read, such as a document's last few tokens, only if all are.
-        long = own[trace.length_N[own] >= min(_SHORTEST, int(trace.length_N[own].max()))]
-        first = long[np.unique(trace.document_N[long], return_index=True)[1]]
-        for n in _evenly(first.tolist() if len(first) >= each else long.tolist(), each):
-            start = int(starts_N[n])
-            span = slice(start, start + min(length, int(trace.length_N[n])))
-            chosen.append(_passage(trace, n, span, layers, token_text))
-    return chosen
+    def snippets(self, most_tokens: int = 120_000) -> list[list[list[dict[str, Any]]]]:
+        """For each shown layer and expert: the short passages in which it has the most weight.
 
+        What a domain is must not be shown by what the model wrote itself, so that is left out.
 
-def snippets(
-    trace: Trace,
-    layers: tuple[int, ...],
-    token_text: TokenText,
-    strings: dict[str, int],
-    room: Room,
-) -> list[list[list[dict[str, Any]]]]:
-    """For each shown layer and expert: the short passages in which it has the most weight.
+        Args:
+            most_tokens: Of all of them.
 
-    Args:
-        trace: What was recorded.
-        layers: Which of the L mixture layers to show, as indices.
-        token_text: Text of tokens.
-        strings: Text -> number; new text is added.
-        room: Most tokens.
-
-    Returns:
-        By layer and expert, each passage with `d`, its domain; `s`, its text as numbers of
-        `strings`; and `w`, a digit a token: the expert's weight there in tenths, rounded up.
-    """
-    num_experts = trace.subject.num_experts
-    each = min(3, room.snippet_tokens // (SNIPPET * len(layers) * num_experts))
-    if each == 0:
-        return []
-    chunk_T, first_C = _chunks(trace)
-    return [
-        [
+        Returns:
+            By layer and expert, each passage with `d`, its domain; `s`, its text as numbers of
+            `strings`; and `w`, a digit a token: the expert's weight there in tenths, rounded up.
+        """
+        trace = self.trace.choose_tokens(~self.trace.generated_T)
+        num_experts = trace.subject.num_experts
+        each = min(3, most_tokens // (SNIPPET * len(self.layers) * num_experts))
+        if each == 0:
+            return []
+        return [
             [
-                _snippet(trace, layer, expert, int(first_C[chunk]), token_text, strings)
-                for chunk in chosen
+                [self._snippet(trace, layer, expert, start) for start in starts]
+                for expert, starts in enumerate(_heaviest(trace, layer, each))
             ]
-            for expert, chosen in enumerate(_heaviest(trace, layer, chunk_T, first_C, each))
+            for layer in self.layers
         ]
-        for layer in layers
-    ]
+
+    def _passage(self, n: int, length: int) -> dict[str, Any]:
+        """The start of a sequence, to read; see `passages`."""
+        trace, num_experts = self.trace, self.trace.subject.num_experts
+        start = int(self._starts_N[n])
+        span = slice(start, start + min(length, int(trace.length_N[n])))
+        written_T = trace.generated_T[span]
+        wide = np.uint16 if num_experts > 254 else np.uint8
+        largest = max(1.0, float(trace.weights_TLK.max(initial=0.0)))
+        most = np.log(num_experts) if num_experts > 1 else 1.0
+        return {
+            "domain": int(trace.domain_N[n]),
+            "document": trace.documents[trace.document_N[n]],
+            "generated": int(written_T.argmax()) if written_T.any() else None,
+            "pieces": self.token_text.passage(trace.tokens_T[span].tolist()),
+            "experts": packed(trace.experts_TLK[span][:, self.layers].astype(wide)),
+            "weights": quantised(trace.weights_TLK[span][:, self.layers] / largest, 255, np.uint8),
+            "margin": quantised((trace.margin_TL[span][:, self.layers] + 1) / 2, 254, np.uint8),
+            "entropy": quantised(trace.entropy_TL[span][:, self.layers] / most, 254, np.uint8),
+        }
+
+    def _snippet(self, trace: Trace, layer: int, expert: int, start: int) -> dict[str, Any]:
+        """One passage that shows an expert; see `snippets`."""
+        n = int(np.searchsorted(np.cumsum(trace.length_N), start, side="right"))
+        end = min(start + SNIPPET, int(trace.length_N[: n + 1].sum()))
+        weight_K = trace.weights_TLK[start:end, layer]
+        weight_T = (weight_K * (trace.experts_TLK[start:end, layer] == expert)).sum(axis=1)
+        total_T = np.maximum(weight_K.sum(axis=1), 1e-9)
+        tenths = np.ceil(9 * np.clip(weight_T / total_T, 0, 1)).astype(int)
+        text = self.token_text.passage(trace.tokens_T[start:end].tolist())
+        return {
+            "d": int(trace.domain_N[n]),
+            "s": list(map(self.number, text)),
+            "w": "".join(map(str, tenths.tolist())),
+        }
 
 
 def without_dropped(trace: Trace) -> Trace:
@@ -115,61 +131,13 @@ def without_dropped(trace: Trace) -> Trace:
     )
 
 
-def _passage(
-    trace: Trace, n: int, span: slice, layers: tuple[int, ...], token_text: TokenText
-) -> dict[str, Any]:
-    """One passage to read; see `passages`."""
-    num_experts, chosen = trace.subject.num_experts, list(layers)
-    wide = np.uint16 if num_experts > 254 else np.uint8
-    largest = max(1.0, float(trace.weights_TLK.max(initial=0.0)))
-    most = np.log(num_experts) if num_experts > 1 else 1.0
-    return {
-        "domain": int(trace.domain_N[n]),
-        "document": trace.documents[trace.document_N[n]],
-        "generated": int(trace.generated_T[span].argmax())
-        if trace.generated_T[span].any()
-        else None,
-        "pieces": token_text.passage(trace.tokens_T[span].tolist()),
-        "experts": packed(trace.experts_TLK[span][:, chosen].astype(wide)),
-        "weights": quantised(trace.weights_TLK[span][:, chosen] / largest, 255, np.uint8),
-        "margin": quantised((trace.margin_TL[span][:, chosen] + 1) / 2, 254, np.uint8),
-        "entropy": quantised(trace.entropy_TL[span][:, chosen] / most, 254, np.uint8),
-    }
+def _heaviest(trace: Trace, layer: int, each: int) -> list[list[int]]:
+    """Starts of the chunks in which each expert has the most weight, from different documents.
 
-
-def _snippet(
-    trace: Trace,
-    layer: int,
-    expert: int,
-    start: int,
-    token_text: TokenText,
-    strings: dict[str, int],
-) -> dict[str, Any]:
-    """One passage that shows an expert; see `snippets`."""
-    n = int(np.searchsorted(np.cumsum(trace.length_N), start, side="right"))
-    end = min(start + SNIPPET, int(trace.length_N[: n + 1].sum()))
-    weight_K = trace.weights_TLK[start:end, layer]
-    weight_T = (weight_K * (trace.experts_TLK[start:end, layer] == expert)).sum(axis=1)
-    total_T = np.maximum(weight_K.sum(axis=1), 1e-9)
-    tenths = np.ceil(9 * np.clip(weight_T / total_T, 0, 1)).astype(int)
-    text = token_text.passage(trace.tokens_T[start:end].tolist())
-    return {
-        "d": int(trace.domain_N[n]),
-        "s": [strings.setdefault(piece, len(strings)) for piece in text],
-        "w": "".join(map(str, tenths.tolist())),
-    }
-
-
-def _chunks(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The chunk of `SNIPPET` tokens, within its sequence, that each token lies in; their starts."""
+    Chunks are `SNIPPET` tokens of one sequence.
+    """
     new_T = trace.position_T % SNIPPET == 0
-    return np.cumsum(new_T) - 1, np.flatnonzero(new_T)
-
-
-def _heaviest(
-    trace: Trace, layer: int, chunk_T: NDArray[np.int64], first_C: NDArray[np.int64], each: int
-) -> list[list[int]]:
-    """For each expert the chunks in which it has the most weight, from different documents."""
+    chunk_T, first_C = np.cumsum(new_T) - 1, np.flatnonzero(new_T)
     num_experts, chunks = trace.subject.num_experts, len(first_C)
     experts_TK, weights_TK = trace.experts_TLK[:, layer], trace.weights_TLK[:, layer]
     total_T = np.maximum(weights_TK.sum(axis=1), 1e-9)
@@ -183,7 +151,7 @@ def _heaviest(
         likely = np.argsort(-weight_C, kind="stable")[: 40 * each]
         likely = likely[weight_C[likely] > 0]
         different = np.sort(np.unique(document_C[likely], return_index=True)[1])
-        found.append(likely[different[:each]].tolist())
+        found.append(first_C[likely[different[:each]]].tolist())
     return found
 
 

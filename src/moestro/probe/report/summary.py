@@ -19,17 +19,11 @@ _MOST_NAMED = 4
 
 
 class Said(NamedTuple):
-    """A sentence of the summary.
+    """A sentence of the summary."""
 
-    Attributes:
-        about: what it is about, in a word or two.
-        text: the sentence.
-        sure: whether something was found beyond noise; False where chance may be all there is.
-    """
-
-    about: str
+    about: str  # in a word or two
     text: str
-    sure: bool
+    sure: bool  # something was found beyond noise; False where chance may be all there is
 
 
 def summary(findings: Findings, ablations: Ablations | None = None) -> list[Said]:
@@ -78,68 +72,57 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
     layers, kind = findings.moe_layers, found.grouping
     supported = int(found.supported_L.sum())
     if np.isnan(found.mean_L).all():
-        return Said(
-            f"By {kind}",
+        text = (
             f"Whether the choice of experts differs by {kind} cannot be told: fewer than two "
             f"{_plural(kind)} have more than one document, so nothing tells a {kind} from a "
-            "document.",
-            False,
+            "document."
         )
-    if not supported:
-        return Said(
-            f"By {kind}",
+    elif not supported:
+        text = (
             f"In none of the {len(layers)} mixture layers does the choice of experts differ by "
             f"{kind} beyond chance: what differences there are, dealing the documents to the "
-            f"labels at random gives as well.",
-            False,
+            f"labels at random gives as well."
         )
-    excess_L = np.where(found.supported_L, found.mean_L - found.mean_chance_L, -1.0)
-    most = int(excess_L.argmax())
-    widest = int(np.nan_to_num(found.distance_LM[most]).argmax())
-    low, high = found.interval_LM2[most, widest]
-    return Said(
-        f"By {kind}",
-        f"The choice of experts differs by {kind} beyond chance in {supported} of {len(layers)} "
-        f"mixture layers. Most in layer {layers[most]}: {found.mean_L[most]:.0%} of a {kind}'s "
-        f"choices would have to go elsewhere to equal the average, where chance gives "
-        f"{found.mean_chance_L[most]:.0%}; the furthest from the average is "
-        f"{found.labels[widest]} with {found.distance_LM[most, widest]:.0%}"
-        f"{_between(low, high, percent=True)}.",
-        True,
-    )
+    else:
+        most = int(np.where(found.supported_L, found.mean_L - found.mean_chance_L, -1.0).argmax())
+        widest = int(np.nan_to_num(found.distance_LM[most]).argmax())
+        text = (
+            f"The choice of experts differs by {kind} beyond chance in {supported} of "
+            f"{len(layers)} mixture layers. Most in layer {layers[most]}: {found.mean_L[most]:.0%} "
+            f"of a {kind}'s choices would have to go elsewhere to equal the average, where chance "
+            f"gives {found.mean_chance_L[most]:.0%}; the furthest from the average is "
+            f"{found.labels[widest]} with {found.distance_LM[most, widest]:.0%}"
+            f"{_between(*found.interval_LM2[most, widest], percent=True)}."
+        )
+    return Said(f"By {kind}", text, bool(supported))
 
 
 def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
     """Whether token identity alone explains the differences between labels."""
     beyond, layers, kind = found.beyond, findings.moe_layers, found.grouping
-    if np.isnan(beyond.mean_L).all():
-        if np.isnan(found.mean_L).all():
-            return None
-        return Said(
-            f"{kind.capitalize()} or words?",
-            f"Whether it is the {kind} or just its words cannot be told: too few tokens occur "
-            f"under two {_plural(kind)} of more than one document.",
-            False,
-        )
-    supported = int(beyond.supported_L.sum())
-    if not supported:
-        elsewhere = f"that the same token goes to other experts under another {kind}"
+    supported, unknown = int(beyond.supported_L.sum()), bool(np.isnan(beyond.mean_L).all())
+    elsewhere = f"that the same token goes to other experts under another {kind}"
+    if unknown and np.isnan(found.mean_L).all():
+        return None
+    if unknown:
         text = (
-            f"The words alone can explain that: {elsewhere} is not shown."
-            if found.supported_L.any()
-            else f"Nor is it shown {elsewhere}."
+            f"Whether it is the {kind} or just its words cannot be told: too few tokens occur "
+            f"under two {_plural(kind)} of more than one document."
         )
-        return Said(f"{kind.capitalize()} or words?", text, False)
-    excess_L = np.where(beyond.supported_L, beyond.mean_L - beyond.mean_chance_L, -1.0)
-    most = int(np.nan_to_num(excess_L, nan=-1.0).argmax())
-    return Said(
-        f"{kind.capitalize()} or words?",
-        f"It is not the words alone in {supported} of {len(layers)} layers: there the same token "
-        f"goes to other experts under another {kind}. Most in layer {layers[most]}, for "
-        f"{beyond.mean_L[most]:.0%} of the choices, where chance gives "
-        f"{beyond.mean_chance_L[most]:.0%}.",
-        True,
-    )
+    elif not supported and found.supported_L.any():
+        text = f"The words alone can explain that: {elsewhere} is not shown."
+    elif not supported:
+        text = f"Nor is it shown {elsewhere}."
+    else:
+        excess_L = np.where(beyond.supported_L, beyond.mean_L - beyond.mean_chance_L, -1.0)
+        most = int(np.nan_to_num(excess_L, nan=-1.0).argmax())
+        text = (
+            f"It is not the words alone in {supported} of {len(layers)} layers: there the same "
+            f"token goes to other experts under another {kind}. Most in layer {layers[most]}, for "
+            f"{beyond.mean_L[most]:.0%} of the choices, where chance gives "
+            f"{beyond.mean_chance_L[most]:.0%}."
+        )
+    return Said(f"{kind.capitalize()} or words?", text, not unknown and bool(supported))
 
 
 def tokens(findings: Findings) -> Said | None:
@@ -157,8 +140,8 @@ def tokens(findings: Findings) -> Said | None:
             f"is right for {found.majority_L[layer]:.0%}"
         )
     sure = bool((found.explained_interval_LJ2[:, which, 0] > 0).all())
-    opening = "Knowing the token alone helps to foretell its first expert" if sure else (
-        "Whether knowing the token alone helps to foretell its first expert cannot be told"
+    opening = "Knowing the token alone helps to predict its first expert" if sure else (
+        "Whether knowing the token alone helps to predict its first expert cannot be told"
     )  # fmt: skip
     return Said("Tokens", f"{opening}: {'; '.join(told)}.", sure)
 

@@ -30,40 +30,25 @@ _FIELD = re.compile(r"(?:(?P<name>\w+)=)?(?P<field>(?P<stem>\w+?)(?:_(?P<axes>[A
 class View(NamedTuple):
     """What a page or a terminal shows of a table.
 
-    Attributes:
-        title: above it.
-        cells: "heading: template | heading: template"; `{x:.2f}` is a number, `{x_~:.2f}` its
-            interval, `{x:*}` a star where x is true, `{x:name}` a name without invisible signs.
-            A cell is left out where the rows have no such values.
-        by: rows with the same value of this column are one row of text; where a heading is a
-            template, each of them has a cell there.
-        where: which rows are shown.
-        most: how many.
+    Cells are "heading: template | heading: template"; `{x:.2f}` is a number, `{x_~:.2f}` its
+    interval, `{x:*}` a star where x is true, `{x:name}` a name without invisible signs.
     """
 
     title: str
     cells: str
-    by: str = ""
+    by: str = ""  # rows of one value are one row; a heading with a template has a cell for each
     where: Callable[[Row], bool] = lambda _: True
-    most: int | None = None
+    most: int | None = None  # rows shown
 
 
 class Table(NamedTuple):
-    """A table of findings.
+    """A table of findings."""
 
-    Attributes:
-        name: of its CSV file; tables of one name are parts of one file.
-        rows: to be read once.
-        page: what a page shows.
-        terminal: what a terminal shows.
-        is_file: whether there is a CSV file.
-    """
-
-    name: str
-    rows: Iterable[Row]
+    name: str  # of its CSV file; tables of one name are parts of one file
+    rows: Iterable[Row]  # to be read once
     page: View | None = None
     terminal: View | None = None
-    is_file: bool = True
+    is_file: bool = True  # whether there is a CSV file
 
 
 class Style(Formatter):
@@ -91,14 +76,6 @@ class Style(Formatter):
             return visible(value)
         return f"{value:{form}}" if value == value else self._unknown
 
-    def names(self, template: str) -> set[str]:
-        """The columns that a template shows numbers of."""
-        return {
-            name.split("[")[0]
-            for _, name, *_ in self.parse(template)
-            if name and not name.endswith("~")
-        }
-
 
 PAGE = Style("?", " ({} to {})", " (no interval)")
 TERMINAL = Style("–", " [{}, {}]", "")
@@ -116,20 +93,20 @@ class Grid(NamedTuple):
 def grid(rows: Iterable[Row], view: View, style: Style) -> Grid:
     """What a view shows of the rows."""
     shown = filter(view.where, rows)
-    groups = list(
-        islice(_groups(shown, view.by) if view.by else ([row] for row in shown), view.most)
-    )
+    every = _groups(shown, view.by) if view.by else ([row] for row in shown)
+    groups = list(islice(every, view.most))
     cells = [cell.split(": ", 1) for cell in view.cells.split(" | ")]
-    if groups:
-        cells = [cell for cell in cells if style.names(cell[1]) <= groups[0][0].keys()]
 
-    def texts(group: list[Row], heading: str, template: str) -> list[str]:
-        return [style.vformat(template, (), row) for row in group[: None if "{" in heading else 1]]
+    def texts(group: list[Row], place: int) -> list[str]:
+        return [
+            style.vformat(cell[place], (), row)
+            for cell in cells
+            for row in (group if "{" in cell[0] else group[:1])
+        ]
 
-    headings = [text for name, _ in cells for text in texts(groups[0], name, name)]
+    headings = texts(groups[0], 0) if groups else [heading for heading, _ in cells]
     repeated = len(headings) - len(cells) + 1 if "{" in cells[-1][0] else 0
-    body = [[text for cell in cells for text in texts(group, *cell)] for group in groups]
-    return Grid(view.title, headings, body, repeated)
+    return Grid(view.title, headings, [texts(group, 1) for group in groups], repeated)
 
 
 def _groups(rows: Iterable[Row], column: str) -> Iterable[list[Row]]:
@@ -216,12 +193,12 @@ def fields(axes: str, found: Any, names: str) -> Row:
 
     Args:
         axes: letters of all axes.
-        found: what holds the fields; None gives none.
+        found: what holds the fields.
         names: of fields, whose columns have their names without the axes, or "column=field". An
             interval, as in "x_interval_L2", becomes x_low and x_high.
     """
     columns: Row = {}
-    for match in map(_FIELD.fullmatch, () if found is None else names.split()):
+    for match in map(_FIELD.fullmatch, names.split()):
         assert match is not None
         values = np.asarray(getattr(found, match["field"]))
         name, own = match["name"] or match["stem"], match["axes"] or ""

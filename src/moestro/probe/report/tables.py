@@ -52,14 +52,27 @@ def tables(
 
 
 def _layers(findings: Findings) -> Table:
-    load = findings.load
+    load, entropy, margin = findings.load, findings.entropy, findings.margin
     columns = fields("L", load, "imbalance_L imbalance_interval_L2")
     columns |= fields("L", load, "variation_L variation_interval_L2")
     columns["dead"] = [len(dead) for dead in load.dead_L]
     columns |= fields("L", load, "dropped_L dropped_interval_L2")
-    columns |= fields("L", findings.entropy, "balance_L balance_interval_L2")
-    columns |= fields("L", findings.entropy, "spread_L spread_interval_L2")
-    columns |= fields("L", findings.margin, "margin=mean_L margin_interval=interval_L2")
+    page = (
+        "layer: {layer} | busiest ÷ equal share: {imbalance:.2f}{imbalance_~:.2f} | "
+        "variation: {variation:.2f}{variation_~:.2f} | unused: {dead} | "
+        "no room: {dropped:.1%}{dropped_~:.1%}"
+    )
+    terminal = (
+        "layer: {layer} | max / mean: {imbalance:.2f}{imbalance_~:.2f} | CV: {variation:.2f} | "
+        "dead: {dead} | dropped: {dropped:.1%}"
+    )
+    if entropy is not None:
+        columns |= fields("L", entropy, "balance_L balance_interval_L2 spread_L spread_interval_L2")
+        page += " | spread of a token's choice: {spread:.2f}{spread_~:.2f}"
+        terminal += " | overall: {balance:.3f} | by token: {spread:.3f}"
+    if margin is not None:
+        columns |= fields("L", margin, "margin=mean_L margin_interval=interval_L2")
+        page += " | lead of the last chosen: {margin:.3f}{margin_~:.3f}"
     return Table(
         "layers",
         rows({"layer": findings.moe_layers}, **columns),
@@ -68,18 +81,12 @@ def _layers(findings: Findings) -> Table:
             "loads over their mean. Spread: 0 if the router is sure of one expert, 1 if all are "
             "alike to it. Lead: how far, in probability, the last expert chosen is ahead of the "
             "next.",
-            "layer: {layer} | busiest ÷ equal share: {imbalance:.2f}{imbalance_~:.2f} | "
-            "variation: {variation:.2f}{variation_~:.2f} | unused: {dead} | "
-            "no room: {dropped:.1%}{dropped_~:.1%} | "
-            "spread of a token's choice: {spread:.2f}{spread_~:.2f} | "
-            "lead of the last chosen: {margin:.3f}{margin_~:.3f}",
+            page,
         ),
         View(
             "Load, and entropy of the router overall and by token (1 = spread over all experts); "
             "in brackets the 95 % interval over documents",
-            "layer: {layer} | max / mean: {imbalance:.2f}{imbalance_~:.2f} | CV: {variation:.2f} | "
-            "dead: {dead} | dropped: {dropped:.1%} | overall: {balance:.3f} | "
-            "by token: {spread:.3f}",
+            terminal,
         ),
     )
 
@@ -187,7 +194,7 @@ def _explained(findings: Findings) -> Iterator[Table]:
         "explained_interval_LJ2 unseen_J",
     )
     page = View(
-        "Share of first choices foretold in documents that the foretelling was not made from, "
+        "Share of first choices predicted in documents that the predictors were not fitted to, "
         "with 95 % intervals",
         "layer: {layer} | busiest expert: {majority:.1%}{majority_~:.1%} | "
         "by {predictor}: {accuracy:.1%}{~:.1%}",
@@ -289,8 +296,9 @@ def _overlap(findings: Findings) -> Iterator[Table]:
     columns = fields("L", found, "information_L interval_L2 chance_L")
     page = View(
         "What the first expert of one layer tells about that of the next: 0 nothing, 1 all (95 % "
-        "interval); what finite text gives by chance is taken off",
-        "layers: {layer} → {next_layer} | told: {information:.2f}{~:.2f} | taken off: {chance:.3f}",
+        "interval); what finite text gives by chance is subtracted",
+        "layers: {layer} → {next_layer} | information: {information:.2f}{~:.2f} | "
+        "subtracted: {chance:.3f}",
     )
     yield Table("overlap", rows({"layer": layers[:-1]}, next_layer=layers[1:], **columns), page)
 
@@ -327,7 +335,7 @@ def _ablation(found: Ablations) -> Table:
         View(
             f"Ablation ({found.mode}): rise of the held-out loss, {found.unit}, without one "
             "expert; in brackets the 95 % interval over documents",
-            "layer: {layer} | expert: {expert} | thought to serve: {domain}{_control} | "
+            "layer: {layer} | expert: {expert} | domain: {domain}{_control} | "
             "rise there: {own:+.4f} | rise elsewhere: {elsewhere:+.4f} | verdict: {verdict}",
         ),
     )

@@ -10,15 +10,7 @@ from moestro.probe.measures.measure import Findings, to_json
 from moestro.probe.measures.saturation import Saturation
 from moestro.probe.recording.traces import Trace
 from moestro.probe.report.charts import charts
-from moestro.probe.report.samples import (
-    SNIPPET,
-    Room,
-    packed,
-    passages,
-    quantised,
-    snippets,
-    without_dropped,
-)
+from moestro.probe.report.samples import SNIPPET, Samples, packed, quantised, without_dropped
 from moestro.probe.report.token_text import TokenText, visible
 
 _CELLS = 200_000  # of expert × domain tables
@@ -39,14 +31,13 @@ def view(
     Args:
         findings: All measures of the trace.
         trace: What they are of.
-        token_text: Text of tokens.
+        token_text: Text of its tokens.
         saturation: How early in training the routing was settled.
         detail: 1 for the usual size; less shows fewer layers, tokens and passages.
     """
-    room = Room(int(750_000 * detail), int(120_000 * detail))
     layers = shown_layers(findings, detail)
-    strings: dict[str, int] = {}
     trace = without_dropped(trace)
+    samples = Samples(trace, layers, token_text)
     cells = len(layers) * findings.table_LME[0].size
     with_intervals = cells <= _CELLS_WITH_INTERVALS * detail
     chosen = list(layers)
@@ -71,18 +62,15 @@ def view(
             "high": quantised(high_LME, _FULL, np.uint16) if with_intervals else None,
             "sure": packed(findings.table_supported_LME[chosen].astype(np.uint8)),
         },
-        "tokens": _typical(findings, layers, token_text, strings, detail),
-        # What a domain is must not be shown by what the model wrote itself.
-        "snippets": snippets(
-            trace.choose_tokens(~trace.generated_T), layers, token_text, strings, room
-        ),
-        "passages": passages(trace, layers, token_text, room),
+        "tokens": _typical(findings, samples, detail),
+        "snippets": samples.snippets(int(120_000 * detail)),
+        "passages": samples.passages(int(750_000 * detail)),
         "charts": {
             name: _rounded(to_json(chart), 4)
             for name, chart in charts(findings, layers, saturation).items()
         },
     }
-    return {**result, "strings": list(strings)}
+    return {**result, "strings": list(samples.strings)}
 
 
 def shown_layers(findings: Findings, detail: float = 1.0) -> tuple[int, ...]:
@@ -106,38 +94,23 @@ def most_special(findings: Findings, layers: tuple[int, ...]) -> int:
     return max(supported, key=lambda layer: float(excess_L[layer]), default=layers[-1])
 
 
-def _typical(
-    findings: Findings,
-    layers: tuple[int, ...],
-    token_text: TokenText,
-    strings: dict[str, int],
-    detail: float,
-) -> list[list[list[list[Any]]]]:
+def _typical(findings: Findings, samples: Samples, detail: float) -> list[list[list[list[Any]]]]:
     """By layer and expert: [number of its text, count, rate, lift, lowest lift, sure]."""
-    found = findings.tokens
-    experts = len(layers) * findings.num_experts
-    each = int(np.clip(_TOKENS * detail // experts, 3, 10))
-    result = []
-    for layer in layers:
-        rows = []
-        for expert in range(findings.num_experts):
-            entries: list[list[Any]] = []
-            for rank in range(min(each, found.token_LEX.shape[2])):
-                at = layer, expert, rank
-                if found.token_LEX[at] < 0:
-                    continue
-                name = token_text.name(int(found.token_LEX[at]))
-                entries.append([
-                    strings.setdefault(name, len(strings)),
-                    int(found.count_LEX[at]),
-                    round(float(found.rate_LEX[at]), 3),
-                    round(float(found.lift_LEX[at]), 2),
-                    round(float(found.low_LEX[at]), 2),
-                    bool(found.supported_LEX[at]),
-                ])  # fmt: skip
-            rows.append(entries)
-        result.append(rows)
-    return result
+    found, experts = findings.tokens, range(findings.num_experts)
+    each = int(np.clip(_TOKENS * detail // (len(samples.layers) * len(experts)), 3, 10))
+    columns = (found.token_LEX, found.count_LEX, found.rate_LEX, found.lift_LEX, found.low_LEX,
+               found.supported_LEX)  # fmt: skip
+
+    def of_expert(at: tuple[int, int]) -> list[list[Any]]:
+        entries = zip(*(column_LEX[at][:each].tolist() for column_LEX in columns), strict=True)
+        return [
+            [samples.number(samples.token_text.name(token)), count, round(rate, 3),
+             round(lift, 2), round(low, 2), sure]
+            for token, count, rate, lift, low, sure in entries
+            if token >= 0
+        ]  # fmt: skip
+
+    return [[of_expert((layer, expert)) for expert in experts] for layer in samples.layers]
 
 
 def _rounded(value: Any, digits: int) -> Any:
