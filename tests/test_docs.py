@@ -14,6 +14,7 @@ from moestro.config import RunConfig
 from moestro.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "moestro"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 # Drawn from the demo's run. A figure that is listed here may be missing; nothing else may.
 NOT_YET = {"docs/figures/demo-compare.png", "docs/figures/demo-domains.png"}
@@ -218,3 +219,15 @@ def test_balance_figure_shows_what_its_caption_says():
 def test_figures_are_small(path):
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 150_000
+
+
+def test_what_the_architecture_names_exists():
+    """Every `path.py:name` of docs/architecture.md, and every file."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([\w/]+\.(?:py|cpp))(?::(\w+))?`", text)
+    assert len(named) > 30
+    for path, name in named:
+        file = ROOT / path if path.startswith(("native/", "tests/")) else SOURCE / path
+        assert file.is_file(), path
+        found = re.search(rf"^(class|def) {name}\b", file.read_text(), flags=re.MULTILINE)
+        assert not name or found, f"{path} has no {name}"
