@@ -37,7 +37,7 @@ def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading half a gigabyte in a test says nothing more."""
     from moestro.bench import speed
 
-    monkeypatch.setattr(speed.Reading.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(speed.ReadBandwidth.__init__, "__defaults__", (1 << 20,))
 
 
 def measured(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Speed(NamedTuple):
         read_per_s: bytes per second of plain reading, measured between the rounds; None where
             nothing was measured.
         share: of it that decoding used, round by round.
-        peak_bytes: the most memory that the process held meanwhile, without `Reading`'s.
+        peak_bytes: the most memory that the process held meanwhile, without `ReadBandwidth`'s.
         joules: per decoded token; None where the machine does not say.
     """
 
@@ -73,7 +73,7 @@ def measure(
     tokens: int,
     weight_bytes: float,
     rounds: int = 3,
-    read: Reading | None = None,
+    read: ReadBandwidth | None = None,
 ) -> Speed:
     """Measure something that takes prompts, after one round to warm up.
 
@@ -162,7 +162,7 @@ def weight_bytes(model: nn.Module) -> float:
     return total
 
 
-class Reading:
+class ReadBandwidth:
     """Plain reading of a large buffer: what memory gives at this moment.
 
     Args:

@@ -53,7 +53,7 @@ class Timing(NamedTuple):
     speed: Speed
 
 
-class Plan(NamedTuple):
+class BenchPlan(NamedTuple):
     """What is measured: settings, a checkpoint's folder and fields to accept, tokens, rounds."""
 
     name: str
@@ -110,7 +110,9 @@ def _peer(text: str) -> tuple[str, Path | None]:
     )
 
 
-def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int) -> Plan:
+def _plan(
+    name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int
+) -> BenchPlan:
     """The model's settings, and its folder if it has weights."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.reading import read_settings
@@ -133,12 +135,12 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
             f"{prompt} tokens of prompt and {tokens} after it exceed the model's context of "
             f"{cfg.attention.context}; lower --prompt or --tokens"
         )
-    return Plan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
+    return BenchPlan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
 
 
-def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
+def _ours(plan: BenchPlan, kinds: list[str]) -> Iterator[Timing]:
     """A row for each kind of weights; one model is in memory at a time."""
-    from moestro.bench.speed import Reading, measure, rounds_of, weight_bytes
+    from moestro.bench.speed import ReadBandwidth, measure, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
 
     for kind in kinds:
@@ -147,14 +149,14 @@ def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
         model = _open(plan, kind)
         run = rounds_of(model, plan.prompt, plan.tokens)
         size = weight_bytes(model)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
         how = "moestro" if supports(model) is None else "moestro in Python"
         yield Timing(how, kind, speed)
         del model, run
         gc.collect()
 
 
-def _open(plan: Plan, kind: str) -> Any:
+def _open(plan: BenchPlan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.checkpoints.quantize import format_of, random_model
@@ -167,7 +169,7 @@ def _open(plan: Plan, kind: str) -> Any:
     ).model
 
 
-def _check_memory(plan: Plan, kind: str) -> None:
+def _check_memory(plan: BenchPlan, kind: str) -> None:
     """Refuse a model that cannot fit, before anything is built."""
     from moestro.checkpoints.quantize import format_of
     from moestro.models.count import count
@@ -182,7 +184,9 @@ def _check_memory(plan: Plan, kind: str) -> None:
         )
 
 
-def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) -> Iterator[Timing]:
+def _theirs(
+    plan: BenchPlan, kinds: list[str], peers: list[tuple[str, Path | None]]
+) -> Iterator[Timing]:
     """Rows of what is compared with."""
     import torch
 
@@ -205,10 +209,10 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
             yield Timing(name, kind.name, speed)
 
 
-def _transformers(plan: Plan) -> Iterator[Timing]:
+def _transformers(plan: BenchPlan) -> Iterator[Timing]:
     """A row for each of its ways to run experts."""
     from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.bench.speed import Reading, measure
+    from moestro.bench.speed import ReadBandwidth, measure
     from moestro.models.count import count
 
     forget_peak()
@@ -216,11 +220,11 @@ def _transformers(plan: Plan) -> Iterator[Timing]:
     size = 2.0 * count(plan.cfg).matmul
     for implementation in IMPLEMENTATIONS if plan.cfg.moe is not None else ("",):
         run = transformers_rounds(model, implementation, plan.prompt, plan.tokens)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
         yield Timing(f"transformers {implementation}".rstrip(), "bf16", speed)
 
 
-def _facts(plan: Plan, rows: list[Timing]) -> dict[str, Any]:
+def _facts(plan: BenchPlan, rows: list[Timing]) -> dict[str, Any]:
     """Everything as JSON; rates per second, sizes in bytes."""
     import torch
 
@@ -244,7 +248,7 @@ def _facts(plan: Plan, rows: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _print(plan: Plan, rows: list[Timing]) -> None:
+def _print(plan: BenchPlan, rows: list[Timing]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

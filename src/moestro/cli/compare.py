@@ -24,7 +24,7 @@ from moestro.cli.train import (
 if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.data.windows import Corpus
-    from moestro.train.compare import Curve, Entry
+    from moestro.train.compare import ComparedRun, Curve
 
 Minutes = Annotated[
     float | None,
@@ -153,7 +153,7 @@ def _settle(
     return cfg
 
 
-def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
+def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
     """Train one run to its end, or read it where it has been trained already."""
     from moestro.train.compare import Curve, done
     from moestro.train.loop import Trainer

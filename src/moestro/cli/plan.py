@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moestro.plan.devices import Device
     from moestro.plan.fit import Fit
     from moestro.plan.report import Question, Report
-    from moestro.plan.subject import Subject
+    from moestro.plan.subject import PlannedModel
 
 
 MOST = 10**9
@@ -125,7 +125,7 @@ def plan(
 
 
 def _check(
-    subjects: list[Subject],
+    subjects: list[PlannedModel],
     device: str | None,
     price_per_hour: float | None,
     ranks: int,

@@ -15,7 +15,7 @@ from moestro.errors import ConfigError, MoestroError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moestro.cli.probe_model import Opened
+    from moestro.cli.probe_model import ProbedModel
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.specialise import Grouping
     from moestro.probe.recording.passages import Passage
@@ -160,7 +160,7 @@ def probe(
 
 def _answers(
     study: Study,
-    opened: Opened | None,
+    opened: ProbedModel | None,
     groupings: tuple[Grouping, ...],
     layer: int | None,
     ablate: int,
@@ -186,7 +186,7 @@ def _answers(
 
 def _study(
     path: str, how: Recording, passages: Sequence[Passage] = ()
-) -> tuple[Study, Opened | None]:
+) -> tuple[Study, ProbedModel | None]:
     """Record a model on its text, or on passages of a different one; or read a trace."""
     from moestro.probe.study import read_study, record_study
 
@@ -242,7 +242,7 @@ def _require_places(out: Path | None, report: Path | None) -> None:
         )
 
 
-def _beside(path: str, opened: Opened | None) -> Path:
+def _beside(path: str, opened: ProbedModel | None) -> Path:
     """Where the files go unless told: a published checkpoint is not ours to write into."""
     from moestro.checkpoints.reading import is_pretrained
 
@@ -262,7 +262,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _saturation(study: Study, opened: Opened | None, seed: int) -> Saturation:
+def _saturation(study: Study, opened: ProbedModel | None, seed: int) -> Saturation:
     """How much of the final routing each checkpoint of the run has, on the same text."""
     from moestro.checkpoints.folders import step_folders
 

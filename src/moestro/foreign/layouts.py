@@ -22,7 +22,7 @@ from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
 from moestro.kernels.reference import CLAMP, STEEPNESS
 
 
-class Weights(NamedTuple):
+class ForeignWeights(NamedTuple):
     """The weights of an experts module, as they lie or as views of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
         return "a norm after each expert" if self.post_norm else None
 
 
-def read(experts: Any) -> Weights:
+def read(experts: Any) -> ForeignWeights:
     """The weights of a decorated experts module.
 
     Raises:
@@ -84,7 +84,7 @@ def read(experts: Any) -> Weights:
         raise _unknown(experts, f"weights of {up.dtype}")
     interleaved = gated and not getattr(experts, "is_concatenated", True)
     post_norm = bool(getattr(experts, "has_post_expert_norm", False))
-    return Weights(
+    return ForeignWeights(
         up, down, up_EH, down_ED, gated, interleaved, transposed, _activation(experts), post_norm
     )
 

@@ -42,7 +42,7 @@ class Tap(NamedTuple):
         experts: the module of the experts, or the outermost that only passes calls on to it (an
             adapter); the router itself where they get no choices.
         router: the module beside it whose output holds the logits, found alike; None: not found.
-        scoring: how its logits become probabilities, see `routers.Router`; None: unknown.
+        scoring: how its logits become probabilities, see `routers.RouterTraits`; None: unknown.
     """
 
     layer: int

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.foreign.layouts import Weights
+from moestro.foreign.layouts import ForeignWeights
 from moestro.kernels import backends, native_cpu
 from moestro.kernels.backends import Work
-from moestro.kernels.packing import PackedExperts
+from moestro.kernels.packing import ExpertSlabs
 from moestro.kernels.reference import Biases
 from moestro.moe import dispatch, mixing
 from moestro.moe.mixing import ExpertWeights, compute_dtype
@@ -29,7 +29,7 @@ _said: set[str] = set()
 
 
 def without_gradients(
-    weights: Weights,
+    weights: ForeignWeights,
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -73,15 +73,13 @@ def without_gradients(
     return by_torch(weights, x_TD, experts_TK, weights_TK, experts, training=False), reason
 
 
-def by_packed(
-    packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def by_packed(packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
     backends.choose("auto", backends.PACKED)
     return _native(packed, x_TD, experts_TK, weights_TK)
 
 
-def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _native(packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     tokens_A = _tokens(*experts_TK.shape)
     experts_A, weights_A = experts_TK.reshape(-1).long(), weights_TK.detach().reshape(-1)
     here_A = experts_A < packed.num_experts
@@ -92,7 +90,7 @@ def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK:
 
 
 def by_torch(
-    weights: Weights,
+    weights: ForeignWeights,
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -111,7 +109,7 @@ def by_torch(
 
 
 def split(
-    weights: Weights,
+    weights: ForeignWeights,
     rows_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -136,7 +134,7 @@ def split(
     return y_TD.to(rows_TD.dtype)
 
 
-def fused(weights: Weights) -> str | None:
+def fused(weights: ForeignWeights) -> str | None:
     """The activation, where a kernel takes it between the two products; None: split there."""
     return weights.activation if not (weights.interleaved or weights.post_norm) else None
 

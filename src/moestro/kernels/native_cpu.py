@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, FP32, INT64, ROWS, UINT8, address, check, piece
-from moestro.kernels.native_library import Experts, Matrix, call
+from moestro.kernels.native_library import CExperts, CMatrix, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -25,8 +25,8 @@ from moestro.kernels.packing import (
     KINDS,
     PAGE,
     UNGATED,
+    ExpertSlabs,
     Format,
-    PackedExperts,
     PackedMatrix,
     blank_experts,
     blank_matrix,
@@ -67,7 +67,7 @@ def pack_experts(
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
     interleaved: bool = False,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """Pack stacked experts of any strides, in as many threads as torch has.
 
     fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
@@ -126,7 +126,7 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
     return _unpack(_packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
 
 
-def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
+def unpack_expert(packed: ExpertSlabs, expert: int) -> tuple[Tensor, Tensor]:
     """(up [H, D], down [D, F]) in fp32 of one expert.
 
     Raises:
@@ -169,7 +169,7 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
 
 
 def mixture(
-    packed: PackedExperts, x_TD: Tensor, tokens_A: Tensor, experts_A: Tensor, weights_A: Tensor
+    packed: ExpertSlabs, x_TD: Tensor, tokens_A: Tensor, experts_A: Tensor, weights_A: Tensor
 ) -> Tensor:
     """A whole mixture: gather, gate and up, activation, down, weighted sum in a fixed order.
 
@@ -238,7 +238,7 @@ def plain_experts(
     activation: str,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
 
     Raises:
@@ -251,12 +251,12 @@ def plain_experts(
         for each in (up_bias_EH, down_bias_ED)
     )
     dim, hidden = _sizes(up_EHD, down_EDF, activation)
-    return PackedExperts(
+    return ExpertSlabs(
         up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
 
 
-def matrix_of(packed: PackedMatrix) -> Matrix:
+def matrix_of(packed: PackedMatrix) -> CMatrix:
     """The C structure; the tensor must outlive it.
 
     Raises:
@@ -267,10 +267,10 @@ def matrix_of(packed: PackedMatrix) -> Matrix:
         at = _plain_at(data, (rows, columns))
     else:
         at = _packed_at(data, matrix_bytes(rows, columns, format))
-    return Matrix(at, rows, columns, _kind(format, data), format.group)
+    return CMatrix(at, rows, columns, _kind(format, data), format.group)
 
 
-def experts_of(packed: PackedExperts) -> Experts:
+def experts_of(packed: ExpertSlabs) -> CExperts:
     """The C structure; the tensors must outlive it.
 
     Raises:
@@ -293,7 +293,7 @@ def experts_of(packed: PackedExperts) -> Experts:
         None if bias is None else address(bias, "bias", (num_experts, size), FP32)
         for bias, size in ((up_bias, width), (down_bias, dim))
     )
-    return Experts(
+    return CExperts(
         at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
         ACTIVATIONS.index(activation), 0, *biases,
     )  # fmt: skip

@@ -29,13 +29,13 @@ _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
-class Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     """`moestro_matrix`."""
 
     _fields_ = (("data", PTR), ("n", I64), ("k", I64), ("kind", I32), ("group", I32))
 
 
-class Experts(ctypes.Structure):
+class CExperts(ctypes.Structure):
     """`moestro_experts`."""
 
     _fields_ = (
@@ -45,7 +45,7 @@ class Experts(ctypes.Structure):
     )  # fmt: skip
 
 
-class Grouping(ctypes.Structure):
+class CGroups(ctypes.Structure):
     """`moestro_groups`."""
 
     _fields_ = (("ends", PTR), ("experts", PTR), ("count", I64), ("rows", I64))

@@ -57,7 +57,7 @@ class PackedMatrix(NamedTuple):
     bias: Tensor | None = None  # fp32 [rows], of a projection that has one
 
 
-class PackedExperts(NamedTuple):
+class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
     data: (
@@ -132,14 +132,14 @@ def blank_experts(
     format: Format,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """What `native_cpu.pack_experts` gives, without memory but for the biases, which are copied."""
     num_experts, dim, hidden = down_EDF.shape
     size = num_experts * slab_bytes(dim, hidden, activation, format)
     data = torch.empty(size, dtype=torch.uint8, device="meta")
     pair = (up_bias_EH, down_bias_ED)
     biases = (None if bias is None else bias.detach().float().clone() for bias in pair)
-    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
+    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, *biases)
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class KeysValues(NamedTuple):
     values_BGPA: Tensor
 
 
-class Source(NamedTuple):
+class CrossSource(NamedTuple):
     """What a decoder's cross attention sees of a text: one pair for each layer, and its padding."""
 
     cross: tuple[KeysValues, ...]
@@ -149,7 +149,7 @@ class KVCache:
     def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
         self.layers = [LayerCache(limit) for limit in limits]
         self.rotary = rotary
-        self.source: Source | None = None
+        self.source: CrossSource | None = None
         self.position = 0
 
     def fork(self) -> KVCache:

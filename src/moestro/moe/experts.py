@@ -93,7 +93,7 @@ class StackedWeights(nn.Module):
             return self.packed(packing.blank_experts(self.down, *how))
         return self.packed(native_cpu.pack_experts(self.gate_up, self.down, *how))
 
-    def native(self) -> packing.PackedExperts:
+    def native(self) -> packing.ExpertSlabs:
         """The weights as the native kernels read them, not copied."""
         weights = (self.gate_up, self.down, self.activation)
         return native_cpu.plain_experts(*weights, *(self.biases or ()))

@@ -95,7 +95,7 @@ class PackedStack(Packed):
     """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share."""
 
     TENSORS: ClassVar = {"packed": "data", "up_bias": "up_bias", "down_bias": "down_bias"}
-    weights: packing.PackedExperts
+    weights: packing.ExpertSlabs
 
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""

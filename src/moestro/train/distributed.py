@@ -6,6 +6,7 @@ here does nothing, so that the loop reads the same with one process or many.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ def joined(device: torch.device, environment: Mapping[str, str] | None = None) -
     try:
         yield ranks
     finally:
+        gc.collect()  # works still held by a reference cycle abort gloo when they outlive the group
         dist.destroy_process_group()
 
 

@@ -45,7 +45,7 @@ class Findings(NamedTuple):
     tokens_M: Ints
     documents_M: Ints
     load: Load
-    table_LME: Floats  # experts by domain; see `Table`, as of the next three
+    table_LME: Floats  # experts by domain; see `DomainTable`, as of the next three
     table_interval_LME2: Floats
     table_p_value_LME: Floats
     table_supported_LME: Bools
