@@ -1,4 +1,4 @@
-"""A model of random weights in llama.cpp's file format (GGUF 3), to measure llama.cpp beside us.
+"""A model of random weights in llama.cpp's file format (GGUF 3), to compare llama.cpp with us.
 
 Only shapes and kinds of numbers matter there, so blocks are written as they stand: random integers
 with one scale that keeps activations of order one. The file holds no tokenizer.
@@ -67,7 +67,7 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
         "layer norm": cfg.norm.kind != "rms",
         "dense layers beside mixtures": moe is not None
         and not all(map(cfg.is_moe_layer, range(cfg.num_layers))),
-        "another activation than swiglu": (moe or cfg.dense).activation != "swiglu",
+        "an activation other than swiglu": (moe or cfg.dense).activation != "swiglu",
         "head.bias or head.scale": cfg.head.bias or cfg.head.scale != 1,
         "a dense network with normed heads": moe is None and attention.qk_norm == "head",
     }
@@ -76,13 +76,13 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
         reasons["shared experts, biases or a capacity"] = bool(
             moe.shared or moe.capacity or moe.experts.bias
         )
-        reasons["another router than softmax"] = (
+        reasons["a router other than softmax"] = (
             router.kind != "softmax" or router.bias or router.num_groups > 1
         ) or not moe.renormalizes
     found = [reason for reason, there in reasons.items() if there]
     widths = {cfg.dim, attention.num_heads * cfg.head_dim, (moe or cfg.dense).hidden_dim}
     if any(width % kind.length for width in widths):
-        found.append(f"widths that are no multiples of {kind.length}, which {kind.name} needs")
+        found.append(f"widths that are not multiples of {kind.length}, which {kind.name} needs")
     if found:
         raise ConfigError(
             f"llama.cpp cannot be measured beside this model: it has {', '.join(found)}"

@@ -1,4 +1,4 @@
-"""`moestro bench`: how fast a model runs here, in each kind of weights, and beside others."""
+"""`moestro bench`: how fast a model runs, for each weight format, compared with other programs."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def bench(
 ) -> None:
     """Measure how fast a model runs on this machine's processor.
 
-    Tokens per second of the prompt and after it, the time to the first token, the bytes of weights
-    that each token reads and their share of what plain reading reaches in the same run, the most
-    memory held, and energy where the machine says. Tokens are random, so that experts rotate.
+    Tokens per second of prefill and decoding, time to the first token, bytes of weights read per
+    token, share of the memory bandwidth measured in the same run, peak memory, and energy where
+    the machine reports it. Tokens are random, so that experts rotate.
     """
     from moestro.checkpoints.quantize import format_of
 
@@ -102,7 +102,9 @@ def _peer(text: str) -> tuple[str, Path | None]:
         return name, None
     if name == LLAMA and path:
         if not os.access(path, os.X_OK) or Path(path).is_dir():
-            raise ConfigError(f"--compare {text}: {path} is no program; give that of llama-bench")
+            raise ConfigError(
+                f"--compare {text}: {path} is not a program; give the path of llama-bench"
+            )
         return name, Path(path)
     raise ConfigError(
         f"--compare {text} is unknown; choose transformers, or {LLAMA}=PATH with the path of "
@@ -187,7 +189,7 @@ def _check_memory(plan: BenchPlan, kind: str) -> None:
 def _theirs(
     plan: BenchPlan, kinds: list[str], peers: list[tuple[str, Path | None]]
 ) -> Iterator[Timing]:
-    """Rows of what is compared with."""
+    """Rows of the programs compared with."""
     import torch
 
     from moestro.bench.peers import llama_bench, llama_kinds
@@ -210,7 +212,7 @@ def _theirs(
 
 
 def _transformers(plan: BenchPlan) -> Iterator[Timing]:
-    """A row for each of its ways to run experts."""
+    """A row for each of its experts implementations."""
     from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
     from moestro.bench.speed import ReadBandwidth, measure
     from moestro.models.count import count

@@ -41,7 +41,7 @@ _BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA
 def unaccounted(
     modules: Mapping[str, nn.Module], known: Collection[str], *, beside: bool
 ) -> list[str]:
-    """Classes that by their names, or their modules', are mixtures, and are none of the known.
+    """Classes that look like mixtures by their own or their modules' names, and are not known.
 
     Args:
         modules: of a model, by name.

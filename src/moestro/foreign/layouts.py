@@ -23,7 +23,7 @@ from moestro.kernels.reference import CLAMP, STEEPNESS
 
 
 class ForeignWeights(NamedTuple):
-    """The weights of an experts module, as they lie or as views of them.
+    """The weights of an experts module, as stored or as views of them.
 
     Attributes:
         up_EHD: what multiplies the tokens, `gate_up` or `up`.
@@ -110,7 +110,7 @@ def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_unreachable(model: nn.Module) -> None:
-    """Refuse a model of which some mixture would run other code.
+    """Refuse a model with a mixture that would run other code.
 
     Raises:
         BackendError: names the class and what to do.

@@ -26,7 +26,7 @@ class RouterTraits(NamedTuple):
     """How a class of routers gets from logits to its choice.
 
     Attributes:
-        scoring: softmax, sigmoid, none (it returns probabilities in the place of logits), or the
+        scoring: softmax, sigmoid, none (it returns probabilities instead of logits), or the
             attribute of the router that holds which of these it is, or a function. Divided by
             their sum, scores are the probabilities.
         weigh: (router, scores [T, K] of the experts chosen) → their weights, where the K largest
@@ -134,12 +134,14 @@ _ROWS: tuple[tuple[RouterTraits, str], ...] = (
         FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter
         Qwen3NextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter
         Qwen4ExpTextTopKRouter"""),
-    (RouterTraits("softmax", lambda router, scores: scores * router.routed_scaling_factor, grouped=True),
+    (RouterTraits("softmax", lambda router, scores: scores * router.routed_scaling_factor,
+                  grouped=True),
      "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter"),
     (RouterTraits("softmax", lambda router, logits: logits.softmax(-1), by_logits=True), """
         AriaTextTopKRouter GptOssTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter
         GraniteMoeSharedTopKRouter GraniteMoeTopKRouter"""),
-    (RouterTraits("softmax", lambda router, logits: logits.softmax(-1) / router.top_k, by_logits=True),
+    (RouterTraits("softmax", lambda router, logits: logits.softmax(-1) / router.top_k,
+                  by_logits=True),
      "OpenAIPrivacyFilterTopKRouter"),
     (RouterTraits("softmax", output=(_read_jetmoe, _write_jetmoe)), "JetMoeTopKGating"),
     (RouterTraits("softmax"), """

@@ -1,9 +1,9 @@
-"""What computes the experts of a model of transformers, on tensors alone.
+"""Computes the experts of a transformers model, on tensors alone.
 
 Without gradients on CPU the native kernels run, on the model's own weights or on packed ones.
 Everything else runs on the kernels that this project trains with: gradients, GPUs, a missing
-native library, and what the native kernels have no form for; on CPU without gradients the reason
-is said once, as a warning. What runs is chosen by the table of `moestro.kernels.backends`.
+native library, and what the native kernels have no form for; on CPU without gradients a warning
+gives the reason once. What runs is chosen by the table of `moestro.kernels.backends`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def split(
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)
-    # Zero where nobody may read it: zero times NaN would not be.
+    # Zero where it must not be read: zero times NaN would not be zero.
     weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
     y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
     return y_TD.to(rows_TD.dtype)
@@ -167,12 +167,12 @@ def _tokens(num_tokens: int, top_k: int) -> Tensor:
 
 def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
     """A router's choice as a Routing; experts of other ranks count as dropped."""
-    # In at least fp32, and zero where nobody may read it: zero times NaN would not be.
+    # In at least fp32, and zero where it must not be read: zero times NaN would not be zero.
     weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
     experts_TK, away_TK, kept_R = experts_TK.long(), experts_TK >= num_experts, None
     if bool(away_TK.any()):
         kept_R = ~away_TK.flatten()
         weights_TK, experts_TK = (each.masked_fill(away_TK, 0) for each in (weights_TK, experts_TK))
-    # Nobody asks for the logits here, only for their shape.
+    # Only the shape of the logits is used here.
     shape_TE = torch.empty(len(experts_TK), num_experts, dtype=torch.float32, device="meta")
     return Routing.of_choice(experts_TK, weights_TK, shape_TE, shape_TE)._replace(kept_R=kept_R)

@@ -1,4 +1,4 @@
-"""The function that transformers calls in the place of its own for every mixture.
+"""The function that transformers calls instead of its own for every mixture.
 
 What computes is in `moestro.hf.compute`; under `torch.compile` and `torch.export`, and of tensors
 that hold no numbers, it is called through an operator of `moestro.hf.ops`.

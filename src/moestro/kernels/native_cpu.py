@@ -50,7 +50,7 @@ def pack_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> P
     """Pack one matrix; a bias beside it becomes fp32.
 
     Raises:
-        ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
+        ShapeError: it is not an fp32 or bf16 matrix, or holds values that cannot be packed.
     """
     w_OI = _packable(w_OI)
     blank = blank_matrix(w_OI, format, bias_O)
@@ -222,7 +222,7 @@ def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
     bf16 weights multiply rows rounded to bf16, fp32 weights multiply in fp32.
 
     Raises:
-        ShapeError: it is no such matrix, or bf16 with an odd number of columns.
+        ShapeError: it is not such a matrix, or bf16 with an odd number of columns.
     """
     w_OI = check(w_OI, "plain weights", (None, None), ROWS).detach().contiguous()
     rows, columns = w_OI.shape
@@ -349,14 +349,14 @@ def _range(name: str, given_A: Tensor, count: int) -> str:
 
 
 def _packable(w_OI: Tensor) -> Tensor:
-    return check(w_OI, "what is packed", (None, None), ROWS).detach().contiguous()
+    return check(w_OI, "the matrix to pack", (None, None), ROWS).detach().contiguous()
 
 
 def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
     given = (ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape)
     call(
         "pack", KINDS.index(format.kind), format.group, *given, w_OI.shape[1], at, step,
-        takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
+        takes="weights without NaN or infinity, and for int8 and int4 of magnitude up to 65504",
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _load() -> ctypes.CDLL | str:
     places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
     found = next((place for place in ([Path(given)] if given else places) if place.is_file()), None)
     if found is None and given:
-        return f"{LIBRARY_VARIABLE}={given} is no file; unset it to use the installed library"
+        return f"{LIBRARY_VARIABLE}={given} is not a file; unset it to use the installed library"
     if found is None:
         return (
             "the native library was not built; install a C++ compiler (g++) and run "

@@ -2,7 +2,7 @@
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
 contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
-inputs, which is an AMX tile and a streaming AVX-512 line at once. int8 and int4: for each group of
+inputs, which is both an AMX tile and a streaming AVX-512 line. int8 and int4: for each group of
 Q inputs the 32 scales (fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte
 holds input i of one quad in its low half and of the next quad in its high half, both plus 8.
 Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate

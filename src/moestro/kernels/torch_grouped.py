@@ -71,7 +71,7 @@ class Groups:
 
 
 class Products(NamedTuple):
-    """The three steps that everything here is made of, none with autograd.
+    """The three primitives of everything here, without autograd.
 
     Attributes:
         mm: (rows [R, I], weights [E, O, I], groups, back) → [R, O], or with `back` from [R, O] to

@@ -1,4 +1,4 @@
-"""What decoding remembers: keys and values of each layer's last positions, in growing buffers."""
+"""The key/value cache: keys and values of each layer's last positions, in growing buffers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LayerCache:
             ones. They hold until the next call.
 
         Raises:
-            ShapeError: another batch than the one that the cache was filled with.
+            ShapeError: the batch differs from the one that the cache was filled with.
         """
         added = new[0].shape[-2]
         if self._buffers and self._buffers[0].shape[:-2] != new[0].shape[:-2]:

@@ -1,7 +1,7 @@
 """The encoder-decoder: T5 (Raffel et al. 2020) and, with mixtures, Switch Transformer.
 
 Two stacks of pre-norm blocks share one embedding; each stack has one table of relative positions.
-There is no dropout but the experts' own (`experts.dropout`); T5's and Switch's 0.1 elsewhere is
+The only dropout is the experts' own (`experts.dropout`); T5's and Switch's 0.1 elsewhere is
 left out, and so is T5's rule for the first weights: see `moestro.models.blocks`.
 
 Letters: B batch, S source, T target, D width.

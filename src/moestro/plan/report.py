@@ -28,7 +28,7 @@ class Question(NamedTuple):
     """What to plan for."""
 
     context: int | None = None  # None: 4096, or the model's context where that is less
-    batch: int = 1  # sequences at once, on each device
+    batch: int = 1  # sequences per batch, on each device
     dtype: str = "bf16"  # of the weights in use, one of `DTYPES`; training keeps fp32 weights
     embeddings: Embeddings = "all"  # which the parameters count; see `Count.parameters`
     device: Device | None = None  # to bound the speed on; None leaves speed out
@@ -51,7 +51,7 @@ class Report(NamedTuple):
     forward_flops: float  # per token, the mean over a sequence
     train_flops: float  # forward and backward
     weights_bytes: dict[str, int]  # by dtype
-    cache_bytes: int | None  # of all sequences at once
+    cache_bytes: int | None  # of all sequences together
     training: Training  # a step on one device
     rank: Rank | None  # one rank of several; None for one alone
     prefill: Bound | None  # on reading prompts

@@ -19,7 +19,7 @@ class PlannedModel:
     """A model to plan for."""
 
     name: str
-    cfg: NetworkConfig | None  # None where they cannot express it, or nobody outside knows them
+    cfg: NetworkConfig | None  # None where they cannot express it, or are not public
     count: Count
     source: str = ""  # where the settings are from: a file, the paper and table, the model card
     note: str = ""  # what is assumed, or not modelled
@@ -27,7 +27,7 @@ class PlannedModel:
     # `checkpoints.families` reads it; None without one.
     family: str | None = None
     rumour: bool = False  # nothing about it was ever confirmed; say so wherever it is shown
-    illustrative: bool = False  # made up to illustrate a sentence, no model of the world
+    illustrative: bool = False  # made up for illustration, not a real model
 
     @property
     def title(self) -> str:

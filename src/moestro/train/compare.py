@@ -152,7 +152,7 @@ def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float
 
 
 def sentence(verdicts: list[Verdict]) -> str:
-    """The one sentence that matters, whichever way it falls."""
+    """The result in one sentence, whichever side won."""
     reached = [v.compute for v in verdicts if v.compute is not None]
     moe = statistics.fmean(v.moe_bpb for v in verdicts)
     dense = statistics.fmean(v.dense_bpb for v in verdicts)

@@ -98,8 +98,8 @@ class Trainer:
     def train(self, resume: bool = False) -> Result:
         """Train to the last step, saving and evaluating on the way.
 
-        SIGINT, SIGTERM, SIGHUP and a display that nobody reads any more end it after the step at
-        hand, with a checkpoint.
+        SIGINT, SIGTERM, SIGHUP and a display without a reader end it after the current step,
+        with a checkpoint.
 
         Args:
             resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.

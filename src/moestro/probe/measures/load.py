@@ -205,7 +205,7 @@ def _cells(domain_P: Ints, counts_PLE: Floats, share_MLE: Floats, draws: int, se
         for _ in range(draws):
             yield shares(np.tensordot(rng.permutation(member_MP, axis=1), counts_PLE, 1))
 
-    # Two passes over the same deals: all of them at once would not fit for a large model.
+    # Two passes over the same deals: all of them together would not fit for a large model.
     total_MLE, squares_MLE = np.zeros_like(share_MLE), np.zeros_like(share_MLE)
     for dealt_MLE in deals():
         total_MLE += dealt_MLE

@@ -135,7 +135,7 @@ def _documents(trace: Trace, notes: list[str]) -> Ints:
     if single := [trace.domains[index] for index in np.flatnonzero(documents_M == 1)]:
         notes.append(
             f"one document only in {', '.join(single)}: no interval is possible there, since "
-            "nothing tells the domain from the document; give at least two"
+            "the domain cannot be separated from the document; give at least two"
         )
     few = [
         name

@@ -170,7 +170,7 @@ def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
         )
     if not any_model and fingerprint(model) != subject.fingerprint:
         raise DataError(
-            f"this trace is of {subject.name}, and this model's weights are others; give the "
+            f"this trace is of {subject.name}, and this model's weights differ; give the "
             "checkpoint that it was recorded from, or any_model=True to force it on this one"
         )
     if len(trace.tokens_T) and int(trace.tokens_T.max()) >= reader.vocab_size:

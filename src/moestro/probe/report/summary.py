@@ -74,14 +74,14 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
     if np.isnan(found.mean_L).all():
         text = (
             f"Whether the choice of experts differs by {kind} cannot be told: fewer than two "
-            f"{_plural(kind)} have more than one document, so nothing tells a {kind} from a "
+            f"{_plural(kind)} have more than one document, so nothing separates a {kind} from a "
             "document."
         )
     elif not supported:
         text = (
-            f"In none of the {len(layers)} mixture layers does the choice of experts differ by "
-            f"{kind} beyond chance: what differences there are, dealing the documents to the "
-            f"labels at random gives as well."
+            f"The choice of experts differs by {kind} beyond chance in no mixture layer of "
+            f"{len(layers)}: assigning the documents to the labels at random gives differences "
+            f"as large."
         )
     else:
         most = int(np.where(found.supported_L, found.mean_L - found.mean_chance_L, -1.0).argmax())
@@ -126,7 +126,7 @@ def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
 
 
 def tokens(findings: Findings) -> Said | None:
-    """How much the token alone tells about where it goes."""
+    """How well the token alone predicts where it goes."""
     found = findings.explained
     if found is None or "token" not in found.predictors:
         return None
@@ -233,7 +233,8 @@ def together(findings: Findings) -> Said | None:
     return Said(
         "Pairs",
         f"{len(found.pairs)} pairs of experts are chosen together more, or less, often than their "
-        f"loads tell. Most out of line: {a} and {b} of layer {findings.moe_layers[first.layer]}, "
+        f"loads predict. Most out of line: {a} and {b} of layer "
+        f"{findings.moe_layers[first.layer]}, "
         f"{first.ratio:.1f} times as often as by chance"
         f"{_between(first.low, first.high, digits=1)}.",
         True,
