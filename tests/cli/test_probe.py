@@ -198,7 +198,7 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         ([run, "--by", "language", "--out", tmp_path / "o"], "give NAME=REGEX"),
         ([run, "--by", "language=(", "--out", tmp_path / "o"], "language"),
         ([run, "--compare", run, "--ablate", 1], "leave out --report, --ablate"),
-        ([run, "--checkpoints", "--out", tmp_path / "o"], "no run with several checkpoints"),
+        ([run, "--checkpoints", "--out", tmp_path / "o"], "not a run with several checkpoints"),
         ([tmp_path / "no.npz"], "no.npz"),
     ):
         assert main(["probe", *map(str, words)]) == 2

@@ -79,9 +79,9 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
         )
     elif not supported:
         text = (
-            f"The choice of experts differs by {kind} beyond chance in no mixture layer of "
-            f"{len(layers)}: assigning the documents to the labels at random gives differences "
-            f"as large."
+            f"The choice of experts does not differ by {kind} beyond chance in any of the "
+            f"{len(layers)} mixture layers: assigning the documents to the labels at random gives "
+            f"differences as large."
         )
     else:
         most = int(np.where(found.supported_L, found.mean_L - found.mean_chance_L, -1.0).argmax())
