@@ -17,7 +17,7 @@ def said(about, **options):
 def test_chance_is_called_chance():
     by_domain = said("By domain")
     assert not by_domain.sure
-    assert "does not differ by domain beyond chance in any of the 2 mixture layers" in by_domain.text
+    assert "does not differ by domain beyond chance in any of the 2" in by_domain.text
     assert not said("Neighbours").sure
     assert not said("Pairs", experts=6).sure
     assert said("Caching", experts=8).sure is False
