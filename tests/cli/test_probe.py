@@ -284,7 +284,7 @@ def test_labels_of_one_document_each_are_not_called_alike(run, tmp_path, capsys)
         (tmp_path / "texts" / name / "a.txt").write_text(f"{name} document " * 20)
     assert main(["probe", str(run), "--source", str(tmp_path / "texts")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Whether the choice of experts differs by domain cannot be told" in shown
+    assert "Whether the choice of experts differs by domain cannot be determined" in shown
     assert "nan" not in shown.replace("nanosecond", "")
 
 

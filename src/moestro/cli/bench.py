@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moestro.bench.speed import Speed
     from moestro.config import ModelConfig
 
-Subject = Annotated[
+ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
@@ -66,7 +66,7 @@ class BenchPlan(NamedTuple):
 
 
 def bench(
-    model: Subject,
+    model: ModelName,
     weights: Kinds = None,
     compare: Compare = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,

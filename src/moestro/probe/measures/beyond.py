@@ -62,7 +62,7 @@ class _Vocabulary(NamedTuple):
     shared_M: Floats  # share of each label's tokens that are used
 
 
-class _Layer(NamedTuple):
+class _LayerCounts(NamedTuple):
     """One layer's assignments of shared tokens, by document."""
 
     seen_PE: Floats
@@ -147,7 +147,7 @@ def _vocabulary(trace: Trace, label_P: Ints, labels: int) -> _Vocabulary:
     )
 
 
-def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> _Layer:
+def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> _LayerCounts:
     """Document by document, so that ids times experts of one document is the most in memory."""
     num_experts, labels = trace.subject.num_experts, vocabulary.label_UM.shape[1]
     used = np.flatnonzero(vocabulary.used_T)
@@ -169,7 +169,7 @@ def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> 
         own_CM = (np.arange(labels) == label_P[document]) - vocabulary.label_UM[id_C]
         score[document] = own_CM.T @ (seen_CE - told_CE)
         noise[document] = own_CM.T @ ((seen_CE - told_CE) / others_C[:, None])
-    return _Layer(seen, told, score, noise)
+    return _LayerCounts(seen, told, score, noise)
 
 
 def _table(row_T: Ints, experts_TK: Ints, rows: int, num_experts: int) -> Floats:

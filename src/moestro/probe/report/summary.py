@@ -73,7 +73,7 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
     supported = int(found.supported_L.sum())
     if np.isnan(found.mean_L).all():
         text = (
-            f"Whether the choice of experts differs by {kind} cannot be told: fewer than two "
+            f"Whether the choice of experts differs by {kind} cannot be determined: fewer than two "
             f"{_plural(kind)} have more than one document, so nothing separates a {kind} from a "
             "document."
         )
@@ -106,8 +106,8 @@ def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
         return None
     if unknown:
         text = (
-            f"Whether it is the {kind} or just its words cannot be told: too few tokens occur "
-            f"under two {_plural(kind)} of more than one document."
+            f"Whether it is the {kind} or just its words cannot be determined: too few "
+            f"tokens occur under two {_plural(kind)} of more than one document."
         )
     elif not supported and found.supported_L.any():
         text = f"The words alone can explain that: {elsewhere} is not shown."
@@ -141,7 +141,7 @@ def tokens(findings: Findings) -> Said | None:
         )
     sure = bool((found.explained_interval_LJ2[:, which, 0] > 0).all())
     opening = "Knowing the token alone helps to predict its first expert" if sure else (
-        "Whether knowing the token alone helps to predict its first expert cannot be told"
+        "Whether knowing the token alone helps to predict its first expert cannot be determined"
     )  # fmt: skip
     return Said("Tokens", f"{opening}: {'; '.join(told)}.", sure)
 
@@ -204,7 +204,7 @@ def repeated(findings: Findings) -> Said | None:
         return Said(
             "Neighbours",
             f"Whether neighbouring tokens share their first expert more often than chance cannot "
-            f"be told ({rates}).",
+            f"be determined ({rates}).",
             False,
         )
     parts = [f"more often in {more}"] * bool(more) + [f"less often in {fewer}"] * bool(fewer)
@@ -224,8 +224,8 @@ def together(findings: Findings) -> Said | None:
     if not found.pairs:
         return Said(
             "Pairs",
-            "That any two experts are chosen together more or less often than by chance cannot be "
-            "told.",
+            "Whether any two experts are chosen together more or less often than by chance cannot "
+            "be determined.",
             False,
         )
     first = found.pairs[0]
@@ -259,7 +259,7 @@ def cached(findings: Findings) -> Said | None:
         f"recently used goes, would hold {rates.mean_E[at]:.0%} of those wanted"
         f"{_between(low, high, percent=True)}; with the tokens in random order "
         f"{rates.shuffled_E[at]:.0%}, the best possible {found.oracle.mean_E[at]:.0%}."
-        + ("" if sure else " That the order of the text helps cannot be told."),
+        + ("" if sure else " Whether the order of the text helps cannot be determined."),
         sure,
     )
 

@@ -179,7 +179,7 @@ def _specialisation(findings: Findings, found: Specialisation) -> Table:
 
 def _verdict(p_value: float, supported: bool) -> str:
     if np.isnan(p_value):
-        return "cannot be told"
+        return "undetermined"
     return f"{'yes' if supported else 'no'} (p = {p_value:.3f})"
 
 
