@@ -14,7 +14,7 @@ import measure
 import torch
 
 from moestro.kernels import native_cpu
-from moestro.kernels.packing import Format, PackedExperts
+from moestro.kernels.packing import ExpertSlabs, Format
 
 DIM = HIDDEN = 1024
 ROWS_FP32 = 0  # MOESTRO_ROWS_F32 of native/moestro.h
@@ -28,7 +28,7 @@ FORMATS = {
 }
 
 
-def packed(format: Format, num_experts: int, layers: int) -> list[PackedExperts]:
+def packed(format: Format, num_experts: int, layers: int) -> list[ExpertSlabs]:
     """Layers of random experts; packed once and copied, since values do not change the time."""
     up_HD, down_DF = torch.randn(2 * HIDDEN, DIM) * 0.03, torch.randn(DIM, HIDDEN) * 0.03
     slab = native_cpu.slab_bytes(DIM, HIDDEN, "swiglu", format)
@@ -38,7 +38,7 @@ def packed(format: Format, num_experts: int, layers: int) -> list[PackedExperts]
     for _ in range(layers):
         data = native_cpu.aligned(slab * num_experts)
         data.view(num_experts, slab).copy_(one.expand(num_experts, slab))
-        made.append(PackedExperts(data, num_experts, DIM, HIDDEN, "swiglu", format))
+        made.append(ExpertSlabs(data, num_experts, DIM, HIDDEN, "swiglu", format))
     return made
 
 

@@ -79,7 +79,7 @@ def test_each_limit_is_named(monkeypatch):
     with pytest.raises(DataError, match="takes more than 1,024 MiB of memory"):
         render("{{ 'x' * 2**31 }}", {})
     monkeypatch.setattr(sandbox, "MOST_GIVEN", 1000)
-    with pytest.raises(DataError, match=r"at most 1,000 are rendered at once: give fewer"):
+    with pytest.raises(DataError, match=r"at most 1,000 are rendered in one call: give fewer"):
         render("", {"given": "x" * 1000})
     monkeypatch.undo()
     monkeypatch.setattr(sandbox, "LONGEST_WAIT_S", 0.2)

@@ -4,9 +4,9 @@ A template is a program in jinja2 that comes with the weights; sandbox.py runs i
 transformers would show it: the messages, the special tokens by name, `raise_exception`,
 `strftime_now`, a `tojson` that escapes no HTML, `break` and `continue`.
 
-A message that spells a special token out has the same text as the template's own token, and
-becomes that token when the prompt is encoded; so it is in transformers. Who shows a model the text
-of strangers should look for such spellings first.
+A message that spells out a special token has the same text as the template's own token, and
+becomes that token when the prompt is encoded, as in transformers. Check untrusted text for
+such spellings first.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class ConfigError(MoestroError, ValueError):
 
 
 class ShapeError(MoestroError, ValueError):
-    """A tensor does not have the shape or dtype that the public door asks for."""
+    """A tensor does not have the shape or dtype that the public function requires."""
 
 
 class BackendError(MoestroError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What the machine says of itself: processor, memory, the most memory held, energy used."""
+"""What the machine reports: processor, memory, peak memory, energy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _largest(whose: int) -> int:
 
 
 class Energy:
-    """What the processors' counters under /sys/class/powercap say, where they can be read."""
+    """The processors' energy counters under /sys/class/powercap, where readable."""
 
     def __init__(self, root: Path = POWERCAP) -> None:
         self._counters: list[tuple[Path, int]] = []
@@ -73,13 +73,13 @@ class Energy:
                 self._counters.append((zone / "energy_uj", most))
 
     def joules(self) -> list[int] | None:
-        """The counters now, in microjoules; None where there are none."""
+        """The counters now, in microjoules; None without counters."""
         if not self._counters:
             return None
         return [int(path.read_text()) for path, _ in self._counters]
 
     def since(self, before: list[int] | None) -> float | None:
-        """Joules since `joules` gave `before`; a counter that began anew is taken as such."""
+        """Joules since `joules` gave `before`; a counter that wrapped around is handled."""
         now = self.joules()
         if before is None or now is None:
             return None

@@ -63,7 +63,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     if len(line) > MOST_GIVEN:
         raise DataError(
             f"a chat template and its messages have {len(line):,} bytes; at most {MOST_GIVEN:,} "
-            "are rendered at once: give fewer or shorter messages"
+            "are rendered in one call: give fewer or shorter messages"
         )
     worker = _borrow()
     try:

@@ -1,6 +1,6 @@
 """The one reader of JSON that may come from someone else: bounded, and strict where JSON is vague.
 
-Refused beside what is no JSON: a file that is not UTF-8 or too large, values nested too deep,
+Refused in addition to invalid JSON: a file that is not UTF-8 or too large, values nested too deep,
 numbers of too many digits or beyond float64, NaN and Infinity unless asked for, a key that comes
 twice with different values, and characters that no text can hold (lone surrogates).
 """

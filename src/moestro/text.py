@@ -169,7 +169,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
         texts: Read once, never held whole.
         vocab_size: Most entries: 256 bytes, the end-of-text token, and merges. A small text may
-            give fewer; the result's `vocab_size` tells.
+            give fewer; the result's `vocab_size` says.
     """
     _check_bpe_size(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moestro.bench import speed
-from moestro.bench.speed import Reading, Round, measure, rounds_of, weight_bytes
+from moestro.bench.speed import ReadBandwidth, Round, measure, rounds_of, weight_bytes
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.kernels import native_cpu
@@ -33,9 +33,9 @@ def test_medians_over_the_rounds_after_one_to_warm_up() -> None:
 
 
 def test_the_share_is_of_reading_in_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reading, "__call__", lambda self: 1000.0)
+    monkeypatch.setattr(ReadBandwidth, "__call__", lambda self: 1000.0)
     found = measure(
-        lambda: Round(1, 1, 2), prompt=8, tokens=4, weight_bytes=100, read=Reading(1 << 16)
+        lambda: Round(1, 1, 2), prompt=8, tokens=4, weight_bytes=100, read=ReadBandwidth(1 << 16)
     )
     assert found.share == pytest.approx(0.2)
     assert found.read_per_s == 1000
@@ -86,4 +86,4 @@ def test_a_round_takes_the_prompt_and_the_tokens(monkeypatch: pytest.MonkeyPatch
 
 
 def test_reading_gives_bytes_per_second() -> None:
-    assert 1e7 < Reading(1 << 22)() < 1e13
+    assert 1e7 < ReadBandwidth(1 << 22)() < 1e13

@@ -124,7 +124,7 @@ def test_other_names_never_reach_the_hub(cache, name, monkeypatch):
 
 
 def test_offline_and_not_in_the_cache(cache):
-    with pytest.raises(CheckpointError, match=r"org/none is no folder here.*cannot be reached"):
+    with pytest.raises(CheckpointError, match=r"org/none is not a local folder.*cannot be reached"):
         find_model("org/none")
 
 
@@ -151,7 +151,7 @@ def test_without_the_extra_it_says_how_to_install(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("RepositoryNotFoundError", "neither a folder here nor a model"),
+        ("RepositoryNotFoundError", "neither a local folder nor a model"),
         ("GatedRepoError", "accept its terms"),
         ("HfHubHTTPError", "cannot fetch org/tiny: broken"),
         ("LocalEntryNotFoundError", "cannot be reached"),

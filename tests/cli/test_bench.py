@@ -37,7 +37,7 @@ def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading half a gigabyte in a test says nothing more."""
     from moestro.bench import speed
 
-    monkeypatch.setattr(speed.Reading.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(speed.ReadBandwidth.__init__, "__defaults__", (1 << 20,))
 
 
 def measured(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_a_program_that_is_no_llama_bench(
     [
         (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--compare", "vllm"], "choose transformers, or llama.cpp=PATH"),
-        (["--compare", "llama.cpp=nowhere"], "nowhere is no program"),
+        (["--compare", "llama.cpp=nowhere"], "nowhere is not a program"),
         (["--prompt", "39", "--tokens", "2"], "exceed the model's context of 40"),
     ],
 )

@@ -109,8 +109,8 @@ def listing(folder):
         (["{own}", "{new}", "--to", "hf", "--kind", "q8_0"], "--kind q8_0 is for --to gguf"),
         (["{own}", "{new}", "--to", "onnx"], "'onnx'"),
         (["{own}", "{new}", "--to", "hf", "--dtype", "int3"], "choose fp32, bf16 or fp16"),
-        (["{own}", "{new}", "--to", "hf", "--shard-size", "big"], "'big' is no number of bytes"),
-        (["{own}", "{new}", "--to", "hf", "--shard-size", "0GB"], "'0GB' is no number of bytes"),
+        (["{own}", "{new}", "--to", "hf", "--shard-size", "big"], "'big' is not a number of bytes"),
+        (["{own}", "{new}", "--to", "hf", "--shard-size", "0GB"], "'0GB' is not a number of bytes"),
         (["{own}/nowhere", "{new}", "--to", "hf"], "does not exist"),
     ],
 )

@@ -260,7 +260,7 @@ def test_a_figure(tmp_path: Path, capsys) -> None:
         (["broken.json"], "broken.json cannot be read"),
         (["ggufs/x.gguf"], "x.gguf is truncated or altered"),
         (["ggufs"], "x.gguf is truncated or altered"),
-        (["gpt-3", "--memory", "plenty"], "'plenty' is no number of bytes"),
+        (["gpt-3", "--memory", "plenty"], "'plenty' is not a number of bytes"),
         (["gpt-3", "--device", "h1000"], "did you mean h100"),
         (["gpt-3", "--price-per-hour", "2"], "name it with --device"),
         (["gpt-3", "--device", "h100", "--price-per-hour", "0"], "must be more than 0"),

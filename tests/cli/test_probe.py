@@ -198,7 +198,7 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         ([run, "--by", "language", "--out", tmp_path / "o"], "give NAME=REGEX"),
         ([run, "--by", "language=(", "--out", tmp_path / "o"], "language"),
         ([run, "--compare", run, "--ablate", 1], "leave out --report, --ablate"),
-        ([run, "--checkpoints", "--out", tmp_path / "o"], "no run with several checkpoints"),
+        ([run, "--checkpoints", "--out", tmp_path / "o"], "not a run with several checkpoints"),
         ([tmp_path / "no.npz"], "no.npz"),
     ):
         assert main(["probe", *map(str, words)]) == 2
@@ -284,7 +284,7 @@ def test_labels_of_one_document_each_are_not_called_alike(run, tmp_path, capsys)
         (tmp_path / "texts" / name / "a.txt").write_text(f"{name} document " * 20)
     assert main(["probe", str(run), "--source", str(tmp_path / "texts")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Whether the choice of experts differs by domain cannot be told" in shown
+    assert "Whether the choice of experts differs by domain cannot be determined" in shown
     assert "nan" not in shown.replace("nanosecond", "")
 
 

@@ -106,7 +106,7 @@ def test_a_second_run_in_the_folder_needs_resume(words, tmp_path, capsys):
     [
         (["--set", "optim.lrr=1"], "did you mean lr?"),
         (["--set", "model.moe.top_k=9"], "only 4 experts"),
-        (["--set", "train.runtime.device=toaster"], "is no device"),
+        (["--set", "train.runtime.device=toaster"], "is not a device"),
         (["--source", "nowhere.txt"], "no such file or folder"),
         (["--config", "nowhere.toml"], "cannot read the settings file"),
         (["--resume"], "holds no run"),

@@ -43,7 +43,7 @@ def test_a_known_beginning_changes_no_bit(shared: int) -> None:
     first = text(40)
     past, _ = model.begin(first)
     prefixes.keep(first, past)
-    second = first[:shared] + [69, *text(20, 2)]
+    second = [*first[:shared], 69, *text(20, 2)]
     found = prefixes.find(second)
     assert found is not None
     assert found.position >= shared

@@ -10,7 +10,7 @@ from moestro.infer.decoding import decoding_of
 from moestro.infer.engine import generate_batch, stream
 from moestro.infer.prompts import encode_source, gap_tokens
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
-from moestro.models.cache import KVCache, Source
+from moestro.models.cache import CrossSource, KVCache
 from moestro.models.encdec import START_TOKEN, EncDec, Encoded
 from moestro.models.network import ModelOutput
 from moestro.text import ByteTokenizer
@@ -61,8 +61,8 @@ class Scripted(nn.Module):
         self.sources.append(source_BS[0].tolist())
         return Encoded(source_BS, ())
 
-    def look(self, memory: torch.Tensor) -> Source:
-        return Source((), None)
+    def look(self, memory: torch.Tensor) -> CrossSource:
+        return CrossSource((), None)
 
     def decode(self, tokens_BT: torch.Tensor, cache: object) -> ModelOutput:
         self.calls.append(tokens_BT[0].tolist())

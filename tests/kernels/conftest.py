@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moestro.kernels import native_cpu
 from moestro.kernels.native_library import PATH_VARIABLE, PATHS
-from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
+from moestro.kernels.packing import ExpertSlabs, Format, PackedMatrix
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def experts_of():
 
     def make(
         up_EHD: Tensor, down_EDF: Tensor, activation: str, kind: str, biases: bool = False
-    ) -> tuple[PackedExperts, Tensor, Tensor]:
+    ) -> tuple[ExpertSlabs, Tensor, Tensor]:
         name, _, detail = kind.partition("/")
         num_experts, dim, hidden = down_EDF.shape
         given = (torch.randn(up_EHD.shape[:2]), torch.randn(num_experts, dim)) if biases else ()
@@ -75,7 +75,7 @@ def experts_of():
         slabs = native_cpu.aligned(num_experts * size).view(num_experts, size)
         for up_HD, down_DF, slab in zip(up_EHD, down_EDF, slabs, strict=True):
             native_cpu.pack_expert(up_HD, down_DF, activation, format, slab)
-        packed = PackedExperts(
+        packed = ExpertSlabs(
             slabs.view(-1), num_experts, dim, hidden, activation, format, *(given or (None, None))
         )
         pairs = [native_cpu.unpack_expert(packed, expert) for expert in range(num_experts)]

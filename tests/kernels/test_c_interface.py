@@ -13,9 +13,9 @@ from moestro.kernels.addresses import ROWS
 HEADER = (Path(__file__).parents[2] / "native" / "moestro.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
 STRUCTURES = {
-    "moestro_matrix": native_library.Matrix,
-    "moestro_experts": native_library.Experts,
-    "moestro_groups": native_library.Grouping,
+    "moestro_matrix": native_library.CMatrix,
+    "moestro_experts": native_library.CExperts,
+    "moestro_groups": native_library.CGroups,
     "moestro_layer": native_step._Layer,
     "moestro_decoder": native_step._Decoder,
     "moestro_past": native_step._Past,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moestro.kernels import reference, torch_grouped
-from moestro.kernels.torch_grouped import Groups, Run
+from moestro.kernels.torch_grouped import EqualGroups, Groups
 
 # bf16 keeps 8 bits of mantissa and is rounded twice on the way.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -52,12 +52,12 @@ def test_short_runs_are_cut_into_single_groups():
     order = torch.tensor([5, 3, 0, 1, 2, 4, 6])
     groups = Groups(torch.tensor([4, 8, 12, 14, 14, 16, 18]), order)
     assert groups.runs == [
-        Run([5], slice(0, 4)),
-        Run([3], slice(4, 8)),
-        Run([0], slice(8, 12)),
-        Run([1], slice(12, 14)),
-        Run([4], slice(14, 16)),
-        Run([6], slice(16, 18)),
+        EqualGroups([5], slice(0, 4)),
+        EqualGroups([3], slice(4, 8)),
+        EqualGroups([0], slice(8, 12)),
+        EqualGroups([1], slice(12, 14)),
+        EqualGroups([4], slice(14, 16)),
+        EqualGroups([6], slice(16, 18)),
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, native_training, packing
 from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
-from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
+from moestro.kernels.packing import ExpertSlabs, Format, PackedMatrix
 from moestro.kernels.torch_grouped import Groups
 
 INT8, BF16 = Format("int8"), torch.bfloat16
@@ -93,7 +93,7 @@ def formats() -> Iterator[Format]:
     yield from (Format("int8", group) for group in (64, 0, -32, 2**40))
 
 
-def experts(good: PackedExperts) -> Iterator[tuple[str, PackedExperts]]:
+def experts(good: ExpertSlabs) -> Iterator[tuple[str, ExpertSlabs]]:
     for field in ("num_experts", "dim", "hidden_dim"):
         yield from ((f"{field} {lie}", good._replace(**{field: lie})) for lie in HUGE)
     for field in ("data", "up_bias", "down_bias", "down"):
@@ -107,13 +107,13 @@ def experts(good: PackedExperts) -> Iterator[tuple[str, PackedExperts]]:
         yield from ((str(format), good._replace(format=format)) for format in formats())
 
 
-def new_experts(count: int = 3, dim: int = 64, hidden: int = 160, **more: Any) -> PackedExperts:
+def new_experts(count: int = 3, dim: int = 64, hidden: int = 160, **more: Any) -> ExpertSlabs:
     size = packing.slab_bytes(dim, hidden, "swiglu", INT8)
     data = native_cpu.aligned(count * size)
     for slab in data.view(count, size):
         up_HD, down_DF = torch.randn(2 * hidden, dim), torch.randn(dim, hidden)
         native_cpu.pack_expert(up_HD, down_DF, "swiglu", INT8, slab)
-    return PackedExperts(data, count, dim, hidden, "swiglu", INT8, **more)
+    return ExpertSlabs(data, count, dim, hidden, "swiglu", INT8, **more)
 
 
 def each(function: Callable[..., Any], name: str, lies: Any, *others: Any, at: int = 0) -> Any:
@@ -220,7 +220,7 @@ def decoder_lies() -> Iterator[tuple[str, dict[str, Any]]]:
                 *matrices(value),
                 ("another", native_cpu.pack_matrix(torch.randn(32, 64), INT8)),
             ]
-        elif isinstance(value, PackedExperts):
+        elif isinstance(value, ExpertSlabs):
             lies = [*experts(value), ("narrower", new_experts(value.num_experts, 32))]
         else:
             lies = [("-1", -1)]

@@ -126,7 +126,7 @@ def test_without_the_library_everything_says_so(loaded_anew, monkeypatch, tmp_pa
 
 def test_a_library_named_by_the_environment(loaded_anew, monkeypatch, tmp_path):
     monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / LIBRARY))
-    assert f"{LIBRARY_VARIABLE}={tmp_path / LIBRARY} is no file" in native_cpu.available()
+    assert f"{LIBRARY_VARIABLE}={tmp_path / LIBRARY} is not a file" in native_cpu.available()
     (tmp_path / LIBRARY).write_bytes(b"no library at all")
     native_library._load.cache_clear()
     assert "cannot be loaded" in native_cpu.available()

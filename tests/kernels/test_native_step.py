@@ -11,7 +11,7 @@ from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.native_library import _team
 from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
-from moestro.kernels.packing import Format, PackedExperts
+from moestro.kernels.packing import ExpertSlabs, Format
 from moestro.models.decoder import Decoder
 from moestro.models.rotary import rotary
 
@@ -83,7 +83,7 @@ def matrix(weight: Tensor, format: Format | None):
     )
 
 
-def experts(module, format: Format | None) -> PackedExperts:
+def experts(module, format: Format | None) -> ExpertSlabs:
     up, down, biases = module.gate_up.detach(), module.down.detach(), module.biases or (None, None)
     if format is None:
         return native_cpu.plain_experts(up, down, module.activation, *biases)
@@ -91,7 +91,7 @@ def experts(module, format: Format | None) -> PackedExperts:
     slabs = native_cpu.aligned(len(down) * size).view(len(down), size)
     for number, slab in enumerate(slabs):
         native_cpu.pack_expert(up[number], down[number], module.activation, format, slab)
-    return PackedExperts(slabs.view(-1), *down.shape, module.activation, format, *map(fp32, biases))
+    return ExpertSlabs(slabs.view(-1), *down.shape, module.activation, format, *map(fp32, biases))
 
 
 def step_layer(block, window: int | None, format: Format | None) -> StepLayer:

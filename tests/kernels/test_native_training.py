@@ -16,7 +16,7 @@ from moestro.config import MoEConfig
 from moestro.errors import BackendError, ShapeError
 from moestro.kernels import backends, native_library, native_training, reference, torch_grouped
 from moestro.kernels.backends import Work
-from moestro.kernels.native_library import PATH_VARIABLE, PATHS, Grouping
+from moestro.kernels.native_library import PATH_VARIABLE, PATHS, CGroups
 from moestro.moe.layer import MoE
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_the_c_functions_refuse_null_and_unknown_dtypes(native):
     ends, place = (ctypes.c_int64 * 1)(4), torch.zeros(64, 64).data_ptr()
-    given = ctypes.byref(Grouping(ctypes.addressof(ends), None, 1, 4))
+    given = ctypes.byref(CGroups(ctypes.addressof(ends), None, 1, 4))
     assert native.moestro_grouped(given, 0, place, 32, 32, 0, None, place) == -1
     assert native.moestro_grouped(None, 0, place, 32, 32, 0, place, place) == -1
     assert native.moestro_grouped(given, 2, place, 32, 32, 0, place, place) == -1

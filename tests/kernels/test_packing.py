@@ -9,8 +9,8 @@ from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import (
     PAGE,
+    ExpertSlabs,
     Format,
-    PackedExperts,
     PackedMatrix,
     dequantise,
     error_bound,
@@ -168,7 +168,7 @@ def test_an_expert_is_its_two_matrices(format, activation):
     data.fill_(77)
     native_cpu.pack_expert(up_HD, down_DF, activation, format, data[size:])
     assert (data[:size] == 77).all(), "the neighbour's slab was written to"
-    packed = PackedExperts(data, 2, dim, hidden, activation, format)
+    packed = ExpertSlabs(data, 2, dim, hidden, activation, format)
     for unpacked, given_OI in zip(
         native_cpu.unpack_expert(packed, 1), (up_HD, down_DF), strict=True
     ):

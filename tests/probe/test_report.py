@@ -181,7 +181,7 @@ def test_odd_traces_give_a_page(options):
 
 def test_labels_of_one_document_each_get_words_in_place_of_empty_charts():
     page = built(traced(text="the same tokens everywhere", domains=("a", "b"), documents=1))
-    assert "Whether it is chance cannot be told" in page
+    assert "Whether it is chance cannot be determined" in page
     assert "Topic and words cannot be told apart" in page
     assert 'data-chart="apart-0"' not in page
     assert "No token occurs under two labels" not in page, "all do"

@@ -102,7 +102,7 @@ def test_groupings_by_pattern():
     assert m.by_pattern("language", "^([a-z]+)-", NAMES).label_M == ("en", "de", "en", None)
     with pytest.raises(MoestroError, match="has 0 groups"):
         m.by_pattern("language", "^[a-z]+-", NAMES)
-    with pytest.raises(MoestroError, match="no regular expression"):
+    with pytest.raises(MoestroError, match="not a regular expression"):
         m.by_pattern("language", "(", NAMES)
 
 

@@ -90,7 +90,7 @@ def test_wrong_dtypes_are_refused(field):
         check(trace._replace(**{field: values.astype(other)}), "here.npz")
     for nothing in (None, values.tolist()):
         if field != "kept_TLK" or nothing is not None:
-            with pytest.raises(DataError, match=f"{field} is no array"):
+            with pytest.raises(DataError, match=f"{field} is not an array"):
                 check(trace._replace(**{field: nothing}), "here.npz")
 
 

@@ -305,7 +305,7 @@ def npy_header(text):
 NO_DTYPE = "{'descr': ('<i4',), 'fortran_order': False, 'shape': ()}"
 TOKENS = np.zeros(96, dtype=np.int32)
 MEMBERS = {
-    "no header": ({"header.json": None}, "no trace: it has no member header.json"),
+    "no header": ({"header.json": None}, "not a trace: it has no member header.json"),
     "other format": ({"header.json": b'{"format": "x"}'}, "its format is 'x'"),
     "no JSON": ({"header.json": b"{"}, "header.json cannot be read"),
     "deep JSON": ({"header.json": b"[" * 100_000}, "header.json cannot be read"),
@@ -380,8 +380,8 @@ def test_zip_tricks_are_refused(path):
 def test_no_trace_is_told(path):
     with pytest.raises(DataError, match=r"out\.npz cannot be read: No such file"):
         read_trace(path)
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         read_trace(path.parent)
     np.savez(path, a=np.zeros(3))
-    with pytest.raises(DataError, match=r"no trace: it has no member header\.json"):
+    with pytest.raises(DataError, match=r"not a trace: it has no member header\.json"):
         read_trace(path)

@@ -127,7 +127,7 @@ def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert pick_device("auto").type == expected
-    with pytest.raises(ConfigError, match="is no device"):
+    with pytest.raises(ConfigError, match="is not a device"):
         pick_device("toaster")
     with pytest.raises(ConfigError, match="not supported"):
         pick_device("meta")

@@ -148,7 +148,7 @@ def test_evaluations_among_records():
         {"bits_per_byte": {"all": {}}},
         {"bits_per_byte": {}, "tokens": []},
     ):
-        with pytest.raises(CheckpointError, match=r"metrics of step 2 are no evaluation .*remove"):
+        with pytest.raises(CheckpointError, match=r"step 2 are not an evaluation .*remove"):
             history([{**measured, **damage}])
     del measured["seconds"]
     with pytest.raises(CheckpointError, match="seconds"):

@@ -1,1 +1,1 @@
-"""How fast a model runs here, and opponents beside it."""
+"""How fast a model runs on this machine, compared with other programs."""

@@ -1,4 +1,4 @@
-"""What `moestro bench` measures beside us: transformers in this process, llama.cpp in its own."""
+"""What `moestro bench` compares with: transformers in this process, llama.cpp in its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moestro.strictjson import parse
 if TYPE_CHECKING:
     from moestro.checkpoints.gguf.header import Kind
 
-# transformers' own ways to run experts; dense models have none.
+# transformers' own experts implementations; not for dense models.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 LONGEST_S = 1800
 
@@ -114,7 +114,7 @@ def cache_of(output: Any) -> dict[str, Any]:
 
 
 def llama_kinds() -> Mapping[str, Kind]:
-    """llama.cpp's kinds of weights by ours.
+    """llama.cpp's weight formats by ours.
 
     Raises:
         ConfigError: the package that writes its files is not installed.
@@ -123,7 +123,7 @@ def llama_kinds() -> Mapping[str, Kind]:
 
 
 def _gguf() -> Any:
-    """What writes llama.cpp's files: it needs a package that not everybody has."""
+    """The writer of llama.cpp's files; it needs an optional package."""
     try:
         return import_module("moestro.checkpoints.gguf.random_model")
     except ImportError:
@@ -133,7 +133,7 @@ def _gguf() -> Any:
 def llama_bench(
     program: Path, cfg: ModelConfig, kind: Kind, prompt: int, tokens: int, rounds: int, threads: int
 ) -> Speed:
-    """What llama.cpp's own llama-bench says of a model of random weights of this shape.
+    """Measure a model of random weights of this shape by llama.cpp's own llama-bench.
 
     Args:
         program: llama-bench.

@@ -1,4 +1,4 @@
-"""How fast a model runs, and what bounds it: rounds of prefill and decoding beside plain reading.
+"""How fast a model runs, and what bounds it: rounds of prefill and decoding, and memory bandwidth.
 
 Decoding reads every active weight once per token, so its bound is the bandwidth of memory, which is
 measured between the rounds of the same run.
@@ -22,7 +22,7 @@ from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
 from moestro.moe.packed import Packed
 
-# Far larger than a cache, far smaller than a memory.
+# Far larger than any cache, far smaller than main memory.
 READ_BYTES = 512 * 2**20
 
 
@@ -33,7 +33,7 @@ class Round(NamedTuple):
         prefill_s: seconds that the prompt took.
         first_s: until the first token was chosen.
         decode_s: of the tokens after it.
-        joules: of the decoding; None where the machine does not say.
+        joules: of the decoding; None if the machine does not report them.
     """
 
     prefill_s: float
@@ -53,8 +53,8 @@ class Speed(NamedTuple):
         read_per_s: bytes per second of plain reading, measured between the rounds; None where
             nothing was measured.
         share: of it that decoding used, round by round.
-        peak_bytes: the most memory that the process held meanwhile, without `Reading`'s.
-        joules: per decoded token; None where the machine does not say.
+        peak_bytes: the most memory that the process held meanwhile, without `ReadBandwidth`'s.
+        joules: per decoded token; None if the machine does not report them.
     """
 
     prefill_per_s: float
@@ -73,7 +73,7 @@ def measure(
     tokens: int,
     weight_bytes: float,
     rounds: int = 3,
-    read: Reading | None = None,
+    read: ReadBandwidth | None = None,
 ) -> Speed:
     """Measure something that takes prompts, after one round to warm up.
 
@@ -109,8 +109,8 @@ def measure(
 def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callable[[], Round]:
     """Rounds of one of our models.
 
-    Tokens are random, the same ones in each round: they rotate the experts, whatever the model
-    would have said.
+    Tokens are random, the same in each round: they rotate the experts, whatever the model
+    would have generated.
 
     Args:
         model: in evaluation mode.
@@ -162,8 +162,8 @@ def weight_bytes(model: nn.Module) -> float:
     return total
 
 
-class Reading:
-    """Plain reading of a large buffer: what memory gives at this moment.
+class ReadBandwidth:
+    """Plain reading of a large buffer: the memory bandwidth at this moment.
 
     Args:
         size: of the buffer, in bytes.

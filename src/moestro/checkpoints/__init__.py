@@ -1,1 +1,1 @@
-"""Weights on disk: one door to every layout, and what is written."""
+"""Weights on disk: reading every layout through one function, and writing."""

@@ -128,7 +128,7 @@ def _fetch(name: str, wanted: Sequence[str]) -> Path:
         import huggingface_hub.errors
     except ImportError:
         raise CheckpointError(
-            f"{name} is no folder here; to fetch a model of that name from the Hugging Face hub, "
+            f"{name} is not a local folder; to fetch that model from the Hugging Face hub, "
             f"install huggingface_hub: {INSTALL}"
         ) from None
     errors = huggingface_hub.errors
@@ -146,7 +146,7 @@ def _fetch(name: str, wanted: Sequence[str]) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"{name} is neither a folder here nor a model on the Hugging Face hub; check the "
+            f"{name} is neither a local folder nor a model on the Hugging Face hub; check the "
             "name, or log in with `hf auth login` if it is private"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
@@ -156,8 +156,9 @@ def _fetch(name: str, wanted: Sequence[str]) -> Path:
                 f"check the path, or fetch the hub's model of that name: hf download {name}"
             ) from None
         raise CheckpointError(
-            f"{name} is no folder here, the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE "
-            f"is set), and its cache does not have the whole model: {_first_line(error)}"
+            f"{name} is not a local folder, the Hugging Face hub cannot be reached (or "
+            f"HF_HUB_OFFLINE is set), and its cache does not have the whole model: "
+            f"{_first_line(error)}"
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise CheckpointError(f"cannot fetch {name}: {_first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""The one door to weights: from a name to a model, for the command line, a server or a notebook.
+"""Opening a model: from a name to its weights, for the command line, a server or a notebook.
 
 `open_checkpoint` finds the folder (hub.py) and reads it in one of three ways:
 

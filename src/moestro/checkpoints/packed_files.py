@@ -50,7 +50,7 @@ def default_path(folder: Path, format: Format) -> Path:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """What tells one checkpoint from another: a SHA-256 for each file that holds its weights.
+    """What identifies a checkpoint: a SHA-256 for each file that holds its weights.
 
     Of a large file only its size and 16 pieces of 64 KiB count, so that a start stays quick; one of
     ours has a manifest with the sums of all its files, which is taken.

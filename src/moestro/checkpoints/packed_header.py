@@ -136,7 +136,7 @@ def unfilled(path: Path, header: dict[str, Any], nbytes: int) -> tuple[Model, di
     try:
         model = _model(header["model"], format, header["packed"], nbytes)
         if header["packed"] != _described(model):
-            raise ValueError("its modules are packed otherwise than its settings say")
+            raise ValueError("its modules are not packed as its settings say")
         return model, _sections(header["tensors"], model, nbytes)
     except _UNFIT as error:
         why = " ".join(str(error).split())[:300]

@@ -1,8 +1,8 @@
-"""Packing a model: bf16, int8 and int4 modules in the place of its matrices, one after another.
+"""Packing a model: bf16, int8 and int4 modules replace its matrices, one after another.
 
 Attention's projections, dense networks, experts, shared experts and the head are packed.
-Embeddings, norms, routers and gates stay as they are; so does latent attention's `kv_up`, by parts
-of which decoding multiplies in both directions.
+Embeddings, norms, routers and gates stay as they are; so does latent attention's `kv_up`, since
+decoding multiplies by parts of it in both directions.
 """
 
 from __future__ import annotations

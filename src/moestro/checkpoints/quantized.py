@@ -117,7 +117,7 @@ def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
-# What each method may say of itself; which tensors are quantised is told by their keys.
+# What each method may say of itself; the keys say which tensors are quantised.
 _FIELDS = {
     "fp8": {
         "activation_scheme", "dequantize", "fmt", "modules_to_not_convert", "scale_fmt",

@@ -1,1 +1,1 @@
-"""The command line: one verb a file, and nothing heavy imported before a verb runs."""
+"""The command line: one verb per file, and no heavy import before a verb runs."""

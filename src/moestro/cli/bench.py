@@ -1,4 +1,4 @@
-"""`moestro bench`: how fast a model runs here, in each kind of weights, and beside others."""
+"""`moestro bench`: how fast a model runs, for each weight format, compared with other programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moestro.bench.speed import Speed
     from moestro.config import ModelConfig
 
-Subject = Annotated[
+ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
@@ -53,7 +53,7 @@ class Timing(NamedTuple):
     speed: Speed
 
 
-class Plan(NamedTuple):
+class BenchPlan(NamedTuple):
     """What is measured: settings, a checkpoint's folder and fields to accept, tokens, rounds."""
 
     name: str
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 def bench(
-    model: Subject,
+    model: ModelName,
     weights: Kinds = None,
     compare: Compare = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -77,9 +77,9 @@ def bench(
 ) -> None:
     """Measure how fast a model runs on this machine's processor.
 
-    Tokens per second of the prompt and after it, the time to the first token, the bytes of weights
-    that each token reads and their share of what plain reading reaches in the same run, the most
-    memory held, and energy where the machine says. Tokens are random, so that experts rotate.
+    Tokens per second of prefill and decoding, time to the first token, bytes of weights read per
+    token, share of the memory bandwidth measured in the same run, peak memory, and energy where
+    the machine reports it. Tokens are random, so that experts rotate.
     """
     from moestro.checkpoints.quantize import format_of
 
@@ -102,7 +102,9 @@ def _peer(text: str) -> tuple[str, Path | None]:
         return name, None
     if name == LLAMA and path:
         if not os.access(path, os.X_OK) or Path(path).is_dir():
-            raise ConfigError(f"--compare {text}: {path} is no program; give that of llama-bench")
+            raise ConfigError(
+                f"--compare {text}: {path} is not a program; give the path of llama-bench"
+            )
         return name, Path(path)
     raise ConfigError(
         f"--compare {text} is unknown; choose transformers, or {LLAMA}=PATH with the path of "
@@ -110,7 +112,9 @@ def _peer(text: str) -> tuple[str, Path | None]:
     )
 
 
-def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int) -> Plan:
+def _plan(
+    name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, rounds: int
+) -> BenchPlan:
     """The model's settings, and its folder if it has weights."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.reading import read_settings
@@ -133,12 +137,12 @@ def _plan(name: str, accept_fields: tuple[str, ...], prompt: int, tokens: int, r
             f"{prompt} tokens of prompt and {tokens} after it exceed the model's context of "
             f"{cfg.attention.context}; lower --prompt or --tokens"
         )
-    return Plan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
+    return BenchPlan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
 
 
-def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
+def _ours(plan: BenchPlan, kinds: list[str]) -> Iterator[Timing]:
     """A row for each kind of weights; one model is in memory at a time."""
-    from moestro.bench.speed import Reading, measure, rounds_of, weight_bytes
+    from moestro.bench.speed import ReadBandwidth, measure, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
 
     for kind in kinds:
@@ -147,14 +151,14 @@ def _ours(plan: Plan, kinds: list[str]) -> Iterator[Timing]:
         model = _open(plan, kind)
         run = rounds_of(model, plan.prompt, plan.tokens)
         size = weight_bytes(model)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
         how = "moestro" if supports(model) is None else "moestro in Python"
         yield Timing(how, kind, speed)
         del model, run
         gc.collect()
 
 
-def _open(plan: Plan, kind: str) -> Any:
+def _open(plan: BenchPlan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.checkpoints.quantize import format_of, random_model
@@ -167,7 +171,7 @@ def _open(plan: Plan, kind: str) -> Any:
     ).model
 
 
-def _check_memory(plan: Plan, kind: str) -> None:
+def _check_memory(plan: BenchPlan, kind: str) -> None:
     """Refuse a model that cannot fit, before anything is built."""
     from moestro.checkpoints.quantize import format_of
     from moestro.models.count import count
@@ -182,8 +186,10 @@ def _check_memory(plan: Plan, kind: str) -> None:
         )
 
 
-def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) -> Iterator[Timing]:
-    """Rows of what is compared with."""
+def _theirs(
+    plan: BenchPlan, kinds: list[str], peers: list[tuple[str, Path | None]]
+) -> Iterator[Timing]:
+    """Rows of the programs compared with."""
     import torch
 
     from moestro.bench.peers import llama_bench, llama_kinds
@@ -205,10 +211,10 @@ def _theirs(plan: Plan, kinds: list[str], peers: list[tuple[str, Path | None]]) 
             yield Timing(name, kind.name, speed)
 
 
-def _transformers(plan: Plan) -> Iterator[Timing]:
-    """A row for each of its ways to run experts."""
+def _transformers(plan: BenchPlan) -> Iterator[Timing]:
+    """A row for each of its experts implementations."""
     from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.bench.speed import Reading, measure
+    from moestro.bench.speed import ReadBandwidth, measure
     from moestro.models.count import count
 
     forget_peak()
@@ -216,11 +222,11 @@ def _transformers(plan: Plan) -> Iterator[Timing]:
     size = 2.0 * count(plan.cfg).matmul
     for implementation in IMPLEMENTATIONS if plan.cfg.moe is not None else ("",):
         run = transformers_rounds(model, implementation, plan.prompt, plan.tokens)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, Reading())
+        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
         yield Timing(f"transformers {implementation}".rstrip(), "bf16", speed)
 
 
-def _facts(plan: Plan, rows: list[Timing]) -> dict[str, Any]:
+def _facts(plan: BenchPlan, rows: list[Timing]) -> dict[str, Any]:
     """Everything as JSON; rates per second, sizes in bytes."""
     import torch
 
@@ -244,7 +250,7 @@ def _facts(plan: Plan, rows: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _print(plan: Plan, rows: list[Timing]) -> None:
+def _print(plan: BenchPlan, rows: list[Timing]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`moestro compare`: train a mixture and its dense twin on the same text and say who won."""
+"""`moestro compare`: train a mixture and its dense twin on the same text and report the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moestro.cli.train import (
 if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.data.windows import Corpus
-    from moestro.train.compare import Curve, Entry
+    from moestro.train.compare import ComparedRun, Curve
 
 Minutes = Annotated[
     float | None,
@@ -38,7 +38,7 @@ Seeds = Annotated[
     int | None, typer.Option(min=1, help="Runs of each model, with seeds counted up; default 1.")
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the comparison in --out, with its settings.")
+    bool, typer.Option("--resume", help="Resume the comparison in --out, with its settings.")
 ]
 
 SETTINGS_NAME = "compare-settings.json"
@@ -54,7 +54,7 @@ def compare(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a mixture and its dense twin on the same text, and say what the mixture saved.
+    """Train a mixture and its dense twin on the same text, and report the compute saved.
 
     The twin has the same active parameters per token, so both cost the same compute. Progress
     goes to stderr, the result to stdout; the run folder gets compare.json and compare.png.
@@ -153,7 +153,7 @@ def _settle(
     return cfg
 
 
-def _train(entry: Entry, corpus: Corpus, folder: Path) -> Curve:
+def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
     """Train one run to its end, or read it where it has been trained already."""
     from moestro.train.compare import Curve, done
     from moestro.train.loop import Trainer

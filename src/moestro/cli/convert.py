@@ -1,4 +1,4 @@
-"""`moestro convert`: write a checkpoint in another layout, another number type, other shards."""
+"""`moestro convert`: write a checkpoint in another layout, dtype or shard size."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def convert(
     kind: Kind = None,
     accept_field: AcceptField = None,
 ) -> None:
-    """Write a checkpoint in a different layout, number type or size of shards.
+    """Write a checkpoint in another layout, dtype or shard size.
 
-    Tokenizer, chat template and what the makers state for generation go with it. The target
+    Tokenizer, chat template and generation settings are copied too. The target
     appears whole or not at all, and nothing is overwritten.
     """
     from moestro.checkpoints.hub import find_checkpoint

@@ -1,4 +1,4 @@
-"""`moestro doctor`: what this machine is, what it can run, and which choices follow from that."""
+"""`moestro doctor`: this machine, what it can run, and which defaults follow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRAS = {
     "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
     "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
 }
-# Those that decide which number types are fast.
+# Those that decide which dtypes are fast.
 CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
 GIB = 2**30
 # What each path of the native kernels is made of.
@@ -36,8 +36,8 @@ def doctor(
 ) -> None:
     """Show what this machine can run, and why.
 
-    Python, torch, the processor and its memory, the number type that training takes when it is
-    left to choose, the native kernels' path, the optional packages, and the kernel backends with
+    Python, torch, the processor and its memory, the default dtype of training, the native
+    kernels' path, the optional packages, and the kernel backends with
     the reason for each, by use: train (experts with gradients), infer (without), packed (packed
     weights), step (a token through a whole decoder). The environment variable MOESTRO_BACKEND
     forces one backend, MOESTRO_NATIVE_PATH a lower path of the native kernels.
@@ -88,7 +88,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _default_dtype(features: dict[str, bool], cuda: dict[str, Any] | None) -> tuple[str, str]:
-    """The number type that training takes where `train.dtype` is auto, and why."""
+    """The dtype of training where `train.dtype` is auto, and why."""
     import torch
 
     from moestro.train.distributed import pick_dtype

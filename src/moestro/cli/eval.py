@@ -1,4 +1,4 @@
-"""`moestro eval`: bits per byte of held-out text, for each kind of weights of one model."""
+"""`moestro eval`: bits per byte of held-out text, for each weight format of one model."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def eval(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     accept_field: AcceptField = None,
 ) -> None:
-    """Measure how many bits a model needs for a byte of held-out text.
+    """Measure a model's bits per byte of held-out text.
 
-    Once for each kind of weights, of the same model on the same text: what packing costs in
-    quality. Text that the run held out, or other text with --source.
+    Once for each weight format, of the same model on the same text: the quality cost of packing.
+    The text is what the run held out, or other text with --source.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
@@ -99,7 +99,7 @@ def _text(
 def _measure(
     checkpoint: Path, kind: str, held_out: dict[str, HeldOut], accept_fields: list[str] | None
 ) -> dict[str, float]:
-    """Bits per byte in one kind of weights; the model is gone afterwards."""
+    """Bits per byte in one weight format; the model is gone afterwards."""
     from moestro.train.evaluate import evaluate
 
     model = open_shown(checkpoint, weights=kind, keep=False, accept_fields=accept_fields).model
@@ -110,7 +110,7 @@ def _measure(
 
 
 def _over(row: Score, first: Score) -> float:
-    """How much more bits than the first kind needs, as a part of them."""
+    """Relative increase in bits over the first format."""
     from moestro.train.evaluate import ALL
 
     return row.bits[ALL] / first.bits[ALL] - 1

@@ -1,4 +1,4 @@
-"""`moestro generate`: continue a prompt with a trained model, text appearing as it is made."""
+"""`moestro generate`: continue a prompt with a trained model, streaming the text."""
 
 from __future__ import annotations
 
@@ -41,27 +41,23 @@ Chat = Annotated[
     bool,
     typer.Option("--chat", help="The prompt is a message; write it in the model's chat template."),
 ]
-System = Annotated[
-    str | None, typer.Option(help="With --chat: what the model is told before the message.")
-]
+System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default 256.")]
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help="0 takes the likeliest token every time, 1 follows the model's own odds; default 0.8."
+        help="0: always the most likely token; 1: the model's own distribution; default 0.8."
     ),
 ]
-TopK = Annotated[int | None, typer.Option(help="Only the K likeliest tokens; default all.")]
+TopK = Annotated[int | None, typer.Option(help="Only the K most likely tokens; default all.")]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        help="Only the likeliest tokens that together reach this probability; default 1.0."
-    ),
+    typer.Option(help="Only the most likely tokens whose probabilities sum to this; default 1.0."),
 ]
 MinP = Annotated[
     float | None,
     typer.Option(
-        help="Only tokens at least this many times as likely as the likeliest; default 0.0."
+        help="Only tokens at least this many times as likely as the most likely one; default 0.0."
     ),
 ]
 Repetition = Annotated[
@@ -75,26 +71,24 @@ Presence = Annotated[
     float | None,
     typer.Option(
         "--presence-penalty",
-        help="Taken from the logit of each token that was generated before; default 0.0.",
+        help="Subtracted from the logit of each token generated before; default 0.0.",
     ),
 ]
 Frequency = Annotated[
     float | None,
     typer.Option(
         "--frequency-penalty",
-        help="Taken from a token's logit for each time that it was generated; default 0.0.",
+        help="Subtracted from a token's logit each time it was generated; default 0.0.",
     ),
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="The same seed gives the same text again; default 0.")
-]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text; default 0.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
 Special = Annotated[
     bool,
     typer.Option(
         "--special",
-        help="Spell special tokens out, and show all of a reply; else a special token ends a line, "
-        "and --chat shows the reply's final channel only.",
+        help="Spell out special tokens, and show a whole reply; by default a special token is a "
+        "line break, and --chat shows only the reply's final channel.",
     ),
 ]
 ShowExperts = Annotated[
@@ -139,8 +133,8 @@ def generate(
     """Continue a prompt with a trained model, or answer it with --chat.
 
     The tokenizer and the chat template are the checkpoint's own; special tokens may be spelled out
-    in a prompt. How its generation_config.json chooses tokens comes before the defaults here. An
-    encoder-decoder answers the prompt, in which gaps are <extra_id_0> and so on.
+    in a prompt. The sampling settings of its generation_config.json override the defaults
+    here. An encoder-decoder fills the prompt's gaps, <extra_id_0> and so on.
 
     Only the continuation goes to stdout; notes on it go to stderr. Without colour (a pipe, or
     NO_COLOR set) --show-experts prints the expert's number in brackets wherever it changes.
@@ -325,7 +319,7 @@ def _collect(
 
 
 def _print_plain(pieces: Iterator[Piece]) -> None:
-    """Text as it is made; harmless to a terminal, exact in a pipe."""
+    """Text as it is generated; escaped for a terminal, exact in a pipe."""
     terminal = sys.stdout.isatty()
     try:
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""The text that a verb measures a checkpoint on: what its run held out, or other sources."""
+"""The text to measure a checkpoint on: what its run held out, or other sources."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_corpus(
             corpus = Corpus(data)  # as the run left it, whatever became of its sources since
             if corpus_fingerprint(checkpoint) in (None, corpus.fingerprint):
                 return corpus
-    own = str(checkpoint)  # its tokenizer is the one that it learnt with, not one trained anew
+    own = str(checkpoint)  # its tokenizer is the one it was trained with, not a new one
     if (checkpoint / "run.json").exists():
         cfg = read_run_settings(checkpoint).data
         cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})

@@ -28,13 +28,13 @@ from moestro.errors import MoestroError, TrainingError
 
 VERBS = {
     "train": "Train a language model on text, as a mixture or dense.",
-    "compare": "Train a mixture and its dense twin side by side, and say which learnt more.",
+    "compare": "Train a mixture and its dense twin side by side, and compare what they learned.",
     "generate": "Continue a prompt with a trained model.",
-    "bench": "Measure how fast a model runs here, beside others.",
-    "eval": "Measure how well a model predicts held-out text, in each kind of weights.",
-    "probe": "Measure which expert does what, over labelled text.",
-    "convert": "Write a checkpoint in another layout or number type.",
-    "plan": "Say what a model costs before anything is loaded.",
+    "bench": "Measure how fast a model runs on this machine, and compare.",
+    "eval": "Measure how well a model predicts held-out text, in each weight format.",
+    "probe": "Measure which expert does what, on labelled text.",
+    "convert": "Write a checkpoint in another layout or dtype.",
+    "plan": "Compute what a model costs, before loading anything.",
     "doctor": "Show what this machine can run, and why.",
 }
 
@@ -135,12 +135,12 @@ def _usage_message(error: TyperException) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as one line for a person, without file and line of the code that gave it."""
+    """A warning as one line for a person, without file and line of the code that raised it."""
     typer.echo(f"moestro: warning: {_printable(str(message))}", err=True)
 
 
 def _printable(message: str) -> str:
-    """A message without what would move a terminal's cursor, as names in damaged files can hold."""
+    """A message without control characters, which names in damaged files can hold."""
     shown = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} …"
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
 

@@ -1,4 +1,4 @@
-"""What verbs that open a checkpoint share: their options, and a bar while something is read."""
+"""Options shared by verbs that open a checkpoint, and a progress bar while it is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ModelName = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Number type of the weights: fp32, bf16 or fp16; default as they are."),
+    typer.Option(help="Dtype of the weights: fp32, bf16 or fp16; default: the checkpoint's."),
 ]
 Weights = Annotated[
     str,
@@ -37,15 +37,15 @@ AcceptField = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="A field of config.json that is not known here and changes nothing of what the model "
-        "computes; may be repeated.",
+        help="An unknown field of config.json that does not change what the model computes; "
+        "may be repeated.",
     ),
 ]
 PackedFile = Annotated[
     Path | None,
     typer.Option(
         "--packed",
-        help="Where the packed form is kept for the next start; default: beside the checkpoint, "
+        help="Where the packed form is saved for the next start; default: beside the checkpoint, "
         "or in ~/.cache/moestro where that is the hub's cache or cannot be written.",
     ),
 ]

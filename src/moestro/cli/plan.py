@@ -1,4 +1,4 @@
-"""`moestro plan`: what a model costs before anything is loaded, alone or beside others."""
+"""`moestro plan`: what a model costs, before loading anything; alone or compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moestro.plan.devices import Device
     from moestro.plan.fit import Fit
     from moestro.plan.report import Question, Report
-    from moestro.plan.subject import Subject
+    from moestro.plan.subject import PlannedModel
 
 
 MOST = 10**9
@@ -39,10 +39,12 @@ Against = Annotated[
 Context = Annotated[
     int | None,
     typer.Option(
-        min=1, max=MOST, help="Tokens of a sequence; default 4096, or what the model can see."
+        min=1,
+        max=MOST,
+        help="Tokens of a sequence; default 4096, or the model's context if shorter.",
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences at once, on each device.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences per batch, on each device.")]
 Dtype = Annotated[
     Literal["fp32", "bf16", "int8", "int4-experts", "int4"],
     typer.Option(help="Of the weights in use."),
@@ -52,18 +54,23 @@ Convention = Annotated[
     typer.Option(help="Which embeddings count as parameters, total and active."),
 ]
 Memory = Annotated[
-    str | None, typer.Option(help="Say what fits into it, such as 24GiB; default: the device's.")
+    str | None,
+    typer.Option(help="Report what fits into this memory, such as 24GiB; default: the device's."),
 ]
 DeviceName = Annotated[
     str | None,
-    typer.Option("--device", help="Bound the speed: h100, rtx4090, …, or 'this', measured."),
+    typer.Option(
+        "--device",
+        help="Device to bound the speed on: h100, rtx4090, …, or 'this' machine, measured.",
+    ),
 ]
 Price = Annotated[
-    float | None, typer.Option(help="Its price in $; gives the cost per million tokens.")
+    float | None, typer.Option(help="Price of the device in $; gives the cost per million tokens.")
 ]
 Ranks = Annotated[int, typer.Option(min=1, max=MOST, help="Devices that train together.")]
 Parallel = Annotated[
-    Literal["data", "fsdp", "expert"] | None, typer.Option(help="How they do; default data.")
+    Literal["data", "fsdp", "expert"] | None,
+    typer.Option(help="How they share the work; default data."),
 ]
 FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]
 
@@ -89,11 +96,11 @@ def plan(
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     accept_field: AcceptField = None,
 ) -> None:
-    """Say what a model costs before anything is loaded.
+    """Compute what a model costs, before loading anything.
 
     Parameters, arithmetic, memory in use and in training, and on request what each rank holds and
-    sends, how fast a device can be at most, its price, and what fits. A mixture stands beside the
-    dense models of equal cost per token and of equal size. docs/planning.md has the formulas.
+    sends, an upper bound on speed, the price, and what fits. A mixture is compared with dense
+    models of equal cost per token and of equal size. docs/planning.md has the formulas.
     """
     from moestro.errors import ConfigError
     from moestro.plan.report import Question, report
@@ -125,7 +132,7 @@ def plan(
 
 
 def _check(
-    subjects: list[Subject],
+    subjects: list[PlannedModel],
     device: str | None,
     price_per_hour: float | None,
     ranks: int,

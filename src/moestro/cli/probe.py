@@ -1,4 +1,4 @@
-"""`moestro probe`: which expert does what over labelled text, told only as far as noise allows."""
+"""`moestro probe`: which expert does what on labelled text, as far as noise allows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moestro.errors import ConfigError, MoestroError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moestro.cli.probe_model import Opened
+    from moestro.cli.probe_model import ProbedModel
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.specialise import Grouping
     from moestro.probe.recording.passages import Passage
@@ -46,7 +46,7 @@ By = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=REGEX",
-        help="Group domains besides, by what the regex's one group finds in their names, as in "
+        help="Also group the domains by what the regex's only group matches in their names, as in "
         "'language=-(..)$'; may be repeated.",
     ),
 ]
@@ -55,16 +55,14 @@ AsJson = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws behind the sampling noise.")]
 TraceFile = Annotated[
-    Path | None, typer.Option("--trace", help="Keep every routing decision in this file (.npz).")
+    Path | None, typer.Option("--trace", help="Save every routing decision to this file (.npz).")
 ]
-Report = Annotated[
-    Path | None, typer.Option(help="Write a page to read in a browser to this file (.html).")
-]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")]
 Ablate = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Silence this many of the experts that look specialised, and as many others, one at "
+        help="Silence this many of the experts that look specialised, and as many controls, one at "
         "a time, and measure the loss; two passes over the text for each.",
     ),
 ]
@@ -72,8 +70,8 @@ Generate = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Let the model write up to this many tokens after each text; they are measured apart "
-        "from what it read.",
+        help="Let the model write up to this many tokens after each text; they are measured "
+        "separately.",
     ),
 ]
 Compare = Annotated[
@@ -82,7 +80,7 @@ Compare = Annotated[
 ]
 Checkpoints = Annotated[
     bool,
-    typer.Option(help="Say how early in the run each token went where it goes in the end."),
+    typer.Option(help="Measure how early in the run the routing settled."),
 ]
 Transformers = Annotated[
     bool, typer.Option("--transformers", help="Run the model by transformers' own code.")
@@ -121,10 +119,10 @@ def probe(
     seed: Seed = 0,
     accept_field: AcceptField = None,
 ) -> None:
-    """Measure which expert does what, over labelled held-out text.
+    """Measure which expert does what, on labelled held-out text.
 
-    Load by layer and expert, use of experts by domain beside what chance and the tokens alone
-    would give, repetition, caches, and on request what silencing an expert does. Figures (PNG and
+    Load by layer and expert, use of experts by domain compared with chance and with the tokens
+    alone, repetition, caches, and on request the effect of silencing an expert. Figures (PNG and
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
     how = Recording(
@@ -160,7 +158,7 @@ def probe(
 
 def _answers(
     study: Study,
-    opened: Opened | None,
+    opened: ProbedModel | None,
     groupings: tuple[Grouping, ...],
     layer: int | None,
     ablate: int,
@@ -186,7 +184,7 @@ def _answers(
 
 def _study(
     path: str, how: Recording, passages: Sequence[Passage] = ()
-) -> tuple[Study, Opened | None]:
+) -> tuple[Study, ProbedModel | None]:
     """Record a model on its text, or on passages of a different one; or read a trace."""
     from moestro.probe.study import read_study, record_study
 
@@ -242,8 +240,8 @@ def _require_places(out: Path | None, report: Path | None) -> None:
         )
 
 
-def _beside(path: str, opened: Opened | None) -> Path:
-    """Where the files go unless told: a published checkpoint is not ours to write into."""
+def _beside(path: str, opened: ProbedModel | None) -> Path:
+    """The default output folder: a published checkpoint is not ours to write into."""
     from moestro.checkpoints.reading import is_pretrained
 
     if opened is not None and not is_pretrained(opened.folder):
@@ -262,15 +260,16 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _saturation(study: Study, opened: Opened | None, seed: int) -> Saturation:
+def _saturation(study: Study, opened: ProbedModel | None, seed: int) -> Saturation:
     """How much of the final routing each checkpoint of the run has, on the same text."""
     from moestro.checkpoints.folders import step_folders
 
     folders = {} if opened is None else step_folders(opened.home)
     if len(folders) < 2:
         raise ConfigError(
-            f"{'a trace' if opened is None else opened.home} is no run with several checkpoints, "
-            "which --checkpoints compares; train with train.keep at 2 or more, or leave it out"
+            f"{'a trace' if opened is None else opened.home} is not a run with several "
+            "checkpoints, which --checkpoints compares; train with train.keep at 2 or "
+            "more, or leave it out"
         )
     models = (open_shown(folder).model for folder in folders.values())
     return study.saturation(models, list(folders), seed)

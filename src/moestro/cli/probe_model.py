@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PASSAGE = 256
 
 
-class Opened(NamedTuple):
+class ProbedModel(NamedTuple):
     """A model to look into.
 
     Attributes:
@@ -59,7 +59,7 @@ def open_probed(
     transformers: bool = False,
     generate: int = 0,
     accept_fields: tuple[str, ...] = (),
-) -> Opened:
+) -> ProbedModel:
     """The model that a name means.
 
     Args:
@@ -86,10 +86,10 @@ def open_probed(
     data = read_run_settings(folder).data if (folder / "run.json").exists() else None
     length = min(PASSAGE if data is None else data.seq_len, model.cfg.attention.context)
     by = "field" if data is not None and data.domains == "field" else "folder"
-    return Opened(model, load_tokenizer(folder), folder, home, length, by)
+    return ProbedModel(model, load_tokenizer(folder), folder, home, length, by)
 
 
-def _by_transformers(name: str | Path, generate: int) -> Opened:
+def _by_transformers(name: str | Path, generate: int) -> ProbedModel:
     """A causal language model of transformers, any family; only safetensors is read."""
     try:
         import transformers
@@ -116,4 +116,4 @@ def _by_transformers(name: str | Path, generate: int) -> Opened:
             "tokens; give less"
         )
     model.train(False)
-    return Opened(model, load_tokenizer(folder), folder, folder, length)
+    return ProbedModel(model, load_tokenizer(folder), folder, folder, length)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moestro.plan.subject import Subject
+    from moestro.plan.subject import PlannedModel
 
 
-def open_subjects(names: Sequence[str], accept_fields: Sequence[str] = ()) -> list[Subject]:
+def open_subjects(names: Sequence[str], accept_fields: Sequence[str] = ()) -> list[PlannedModel]:
     """What names on the command line mean; subjects of one title have the names as given.
 
     Raises:
@@ -26,7 +26,7 @@ def open_subjects(names: Sequence[str], accept_fields: Sequence[str] = ()) -> li
     ]
 
 
-def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
+def open_subject(name: str, accept_fields: Sequence[str] = ()) -> PlannedModel:
     """What a name means: a file or folder that is there, else a preset, else a model of the hub.
 
     Raises:
@@ -61,7 +61,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
     return from_file(path, title)
 
 
-def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
+def _published(title: str, path: Path, accept_fields: Sequence[str]) -> PlannedModel:
     """A config.json of Hugging Face's layout, or GGUF; how weights are stored is only noted."""
     from moestro.checkpoints.gguf.header import is_gguf, kinds_of
     from moestro.checkpoints.quantized import quantisation

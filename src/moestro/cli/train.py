@@ -1,4 +1,4 @@
-"""`moestro train`: train a language model on text, watch it, save it, go on with it."""
+"""`moestro train`: train a language model on text, with a live display, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ Sources = Annotated[
     ),
 ]  # fmt: skip
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
+    bool, typer.Option("--resume", help="Resume the run in --out, with its settings.")
 ]
 Init = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
         help="Begin from these weights: a run, a checkpoint, a folder in Hugging Face's layout or "
-        "org/model. The model's settings and tokenizer come from there.",
+        "org/model. The model's settings and tokenizer come from them.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -71,7 +71,7 @@ def train(
     """Train a language model on text, as a mixture of experts or dense.
 
     Progress goes to stderr, the result to stdout. Ctrl-C finishes the step and saves; --resume
-    goes on from there. Under torchrun the batch is shared by all processes.
+    continues from there. Under torchrun the batch is shared by all processes.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.config import RunConfig
@@ -193,7 +193,7 @@ def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
 
 
 def _describe(cfg: RunConfig, corpus: Corpus) -> str:
-    """Two lines on what is about to happen."""
+    """Two lines that describe the run."""
     from moestro.models.count import count
 
     parameters = count(cfg.model)

@@ -23,30 +23,32 @@ class Llama3Scaling(Settings):
     kind: Literal["llama3"] = "llama3"
     factor: PositiveFloat = Field(description="Divides the low frequencies.")
     low_freq_factor: PositiveFloat = Field(
-        1.0, description="Frequencies that turn fewer times than this within it are low."
+        1.0, description="Frequencies with fewer periods than this in the original context are low."
     )
-    high_freq_factor: PositiveFloat = Field(4.0, description="Those that turn more often are high.")
+    high_freq_factor: PositiveFloat = Field(
+        4.0, description="Frequencies with more periods are high."
+    )
     original_context: Positive = Field(description="The context it was first trained with.")
 
 
 class YarnScaling(Settings):
-    """Frequencies blended by how often they turn, and attention sharpened (Peng et al. 2023)."""
+    """Frequencies blended by their number of periods; attention sharpened (Peng et al. 2023)."""
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat = Field(description="How many times longer the context becomes.")
     original_context: Positive = Field(description="The context it was first trained with.")
     beta_fast: PositiveFloat = Field(
-        32.0, description="Frequencies that turn more often within it are kept."
+        32.0, description="Frequencies with more periods in the original context are kept."
     )
     beta_slow: PositiveFloat = Field(
-        1.0, description="Those that turn less often are divided by factor."
+        1.0, description="Frequencies with fewer periods are divided by factor."
     )
     attention_factor: PositiveFloat | None = Field(
         None, description="Cosines and sines are multiplied by it; unset: 0.1 · ln(factor) + 1."
     )
     mscale: float | None = Field(None, description="DeepSeek's m in 0.1 · m · ln(factor) + 1.")
     mscale_all_dim: float | None = Field(
-        None, description="The same for all of a head: it scales the attention scores (squared)."
+        None, description="The same for the whole head: it scales the attention scores (squared)."
     )
     truncate: bool = Field(True, description="Round the borders of the blend to whole dimensions.")
 
@@ -58,8 +60,10 @@ class LongRopeScaling(Settings):
     short_factor: tuple[float, ...] = Field(description="Divisors within the original context.")
     long_factor: tuple[float, ...] = Field(description="Divisors beyond it.")
     original_context: Positive = Field(description="The context it was first trained with.")
-    short_scale: PositiveFloat = Field(1.0, description="Of cosines and sines within it.")
-    long_scale: PositiveFloat = Field(1.0, description="Of cosines and sines beyond it.")
+    short_scale: PositiveFloat = Field(
+        1.0, description="Multiplies cosines and sines within the original context."
+    )
+    long_scale: PositiveFloat = Field(1.0, description="Multiplies cosines and sines beyond it.")
 
 
 RopeScaling = Annotated[
@@ -72,7 +76,9 @@ class RopeConfig(Settings):
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = Field(10_000.0, description="Base of the rotary angles.")
-    scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
+    scaling: RopeScaling | None = Field(
+        None, description="How angles extend beyond the training context."
+    )
 
 
 class RelativeConfig(Settings):
@@ -101,11 +107,11 @@ Positions = Annotated[
 
 
 class WindowConfig(Settings):
-    """Layers that look back on a few tokens only."""
+    """Layers that attend to a few tokens only."""
 
-    size: Positive = Field(description="Tokens a position sees, itself included.")
+    size: Positive = Field(description="Tokens a position attends to, itself included.")
     full_every: Natural = Field(
-        0, description="Every n-th layer sees everything all the same; 0: none does."
+        0, description="Every n-th layer still has full attention; 0: none."
     )
 
 
@@ -134,7 +140,9 @@ class AttentionConfig(Settings):
     qk_norm: Literal["none", "head", "full"] = Field(
         "none", description="RMSNorm of queries and keys: of each head, or of all together (OLMoE)."
     )
-    bias: Literal["none", "qkv", "all"] = Field("none", description="Which projections have one.")
+    bias: Literal["none", "qkv", "all"] = Field(
+        "none", description="Which projections have a bias."
+    )
     window: WindowConfig | None = None
     sinks: bool = Field(
         False, description="A learned score per head that takes attention from all keys (gpt-oss)."
@@ -142,9 +150,9 @@ class AttentionConfig(Settings):
     positions: Positions = RopeConfig()
     latent: LatentConfig | None = Field(
         None,
-        description="DeepSeek's latent attention; num_kv_heads and head_dim then mean nothing.",
+        description="DeepSeek's latent attention; num_kv_heads and head_dim are then ignored.",
     )
-    context: Positive = Field(256, description="Most tokens a position looks back on.")
+    context: Positive = Field(256, description="Most tokens a position attends to.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -16,7 +16,7 @@ Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu", "gelu"]
 
 
 class RouterConfig(Settings):
-    """Who goes where, and with what weight. See `moestro.moe.routers`."""
+    """Which experts each token goes to, with what weight. See `moestro.moe.routers`."""
 
     kind: Literal["softmax", "sigmoid", "noisy_top_k", "sparsemixer", "expert_choice", "hash"] = (
         "softmax"
@@ -88,7 +88,7 @@ class ExpertsConfig(Settings):
 
 
 class MoEConfig(Settings):
-    """One mixture-of-experts layer, in the place of a feed-forward network."""
+    """One mixture-of-experts layer, in place of a feed-forward network."""
 
     dim: Positive = Field(description="D, the width of the tokens.")
     hidden_dim: Positive = Field(description="F, the hidden width of one expert.")
@@ -145,7 +145,7 @@ class MoEConfig(Settings):
 
 
 class DenseConfig(Settings):
-    """The feed-forward network of the layers that are no mixtures."""
+    """The feed-forward network of layers that are not mixtures."""
 
     hidden_dim: Positive = 256
     activation: Activation = "swiglu"

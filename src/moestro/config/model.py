@@ -158,7 +158,7 @@ class ModelConfig(NetworkConfig):
 
 
 class EncDecConfig(NetworkConfig):
-    """An encoder-decoder language model (T5, Switch Transformer); it learns to fill hidden spans.
+    """An encoder-decoder language model (T5, Switch Transformer); learns to fill in hidden spans.
 
     A run's `model` is one when it sets `encoder_layers` or `decoder_layers`.
     """

@@ -8,7 +8,7 @@ from pydantic import Field
 
 # Beyond any model; a product of several such numbers does not overflow.
 MOST = 2**40
-# What is said or built layer by layer answers at once.
+# Bounds the time of what is done layer by layer.
 MOST_LAYERS = 10_000
 
 Natural = Annotated[int, Field(ge=0, le=MOST)]

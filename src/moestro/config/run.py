@@ -32,7 +32,7 @@ class DataConfig(Settings):
         0.05, description="Share of the documents kept for evaluation."
     )
     domain_bytes: Positive | None = Field(
-        None, description="Most bytes taken of one domain, so that none drowns the others."
+        None, description="Most bytes taken of one domain, so that none dominates."
     )
     seed: int = 0
 
@@ -43,7 +43,7 @@ class BalanceConfig(Settings):
     switch: Coefficient = 0.01
     scope: Literal["micro", "sequence", "global"] = Field(
         "micro",
-        description="Over what the Switch loss counts: a micro-batch, each sequence, or "
+        description="The tokens that the Switch loss counts: a micro-batch, each sequence, or "
         "the micro-batches of a step so far, of all ranks.",
     )
     importance: Coefficient = 0.0
@@ -72,7 +72,7 @@ class OptimConfig(Settings):
 
 
 class RuntimeConfig(Settings):
-    """Choices that change speed or output, never the settings of the experiment."""
+    """Options that change speed or output, not the experiment itself."""
 
     device: str = "auto"
     backend: str = Field("auto", description="Kernel backend; `moestro doctor` lists them.")

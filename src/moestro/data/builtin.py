@@ -22,7 +22,7 @@ from moestro.errors import DataError
 ARITHMETIC_DOCUMENTS = 1500
 ARITHMETIC_CHARACTERS = 1000
 _TOPICS = Path("pydoc_data", "topics.py")
-# Installed packages, tests, compiled files, and tables of character codes are no library text.
+# Installed packages, tests, compiled files, and tables of character codes are not library text.
 _SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__",
     "turtledemo", "encodings", "pydoc_data", "lib-dynload",
@@ -120,7 +120,7 @@ def arithmetic_texts(seed: int) -> Iterator[str]:
     kinds = (_addition, _subtraction, _product, _comparison, _words, _sequence)
     for number in range(ARITHMETIC_DOCUMENTS):
         source = random.Random(f"moestro arithmetic {seed} {number}")
-        # Two kinds a document, so that the beginning tells what the rest will look like.
+        # Two kinds a document, so that the beginning predicts the rest.
         chosen = source.sample(kinds, 2)
         text = ""
         while len(text) < ARITHMETIC_CHARACTERS:

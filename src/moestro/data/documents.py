@@ -83,7 +83,7 @@ def read_documents(cfg: DataConfig) -> Iterator[Document]:
         DataError: a source is missing, matches nothing or holds no text; a file cannot be read
             or decoded; a line of a .jsonl file lacks its fields or is longer than 64 MiB.
     """
-    files = source_files(cfg)  # first, so that a mistake in any source is told at once
+    files = source_files(cfg)  # first, so that a mistake in any source is reported immediately
     readers = [_builtin_documents(cfg)] if BUILTIN in cfg.sources else []
     readers += [(_read_jsonl if _is_jsonl(file.path) else _read_text)(file, cfg) for file in files]
     yield from (document for reader in readers for document in reader if document.text.strip())

@@ -1,4 +1,4 @@
-"""Span corruption, the objective of T5: hide a few spans of a text and ask for them.
+"""Span corruption, the objective of T5: hide a few spans of a text and predict them.
 
 Raffel et al. 2020, §3.1.4 and §3.3: 15 % of the tokens, in spans of 3 on average. Each span becomes
 one sentinel in the source; the target is each sentinel and what it hides. Sentinels are the last
@@ -88,7 +88,7 @@ def corrupt(tokens_S: Ids, vocab_size: int, end: int, seed: tuple[object, ...]) 
 
 
 def _lengths(total: int, parts: int, bits: np.random.PCG64) -> Ids:
-    """`total` cut at random places into `parts` that are none of them empty."""
+    """`total` cut at random places into non-empty `parts`."""
     # The raw bits of a bit generator are the same in every NumPy; its choices need not be.
     cuts = np.argsort(bits.random_raw(total - 1), kind="stable")[: parts - 1] + 1
     borders: Ids = np.concatenate([[0], np.sort(cuts), [total]])

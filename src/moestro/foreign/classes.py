@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 
-class Experts(NamedTuple):
+class ExpertsTraits(NamedTuple):
     """What sets a class of experts apart.
 
     Attributes:
@@ -24,13 +24,13 @@ class Experts(NamedTuple):
     clamp: tuple[str, ...] = ()
 
 
-PLAIN = Experts()
+PLAIN = ExpertsTraits()
 EXPERTS = {
-    "GptOssExperts": Experts(clamp=("alpha", "limit")),
-    "LongcatFlashExperts": Experts(counted_by="total_experts"),
-    "MiniMaxM3VLExperts": Experts(clamp=("swiglu_alpha", "swiglu_limit")),
-    "OpenAIPrivacyFilterExperts": Experts(clamp=("alpha", "limit")),
-    "ZayaExperts": Experts(skips=True),
+    "GptOssExperts": ExpertsTraits(clamp=("alpha", "limit")),
+    "LongcatFlashExperts": ExpertsTraits(counted_by="total_experts"),
+    "MiniMaxM3VLExperts": ExpertsTraits(clamp=("swiglu_alpha", "swiglu_limit")),
+    "OpenAIPrivacyFilterExperts": ExpertsTraits(clamp=("alpha", "limit")),
+    "ZayaExperts": ExpertsTraits(skips=True),
 }
 # Mixtures of something other than feed-forward networks.
 NOT_FEED_FORWARD = frozenset({"JetMoeMoA"})
@@ -41,7 +41,7 @@ _BLOCK = re.compile(r"(MoE|Moe|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|MoA
 def unaccounted(
     modules: Mapping[str, nn.Module], known: Collection[str], *, beside: bool
 ) -> list[str]:
-    """Classes that by their names, or their modules', are mixtures, and are none of the known.
+    """Classes that look like mixtures by their own or their modules' names, and are not known.
 
     Args:
         modules: of a model, by name.

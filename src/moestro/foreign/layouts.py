@@ -22,8 +22,8 @@ from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
 from moestro.kernels.reference import CLAMP, STEEPNESS
 
 
-class Weights(NamedTuple):
-    """The weights of an experts module, as they lie or as views of them.
+class ForeignWeights(NamedTuple):
+    """The weights of an experts module, as stored or as views of them.
 
     Attributes:
         up_EHD: what multiplies the tokens, `gate_up` or `up`.
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
         return "a norm after each expert" if self.post_norm else None
 
 
-def read(experts: Any) -> Weights:
+def read(experts: Any) -> ForeignWeights:
     """The weights of a decorated experts module.
 
     Raises:
@@ -84,7 +84,7 @@ def read(experts: Any) -> Weights:
         raise _unknown(experts, f"weights of {up.dtype}")
     interleaved = gated and not getattr(experts, "is_concatenated", True)
     post_norm = bool(getattr(experts, "has_post_expert_norm", False))
-    return Weights(
+    return ForeignWeights(
         up, down, up_EH, down_ED, gated, interleaved, transposed, _activation(experts), post_norm
     )
 
@@ -110,7 +110,7 @@ def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_unreachable(model: nn.Module) -> None:
-    """Refuse a model of which some mixture would run other code.
+    """Refuse a model with a mixture that would run other code.
 
     Raises:
         BackendError: names the class and what to do.

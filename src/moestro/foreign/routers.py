@@ -22,11 +22,11 @@ Read = Callable[[Any, Any], tuple[Tensor, Tensor, Tensor]]
 Write = Callable[[Any, Any, Tensor, Tensor], Any]
 
 
-class Router(NamedTuple):
+class RouterTraits(NamedTuple):
     """How a class of routers gets from logits to its choice.
 
     Attributes:
-        scoring: softmax, sigmoid, none (it returns probabilities in the place of logits), or the
+        scoring: softmax, sigmoid, none (it returns probabilities instead of logits), or the
             attribute of the router that holds which of these it is, or a function. Divided by
             their sum, scores are the probabilities.
         weigh: (router, scores [T, K] of the experts chosen) → their weights, where the K largest
@@ -125,30 +125,32 @@ def _write_jetmoe(router: Any, output: Any, experts_TK: Tensor, weights_TK: Tens
 
 
 # Of transformers 5.24.
-_ROWS: tuple[tuple[Router, str], ...] = (
-    (Router("softmax", lambda router, scores: scores), "JambaTopKRouter"),
-    (Router("softmax", _normalised), """
+_ROWS: tuple[tuple[RouterTraits, str], ...] = (
+    (RouterTraits("softmax", lambda router, scores: scores), "JambaTopKRouter"),
+    (RouterTraits("softmax", _normalised), """
         HunYuanMoEV1Gate MiniMaxTopKRouter MixtralTopKRouter Qwen3OmniMoeTextTopKRouter
         Qwen3VLMoeTextTopKRouter Qwen3_5MoeTopKRouter"""),
-    (Router("softmax", _as_configured), """
+    (RouterTraits("softmax", _as_configured), """
         FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter
         Qwen3NextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter
         Qwen4ExpTextTopKRouter"""),
-    (Router("softmax", lambda router, scores: scores * router.routed_scaling_factor, grouped=True),
+    (RouterTraits("softmax", lambda router, scores: scores * router.routed_scaling_factor,
+                  grouped=True),
      "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter"),
-    (Router("softmax", lambda router, logits: logits.softmax(-1), by_logits=True), """
+    (RouterTraits("softmax", lambda router, logits: logits.softmax(-1), by_logits=True), """
         AriaTextTopKRouter GptOssTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter
         GraniteMoeSharedTopKRouter GraniteMoeTopKRouter"""),
-    (Router("softmax", lambda router, logits: logits.softmax(-1) / router.top_k, by_logits=True),
+    (RouterTraits("softmax", lambda router, logits: logits.softmax(-1) / router.top_k,
+                  by_logits=True),
      "OpenAIPrivacyFilterTopKRouter"),
-    (Router("softmax", output=(_read_jetmoe, _write_jetmoe)), "JetMoeTopKGating"),
-    (Router("softmax"), """
+    (RouterTraits("softmax", output=(_read_jetmoe, _write_jetmoe)), "JetMoeTopKGating"),
+    (RouterTraits("softmax"), """
         DbrxRouter Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter LaraMiniTopKRouter
         LongcatFlashTopkRouter Mistral4TopkRouter MistralLarge4TextTopkRouter PhimoeTopKRouter
         ZayaRouter"""),
-    (Router("sigmoid", _as_configured), "FlintTopKRouter"),
-    (Router("sigmoid", output=(_read_llama4, _write_llama4)), "Llama4Router"),
-    (Router("sigmoid"), """
+    (RouterTraits("sigmoid", _as_configured), "FlintTopKRouter"),
+    (RouterTraits("sigmoid", output=(_read_llama4, _write_llama4)), "Llama4Router"),
+    (RouterTraits("sigmoid"), """
         AXK1TopkRouter AXK2TopkRouter AfmoeTokenChoiceRouter BailingHybridTopkRouter BeamTopKRouter
         DeepseekV32TopkRouter DeepseekV3TopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter
         ExaoneMoeTopkRouter Glm4MoeLiteTopkRouter Glm4MoeTopkRouter Glm4vMoeTextTopkRouter
@@ -156,10 +158,10 @@ _ROWS: tuple[tuple[Router, str], ...] = (
         InklingTopkRouter KimiLinearTopkRouter Kolibri1TopKRouter LagunaTopKRouter Lfm2MoeTopKRouter
         MiMoV2FlashTopkRouter MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter NemotronHTopkRouter
         SolarOpenTopkRouter Step3p7TopKRouter"""),
-    (Router("none"), "Gemma4TextRouter DiffusionGemmaTextRouter"),
-    (Router("expert_selection_fn"), "Cohere2MoeTopKRouter"),
-    (Router("score_fn"), """
+    (RouterTraits("none"), "Gemma4TextRouter DiffusionGemmaTextRouter"),
+    (RouterTraits("expert_selection_fn"), "Cohere2MoeTopKRouter"),
+    (RouterTraits("score_fn"), """
         DeepseekV4HashRouter DeepseekV4TopKRouter Inkling2TopKRouter Inkling2LoopTopKRouter"""),
-    (Router("scoring_function"), "MuseSparkTopkRouter"),
+    (RouterTraits("scoring_function"), "MuseSparkTopkRouter"),
 )  # fmt: skip
 ROUTERS = {name: row for row, names in _ROWS for name in names.split()}

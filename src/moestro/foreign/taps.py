@@ -42,7 +42,7 @@ class Tap(NamedTuple):
         experts: the module of the experts, or the outermost that only passes calls on to it (an
             adapter); the router itself where they get no choices.
         router: the module beside it whose output holds the logits, found alike; None: not found.
-        scoring: how its logits become probabilities, see `routers.Router`; None: unknown.
+        scoring: how its logits become probabilities, see `routers.RouterTraits`; None: unknown.
     """
 
     layer: int
@@ -94,7 +94,7 @@ def taps(model: nn.Module) -> list[Tap]:
         if not by_router and not _takes_choices(inner, module):
             continue
         name = outermost(modules, inner)
-        if any(tap.name == name for tap in found):  # one wrapper may hold two, of which one runs
+        if any(tap.name == name for tap in found):  # a wrapper may hold two and run one
             continue
         block = name.rpartition(".")[0]
         if by_router and kind(modules.get(block)) in NOT_FEED_FORWARD:

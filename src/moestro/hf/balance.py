@@ -49,8 +49,8 @@ def balance(
             several processes torch.distributed must be initialised before.
         switch: coefficient of the Switch loss. None takes the family's own from its configuration,
             converted by `converted`; where it names none, 0 if `z` or `bias_rate` is given.
-        scope: over what the Switch loss counts: a micro-batch, each sequence, or the micro-batches
-            of a step so far, of all ranks.
+        scope: tokens that the Switch loss counts: a micro-batch, each sequence, or the
+            micro-batches of a step so far, of all ranks.
         z: coefficient of the z-loss (Zoph et al. 2022).
         bias_rate: u of the loss-free bias (Wang et al. 2024); 0: biases stay as they are.
 
@@ -173,7 +173,7 @@ class Balance:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the forward passes since the last step, of a step that failed and is done over."""
+        """Forget the forward passes since the last step, of a step that failed and is repeated."""
         self._pending = self._tally = self._reached = None
         self._objective.restart()
 
@@ -224,7 +224,7 @@ class Balance:
 
         Args:
             keep_bias: keep choosing with the biases that the family does not have itself. Without
-                them the model routes otherwise than it was trained to.
+                them the model routes differently than in training.
         """
         self._watch.remove()
         self._own.remove()
@@ -247,7 +247,7 @@ class Balance:
 
     @property
     def adds_bias(self) -> bool:
-        """Whether there are biases that are no part of the model, nor of what it saves."""
+        """Whether there are biases that are neither part of the model nor saved with it."""
         return any(isinstance(bias, AddedBias) for bias in self._biases.values())
 
     @property

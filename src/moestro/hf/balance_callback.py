@@ -132,7 +132,7 @@ class BalanceCallback(TrainerCallback):
         elif self.balance.adds_bias:
             raise CheckpointError(
                 f"there is no {path} with the selection biases of this checkpoint, without which "
-                "the model routes otherwise than in training; copy it from where it was saved"
+                "the model routes differently than in training; copy it from where it was saved"
             )
 
     def _add(

@@ -1,9 +1,9 @@
-"""What computes the experts of a model of transformers, on tensors alone.
+"""Computes the experts of a transformers model, on tensors alone.
 
 Without gradients on CPU the native kernels run, on the model's own weights or on packed ones.
 Everything else runs on the kernels that this project trains with: gradients, GPUs, a missing
-native library, and what the native kernels have no form for; on CPU without gradients the reason
-is said once, as a warning. What runs is chosen by the table of `moestro.kernels.backends`.
+native library, and what the native kernels have no form for; on CPU without gradients a warning
+gives the reason once. What runs is chosen by the table of `moestro.kernels.backends`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.foreign.layouts import Weights
+from moestro.foreign.layouts import ForeignWeights
 from moestro.kernels import backends, native_cpu
 from moestro.kernels.backends import Work
-from moestro.kernels.packing import PackedExperts
+from moestro.kernels.packing import ExpertSlabs
 from moestro.kernels.reference import Biases
 from moestro.moe import dispatch, mixing
 from moestro.moe.mixing import ExpertWeights, compute_dtype
@@ -29,7 +29,7 @@ _said: set[str] = set()
 
 
 def without_gradients(
-    weights: Weights,
+    weights: ForeignWeights,
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -73,15 +73,13 @@ def without_gradients(
     return by_torch(weights, x_TD, experts_TK, weights_TK, experts, training=False), reason
 
 
-def by_packed(
-    packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def by_packed(packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The mixture of packed experts, without gradients; raises as `without_gradients` does."""
     backends.choose("auto", backends.PACKED)
     return _native(packed, x_TD, experts_TK, weights_TK)
 
 
-def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _native(packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     tokens_A = _tokens(*experts_TK.shape)
     experts_A, weights_A = experts_TK.reshape(-1).long(), weights_TK.detach().reshape(-1)
     here_A = experts_A < packed.num_experts
@@ -92,7 +90,7 @@ def _native(packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK:
 
 
 def by_torch(
-    weights: Weights,
+    weights: ForeignWeights,
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -111,7 +109,7 @@ def by_torch(
 
 
 def split(
-    weights: Weights,
+    weights: ForeignWeights,
     rows_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -130,13 +128,13 @@ def split(
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)
-    # Zero where nobody may read it: zero times NaN would not be.
+    # Zero where it must not be read: zero times NaN would not be zero.
     weights_TK1 = weights_TK.to(dtype).masked_fill(experts_TK >= len(weights.up_EHD), 0)[..., None]
     y_TD = (rows_AD.to(dtype).view(num_tokens, top_k, -1) * weights_TK1).sum(1)
     return y_TD.to(rows_TD.dtype)
 
 
-def fused(weights: Weights) -> str | None:
+def fused(weights: ForeignWeights) -> str | None:
     """The activation, where a kernel takes it between the two products; None: split there."""
     return weights.activation if not (weights.interleaved or weights.post_norm) else None
 
@@ -169,12 +167,12 @@ def _tokens(num_tokens: int, top_k: int) -> Tensor:
 
 def _routing(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
     """A router's choice as a Routing; experts of other ranks count as dropped."""
-    # In at least fp32, and zero where nobody may read it: zero times NaN would not be.
+    # In at least fp32, and zero where it must not be read: zero times NaN would not be zero.
     weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
     experts_TK, away_TK, kept_R = experts_TK.long(), experts_TK >= num_experts, None
     if bool(away_TK.any()):
         kept_R = ~away_TK.flatten()
         weights_TK, experts_TK = (each.masked_fill(away_TK, 0) for each in (weights_TK, experts_TK))
-    # Nobody asks for the logits here, only for their shape.
+    # Only the shape of the logits is used here.
     shape_TE = torch.empty(len(experts_TK), num_experts, dtype=torch.float32, device="meta")
     return Routing.of_choice(experts_TK, weights_TK, shape_TE, shape_TE)._replace(kept_R=kept_R)

@@ -1,4 +1,4 @@
-"""The balance loss that a family of transformers has itself: what it weighs, how to stop it."""
+"""A transformers family's own balance loss: its coefficient, and how to disable it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class OwnLoss:
         self._after = hooks.add(model.register_forward_hook, self._resume, always_call=True)
 
     def remove(self) -> None:
-        """Let the model do as it likes again."""
+        """Restore the model's own loss."""
         self._put_back()
         self._before.remove()
         self._after.remove()

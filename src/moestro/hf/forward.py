@@ -1,4 +1,4 @@
-"""The function that transformers calls in the place of its own for every mixture.
+"""The function that transformers calls instead of its own for every mixture.
 
 What computes is in `moestro.hf.compute`; under `torch.compile` and `torch.export`, and of tensors
 that hold no numbers, it is called through an operator of `moestro.hf.ops`.
@@ -16,7 +16,7 @@ from moestro.errors import BackendError
 from moestro.foreign import layouts
 from moestro.hf import compute, ops
 from moestro.kernels import native_cpu, pointwise
-from moestro.kernels.packing import PackedExperts
+from moestro.kernels.packing import ExpertSlabs
 from moestro.moe.mixing import differentiated
 
 # Where a module's packed experts hang; see `moestro.hf.packed`.
@@ -46,7 +46,7 @@ def mixture(
         ShapeError: the weights have a form that is not known.
     """
     inputs = (hidden_states, top_k_index, top_k_weights)
-    packed: PackedExperts | None = vars(self).get(PACKED)
+    packed: ExpertSlabs | None = vars(self).get(PACKED)
     if packed is not None:
         if self.training or differentiated(hidden_states, top_k_weights):
             raise BackendError(

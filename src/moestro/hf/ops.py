@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.foreign.layouts import Weights
+from moestro.foreign.layouts import ForeignWeights
 from moestro.hf import compute
 from moestro.kernels import native_cpu
-from moestro.kernels.packing import Format, PackedExperts, PackedMatrix
+from moestro.kernels.packing import ExpertSlabs, Format, PackedMatrix
 from moestro.moe.mixing import compute_dtype, differentiated
 
 # A CUDA graph would replay the group sizes of its first batch.
@@ -26,7 +26,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def traced(
-    experts: Any, weights: Weights, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    experts: Any, weights: ForeignWeights, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """The mixture of a module of transformers, by operators; see `forward.mixture`.
 
@@ -45,7 +45,7 @@ def traced(
 
 
 def traced_packed(
-    packed: PackedExperts, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """`compute.by_packed`, by an operator."""
     sizes = [packed.num_experts, packed.dim, packed.hidden_dim]
@@ -124,7 +124,9 @@ def _mixture(*args: Any) -> Tensor:
     x_TD, experts_TK, weights_TK, *tensors, transposed, activation, grads = args
     up_EHD, down_EDF, up_EH, down_ED = tensors
     gated = up_EHD.shape[1] != down_EDF.shape[2]
-    weights = Weights(up_EHD, down_EDF, up_EH, down_ED, gated, False, transposed, activation, False)
+    weights = ForeignWeights(
+        up_EHD, down_EDF, up_EH, down_ED, gated, False, transposed, activation, False
+    )
     inputs = (weights, x_TD, experts_TK, weights_TK)
     with torch.set_grad_enabled(grads):  # which decides the path, as it does without a compiler
         if grads:
@@ -134,7 +136,7 @@ def _mixture(*args: Any) -> Tensor:
 
 def _packed_mixture(*args: Any) -> Tensor:
     x_TD, experts_TK, weights_TK, data, *biases, activation, kind, group, sizes = args
-    packed = PackedExperts._make((data, *sizes, activation, Format(kind, group), *biases, None))
+    packed = ExpertSlabs._make((data, *sizes, activation, Format(kind, group), *biases, None))
     return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
 
 

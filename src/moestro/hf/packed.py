@@ -28,7 +28,7 @@ class PackedModel(NamedTuple):
 
 
 class PackedProjection(PackedLinear):
-    """A linear map with packed weights, in the place of an `nn.Linear` of transformers."""
+    """A linear map with packed weights, in place of an `nn.Linear` of transformers."""
 
     def __init__(self, linear: nn.Linear, format: Format) -> None:
         super().__init__(native_cpu.pack_matrix(linear.weight, format, linear.bias))
@@ -118,8 +118,9 @@ def _check_weights(name: str, tensors: list[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
             raise BackendError(
-                f"what is packed is float32 or bfloat16 on CPU; {name} has {tensor.dtype} on "
-                f"{tensor.device}. Load the model with dtype=torch.bfloat16 on CPU"
+                f"only float32 or bfloat16 weights on CPU can be packed; {name} has "
+                f"{tensor.dtype} on {tensor.device}. Load the model with "
+                "dtype=torch.bfloat16 on CPU"
             )
 
 

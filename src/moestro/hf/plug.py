@@ -1,4 +1,4 @@
-"""Register with transformers, refuse what would run other code, and check what really ran."""
+"""Register with transformers, refuse models that would run other code, and check what ran."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def install() -> Installed:
 
 
 def use(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Make all experts of a model run here, and return them by name.
+    """Make all experts of a model run on moestro, and return them by name.
 
     Raises:
         BackendError: some cannot be reached.
@@ -89,7 +89,7 @@ def check(model: PreTrainedModel, inputs: Tensor | Mapping[str, Any]) -> Checked
             hook.remove()
     modules, ran = dict(model.named_modules()), {}
     places = {name: classes.outermost(modules, name) for name in found}
-    used = {places[name] for name in reached}  # an adapter may hold two experts, of which one runs
+    used = {places[name] for name in reached}  # an adapter may hold two and run one
     for name, module in found.items():
         lines = seen.get(id(module), [])
         if len(lines) < max(reached[name], places[name] not in used):

@@ -128,7 +128,7 @@ class Watch:
 
 
 def real_tokens(mask: Any, sequences: int, length: int, cache: Any) -> Tensor | None:
-    """Which of B · S tokens an attention mask says are no padding, bool [T]; None: all.
+    """Which of B · S tokens an attention mask marks as real, bool [T]; None: all.
 
     Args:
         mask: [B, N], nonzero for real tokens; or [B, H, S, N] (bool, or 0 and less to be added to
@@ -202,7 +202,7 @@ def _first(inputs: Mapping[str, Any], *names: str) -> Any:
 
 
 def _unbalanced(model: nn.Module, *_: Any) -> None:
-    """What a copy calls in the place of `Watch._start`: says once that it is not watched."""
+    """What a copy calls instead of `Watch._start`: warns once that it is not watched."""
     if model.training and torch.is_grad_enabled():
         hooks.drop_copied(model)
         warnings.warn(

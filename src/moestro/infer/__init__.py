@@ -1,1 +1,1 @@
-"""Using a trained model: choosing the next token, and streaming text from a prompt."""
+"""Inference: choosing the next token, and streaming text from a prompt."""

@@ -22,7 +22,7 @@ from moestro.models.encdec import START_TOKEN
 from moestro.models.network import ModelOutput
 from moestro.moe.routing import Routing
 
-# Tokens of a prompt that pass at once: enough rows for each expert, few enough for their memory.
+# Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
 CHUNK = 512
 
 
@@ -61,7 +61,7 @@ class Decoding:
         return passed
 
     def chunk(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's tokens pass at once."""
+        """How many of a prompt's tokens go through in one pass."""
         return CHUNK if chunked(self.model.cfg) else len(tokens)
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:

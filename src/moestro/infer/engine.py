@@ -1,4 +1,4 @@
-"""Writing text: one request or many at once, each streamed as its tokens are chosen."""
+"""Generating text: one request or many together, each streamed as its tokens are chosen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
 from moestro.text import Tokenizer
 
-# Requests that write at once; each holds a cache.
+# Requests that run together; each holds a cache.
 MOST_LIVE = 16
 
 
@@ -62,7 +62,7 @@ def generate_batch(
     samplings: Sequence[SamplingConfig],
     special: bool = False,
 ) -> Iterator[tuple[int, Piece]]:
-    """Continue several prompts at once; what one gets does not depend on the others.
+    """Continue several prompts together; each result is independent of the others.
 
     Args:
         model: In eval mode.
@@ -117,7 +117,7 @@ class Session:
         Args:
             model: In eval mode; must not change meanwhile.
             tokenizer: The one that the model was trained with.
-            most: Requests written at once; others wait for their turn.
+            most: Requests that run together; others wait for their turn.
 
         Raises:
             MoestroError: the model is in training mode.

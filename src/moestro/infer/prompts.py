@@ -1,4 +1,4 @@
-"""From text to what a model reads: a decoder continues it, an encoder-decoder answers it.
+"""From text to a model's input: a decoder continues it, an encoder-decoder fills its gaps.
 
 A gap in a source is written `<extra_id_0>`, `<extra_id_1>` and so on, as T5's tokenizer spells it;
 an encoder-decoder that learned to fill gaps answers with each gap's mark and what belongs there.
@@ -106,7 +106,7 @@ def gap_tokens(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
 
 
 def check_known(ids: Iterable[Any], vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
-    """Refuse what are no tokens of a model, as where its tokenizer has more than it.
+    """Refuse ids outside a model's vocabulary, as where its tokenizer has more tokens.
 
     Args:
         ids: What is to be read.

@@ -33,25 +33,26 @@ class SamplingConfig(Settings):
     """How to choose tokens, and when to stop."""
 
     temperature: Annotated[float, Field(ge=0.0)] = Field(
-        0.8, description="0 takes the likeliest token every time; 1 follows the model's own odds."
+        0.8,
+        description="0: always the most likely token; 1: the model's own distribution.",
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Only the K likeliest tokens; unset: all."
+        None, description="Only the K most likely tokens; unset: all."
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Only the likeliest tokens that together reach this probability."
+        1.0, description="Only the most likely tokens whose probabilities sum to this."
     )
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.0, description="Only tokens at least this many times as likely as the likeliest."
+        0.0, description="Only tokens at least this many times as likely as the most likely one."
     )
     repetition_penalty: Annotated[float, Field(gt=0.0)] = Field(
         1.0, description="Above 1, tokens of the prompt and the text so far become less likely."
     )
     presence_penalty: Penalty = Field(
-        0.0, description="Taken from the logit of each token that was chosen before."
+        0.0, description="Subtracted from the logit of each token chosen before."
     )
     frequency_penalty: Penalty = Field(
-        0.0, description="Taken from a token's logit for each time that it was chosen before."
+        0.0, description="Subtracted from a token's logit each time it was chosen before."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_tokens: Annotated[int, Field(ge=1)] = 256

@@ -1,4 +1,4 @@
-"""One text as it is written: tokens chosen, spelled, held back while they may change.
+"""One text as it is generated: tokens chosen, decoded, held back while they may change.
 
 A special token that does not end the text is shown as a break, that is as the end of a line, so
 that what it sets apart does not run together.
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class Writer:
-    """One text as it is written: chooses tokens, spells them, and knows when it ends.
+    """One text as it is generated: chooses tokens, decodes them, and knows when it ends.
 
     Attributes:
         token: The one chosen last, which must pass through the model next.
@@ -60,7 +60,7 @@ class Writer:
         Args:
             tokenizer: The one that the model was trained with.
             sampling: How to choose tokens and when to stop.
-            marks: Text of tokens that are none of the tokenizer's, or no text to it.
+            marks: Text of tokens that the tokenizer lacks or decodes to nothing.
             prompt: What the model reads before the first token that is chosen.
         """
         self.token, self.done = -1, False

@@ -105,7 +105,7 @@ def attend(
     valid_BP: Tensor | None = None,
     bidirectional: bool = False,
 ) -> Tensor:
-    """`reference_attention.attend`: no mask where none is needed, and none of all P keys at once.
+    """`reference_attention.attend`: no mask where it is not needed, and never one over all P keys.
 
     Causal queries go in blocks, each with the keys that its window reaches.
     """

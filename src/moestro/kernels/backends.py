@@ -44,7 +44,7 @@ class Work(NamedTuple):
 PACKED = Work("cpu", torch.float32, use="packed")
 
 
-class Verdict(NamedTuple):
+class Support(NamedTuple):
     """Whether a backend can run something, and the reason to show to a person."""
 
     ok: bool
@@ -90,13 +90,13 @@ class Backend(NamedTuple):
             )
         return self.against(work)
 
-    def supports(self, work: Work) -> Verdict:
+    def supports(self, work: Work) -> Support:
         """Whether it can do this now."""
         reason = self.refusal(work)
-        return Verdict(reason is None, reason or self.runs_on)
+        return Support(reason is None, reason or self.runs_on)
 
 
-class Row(NamedTuple):
+class BackendRow(NamedTuple):
     """One line of `moestro doctor`."""
 
     use: str
@@ -239,7 +239,7 @@ def why_not_whole(name: str, work: Work) -> str | None:
     return WHOLE.refusal(work)
 
 
-def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[BackendRow]:
     """The table as this machine sees it, use by use, for `moestro doctor`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -248,5 +248,5 @@ def table(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> lis
         with suppress(BackendError):
             chosen = choose("auto", work)
         able = [row for row in TABLE if use in row.uses]
-        rows += [Row(use, row.name, *row.supports(work), row is chosen) for row in able]
+        rows += [BackendRow(use, row.name, *row.supports(work), row is chosen) for row in able]
     return rows

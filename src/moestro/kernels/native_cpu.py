@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece
-from moestro.kernels.native_library import Experts, Matrix, call
+from moestro.kernels.native_library import CExperts, CMatrix, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -26,7 +26,7 @@ from moestro.kernels.native_packing import pack_matrix as pack_matrix
 from moestro.kernels.native_packing import read_rows as read_rows
 from moestro.kernels.native_packing import unpack_expert as unpack_expert
 from moestro.kernels.native_packing import unpack_matrix as unpack_matrix
-from moestro.kernels.packing import ACTIVATIONS, KINDS, UNGATED, Format, PackedExperts, PackedMatrix
+from moestro.kernels.packing import ACTIVATIONS, KINDS, UNGATED, Format, ExpertSlabs, PackedMatrix
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes
 from moestro.kernels.reference import Biases
@@ -53,7 +53,7 @@ def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> 
 
 
 def mixture(
-    packed: PackedExperts, x_TD: Tensor, tokens_A: Tensor, experts_A: Tensor, weights_A: Tensor
+    packed: ExpertSlabs, x_TD: Tensor, tokens_A: Tensor, experts_A: Tensor, weights_A: Tensor
 ) -> Tensor:
     """A whole mixture: gather, gate and up, activation, down, weighted sum in a fixed order.
 
@@ -106,7 +106,7 @@ def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
     bf16 weights multiply rows rounded to bf16, fp32 weights multiply in fp32.
 
     Raises:
-        ShapeError: it is no such matrix, or bf16 with an odd number of columns.
+        ShapeError: it is not such a matrix, or bf16 with an odd number of columns.
     """
     w_OI = check(w_OI, "plain weights", (None, None), ROWS).detach().contiguous()
     rows, columns = w_OI.shape
@@ -122,7 +122,7 @@ def plain_experts(
     activation: str,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
 
     Raises:
@@ -135,12 +135,12 @@ def plain_experts(
         for each in (up_bias_EH, down_bias_ED)
     )
     dim, hidden = expert_sizes(up_EHD, down_EDF, activation)
-    return PackedExperts(
+    return ExpertSlabs(
         up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
 
 
-def matrix_of(packed: PackedMatrix) -> Matrix:
+def matrix_of(packed: PackedMatrix) -> CMatrix:
     """The C structure; the tensor must outlive it.
 
     Raises:
@@ -151,10 +151,10 @@ def matrix_of(packed: PackedMatrix) -> Matrix:
         at = _plain_at(data, (rows, columns))
     else:
         at = packed_at(data, matrix_bytes(rows, columns, format))
-    return Matrix(at, rows, columns, _kind(format, data), format.group)
+    return CMatrix(at, rows, columns, _kind(format, data), format.group)
 
 
-def experts_of(packed: PackedExperts) -> Experts:
+def experts_of(packed: ExpertSlabs) -> CExperts:
     """The C structure; the tensors must outlive it.
 
     Raises:
@@ -177,7 +177,7 @@ def experts_of(packed: PackedExperts) -> Experts:
         None if bias is None else address(bias, "bias", (num_experts, size), FP32)
         for bias, size in ((up_bias, width), (down_bias, dim))
     )
-    return Experts(
+    return CExperts(
         at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
         ACTIVATIONS.index(activation), 0, *biases,
     )  # fmt: skip

@@ -29,13 +29,13 @@ _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
-class Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     """`moestro_matrix`."""
 
     _fields_ = (("data", PTR), ("n", I64), ("k", I64), ("kind", I32), ("group", I32))
 
 
-class Experts(ctypes.Structure):
+class CExperts(ctypes.Structure):
     """`moestro_experts`."""
 
     _fields_ = (
@@ -45,7 +45,7 @@ class Experts(ctypes.Structure):
     )  # fmt: skip
 
 
-class Grouping(ctypes.Structure):
+class CGroups(ctypes.Structure):
     """`moestro_groups`."""
 
     _fields_ = (("ends", PTR), ("experts", PTR), ("count", I64), ("rows", I64))
@@ -80,7 +80,7 @@ def _load() -> ctypes.CDLL | str:
     places = [Path(folder) / LIBRARY for folder in moestro.kernels.__path__]
     found = next((place for place in ([Path(given)] if given else places) if place.is_file()), None)
     if found is None and given:
-        return f"{LIBRARY_VARIABLE}={given} is no file; unset it to use the installed library"
+        return f"{LIBRARY_VARIABLE}={given} is not a file; unset it to use the installed library"
     if found is None:
         return (
             "the native library was not built; install a C++ compiler (g++) and run "

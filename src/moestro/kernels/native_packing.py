@@ -19,7 +19,7 @@ from moestro.kernels.packing import (
     UNGATED,
     BlockRows,
     Format,
-    PackedExperts,
+    ExpertSlabs,
     PackedMatrix,
     StoredRows,
     blank_experts,
@@ -55,7 +55,7 @@ def pack_matrix(
         stored: what holds it as its "weight".
 
     Raises:
-        ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
+        ShapeError: it is not an fp32 or bf16 matrix, or holds values that cannot be packed.
     """
     parts: Sequence[Tensor | BlockRows]
     parts = [_packable(w_OI)] if stored is None else stored.rows("weight")
@@ -75,7 +75,7 @@ def pack_experts(
     down_bias_ED: Tensor | None = None,
     interleaved: bool = False,
     stored: StoredRows | None = None,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """Pack stacked experts of any strides, in as many threads as torch has.
 
     fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
@@ -154,7 +154,7 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
     return _unpack(packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
 
 
-def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
+def unpack_expert(packed: ExpertSlabs, expert: int) -> tuple[Tensor, Tensor]:
     """(up [H, D], down [D, F]) in fp32 of one expert.
 
     Raises:
@@ -216,7 +216,7 @@ def expert_sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
 
 
 def _packable(w_OI: Tensor) -> Tensor:
-    return check(w_OI, "what is packed", (None, None), ROWS).detach().contiguous()
+    return check(w_OI, "the matrix to pack", (None, None), ROWS).detach().contiguous()
 
 
 def _pack(
@@ -238,7 +238,7 @@ def _pack(
         to = at + done // COLUMNS * block
         call(
             "pack", kind, format.group, dtype, place, rows, shape[1], to, step, sums,
-            takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
+            takes="weights without NaN or infinity, and for int8 and int4 of magnitude up to 65504",
         )  # fmt: skip
         done += rows
     if done != shape[0]:

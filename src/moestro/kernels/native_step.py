@@ -19,8 +19,8 @@ from torch import Tensor
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import I32, I64, PTR, Experts, Matrix, call
-from moestro.kernels.packing import PackedExperts, PackedMatrix
+from moestro.kernels.native_library import I32, I64, PTR, CExperts, CMatrix, call
+from moestro.kernels.packing import ExpertSlabs, PackedMatrix
 
 _FLOAT = ctypes.c_float
 
@@ -32,7 +32,7 @@ class StepLayer(NamedTuple):
     ffn_norm: Tensor  # [D], of the one before the feed-forward network
     qkv: PackedMatrix  # [(H + 2G)·A, D]
     out: PackedMatrix  # [D, H·A]
-    experts: PackedExperts  # of a dense layer its network as a single one
+    experts: ExpertSlabs  # of a dense layer its network as a single one
     router: Tensor | None = None  # [E, D]; None for a dense layer
     attention_norm_bias: Tensor | None = None  # [D], of a layer norm; None for an RMSNorm
     ffn_norm_bias: Tensor | None = None  # [D]
@@ -44,7 +44,7 @@ class StepLayer(NamedTuple):
     sinks: Tensor | None = None  # [H]
     logit_bias: Tensor | None = None  # [E], added to the logits
     selection_bias: Tensor | None = None  # [E], added to the scores when choosing
-    shared: PackedExperts | None = None  # the shared expert, as a single one
+    shared: ExpertSlabs | None = None  # the shared expert, as a single one
     shared_gate: Tensor | None = None  # [D]
 
 
@@ -74,11 +74,11 @@ class StepShape(NamedTuple):
 # of queries and keys.
 _LAYER = (
     ("attention_norm", PTR, "D"), ("ffn_norm", PTR, "D"), ("attention_norm_bias", PTR, "D"),
-    ("ffn_norm_bias", PTR, "D"), ("qkv", Matrix, "WD"),
-    ("out", Matrix, "DN"), ("qkv_bias", PTR, "W"), ("out_bias", PTR, "D"),
+    ("ffn_norm_bias", PTR, "D"), ("qkv", CMatrix, "WD"),
+    ("out", CMatrix, "DN"), ("qkv_bias", PTR, "W"), ("out_bias", PTR, "D"),
     ("q_norm", PTR, "q"), ("k_norm", PTR, "k"), ("sinks", PTR, "H"),
     ("window", I64, ""), ("router", PTR, "ED"), ("logit_bias", PTR, "E"),
-    ("selection_bias", PTR, "E"), ("experts", Experts, "ED"), ("shared", Experts, "1D"),
+    ("selection_bias", PTR, "E"), ("experts", CExperts, "ED"), ("shared", CExperts, "1D"),
     ("shared_gate", PTR, "D"),
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ class _Decoder(ctypes.Structure):
         ("cache_dtype", I32), ("norm_all", I32), ("expert_groups", I32), ("top_groups", I32),
         ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
         ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
-        ("norm_bias", PTR), ("head", Matrix), ("head_bias", PTR),
+        ("norm_bias", PTR), ("head", CMatrix), ("head_bias", PTR),
     )  # fmt: skip
 
 
@@ -290,12 +290,12 @@ def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
         return kind()
     if kind is PTR:
         return address(value, name, tuple(sizes), FP32)
-    if kind is Matrix:
+    if kind is CMatrix:
         return _matrix(value, name, *sizes)
-    return _experts(value, name, *sizes) if kind is Experts else value
+    return _experts(value, name, *sizes) if kind is CExperts else value
 
 
-def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
+def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> CMatrix:
     if (packed.rows, packed.columns) != (rows, columns):
         raise ShapeError(
             f"{name} must be {rows} × {columns}; given {packed.rows} × {packed.columns}"
@@ -303,7 +303,7 @@ def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> Matrix:
     return matrix_of(packed)
 
 
-def _experts(packed: PackedExperts, name: str, count: int, dim: int) -> Experts:
+def _experts(packed: ExpertSlabs, name: str, count: int, dim: int) -> CExperts:
     if (packed.num_experts, packed.dim) != (count, dim):
         raise ShapeError(
             f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"

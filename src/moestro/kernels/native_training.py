@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moestro.errors import BackendError
 from moestro.kernels.addresses import FLOATS, INT64, ROWS, Shape, address, check, piece
-from moestro.kernels.native_library import PATHS, Grouping, call, library
+from moestro.kernels.native_library import PATHS, CGroups, call, library
 from moestro.kernels.reference import Biases
 from moestro.kernels.torch_grouped import Groups, Products, clear_tail, segments_add_bias
 
@@ -159,7 +159,7 @@ def _call(name: str, groups: Groups, num_experts: int, num_rows: int, *given: An
     for what, each in (("offsets", groups.offsets_E), ("experts", groups.experts_E)):
         whole = None if each is None else check(each, what, size, _WHOLE).long()
         pairs.append((None, None) if whole is None else piece(whole, what, size, INT64))
-    grouping = Grouping(*(at for _, at in pairs), num_experts, num_rows)
+    grouping = CGroups(*(at for _, at in pairs), num_experts, num_rows)
     call(name, ctypes.byref(grouping), *given, takes=_ALLOWED)
 
 

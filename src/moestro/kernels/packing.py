@@ -2,7 +2,7 @@
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
 contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
-inputs, which is an AMX tile and a streaming AVX-512 line at once. int8 and int4: for each group of
+inputs, which is both an AMX tile and a streaming AVX-512 line. int8 and int4: for each group of
 Q inputs the 32 scales (fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte
 holds input i of one quad in its low half and of the next quad in its high half, both plus 8.
 Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate
@@ -65,7 +65,7 @@ class PackedMatrix(NamedTuple):
     bias: Tensor | None = None  # fp32 [rows], of a projection that has one
 
 
-class PackedExperts(NamedTuple):
+class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
     data: (
@@ -184,14 +184,14 @@ def blank_experts(
     format: Format,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
-) -> PackedExperts:
+) -> ExpertSlabs:
     """What `native_cpu.pack_experts` gives, without memory but for the biases, which are copied."""
     num_experts, dim, hidden = down_EDF.shape
     size = num_experts * slab_bytes(dim, hidden, activation, format)
     data = torch.empty(size, dtype=torch.uint8, device="meta")
     pair = (up_bias_EH, down_bias_ED)
     biases = (None if bias is None else bias.detach().float().clone() for bias in pair)
-    return PackedExperts(data, num_experts, dim, hidden, activation, format, *biases)
+    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, *biases)
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ SMALL = 2**14
 
 
 def transformed() -> bool:
-    """Whether `torch.func` (grad, vmap, jvp, …) is at work, for which own autograd is no way."""
+    """Whether `torch.func` (grad, vmap, jvp, …) is active, which needs plain torch ops."""
     return torch._C._are_functorch_transforms_active()
 
 

@@ -157,7 +157,7 @@ def mixture(
         x_RD = x_RD.masked_fill(~kept_R[:, None], 0)
 
     def linear(x_1I: Tensor, expert_1: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        # The sum of one matrix; of none, where there is no assignment: then gradients are zero.
+        # A sum of one matrix, or of no matrix without an assignment: then gradients are zero.
         y_1O = F.linear(x_1I, w_EOI[expert_1].to(x_1I.dtype).sum(0))
         return y_1O if bias_EO is None else y_1O + bias_EO[expert_1].to(x_1I.dtype)
 

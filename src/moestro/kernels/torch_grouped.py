@@ -27,7 +27,7 @@ LENGTHS = (4, 1)
 SMALL = 2**16
 
 
-class Run(NamedTuple):
+class EqualGroups(NamedTuple):
     """Groups of equal size, side by side: one batched product serves all their experts."""
 
     experts: list[int]
@@ -42,7 +42,7 @@ class Groups:
     experts_E: Tensor | None
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[EqualGroups]:
         """The groups that have rows, cut into runs of equal size, each as long as `LENGTHS` has.
 
         Cut once for the six products of a layer and step; on a GPU this waits for the offsets.
@@ -50,13 +50,15 @@ class Groups:
         ends = self.offsets_E.tolist()
         order = range(len(ends)) if self.experts_E is None else self.experts_E.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        found: list[Run] = []
+        found: list[EqualGroups] = []
         at = row = 0
         while at < len(sizes):
             size = sizes[at]
             length = next(n for n in LENGTHS if sizes[at : at + n] == [size] * n)
             if size:
-                found.append(Run(list(order[at : at + length]), slice(row, row + length * size)))
+                found.append(
+                    EqualGroups(list(order[at : at + length]), slice(row, row + length * size))
+                )
             at, row = at + length, row + length * size
         return found
 
@@ -69,7 +71,7 @@ class Groups:
 
 
 class Products(NamedTuple):
-    """The three steps that everything here is made of, none with autograd.
+    """The three primitives of everything here, without autograd.
 
     Attributes:
         mm: (rows [R, I], weights [E, O, I], groups, back) → [R, O], or with `back` from [R, O] to

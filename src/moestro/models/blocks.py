@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
-from moestro.models.cache import KeysValues, KVCache, LayerCache, Source
+from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
@@ -120,7 +120,7 @@ class Stack(nn.Module):
         tokens_BS: Tensor,
         valid_BS: Tensor | None = None,
         cache: KVCache | None = None,
-        source: Source | None = None,
+        source: CrossSource | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Pass all blocks. [B, S, D] → ([B, S, D] normalised, the mixtures' Routings).

@@ -1,4 +1,4 @@
-"""What decoding remembers: keys and values of each layer's last positions, in growing buffers."""
+"""The key/value cache: keys and values of each layer's last positions, in growing buffers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LayerCache:
             ones. They hold until the next call.
 
         Raises:
-            ShapeError: another batch than the one that the cache was filled with.
+            ShapeError: the batch differs from the one that the cache was filled with.
         """
         added = new[0].shape[-2]
         if self._buffers and self._buffers[0].shape[:-2] != new[0].shape[:-2]:
@@ -144,7 +144,7 @@ class KeysValues(NamedTuple):
     values_BGPA: Tensor
 
 
-class Source(NamedTuple):
+class CrossSource(NamedTuple):
     """What a decoder's cross attention sees of a text: one pair for each layer, and its padding."""
 
     cross: tuple[KeysValues, ...]
@@ -165,7 +165,7 @@ class KVCache:
     def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
         self.layers = [LayerCache(limit) for limit in limits]
         self.rotary = rotary
-        self.source: Source | None = None
+        self.source: CrossSource | None = None
         self.position = 0
 
     def fork(self, position: int | None = None) -> KVCache:

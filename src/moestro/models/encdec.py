@@ -1,7 +1,7 @@
 """The encoder-decoder: T5 (Raffel et al. 2020) and, with mixtures, Switch Transformer.
 
 Two stacks of pre-norm blocks share one embedding; each stack has one table of relative positions.
-There is no dropout but the experts' own (`experts.dropout`); T5's and Switch's 0.1 elsewhere is
+The only dropout is the experts' own (`experts.dropout`); T5's and Switch's 0.1 elsewhere is
 left out, and so is T5's rule for the first weights: see `moestro.models.blocks`.
 
 Letters: B batch, S source, T target, D width.
@@ -17,7 +17,7 @@ from moestro.config import EncDecConfig
 from moestro.errors import ShapeError
 from moestro.models.attention import CrossAttention
 from moestro.models.blocks import Stack
-from moestro.models.cache import KVCache, Source
+from moestro.models.cache import CrossSource, KVCache
 from moestro.models.network import ModelOutput, Network, check_tokens
 from moestro.moe.routing import Routing
 
@@ -82,11 +82,11 @@ class EncDec(Network):
         x_BSD = self.embed(source_BS)
         return Encoded(*self.encoder.run(x_BSD, source_BS, valid_BS, recompute=self.recomputes()))
 
-    def look(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> Source:
+    def look(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> CrossSource:
         """What the decoder sees of what `encode` returned; it serves every step of a generation."""
         crosses = (block.cross for block in self.decoder.blocks)
         cross = tuple(x.look(memory_BSD) for x in crosses if isinstance(x, CrossAttention))
-        return Source(cross, valid_BS)
+        return CrossSource(cross, valid_BS)
 
     def new_cache(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> KVCache:
         """Begin a generation from what `encode` returned."""
@@ -110,7 +110,7 @@ class EncDec(Network):
     def _decode(
         self,
         target_BT: Tensor,
-        source: Source,
+        source: CrossSource,
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
     ) -> ModelOutput:

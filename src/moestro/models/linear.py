@@ -26,14 +26,14 @@ class Embedding(nn.Embedding):
         super().__init__(tokens, dim)
 
     def reset_parameters(self) -> None:
-        """Draw the vectors anew."""
+        """Draw new vectors."""
         nn.init.normal_(self.weight, std=self.scale * self.embedding_dim**-0.5)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """[...] → [..., D].
 
         Raises:
-            ShapeError: ids are no int64 or int32, or not of the vocabulary.
+            ShapeError: ids are not int64 or int32, or outside the vocabulary.
         """
         if tokens_BS.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"token ids are int64; given {tokens_BS.dtype}")
@@ -61,7 +61,7 @@ class PlainLinear(nn.Linear):
         super().__init__(inputs, outputs, bias)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=self.scale * self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -117,14 +117,14 @@ class QKV(Linear):
         super().__init__(dim, queries + others, bias)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         super().reset_parameters()
         with torch.no_grad():
             self.weight[: self.queries] *= self.query_scale
 
 
 class PackedLinear(Packed):
-    """A projection with packed weights, in the place of `torch.nn.Linear`."""
+    """A projection with packed weights, in place of `torch.nn.Linear`."""
 
     TENSORS: ClassVar = {"packed": "data", "bias_O": "bias"}
     weights: PackedMatrix

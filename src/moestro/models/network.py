@@ -72,7 +72,7 @@ class Network(nn.Module):
         return logits_BSV
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew: each module inside its own."""
+        """Draw new weights: each module its own."""
         _tie(self)
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -92,7 +92,7 @@ def _tie(network: nn.Module, _: object = None) -> None:
 
 
 def check_tokens(name: str, tokens_BS: Tensor, valid_BS: Tensor | None) -> None:
-    """Refuse what is no batch of tokens.
+    """Refuse what is not a batch of tokens.
 
     Raises:
         ShapeError: ids are not [B, S] integers, or the mask does not fit.

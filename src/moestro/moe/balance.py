@@ -125,7 +125,7 @@ def _real(routing: Routing, values_TE: Tensor) -> Tensor:
 
 
 def _num_real(routing: Routing) -> Tensor | int:
-    """Tokens that are no padding, at least 1."""
+    """Number of real tokens, at least 1."""
     if routing.valid_T is None:
         return max(routing.num_tokens, 1)
     return routing.valid_T.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Group tokens by expert, put them back, and say who must wait when an expert is full.
+"""Group tokens by expert, put them back, and drop what exceeds an expert's capacity.
 
 Letters: T tokens, D width, E experts, K experts per token, R rows, A assignments of a Routing.
 """
@@ -173,7 +173,7 @@ def mix_few(x_TD: Tensor, routing: Routing, single: Callable[[Tensor, int], Tens
 def _pick(rows_RD: Tensor, plan: Plan, place: int) -> Tensor:
     """The row at one place of every token, in at least fp32; zero where the place is empty.
 
-    Casting first matters: an operation on two dtypes at once is several times slower on CPU.
+    Casting first matters: an operation on mixed dtypes is several times slower on CPU.
     """
     dtype = torch.promote_types(rows_RD.dtype, torch.float32)
     rows_T = plan.rows_TK[:, place]

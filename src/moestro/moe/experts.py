@@ -95,7 +95,7 @@ class StackedWeights(nn.Module):
         pack = partial(native_cpu.pack_experts, stored=stored)
         return self.packed(pack(self.gate_up, self.down, *how))
 
-    def native(self) -> packing.PackedExperts:
+    def native(self) -> packing.ExpertSlabs:
         """The weights as the native kernels read them, not copied."""
         weights = (self.gate_up, self.down, self.activation)
         return native_cpu.plain_experts(*weights, *(self.biases or ()))

@@ -14,7 +14,7 @@ from moestro.moe.routing import Routing
 
 
 class MoE(nn.Module):
-    """A mixture-of-experts layer in the place of a feed-forward network.
+    """A mixture-of-experts layer in place of a feed-forward network.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ class MoE(nn.Module):
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
-        if valid_T is not None:  # Experts with biases make something of nothing.
+        if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
             y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
         # No view, which FSDP2 warns of: whoever changed it in place would bypass the hooks on it.
         return torch.ops.aten._unsafe_view(y_TD, x.shape), routing

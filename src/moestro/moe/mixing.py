@@ -27,7 +27,7 @@ FEW_ROWS = 16
 class ExpertWeights(NamedTuple):
     """The weights of E feed-forward networks; see `reference.expert_ffn`.
 
-    A function in the place of an activation's name runs between two products, where a name lets a
+    A function instead of an activation's name runs between two products; a name lets a
     kernel fuse all three.
     """
 

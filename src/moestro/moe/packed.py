@@ -1,6 +1,6 @@
-"""Packed experts in the place of `Experts`, and a packed dense network: no gradients, CPU only.
+"""Packed experts in place of `Experts`, and a packed dense network: no gradients, CPU only.
 
-A quantised model is the same model with other experts. The packed bytes are no parameters: `to`
+A quantised model is the same model with other experts. The packed bytes are not parameters: `to`
 neither moves nor converts them, and they are saved by `moestro.checkpoints.packed_files` only.
 """
 
@@ -33,7 +33,7 @@ class Packed(nn.Module):
     """What packed modules have in common: they never train, and no state dict holds them.
 
     Args:
-        weights: a PackedMatrix or PackedExperts, from `native_cpu` or mapped from a file.
+        weights: a PackedMatrix or ExpertSlabs, from `native_cpu` or mapped from a file.
     """
 
     TENSORS: ClassVar[dict[str, str]]  # the tensors of the weights: name in a file → name there
@@ -79,7 +79,7 @@ class Packed(nn.Module):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def use(self, parts: dict[str, Tensor]) -> None:
-        """Take others in their place, of the same shapes and dtypes."""
+        """Replace them by others of the same shapes and dtypes."""
         given = {own: parts.get(name) for name, own in self.TENSORS.items()}
         self.weights = self.weights._replace(**given)
 
@@ -98,7 +98,7 @@ class PackedStack(Packed):
     """E packed feed-forward networks: what `PackedExperts` and `PackedFeedForward` share."""
 
     TENSORS: ClassVar = {"packed": "data", "up_bias": "up_bias", "down_bias": "down_bias"}
-    weights: packing.PackedExperts
+    weights: packing.ExpertSlabs
 
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""
@@ -126,7 +126,7 @@ class PackedStack(Packed):
 
 
 class PackedExperts(PackedStack):
-    """Packed experts in the place of `Experts`."""
+    """Packed experts in place of `Experts`."""
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See `Experts.forward`."""

@@ -1,4 +1,4 @@
-"""Routers: who goes where, and with what weight.
+"""Routers: which experts each token goes to, with what weight.
 
 Each maps tokens to a `Routing`, in fp32 whatever the model's dtype. To add one: a class with this
 `forward`, a name in `RouterConfig.kind`, a line in `ROUTERS`.

@@ -1,4 +1,4 @@
-"""The vocabulary of a mixture: Routing says who goes where, Plan groups it by expert.
+"""The vocabulary of a mixture: Routing holds each token's experts, Plan groups them by expert.
 
 Letters: T tokens, D width, E experts, K experts per token, R assignments (token, expert).
 """
@@ -55,7 +55,7 @@ class Routing(NamedTuple):
         """Token choice: K experts for each token, first choice first, and their weights · scale."""
         num_tokens, top_k = experts_TK.shape
         tokens_R = torch.arange(num_tokens, device=experts_TK.device).repeat_interleave(top_k)
-        # Multiplied last: the result is no view, which FSDP2 warns of in what a module returns.
+        # Multiplied last: the result is not a view, which FSDP2 warns of in a module's outputs.
         weights_R = weights_TK.flatten() * scale
         return cls(tokens_R, experts_TK.flatten(), weights_R, logits_TE, probs_TE, top_k, valid_T)
 
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
 
     Each group may be padded with zero rows up to a multiple of what the kernel likes (a bf16 GEMM
     on CPU compiles a kernel for every new number of rows, so few distinct numbers are faster).
-    Padded rows read nothing and are read by nobody. R here counts the padded rows.
+    Padded rows are neither copied from tokens nor read. R here counts the padded rows.
 
     Attributes:
         tokens_R: int64, the token each row holds; padding rows name token 0.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moestro.plan.devices import Device
-from moestro.plan.work import Work
+from moestro.plan.work import StepWork
 
 
 class Bound(NamedTuple):
@@ -21,7 +21,7 @@ class Bound(NamedTuple):
     usd_per_million: float | None  # price of a million tokens; None without a price per hour
 
 
-def bound(work: Work, device: Device, usd_per_hour: float | None) -> Bound:
+def bound(work: StepWork, device: Device, usd_per_hour: float | None) -> Bound:
     """The bound on one step, repeated over and over; a price is in any currency."""
     read_s = work.read_bytes / device.bytes_per_s
     compute_s = work.flops / device.flops_per_s

@@ -1,4 +1,4 @@
-"""What fits into an amount of memory, and what would have to give where it does not."""
+"""What fits into an amount of memory, and what to change if it does not."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _changes(
         changes.append(Change("context", tokens, f"a context of {tokens:,} instead of {context:,}"))
     if asked.largest_batch:
         size = asked.largest_batch
-        changes.append(Change("batch", size, f"{size:,} sequences at once instead of {batch:,}"))
+        changes.append(Change("batch", size, f"{size:,} sequences per batch instead of {batch:,}"))
     changes += _offload(count, asked, memory_bytes)
     narrowest = min(rows.values(), key=lambda row: row.need_bytes)
     if not narrower and narrowest is not asked:

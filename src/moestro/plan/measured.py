@@ -11,7 +11,7 @@ from moestro.errors import MoestroError
 from moestro.machine import memory_bytes
 from moestro.plan.devices import Device
 
-# Read at once: far larger than any cache, far smaller than any memory.
+# Read in one go: far larger than any cache, far smaller than any memory.
 ARRAY_BYTES = 512 * 2**20
 CPU_SIDE, CUDA_SIDE = 2048, 8192
 

@@ -37,7 +37,7 @@ DTYPES = {
 """From wide to narrow. Quantised models keep the embeddings, the head and the cache in bf16."""
 
 
-class Weights(NamedTuple):
+class WeightBytes(NamedTuple):
     """Bytes of a model's weights, in the parts of `Bits`."""
 
     tables: int
@@ -50,12 +50,12 @@ class Weights(NamedTuple):
         return sum(self)
 
 
-def weights(count: Count, dtype: str) -> Weights:
+def weights(count: Count, dtype: str) -> WeightBytes:
     """Bytes of the weights in one of `DTYPES`."""
     bits = DTYPES[dtype]
     tables = count.input_embedding + count.output_embedding
     numbers = (tables, count.expert, count.total - tables - count.expert)
-    return Weights(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
+    return WeightBytes(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
 
 
 def dtypes(count: Count) -> list[str]:

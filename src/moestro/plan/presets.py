@@ -16,7 +16,7 @@ from typing import Any
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count, Span, count
-from moestro.plan.subject import Subject
+from moestro.plan.subject import PlannedModel
 
 DATA = Path(__file__).with_name("presets.toml")
 
@@ -31,7 +31,7 @@ def is_preset(name: str) -> bool:
     return _key(name) in _entries()
 
 
-def preset(name: str) -> Subject:
+def preset(name: str) -> PlannedModel:
     """The preset of that name; capitals do not matter, and `/` may stand for `-`.
 
     Raises:
@@ -57,13 +57,13 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _build(name: str) -> Subject:
+def _build(name: str) -> PlannedModel:
     entry = _resolved(name)
     counts, decoder, encdec = (entry.pop(key, None) for key in ("count", "model", "encdec"))
     if counts is not None:
-        return Subject(name, None, _given(**counts), **entry)
+        return PlannedModel(name, None, _given(**counts), **entry)
     cfg = EncDecConfig(**encdec) if decoder is None else ModelConfig(**decoder)
-    return Subject(name, cfg, count(cfg), **entry)
+    return PlannedModel(name, cfg, count(cfg), **entry)
 
 
 def _resolved(name: str) -> dict[str, Any]:

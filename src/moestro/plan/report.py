@@ -18,7 +18,7 @@ from moestro.plan.memory import (
     weights,
 )
 from moestro.plan.parallel import Rank, rank
-from moestro.plan.subject import RUMOUR, Subject, dense_models
+from moestro.plan.subject import RUMOUR, PlannedModel, dense_models
 from moestro.plan.work import decode, prefill
 
 USUAL_CONTEXT = 4096
@@ -28,7 +28,7 @@ class Question(NamedTuple):
     """What to plan for."""
 
     context: int | None = None  # None: 4096, or the model's context where that is less
-    batch: int = 1  # sequences at once, on each device
+    batch: int = 1  # sequences per batch, on each device
     dtype: str = "bf16"  # of the weights in use, one of `DTYPES`; training keeps fp32 weights
     embeddings: Embeddings = "all"  # which the parameters count; see `Count.parameters`
     device: Device | None = None  # to bound the speed on; None leaves speed out
@@ -51,7 +51,7 @@ class Report(NamedTuple):
     forward_flops: float  # per token, the mean over a sequence
     train_flops: float  # forward and backward
     weights_bytes: dict[str, int]  # by dtype
-    cache_bytes: int | None  # of all sequences at once
+    cache_bytes: int | None  # of all sequences together
     training: Training  # a step on one device
     rank: Rank | None  # one rank of several; None for one alone
     prefill: Bound | None  # on reading prompts
@@ -65,7 +65,7 @@ class Report(NamedTuple):
         return f"{self.name} ({self.rumour})" if self.rumour else self.name
 
 
-def report(subject: Subject, question: Question, with_dense: bool = True) -> Report:
+def report(subject: PlannedModel, question: Question, with_dense: bool = True) -> Report:
     """Answer a question about one model.
 
     Args:
@@ -117,7 +117,7 @@ def report(subject: Subject, question: Question, with_dense: bool = True) -> Rep
     )
 
 
-def context_of(subject: Subject, asked: int | None) -> int:
+def context_of(subject: PlannedModel, asked: int | None) -> int:
     """Tokens of a sequence: what was asked for, and no more than a decoder looks back on."""
     if subject.cfg is None:
         return asked or USUAL_CONTEXT
@@ -127,7 +127,7 @@ def context_of(subject: Subject, asked: int | None) -> int:
     return min(asked or USUAL_CONTEXT, longest)
 
 
-def training_step(subject: Subject, context: int, batch: int, dtype: str) -> Training:
+def training_step(subject: PlannedModel, context: int, batch: int, dtype: str) -> Training:
     """Bytes of a training step on one device; see docs/planning.md."""
 
     def kept(checkpointed: bool) -> int | None:

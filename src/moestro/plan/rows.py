@@ -47,7 +47,7 @@ def rows(reports: Sequence[Report], question: Question) -> list[Line]:
         if any(name in r.weights_bytes for r in reports):
             found.append(row(name.replace("-", " "), _weights(name)))
     found += [
-        Line(f"sequences at once: {question.batch:,}"),
+        Line(f"sequences per batch: {question.batch:,}"),
         row("tokens in each", lambda r: f"{r.context:,}"),
         row("key/value cache", lambda r: _bytes(r.cache_bytes)),
     ]

@@ -26,14 +26,14 @@ def parse_bytes(text: str) -> int:
             a letter alone (24G) means the latter.
 
     Raises:
-        ConfigError: it is no such amount, or zero.
+        ConfigError: it is not such an amount, or zero.
     """
     match = _AMOUNT.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     amount = int(float(match[1]) * unit) if match and unit else 0
     if amount < 1:
         raise ConfigError(
-            f"{text!r} is no number of bytes; write a number and a unit such as 24GiB or 80GB"
+            f"{text!r} is not a number of bytes; write a number and a unit such as 24GiB or 80GB"
         )
     return amount
 

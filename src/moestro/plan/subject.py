@@ -15,11 +15,11 @@ RUMOUR = "RUMOUR"
 
 
 @dataclass(frozen=True)
-class Subject:
+class PlannedModel:
     """A model to plan for."""
 
     name: str
-    cfg: NetworkConfig | None  # None where they cannot express it, or nobody outside knows them
+    cfg: NetworkConfig | None  # None where they cannot express it, or are not public
     count: Count
     source: str = ""  # where the settings are from: a file, the paper and table, the model card
     note: str = ""  # what is assumed, or not modelled
@@ -27,7 +27,7 @@ class Subject:
     # `checkpoints.families` reads it; None without one.
     family: str | None = None
     rumour: bool = False  # nothing about it was ever confirmed; say so wherever it is shown
-    illustrative: bool = False  # made up to illustrate a sentence, no model of the world
+    illustrative: bool = False  # made up for illustration, not a real model
 
     @property
     def title(self) -> str:
@@ -35,12 +35,12 @@ class Subject:
         return f"{self.name} ({RUMOUR})" if self.rumour else self.name
 
 
-def from_settings(name: str, cfg: NetworkConfig, source: str, note: str = "") -> Subject:
+def from_settings(name: str, cfg: NetworkConfig, source: str, note: str = "") -> PlannedModel:
     """A model whose settings are at hand."""
-    return Subject(name, cfg, count(cfg), source, note)
+    return PlannedModel(name, cfg, count(cfg), source, note)
 
 
-def from_file(path: Path, name: str | None = None) -> Subject:
+def from_file(path: Path, name: str | None = None) -> PlannedModel:
     """A .toml or .json file of this project's settings, called by its stem unless named.
 
     The file holds a model's settings, or those of a run with the model under [model]. One that
@@ -63,7 +63,7 @@ def _model(values: dict[str, Any]) -> ModelConfig | EncDecConfig:
     return ModelConfig(**values)
 
 
-def dense_models(subject: Subject) -> list[Subject]:
+def dense_models(subject: PlannedModel) -> list[PlannedModel]:
     """The dense model with as many active parameters, and the one with as many in all.
 
     None of a dense model. By the settings where they are known, else by the numbers alone.
@@ -82,5 +82,5 @@ def dense_models(subject: Subject) -> list[Subject]:
             size = counted.total if of == "total" else counted.active
             matmul = counted.matmul + size - counted.active
             same = counted._replace(total=size, active=size, matmul=matmul, expert=0)
-        found.append(Subject(name, twin, same, rumour=subject.rumour))
+        found.append(PlannedModel(name, twin, same, rumour=subject.rumour))
     return found

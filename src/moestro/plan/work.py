@@ -12,7 +12,7 @@ from moestro.models.count import Count, sides
 from moestro.plan.memory import DTYPES, cache_bytes
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """One step.
 
     Attributes:
@@ -34,7 +34,7 @@ def share_hit(num_experts: int, top_k: int, tokens: int) -> float:
     return float(1 - (1 - top_k / num_experts) ** tokens)
 
 
-def prefill(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> Work:
+def prefill(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> StepWork:
     """Read B prompts of S tokens; the head is needed for the last token of each alone.
 
     An encoder-decoder reads them by its encoder, and makes the keys and values of its decoder.
@@ -42,10 +42,10 @@ def prefill(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> Work:
     tokens, counted = context * batch, sides(cfg)[0]
     head = 0 if cfg.has_encoder else cfg.vocab_size * cfg.dim
     flops = tokens * (counted.forward_flops(context) - 2 * head) + batch * 2 * head
-    return Work(tokens, flops, _bytes(cfg, counted, dtype, tokens, tables=head))
+    return StepWork(tokens, flops, _bytes(cfg, counted, dtype, tokens, tables=head))
 
 
-def decode(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> Work:
+def decode(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> StepWork:
     """One more token for each of B sequences that have S behind them.
 
     Latent attention multiplies with the cached vector itself, its matrices absorbed into those of
@@ -59,7 +59,7 @@ def decode(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> Work:
         attention = 2.0 * cfg.attention.num_heads * width * layers * context
     flops = batch * (2 * counted.matmul + attention)
     read_bytes = _bytes(cfg, counted, dtype, batch, tables=cfg.vocab_size * cfg.dim)
-    return Work(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype))
+    return StepWork(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype))
 
 
 def _bytes(cfg: NetworkConfig, counted: Count, dtype: str, tokens: int, tables: int) -> float:

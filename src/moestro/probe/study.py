@@ -40,7 +40,7 @@ class Answers(NamedTuple):
     Attributes:
         findings: what its trace says of the text that it was given.
         written: how routing differs where it wrote itself; None where it did not.
-        ablations: what silencing experts did, where that was asked for.
+        ablations: the effect of silencing experts, if requested.
         saturation: how early in its training the routing was settled, likewise.
     """
 
@@ -56,7 +56,7 @@ class Answers(NamedTuple):
 
 
 class Study(NamedTuple):
-    """A trace, and its model where that is at hand.
+    """A trace, and its model if available.
 
     Attributes:
         trace: every decision.
@@ -98,7 +98,9 @@ class Study(NamedTuple):
             DataError: fewer than two domains have two documents.
         """
         if self.model is None:
-            raise MoestroError("this study was read from a trace; to run the model, record it anew")
+            raise MoestroError(
+                "this study was read from a trace; to run the model, record it again"
+            )
         trace = self.read
         first, second = halves(trace)
         in_first_P = np.array([name in first for name in trace.documents])
@@ -210,7 +212,7 @@ def record_study(
 
 
 def read_study(path: Path) -> Study:
-    """A trace from its file, with the tokenizer of its model where that still lies there."""
+    """A trace from its file, with the tokenizer of its model if it is still there."""
     trace, tokenizer = read_trace(path), None
     with suppress(DataError):
         tokenizer = load_tokenizer(Path(trace.subject.name))

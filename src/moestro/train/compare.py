@@ -27,7 +27,7 @@ CALIBRATION_STEPS = 8
 PLANNED_SHARE = 0.9
 
 
-class Entry(NamedTuple):
+class ComparedRun(NamedTuple):
     """One run of the comparison: its kind, seed, folder and settings."""
 
     kind: Kind
@@ -73,7 +73,7 @@ def models(cfg: RunConfig) -> dict[Kind, ModelConfig | EncDecConfig]:
     return {"moe": cfg.model, "dense": dense_twin(cfg.model)}
 
 
-def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
+def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[ComparedRun]:
     """The runs of a comparison, in the order in which they are trained."""
     if cfg.model.moe is None:
         raise ConfigError(
@@ -85,7 +85,7 @@ def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[Entry]:
         for kind, model in models(cfg).items():
             name = kind if seeds == 1 else f"{kind}-seed{seed}"
             run = cfg.model_copy(update={"model": model, "train": train})
-            entries.append(Entry(kind, seed, folder / name, run))
+            entries.append(ComparedRun(kind, seed, folder / name, run))
     return entries
 
 
@@ -110,7 +110,7 @@ def fit_to(cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: fl
     return cfg.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
 
 
-def done(entry: Entry) -> bool:
+def done(entry: ComparedRun) -> bool:
     """Whether this run has been trained to its last step."""
     last = state.checkpoint_folder(entry.folder, entry.cfg.train.steps)
     return state.newest_or_none(entry.folder) == last
@@ -152,7 +152,7 @@ def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float
 
 
 def sentence(verdicts: list[Verdict]) -> str:
-    """The one sentence that matters, whichever way it falls."""
+    """The result in one sentence, whichever side won."""
     reached = [v.compute for v in verdicts if v.compute is not None]
     moe = statistics.fmean(v.moe_bpb for v in verdicts)
     dense = statistics.fmean(v.dense_bpb for v in verdicts)

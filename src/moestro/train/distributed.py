@@ -1,11 +1,12 @@
 """Data parallelism: which rank this process is, and sums over all ranks.
 
-torchrun starts the processes and tells each its place through the environment. Alone, every call
+torchrun starts the processes and gives each its rank through the environment. Alone, every call
 here does nothing, so that the loop reads the same with one process or many.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ def joined(device: torch.device, environment: Mapping[str, str] | None = None) -
     try:
         yield ranks
     finally:
+        gc.collect()  # works still held by a reference cycle abort gloo when they outlive the group
         dist.destroy_process_group()
 
 
@@ -99,7 +101,7 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(
-            f"train.runtime.device = {name!r} is no device; use auto, cpu, cuda or cuda:NUMBER"
+            f"train.runtime.device = {name!r} is not a device; use auto, cpu, cuda or cuda:NUMBER"
         ) from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(

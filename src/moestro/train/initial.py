@@ -1,7 +1,7 @@
 """A run that begins from a checkpoint's weights: its step 0 is saved before it is trained.
 
-From then on it is a run like any other: it goes on from its own checkpoints, and needs the folder
-that it began from no more.
+From then on it is a run like any other: it resumes from its own checkpoints, and no longer needs
+the folder that it began from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal as a polite request: finish the step, save, and leave."""
+"""Ctrl-C, SIGTERM and a closed terminal as a request: finish the step, save, and stop."""
 
 from __future__ import annotations
 

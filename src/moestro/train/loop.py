@@ -54,7 +54,7 @@ class Result(NamedTuple):
     stopped_by: int = 0
 
 
-class Measured(NamedTuple):
+class StepNumbers(NamedTuple):
     """The numbers of one step, over all ranks."""
 
     loss: float
@@ -98,8 +98,8 @@ class Trainer:
     def train(self, resume: bool = False) -> Result:
         """Train to the last step, saving and evaluating on the way.
 
-        SIGINT, SIGTERM, SIGHUP and a display that nobody reads any more end it after the step at
-        hand, with a checkpoint.
+        SIGINT, SIGTERM, SIGHUP and a display without a reader end it after the current step,
+        with a checkpoint.
 
         Args:
             resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.
@@ -202,7 +202,7 @@ class Trainer:
             raise self._stopped(self._step, "the loss on held-out text")
         return bits
 
-    def _one_step(self, step: int, stop: StopRequest) -> Measured:
+    def _one_step(self, step: int, stop: StopRequest) -> StepNumbers:
         """Forward, backward and update for one step; nothing is updated if a number is bad."""
         started_s = time.perf_counter()
         cfg = self.cfg
@@ -232,7 +232,7 @@ class Trainer:
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
         loss, layers = parts.pop("loss"), tally.unpack(numbers[len(names) + 2 :])
-        return Measured(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
+        return StepNumbers(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
 
     def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
         """Gradients of all micro-batches; the loss's parts, float64, as their means."""
@@ -291,7 +291,7 @@ class Trainer:
             f"{', or set train.dtype = float32' if self.dtype == torch.bfloat16 else ''}"
         )
 
-    def _record(self, measured: Measured) -> dict[str, Any]:
+    def _record(self, measured: StepNumbers) -> dict[str, Any]:
         """One line of metrics.jsonl."""
         step, cfg = self._step, self.cfg
         layers = zip(self.model.moe_layers, measured.layers, strict=True)

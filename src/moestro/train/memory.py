@@ -1,4 +1,4 @@
-"""Keep freed memory for the next training step, instead of giving it back and asking again."""
+"""Keep freed memory for the next training step, instead of returning it and asking again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Tell the C library's allocator to keep what is freed; whole process, cannot be undone.
 
     Every step frees and allocates the same gradients and activations. glibc gives blocks of 32 MiB
-    and more, and a free top of its heap, back to the kernel at once, and each page that comes
+    and more, and a free top of its heap, back to the kernel immediately, and each page that comes
     again is zeroed and mapped again, page by page: a quarter of the time of a layer of 64 experts.
     Peak memory is unchanged, since the peak comes again at every step.
 

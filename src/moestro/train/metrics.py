@@ -112,7 +112,7 @@ def history(records: Sequence[Mapping[str, Any]]) -> list[Point]:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"the metrics of step {record['step']} are no evaluation ({error!r}); remove "
+                f"the metrics of step {record['step']} are not an evaluation ({error!r}); remove "
                 f"their line from {METRICS_NAME}, then go on with --resume"
             ) from None
         points.append(Point(record["step"], int(tokens), seconds, flops, measured))

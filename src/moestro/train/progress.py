@@ -27,7 +27,7 @@ class ProgressDisplay:
     """Shows the records of a training loop; use it as a context manager around the loop.
 
     Attributes:
-        lost: Nobody reads any more: the terminal was closed, or the reader of a pipe left.
+        lost: The reader is gone: the terminal was closed, or the other end of a pipe.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ProgressDisplay:
 
     def update(self, record: Mapping[str, Any], steps: int) -> None:
         """Show one metrics record of a run of `steps`; values missing from it keep their last."""
-        # A running mean of the speed: single steps jump too much to read, or to foretell.
+        # A running mean of the speed: single steps vary too much to read, or to predict the end.
         speed: float = record.get("tokens_per_s", 0.0)
         if before := self._record.get("tokens_per_s", 0.0):
             speed = before + SMOOTHING * (speed - before)

@@ -202,7 +202,7 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
 
 
 def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
-    """The text that a run goes on with: as it left it in the folder `data`, else prepared anew.
+    """The text that a run goes on with: as it left it in the folder `data`, else prepared again.
 
     Nothing is written where `cfg` is not what the checkpoint was trained with.
     """
@@ -229,7 +229,7 @@ def holds_run(run: Path) -> bool:
 
 
 def claim_folder(run: Path, resume: bool) -> None:
-    """Make a run's folder if missing; it must hold a run with `resume`, and none without."""
+    """Make a run's folder if missing; it must hold a run if and only if `resume`."""
     if holds_run(run) and not resume:
         raise ConfigError(
             f"{run} already holds a run; add --resume to go on with it, or choose another folder "

@@ -66,7 +66,7 @@ class FillSpans:
         self._vocab_size, self._end = vocab_size, end
 
     def predicted(self, seq_len: int) -> int:
-        """Tokens hidden; the targets' bits tell what they are and where each span ends."""
+        """Tokens hidden; the targets' bits encode what they are and where each span ends."""
         return hidden(seq_len).tokens
 
     def examples(self, windows_BS: Tensor, places: Sequence[Place]) -> Example:

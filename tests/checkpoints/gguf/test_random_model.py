@@ -112,7 +112,7 @@ def test_a_dense_model_and_a_mixture_without_norms_are_llama(tmp_path: Path) -> 
         ({"moe": {**SIZES["moe"], "shared": {"hidden_dim": 32}}}, "shared experts"),
         ({"moe": {**SIZES["moe"], "activation": "relu"}}, "swiglu"),
         ({"moe": {**SIZES["moe"], "router": {"kind": "sigmoid"}}}, "router"),
-        ({"moe": {**SIZES["moe"], "hidden_dim": 40}}, "no multiples of 32"),
+        ({"moe": {**SIZES["moe"], "hidden_dim": 40}}, "not multiples of 32"),
     ],
 )
 def test_what_llama_cpp_cannot_express_is_refused(

@@ -1,7 +1,7 @@
 """DeepSeekMoE 16B, DeepSeek-V2 and DeepSeek-V3: many small experts, and latent attention.
 
 Dai et al. 2024; DeepSeek-V2 (2024, §2); DeepSeek-V3 (2024, §2). V3 is published in fp8, with a
-layer at the end for predicting two tokens at once, which this project does not run.
+layer at the end for multi-token prediction, which this project does not run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _LATENT_RULES = (
 
 
 def _next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
-    """The layer after the last, for predicting two tokens at once (V3, §2.2)."""
+    """The layer after the last, for multi-token prediction (V3, §2.2)."""
     return {"a layer for multi-token prediction": (f"model.layers.{cfg.num_layers}.*",)}
 
 

@@ -14,7 +14,7 @@ MIXTRAL = Family(
         *decoder(1e-5, rope(1e6)),
         HEAD_DIM,
         *experts(),
-        # Theirs blurs what the experts see as well; it is a matter of training only.
+        # Theirs also jitters the experts' input; this affects training only.
         field("router_jitter_noise", "moe.router.jitter", 0.0),
         window(),
     ),

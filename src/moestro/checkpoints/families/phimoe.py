@@ -22,7 +22,7 @@ PHIMOE = Family(
     # w1 is the gate, w3 goes up, w2 down.
     (*BACKBONE, *mixture("block_sparse_moe.", ("w1", "w3", "w2"))),
     always={"norm.kind": "layer", "moe.router.kind": "sparsemixer"},
-    # It blurs the tokens in training only, and our sparsemixer is for inference.
+    # It jitters the tokens in training only, and our sparsemixer is for inference.
     harmless=frozenset({"input_jitter_noise"}),
     renamed={"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.": "mlp."},
 )

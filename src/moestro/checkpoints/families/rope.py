@@ -32,7 +32,7 @@ SCALINGS: Mapping[str, Mapping[str, str]] = {
     for kind in (LinearScaling, Llama3Scaling, YarnScaling, LongRopeScaling)
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
-# What both forms may say besides, and older files repeat.
+# Further fields of both forms, which older files repeat.
 _BESIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 

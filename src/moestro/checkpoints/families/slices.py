@@ -1,4 +1,4 @@
-"""Rules spelled out for one model: which tensor of a checkpoint is which slice of which of ours."""
+"""Rules spelled out for one model: which slice of our tensors each tensor of a checkpoint fills."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ SWITCH = Family(
         ),
         field("num_experts", "moe.num_experts"),
         field("expert_capacity", "moe.capacity.per_sequence", 64),
-        # Theirs blurs what the experts see as well; it is a matter of training only.
+        # Theirs also jitters the experts' input; this affects training only.
         field("router_jitter_noise", "moe.router.jitter", 0.01),
         fixed("dense_act_fn", "relu"),
         fixed("feed_forward_proj", "relu"),

@@ -76,7 +76,7 @@ OLD_KEYS = ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.
 
 
 class Family(NamedTuple):
-    """All that is to know about one `model_type`.
+    """Everything about one `model_type`.
 
     Attributes:
         model_type: its name in config.json.

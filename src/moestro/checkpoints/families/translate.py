@@ -30,7 +30,7 @@ def to_settings(family: Family, hf: Mapping[str, Any], accepted: Container[str] 
     Args:
         family: of its model_type.
         hf: its fields. Those about quantisation are about the files, and not looked at.
-        accepted: fields without a meaning here that it may have all the same.
+        accepted: unknown fields that are accepted because they change nothing.
 
     Raises:
         ConfigError: a field is unknown, missing, or has a value that cannot be expressed.

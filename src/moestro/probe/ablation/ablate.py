@@ -158,8 +158,8 @@ def mask_top(
 
     After the masking test of DeepSeekMoE (Dai et al. 2024, §4.5), where a steep rise says that the
     experts do not stand in for each other. There the router then chooses K of the remaining
-    experts; here, since the same test must work on every model, nobody takes the place of those
-    masked.
+    experts; here, since the same test must work on every model, nothing replaces the
+    masked ones.
 
     Arguments are those of `ablate`, with `layer` to mask in one layer only, by its layer number,
     and `renormalise` to scale the remaining weights of a token to add up to what all did.
@@ -250,7 +250,7 @@ def _without(weights_TK: Tensor, hit_TK: Tensor, renormalise: bool) -> Tensor:
     if not renormalise:
         return left_TK
     before_T1, after_T1 = weights_TK.sum(1, keepdim=True), left_TK.sum(1, keepdim=True)
-    # A token with nobody left gets nothing from this layer.
+    # A token without experts left gets nothing from this layer.
     scale_T1 = torch.where(after_T1 > 0, before_T1 / after_T1.clamp_min(1e-20), 1.0)
     changed_T1 = hit_TK.any(1, keepdim=True)
     return torch.where(changed_T1, left_TK * scale_T1, weights_TK)

@@ -26,11 +26,11 @@ from moestro.probe.recording.traces import Trace
 
 
 class BeyondTokens(NamedTuple):
-    """What of a label's use of experts its token ids do not tell.
+    """What a label's token ids do not explain of its use of experts.
 
-    About the label's tokens whose id also occurs under another label only: of the others nobody
-    can tell whether the token or the topic chose the expert. A label without any has NaN. The null
-    is that token identity explains everything; the rest is as in `Specialisation`.
+    About the label's tokens whose id also occurs under another label only: for the others it is
+    undecidable whether the token or the topic chose the expert. A label without any has NaN. The
+    null is that token identity explains everything; the rest is as in `Specialisation`.
     """
 
     shared_M: Floats  # share of each label's tokens whose id also occurs under another label
@@ -62,11 +62,11 @@ class _Vocabulary(NamedTuple):
     shared_M: Floats  # share of each label's tokens that are used
 
 
-class _Layer(NamedTuple):
+class _LayerCounts(NamedTuple):
     """One layer's assignments of shared tokens, by document."""
 
     seen_PE: Floats
-    told_PE: Floats  # what the documents' token ids tell of them
+    told_PE: Floats  # what the documents' token ids predict of them
     score_PME: Floats  # what each document adds to the difference of the two for each label
     noise_PME: Floats  # the same, compared with the other documents only
 
@@ -74,9 +74,9 @@ class _Layer(NamedTuple):
 def beyond_tokens(
     trace: Trace, label_P: Ints, labels: int, *, draws: int = 999, seed: int = 0
 ) -> BeyondTokens:
-    """Compare each label's use of experts with what its token ids tell.
+    """Compare each label's use of experts with what its token ids predict.
 
-    An id tells the mean routing of all its occurrences under any label. What a label's
+    An id predicts the mean routing of all its occurrences under any label. What a label's
     assignments differ from that is a sum over documents: each document of the label adds what it
     has beyond its ids, and, since they took part in the means, documents of other labels take off
     their part (the effective score; Hemerik, Goeman and Finos 2020). Under the null that ids
@@ -87,7 +87,7 @@ def beyond_tokens(
     far the tokens of one document deviate together, over all ids, experts and labels, which is
     what makes text cluster. Not preserved: the direction of a document's deviation. It is assumed
     that documents are independent and, where a label has few of them, that deviations are
-    symmetric. Dealing each id's documents to the labels anew would keep less: it tears documents
+    symmetric. Permuting each id's documents over the labels would keep less: it tears documents
     apart, and any habit of a single document would pass for one of its label. In the draws a
     document deviates from what the other documents say of its ids: its own part in the means
     would hide some of the noise. That makes the test a little careful: on text without any
@@ -147,7 +147,7 @@ def _vocabulary(trace: Trace, label_P: Ints, labels: int) -> _Vocabulary:
     )
 
 
-def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> _Layer:
+def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> _LayerCounts:
     """Document by document, so that ids times experts of one document is the most in memory."""
     num_experts, labels = trace.subject.num_experts, vocabulary.label_UM.shape[1]
     used = np.flatnonzero(vocabulary.used_T)
@@ -169,7 +169,7 @@ def _layer(trace: Trace, index: int, vocabulary: _Vocabulary, label_P: Ints) -> 
         own_CM = (np.arange(labels) == label_P[document]) - vocabulary.label_UM[id_C]
         score[document] = own_CM.T @ (seen_CE - told_CE)
         noise[document] = own_CM.T @ ((seen_CE - told_CE) / others_C[:, None])
-    return _Layer(seen, told, score, noise)
+    return _LayerCounts(seen, told, score, noise)
 
 
 def _table(row_T: Ints, experts_TK: Ints, rows: int, num_experts: int) -> Floats:

@@ -45,7 +45,7 @@ def document_weights(domain_P: Ints, draws: int, seed: int) -> Floats:
 
     As many as the domain has, with replacement; those of a domain below 0 get weight 0. The only
     document of a domain always counts once: such a domain shows no noise, so set its intervals to
-    NaN (`lonely` tells which).
+    NaN (`lonely` says which).
     """
     rng = _generator(draws, seed)
     weights_ZP = np.zeros((draws, len(domain_P)))

@@ -49,7 +49,7 @@ class Load(NamedTuple):
     dropped_interval_L2: Floats
 
 
-class Table(NamedTuple):
+class DomainTable(NamedTuple):
     """Experts by domain."""
 
     share_LME: Floats  # of each domain's assignments on each expert; rows sum to 1
@@ -114,7 +114,7 @@ def load(trace: Trace, *, draws: int = 999, seed: int = 0) -> Load:
     )
 
 
-def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> Table:
+def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> DomainTable:
     """Share of each domain's assignments on each expert, and which cells are beyond chance.
 
     Chance: whole documents are dealt to the domains at random, each domain keeping its number of
@@ -135,7 +135,7 @@ def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> Table:
         p_value_MLE[~alone_M] = _cells(
             domain_P[dealt_P], counts_PLE[dealt_P], share_MLE, draws, seed
         )[~alone_M]
-    return Table(
+    return DomainTable(
         share_LME=share_MLE.swapaxes(0, 1),
         interval_LME2=ends_ML.swapaxes(0, 1),
         p_value_LME=p_value_MLE.swapaxes(0, 1),
@@ -205,7 +205,7 @@ def _cells(domain_P: Ints, counts_PLE: Floats, share_MLE: Floats, draws: int, se
         for _ in range(draws):
             yield shares(np.tensordot(rng.permutation(member_MP, axis=1), counts_PLE, 1))
 
-    # Two passes over the same deals: all of them at once would not fit for a large model.
+    # Two passes over the same deals: all of them together would not fit for a large model.
     total_MLE, squares_MLE = np.zeros_like(share_MLE), np.zeros_like(share_MLE)
     for dealt_MLE in deals():
         total_MLE += dealt_MLE

@@ -45,7 +45,7 @@ class Findings(NamedTuple):
     tokens_M: Ints
     documents_M: Ints
     load: Load
-    table_LME: Floats  # experts by domain; see `Table`, as of the next three
+    table_LME: Floats  # experts by domain; see `DomainTable`, as of the next three
     table_interval_LME2: Floats
     table_p_value_LME: Floats
     table_supported_LME: Bools
@@ -135,7 +135,7 @@ def _documents(trace: Trace, notes: list[str]) -> Ints:
     if single := [trace.domains[index] for index in np.flatnonzero(documents_M == 1)]:
         notes.append(
             f"one document only in {', '.join(single)}: no interval is possible there, since "
-            "nothing tells the domain from the document; give at least two"
+            "the domain cannot be separated from the document; give at least two"
         )
     few = [
         name

@@ -25,7 +25,7 @@ from moestro.probe.recording.traces import Trace
 
 
 class Pair(NamedTuple):
-    """Two experts that are chosen together more, or less, often than their loads tell."""
+    """Two experts that are chosen together more, or less, often than their loads predict."""
 
     layer: int  # index into the trace's mixture layers
     experts: tuple[int, int]
@@ -52,10 +52,10 @@ class Coactivation(NamedTuple):
 
 
 class LayerOverlap(NamedTuple):
-    """What a layer's first choice tells about the next layer's. Arrays have one row less than L."""
+    """What a layer's first choice says about the next layer's. Arrays have one row less than L."""
 
     # Mutual information of the first choices of mixture layers l and l + 1 over the mean of their
-    # entropies, the bias of finite text taken off: 0 independent, 1 the one tells the other.
+    # entropies, the bias of finite text taken off: 0 independent, 1 each determines the other.
     information_L: Floats
     interval_L2: Floats
     chance_L: Floats  # that bias: what is left when the tokens of one layer are shuffled
@@ -258,6 +258,6 @@ def _neighbours(trace: Trace, weights_T: Floats) -> Floats:
         joint = joint / joint.sum()
         joint_EE = joint.reshape(num_experts, num_experts)
         apart = entropy_of(joint_EE.sum(axis=0)) + entropy_of(joint_EE.sum(axis=1))
-        # Two layers that each use one expert only have nothing to tell.
+        # Two layers that each use one expert only share no information.
         information.append(2 * (apart - entropy_of(joint)) / apart if apart > 0 else 0.0 * apart)
     return np.array(information)

@@ -1,4 +1,4 @@
-"""Specialisation: how differently labels of text use experts, and what their tokens tell of it.
+"""Specialisation: how differently labels use experts, and how much of it tokens explain.
 
 Letters beside those of docs/shapes.md: M domains or, of a grouping, labels; P documents; Z draws.
 """
@@ -44,7 +44,7 @@ class Specialisation(NamedTuple):
     whole documents are dealt to the labels at random.
 
     The upward bias of sampling is taken off the intervals. They tell the size of a difference;
-    near 0 they lie too high, so whether there is one, `p_value_L` tells.
+    near 0 they lie too high, so `p_value_L` decides whether there is one.
     """
 
     grouping: str
@@ -80,12 +80,12 @@ def by_pattern(name: str, pattern: str, domains: Sequence[str]) -> Grouping:
         domains: of the trace.
 
     Raises:
-        MoestroError: it is no expression, or has no group or several.
+        MoestroError: it is not a regular expression, or does not have exactly one group.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise MoestroError(f"{name}: {pattern!r} is no regular expression ({error})") from None
+        raise MoestroError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
     if compiled.groups != 1:
         raise MoestroError(
             f"{name}: {pattern!r} has {compiled.groups} groups; put ( ) around the part of the "
@@ -102,7 +102,7 @@ def specialisation(
 
     Whole documents are dealt and resampled, never single tokens: tokens of one document resemble
     each other, and dealing them singly would understate chance. Each label keeps its number of
-    documents. The only document of a label cannot tell the label's habits from its own: it is
+    documents. The only document of a label cannot separate the label's habits from its own: it is
     not dealt, and such a label has no say in whether the layer is supported.
 
     Args:

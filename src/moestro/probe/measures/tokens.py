@@ -41,7 +41,7 @@ class TypicalTokens(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """How well a token's first choice can be told beforehand.
+    """How well a token's first choice can be predicted.
 
     Each predictor names the most frequent expert for its value (for example for the token id) in
     one half of the documents and is tested on the other half, and the other way round; a value
@@ -111,7 +111,7 @@ def typical_tokens(trace: Trace, *, ranks: int = 12, min_count: int = 8) -> Typi
 
 
 def explained(trace: Trace, *, draws: int = 999, seed: int = 0) -> Explained:
-    """Tell first choices from token ids, neighbours and positions, in documents not learnt from.
+    """Predict first choices from token ids, neighbours and positions, in documents not fitted to.
 
     Positions are in classes that double: 0, 1, 2 to 3, 4 to 7, and so on. The first token of a
     sequence has no previous token and the last no next one; that is a value of its own.
@@ -122,12 +122,12 @@ def explained(trace: Trace, *, draws: int = 999, seed: int = 0) -> Explained:
     domain_P = document_domains(trace)
     if trace.subject.top_k == 0:
         raise MoestroError(
-            "first choices are told from tokens, but under expert choice the experts choose; "
+            "first choices are predicted from tokens, but under expert choice the experts choose; "
             "probe a token-choice model for it"
         )
     if (domain_P >= 0).sum() < 2:
         raise MoestroError(
-            "what tokens tell is learnt from some documents and tested on others, but there is one "
+            "predictors are fitted on some documents and tested on others, but there is one "
             "document only; give at least two"
         )
     half_T = _halves(domain_P, seed)[trace.document_T]
@@ -174,7 +174,7 @@ def _halves(domain_P: Ints, seed: int) -> Ints:
 
 
 def _predictors(trace: Trace) -> list[Ints]:
-    """The values from 0 of what first choices are told from, in the order of `PREDICTORS`."""
+    """The values from 0 that first choices are predicted from, in the order of `PREDICTORS`."""
     token_T = np.unique(trace.tokens_T, return_inverse=True)[1] + 1
     position_T = trace.position_T
     previous_T = np.where(position_T == 0, 0, np.roll(token_T, 1))

@@ -92,7 +92,7 @@ def layer_record(choice: TokenChoice, batch: Batch) -> LayerRecord:
 
 def trace_of(layers: Sequence[LayerRecord], batch: Batch, subject: Subject,
              domains: tuple[str, ...], number: int) -> Trace:  # fmt: skip
-    """The Trace of one forward pass: padding left out, everything brought over at once."""
+    """The Trace of one forward pass: padding left out, everything copied in one transfer."""
     num_experts, readings = subject.num_experts, batch.readings
     choices = [layer.choice for layer in layers]
     width = max(choice.experts_TK.shape[1] for choice in choices)

@@ -15,7 +15,7 @@ from moestro.errors import DataError, MoestroError
 
 
 class Passage(NamedTuple):
-    """A piece of text that the model reads in one go.
+    """A piece of text that the model reads in one pass.
 
     Attributes:
         tokens: its ids, at least one.
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What goes through the model at once.
+    """What goes through the model in one pass.
 
     Attributes:
         readings: its B sequences.

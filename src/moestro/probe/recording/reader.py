@@ -217,7 +217,7 @@ class TransformersModel(Reader):
             if place in records or len(raw.experts_TK) != batch.tokens_BS.numel():
                 raise MoestroError(
                     f"{tap.name} ({type(tap.experts).__name__}) does not route all tokens of a "
-                    f"forward pass at once: it was given {len(raw.experts_TK)} of "
+                    f"forward pass together: it was given {len(raw.experts_TK)} of "
                     f"{batch.tokens_BS.numel()}; this way of routing cannot be recorded"
                 )
             # Many routers return a token's experts in no order.

@@ -30,7 +30,7 @@ def record(
 ) -> Trace:
     """Run the model over texts and keep which experts each token went to, with what weights.
 
-    The experts are those that the model used, never chosen anew from its logits. Padding never
+    The experts are those that the model used, never recomputed from its logits. Padding never
     counts. The model runs in evaluation mode without gradients and gets its modes back.
 
     Memory grows with the trace: L · K small integers and floats a token. For text that this is too

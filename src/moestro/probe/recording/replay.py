@@ -68,7 +68,7 @@ def agreement(model: nn.Module, trace: Trace, *, any_model: bool = False) -> NDA
     return same_L / len(trace.tokens_T)
 
 
-class _Part(NamedTuple):
+class _TraceBatch(NamedTuple):
     """One batch of a trace.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Part(NamedTuple):
         return new_TK, new_weights_TK
 
 
-def _parts(trace: Trace) -> Iterator[_Part]:
+def _parts(trace: Trace) -> Iterator[_TraceBatch]:
     """The batches of a trace, in order."""
     for number in np.unique(trace.batch_N):
         chosen_N = trace.batch_N == number
@@ -155,7 +155,7 @@ def _parts(trace: Trace) -> Iterator[_Part]:
         real_T = torch.arange(batch.tokens_BS.numel(), device="cpu")
         if batch.valid_BS is not None:
             real_T = real_T[batch.valid_BS.flatten()]
-        yield _Part(one, np.flatnonzero(chosen_N), batch, real_T)
+        yield _TraceBatch(one, np.flatnonzero(chosen_N), batch, real_T)
 
 
 def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
@@ -170,7 +170,7 @@ def _reader(model: nn.Module, trace: Trace, any_model: bool) -> Reader:
         )
     if not any_model and fingerprint(model) != subject.fingerprint:
         raise DataError(
-            f"this trace is of {subject.name}, and this model's weights are others; give the "
+            f"this trace is of {subject.name}, and this model's weights differ; give the "
             "checkpoint that it was recorded from, or any_model=True to force it on this one"
         )
     if len(trace.tokens_T) and int(trace.tokens_T.max()) >= reader.vocab_size:

@@ -87,7 +87,7 @@ def _shapes(trace: Trace) -> Iterator[Claim]:
     for name in fields:
         values = getattr(trace, name)
         array = isinstance(values, np.ndarray) or (values is None and name == "kept_TLK")
-        yield array, f"{name} is no array"
+        yield array, f"{name} is not an array"
     width = trace.experts_TLK.shape[-1] if trace.experts_TLK.ndim == 3 else 0
     sizes = {
         "N": trace.length_N.size, "T": trace.tokens_T.size, "L": len(subject.moe_layers),

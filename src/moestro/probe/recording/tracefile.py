@@ -58,7 +58,7 @@ class TraceWriter:
 
         Raises:
             DataError: the file cannot be written, or the one to append to is damaged or of
-                another model.
+                a different model.
         """
         check_subject(self._subject, f"the trace for {self._path}")
         with _files(self._path, "written"), ExitStack() as stack:
@@ -86,8 +86,8 @@ class TraceWriter:
         """Add a part.
 
         Raises:
-            DataError: it is of another model, its values cannot be (see docs/traces.md), or the
-                disk is full.
+            DataError: it is of a different model, its values are impossible (see
+                docs/traces.md), or the disk is full.
         """
         require_same(self._subject, trace.subject)
         check(trace, f"the trace for {self._path}")
@@ -190,8 +190,8 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no file; give the .npz file of a trace")
-        with self._damage("it is truncated or no .npz file"):
+            raise DataError(f"{path} is not a file; give the .npz file of a trace")
+        with self._damage("it is truncated or not an .npz file"):
             self._archive = zipfile.ZipFile(path)
         try:
             self._members = self._list()
@@ -225,7 +225,7 @@ class _Reader:
 
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
-        """Turn what is raised on unsound bytes into an error that names the file."""
+        """Turn what is raised on damaged bytes into an error that names the file."""
         try:
             yield
         except (DataError, OSError):
@@ -252,11 +252,11 @@ class _Reader:
 
     def _read_header(self) -> Subject:
         if _HEADER not in self._members:
-            raise DataError(f"{self._path} is no trace: it has no member {_HEADER}")
+            raise DataError(f"{self._path} is not a trace: it has no member {_HEADER}")
         with self._damage(f"{_HEADER} cannot be read"):
             header = parse(self._bytes(_HEADER))
             if header["format"] != FORMAT:
-                raise DataError(f"{self._path} is no trace: its format is {header['format']!r}")
+                raise DataError(f"{self._path} is not a trace: its format is {header['format']!r}")
             if header["version"] != VERSION:
                 raise DataError(
                     f"{self._path} is a trace of version {header['version']!r}, but this moestro "

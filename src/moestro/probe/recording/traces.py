@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moestro.errors import DataError, MoestroError
-from moestro.kernels.packing import PackedExperts, PackedMatrix
+from moestro.kernels.packing import ExpertSlabs, PackedMatrix
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -225,7 +225,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}", buffer
         for name, value in vars(module).items():
-            if isinstance(value, PackedMatrix | PackedExperts):
+            if isinstance(value, PackedMatrix | ExpertSlabs):
                 yield f"{path}.{name} {value.format.kind} {value.format.group}", value.data
 
 

@@ -32,7 +32,7 @@ LINES = {"dashed": "--", "dotted": ":"}
 MOST_NUMBERS = 400  # cells beyond which a heat map is read by colour alone
 MOST_PANELS = 12
 MOST_ROWS = 60  # changed experts
-MOST_DOMAINS = 10  # told apart by marker; the others are left to the numbers
+MOST_DOMAINS = 10  # told apart by marker; the others only in the tables
 
 
 def save_figures(

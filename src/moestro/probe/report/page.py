@@ -31,7 +31,7 @@ _SMALLEST_DETAIL = 0.02
 
 
 class Facts(NamedTuple):
-    """What is known of the model besides its routing."""
+    """What is known of the model apart from its routing."""
 
     total: int | None = None  # all its parameters
     active: int | None = None  # those that one token passes
@@ -52,7 +52,7 @@ def build(
     """The whole page.
 
     Text of documents and names never become markup: in the page's body they are escaped, in its
-    data no `<` is left, and its script only makes text nodes of them; besides, the page's own
+    data no `<` is left, and its script only makes text nodes of them; in addition, the page's own
     policy lets no other script run and nothing be loaded.
 
     Args:
@@ -60,7 +60,7 @@ def build(
         trace: What they are of.
         tokenizer: The model's, to turn tokens into text.
         title: Heading; unset: the model's name.
-        facts: What is known of the model besides.
+        facts: Other facts about the model.
         ablations: What changing single experts did.
         saturation: How early in training the routing was settled.
 

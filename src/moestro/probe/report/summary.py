@@ -73,15 +73,15 @@ def told_apart(findings: Findings, found: Specialisation) -> Said:
     supported = int(found.supported_L.sum())
     if np.isnan(found.mean_L).all():
         text = (
-            f"Whether the choice of experts differs by {kind} cannot be told: fewer than two "
-            f"{_plural(kind)} have more than one document, so nothing tells a {kind} from a "
+            f"Whether the choice of experts differs by {kind} cannot be determined: fewer than two "
+            f"{_plural(kind)} have more than one document, so nothing separates a {kind} from a "
             "document."
         )
     elif not supported:
         text = (
-            f"In none of the {len(layers)} mixture layers does the choice of experts differ by "
-            f"{kind} beyond chance: what differences there are, dealing the documents to the "
-            f"labels at random gives as well."
+            f"The choice of experts does not differ by {kind} beyond chance in any of the "
+            f"{len(layers)} mixture layers: assigning the documents to the labels at random gives "
+            f"differences as large."
         )
     else:
         most = int(np.where(found.supported_L, found.mean_L - found.mean_chance_L, -1.0).argmax())
@@ -106,8 +106,8 @@ def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
         return None
     if unknown:
         text = (
-            f"Whether it is the {kind} or just its words cannot be told: too few tokens occur "
-            f"under two {_plural(kind)} of more than one document."
+            f"Whether it is the {kind} or just its words cannot be determined: too few "
+            f"tokens occur under two {_plural(kind)} of more than one document."
         )
     elif not supported and found.supported_L.any():
         text = f"The words alone can explain that: {elsewhere} is not shown."
@@ -126,7 +126,7 @@ def beyond_tokens(findings: Findings, found: Specialisation) -> Said | None:
 
 
 def tokens(findings: Findings) -> Said | None:
-    """How much the token alone tells about where it goes."""
+    """How well the token alone predicts where it goes."""
     found = findings.explained
     if found is None or "token" not in found.predictors:
         return None
@@ -141,7 +141,7 @@ def tokens(findings: Findings) -> Said | None:
         )
     sure = bool((found.explained_interval_LJ2[:, which, 0] > 0).all())
     opening = "Knowing the token alone helps to predict its first expert" if sure else (
-        "Whether knowing the token alone helps to predict its first expert cannot be told"
+        "Whether knowing the token alone helps to predict its first expert cannot be determined"
     )  # fmt: skip
     return Said("Tokens", f"{opening}: {'; '.join(told)}.", sure)
 
@@ -204,7 +204,7 @@ def repeated(findings: Findings) -> Said | None:
         return Said(
             "Neighbours",
             f"Whether neighbouring tokens share their first expert more often than chance cannot "
-            f"be told ({rates}).",
+            f"be determined ({rates}).",
             False,
         )
     parts = [f"more often in {more}"] * bool(more) + [f"less often in {fewer}"] * bool(fewer)
@@ -224,8 +224,8 @@ def together(findings: Findings) -> Said | None:
     if not found.pairs:
         return Said(
             "Pairs",
-            "That any two experts are chosen together more or less often than by chance cannot be "
-            "told.",
+            "Whether any two experts are chosen together more or less often than by chance cannot "
+            "be determined.",
             False,
         )
     first = found.pairs[0]
@@ -233,7 +233,8 @@ def together(findings: Findings) -> Said | None:
     return Said(
         "Pairs",
         f"{len(found.pairs)} pairs of experts are chosen together more, or less, often than their "
-        f"loads tell. Most out of line: {a} and {b} of layer {findings.moe_layers[first.layer]}, "
+        f"loads predict. Most out of line: {a} and {b} of layer "
+        f"{findings.moe_layers[first.layer]}, "
         f"{first.ratio:.1f} times as often as by chance"
         f"{_between(first.low, first.high, digits=1)}.",
         True,
@@ -258,7 +259,7 @@ def cached(findings: Findings) -> Said | None:
         f"recently used goes, would hold {rates.mean_E[at]:.0%} of those wanted"
         f"{_between(low, high, percent=True)}; with the tokens in random order "
         f"{rates.shuffled_E[at]:.0%}, the best possible {found.oracle.mean_E[at]:.0%}."
-        + ("" if sure else " That the order of the text helps cannot be told."),
+        + ("" if sure else " Whether the order of the text helps cannot be determined."),
         sure,
     )
 

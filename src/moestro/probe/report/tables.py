@@ -167,7 +167,7 @@ def _specialisation(findings: Findings, found: Specialisation) -> Table:
         View(
             f"Specialisation by {found.grouping}: distance from the average use of experts (0 to "
             "1), where chance deals whole documents at random; beyond tokens: what token identity "
-            f"does not tell ({_SURE})",
+            f"does not explain ({_SURE})",
             "layer: {layer} | mean: {layer_mean:.3f}{layer_supported:*} | "
             "chance: {layer_chance:.3f} | "
             "beyond tokens: {excess_layer_mean:.3f}{excess_layer_supported:*} | "
@@ -179,7 +179,7 @@ def _specialisation(findings: Findings, found: Specialisation) -> Table:
 
 def _verdict(p_value: float, supported: bool) -> str:
     if np.isnan(p_value):
-        return "cannot be told"
+        return "undetermined"
     return f"{'yes' if supported else 'no'} (p = {p_value:.3f})"
 
 
@@ -295,7 +295,7 @@ def _overlap(findings: Findings) -> Iterator[Table]:
         return
     columns = fields("L", found, "information_L interval_L2 chance_L")
     page = View(
-        "What the first expert of one layer tells about that of the next: 0 nothing, 1 all (95 % "
+        "What the first expert of one layer says about that of the next: 0 nothing, 1 all (95 % "
         "interval); what finite text gives by chance is subtracted",
         "layers: {layer} → {next_layer} | information: {information:.2f}{~:.2f} | "
         "subtracted: {chance:.3f}",
