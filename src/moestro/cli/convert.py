@@ -28,6 +28,14 @@ Family = Annotated[
 ShardSize = Annotated[
     str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
 ]
+Fused = Annotated[
+    bool,
+    typer.Option(
+        "--fused-experts",
+        help="With --to hf: all experts of a layer in one tensor, as transformers 5 has them in "
+        "memory, and not as the family is published.",
+    ),
+]
 
 
 def convert(
@@ -37,6 +45,7 @@ def convert(
     dtype: Dtype = None,
     family: Family = None,
     shard_size: ShardSize = "5GB",
+    fused_experts: Fused = False,
     accept_field: AcceptField = None,
 ) -> None:
     """Write a checkpoint in another layout, number type or size of shards.
@@ -50,13 +59,14 @@ def convert(
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
     shard_bytes = parse_bytes(shard_size)
-    if family is not None and to != "hf":
-        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
+    for option, given in (("--family", family), ("--fused-experts", fused_experts)):
+        if given and to != "hf":
+            raise ConfigError(f"{option} is about Hugging Face's layout; add --to hf")
     _check_new(target)
     opened = open_shown(find_checkpoint(source), dtype=dtype, accept_fields=accept_field)
     try:
         if to == "hf":
-            notes = _write_hf(opened, target, family, shard_bytes)
+            notes = _write_hf(opened, target, family, shard_bytes, fused_experts)
         else:
             notes = _write_own(opened, target)
     except OSError as error:
@@ -80,7 +90,9 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"cannot write to {target}: {above} is not a folder; choose another")
 
 
-def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int) -> list[str]:
+def _write_hf(
+    opened: Opened, target: Path, family: str | None, shard_bytes: int, fused_experts: bool
+) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
@@ -92,6 +104,7 @@ def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int
         hf_config=opened.hf_config if family in (None, opened.family) else None,
         shard_bytes=shard_bytes,
         sidecar_files=opened.folder,
+        fused_experts=fused_experts,
     )
     if (target / HF_FILE).is_file():
         return []
