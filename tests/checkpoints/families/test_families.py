@@ -39,6 +39,11 @@ def test_an_unknown_field_is_refused(name):
         ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave is False"),
         ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("DeepSeek-V3", {"attention_bias": True}, "attention_bias is True"),
+        ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"] * 46 + ["dense"]}, "only 47 entries"),
+        ("GLM-4.7-Flash", {"first_k_dense_replace": 3}, "is 3.* make it 1"),
+        ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
+        ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
+        ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
         ("gpt-oss-20b", {"swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ("gpt-oss-20b", {"experts_per_token": 8}, "experts_per_token is 8.* make it 4"),
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window is not set"),
@@ -49,6 +54,24 @@ def test_an_unknown_field_is_refused(name):
 def test_what_cannot_be_expressed_is_refused(name, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(name, **changes)
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name():
+    fields = {**PUBLISHED["DeepSeek-V3"][0], "model_type": "kimi_k2"}
+    assert to_settings(FAMILIES["kimi_k2"], fields) == settings("DeepSeek-V3")
+    assert FAMILIES["kimi_k2"].rules == FAMILIES["deepseek_v3"].rules
+    cfg = settings("Kimi-K2-Instruct")
+    assert (cfg.moe.num_experts, cfg.attention.positions.scaling.factor) == (384, 32)
+    assert to_fields(FAMILIES["kimi_k2"], cfg, {})["model_type"] == "kimi_k2"
+
+
+def test_layers_of_glm_that_are_dense():
+    fields = dict(PUBLISHED["GLM-4.7-Flash"][0])
+    del fields["first_k_dense_replace"]
+    two = ["dense"] * 2 + ["sparse"] * 45
+    cfg = to_settings(FAMILIES["glm4_moe_lite"], {**fields, "mlp_layer_types": two})
+    assert cfg.dense_first == 2
+    assert to_fields(FAMILIES["glm4_moe_lite"], cfg, {})["mlp_layer_types"] == two
 
 
 def test_first_layers_kept_dense_and_every_other_layer_a_mixture():

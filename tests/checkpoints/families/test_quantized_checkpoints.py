@@ -122,10 +122,11 @@ def test_fp8(deepseek, tmp_path):
     agree(read.model, tiny.load(tmp_path / "plain"))
 
 
-def test_fp8_of_any_family(tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3", "dots1", "glm4_moe_lite"])
+def test_fp8_of_any_family(name, tmp_path):
     """Qwen publishes it too, and tools make it of others."""
-    folder = tmp_path / "qwen3_moe"
-    tiny.save(tiny.build("qwen3_moe"), folder)
+    folder = tmp_path / name
+    tiny.save(tiny.build(name), folder)
     rewrite(folder, to_fp8, quantization_config=FP8)
     read = open_checkpoint(folder, dtype=torch.float32)
     rewrite(folder, from_fp8, quantization_config=None)

@@ -36,6 +36,13 @@ BODY = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+SMALL_EXPERTS = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 14,
+    "first_k_dense_replace": 1,
+}
 LATENT = {
     "num_key_value_heads": 6,
     "q_lora_rank": None,
@@ -43,11 +50,7 @@ LATENT = {
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 14,
-    "first_k_dense_replace": 1,
+    **SMALL_EXPERTS,
 }
 QWEN_MOE = {
     "num_experts": 6,
@@ -163,6 +166,39 @@ TINY = {
             "routed_scaling_factor": 1.5,
             "num_nextn_predict_layers": 0,
             "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.4},
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **LATENT,
+            "q_lora_rank": 18,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 0,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            **SMALL_EXPERTS,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+        },
+    ),
+    "dots1_window": (
+        "Dots1",
+        {
+            **SMALL_EXPERTS,
+            "n_group": 4,
+            "topk_group": 2,
+            "head_dim": 10,
+            "sliding_window": 7,
+            "max_window_layers": 0,
         },
     ),
     "gpt_oss": (

@@ -7,6 +7,8 @@ from typing import Any
 
 from moestro.checkpoints.families import (
     deepseek,
+    dots,
+    glm,
     gpt_oss,
     llama,
     mixtral,
@@ -31,6 +33,9 @@ FAMILIES: Mapping[str, Family] = {
         deepseek.DEEPSEEK,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        deepseek.KIMI_K2,
+        dots.DOTS1,
+        glm.GLM4_MOE_LITE,
         gpt_oss.GPT_OSS,
         phimoe.PHIMOE,
         switch.SWITCH,

@@ -16,25 +16,27 @@ from moestro.checkpoints.families.fields import (
 from moestro.checkpoints.families.rope import rope
 from moestro.checkpoints.families.table import Entry, Family, Rule
 
-_KV_HEADS = field("num_key_value_heads", "attention.num_kv_heads", None)
+_KV_HEADS = (field("num_key_value_heads", "attention.num_kv_heads", None),)
 
 
 def decoder(
-    eps: float = 1e-6, positions: Entry | None = None, kv_heads: Entry = _KV_HEADS
+    eps: float = 1e-6,
+    positions: Entry | None = None,
+    kv_heads: tuple[Entry, ...] = _KV_HEADS,
 ) -> tuple[Entry, ...]:
     """The fields of a decoder with RMSNorm.
 
     Args:
         eps: default of `rms_norm_eps`.
         positions: None: rotary, of base 10,000.
-        kv_heads: None of latent attention.
+        kv_heads: the field of their number; latent attention has none.
     """
     return (
         field("vocab_size", "vocab_size"),
         field("hidden_size", "dim"),
         field("num_hidden_layers", "num_layers"),
         field("num_attention_heads", "attention.num_heads"),
-        kv_heads,
+        *kv_heads,
         field("max_position_embeddings", "attention.context"),
         fixed("hidden_act", "silu"),
         field("rms_norm_eps", "norm.eps", eps),
