@@ -115,7 +115,7 @@ void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memo
 }
 
 void Step::rotate(float *head, const float *gain, int64_t t) const {
-    const int64_t half = d_.head_dim / 2;
+    const int64_t half = d_.turning / 2;
     if (gain && !d_.norm_all) norm(head, gain, nullptr, d_.head_dim, head);
     const float *c = cosines + t * half, *s = sines + t * half;
     for (int64_t i = 0; i < half; i++) {
@@ -367,7 +367,7 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
 bool good(const moestro_decoder *d, int64_t b) {
     if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
         return false;
-    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
+    if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
         !valid_rows(d->cache_dtype))
         return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });

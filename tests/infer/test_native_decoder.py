@@ -65,6 +65,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "geglu": {"moe": {**MOE, "activation": "geglu"}},
     "olmoe": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}},
+    "glm": {
+        "moe": MOE,
+        "attention": {**HEADS, "qk_norm": "head", "positions": {"fraction": 0.5}},
+    },
     "layer norm": {"moe": MOE, "norm": {"kind": "layer"}},
     "groups": {
         "moe": {
@@ -223,6 +227,7 @@ def native():
         "deepseek",
         "qwen",
         "olmoe",
+        "glm",
         "layer norm",
         "best two of groups",
     ],

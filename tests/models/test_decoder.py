@@ -66,6 +66,16 @@ VARIANTS = {
             "positions": {**RELATIVE, "shared": True},
         }
     },
+    "a part of a head turns": {
+        "moe": MOE,
+        "attention": {
+            **HEADS,
+            "head_dim": 6,
+            "num_kv_heads": 2,
+            "qk_norm": "full",
+            "positions": {"fraction": 0.4},
+        },
+    },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
 }
 
@@ -106,12 +116,13 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
         own = bucket(-distance, 8, 6, bidirectional=False)
         bias, scale = (shared or module.relative).weight[own].permute(2, 0, 1), 1
     else:
-        frequencies = settings.positions.theta ** (-torch.arange(0, width, 2).double() / width)
+        part = int(width * settings.positions.fraction)
+        frequencies = settings.positions.theta ** (-torch.arange(0, part, 2).double() / part)
         turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
 
         def turn(x):
-            pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
-            return torch.cat([pairs.real, pairs.imag], -1)
+            pairs = torch.complex(x[..., : part // 2], x[..., part // 2 : part]) * turns[:, None]
+            return torch.cat([pairs.real, pairs.imag, x[..., part:]], -1)
 
         q, k = turn(q), turn(k)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))

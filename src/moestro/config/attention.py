@@ -73,6 +73,13 @@ class RopeConfig(Settings):
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = Field(10_000.0, description="Base of the rotary angles.")
     scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Part of each head that turns, its first numbers (GLM-4.5: a half)."
+    )
+
+    def width(self, head_dim: int) -> int:
+        """How many numbers of a head of this width turn; rounded down, as in transformers."""
+        return int(head_dim * self.fraction)
 
 
 class RelativeConfig(Settings):
@@ -168,4 +175,9 @@ class AttentionConfig(Settings):
             raise ValueError(
                 "latent attention has rotary positions, and neither qk_norm, bias nor sinks; "
                 "leave them out"
+            )
+        if self.positions.fraction != 1:
+            raise ValueError(
+                f"positions.fraction is {self.positions.fraction}; latent attention says by "
+                "latent.rope_dim how much of a head turns, so leave fraction out"
             )

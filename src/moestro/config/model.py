@@ -97,6 +97,14 @@ class NetworkConfig(Settings):
                     f"dim {self.dim} over {attention.num_heads} heads is not an even whole number "
                     "per head; change one of them, or set attention.head_dim"
                 )
+        positions = attention.positions
+        if attention.latent is None and isinstance(positions, RopeConfig):
+            turning = positions.width(self.head_dim)
+            if turning % 2 or not turning:
+                raise ValueError(
+                    f"positions.fraction {positions.fraction} of heads {self.head_dim} wide turns "
+                    f"{turning} numbers; rotary positions need an even number, and at least 2"
+                )
         return self
 
     @property

@@ -23,7 +23,7 @@ from moestro.models.blocks import Block
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder
 from moestro.models.norms import LayerNorm, RMSNorm
-from moestro.models.rotary import RotaryTable
+from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.routers import TopKRouter
 
@@ -153,6 +153,7 @@ def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
         head_dim=cfg.head_dim,
         vocab=cfg.vocab_size,
         top_k=0,
+        turning=turning_width(cfg),
         norm_all=cfg.attention.qk_norm == "full",
         eps=cfg.norm.eps,
         score_scale=score_scale,

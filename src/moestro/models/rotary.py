@@ -30,9 +30,9 @@ class Rotary(NamedTuple):
 
 
 def turning_width(cfg: NetworkConfig) -> int:
-    """A: the width of a head, or of the rotary part of a latent one."""
+    """A: the width of a head's part that turns."""
     latent = cfg.attention.latent
-    return cfg.head_dim if latent is None else latent.rope_dim
+    return _rope_of(cfg).width(cfg.head_dim) if latent is None else latent.rope_dim
 
 
 def frequencies(rope: RopeConfig, width: int, total: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ Both forms are read. Written is the form that the original had, else the newer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moestro.checkpoints.families.table import Entry
@@ -32,8 +32,9 @@ SCALINGS: Mapping[str, Mapping[str, str]] = {
     for kind in (LinearScaling, Llama3Scaling, YarnScaling, LongRopeScaling)
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
+_FRACTION = "partial_rotary_factor"
 # What both forms may say besides, and older files repeat.
-_BESIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+_BESIDE = {"rope_type", "type", "rope_theta", _FRACTION, "finetuned"}
 
 
 # longrope's magnitude is stated by Phi-3.5-MoE alone; elsewhere it would follow from the contexts.
@@ -41,7 +42,11 @@ _USUAL = ("linear", "llama3", "yarn")
 
 
 def rope(
-    theta: float = 10_000.0, *, scalings: tuple[str, ...] = _USUAL, required: bool = False
+    theta: float = 10_000.0,
+    *,
+    scalings: tuple[str, ...] = _USUAL,
+    required: bool = False,
+    fraction: Callable[[Mapping[str, Any]], float] | None = None,
 ) -> Entry:
     """The entry of rotary positions.
 
@@ -49,7 +54,10 @@ def rope(
         theta: where config.json names none.
         scalings: the rope_types that the family has, beside default.
         required: config.json has to say them, since transformers' own default is a scaling.
+        fraction: config.json → `partial_rotary_factor` where it is not said; None: heads of this
+            family turn whole.
     """
+    beside = () if fraction is None else (_FRACTION,)
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         given = _given(hf)
@@ -67,8 +75,13 @@ def rope(
             positions["scaling"] = _scaling(kind, given, hf)
         elif set(given) - _BESIDE:
             raise ConfigError(f"rope_parameters of rope_type default have {sorted(given)}")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("partial_rotary_factor below 1 cannot be expressed here")
+        stated = given.get(_FRACTION, hf.get(_FRACTION) if beside else None)
+        if fraction is not None:
+            positions["fraction"] = fraction(hf) if stated is None else stated
+        elif stated not in (None, 1.0):
+            raise ConfigError(
+                f"partial_rotary_factor is {stated!r}; heads of this model_type turn whole (1.0)"
+            )
         return {"attention.positions": positions}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +89,13 @@ def rope(
         if not isinstance(positions, RopeConfig):
             raise ConfigError(f"attention.positions are {positions.kind}; this layout has rotary")
         values = _written(positions)
+        part = dict.fromkeys(beside, positions.fraction)
         if not original or "rope_parameters" in original:
-            return {"rope_parameters": {**values, "rope_theta": positions.theta}}
+            return {"rope_parameters": {**values, "rope_theta": positions.theta, **part}}
         scaled = values if positions.scaling is not None else None
-        return {"rope_theta": positions.theta, "rope_scaling": scaled}
+        return {"rope_theta": positions.theta, "rope_scaling": scaled, **part}
 
-    return Entry(_FIELDS, read, write)
+    return Entry((*_FIELDS, *beside), read, write)
 
 
 def _given(hf: Mapping[str, Any]) -> Mapping[str, Any]:
