@@ -41,6 +41,14 @@ def test_an_unknown_field_is_refused(name):
         ("DeepSeek-V3", {"attention_bias": True}, "attention_bias is True"),
         ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"] * 46 + ["dense"]}, "only 47 entries"),
         ("GLM-4.7-Flash", {"first_k_dense_replace": 3}, "is 3.* make it 1"),
+        ("GLM-4.5-Air", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("GLM-4.5-Air", {"partial_rotary_factor": 0.01}, "turns 1 numbers"),
+        ("Qwen3-30B-A3B", {"partial_rotary_factor": 0.5}, "unknown field partial_rotary_factor"),
+        ("MiniMax-M2", {"partial_rotary_factor": 1.0}, "rotary_dim is 64.* make it 128"),
+        ("MiniMax-M2", {"attn_type_list": [0] * 62}, "attn_type_list"),
+        ("MiniMax-M2", {"use_routing_bias": False}, "use_routing_bias is False"),
+        ("MiniMax-M2", {"qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
+        ("MiniMax-M2", {"layernorm_mlp_beta": 2.0}, "a residual that is scaled"),
         ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
         ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
         ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
@@ -72,6 +80,35 @@ def test_layers_of_glm_that_are_dense():
     cfg = to_settings(FAMILIES["glm4_moe_lite"], {**fields, "mlp_layer_types": two})
     assert cfg.dense_first == 2
     assert to_fields(FAMILIES["glm4_moe_lite"], cfg, {})["mlp_layer_types"] == two
+
+
+def test_how_much_of_a_head_turns_is_said_in_three_ways():
+    """Beside the other fields (GLM), among the rotary ones (transformers 5), or as a width."""
+    for changes, fraction in (
+        ({}, 0.5),
+        ({"partial_rotary_factor": "left out"}, 0.5),
+        ({"partial_rotary_factor": 0.25}, 0.25),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.75}}, 0.75),
+    ):
+        assert settings("GLM-4.5-Air", **changes).attention.positions.fraction == fraction
+    for changes, fraction in (
+        ({}, 0.5),
+        ({"rotary_dim": "left out"}, 1.0),
+        ({"rotary_dim": 32}, 0.25),
+        ({"rotary_dim": 32, "partial_rotary_factor": 0.25}, 0.25),
+    ):
+        assert settings("MiniMax-M2", **changes).attention.positions.fraction == fraction
+    cfg = settings("GLM-4.5-Air", partial_rotary_factor=0.25)
+    assert to_fields(FAMILIES["glm4_moe"], cfg, PUBLISHED["GLM-4.5-Air"][0]) == {
+        **PUBLISHED["GLM-4.5-Air"][0],
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 0.25,
+    }
+    with pytest.raises(ConfigError, match=r"cannot express attention\.positions\.fraction"):
+        to_fields(FAMILIES["dots1"], settings("dots.llm1.inst").model_copy(
+            update={"attention": cfg.attention.model_copy(update={
+                "bias": "none", "qk_norm": "head", "num_heads": 32, "num_kv_heads": 32})}
+        ), {})  # fmt: skip
 
 
 def test_first_layers_kept_dense_and_every_other_layer_a_mixture():

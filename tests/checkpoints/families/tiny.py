@@ -181,6 +181,39 @@ TINY = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **SMALL_EXPERTS,
+            "n_shared_experts": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "glm4_moe_air": (
+        "Glm4Moe",
+        {
+            **SMALL_EXPERTS,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "head_dim": 12,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
     "dots1": (
         "Dots1",
         {

@@ -1,6 +1,7 @@
-"""GLM-4.7-Flash: DeepSeek-V3's attention and mixture (Z.ai 2026).
+"""GLM-4.5, 4.6 and 4.7 with half of each head turning; GLM-4.7-Flash with latent attention.
 
-A layer at the end predicts two tokens at once, as V3's; this project does not run it.
+Z.ai 2025 and 2026. The mixture is DeepSeek-V3's. A layer at the end predicts two tokens at once, as
+V3's; this project does not run it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from moestro.checkpoints.families.deepseek import (
+    FIRST_DENSE,
     LATENT,
     LATENT_RULES,
     MIXTURE,
+    NETWORKS,
     SIGMOID,
     next_tokens,
     sigmoid_router,
 )
-from moestro.checkpoints.families.fields import derived, fixed, num_layers
-from moestro.checkpoints.families.llama import decoder
+from moestro.checkpoints.families.fields import choice, derived, fixed, num_layers
+from moestro.checkpoints.families.llama import BACKBONE, HEAD_DIM, decoder
+from moestro.checkpoints.families.rope import rope
 from moestro.checkpoints.families.table import Entry, Family
 from moestro.errors import ConfigError
 
@@ -47,6 +51,24 @@ def _kinds(dense: int, layers: int) -> list[str]:
     return ["dense" if n < dense else "sparse" for n in range(layers)]
 
 
+GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    (
+        *decoder(1e-5, rope(fraction=lambda hf: 0.5)),
+        HEAD_DIM,
+        choice("attention_bias", "attention.bias", {False: "none", True: "qkv"}, False),
+        choice("use_qk_norm", "attention.qk_norm", {False: "none", True: "head"}, False),
+        FIRST_DENSE,
+        *MIXTURE,
+        *sigmoid_router(1, 1, 1.0, renormalize=True),
+        fixed("scoring_func", "sigmoid"),
+    ),
+    (*BACKBONE, *NETWORKS),
+    always=SIGMOID,
+    left_out=next_tokens,
+    replaced={"num_nextn_predict_layers": 0},
+)
 GLM4_MOE_LITE = Family(
     "glm4_moe_lite",
     "Glm4MoeLiteForCausalLM",
