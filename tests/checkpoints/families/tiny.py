@@ -52,6 +52,12 @@ LATENT = {
     "v_head_dim": 10,
     **SMALL_EXPERTS,
 }
+ERNIE = {
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 14,
+    "num_nextn_predict_layers": 0,
+}
 QWEN_MOE = {
     "num_experts": 6,
     "num_experts_per_tok": 3,
@@ -212,6 +218,19 @@ TINY = {
             "num_local_experts": 6,
             "num_experts_per_tok": 3,
             "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {**ERNIE, "tie_word_embeddings": True}),
+    "ernie4_5_moe_mixed": (
+        "Ernie4_5_Moe",
+        {
+            **ERNIE,
+            "num_hidden_layers": 5,
+            "moe_layer_start_index": 2,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 3,
+            "moe_num_shared_experts": 1,
+            "head_dim": 10,
         },
     ),
     "dots1": (

@@ -8,6 +8,7 @@ from typing import Any
 from moestro.checkpoints.families import (
     deepseek,
     dots,
+    ernie,
     glm,
     gpt_oss,
     llama,
@@ -36,6 +37,7 @@ FAMILIES: Mapping[str, Family] = {
         deepseek.DEEPSEEK_V3,
         deepseek.KIMI_K2,
         dots.DOTS1,
+        ernie.ERNIE4_5_MOE,
         glm.GLM4_MOE,
         glm.GLM4_MOE_LITE,
         minimax.MINIMAX_M2,

@@ -59,11 +59,12 @@ def next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
     return {"a layer for multi-token prediction": (f"model.layers.{cfg.num_layers}.*",)}
 
 
-def shared() -> Entry:
-    """`n_shared_experts`, which lie side by side as one, so many times as wide as an expert."""
+def shared(theirs: str = "n_shared_experts", default: int = 0) -> Entry:
+    """Their number, which lie side by side as one, so many times as wide as an expert."""
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        number = hf.get("n_shared_experts")
+        number = hf.get(theirs)
+        number = default if number is None else number
         if not number:
             return {"moe.shared": None}
         return {"moe.shared.hidden_dim": number * hf["moe_intermediate_size"]}
@@ -75,9 +76,9 @@ def shared() -> Entry:
                 f"moe.shared is {shared}; this layout has a shared expert that is a multiple of "
                 f"moe.hidden_dim ({width}) wide"
             )
-        return {"n_shared_experts": shared.hidden_dim // width}
+        return {theirs: shared.hidden_dim // width}
 
-    return Entry(("n_shared_experts",), read, write)
+    return Entry((theirs,), read, write)
 
 
 def _v2_groups() -> Entry:

@@ -25,7 +25,8 @@ class Rule(NamedTuple):
             of ours, one after another along the first axis (after the index, if there is one).
         ours: our name, with {n} for the layer; an index in brackets takes that slice of the first
             axis: `blocks.{n}.ffn.experts.down[{e}]`, `blocks.{n}.ffn.down[0]`. {name} is any name.
-        layout: how a part of theirs becomes a part of ours, by its name in `LAYOUTS`.
+        layout: how a part of theirs becomes a part of ours, by its name in `LAYOUTS`; several are
+            one for each part.
         sizes: settings → rows of each part of ours; None: equal parts.
 
     A rule whose tensor the model does not have is not used, so a table can list what only some
@@ -34,7 +35,7 @@ class Rule(NamedTuple):
 
     theirs: tuple[str, ...]
     ours: str
-    layout: str = "same"
+    layout: str | tuple[str, ...] = "same"
     sizes: Callable[[Any], tuple[int, ...]] | None = None
 
 
@@ -167,6 +168,8 @@ def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "same": Layout(lambda x, _: x, lambda x, _: x),
+    # [1, ..] in theirs.
+    "row": Layout(lambda x, _: x[0], lambda x, _: x[None], lambda shape: (1, *shape)),
     # [.., I, O] in theirs, [.., O, I] in ours.
     "transposed": Layout(lambda x, _: x.mT, lambda x, _: x.mT, _swapped),
     # gate, up, gate, up … along the last axis of theirs; all gates, then all ups in ours.
