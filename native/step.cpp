@@ -367,8 +367,8 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
 bool good(const moestro_decoder *d, int64_t b) {
     if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
         return false;
-    if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
-        !valid_rows(d->cache_dtype))
+    if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm ||
+        !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype))
         return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }

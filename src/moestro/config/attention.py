@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from moestro.config.number import MOST, Natural, Positive, PositiveFloat
+from moestro.config.number import MOST, Natural, Positive, PositiveFloat, Share
 from moestro.settings import Settings
 
 
@@ -72,14 +72,11 @@ class RopeConfig(Settings):
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = Field(10_000.0, description="Base of the rotary angles.")
-    scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
-    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Part of each head that turns, its first numbers (GLM-4.5: a half)."
+    fraction: Share = Field(
+        1.0,
+        description="Of each head, from its first number on, that turns; the rest has no position.",
     )
-
-    def width(self, head_dim: int) -> int:
-        """How many numbers of a head of this width turn; rounded down, as in transformers."""
-        return int(head_dim * self.fraction)
+    scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
 
 
 class RelativeConfig(Settings):
@@ -178,6 +175,5 @@ class AttentionConfig(Settings):
             )
         if self.positions.fraction != 1:
             raise ValueError(
-                f"positions.fraction is {self.positions.fraction}; latent attention says by "
-                "latent.rope_dim how much of a head turns, so leave fraction out"
+                "of a latent head, rope_dim numbers turn; leave positions.fraction out"
             )

@@ -97,13 +97,12 @@ class NetworkConfig(Settings):
                     f"dim {self.dim} over {attention.num_heads} heads is not an even whole number "
                     "per head; change one of them, or set attention.head_dim"
                 )
-        positions = attention.positions
-        if attention.latent is None and isinstance(positions, RopeConfig):
-            turning = positions.width(self.head_dim)
-            if turning % 2 or not turning:
+        if isinstance(attention.positions, RopeConfig) and attention.positions.fraction < 1:
+            turning = int(self.head_dim * attention.positions.fraction)
+            if turning == 0 or turning % 2:
                 raise ValueError(
-                    f"positions.fraction {positions.fraction} of heads {self.head_dim} wide turns "
-                    f"{turning} numbers; rotary positions need an even number, and at least 2"
+                    f"attention.positions.fraction = {attention.positions.fraction} of a head of "
+                    f"width {self.head_dim} is {turning}; pairs turn, so choose an even number"
                 )
         return self
 

@@ -69,7 +69,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
 
 
 def _turn(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + A/2) by the angles; cos and sin as [S, A/2], A of all of a head.
+    """Rotate the pairs (i, i + A/2) by the angles; cos and sin as [S, A/2].
 
     x · cos + swap(x) · (-sin, sin), with tables as wide as all heads: long rows are what makes
     16-bit arithmetic on CPU fast.
@@ -101,10 +101,6 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """`reference.rotate`."""
     if _plain(x_BSHA):
         return reference.rotate(x_BSHA, cos_SA, sin_SA)
-    width, turning = x_BSHA.shape[-1], 2 * cos_SA.shape[-1]
-    if turning < width:
-        turned_BSHA, rest_BSHA = x_BSHA.split([turning, width - turning], dim=-1)
-        return torch.cat([rotate(turned_BSHA, cos_SA, sin_SA), rest_BSHA], dim=-1)
     y_BSHA: Tensor = _Rotate.apply(x_BSHA, cos_SA.to(x_BSHA.dtype), sin_SA.to(x_BSHA.dtype))
     return y_BSHA
 

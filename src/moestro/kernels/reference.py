@@ -187,13 +187,12 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, §3.2): each pair (i, i + A/2) of a head by its angle.
 
     x is queries or keys, computed in its dtype; cosines and sines are [S, A/2], of each position.
-    Where a head is wider than A, the rest of it stays as it is.
     """
     cos_S1A, sin_S1A = cos_SA[:, None].to(x_BSHA.dtype), sin_SA[:, None].to(x_BSHA.dtype)
-    half = cos_SA.shape[-1]
-    first, second, rest = x_BSHA.split([half, half, x_BSHA.shape[-1] - 2 * half], dim=-1)
-    turned = [first * cos_S1A - second * sin_S1A, second * cos_S1A + first * sin_S1A]
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+    first, second = x_BSHA.chunk(2, dim=-1)
+    return torch.cat(
+        [first * cos_S1A - second * sin_S1A, second * cos_S1A + first * sin_S1A], dim=-1
+    )
 
 
 def fp32_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from moestro.config import NetworkConfig, RelativeConfig, StackSpec
-from moestro.kernels import attention, pointwise
+from moestro.kernels import attention
 from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
 from moestro.models.norms import RMSNorm
 from moestro.models.relative import RelativeBias
-from moestro.models.rotary import Rotary
+from moestro.models.rotary import Rotary, turn
 
 
 class Attention(nn.Module):
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         qkv = self._normed(self.qkv(x_BSD)).view(batch, length, heads + 2 * groups, self.head_dim)
         qk, v_BSGA = qkv.split_with_sizes([heads + groups, groups], dim=2)
         if angles is not None:
-            qk = pointwise.rotate(qk, *angles)
+            qk = turn(qk, angles)
         q_BSHA, k_BSGA = qk.split_with_sizes([heads, groups], dim=2)
         q_BHSA, k_BGPA, v_BGPA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         if cache is not None:

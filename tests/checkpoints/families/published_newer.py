@@ -240,7 +240,7 @@ NEWER = {
             "use_cache": True,
             "vocab_size": 103424,
         },
-        0,
+        21_825_437_888,
     ),
     "dots.llm1.inst": (
         {

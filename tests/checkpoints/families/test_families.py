@@ -42,13 +42,16 @@ def test_an_unknown_field_is_refused(name):
         ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"] * 46 + ["dense"]}, "only 47 entries"),
         ("GLM-4.7-Flash", {"first_k_dense_replace": 3}, "is 3.* make it 1"),
         ("GLM-4.5-Air", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("GLM-4.5-Air", {"partial_rotary_factor": 0.01}, "turns 1 numbers"),
+        ("GLM-4.5-Air", {"partial_rotary_factor": 0.01}, "is 1; pairs turn"),
         ("Qwen3-30B-A3B", {"partial_rotary_factor": 0.5}, "unknown field partial_rotary_factor"),
         ("MiniMax-M2", {"partial_rotary_factor": 1.0}, "rotary_dim is 64.* make it 128"),
         ("MiniMax-M2", {"attn_type_list": [0] * 62}, "attn_type_list"),
         ("MiniMax-M2", {"use_routing_bias": False}, "use_routing_bias is False"),
         ("MiniMax-M2", {"qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
         ("MiniMax-M2", {"layernorm_mlp_beta": 2.0}, "a residual that is scaled"),
+        ("ERNIE-4.5-21B-A3B-PT", {"moe_layer_end_index": 20}, "layer 27 is a mixture"),
+        ("ERNIE-4.5-21B-A3B-PT", {"use_bias": True}, "use_bias is True"),
+        ("ERNIE-4.5-21B-A3B-PT", {"moe_use_aux_free": False}, "without a selection bias"),
         ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
         ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
         ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
@@ -71,6 +74,16 @@ def test_kimi_k2_is_deepseek_v3_by_another_name():
     cfg = settings("Kimi-K2-Instruct")
     assert (cfg.moe.num_experts, cfg.attention.positions.scaling.factor) == (384, 32)
     assert to_fields(FAMILIES["kimi_k2"], cfg, {})["model_type"] == "kimi_k2"
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "every", "mixtures"),
+    [(1, -1, 1, range(1, 28)), (3, 27, 1, range(3, 28)), (0, 26, 3, range(2, 28, 3))],
+)
+def test_layers_of_ernie_that_are_mixtures(start, end, every, mixtures):
+    indices = {"moe_layer_start_index": start, "moe_layer_end_index": end}
+    cfg = settings("ERNIE-4.5-21B-A3B-PT", **indices, moe_layer_interval=every)
+    assert [n for n in range(28) if cfg.is_moe_layer(n)] == list(mixtures)
 
 
 def test_layers_of_glm_that_are_dense():

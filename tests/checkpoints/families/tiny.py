@@ -6,21 +6,14 @@ import warnings
 import pytest
 import torch
 
+from .tiny_newer import LATENT, NEWER, PLAIN_ROPE, YARN
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 VOCABULARY = 61
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 5_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 8.0,
-    "beta_slow": 1.0,
-}
 BODY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -35,28 +28,6 @@ BODY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "tie_word_embeddings": False,
-}
-SMALL_EXPERTS = {
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 14,
-    "first_k_dense_replace": 1,
-}
-LATENT = {
-    "num_key_value_heads": 6,
-    "q_lora_rank": None,
-    "kv_lora_rank": 14,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    **SMALL_EXPERTS,
-}
-ERNIE = {
-    "moe_num_experts": 8,
-    "moe_k": 3,
-    "moe_intermediate_size": 14,
-    "num_nextn_predict_layers": 0,
 }
 QWEN_MOE = {
     "num_experts": 6,
@@ -174,85 +145,6 @@ TINY = {
             "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.4},
         },
     ),
-    "glm4_moe_lite": (
-        "Glm4MoeLite",
-        {
-            **LATENT,
-            "q_lora_rank": 18,
-            "n_shared_experts": 1,
-            "n_group": 2,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "num_nextn_predict_layers": 0,
-            "rms_norm_eps": 1e-5,
-        },
-    ),
-    "glm4_moe": (
-        "Glm4Moe",
-        {
-            **SMALL_EXPERTS,
-            "n_shared_experts": 1,
-            "head_dim": 12,
-            "attention_bias": True,
-            "use_qk_norm": True,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "num_nextn_predict_layers": 0,
-            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
-        },
-    ),
-    "glm4_moe_air": (
-        "Glm4Moe",
-        {
-            **SMALL_EXPERTS,
-            "n_group": 2,
-            "topk_group": 1,
-            "num_nextn_predict_layers": 0,
-            "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
-        },
-    ),
-    "minimax_m2": (
-        "MiniMaxM2",
-        {
-            "head_dim": 12,
-            "num_local_experts": 6,
-            "num_experts_per_tok": 3,
-            "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
-        },
-    ),
-    "ernie4_5_moe": ("Ernie4_5_Moe", {**ERNIE, "tie_word_embeddings": True}),
-    "ernie4_5_moe_mixed": (
-        "Ernie4_5_Moe",
-        {
-            **ERNIE,
-            "num_hidden_layers": 5,
-            "moe_layer_start_index": 2,
-            "moe_layer_interval": 2,
-            "moe_layer_end_index": 3,
-            "moe_num_shared_experts": 1,
-            "head_dim": 10,
-        },
-    ),
-    "dots1": (
-        "Dots1",
-        {
-            **SMALL_EXPERTS,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "attention_bias": True,
-        },
-    ),
-    "dots1_window": (
-        "Dots1",
-        {
-            **SMALL_EXPERTS,
-            "n_group": 4,
-            "topk_group": 2,
-            "head_dim": 10,
-            "sliding_window": 7,
-            "max_window_layers": 0,
-        },
-    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -296,6 +188,7 @@ TINY = {
             },
         },
     ),
+    **NEWER,
 }  # fmt: skip
 SWITCH = {
     "vocab_size": VOCABULARY,

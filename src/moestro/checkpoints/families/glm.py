@@ -55,7 +55,7 @@ GLM4_MOE = Family(
     "glm4_moe",
     "Glm4MoeForCausalLM",
     (
-        *decoder(1e-5, rope(fraction=lambda hf: 0.5)),
+        *decoder(1e-5, rope(fraction=0.5)),
         HEAD_DIM,
         choice("attention_bias", "attention.bias", {False: "none", True: "qkv"}, False),
         choice("use_qk_norm", "attention.qk_norm", {False: "none", True: "head"}, False),

@@ -11,24 +11,32 @@ from typing import Any
 from moestro.checkpoints.families.fields import derived, field, fixed
 from moestro.checkpoints.families.llama import BACKBONE, BLOCK, LAYER, decoder, experts, mixture
 from moestro.checkpoints.families.rope import rope
-from moestro.checkpoints.families.table import Family, Inert, Rule
+from moestro.checkpoints.families.table import Entry, Family, Inert, Rule
+from moestro.models.rotary import turning_width
 
 _WIDTH = 128
 
 
-def _fraction(hf: Mapping[str, Any]) -> float:
-    """`rotary_dim` says how many numbers of a head turn."""
-    turning = hf.get("rotary_dim")
-    return 1.0 if turning is None else turning / (hf.get("head_dim") or _WIDTH)
+def _positions() -> Entry:
+    """Rotary positions; `rotary_dim` says how many numbers of a head turn, if nothing else does."""
+    entry = rope(5e6, fraction=1.0)
+
+    def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+        turning = hf.get("rotary_dim")
+        if turning is not None and hf.get("partial_rotary_factor") is None:
+            hf = {**hf, "partial_rotary_factor": turning / (hf.get("head_dim") or _WIDTH)}
+        return entry.read(hf)
+
+    return entry._replace(read=read)
 
 
 MINIMAX_M2 = Family(
     "minimax_m2",
     "MiniMaxM2ForCausalLM",
     (
-        *decoder(1e-6, rope(5e6, fraction=_fraction)),
+        *decoder(1e-6, _positions()),
         field("head_dim", "attention.head_dim", _WIDTH),
-        derived("rotary_dim", lambda cfg: cfg.attention.positions.width(cfg.head_dim)),
+        derived("rotary_dim", turning_width),
         *experts(),
         field("router_jitter_noise", "moe.router.jitter", 0.0),
         fixed("sliding_window", None),

@@ -5,7 +5,7 @@ Both forms are read. Written is the form that the original had, else the newer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moestro.checkpoints.families.table import Entry
@@ -32,9 +32,9 @@ SCALINGS: Mapping[str, Mapping[str, str]] = {
     for kind in (LinearScaling, Llama3Scaling, YarnScaling, LongRopeScaling)
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
-_FRACTION = "partial_rotary_factor"
 # What both forms may say besides, and older files repeat.
-_BESIDE = {"rope_type", "type", "rope_theta", _FRACTION, "finetuned"}
+_PARTIAL = "partial_rotary_factor"
+_BESIDE = {"rope_type", "type", "rope_theta", _PARTIAL, "finetuned"}
 
 
 # longrope's magnitude is stated by Phi-3.5-MoE alone; elsewhere it would follow from the contexts.
@@ -46,7 +46,8 @@ def rope(
     *,
     scalings: tuple[str, ...] = _USUAL,
     required: bool = False,
-    fraction: Callable[[Mapping[str, Any]], float] | None = None,
+    fraction: float | None = None,
+    beside: frozenset[str] = frozenset(),
 ) -> Entry:
     """The entry of rotary positions.
 
@@ -54,10 +55,11 @@ def rope(
         theta: where config.json names none.
         scalings: the rope_types that the family has, beside default.
         required: config.json has to say them, since transformers' own default is a scaling.
-        fraction: config.json → `partial_rotary_factor` where it is not said; None: heads of this
-            family turn whole.
+        fraction: of a head that turns where `partial_rotary_factor` is missing; None: the family
+            turns whole heads.
+        beside: further fields without a meaning for text.
     """
-    beside = () if fraction is None else (_FRACTION,)
+    fields = _FIELDS if fraction is None else (*_FIELDS, _PARTIAL)
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         given = _given(hf)
@@ -73,15 +75,12 @@ def rope(
                 known = ", ".join(("default", *scalings))
                 raise ConfigError(f"rope_type is {kind!r}; known for this model_type: {known}")
             positions["scaling"] = _scaling(kind, given, hf)
-        elif set(given) - _BESIDE:
+        elif set(given) - _BESIDE - beside:
             raise ConfigError(f"rope_parameters of rope_type default have {sorted(given)}")
-        stated = given.get(_FRACTION, hf.get(_FRACTION) if beside else None)
         if fraction is not None:
-            positions["fraction"] = fraction(hf) if stated is None else stated
-        elif stated not in (None, 1.0):
-            raise ConfigError(
-                f"partial_rotary_factor is {stated!r}; heads of this model_type turn whole (1.0)"
-            )
+            positions["fraction"] = given.get(_PARTIAL, hf.get(_PARTIAL) or fraction)
+        elif given.get(_PARTIAL, 1.0) != 1.0:
+            raise ConfigError(f"{_PARTIAL} below 1 cannot be expressed here")
         return {"attention.positions": positions}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,13 +88,13 @@ def rope(
         if not isinstance(positions, RopeConfig):
             raise ConfigError(f"attention.positions are {positions.kind}; this layout has rotary")
         values = _written(positions)
-        part = dict.fromkeys(beside, positions.fraction)
+        partial = {} if fraction is None else {_PARTIAL: positions.fraction}
         if not original or "rope_parameters" in original:
-            return {"rope_parameters": {**values, "rope_theta": positions.theta, **part}}
+            return {"rope_parameters": {**values, "rope_theta": positions.theta, **partial}}
         scaled = values if positions.scaling is not None else None
-        return {"rope_theta": positions.theta, "rope_scaling": scaled, **part}
+        return {"rope_theta": positions.theta, "rope_scaling": scaled, **partial}
 
-    return Entry((*_FIELDS, *beside), read, write)
+    return Entry(fields, read, write)
 
 
 def _given(hf: Mapping[str, Any]) -> Mapping[str, Any]:
