@@ -69,6 +69,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": MOE,
         "attention": {**HEADS, "qk_norm": "head", "positions": {"fraction": 0.5}},
     },
+    "ernie": {"moe": {**MOE, "router": {"selection_bias": True}}},
+    "granite": {
+        "moe": {**MOE, "shared": {"hidden_dim": 20}},
+        "norm": {"residual_scale": 0.22, "eps": 0.1},
+        "head": {"embed_scale": 12.0, "scale": 0.2},
+        "attention": {**HEADS, "positions": {"score_scale": 0.1}},
+    },
+    "scaled residual, layer norm": {"norm": {"kind": "layer", "residual_scale": 3.0, "eps": 0.1}},
     "layer norm": {"moe": MOE, "norm": {"kind": "layer"}},
     "groups": {
         "moe": {
@@ -104,6 +112,10 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "latent attention",
     ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
+    "scaled residual": (
+        {"norm": {"residual_scale": 0.5}, "attention": {**HEADS, "qk_norm": "head"}},
+        "a scaled residual with normed queries",
+    ),
     "capacity": ({"moe": {**MOE, "capacity": {}}}, "capacity"),
     "hash": ({"moe": {**MOE, "router": {"kind": "hash"}}}, "hash router"),
 }

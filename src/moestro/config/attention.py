@@ -77,6 +77,9 @@ class RopeConfig(Settings):
         description="Of each head, from its first number on, that turns; the rest has no position.",
     )
     scaling: RopeScaling | None = Field(None, description="How angles reach beyond training.")
+    score_scale: PositiveFloat | None = Field(
+        None, description="Of attention scores (Granite); unset: 1 / sqrt(head_dim)."
+    )
 
 
 class RelativeConfig(Settings):
@@ -172,6 +175,10 @@ class AttentionConfig(Settings):
             raise ValueError(
                 "latent attention has rotary positions, and neither qk_norm, bias nor sinks; "
                 "leave them out"
+            )
+        if self.positions.score_scale is not None:
+            raise ValueError(
+                "latent attention scales its scores itself; leave positions.score_scale out"
             )
         if self.positions.fraction != 1:
             raise ValueError(

@@ -20,15 +20,21 @@ class NormConfig(Settings):
         "rms", description="RMSNorm, or LayerNorm with a bias (Phi-3.5-MoE)."
     )
     eps: PositiveFloat = Field(1e-6, description="Added to the mean square, or to the variance.")
+    residual_scale: PositiveFloat = Field(
+        1.0, description="What a sublayer returns is multiplied by it when it is added (Granite)."
+    )
 
 
 class HeadConfig(Settings):
-    """From the last hidden state to the logits."""
+    """From the last hidden state to the logits; and the scale of the embeddings."""
 
     tied: bool = Field(True, description="Use the input embedding's matrix.")
     bias: bool = Field(False, description="One per entry of the vocabulary.")
     scale: PositiveFloat = Field(
         1.0, description="The hidden state is multiplied by it (T5's tied head: 1 / sqrt(dim))."
+    )
+    embed_scale: PositiveFloat = Field(
+        1.0, description="The embeddings are multiplied by it (Granite)."
     )
 
 

@@ -57,6 +57,8 @@ def _lacks(cfg: ModelConfig) -> str | None:
     lacking = {
         "latent attention": attention.latent is not None,
         "relative positions": not isinstance(attention.positions, RopeConfig),
+        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
+        and attention.qk_norm != "none",
     }
     if moe is not None:
         router = moe.router
@@ -118,7 +120,9 @@ class NativeDecoder:
             pasts: caches of batch 1, each its own; the step extends them in place.
         """
         tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
-        x_TD = self.model.embed(tokens_T).float()
+        # The residual runs divided by its scale; its norms, whose eps is divided by the square,
+        # are the same.
+        x_TD = self.model.embedded(tokens_T).float() / self.model.cfg.norm.residual_scale
         device = torch.device("cpu")
         pairs = list(zip(tokens, pasts, strict=True))
         angles = [
@@ -155,7 +159,7 @@ def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
         top_k=0,
         turning=turning_width(cfg),
         norm_all=cfg.attention.qk_norm == "full",
-        eps=cfg.norm.eps,
+        eps=cfg.norm.eps / cfg.norm.residual_scale**2,
         score_scale=score_scale,
         head_scale=cfg.head.scale,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.config import NetworkConfig, RelativeConfig, StackSpec
+from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.kernels import attention
 from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
@@ -41,6 +41,8 @@ class Attention(nn.Module):
         # T5 has the scale of the scores in the initial queries instead.
         root = self.head_dim**-0.5
         self.scale, query_scale = 1.0 if relative else root, root if relative else 1.0
+        if isinstance(positions, RopeConfig) and positions.score_scale is not None:
+            self.scale = positions.score_scale
         self.qkv = QKV(cfg.dim, wide, 2 * narrow, settings.bias != "none", query_scale)
         self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None

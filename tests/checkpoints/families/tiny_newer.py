@@ -112,4 +112,20 @@ NEWER = {
             "max_window_layers": 0,
         },
     ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 1.7,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoe_plain": (
+        "GraniteMoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "head_dim": 10},
+    ),
 }

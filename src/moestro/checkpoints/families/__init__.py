@@ -11,6 +11,7 @@ from moestro.checkpoints.families import (
     ernie,
     glm,
     gpt_oss,
+    granite,
     llama,
     minimax,
     mixtral,
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         glm.GLM4_MOE_LITE,
         minimax.MINIMAX_M2,
         gpt_oss.GPT_OSS,
+        granite.GRANITE_MOE,
         phimoe.PHIMOE,
         switch.SWITCH,
     )

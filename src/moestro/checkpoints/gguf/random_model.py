@@ -59,7 +59,8 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
         "dense layers beside mixtures": moe is not None
         and not all(map(cfg.is_moe_layer, range(cfg.num_layers))),
         "another activation than swiglu": (moe or cfg.dense).activation != "swiglu",
-        "head.bias or head.scale": cfg.head.bias or cfg.head.scale != 1,
+        "head.bias or a scale of the head, of embeddings or of the residual": cfg.head.bias
+        or (cfg.head.scale, cfg.head.embed_scale, cfg.norm.residual_scale) != (1, 1, 1),
         "a dense network with normed heads": moe is None and attention.qk_norm == "head",
     }
     if moe is not None:
