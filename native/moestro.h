@@ -114,6 +114,7 @@ typedef struct {
     int64_t turning;                                  /* A', the first numbers of a head, which turn */
     int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
     int32_t norm_all;                                 /* queries, and keys, have one norm over all heads */
+    int32_t norm_rotated;                             /* each head's norm comes after its rotation */
     /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
      * its best `group_best` experts. */
     int32_t expert_groups, top_groups, group_best;

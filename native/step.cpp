@@ -116,13 +116,14 @@ void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memo
 
 void Step::rotate(float *head, const float *gain, int64_t t) const {
     const int64_t half = d_.turning / 2;
-    if (gain && !d_.norm_all) norm(head, gain, nullptr, d_.head_dim, head);
+    if (gain && !d_.norm_all && !d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
     const float *c = cosines + t * half, *s = sines + t * half;
     for (int64_t i = 0; i < half; i++) {
         const float first = head[i], second = head[i + half];
         head[i] = first * c[i] - second * s[i];
         head[i + half] = second * c[i] + first * s[i];
     }
+    if (gain && d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
 }
 
 void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {

@@ -69,6 +69,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": MOE,
         "attention": {**HEADS, "qk_norm": "head", "positions": {"fraction": 0.5}},
     },
+    "hunyuan": {
+        "moe": {**MOE, "shared": {"hidden_dim": 24}},
+        "attention": {**HEADS, "qk_norm": "rotated"},
+    },
     "ernie": {"moe": {**MOE, "router": {"selection_bias": True}}},
     "granite": {
         "moe": {**MOE, "shared": {"hidden_dim": 20}},
@@ -240,6 +244,7 @@ def native():
         "qwen",
         "olmoe",
         "glm",
+        "hunyuan",
         "layer norm",
         "best two of groups",
     ],

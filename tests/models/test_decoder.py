@@ -76,6 +76,9 @@ VARIANTS = {
             "positions": {"fraction": 0.4},
         },
     },
+    "norm after the rotation": {
+        "attention": {**HEADS, "num_kv_heads": 2, "qk_norm": "rotated"},
+    },
     "scales": {
         "moe": MOE,
         "dense_first": 1,
@@ -133,6 +136,9 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
             return torch.cat([pairs.real, pairs.imag, x[..., part:]], -1)
 
         q, k = turn(q), turn(k)
+        if settings.qk_norm == "rotated":
+            norms = ((q, module.q_norm), (k, module.k_norm))
+            q, k = (plain_norm(x, norm, cfg.norm.eps) for x, norm in norms)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
     seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))

@@ -138,8 +138,10 @@ class AttentionConfig(Settings):
     num_heads: Positive = Field(4, description="H, query heads.")
     num_kv_heads: Positive | None = Field(None, description="G; unset: as many as num_heads.")
     head_dim: Positive | None = Field(None, description="A; unset: dim / num_heads.")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        "none", description="RMSNorm of queries and keys: of each head, or of all together (OLMoE)."
+    qk_norm: Literal["none", "head", "full", "rotated"] = Field(
+        "none",
+        description="RMSNorm of queries and keys: of each head, of all together (OLMoE), or of "
+        "each head after its rotation (Hunyuan).",
     )
     bias: Literal["none", "qkv", "all"] = Field("none", description="Which projections have one.")
     window: WindowConfig | None = None
@@ -162,6 +164,8 @@ class AttentionConfig(Settings):
         rope = isinstance(self.positions, RopeConfig)
         if self.head_dim is not None and self.head_dim % 2 and rope:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.qk_norm == "rotated" and not rope:
+            raise ValueError("qk_norm is rotated, but positions are not rotary; choose head")
         if self.latent is not None:
             self._check_latent()
         return self

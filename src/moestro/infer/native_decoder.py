@@ -159,6 +159,7 @@ def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
         top_k=0,
         turning=turning_width(cfg),
         norm_all=cfg.attention.qk_norm == "full",
+        norm_rotated=cfg.attention.qk_norm == "rotated",
         eps=cfg.norm.eps / cfg.norm.residual_scale**2,
         score_scale=score_scale,
         head_scale=cfg.head.scale,

@@ -59,6 +59,7 @@ class StepShape(NamedTuple):
     top_k: int  # K; 0 for a model without mixtures
     turning: int | None = None  # numbers of a head that turn, its first; None: all
     norm_all: bool = False  # queries, and keys, have one norm over all heads
+    norm_rotated: bool = False  # each head's norm comes after its rotation
     expert_groups: int = 1  # experts are chosen in the best of them alone
     top_groups: int = 1  # how many those are
     group_best: int = 1  # a group counts as much as its best ones
@@ -96,9 +97,9 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
         ("vocab", I64), ("turning", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
-        ("cache_dtype", I32), ("norm_all", I32), ("expert_groups", I32), ("top_groups", I32),
-        ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
-        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
+        ("cache_dtype", I32), ("norm_all", I32), ("norm_rotated", I32), ("expert_groups", I32),
+        ("top_groups", I32), ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT),
+        ("score_scale", _FLOAT), ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
         ("norm_bias", PTR), ("head", Matrix), ("head_bias", PTR),
     )  # fmt: skip
 
@@ -192,7 +193,8 @@ class StepDecoder:
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             _turning(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
-            shape.norm_all, shape.expert_groups, shape.top_groups, shape.group_best,
+            shape.norm_all, shape.norm_rotated,
+            shape.expert_groups, shape.top_groups, shape.group_best,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
             None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.qkv = QKV(cfg.dim, wide, 2 * narrow, settings.bias != "none", query_scale)
         self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None
-        self.norm_all = settings.qk_norm == "full"
+        self.norm_all, self.norm_rotated = (settings.qk_norm == x for x in ("full", "rotated"))
         if settings.qk_norm != "none":
             self.q_norm = RMSNorm(wide if self.norm_all else self.head_dim, cfg.norm.eps)
             self.k_norm = RMSNorm(narrow if self.norm_all else self.head_dim, cfg.norm.eps)
@@ -87,6 +87,8 @@ class Attention(nn.Module):
         if angles is not None:
             qk = turn(qk, angles)
         q_BSHA, k_BSGA = qk.split_with_sizes([heads, groups], dim=2)
+        if self.norm_rotated and self.q_norm is not None and self.k_norm is not None:
+            q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
         q_BHSA, k_BGPA, v_BGPA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         if cache is not None:
             k_BGPA, v_BGPA = cache.extend(k_BGPA, v_BGPA)
@@ -110,8 +112,8 @@ class Attention(nn.Module):
         return out
 
     def _normed(self, qkv_BSO: Tensor) -> Tensor:
-        """Queries and keys normalised, each head alone or all together."""
-        if self.q_norm is None or self.k_norm is None:
+        """Queries and keys normalised before they rotate, each head alone or all together."""
+        if self.q_norm is None or self.k_norm is None or self.norm_rotated:
             return qkv_BSO
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q_BSO, k_BSO, v_BSO = qkv_BSO.split_with_sizes([wide, narrow, narrow], dim=-1)

@@ -52,6 +52,12 @@ def test_an_unknown_field_is_refused(name):
         ("ERNIE-4.5-21B-A3B-PT", {"moe_layer_end_index": 20}, "layer 27 is a mixture"),
         ("ERNIE-4.5-21B-A3B-PT", {"use_bias": True}, "use_bias is True"),
         ("ERNIE-4.5-21B-A3B-PT", {"moe_use_aux_free": False}, "without a selection bias"),
+        ("Hunyuan-A13B-Instruct", {"use_cla": True}, "keys and values that layers share"),
+        ("Hunyuan-A13B-Instruct", {"moe_topk": [8] * 31 + [4]}, "one number for all layers"),
+        ("Hunyuan-A13B-Instruct", {"moe_topk": "left out"}, "moe_topk is missing"),
+        ("Hunyuan-A13B-Instruct", {"moe_intermediate_size": [1] * 32}, "only 3072 can be"),
+        ("Hunyuan-A13B-Instruct", {"num_shared_expert": 2}, "num_shared_expert is 2; only 1"),
+        ("Hunyuan-A13B-Instruct", {"rope_scaling": {"type": "dynamic"}}, "only with an alpha"),
         ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
         ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
         ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
@@ -84,6 +90,13 @@ def test_layers_of_ernie_that_are_mixtures(start, end, every, mixtures):
     indices = {"moe_layer_start_index": start, "moe_layer_end_index": end}
     cfg = settings("ERNIE-4.5-21B-A3B-PT", **indices, moe_layer_interval=every)
     assert [n for n in range(28) if cfg.is_moe_layer(n)] == list(mixtures)
+
+
+def test_alpha_of_hunyuan_stretches_the_base():
+    theta = settings("Hunyuan-A13B-Instruct").attention.positions.theta
+    assert theta == 10_000.0 * 1000.0 ** (128 / 126)
+    plain = settings("Hunyuan-A13B-Instruct", rope_scaling=None).attention.positions
+    assert (plain.theta, plain.scaling) == (10_000.0, None)
 
 
 def test_layers_of_glm_that_are_dense():

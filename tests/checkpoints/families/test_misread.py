@@ -13,7 +13,15 @@ from moestro.errors import ConfigError
 
 from . import tiny
 
-NEWER = ["dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "minimax_m2"]
+NEWER = [
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+]
 LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,

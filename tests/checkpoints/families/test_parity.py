@@ -54,7 +54,7 @@ def test_logits_and_routing(pair):
     hooks = [
         module.register_forward_hook(lambda _, __, output: choices.append(output))
         for module in pair.theirs.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "Gate"))
     ]
     theirs = pair.theirs(tokens_BS).logits
     for hook in hooks:

@@ -128,4 +128,28 @@ NEWER = {
         "GraniteMoe",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "head_dim": 10},
     ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        {
+            "num_experts": 6,
+            "moe_topk": 3,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10_000.0,
+                "factor": 1.0,
+                "alpha": 50.0,
+            },
+        },
+    ),
+    "hunyuan_v1_moe_plain": (
+        "HunYuanMoEV1",
+        {
+            "num_experts": 4,
+            "moe_topk": [2, 2, 2],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "head_dim": 8,
+        },
+    ),
 }

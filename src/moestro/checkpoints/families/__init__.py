@@ -12,6 +12,7 @@ from moestro.checkpoints.families import (
     glm,
     gpt_oss,
     granite,
+    hunyuan,
     llama,
     minimax,
     mixtral,
@@ -45,6 +46,7 @@ FAMILIES: Mapping[str, Family] = {
         minimax.MINIMAX_M2,
         gpt_oss.GPT_OSS,
         granite.GRANITE_MOE,
+        hunyuan.HUNYUAN_V1_MOE,
         phimoe.PHIMOE,
         switch.SWITCH,
     )

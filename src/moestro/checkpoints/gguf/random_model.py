@@ -54,7 +54,8 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
         "windows, sinks or biases of attention": bool(
             attention.window or attention.sinks or attention.bias != "none"
         ),
-        "a norm over all heads together": attention.qk_norm == "full",
+        "a norm over all heads together, or after the rotation": attention.qk_norm
+        in ("full", "rotated"),
         "layer norm": cfg.norm.kind != "rms",
         "dense layers beside mixtures": moe is not None
         and not all(map(cfg.is_moe_layer, range(cfg.num_layers))),
