@@ -264,6 +264,38 @@ def test_a_quantisation_of_another_family_is_refused(gpt_oss):
         open_checkpoint(gpt_oss)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("glm4_moe", "model.layers.3.shared_head.norm.weight"),
+        ("glm4_moe_lite", "model.layers.3.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
+    ],
+)
+def test_modules_for_multi_token_prediction_of_newer_families(name, key, tmp_path):
+    theirs = tiny.build(name)
+    tiny.save(theirs, tmp_path)
+    extra = {key: torch.ones(5)}
+    rewrite(tmp_path, lambda tensors: tensors.update(extra), num_nextn_predict_layers=1)
+    with pytest.warns(UserWarning, match=r"multi-token prediction.* 1 tensors with 5 numbers"):
+        read = open_checkpoint(tmp_path)
+    agree(read.model, theirs)
+
+
+def test_kimi_k2_in_fp8(tmp_path):
+    """transformers has DeepSeek-V3 for it, by another name in config.json."""
+    folder = tmp_path / "kimi"
+    tiny.save(tiny.build("deepseek_v3_plain"), folder)
+    rewrite(folder, to_fp8, quantization_config=FP8, model_type="kimi_k2")
+    read = open_checkpoint(folder, dtype=torch.float32)
+    write_pretrained(read.model, tmp_path / "back", hf_config=read.hf_config)
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "kimi_k2"
+    again = open_checkpoint(tmp_path / "back").model.state_dict()
+    assert all(torch.equal(again[key], x) for key, x in read.model.state_dict().items())
+    rewrite(folder, from_fp8, quantization_config=None, model_type="deepseek_v3")
+    agree(read.model, tiny.load(folder))
+
+
 def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):
     """It lies behind the last layer; config.json no longer speaks of it when it is written."""
     folder = tmp_path / "deepseek"
