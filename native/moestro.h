@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 6
+#define MOESTRO_ABI 7
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -111,8 +111,10 @@ typedef struct {
 /* A decoder: grouped-query attention with rotary positions, RMSNorm, softmax or sigmoid router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
+    int64_t turning;                                  /* A', the first numbers of a head, which turn */
     int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
     int32_t norm_all;                                 /* queries, and keys, have one norm over all heads */
+    int32_t norm_rotated;                             /* each head's norm comes after its rotation */
     /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
      * its best `group_best` experts. */
     int32_t expert_groups, top_groups, group_best;
@@ -133,7 +135,7 @@ typedef struct {
 } moestro_past;
 
 /* New tokens of b sequences, T = all their rows, sequence by sequence. x [T, D] fp32 are their
- * embeddings; cosines and sines [T, A/2]; logits [b, V] after each sequence's last token, and the
+ * embeddings; cosines and sines [T, A'/2]; logits [b, V] after each sequence's last token, and the
  * routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
  * sequence is cut, and whatever runs beside it. */
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,

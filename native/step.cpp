@@ -115,14 +115,15 @@ void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memo
 }
 
 void Step::rotate(float *head, const float *gain, int64_t t) const {
-    const int64_t half = d_.head_dim / 2;
-    if (gain && !d_.norm_all) norm(head, gain, nullptr, d_.head_dim, head);
+    const int64_t half = d_.turning / 2;
+    if (gain && !d_.norm_all && !d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
     const float *c = cosines + t * half, *s = sines + t * half;
     for (int64_t i = 0; i < half; i++) {
         const float first = head[i], second = head[i + half];
         head[i] = first * c[i] - second * s[i];
         head[i + half] = second * c[i] + first * s[i];
     }
+    if (gain && d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
 }
 
 void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {
@@ -367,8 +368,8 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
 bool good(const moestro_decoder *d, int64_t b) {
     if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
         return false;
-    if (d->head_dim < 2 || d->head_dim % 2 || d->top_k < 0 || !d->norm || !is(d->head, d->vocab, d->dim) ||
-        !valid_rows(d->cache_dtype))
+    if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm ||
+        !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype))
         return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }

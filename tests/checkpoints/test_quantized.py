@@ -120,13 +120,29 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused():
     values = torch.zeros(5, 7)
     with pytest.raises(ShapeError, match="float8_e4m3fn"):
         from_fp8(values, torch.ones(2, 3), (4, 3), torch.float32)
-    with pytest.raises(ShapeError, match=r"take scales \[2, 3\]; given \[1, 3\]"):
-        from_fp8(values.to(torch.float8_e4m3fn), torch.ones(1, 3), (4, 3), torch.float32)
+    values = values.to(torch.float8_e4m3fn)
+    with pytest.raises(ShapeError, match=r"take scales \[2, 3\] of floats; given .*\[1, 3\]"):
+        from_fp8(values, torch.ones(1, 3), (4, 3), torch.float32)
+    with pytest.raises(ShapeError, match=r"of floats; given torch.uint8 \[2, 3\]"):
+        from_fp8(values, torch.ones(2, 3, dtype=torch.uint8), (4, 3), torch.float32)
+    with pytest.raises(ShapeError, match=r"take scales \[1, 1\] of floats; given .*\[5, 1\]"):
+        from_fp8(values, torch.ones(5, 1), None, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_fp8_with_one_scale_for_the_matrix(shape):
+    values = torch.randn(5, 7).to(torch.float8_e4m3fn)
+    result = from_fp8(values, torch.full(shape, 0.3), None, torch.float32)
+    assert torch.equal(result, values.float() * 0.3)
 
 
 def test_pairs_of_keys():
     keys = ["a.weight", "a.weight_scale_inv", "norm.weight"]
     assert pairs(keys, scheme(FP8)) == {"a.weight": ("a.weight", "a.weight_scale_inv")}
+    keys = ["a.weight", "a.weight_scale", "a.input_scale", "norm.weight", "attention.k_scale"]
+    assert pairs(keys, scheme({"quant_method": "fp8"})) == {
+        "a.weight": ("a.weight", "a.weight_scale")
+    }
     mxfp4 = scheme({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     keys = ["m.up_blocks", "m.up_scales", "m.up_bias"]
     assert pairs(keys, mxfp4) == {"m.up": ("m.up_blocks", "m.up_scales")}
@@ -152,7 +168,6 @@ def test_half_a_pair_is_refused(keys, settings, message):
         ({}, "quant_method None"),
         ({**FP8, "bits": 8}, "unknown fields for fp8: bits"),
         ({**FP8, "fmt": "e5m2"}, "fmt 'e5m2'"),
-        ({"quant_method": "fp8"}, "weight_block_size None"),
         ({**FP8, "weight_block_size": [128]}, r"weight_block_size \[128\]"),
         ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
     ],

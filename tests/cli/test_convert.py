@@ -70,6 +70,14 @@ def test_transformers_loads_what_is_written(published, tmp_path):
     ).encode_prompt("hi")
 
 
+def test_fused_experts(published, tmp_path):
+    folder = tmp_path / "out"
+    assert main(["convert", str(published), str(folder), "--to", "hf", "--fused-experts"]) == 0
+    keys = load_file(folder / "model.safetensors").keys()
+    assert sum(key.endswith("experts.gate_up_proj") for key in keys) == 2
+    assert not [key for key in keys if "experts.0." in key]
+
+
 @pytest.fixture
 def own(tmp_path):
     """A checkpoint of ours that no family of Hugging Face's can express."""
@@ -101,6 +109,7 @@ def listing(folder):
         (["{own}", "{new}", "--to", "hf", "--family", "mixtral"], "mixtral"),
         (["{own}", "{new}", "--to", "hf", "--family", "parrot"], "'parrot' is not known"),
         (["{own}", "{new}", "--to", "moestro", "--family", "mixtral"], "add --to hf"),
+        (["{own}", "{new}", "--to", "moestro", "--fused-experts"], "add --to hf"),
         (["{own}", "{own}", "--to", "moestro"], "nothing is overwritten"),
         (["{own}", "{own}/config.json/new", "--to", "moestro"], "is not a folder"),
         (["{own}", "", "--to", "moestro"], "an empty one was given"),

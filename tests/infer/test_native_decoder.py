@@ -65,6 +65,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "geglu": {"moe": {**MOE, "activation": "geglu"}},
     "olmoe": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}},
+    "glm": {
+        "moe": MOE,
+        "attention": {**HEADS, "qk_norm": "head", "positions": {"fraction": 0.5}},
+    },
+    "hunyuan": {
+        "moe": {**MOE, "shared": {"hidden_dim": 24}},
+        "attention": {**HEADS, "qk_norm": "rotated"},
+    },
+    "ernie": {"moe": {**MOE, "router": {"selection_bias": True}}},
+    "granite": {
+        "moe": {**MOE, "shared": {"hidden_dim": 20}},
+        "norm": {"residual_scale": 0.22, "eps": 0.1},
+        "head": {"embed_scale": 12.0, "scale": 0.2},
+        "attention": {**HEADS, "positions": {"score_scale": 0.1}},
+    },
+    "scaled residual, layer norm": {"norm": {"kind": "layer", "residual_scale": 3.0, "eps": 0.1}},
     "layer norm": {"moe": MOE, "norm": {"kind": "layer"}},
     "groups": {
         "moe": {
@@ -100,6 +116,10 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "latent attention",
     ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
+    "scaled residual": (
+        {"norm": {"residual_scale": 0.5}, "attention": {**HEADS, "qk_norm": "head"}},
+        "a scaled residual with normed queries",
+    ),
     "capacity": ({"moe": {**MOE, "capacity": {}}}, "capacity"),
     "hash": ({"moe": {**MOE, "router": {"kind": "hash"}}}, "hash router"),
 }
@@ -223,6 +243,8 @@ def native():
         "deepseek",
         "qwen",
         "olmoe",
+        "glm",
+        "hunyuan",
         "layer norm",
         "best two of groups",
     ],

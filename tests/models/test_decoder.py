@@ -66,6 +66,26 @@ VARIANTS = {
             "positions": {**RELATIVE, "shared": True},
         }
     },
+    "a part of a head turns": {
+        "moe": MOE,
+        "attention": {
+            **HEADS,
+            "head_dim": 6,
+            "num_kv_heads": 2,
+            "qk_norm": "full",
+            "positions": {"fraction": 0.4},
+        },
+    },
+    "norm after the rotation": {
+        "attention": {**HEADS, "num_kv_heads": 2, "qk_norm": "rotated"},
+    },
+    "scales": {
+        "moe": MOE,
+        "dense_first": 1,
+        "head": {"scale": 0.7, "embed_scale": 1.3},
+        "norm": {"residual_scale": 0.4},
+        "attention": {**HEADS, "positions": {"score_scale": 0.8}},
+    },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
 }
 
@@ -106,14 +126,19 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
         own = bucket(-distance, 8, 6, bidirectional=False)
         bias, scale = (shared or module.relative).weight[own].permute(2, 0, 1), 1
     else:
-        frequencies = settings.positions.theta ** (-torch.arange(0, width, 2).double() / width)
+        scale = settings.positions.score_scale or scale
+        part = int(width * settings.positions.fraction)
+        frequencies = settings.positions.theta ** (-torch.arange(0, part, 2).double() / part)
         turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
 
         def turn(x):
-            pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
-            return torch.cat([pairs.real, pairs.imag], -1)
+            pairs = torch.complex(x[..., : part // 2], x[..., part // 2 : part]) * turns[:, None]
+            return torch.cat([pairs.real, pairs.imag, x[..., part:]], -1)
 
         q, k = turn(q), turn(k)
+        if settings.qk_norm == "rotated":
+            norms = ((q, module.q_norm), (k, module.k_norm))
+            q, k = (plain_norm(x, norm, cfg.norm.eps) for x, norm in norms)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
     seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))
@@ -131,17 +156,17 @@ def plain_ffn(weights, x_TD, activation):
 
 def plain_decoder(model, tokens_BS):
     """Logits, and (experts, weights) chosen by each mixture layer, in float64."""
-    cfg, eps = model.cfg, model.cfg.norm.eps
-    x = model.embed.weight[tokens_BS]
+    cfg, eps, added = model.cfg, model.cfg.norm.eps, model.cfg.norm.residual_scale
+    x = model.embed.weight[tokens_BS] * cfg.head.embed_scale
     for n, block in enumerate(model.blocks):
         h = plain_norm(x, block.attention_norm, eps)
         if cfg.attention.latent:  # It has its own tests.
             x = x + block.attention(h, rotary(0, x.shape[1], cfg, x.device, x.dtype))
         else:
-            x = x + plain_attention(block.attention, cfg, h, n, model.relative)
+            x = x + added * plain_attention(block.attention, cfg, h, n, model.relative)
         h_TD = plain_norm(x, block.ffn_norm, eps).flatten(0, 1)
         if not cfg.is_moe_layer(n):
-            x = x + plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
+            x = x + added * plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
             continue
         _, routing = block.ffn(h_TD, token_ids=tokens_BS.flatten())
         y_TD = reference.mixture(
@@ -156,7 +181,7 @@ def plain_decoder(model, tokens_BS):
         if cfg.moe.shared:
             gate_T1 = (h_TD @ block.ffn.shared_gate.weight.T).sigmoid()
             y_TD = y_TD + gate_T1 * plain_ffn(block.ffn.shared, h_TD, cfg.moe.activation)
-        x = x + y_TD.view_as(x)
+        x = x + added * y_TD.view_as(x)
     head = model.embed.weight if cfg.head.tied else model.head.weight
     return F.linear(plain_norm(x, model.norm, eps) * cfg.head.scale, head, model.head.bias)
 

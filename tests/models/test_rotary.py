@@ -13,7 +13,14 @@ from moestro import Decoder, ModelConfig
 from moestro.config import RopeConfig
 from moestro.errors import ConfigError
 from moestro.kernels.pointwise import rotate
-from moestro.models.rotary import RotaryTable, frequencies, magnitude, rotary, score_scale
+from moestro.models.rotary import (
+    RotaryTable,
+    frequencies,
+    magnitude,
+    rotary,
+    score_scale,
+    turning_width,
+)
 
 CPU = torch.device("cpu")
 FACTORS = tuple(1 + 0.3 * n for n in range(16))
@@ -54,7 +61,7 @@ def cfg_of(scaling, **attention):
     return ModelConfig(dim=128, attention={"num_heads": 4, "positions": positions, **attention})
 
 
-def theirs(scaling, total):
+def theirs(scaling, total, fraction=1.0):
     """(frequencies, magnitude) of transformers for heads of width 32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -64,7 +71,11 @@ def theirs(scaling, total):
     if scaling["kind"] == "llama3":
         parameters = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **parameters}
     config = types.SimpleNamespace(
-        rope_parameters={"rope_theta": 10_000.0, **parameters},
+        rope_parameters={
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": fraction,
+            **parameters,
+        },
         head_dim=32,
         hidden_size=128,
         num_attention_heads=4,
@@ -86,6 +97,32 @@ def test_scalings_of_transformers(name, total):
         assert magnitude(rope, total) == (1.4 if total > 10 else 1.2)
     else:
         assert magnitude(rope, total) == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize(("fraction", "width"), [(0.5, 16), (0.4, 12), (0.0625, 2)])
+def test_a_part_of_a_head_turns_as_in_transformers(name, fraction, width):
+    cfg = cfg_of(None)
+    rope = RopeConfig(scaling=SCALINGS[name], fraction=fraction)
+    cfg = cfg.model_copy(update={"attention": cfg.attention.model_copy(update={"positions": rope})})
+    assert turning_width(cfg) == width
+    expected_A, _ = theirs(SCALINGS[name], 9, fraction)
+    torch.testing.assert_close(frequencies(rope, width).float(), expected_A, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
+def test_a_part_that_cannot_turn_is_refused(fraction):
+    heads = {"num_heads": 4, "positions": {"fraction": fraction}}
+    with pytest.raises(
+        ConfigError, match=rf"positions\.fraction = {fraction} of a head of width 32 is"
+    ):
+        ModelConfig(dim=128, attention=heads)
+
+
+def test_latent_attention_says_itself_how_much_turns():
+    latent = {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+    with pytest.raises(ConfigError, match=r"leave positions\.fraction out"):
+        ModelConfig(attention={"latent": latent, "positions": {"fraction": 0.5}})
 
 
 @pytest.mark.parametrize("name", SCALINGS)

@@ -42,6 +42,7 @@ KINDS = {
     "shared expert": decoder({**MOE, "shared": {"hidden_dim": 32, "gate": True}}),
     "plain experts": decoder({**MOE, "activation": "relu", "top_k": 1}),
     "head norm": decoder(qk_norm="head"),
+    "norm after the rotation": decoder(qk_norm="rotated"),
     "full norm": decoder(MOE, qk_norm="full"),
     "window": decoder(window={"size": 32}),
     "sinks": decoder(sinks=True, bias="all", window={"size": 32, "full_every": 2}),

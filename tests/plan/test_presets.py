@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from moestro.checkpoints.families import FAMILIES
-from moestro.checkpoints.families.translate import to_fields
+from moestro.checkpoints.families.translate import canonical, to_fields, to_settings
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.plan.presets import names, preset
+
+from ..checkpoints.families.published_newer import NEWER
 
 # Published in layouts that no family here reads.
 OTHER_LAYOUTS = {"dbrx", "t5"}
@@ -45,6 +47,27 @@ def test_a_published_model_can_be_written_as_its_family(name):
     """Its settings survive the way to config.json and back; else `to_fields` names what is lost."""
     entry = preset(name)
     assert to_fields(FAMILIES[entry.family], entry.cfg, {})["model_type"] == entry.family
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("kimi-k2", "Kimi-K2-Instruct"),
+        ("glm-4.7-flash", "GLM-4.7-Flash"),
+        ("glm-4.5-air", "GLM-4.5-Air"),
+        ("glm-4.6", "GLM-4.6"),
+        ("minimax-m2", "MiniMax-M2"),
+        ("ernie-4.5-21b-a3b", "ERNIE-4.5-21B-A3B-PT"),
+        ("granite-3.0-1b-a400m", "granite-3.0-1b-a400m-instruct"),
+        ("hunyuan-a13b", "Hunyuan-A13B-Instruct"),
+        ("dots.llm1", "dots.llm1.inst"),
+    ],
+)
+def test_newer_models_are_what_their_config_says(name, published):
+    fields = NEWER[published][0]
+    assert preset(name).family == fields["model_type"]
+    theirs = to_settings(FAMILIES[fields["model_type"]], fields)
+    assert canonical(preset(name).cfg) == canonical(theirs)
 
 
 def test_families_are_known():

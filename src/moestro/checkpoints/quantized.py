@@ -1,6 +1,7 @@
 """Published checkpoints in fewer bits: how two tensors stand for one, and what numbers they mean.
 
-fp8 (DeepSeek-V3, §3.3): e4m3 values with one scale per block, usually of 128 × 128.
+fp8: e4m3 values with one scale per block, usually of 128 × 128 (DeepSeek-V3, §3.3), or with one for
+the whole matrix (AutoFP8, Mistral).
 MXFP4 (OCP Microscaling 1.0, §5.3-5.4; gpt-oss): two e2m1 values in a byte, the low half first, and
 a power of two for each 32 of them.
 
@@ -63,16 +64,18 @@ class Scheme(NamedTuple):
 
     Attributes:
         values: what the key of the values adds to the key of the tensor.
-        scales: what the key of the scales adds to it.
+        scales: what the key of the scales adds to it; one of these.
         shape: (shape of the values) → shape of the tensor.
         dequantize: (values, scales, dtype) → the tensor, of the shape that a checkpoint which is
             not quantised has.
+        unused: ends of the keys of scales for activations, which stay in full here.
     """
 
     values: str
-    scales: str
+    scales: tuple[str, ...]
     shape: Callable[[Shape], Shape]
     dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    unused: tuple[str, ...] = ()
 
 
 def scheme(settings: Mapping[str, Any]) -> Scheme:
@@ -94,22 +97,24 @@ def scheme(settings: Mapping[str, Any]) -> Scheme:
             f"{', '.join(unknown)}; known are {', '.join(sorted(_FIELDS[method]))}"
         )
     if method == "mxfp4":
-        return Scheme("_blocks", "_scales", _mxfp4_shape, _mxfp4_experts)
-    block = settings.get("weight_block_size")
-    if not _is_block(block):
+        return Scheme("_blocks", ("_scales",), _mxfp4_shape, _mxfp4_experts)
+    given = settings.get("weight_block_size")
+    if given is not None and not _is_block(given):
         raise CheckpointError(
-            f"quantization_config of config.json has weight_block_size {block!r}; fp8 needs two "
-            "whole numbers such as [128, 128]"
+            f"quantization_config of config.json has weight_block_size {given!r}; fp8 has two "
+            "whole numbers such as [128, 128], or null for one scale per matrix"
         )
-    if settings.get("fmt", "e4m3") != "e4m3":
+    if settings.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise CheckpointError(
             f"quantization_config of config.json has fmt {settings['fmt']!r}; only e4m3 is read"
         )
 
-    def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return from_fp8(values, scales, (block[0], block[1]), dtype)
+    block = None if given is None else (given[0], given[1])
 
-    return Scheme("", "_scale_inv", lambda shape: shape, dequantize)
+    def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return from_fp8(values, scales, block, dtype)
+
+    return Scheme("", _FP8_SCALES, lambda shape: shape, dequantize, _FP8_UNUSED)
 
 
 def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
@@ -117,11 +122,16 @@ def _is_block(value: Any) -> TypeGuard[Sequence[int]]:
     return len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
 
 
+# Values are multiplied by either: the first is DeepSeek's name, the second AutoFP8's.
+_FP8_SCALES = ("_scale_inv", "_scale")
+_FP8_UNUSED = (
+    ".activation_scale", ".input_scale", ".output_scale", ".k_scale", ".kv_scale", ".v_scale",
+)  # fmt: skip
 # What each method may say of itself; the keys say which tensors are quantised.
 _FIELDS = {
     "fp8": {
-        "activation_scheme", "dequantize", "fmt", "modules_to_not_convert", "scale_fmt",
-        "weight_block_size",
+        "activation_scheme", "dequantize", "fmt", "ignored_layers", "kv_cache_scheme",
+        "modules_to_not_convert", "scale_fmt", "weight_block_size",
     },
     "mxfp4": {"dequantize", "modules_to_not_convert"},
 }  # fmt: skip
@@ -130,20 +140,25 @@ _FIELDS = {
 def pairs(keys: Iterable[str], method: Scheme) -> dict[str, tuple[str, str]]:
     """The quantised tensors among a checkpoint's keys: key → (key of values, key of scales).
 
-    All other keys hold plain tensors.
+    All other keys hold plain tensors, or are unused.
 
     Raises:
         CheckpointError: scales without values, or values without scales; names the key.
     """
-    names = set(keys)
+    names = {key for key in keys if not key.endswith(method.unused)}
     found = {}
     for key in sorted(names):
-        for own, other in ((method.scales, method.values), (method.values, method.scales)):
-            if own and key.endswith(own):
-                name = key.removesuffix(own)
-                if name + other not in names:
-                    raise CheckpointError(f"the checkpoint has {key} but lacks {name + other}")
-                found[name] = (name + method.values, name + method.scales)
+        end = next((end for end in method.scales if key.endswith(end)), "")
+        if end:
+            name = key.removesuffix(end)
+            found[name] = (other := name + method.values, key)
+        elif method.values and key.endswith(method.values):
+            name = key.removesuffix(method.values)
+            found[name] = (key, other := name + method.scales[0])
+        else:
+            continue
+        if other not in names:
+            raise CheckpointError(f"the checkpoint has {key} but lacks {other}")
     return found
 
 
@@ -162,7 +177,16 @@ class Quantized(Source):
         return cls(values.file, values.key, None, shape, size, values, scales, scheme)
 
     def entry(self, index: int) -> Quantized:
-        """Entry `index` of the first axis."""
+        """Entry `index` of the first axis.
+
+        Raises:
+            CheckpointError: there are not as many entries of scales as of values.
+        """
+        if self.scales.shape[:1] != self.values.shape[:1]:
+            raise CheckpointError(
+                f"{self.file}: {self.key} {list(self.values.shape)} needs scales for each of its "
+                f"first axis; it has {list(self.scales.shape)}"
+            )
         return Quantized.of(self.values.entry(index), self.scales.entry(index), self.scheme)
 
     def load(self, dtype: torch.dtype) -> Tensor:
@@ -189,37 +213,39 @@ def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> 
         if key in joined:
             name, scales = joined[key]
             sources[name] = Quantized.of(one, stored[scales], method)
-        elif key not in used:
+        elif key not in used and not key.endswith(method.unused):
             sources[key] = one
     return sources
 
 
 def from_fp8(
-    values_OI: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype
+    values_OI: Tensor, scales: Tensor, block: tuple[int, int] | None, dtype: torch.dtype
 ) -> Tensor:
     """Values times the scale of their block, multiplied in fp32. [O, I].
 
     Args:
         values_OI: float8_e4m3fn.
         scales: one number per block, [ceil(O / rows), ceil(I / columns)]; the last block of a row
-            or column may be a part of one.
-        block: its (rows, columns).
+            or column may be a part of one. Without blocks a single number, of any shape.
+        block: its (rows, columns); None: the whole matrix is one.
         dtype: of the result.
 
     Raises:
         ShapeError: the values are of another dtype, or the scales do not fit them.
     """
-    rows, columns = block
     if values_OI.dtype != torch.float8_e4m3fn or values_OI.dim() != 2:
         raise ShapeError(
             f"fp8 values are float8_e4m3fn [O, I]; given {values_OI.dtype} {list(values_OI.shape)}"
         )
     height, width = values_OI.shape
+    rows, columns = block or (max(height, 1), max(width, 1))
     expected = (-(-height // rows), -(-width // columns))
-    if scales.shape != expected:
+    if block is None and scales.numel() == 1:
+        scales = scales.reshape(1, 1)
+    if scales.shape != expected or not scales.is_floating_point():
         raise ShapeError(
             f"values {list(values_OI.shape)} in blocks of {rows} × {columns} take scales "
-            f"{list(expected)}; given {list(scales.shape)}"
+            f"{list(expected)} of floats; given {scales.dtype} {list(scales.shape)}"
         )
     every = torch.arange(256, dtype=torch.uint8, device=values_OI.device)
     numbers = every.view(torch.float8_e4m3fn).float()

@@ -163,14 +163,18 @@ def load_tensors(unread: Unread, progress: Progress | None = None) -> None:
             )
 
 
-def outgoing(family: Family, model: Model, dtype: torch.dtype | None = None) -> list[Written]:
+def outgoing(
+    family: Family, model: Model, dtype: torch.dtype | None = None, fused_experts: bool = False
+) -> list[Written]:
     """The tensors of a checkpoint of this model, each made when it is written.
 
     Args:
         family: whose rules apply.
         model: what to write.
         dtype: of the parameters; None: as they are. Buffers stay as they are.
+        fused_experts: all experts of a layer in one tensor, where each has tensors of its own.
     """
+    rules = fused(family.rules, family.renamed) if fused_experts else family.rules
     own = unique_tensors(model)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -181,7 +185,7 @@ def outgoing(family: Family, model: Model, dtype: torch.dtype | None = None) -> 
         save = LAYOUTS[place.layout].save
         return Written(place.theirs, to, place.shape, lambda: save(place.of(tensor), model.cfg))
 
-    found = slices(family.rules, shapes, model.cfg)
+    found = slices(rules, shapes, model.cfg)
     if family.copied(model.cfg):
         keys = {place.theirs: place for place in found}
         found += [keys[of]._replace(theirs=key) for key, of in family.copies.items()]

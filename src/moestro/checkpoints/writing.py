@@ -41,6 +41,7 @@ def write_pretrained(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
     sidecar_files: Path | None = None,
+    fused_experts: bool = False,
 ) -> None:
     """Write a folder that transformers loads: config.json and safetensors, whole or not at all.
 
@@ -52,6 +53,8 @@ def write_pretrained(
         dtype: of the parameters; None: as they are.
         shard_bytes: most bytes of tensors in one file.
         sidecar_files: a folder whose tokenizer and chat templates are copied.
+        fused_experts: all experts of a layer in one tensor, as transformers 5 has them in memory;
+            False: as the family is published.
 
     Raises:
         ConfigError: no family, several, or not the named one can express the model's settings.
@@ -70,7 +73,7 @@ def write_pretrained(
     kind = dtype or model.embed.weight.dtype
     says = [field for field in _DTYPE_FIELDS if field in fields] or ["dtype"]
     fields |= dict.fromkeys(says, str(kind).removeprefix("torch."))
-    tensors = outgoing(table, model, dtype)
+    tensors = outgoing(table, model, dtype, fused_experts)
     with atomic_folder(folder) as inner:
         write_json(inner / CONFIG, fields)
         write_folder(inner, tensors, shard_bytes)

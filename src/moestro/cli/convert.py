@@ -34,6 +34,14 @@ Kind = Annotated[
 ShardSize = Annotated[
     str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
 ]
+Fused = Annotated[
+    bool,
+    typer.Option(
+        "--fused-experts",
+        help="With --to hf: all experts of a layer in one tensor, as transformers 5 has them in "
+        "memory, and not as the family is published.",
+    ),
+]
 
 
 def convert(
@@ -43,6 +51,7 @@ def convert(
     dtype: Dtype = None,
     family: Family = None,
     shard_size: ShardSize = "5GB",
+    fused_experts: Fused = False,
     kind: Kind = None,
     accept_field: AcceptField = None,
 ) -> None:
@@ -59,6 +68,8 @@ def convert(
     shard_bytes = parse_bytes(shard_size)
     if family is not None and to == "moestro":
         raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
+    if fused_experts and to != "hf":
+        raise ConfigError("--fused-experts is about Hugging Face's layout; add --to hf")
     if kind is not None and to != "gguf":
         raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
     _check_new(target)
@@ -70,7 +81,7 @@ def convert(
         if to == "gguf":
             notes = _write_gguf(opened, target, family, kind or "bf16")
         elif to == "hf":
-            notes = _write_hf(opened, target, family, shard_bytes)
+            notes = _write_hf(opened, target, family, shard_bytes, fused_experts)
         else:
             notes = _write_own(opened, target)
     except OSError as error:
@@ -94,7 +105,9 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"cannot write to {target}: {above} is not a folder; choose another")
 
 
-def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int) -> list[str]:
+def _write_hf(
+    opened: Opened, target: Path, family: str | None, shard_bytes: int, fused_experts: bool
+) -> list[str]:
     """Write Hugging Face's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
@@ -106,6 +119,7 @@ def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int
         hf_config=opened.hf_config if family in (None, opened.family) else None,
         shard_bytes=shard_bytes,
         sidecar_files=opened.folder,
+        fused_experts=fused_experts,
     )
     if (target / HF_FILE).is_file():
         return []

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from moestro.config.number import MOST, Natural, Positive, PositiveFloat
+from moestro.config.number import MOST, Natural, Positive, PositiveFloat, Share
 from moestro.settings import Settings
 
 
@@ -76,8 +76,15 @@ class RopeConfig(Settings):
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = Field(10_000.0, description="Base of the rotary angles.")
+    fraction: Share = Field(
+        1.0,
+        description="Of each head, from its first number on, that turns; the rest has no position.",
+    )
     scaling: RopeScaling | None = Field(
         None, description="How angles extend beyond the training context."
+    )
+    score_scale: PositiveFloat | None = Field(
+        None, description="Of attention scores (Granite); unset: 1 / sqrt(head_dim)."
     )
 
 
@@ -137,8 +144,10 @@ class AttentionConfig(Settings):
     num_heads: Positive = Field(4, description="H, query heads.")
     num_kv_heads: Positive | None = Field(None, description="G; unset: as many as num_heads.")
     head_dim: Positive | None = Field(None, description="A; unset: dim / num_heads.")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        "none", description="RMSNorm of queries and keys: of each head, or of all together (OLMoE)."
+    qk_norm: Literal["none", "head", "full", "rotated"] = Field(
+        "none",
+        description="RMSNorm of queries and keys: of each head, of all together (OLMoE), or of "
+        "each head after its rotation (Hunyuan).",
     )
     bias: Literal["none", "qkv", "all"] = Field(
         "none", description="Which projections have a bias."
@@ -163,6 +172,8 @@ class AttentionConfig(Settings):
         rope = isinstance(self.positions, RopeConfig)
         if self.head_dim is not None and self.head_dim % 2 and rope:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.qk_norm == "rotated" and not rope:
+            raise ValueError("qk_norm is rotated, but positions are not rotary; choose head")
         if self.latent is not None:
             self._check_latent()
         return self
@@ -176,4 +187,12 @@ class AttentionConfig(Settings):
             raise ValueError(
                 "latent attention has rotary positions, and neither qk_norm, bias nor sinks; "
                 "leave them out"
+            )
+        if self.positions.score_scale is not None:
+            raise ValueError(
+                "latent attention scales its scores itself; leave positions.score_scale out"
+            )
+        if self.positions.fraction != 1:
+            raise ValueError(
+                "of a latent head, rope_dim numbers turn; leave positions.fraction out"
             )

@@ -20,15 +20,21 @@ class NormConfig(Settings):
         "rms", description="RMSNorm, or LayerNorm with a bias (Phi-3.5-MoE)."
     )
     eps: PositiveFloat = Field(1e-6, description="Added to the mean square, or to the variance.")
+    residual_scale: PositiveFloat = Field(
+        1.0, description="What a sublayer returns is multiplied by it when it is added (Granite)."
+    )
 
 
 class HeadConfig(Settings):
-    """From the last hidden state to the logits."""
+    """From the last hidden state to the logits; and the scale of the embeddings."""
 
     tied: bool = Field(True, description="Use the input embedding's matrix.")
     bias: bool = Field(False, description="One per entry of the vocabulary.")
     scale: PositiveFloat = Field(
         1.0, description="The hidden state is multiplied by it (T5's tied head: 1 / sqrt(dim))."
+    )
+    embed_scale: PositiveFloat = Field(
+        1.0, description="The embeddings are multiplied by it (Granite)."
     )
 
 
@@ -96,6 +102,13 @@ class NetworkConfig(Settings):
                 raise ValueError(
                     f"dim {self.dim} over {attention.num_heads} heads is not an even whole number "
                     "per head; change one of them, or set attention.head_dim"
+                )
+        if isinstance(attention.positions, RopeConfig) and attention.positions.fraction < 1:
+            turning = int(self.head_dim * attention.positions.fraction)
+            if turning == 0 or turning % 2:
+                raise ValueError(
+                    f"attention.positions.fraction = {attention.positions.fraction} of a head of "
+                    f"width {self.head_dim} is {turning}; pairs turn, so choose an even number"
                 )
         return self
 

@@ -23,7 +23,7 @@ from moestro.models.blocks import Block
 from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder
 from moestro.models.norms import LayerNorm, RMSNorm
-from moestro.models.rotary import RotaryTable
+from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.routers import TopKRouter
 
@@ -57,6 +57,8 @@ def _lacks(cfg: ModelConfig) -> str | None:
     lacking = {
         "latent attention": attention.latent is not None,
         "relative positions": not isinstance(attention.positions, RopeConfig),
+        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
+        and attention.qk_norm != "none",
     }
     if moe is not None:
         router = moe.router
@@ -118,7 +120,9 @@ class NativeDecoder:
             pasts: caches of batch 1, each its own; the step extends them in place.
         """
         tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
-        x_TD = self.model.embed(tokens_T).float()
+        # The residual runs divided by its scale; its norms, whose eps is divided by the square,
+        # are the same.
+        x_TD = self.model.embedded(tokens_T).float() / self.model.cfg.norm.residual_scale
         device = torch.device("cpu")
         pairs = list(zip(tokens, pasts, strict=True))
         angles = [
@@ -153,8 +157,10 @@ def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
         head_dim=cfg.head_dim,
         vocab=cfg.vocab_size,
         top_k=0,
+        turning=turning_width(cfg),
         norm_all=cfg.attention.qk_norm == "full",
-        eps=cfg.norm.eps,
+        norm_rotated=cfg.attention.qk_norm == "rotated",
+        eps=cfg.norm.eps / cfg.norm.residual_scale**2,
         score_scale=score_scale,
         head_scale=cfg.head.scale,
     )

@@ -57,7 +57,9 @@ class StepShape(NamedTuple):
     head_dim: int  # A
     vocab: int  # V
     top_k: int  # K; 0 for a model without mixtures
+    turning: int | None = None  # numbers of a head that turn, its first; None: all
     norm_all: bool = False  # queries, and keys, have one norm over all heads
+    norm_rotated: bool = False  # each head's norm comes after its rotation
     expert_groups: int = 1  # experts are chosen in the best of them alone
     top_groups: int = 1  # how many those are
     group_best: int = 1  # a group counts as much as its best ones
@@ -94,10 +96,10 @@ class _Decoder(ctypes.Structure):
 
     _fields_ = (
         ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
-        ("vocab", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
-        ("cache_dtype", I32), ("norm_all", I32), ("expert_groups", I32), ("top_groups", I32),
-        ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
-        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
+        ("vocab", I64), ("turning", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
+        ("cache_dtype", I32), ("norm_all", I32), ("norm_rotated", I32), ("expert_groups", I32),
+        ("top_groups", I32), ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT),
+        ("score_scale", _FLOAT), ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
         ("norm_bias", PTR), ("head", CMatrix), ("head_bias", PTR),
     )  # fmt: skip
 
@@ -190,8 +192,9 @@ class StepDecoder:
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
-            shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
-            shape.norm_all, shape.expert_groups, shape.top_groups, shape.group_best,
+            _turning(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
+            shape.norm_all, shape.norm_rotated,
+            shape.expert_groups, shape.top_groups, shape.group_best,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
             None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),
@@ -208,7 +211,7 @@ class StepDecoder:
 
         Args:
             x_TD: fp32, the tokens' embeddings, sequence by sequence, `rows` of each.
-            cos_TA: fp32 [T, A/2], cosines of their positions.
+            cos_TA: fp32 [T, A/2], cosines of their positions, A of the part of a head that turns.
             sin_TA: fp32 [T, A/2], sines.
             pasts: of the sequences, each its own; every layer of them must be `put`.
 
@@ -219,7 +222,7 @@ class StepDecoder:
         Raises:
             ShapeError: shapes do not fit.
         """
-        batch, half = len(pasts), self.shape.head_dim // 2
+        batch, half = len(pasts), _turning(self.shape) // 2
         kinds = [past.kind for past in pasts]
         if kinds != [self.past_kind] * max(batch, 1) or len({id(past) for past in pasts}) < batch:
             raise ShapeError(
@@ -245,14 +248,20 @@ class StepDecoder:
 
 def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:
     """Refuse numbers that no decoder has."""
-    least = min(shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab, num_layers)
-    if least < 1 or shape.top_k < 0 or shape.heads % shape.groups or shape.head_dim % 2:
+    turning = _turning(shape)
+    least = min(shape.dim, shape.heads, shape.groups, turning, shape.vocab, num_layers)
+    odd = turning % 2 or turning > shape.head_dim
+    if least < 1 or shape.top_k < 0 or shape.heads % shape.groups or odd:
         raise ShapeError(
-            f"a decoder has layers, a multiple of groups as heads, and an even head_dim; given "
-            f"{num_layers} layers and {shape}"
+            f"a decoder has layers, a multiple of groups as heads, and an even number of a head's "
+            f"numbers that turn; given {num_layers} layers and {shape}"
         )
     if cache_dtype not in ROWS:
         raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
+
+
+def _turning(shape: StepShape) -> int:
+    return shape.head_dim if shape.turning is None else shape.turning
 
 
 def _routes(shape: StepShape, count: int) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.config import NetworkConfig, RelativeConfig, StackSpec
-from moestro.kernels import attention, pointwise
+from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
+from moestro.kernels import attention
 from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
 from moestro.models.norms import RMSNorm
 from moestro.models.relative import RelativeBias
-from moestro.models.rotary import Rotary
+from moestro.models.rotary import Rotary, turn
 
 
 class Attention(nn.Module):
@@ -41,10 +41,12 @@ class Attention(nn.Module):
         # T5 has the scale of the scores in the initial queries instead.
         root = self.head_dim**-0.5
         self.scale, query_scale = 1.0 if relative else root, root if relative else 1.0
+        if isinstance(positions, RopeConfig) and positions.score_scale is not None:
+            self.scale = positions.score_scale
         self.qkv = QKV(cfg.dim, wide, 2 * narrow, settings.bias != "none", query_scale)
         self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None
-        self.norm_all = settings.qk_norm == "full"
+        self.norm_all, self.norm_rotated = (settings.qk_norm == x for x in ("full", "rotated"))
         if settings.qk_norm != "none":
             self.q_norm = RMSNorm(wide if self.norm_all else self.head_dim, cfg.norm.eps)
             self.k_norm = RMSNorm(narrow if self.norm_all else self.head_dim, cfg.norm.eps)
@@ -83,8 +85,10 @@ class Attention(nn.Module):
         qkv = self._normed(self.qkv(x_BSD)).view(batch, length, heads + 2 * groups, self.head_dim)
         qk, v_BSGA = qkv.split_with_sizes([heads + groups, groups], dim=2)
         if angles is not None:
-            qk = pointwise.rotate(qk, *angles)
+            qk = turn(qk, angles)
         q_BSHA, k_BSGA = qk.split_with_sizes([heads, groups], dim=2)
+        if self.norm_rotated and self.q_norm is not None and self.k_norm is not None:
+            q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
         q_BHSA, k_BGPA, v_BGPA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         if cache is not None:
             k_BGPA, v_BGPA = cache.extend(k_BGPA, v_BGPA)
@@ -108,8 +112,8 @@ class Attention(nn.Module):
         return out
 
     def _normed(self, qkv_BSO: Tensor) -> Tensor:
-        """Queries and keys normalised, each head alone or all together."""
-        if self.q_norm is None or self.k_norm is None:
+        """Queries and keys normalised before they rotate, each head alone or all together."""
+        if self.q_norm is None or self.k_norm is None or self.norm_rotated:
             return qkv_BSO
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q_BSO, k_BSO, v_BSO = qkv_BSO.split_with_sizes([wide, narrow, narrow], dim=-1)

@@ -43,10 +43,14 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x))."""
+    """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x)).
+
+    What is added is multiplied by `norm.residual_scale`.
+    """
 
     def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
         super().__init__()
+        self.residual_scale = cfg.norm.residual_scale
         # What writes to the residual stream starts smaller, by the root of its number (GPT-2).
         scale = ((3 if stack.cross else 2) * len(stack.layers)) ** -0.5
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
@@ -74,16 +78,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
         normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(
-            normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP
-        )
+        y_BSD = self.attention(normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP)
+        x_BSD = self._added(x_BSD, y_BSD)
         if self.cross is not None:
-            x_BSD = x_BSD + self.cross(self.cross_norm(x_BSD), source, shared.source_valid_BP)
+            y_BSD = self.cross(self.cross_norm(x_BSD), source, shared.source_valid_BP)
+            x_BSD = self._added(x_BSD, y_BSD)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
             y_BSD, routing = self.ffn(normed_BSD, token_ids=shared.tokens_BS, valid=shared.valid_BS)
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD), None
+            return self._added(x_BSD, y_BSD), routing
+        return self._added(x_BSD, self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD)), None
+
+    def _added(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale)
 
 
 class Stack(nn.Module):

@@ -202,7 +202,9 @@ def _attention(cfg: NetworkConfig) -> _Part:
     queries, keys = attention.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     other = _table(cfg, shared=False) + attention.sinks * attention.num_heads
     other += (attention.bias != "none") * (queries + 2 * keys) + (attention.bias == "all") * cfg.dim
-    other += {"none": 0, "head": 2 * cfg.head_dim, "full": queries + keys}[attention.qk_norm]
+    each = 2 * cfg.head_dim
+    norms = {"none": 0, "head": each, "rotated": each, "full": queries + keys}
+    other += norms[attention.qk_norm]
     return _always(cfg.dim * (2 * queries + 2 * keys), other)
 
 

@@ -51,6 +51,6 @@ class Decoder(Network, Stack):
         if valid_BS is not None and cache is not None:
             raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")
         x_BSD, routings = self.run(
-            self.embed(tokens_BS), tokens_BS, valid_BS, cache, recompute=self.recomputes()
+            self.embedded(tokens_BS), tokens_BS, valid_BS, cache, recompute=self.recomputes()
         )
         return ModelOutput(self.logits(x_BSD), routings)

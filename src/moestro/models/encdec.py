@@ -79,7 +79,7 @@ class EncDec(Network):
     def encode(self, source_BS: Tensor, valid_BS: Tensor | None = None) -> Encoded:
         """Read the source; arguments and errors as of `forward`."""
         check_tokens("source", source_BS, valid_BS)
-        x_BSD = self.embed(source_BS)
+        x_BSD = self.embedded(source_BS)
         return Encoded(*self.encoder.run(x_BSD, source_BS, valid_BS, recompute=self.recomputes()))
 
     def look(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> CrossSource:
@@ -122,6 +122,6 @@ class EncDec(Network):
                 "each source"
             )
         x_BTD, routings = self.decoder.run(
-            self.embed(target_BT), target_BT, valid_BT, cache, source, self.recomputes()
+            self.embedded(target_BT), target_BT, valid_BT, cache, source, self.recomputes()
         )
         return ModelOutput(self.logits(x_BTD), routings)

@@ -56,6 +56,12 @@ class Network(nn.Module):
         self.head = Linear(self.cfg.dim, self.cfg.vocab_size, self.cfg.head.bias, scale)
         _tie(self)
 
+    def embedded(self, tokens_BS: Tensor) -> Tensor:
+        """What the first block reads: [B, S] → [B, S, D]."""
+        x_BSD: Tensor = self.embed(tokens_BS)
+        scale = self.cfg.head.embed_scale
+        return x_BSD if scale == 1 else x_BSD * scale
+
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""
         return [module for module in self.modules() if isinstance(module, MoE)]

@@ -6,7 +6,7 @@ those marked c are in the dtype computed in, the others in fp32.
     attention          D · (1 + c)                  the norm's input and output
                        c · (2H + 3G) · A + c · H·A  queries, keys, values; rotated; the sum
                        H                            a logarithm for each head
-      with qk_norm     c · (H + 2G) · A             all three again, before the norm
+      with qk_norm     c · (H + 2G) · A             all three again, before the norm; rotated: H + G
       relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
       sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
                        c · H · A                    the sum
@@ -102,8 +102,9 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
     queries, keys = heads * cfg.head_dim, groups * cfg.head_dim
     normed = 0
     if attention.qk_norm != "none":
-        scales = heads + groups if attention.qk_norm == "head" else 2
-        normed = number * (queries + 2 * keys) + FP32 * scales
+        scales = 2 if attention.qk_norm == "full" else heads + groups
+        values = 0 if attention.qk_norm == "rotated" else keys
+        normed = number * (queries + keys + values) + FP32 * scales
     if attention.sinks:
         scores = heads * seen.keys * (2 * FP32 + (number if number < FP32 else 0))
         return normed + number * (2 * queries + 2 * keys * seen.copies) + scores

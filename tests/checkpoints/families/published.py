@@ -1,5 +1,7 @@
 """config.json of published checkpoints, as their folders on the Hugging Face hub have them."""
 
+from .published_newer import FP8, NEWER
+
 _FILES = {"torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True}
 _YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 _LLAMA = {
@@ -337,12 +339,7 @@ PUBLISHED = {
             "num_key_value_heads": 128,
             "num_nextn_predict_layers": 1,
             "q_lora_rank": 1536,
-            "quantization_config": {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
-                "weight_block_size": [128, 128],
-            },
+            "quantization_config": FP8,
             "rope_scaling": {**_LATENT["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
             "routed_scaling_factor": 2.5,
             "scoring_func": "sigmoid",
@@ -395,4 +392,5 @@ PUBLISHED = {
     ),
     "switch-base-8": ({**_SWITCH, "num_experts": 8}, 619_339_008),
     "switch-base-128": ({**_SWITCH, "num_experts": 128}, 7_415_217_408),
+    **NEWER,
 }

@@ -39,6 +39,28 @@ def test_an_unknown_field_is_refused(name):
         ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave is False"),
         ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ("DeepSeek-V3", {"attention_bias": True}, "attention_bias is True"),
+        ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"] * 46 + ["dense"]}, "only 47 entries"),
+        ("GLM-4.7-Flash", {"first_k_dense_replace": 3}, "is 3.* make it 1"),
+        ("GLM-4.5-Air", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("GLM-4.5-Air", {"partial_rotary_factor": 0.01}, "is 1; pairs turn"),
+        ("Qwen3-30B-A3B", {"partial_rotary_factor": 0.5}, "unknown field partial_rotary_factor"),
+        ("MiniMax-M2", {"partial_rotary_factor": 1.0}, "rotary_dim is 64.* make it 128"),
+        ("MiniMax-M2", {"attn_type_list": [0] * 62}, "attn_type_list"),
+        ("MiniMax-M2", {"use_routing_bias": False}, "use_routing_bias is False"),
+        ("MiniMax-M2", {"qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
+        ("MiniMax-M2", {"layernorm_mlp_beta": 2.0}, "a residual that is scaled"),
+        ("ERNIE-4.5-21B-A3B-PT", {"moe_layer_end_index": 20}, "layer 27 is a mixture"),
+        ("ERNIE-4.5-21B-A3B-PT", {"use_bias": True}, "use_bias is True"),
+        ("ERNIE-4.5-21B-A3B-PT", {"moe_use_aux_free": False}, "without a selection bias"),
+        ("Hunyuan-A13B-Instruct", {"use_cla": True}, "keys and values that layers share"),
+        ("Hunyuan-A13B-Instruct", {"moe_topk": [8] * 31 + [4]}, "one number for all layers"),
+        ("Hunyuan-A13B-Instruct", {"moe_topk": "left out"}, "moe_topk is missing"),
+        ("Hunyuan-A13B-Instruct", {"moe_intermediate_size": [1] * 32}, "only 3072 can be"),
+        ("Hunyuan-A13B-Instruct", {"num_shared_expert": 2}, "num_shared_expert is 2; only 1"),
+        ("Hunyuan-A13B-Instruct", {"rope_scaling": {"type": "dynamic"}}, "only with an alpha"),
+        ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
+        ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
+        ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
         ("gpt-oss-20b", {"swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ("gpt-oss-20b", {"experts_per_token": 8}, "experts_per_token is 8.* make it 4"),
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window is not set"),
@@ -49,6 +71,70 @@ def test_an_unknown_field_is_refused(name):
 def test_what_cannot_be_expressed_is_refused(name, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(name, **changes)
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name():
+    fields = {**PUBLISHED["DeepSeek-V3"][0], "model_type": "kimi_k2"}
+    assert to_settings(FAMILIES["kimi_k2"], fields) == settings("DeepSeek-V3")
+    assert FAMILIES["kimi_k2"].rules == FAMILIES["deepseek_v3"].rules
+    cfg = settings("Kimi-K2-Instruct")
+    assert (cfg.moe.num_experts, cfg.attention.positions.scaling.factor) == (384, 32)
+    assert to_fields(FAMILIES["kimi_k2"], cfg, {})["model_type"] == "kimi_k2"
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "every", "mixtures"),
+    [(1, -1, 1, range(1, 28)), (3, 27, 1, range(3, 28)), (0, 26, 3, range(2, 28, 3))],
+)
+def test_layers_of_ernie_that_are_mixtures(start, end, every, mixtures):
+    indices = {"moe_layer_start_index": start, "moe_layer_end_index": end}
+    cfg = settings("ERNIE-4.5-21B-A3B-PT", **indices, moe_layer_interval=every)
+    assert [n for n in range(28) if cfg.is_moe_layer(n)] == list(mixtures)
+
+
+def test_alpha_of_hunyuan_stretches_the_base():
+    theta = settings("Hunyuan-A13B-Instruct").attention.positions.theta
+    assert theta == 10_000.0 * 1000.0 ** (128 / 126)
+    plain = settings("Hunyuan-A13B-Instruct", rope_scaling=None).attention.positions
+    assert (plain.theta, plain.scaling) == (10_000.0, None)
+
+
+def test_layers_of_glm_that_are_dense():
+    fields = dict(PUBLISHED["GLM-4.7-Flash"][0])
+    del fields["first_k_dense_replace"]
+    two = ["dense"] * 2 + ["sparse"] * 45
+    cfg = to_settings(FAMILIES["glm4_moe_lite"], {**fields, "mlp_layer_types": two})
+    assert cfg.dense_first == 2
+    assert to_fields(FAMILIES["glm4_moe_lite"], cfg, {})["mlp_layer_types"] == two
+
+
+def test_how_much_of_a_head_turns_is_said_in_three_ways():
+    """Beside the other fields (GLM), among the rotary ones (transformers 5), or as a width."""
+    for changes, fraction in (
+        ({}, 0.5),
+        ({"partial_rotary_factor": "left out"}, 0.5),
+        ({"partial_rotary_factor": 0.25}, 0.25),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.75}}, 0.75),
+    ):
+        assert settings("GLM-4.5-Air", **changes).attention.positions.fraction == fraction
+    for changes, fraction in (
+        ({}, 0.5),
+        ({"rotary_dim": "left out"}, 1.0),
+        ({"rotary_dim": 32}, 0.25),
+        ({"rotary_dim": 32, "partial_rotary_factor": 0.25}, 0.25),
+    ):
+        assert settings("MiniMax-M2", **changes).attention.positions.fraction == fraction
+    cfg = settings("GLM-4.5-Air", partial_rotary_factor=0.25)
+    assert to_fields(FAMILIES["glm4_moe"], cfg, PUBLISHED["GLM-4.5-Air"][0]) == {
+        **PUBLISHED["GLM-4.5-Air"][0],
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 0.25,
+    }
+    with pytest.raises(ConfigError, match=r"cannot express attention\.positions\.fraction"):
+        to_fields(FAMILIES["dots1"], settings("dots.llm1.inst").model_copy(
+            update={"attention": cfg.attention.model_copy(update={
+                "bias": "none", "qk_norm": "head", "num_heads": 32, "num_kv_heads": 32})}
+        ), {})  # fmt: skip
 
 
 def test_first_layers_kept_dense_and_every_other_layer_a_mixture():

@@ -40,10 +40,14 @@ def test_the_same_model_either_way(name, tmp_path):
     assert found.model.state_dict().keys() == wanted.keys()
     for key, tensor in found.model.state_dict().items():
         assert torch.equal(tensor, wanted[key]), key
-    # Written the published way again.
+    # Written the published way again, and fused.
     write_pretrained(found.model, tmp_path / "back", hf_config=found.hf_config)
     original = load_file(tmp_path / "apart/model.safetensors")
     assert load_file(tmp_path / "back/model.safetensors").keys() == original.keys()
+    write_pretrained(found.model, tmp_path / "again", hf_config=found.hf_config, fused_experts=True)
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == fused.keys()
+    assert all(torch.equal(again[key], fused[key]) for key in fused)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,15 @@ from moestro.errors import ConfigError
 
 from . import tiny
 
+NEWER = [
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+]
 LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,
@@ -100,7 +109,7 @@ def test_a_scaling_that_a_family_does_not_have_is_not_written():
 JUNK = ("x", [], {}, [[1]], 0, -1, 1.5, float("nan"), True)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "gpt_oss", "phimoe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "gpt_oss", "phimoe", *NEWER])
 def test_values_of_the_wrong_kind_are_errors_of_ours(name):
     """Every field of every kind: understood, or refused with words."""
     fields = fields_of(name)

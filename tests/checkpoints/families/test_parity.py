@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import write_pretrained
+from moestro.infer.decoding import NativeDecoding
+from moestro.infer.native_decoder import supports
 
 from . import tiny
 
@@ -54,7 +56,7 @@ def test_logits_and_routing(pair):
     hooks = [
         module.register_forward_hook(lambda _, __, output: choices.append(output))
         for module in pair.theirs.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "Gate"))
     ]
     theirs = pair.theirs(tokens_BS).logits
     for hook in hooks:
@@ -83,6 +85,19 @@ def test_token_by_token_through_the_cache(pair):
     first = pair.ours(tokens_BS[:, :9], cache=cache).logits
     rest = [pair.ours(tokens_BS[:, i : i + 1], cache=cache).logits for i in range(9, 23)]
     close(torch.cat([first, *rest], dim=1), expected)
+
+
+def test_native_steps(pair):
+    """The whole step in native code, where it takes the family."""
+    reason = supports(pair.ours)
+    if reason is not None:
+        pytest.skip(reason)
+    tokens_BS = tokens(1, 23)
+    expected = pair.theirs(tokens_BS).logits[0].detach()
+    way = NativeDecoding(pair.ours)
+    past, first = way.begin(tokens_BS[0, :9].tolist())
+    steps = [way.step([[token]], [past])[0] for token in tokens_BS[0, 9:].tolist()]
+    close(torch.cat([passed.logits_1V for passed in (first, *steps)]), expected[8:], 1e-4)
 
 
 @torch.no_grad()

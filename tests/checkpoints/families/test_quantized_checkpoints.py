@@ -1,4 +1,4 @@
-"""gpt-oss in MXFP4 and DeepSeek-V3 in fp8: the models that transformers makes of the same bytes."""
+"""Checkpoints in MXFP4 and fp8: the models that transformers makes of the same bytes."""
 
 import json
 import warnings
@@ -48,7 +48,7 @@ def to_mxfp4(tensors):
 
 def to_fp8(tensors):
     """What DeepSeek-V3 keeps in fp8: all projections, but neither router, embedding nor head."""
-    for key in [key for key in tensors if "_proj" in key]:
+    for key in [key for key in tensors if "_proj" in key and tensors[key].dim() == 2]:
         weight_OI = tensors[key]
         rows, columns = (-(-side // BLOCK) for side in weight_OI.shape)
         scales = torch.rand(rows, columns) * 0.004 + 0.001
@@ -122,14 +122,77 @@ def test_fp8(deepseek, tmp_path):
     agree(read.model, tiny.load(tmp_path / "plain"))
 
 
-def test_fp8_of_any_family(tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3", "glm4_moe", "glm4_moe_lite"])
+def test_fp8_of_any_family(name, tmp_path):
     """Qwen publishes it too, and tools make it of others."""
-    folder = tmp_path / "qwen3_moe"
-    tiny.save(tiny.build("qwen3_moe"), folder)
+    folder = tmp_path / name
+    tiny.save(tiny.build(name), folder)
     rewrite(folder, to_fp8, quantization_config=FP8)
     read = open_checkpoint(folder, dtype=torch.float32)
     rewrite(folder, from_fp8, quantization_config=None)
     agree(read.model, tiny.load(folder))
+
+
+def to_fp8_by_matrix(tensors):
+    """What AutoFP8 makes of Mixtral: one scale for each matrix, and others for activations."""
+    for key in [key for key in tensors if ".experts." in key or "self_attn" in key]:
+        scale = tensors[key].abs().max() / 448
+        tensors[key] = (tensors[key] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale"] = scale
+        tensors[key.replace(".weight", ".input_scale")] = torch.tensor(0.5)
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor(2.0)
+
+
+def test_fp8_with_one_scale_per_matrix(tmp_path):
+    theirs = tiny.build("mixtral")
+    tiny.save(theirs, tmp_path)
+    settings = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    rewrite(tmp_path, to_fp8_by_matrix, quantization_config=settings)
+    read = open_checkpoint(tmp_path, dtype=torch.float32)
+
+    def back(tensors):
+        for key in [key for key in tensors if key.endswith(".weight_scale")]:
+            scale, name = tensors.pop(key), key.removesuffix("_scale")
+            tensors[name] = tensors[name].float() * scale
+        for key in [key for key in tensors if key.endswith("_scale")]:
+            del tensors[key]
+
+    rewrite(tmp_path, back, quantization_config=None)
+    agree(read.model, tiny.load(tmp_path))
+
+
+def to_fp8_stacks(tensors):
+    for key in [key for key in tensors if ".mlp.experts." in key]:
+        stack = tensors.pop(key)
+        each = [{key: matrix.clone()} for matrix in stack]
+        for one in each:
+            to_fp8(one)
+        for name in each[0]:
+            # torch does not stack fp8.
+            bits = torch.stack([one[name].view(torch.uint8) for one in each])
+            tensors[name] = bits.view(each[0][name].dtype)
+
+
+def test_fp8_of_fused_experts(tmp_path):
+    theirs = tiny.build("qwen3_moe")
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    rewrite(tmp_path, to_fp8_stacks, quantization_config=FP8)
+    read = open_checkpoint(tmp_path, dtype=torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    for n, block in enumerate(read.model.blocks):
+        key = f"model.layers.{n}.mlp.experts.down_proj"
+        for e, down in enumerate(block.ffn.experts.down):
+            values, scales = stored[key][e], stored[f"{key}_scale_inv"][e]
+            plain = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32)
+            assert torch.equal(down, plain)
+
+    def fewer(tensors):
+        key = "model.layers.1.mlp.experts.down_proj_scale_inv"
+        tensors[key] = tensors[key][:2].clone()
+
+    rewrite(tmp_path, fewer)
+    with pytest.raises(CheckpointError, match=r"down_proj \[6, 48, 14\] needs scales for each"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +262,38 @@ def test_a_quantisation_of_another_family_is_refused(gpt_oss):
     rewrite(gpt_oss, lambda tensors: None, quantization_config=FP8)
     with pytest.raises(ConfigError, match=r"quantised by fp8; read for gpt_oss: mxfp4"):
         open_checkpoint(gpt_oss)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("glm4_moe", "model.layers.3.shared_head.norm.weight"),
+        ("glm4_moe_lite", "model.layers.3.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
+    ],
+)
+def test_modules_for_multi_token_prediction_of_newer_families(name, key, tmp_path):
+    theirs = tiny.build(name)
+    tiny.save(theirs, tmp_path)
+    extra = {key: torch.ones(5)}
+    rewrite(tmp_path, lambda tensors: tensors.update(extra), num_nextn_predict_layers=1)
+    with pytest.warns(UserWarning, match=r"multi-token prediction.* 1 tensors with 5 numbers"):
+        read = open_checkpoint(tmp_path)
+    agree(read.model, theirs)
+
+
+def test_kimi_k2_in_fp8(tmp_path):
+    """transformers has DeepSeek-V3 for it, by another name in config.json."""
+    folder = tmp_path / "kimi"
+    tiny.save(tiny.build("deepseek_v3_plain"), folder)
+    rewrite(folder, to_fp8, quantization_config=FP8, model_type="kimi_k2")
+    read = open_checkpoint(folder, dtype=torch.float32)
+    write_pretrained(read.model, tmp_path / "back", hf_config=read.hf_config)
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "kimi_k2"
+    again = open_checkpoint(tmp_path / "back").model.state_dict()
+    assert all(torch.equal(again[key], x) for key, x in read.model.state_dict().items())
+    rewrite(folder, from_fp8, quantization_config=None, model_type="deepseek_v3")
+    agree(read.model, tiny.load(folder))
 
 
 def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):

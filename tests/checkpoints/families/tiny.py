@@ -6,21 +6,14 @@ import warnings
 import pytest
 import torch
 
+from .tiny_newer import LATENT, NEWER, PLAIN_ROPE, YARN
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 VOCABULARY = 61
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 5_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 8.0,
-    "beta_slow": 1.0,
-}
 BODY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -35,19 +28,6 @@ BODY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "tie_word_embeddings": False,
-}
-LATENT = {
-    "num_key_value_heads": 6,
-    "q_lora_rank": None,
-    "kv_lora_rank": 14,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 14,
-    "first_k_dense_replace": 1,
 }
 QWEN_MOE = {
     "num_experts": 6,
@@ -208,6 +188,7 @@ TINY = {
             },
         },
     ),
+    **NEWER,
 }  # fmt: skip
 SWITCH = {
     "vocab_size": VOCABULARY,

@@ -1,7 +1,8 @@
-"""DeepSeekMoE 16B, DeepSeek-V2 and DeepSeek-V3: many small experts, and latent attention.
+"""DeepSeekMoE 16B, DeepSeek-V2, DeepSeek-V3 and Kimi-K2: many small experts, latent attention.
 
 Dai et al. 2024; DeepSeek-V2 (2024, §2); DeepSeek-V3 (2024, §2). V3 is published in fp8, with a
-layer at the end for multi-token prediction, which this project does not run.
+layer at the end for multi-token prediction, which this project does not run. Kimi-K2 is V3
+under another name.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from moestro.checkpoints.families.llama import (
 from moestro.checkpoints.families.table import Entry, Family, Rule
 from moestro.errors import ConfigError
 
-# The feed-forward networks of all three.
-_NETWORKS = (
+# The feed-forward networks of all.
+NETWORKS = (
     *gated("mlp."),
     *mixture(),
     Rule((f"{LAYER}mlp.gate.e_score_correction_bias",), f"{BLOCK}ffn.router.bias"),
@@ -35,7 +36,7 @@ _NETWORKS = (
 )
 _THEIRS, _OURS = f"{LAYER}self_attn.", f"{BLOCK}attention."
 # V2 and V3; both turn rotary pairs that lie side by side.
-_LATENT_RULES = (
+LATENT_RULES = (
     *OUTER,
     Rule((f"{_THEIRS}q_proj.weight",), f"{_OURS}q.weight", "rope_pairs_of_heads"),
     Rule((f"{_THEIRS}q_b_proj.weight",), f"{_OURS}q_up.weight", "rope_pairs_of_heads"),
@@ -49,20 +50,21 @@ _LATENT_RULES = (
             f"{_THEIRS}o_proj": f"{_OURS}out",
         }
     ),
-    *_NETWORKS,
+    *NETWORKS,
 )
 
 
-def _next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
+def next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
     """The layer after the last, for multi-token prediction (V3, §2.2)."""
     return {"a layer for multi-token prediction": (f"model.layers.{cfg.num_layers}.*",)}
 
 
-def _shared() -> Entry:
-    """`n_shared_experts`, which lie side by side as one, so many times as wide as an expert."""
+def shared(theirs: str = "n_shared_experts", default: int = 0) -> Entry:
+    """Their number, which lie side by side as one, so many times as wide as an expert."""
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
-        number = hf.get("n_shared_experts")
+        number = hf.get(theirs)
+        number = default if number is None else number
         if not number:
             return {"moe.shared": None}
         return {"moe.shared.hidden_dim": number * hf["moe_intermediate_size"]}
@@ -74,9 +76,9 @@ def _shared() -> Entry:
                 f"moe.shared is {shared}; this layout has a shared expert that is a multiple of "
                 f"moe.hidden_dim ({width}) wide"
             )
-        return {"n_shared_experts": shared.hidden_dim // width}
+        return {theirs: shared.hidden_dim // width}
 
-    return Entry(("n_shared_experts",), read, write)
+    return Entry((theirs,), read, write)
 
 
 def _v2_groups() -> Entry:
@@ -105,16 +107,35 @@ def _v2_groups() -> Entry:
     return Entry(names, read, write)
 
 
-_MIXTURE = (
+def sigmoid_router(
+    groups: int, top_groups: int, scale: float, renormalize: bool
+) -> tuple[Entry, ...]:
+    """The fields of V3's router, with the defaults of its four settings."""
+    return (
+        field("n_group", "moe.router.num_groups", groups),
+        field("topk_group", "moe.router.top_groups", top_groups),
+        field("routed_scaling_factor", "moe.router.scale", scale),
+        field("norm_topk_prob", "moe.router.renormalize", renormalize),
+        fixed("topk_method", "noaux_tc"),
+    )
+
+
+# What every model with V3's router has.
+SIGMOID = {
+    "moe.router.kind": "sigmoid",
+    "moe.router.selection_bias": True,
+    "moe.router.group_score": "top2",
+}
+FIRST_DENSE = field("first_k_dense_replace", "dense_first", 0)
+MIXTURE = (
     DENSE,
-    field("first_k_dense_replace", "dense_first", 0),
     fixed("moe_layer_freq", 1),
     *experts("n_routed_experts", "moe_intermediate_size"),
-    _shared(),
+    shared(),
 )
-_LATENT = (
-    *decoder(kv_heads=derived("num_key_value_heads", lambda cfg: cfg.attention.num_heads)),
-    *_MIXTURE,
+# The fields of latent attention.
+LATENT = (
+    derived("num_key_value_heads", lambda cfg: cfg.attention.num_heads),
     fixed("attention_bias", False),
     field("q_lora_rank", "attention.latent.q_rank", None),
     field("kv_lora_rank", "attention.latent.kv_rank"),
@@ -126,8 +147,9 @@ _LATENT = (
         "qk_head_dim", lambda cfg: cfg.attention.latent.nope_dim + cfg.attention.latent.rope_dim
     ),
 )
+_LATENT_DECODER = (*decoder(kv_heads=()), *LATENT, FIRST_DENSE, *MIXTURE)
 # Where the program that trained it put its experts.
-_HARMLESS = frozenset({"ep_size"})
+HARMLESS = frozenset({"ep_size"})
 
 
 DEEPSEEK = Family(
@@ -135,20 +157,21 @@ DEEPSEEK = Family(
     "DeepseekForCausalLM",
     (
         *decoder(),
-        *_MIXTURE,
+        FIRST_DENSE,
+        *MIXTURE,
         BIAS,
         field("norm_topk_prob", "moe.router.renormalize", False),
         fixed("scoring_func", "softmax"),
     ),
-    (*BACKBONE, *_NETWORKS),
+    (*BACKBONE, *NETWORKS),
     always={"moe.router.kind": "softmax"},
-    harmless=_HARMLESS,
+    harmless=HARMLESS,
 )
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
     (
-        *_LATENT,
+        *_LATENT_DECODER,
         _v2_groups(),
         field("routed_scaling_factor", "moe.router.scale", 1.0),
         fixed("mlp_bias", False),
@@ -156,34 +179,27 @@ DEEPSEEK_V2 = Family(
         fixed("norm_topk_prob", False),
         fixed("scoring_func", "softmax"),
     ),
-    _LATENT_RULES,
+    LATENT_RULES,
     always={
         "moe.router.kind": "softmax",
         "moe.router.renormalize": False,
         "moe.router.group_score": "max",
     },
-    harmless=_HARMLESS,
+    harmless=HARMLESS,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     (
-        *_LATENT,
-        field("n_group", "moe.router.num_groups", 8),
-        field("topk_group", "moe.router.top_groups", 4),
-        field("routed_scaling_factor", "moe.router.scale", 2.5),
-        field("norm_topk_prob", "moe.router.renormalize", True),
+        *_LATENT_DECODER,
+        *sigmoid_router(8, 4, 2.5, renormalize=True),
         fixed("rope_interleave", True),
         fixed("scoring_func", "sigmoid"),
-        fixed("topk_method", "noaux_tc"),
     ),
-    _LATENT_RULES,
-    always={
-        "moe.router.kind": "sigmoid",
-        "moe.router.selection_bias": True,
-        "moe.router.group_score": "top2",
-    },
-    harmless=_HARMLESS,
-    left_out=_next_tokens,
+    LATENT_RULES,
+    always=SIGMOID,
+    harmless=HARMLESS,
+    left_out=next_tokens,
     replaced={"num_nextn_predict_layers": 0},
 )
+KIMI_K2 = DEEPSEEK_V3._replace(model_type="kimi_k2")

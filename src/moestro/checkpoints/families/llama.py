@@ -16,30 +16,34 @@ from moestro.checkpoints.families.fields import (
 from moestro.checkpoints.families.rope import rope
 from moestro.checkpoints.families.table import Entry, Family, Rule
 
-_KV_HEADS = field("num_key_value_heads", "attention.num_kv_heads", None)
+_KV_HEADS = (field("num_key_value_heads", "attention.num_kv_heads", None),)
 
 
 def decoder(
-    eps: float = 1e-6, positions: Entry | None = None, kv_heads: Entry = _KV_HEADS
+    eps: float = 1e-6,
+    positions: Entry | None = None,
+    kv_heads: tuple[Entry, ...] = _KV_HEADS,
+    tied: bool = False,
 ) -> tuple[Entry, ...]:
     """The fields of a decoder with RMSNorm.
 
     Args:
         eps: default of `rms_norm_eps`.
         positions: None: rotary, of base 10,000.
-        kv_heads: None of latent attention.
+        kv_heads: the field of their number; latent attention has none.
+        tied: default of `tie_word_embeddings`.
     """
     return (
         field("vocab_size", "vocab_size"),
         field("hidden_size", "dim"),
         field("num_hidden_layers", "num_layers"),
         field("num_attention_heads", "attention.num_heads"),
-        kv_heads,
+        *kv_heads,
         field("max_position_embeddings", "attention.context"),
         fixed("hidden_act", "silu"),
         field("rms_norm_eps", "norm.eps", eps),
         positions or rope(),
-        field("tie_word_embeddings", "head.tied", False),
+        field("tie_word_embeddings", "head.tied", tied),
     )
 
 
@@ -97,22 +101,37 @@ OUTER = (
         "bias",
     ),
 )
-# Everything but the feed-forward networks.
-BACKBONE = (
-    *OUTER,
-    *(
+
+
+def backbone(
+    layout: str | tuple[str, ...] = "same", norms: tuple[str, str] = ("q_norm", "k_norm")
+) -> tuple[Rule, ...]:
+    """Everything but the feed-forward networks.
+
+    Args:
+        layout: of queries, keys and values.
+        norms: their names of the norms of queries and keys.
+    """
+    theirs, ours = f"{LAYER}self_attn.", f"{BLOCK}attention."
+    qkv = (
         Rule(
-            tuple(f"{LAYER}self_attn.{letter}_proj.{kind}" for letter in "qkv"),
-            f"{BLOCK}attention.qkv.{kind}",
-            sizes=_qkv_rows,
+            tuple(f"{theirs}{letter}_proj.{kind}" for letter in "qkv"),
+            f"{ours}qkv.{kind}",
+            layout,
+            _qkv_rows,
         )
         for kind in ("weight", "bias")
-    ),
-    *renamed({f"{LAYER}self_attn.o_proj": f"{BLOCK}attention.out"}, "weight", "bias"),
-    *renamed(
-        {f"{LAYER}self_attn.{name}": f"{BLOCK}attention.{name}" for name in ("q_norm", "k_norm")}
-    ),
-)
+    )
+    names = dict(zip(norms, ("q_norm", "k_norm"), strict=True))
+    return (
+        *OUTER,
+        *qkv,
+        *renamed({f"{theirs}o_proj": f"{ours}out"}, "weight", "bias"),
+        *renamed({f"{theirs}{name}": f"{ours}{own}" for name, own in names.items()}),
+    )
+
+
+BACKBONE = backbone()
 
 
 def gated(

@@ -174,6 +174,8 @@ def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "same": Layout(lambda x, _: x, lambda x, _: x),
+    # [1, ..] in theirs.
+    "row": Layout(lambda x, _: x[0], lambda x, _: x[None], lambda shape: (1, *shape)),
     # [.., I, O] in theirs, [.., O, I] in ours.
     "transposed": Layout(lambda x, _: x.mT, lambda x, _: x.mT, _swapped),
     # gate, up, gate, up … along the last axis of theirs; all gates, then all ups in ours.

@@ -44,19 +44,24 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
         ConfigError: says what is in the way.
     """
     attention, moe = cfg.attention, cfg.moe
-    plain_rope = isinstance(attention.positions, RopeConfig) and attention.positions.scaling is None
+    positions = attention.positions
+    plain_rope = isinstance(positions, RopeConfig) and positions == RopeConfig(
+        theta=positions.theta
+    )
     reasons = {
         "latent attention": attention.latent is not None,
         "positions other than plain rotary ones": not plain_rope,
         "windows, sinks or biases of attention": bool(
             attention.window or attention.sinks or attention.bias != "none"
         ),
-        "a norm over all heads together": attention.qk_norm == "full",
+        "a norm over all heads together, or after the rotation": attention.qk_norm
+        in ("full", "rotated"),
         "layer norm": cfg.norm.kind != "rms",
         "dense layers beside mixtures": moe is not None
         and not all(map(cfg.is_moe_layer, range(cfg.num_layers))),
         "another activation than swiglu": (moe or cfg.dense).activation != "swiglu",
-        "head.bias or head.scale": cfg.head.bias or cfg.head.scale != 1,
+        "head.bias or a scale of the head, of embeddings or of the residual": cfg.head.bias
+        or (cfg.head.scale, cfg.head.embed_scale, cfg.norm.residual_scale) != (1, 1, 1),
         "a dense network with normed heads": moe is None and attention.qk_norm == "head",
     }
     if moe is not None:
