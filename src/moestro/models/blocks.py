@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
-from moestro.models.cache import KeysValues, KVCache, LayerCache, Source
+from moestro.models.cache import KeysValues, KVCache, LayerCache, Source, StateCache
+from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
@@ -43,15 +44,21 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x))."""
+    """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x)).
+
+    A block without attention has a gated DeltaNet in its place.
+    """
 
     def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
         super().__init__()
         # What writes to the residual stream starts smaller, by the root of its number (GPT-2).
         scale = ((3 if stack.cross else 2) * len(stack.layers)) ** -0.5
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
-        self.attention: Attention | LatentAttention
-        if cfg.attention.latent is None:
+        self.attention: Attention | LatentAttention | None = None
+        self.delta: DeltaNet | None = None
+        if stack.layers[layer].delta:
+            self.delta = DeltaNet(cfg, scale)
+        elif cfg.attention.latent is None:
             self.attention = Attention(cfg, stack, layer, scale)
         else:
             self.attention = LatentAttention(cfg, scale)
@@ -70,13 +77,14 @@ class Block(nn.Module):
             )
 
     def forward(
-        self, x_BSD: Tensor, shared: Shared, cache: LayerCache | None, source: KeysValues | None
+        self,
+        x_BSD: Tensor,
+        shared: Shared,
+        cache: LayerCache | StateCache | None,
+        source: KeysValues | None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
-        normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(
-            normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP
-        )
+        x_BSD = x_BSD + self._look_back(self.attention_norm(x_BSD), shared, cache)
         if self.cross is not None:
             x_BSD = x_BSD + self.cross(self.cross_norm(x_BSD), source, shared.source_valid_BP)
         normed_BSD = self.ffn_norm(x_BSD)
@@ -84,6 +92,17 @@ class Block(nn.Module):
             y_BSD, routing = self.ffn(normed_BSD, token_ids=shared.tokens_BS, valid=shared.valid_BS)
             return x_BSD + y_BSD, routing
         return x_BSD + self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD), None
+
+    def _look_back(
+        self, normed_BSD: Tensor, shared: Shared, cache: LayerCache | StateCache | None
+    ) -> Tensor:
+        """What the block takes from the positions before."""
+        if self.delta is not None:
+            y_BSD: Tensor = self.delta(normed_BSD, shared.valid_BS, cache)
+            return y_BSD
+        assert self.attention is not None
+        y_BSD = self.attention(normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP)
+        return y_BSD
 
 
 class Stack(nn.Module):
@@ -109,9 +128,11 @@ class Stack(nn.Module):
         return self
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache: each layer keeps the positions of its window."""
+        """An empty cache: each layer keeps the positions of its window, or its state."""
         rope = isinstance(self.cfg.attention.positions, RopeConfig)
-        limits = [layer.window or sys.maxsize for layer in self.spec.layers]
+        limits = [
+            None if layer.delta else layer.window or sys.maxsize for layer in self.spec.layers
+        ]
         return KVCache(limits, RotaryTable(self.cfg) if rope else None)
 
     def run(
@@ -165,5 +186,6 @@ class Stack(nn.Module):
             return None, None
         span = length
         if cache is not None:
-            span += min(cache.position, max(layer.limit for layer in cache.layers) - 1)
+            limits = (each.limit for each in cache.layers if isinstance(each, LayerCache))
+            span += min(cache.position, max(limits) - 1)
         return None, self.relative(range(span - length, span), range(span))

@@ -20,6 +20,7 @@ from moestro.config import (
     YarnScaling,
 )
 from moestro.errors import ConfigError
+from moestro.kernels import pointwise
 
 
 class Rotary(NamedTuple):
@@ -30,9 +31,18 @@ class Rotary(NamedTuple):
 
 
 def turning_width(cfg: NetworkConfig) -> int:
-    """A: the width of a head, or of the rotary part of a latent one."""
+    """A: the part of a head that turns, or the rotary part of a latent one."""
     latent = cfg.attention.latent
-    return cfg.head_dim if latent is None else latent.rope_dim
+    return int(cfg.head_dim * _rope_of(cfg).fraction) if latent is None else latent.rope_dim
+
+
+def turn(x_BSHO: Tensor, angles: Rotary) -> Tensor:
+    """Rotate the first A numbers of each head, and leave the rest: [B, S, H, O ≥ A]."""
+    width = 2 * angles.cos_SA.shape[-1]
+    if width == x_BSHO.shape[-1]:
+        return pointwise.rotate(x_BSHO, *angles)
+    turned_BSHA = pointwise.rotate(x_BSHO[..., :width], *angles)
+    return torch.cat([turned_BSHA, x_BSHO[..., width:]], dim=-1)
 
 
 def frequencies(rope: RopeConfig, width: int, total: int = 0) -> Tensor:

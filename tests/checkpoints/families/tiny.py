@@ -56,6 +56,22 @@ QWEN_MOE = {
     "decoder_sparse_step": 1,
 }
 
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "num_key_value_heads": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 18,
+    "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+}
+
 # name → (class of the settings in transformers, settings beside BODY).
 TINY = {
     "llama": ("Llama", {"head_dim": 10, "num_key_value_heads": 3}),
@@ -121,6 +137,10 @@ TINY = {
     "qwen3_moe_sparse": (
         "Qwen3Moe",
         {**QWEN_MOE, "norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**DELTA, "norm_topk_prob": True, "layer_types": ["linear_attention", "full_attention"] * 2},
     ),
     "deepseek_v2_lite": (
         "DeepseekV2",

@@ -13,6 +13,7 @@ from moestro.checkpoints.families import (
     olmoe,
     phimoe,
     qwen_moe,
+    qwen_next,
     switch,
 )
 from moestro.checkpoints.families.table import Family, Rule
@@ -28,6 +29,7 @@ FAMILIES: Mapping[str, Family] = {
         olmoe.OLMOE,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
+        qwen_next.QWEN3_NEXT,
         deepseek.DEEPSEEK,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,

@@ -33,7 +33,8 @@ SCALINGS: Mapping[str, Mapping[str, str]] = {
 }
 _FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 # What both forms may say besides, and older files repeat.
-_BESIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+_PARTIAL = "partial_rotary_factor"
+_BESIDE = {"rope_type", "type", "rope_theta", _PARTIAL, "finetuned"}
 
 
 # longrope's magnitude is stated by Phi-3.5-MoE alone; elsewhere it would follow from the contexts.
@@ -41,7 +42,12 @@ _USUAL = ("linear", "llama3", "yarn")
 
 
 def rope(
-    theta: float = 10_000.0, *, scalings: tuple[str, ...] = _USUAL, required: bool = False
+    theta: float = 10_000.0,
+    *,
+    scalings: tuple[str, ...] = _USUAL,
+    required: bool = False,
+    fraction: float | None = None,
+    beside: frozenset[str] = frozenset(),
 ) -> Entry:
     """The entry of rotary positions.
 
@@ -49,7 +55,11 @@ def rope(
         theta: where config.json names none.
         scalings: the rope_types that the family has, beside default.
         required: config.json has to say them, since transformers' own default is a scaling.
+        fraction: of a head that turns where `partial_rotary_factor` is missing; None: the family
+            turns whole heads.
+        beside: further fields without a meaning for text.
     """
+    fields = _FIELDS if fraction is None else (*_FIELDS, _PARTIAL)
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         given = _given(hf)
@@ -65,10 +75,12 @@ def rope(
                 known = ", ".join(("default", *scalings))
                 raise ConfigError(f"rope_type is {kind!r}; known for this model_type: {known}")
             positions["scaling"] = _scaling(kind, given, hf)
-        elif set(given) - _BESIDE:
+        elif set(given) - _BESIDE - beside:
             raise ConfigError(f"rope_parameters of rope_type default have {sorted(given)}")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("partial_rotary_factor below 1 cannot be expressed here")
+        if fraction is not None:
+            positions["fraction"] = given.get(_PARTIAL, hf.get(_PARTIAL) or fraction)
+        elif given.get(_PARTIAL, 1.0) != 1.0:
+            raise ConfigError(f"{_PARTIAL} below 1 cannot be expressed here")
         return {"attention.positions": positions}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +88,13 @@ def rope(
         if not isinstance(positions, RopeConfig):
             raise ConfigError(f"attention.positions are {positions.kind}; this layout has rotary")
         values = _written(positions)
+        partial = {} if fraction is None else {_PARTIAL: positions.fraction}
         if not original or "rope_parameters" in original:
-            return {"rope_parameters": {**values, "rope_theta": positions.theta}}
+            return {"rope_parameters": {**values, "rope_theta": positions.theta, **partial}}
         scaled = values if positions.scaling is not None else None
-        return {"rope_theta": positions.theta, "rope_scaling": scaled}
+        return {"rope_theta": positions.theta, "rope_scaling": scaled, **partial}
 
-    return Entry(_FIELDS, read, write)
+    return Entry(fields, read, write)
 
 
 def _given(hf: Mapping[str, Any]) -> Mapping[str, Any]:
