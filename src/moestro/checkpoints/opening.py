@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.checkpoints import packed_files
+from moestro.checkpoints.families import text_part
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.quantize import AS_IS, format_of, read_packed
@@ -43,7 +44,8 @@ class Opened(NamedTuple):
     Attributes:
         model: with its weights.
         folder: of its checkpoint, with its tokenizer.
-        hf_config: the config.json of Hugging Face's layout that the weights came with, if any.
+        hf_config: the config.json of Hugging Face's layout that the weights came with, if any; of a
+            model of text and images, its text part.
     """
 
     model: Model
@@ -115,7 +117,8 @@ def open_checkpoint(
     else:
         model = read_packed(folder, format, progress, accept_fields)
     place = origin(folder)
-    return Opened(model, folder, read_json(place, finite=False) if place.is_file() else None)
+    fields = text_part(read_json(place, finite=False)) if place.is_file() else None
+    return Opened(model, folder, fields)
 
 
 def kept_as(weights: str, packed: Path | None = None) -> Callable[[Path], bool] | None:

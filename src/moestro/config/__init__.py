@@ -40,8 +40,9 @@ from moestro.config.run import (
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DeltaConfig",
-    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec", "LinearScaling",
-    "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig",
-    "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
-    "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig", "YarnScaling",
+    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
+    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig",
+    "NetworkConfig", "NormConfig", "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
+    "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
+    "YarnScaling",
 ]  # fmt: skip

@@ -83,7 +83,8 @@ def _chunks(x_BSHI: Tensor, size: int) -> Tensor:
     missing = -x_BHSI.shape[2] % size
     if missing:
         x_BHSI = F.pad(x_BHSI, (0, 0, 0, missing))
-    return x_BHSI.unflatten(2, (-1, size))
+    x_BHNTI: Tensor = torch.unflatten(x_BHSI, 2, (-1, size))
+    return x_BHNTI
 
 
 def _decays(sums_BHNT1: Tensor) -> Tensor:

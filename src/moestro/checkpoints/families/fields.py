@@ -225,7 +225,7 @@ def _sliding(cfg: Any) -> WindowConfig | None:
     window = cfg.attention.window
     if window is not None and not isinstance(window, WindowConfig):
         raise ConfigError(
-            "this layout has attention in every layer, and attention.window is delta layers"
+            "this layout has attention in every layer; attention.window is of the kind delta"
         )
     return window
 

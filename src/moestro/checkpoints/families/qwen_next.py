@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.checkpoints.families.fields import field, num_layers
+from moestro.checkpoints.families.fields import field, fixed, num_layers
 from moestro.checkpoints.families.llama import (
     BIAS,
     BLOCK,
@@ -91,6 +91,16 @@ def _next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
     return {"a layer for multi-token prediction": ("mtp.*",)}
 
 
+def _next_tokens_and_images(cfg: Any) -> dict[str, tuple[str, ...]]:
+    return {**_next_tokens(cfg), "an encoder of images": ("model.visual.*",)}
+
+
+def _qkv_and_gates(cfg: Any) -> tuple[int, ...]:
+    delta = cfg.attention.delta
+    return delta.conv_channels, delta.value_width
+
+
+_SECTIONS = frozenset({"mrope_section", "mrope_interleaved"})
 _FIELDS = (
     BIAS,
     _head_dim(),
@@ -131,4 +141,33 @@ QWEN3_NEXT = Family(
     always=_ALWAYS,
     inert=(Inert("use_sliding_window", (False,), "layers that see only a window"),),
     left_out=_next_tokens,
+)
+QWEN3_5_MOE = Family(
+    "qwen3_5_moe_text",
+    "Qwen3_5MoeForCausalLM",
+    (
+        # Of positions in images; those of a text count the same in all sections.
+        *decoder(positions=rope(fraction=0.25, beside=_SECTIONS)),
+        *_FIELDS,
+        fixed("attn_output_gate", True),
+    ),
+    (
+        *_RULES,
+        Rule(
+            (f"{_THEIRS}in_proj_qkv.weight", f"{_THEIRS}in_proj_z.weight"),
+            f"{_OURS}qkvz.weight",
+            sizes=_qkv_and_gates,
+        ),
+        Rule((f"{_THEIRS}in_proj_b.weight", f"{_THEIRS}in_proj_a.weight"), f"{_OURS}ba.weight"),
+    ),
+    always={**_ALWAYS, "moe.router.renormalize": True},
+    # The width of dense networks: every layer is a mixture.
+    harmless=frozenset({"intermediate_size", "mtp_use_dedicated_embeddings"}),
+    inert=(
+        Inert("mamba_ssm_dtype", ("float32",), "a state in fewer bits"),
+        Inert("mlp_only_layers", ([],), "dense layers among the mixtures"),
+    ),
+    left_out=_next_tokens_and_images,
+    replaced={"mtp_num_hidden_layers": 0},
+    beginnings={"model.language_model.": "model."},
 )

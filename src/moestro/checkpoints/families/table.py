@@ -92,6 +92,7 @@ class Family(NamedTuple):
         copies: tensor names that a checkpoint may hold beside the ones that they must equal (those
             of tied parameters need no entry).
         renamed: parts of keys → what they are if experts are `fused`.
+        beginnings: of keys, as a checkpoint may have them → as the rules do.
         copied: settings → whether `copies` are written as well.
         quantised: values of quantization_config's quant_method that are read (dequantised).
         settings: the class of our settings.
@@ -109,6 +110,7 @@ class Family(NamedTuple):
     replaced: Mapping[str, Any] = {}
     copies: Mapping[str, str] = {}
     renamed: Mapping[str, str] = {}
+    beginnings: Mapping[str, str] = {}
     copied: Callable[[Any], bool] = lambda cfg: False
     quantised: tuple[str, ...] = ("fp8",)
     settings: type[ModelConfig] | type[EncDecConfig] = ModelConfig
