@@ -83,9 +83,10 @@ class DeltaNet(nn.Module):
         joined_BPI = self._joined(qkv_BSI, before_BWI)
         q_BSGA, k_BSGA, v_BSHO = self._heads(self._convolved(joined_BPI))
         log_decay_BSH, beta_BSH = self._rates(x_BSD, valid_BS)
-        y_BSHO, state_BHAO = delta.gated_delta(
-            q_BSGA, k_BSGA, v_BSHO, log_decay_BSH, beta_BSH, state_BHAO
-        )
+        with torch.autocast(x_BSD.device.type, enabled=False):  # a state adds up its rounding
+            y_BSHO, state_BHAO = delta.gated_delta(
+                q_BSGA, k_BSGA, v_BSHO, log_decay_BSH, beta_BSH, state_BHAO
+            )
         if cache is not None:
             cache.keep(joined_BPI[:, joined_BPI.shape[1] - settings.conv_width + 1 :], state_BHAO)
         z_BSHO = z_BSO.view(y_BSHO.shape)
