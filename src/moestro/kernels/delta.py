@@ -43,7 +43,7 @@ def gated_delta(
     heads, groups = v_BSHO.shape[2], q_BSGA.shape[2]
     q_BSHA, k_BSHA = (
         x.repeat_interleave(heads // groups, dim=2) if heads != groups else x
-        for x in (q_BSGA, k_BSGA)
+        for x in (q_BSGA.to(dtype), k_BSGA.to(dtype))
     )
     size = min(CHUNK, length)
     q_BHNTA, k_BHNTA, v_BHNTO, logs_BHNT1, beta_BHNT1 = (

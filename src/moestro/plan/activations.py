@@ -10,7 +10,7 @@ those marked c are in the dtype computed in, the others in fp32.
       relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
       sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
                        c · H · A                    the sum
-      gated            c · 4H · A                   the gates, their sigmoid, and the product
+      gated            c · 3H · A                   the gates, their sigmoid, and the product
     delta layer        D · (1 + c)                  the norm's input and output
                        (2 + 6c) · G·A               queries and keys around the convolution
                        H · (10A + 6T)               heads, and T × T matrices of chunks of T tokens
@@ -118,7 +118,7 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
         scales = heads + groups if attention.qk_norm == "head" else 2
         normed = number * (queries + 2 * keys) + FP32 * scales
     if attention.delta is not None and attention.delta.gated_attention:
-        normed += number * 4 * queries
+        normed += number * 3 * queries
     if attention.sinks:
         scores = heads * seen.keys * (2 * FP32 + (number if number < FP32 else 0))
         return normed + number * (2 * queries + 2 * keys * seen.copies) + scores
