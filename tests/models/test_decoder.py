@@ -13,9 +13,19 @@ from moestro.models.relative import bucket
 from moestro.models.rotary import rotary
 from moestro.moe import balance
 
+from .plain_delta import plain_delta
+
 MOE = {"hidden_dim": 12, "num_experts": 4, "top_k": 2}
 HEADS = {"num_heads": 4, "context": 32}
 RELATIVE = {"kind": "relative", "buckets": 8, "max_distance": 6}
+DELTA = {
+    "kind": "delta",
+    "key_heads": 2,
+    "value_heads": 4,
+    "key_dim": 5,
+    "value_dim": 3,
+    "full_every": 2,
+}
 LATENT = {"q_rank": 7, "kv_rank": 6, "nope_dim": 5, "rope_dim": 4, "value_dim": 3}
 SIZES = {
     "vocab_size": 30,
@@ -67,6 +77,19 @@ VARIANTS = {
         }
     },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
+    "delta beside gated attention": {
+        "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
+        "norm": {"zero_centred": True, "eps": 1e-3},
+        "attention": {
+            **HEADS,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "qk_norm": "head",
+            "bias": "all",
+            "positions": {"fraction": 0.5},
+            "window": DELTA,
+        },
+    },
 }
 
 
@@ -78,13 +101,19 @@ def plain_norm(x, module, eps):
     if hasattr(module, "bias"):
         x = x - x.mean(-1, keepdim=True)
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight + module.bias
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight
+    gain = 1 + module.weight if module.zero_centred else module.weight
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
 
 
 def plain_heads(module, cfg, x_BSD):
-    """Queries, keys, values [B, S, H or G, A], normalised where they are."""
+    """Queries, keys, values [B, S, H or G, A], normalised where they are; gates [B, S, H·A]."""
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
     qkv = F.linear(x_BSD, module.qkv.weight, module.qkv.bias)
+    gates = 1
+    if cfg.attention.delta:
+        both = qkv[..., : 2 * heads * width].unflatten(-1, (heads, 2, width))
+        gates = both[..., 1, :].flatten(2).sigmoid()
+        qkv = torch.cat([both[..., 0, :].flatten(2), qkv[..., 2 * heads * width :]], -1)
     parts = qkv.split([heads * width, groups * width, groups * width], dim=-1)
     if cfg.attention.qk_norm == "full":
         norms = (module.q_norm, module.k_norm)
@@ -93,25 +122,27 @@ def plain_heads(module, cfg, x_BSD):
     q, k, v = (x.unflatten(-1, (-1, width)) for x in parts)
     if cfg.attention.qk_norm == "head":
         q, k = (plain_norm(x, n, cfg.norm.eps) for x, n in ((q, module.q_norm), (k, module.k_norm)))
-    return q, k, v
+    return q, k, v, gates
 
 
 def plain_attention(module, cfg, x_BSD, layer, shared):
     """Dense [S, S] scores, softmax, and rotation by complex numbers."""
     settings, length, width = cfg.attention, x_BSD.shape[1], cfg.head_dim
-    q, k, v = plain_heads(module, cfg, x_BSD)
+    q, k, v, gates = plain_heads(module, cfg, x_BSD)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     bias, scale = 0, width**-0.5
     if settings.positions.kind == "relative":
         own = bucket(-distance, 8, 6, bidirectional=False)
         bias, scale = (shared or module.relative).weight[own].permute(2, 0, 1), 1
     else:
+        width = int(width * settings.positions.fraction)
         frequencies = settings.positions.theta ** (-torch.arange(0, width, 2).double() / width)
         turns = torch.polar(torch.ones(()).double(), torch.arange(length)[:, None] * frequencies)
 
         def turn(x):
-            pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turns[:, None]
-            return torch.cat([pairs.real, pairs.imag], -1)
+            pairs = torch.complex(x[..., : width // 2], x[..., width // 2 : width])
+            pairs = pairs * turns[:, None]
+            return torch.cat([pairs.real, pairs.imag, x[..., width:]], -1)
 
         q, k = turn(q), turn(k)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
@@ -120,7 +151,7 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
     scores = scores.masked_fill(~seen, -torch.inf)
     sinks = module.sinks[:, None, None] if settings.sinks else torch.tensor(-torch.inf)
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
-    mixed = torch.einsum("bhsp,bphd->bshd", (scores - total).exp(), v).flatten(2)
+    mixed = torch.einsum("bhsp,bphd->bshd", (scores - total).exp(), v).flatten(2) * gates
     return F.linear(mixed, module.out.weight, module.out.bias)
 
 
@@ -137,6 +168,8 @@ def plain_decoder(model, tokens_BS):
         h = plain_norm(x, block.attention_norm, eps)
         if cfg.attention.latent:  # It has its own tests.
             x = x + block.attention(h, rotary(0, x.shape[1], cfg, x.device, x.dtype))
+        elif cfg.is_delta_layer(n):
+            x = x + torch.stack([plain_delta(block.delta, cfg, h_SD) for h_SD in h])
         else:
             x = x + plain_attention(block.attention, cfg, h, n, model.relative)
         h_TD = plain_norm(x, block.ffn_norm, eps).flatten(0, 1)
