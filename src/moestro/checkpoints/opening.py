@@ -116,9 +116,13 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, path, progress, accept_fields)
     else:
         model = read_packed(folder, format, progress, accept_fields)
+    return Opened(model, folder, _came_with(folder))
+
+
+def _came_with(folder: Path) -> dict[str, Any] | None:
+    """See `Opened.hf_config`."""
     place = origin(folder)
-    fields = text_part(read_json(place, finite=False)) if place.is_file() else None
-    return Opened(model, folder, fields)
+    return text_part(read_json(place, finite=False)) if place.is_file() else None
 
 
 def kept_as(weights: str, packed: Path | None = None) -> Callable[[Path], bool] | None:
