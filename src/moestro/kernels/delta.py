@@ -1,8 +1,8 @@
 """The gated delta rule in chunks: matrix products inside of them, a state from one to the next.
 
-The definition is `reference_delta.gated_delta`. Letters: B batch, S tokens, N chunks of T tokens,
-J the chunk's tokens up to one of T, H value heads, G heads of queries and keys, A width of a key,
-O width of a value.
+The definition is `reference_delta.gated_delta`. Letters: B batch, S tokens, N chunks of Q tokens,
+P the same as seen by those after them, H value heads, G heads of queries and keys, A width of a
+key, O width of a value, I = A + O.
 """
 
 from __future__ import annotations
@@ -46,52 +46,52 @@ def gated_delta(
         for x in (q_BSGA.to(dtype), k_BSGA.to(dtype))
     )
     size = min(CHUNK, length)
-    q_BHNTA, k_BHNTA, v_BHNTO, logs_BHNT1, beta_BHNT1 = (
+    q_BHNQA, k_BHNQA, v_BHNQO, logs_BHNQ1, beta_BHNQ1 = (
         _chunks(x.to(dtype), size)
         for x in (q_BSHA, k_BSHA, v_BSHO, log_decay_BSH[..., None], beta_BSH[..., None])
     )
-    sums_BHNT1 = logs_BHNT1.cumsum(3)
-    decays_BHNTJ = _decays(sums_BHNT1)
-    since_BHNT1 = sums_BHNT1.exp()
-    keys_BHNAT = k_BHNTA.transpose(3, 4)
-    system_BHNTJ = beta_BHNT1 * (k_BHNTA @ keys_BHNAT) * decays_BHNTJ
-    right_BHNTR = beta_BHNT1 * torch.cat([since_BHNT1 * k_BHNTA, v_BHNTO], dim=-1)
+    sums_BHNQ1 = logs_BHNQ1.cumsum(3)
+    decays_BHNQP = _decays(sums_BHNQ1)
+    since_BHNQ1 = sums_BHNQ1.exp()
+    keys_BHNAP = k_BHNQA.transpose(3, 4)
+    system_BHNQP = beta_BHNQ1 * (k_BHNQA @ keys_BHNAP) * decays_BHNQP
+    right_BHNQI = beta_BHNQ1 * torch.cat([since_BHNQ1 * k_BHNQA, v_BHNQO], dim=-1)
     # Only what is below the diagonal is read of the system; on it stand ones.
-    solved_BHNTR = torch.linalg.solve_triangular(
-        system_BHNTJ, right_BHNTR, upper=False, unitriangular=True
+    solved_BHNQI = torch.linalg.solve_triangular(
+        system_BHNQP, right_BHNQI, upper=False, unitriangular=True
     )
-    from_state_BHNTA, own_BHNTO = solved_BHNTR.split_with_sizes([width, v_BHNTO.shape[-1]], dim=-1)
-    scores_BHNTJ = (q_BHNTA @ keys_BHNAT) * decays_BHNTJ
-    asked_BHNTA = since_BHNT1 * q_BHNTA
+    from_state_BHNQA, own_BHNQO = solved_BHNQI.split_with_sizes([width, v_BHNQO.shape[-1]], dim=-1)
+    scores_BHNQP = (q_BHNQA @ keys_BHNAP) * decays_BHNQP
+    asked_BHNQA = since_BHNQ1 * q_BHNQA
     # Of each token's change, what is left at the end of the chunk.
-    left_BHNAT = keys_BHNAT * decays_BHNTJ[..., -1:, :]
-    kept_BHN11 = since_BHNT1[..., -1:, :]
+    left_BHNAP = keys_BHNAP * decays_BHNQP[..., -1:, :]
+    kept_BHN11 = since_BHNQ1[..., -1:, :]
     if state_BHAO is None:
-        state_BHAO = v_BHNTO.new_zeros(*v_BHNTO.shape[:2], width, v_BHNTO.shape[-1])
+        state_BHAO = v_BHNQO.new_zeros(*v_BHNQO.shape[:2], width, v_BHNQO.shape[-1])
     parts = []
-    for n in range(v_BHNTO.shape[2]):
-        change_BHTO = own_BHNTO[:, :, n] - from_state_BHNTA[:, :, n] @ state_BHAO
-        parts.append(asked_BHNTA[:, :, n] @ state_BHAO + scores_BHNTJ[:, :, n] @ change_BHTO)
-        state_BHAO = kept_BHN11[:, :, n] * state_BHAO + left_BHNAT[:, :, n] @ change_BHTO
+    for n in range(v_BHNQO.shape[2]):
+        change_BHQO = own_BHNQO[:, :, n] - from_state_BHNQA[:, :, n] @ state_BHAO
+        parts.append(asked_BHNQA[:, :, n] @ state_BHAO + scores_BHNQP[:, :, n] @ change_BHQO)
+        state_BHAO = kept_BHN11[:, :, n] * state_BHAO + left_BHNAP[:, :, n] @ change_BHQO
     y_BHSO = torch.cat(parts, dim=2)[:, :, :length]
     return y_BHSO.transpose(1, 2), state_BHAO
 
 
 def _chunks(x_BSHI: Tensor, size: int) -> Tensor:
-    """[B, S, H, I] → [B, H, N, T, I]; tokens of zeros, which change no state, fill the last."""
+    """[B, S, H, I] → [B, H, N, Q, I]; tokens of zeros, which change no state, fill the last."""
     x_BHSI = x_BSHI.transpose(1, 2)
     missing = -x_BHSI.shape[2] % size
     if missing:
         x_BHSI = F.pad(x_BHSI, (0, 0, 0, missing))
-    x_BHNTI: Tensor = torch.unflatten(x_BHSI, 2, (-1, size))
-    return x_BHNTI
+    x_BHNQI: Tensor = torch.unflatten(x_BHSI, 2, (-1, size))
+    return x_BHNQI
 
 
-def _decays(sums_BHNT1: Tensor) -> Tensor:
+def _decays(sums_BHNQ1: Tensor) -> Tensor:
     """What token t still holds of token j's change: e^(c_t − c_j) for j ≤ t, else 0."""
-    size = sums_BHNT1.shape[3]
-    future_TJ = torch.ones(size, size, dtype=torch.bool, device=sums_BHNT1.device).triu(1)
+    size = sums_BHNQ1.shape[3]
+    future_QP = torch.ones(size, size, dtype=torch.bool, device=sums_BHNQ1.device).triu(1)
     # Masked before the exponential, which overflows for tokens to come.
-    logs_BHNTJ = sums_BHNT1 - sums_BHNT1.transpose(3, 4)
-    decays_BHNTJ: Tensor = logs_BHNTJ.masked_fill(future_TJ, -math.inf).exp()
-    return decays_BHNTJ
+    logs_BHNQP = sums_BHNQ1 - sums_BHNQ1.transpose(3, 4)
+    decays_BHNQP: Tensor = logs_BHNQP.masked_fill(future_QP, -math.inf).exp()
+    return decays_BHNQP

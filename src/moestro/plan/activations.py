@@ -13,8 +13,8 @@ those marked c are in the dtype computed in, the others in fp32.
       gated            c · 3H · A                   the gates, their sigmoid, and the product
     delta layer        D · (1 + c)                  the norm's input and output
                        (2 + 6c) · G·A               queries and keys around the convolution
-                       H · (10A + 6T)               heads, and T × T matrices of chunks of T tokens
-                       H · A·O / T                  the state before each chunk
+                       H · (10A + 6Q)               heads, and Q × Q matrices of chunks of Q tokens
+                       H · A·O / Q                  the state before each chunk
                        (2 + 10c) · H · O            values and gates of width O
     dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
     mixture            D · (1 + c) + 2E             logits and probabilities of the router
