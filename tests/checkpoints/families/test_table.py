@@ -297,7 +297,12 @@ DELTA = ModelConfig(
 def test_layouts_are_reversible(name):
     """With the shape that they promise, for a stack, a matrix or a vector."""
     shapes = [(24, 5), (24,)] if name.startswith("rope") else [(3, 6, 4), (6, 4)]
-    rows = {"rope_pairs_at_end": 14, "delta_qkvz": 2 * 8 + 2 * 12, "delta_ba": 12}.get(name)
+    rows = {
+        "rope_pairs_at_end": 14,
+        "pairs_of_heads": 24,
+        "delta_qkvz": 2 * 8 + 2 * 12,
+        "delta_ba": 12,
+    }.get(name)
     if rows is not None:
         shapes = [(rows, 5), (rows,)]
     cfg = DELTA if name.startswith("delta") else LATENT
@@ -318,6 +323,8 @@ def test_layouts_by_hand():
     assert heads[12:].tolist() == [12 + n for n in (0, 1, 2, 3, 4, 6, 8, 10, 5, 7, 9, 11)]
     end = LAYOUTS["rope_pairs_at_end"].load(torch.arange(14.0), LATENT)
     assert end.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 7, 9, 11, 13]
+    heads = LAYOUTS["pairs_of_heads"].load(torch.arange(16.0), LATENT)
+    assert heads.tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
 
 
 def test_slices():

@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, Family] = {
         llama.QWEN3,
         mixtral.MIXTRAL,
         olmoe.OLMOE,
+        qwen_moe.QWEN2,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
         qwen_next.QWEN3_NEXT,
