@@ -12,8 +12,8 @@ those marked c are in the dtype computed in, the others in fp32.
                        c · H · A                    the sum
       gated            c · 3H · A                   the gates, their sigmoid, and the product
     delta layer        D · (1 + c)                  the norm's input and output
-                       (2 + 6c) · G·A               queries and keys around the convolution
-                       H · (10A + 6Q)               heads, and Q × Q matrices of chunks of Q tokens
+                       (6 + 6c) · G·A               queries and keys around the convolution
+                       4H · (A + Q) + 2G·Q          heads, and Q × Q matrices of chunks of Q tokens
                        H · A·O / Q                  the state before each chunk
                        (2 + 10c) · H · O            values and gates of width O
     dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
@@ -134,9 +134,10 @@ def _delta(attention: AttentionConfig, context: int, number: int) -> float:
     assert delta is not None
     size = min(context, CHUNK)
     chunks = -(-context // size) / context
-    squares, states = 6 * size * size * chunks, delta.key_dim * delta.value_dim * chunks
-    rule = FP32 * delta.value_heads * (10 * delta.key_dim + squares + states)
-    keys = delta.key_width * (6 * number + 2 * FP32)
+    squares = (4 * delta.value_heads + 2 * delta.key_heads) * size * size * chunks
+    states = delta.value_width * delta.key_dim * chunks
+    rule = FP32 * (4 * delta.value_heads * delta.key_dim + squares + states)
+    keys = delta.key_width * (6 * number + 6 * FP32)
     return rule + keys + delta.value_width * (10 * number + 2 * FP32)
 
 
