@@ -40,6 +40,14 @@ SIZES: dict[str, Any] = {
 }
 MOE = {"hidden_dim": 24, "num_experts": 4, "top_k": 2}
 LATENT = {"q_rank": 12, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+DELTA = {
+    "kind": "delta",
+    "key_heads": 2,
+    "value_heads": 4,
+    "key_dim": 8,
+    "value_dim": 8,
+    "full_every": 2,
+}
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "context": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixture": {"moe": MOE},
@@ -64,6 +72,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dense_first": 1,
     },
     "norms": {"moe": MOE, "attention": {**HEADS, "qk_norm": "full"}, "norm": {"kind": "layer"}},
+    "delta": {
+        "moe": MOE,
+        "norm": {"zero_centred": True},
+        "attention": {**HEADS, "window": DELTA, "positions": {"fraction": 0.5}},
+    },
     "relative": {"moe": MOE, "attention": {**HEADS, "positions": {"kind": "relative"}}},
     "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
     "expert choice": {"moe": {**MOE, "router": {"kind": "expert_choice"}}},

@@ -104,7 +104,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
+    "zero-centred": {"norm": {"zero_centred": True}, "attention": {**HEADS, "qk_norm": "head"}},
 }
+DELTA = {"kind": "delta", "key_heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "latent": (
         {
@@ -114,6 +116,14 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
             }
         },
         "latent attention",
+    ),
+    "delta": (
+        {"attention": {**HEADS, "window": DELTA}},
+        "no native step for gated DeltaNet layers",
+    ),
+    "partial": (
+        {"attention": {**HEADS, "positions": {"fraction": 0.5}}},
+        "no native step for partial rotary positions",
     ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
     "scaled residual": (

@@ -20,6 +20,14 @@ from moestro.text import ByteTokenizer
 BYTES = ByteTokenizer()
 MOE: dict[str, Any] = {"hidden_dim": 16, "num_experts": 4, "top_k": 2}
 HEADS = {"num_heads": 2, "context": 24}
+DELTA: dict[str, Any] = {
+    "kind": "delta",
+    "key_heads": 1,
+    "value_heads": 2,
+    "key_dim": 4,
+    "value_dim": 4,
+    "full_every": 2,
+}
 PROMPTS = ["a", "a rather long prompt, longer than the context", "", "words", "aaaa"]
 SAMPLINGS = [
     SamplingConfig(seed=5, max_tokens=9),
@@ -33,10 +41,12 @@ SAMPLINGS = [
 
 
 def model_of(kind: str, **changes: Any) -> Decoder:
-    """Packed, native or, with latent attention, decoded in Python."""
+    """Packed, native or, with latent attention or delta layers, decoded in Python."""
     if kind == "python":
         latent = {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
         changes["attention"] = {**HEADS, "latent": latent}
+    elif kind == "delta":
+        changes["attention"] = {**HEADS, "window": DELTA}
     elif native_cpu.available() is not None:
         pytest.skip("no native library")
     cfg = ModelConfig(**{"dim": 16, "num_layers": 2, "attention": HEADS, "moe": MOE, **changes})
@@ -46,11 +56,11 @@ def model_of(kind: str, **changes: Any) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("kind", ["python", "native", "int4"])
+@pytest.mark.parametrize("kind", ["python", "delta", "native", "int4"])
 def test_a_request_gets_what_it_would_get_alone(kind: str) -> None:
     """Bit by bit: the tokens, the experts, and the logits behind them."""
     model = model_of(kind)
-    assert (supports(model) is None) == (kind != "python")
+    assert (supports(model) is None) == (kind in ("native", "int4"))
     together: dict[int, list[Piece]] = defaultdict(list)
     for number, piece in generate_batch(model, BYTES, PROMPTS, SAMPLINGS):
         together[number].append(piece)
@@ -117,7 +127,7 @@ def test_what_is_no_token_is_refused_when_it_is_given(token: Any) -> None:
     assert session.add([0, 255], SamplingConfig()) == 0
 
 
-@pytest.mark.parametrize("kind", ["python", "native"])
+@pytest.mark.parametrize("kind", ["python", "delta", "native"])
 def test_a_long_prompt_is_read_between_the_tokens_of_others(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,8 +175,8 @@ def test_waiting_requests_hold_no_cache(monkeypatch: pytest.MonkeyPatch) -> None
     assert begun == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("window", [None, {"size": 3}])
-def test_a_prompt_in_chunks_is_the_prompt(window: dict[str, int] | None) -> None:
+@pytest.mark.parametrize("window", [None, {"size": 3}, DELTA])
+def test_a_prompt_in_chunks_is_the_prompt(window: dict[str, Any] | None) -> None:
     cfg = ModelConfig(dim=16, num_layers=2, attention={**HEADS, "window": window}, moe=MOE)
     model = Decoder(cfg).eval()
     tokens = torch.randint(0, 256, (40,)).tolist()

@@ -13,6 +13,14 @@ from moestro.models.rotary import rotary
 
 CPU = torch.device("cpu")
 YARN = {"kind": "yarn", "factor": 4.0, "original_context": 16}
+GATED = {
+    "kind": "delta",
+    "key_heads": 1,
+    "value_heads": 1,
+    "key_dim": 2,
+    "value_dim": 2,
+    "full_every": 1,
+}
 CASES = [
     {},
     {"num_kv_heads": 2},
@@ -29,6 +37,10 @@ CASES = [
     {"window": {"size": 4}},
     {"window": {"size": 4, "full_every": 1}},
     {"window": {"size": 4}, "sinks": True, "bias": "all", "num_kv_heads": 2},
+    {"positions": {"theta": 50.0, "fraction": 0.5}, "num_kv_heads": 2},
+    {"window": GATED},
+    {"window": GATED, "bias": "all", "num_kv_heads": 2, "qk_norm": "head"},
+    {"window": GATED, "sinks": True, "qk_norm": "full"},
     {"positions": {"kind": "relative", "buckets": 8, "max_distance": 6}},
     {"positions": {"kind": "relative", "buckets": 4, "max_distance": 3}, "window": {"size": 5}},
 ]
@@ -52,14 +64,15 @@ def turn(x_A, position, positions):
     """RoPE as the paper writes it: pair (i, i + A/2) is a complex number turned by m·θ^(-2i/A)."""
     if positions.kind == "relative":
         return x_A
-    half = len(x_A) // 2
-    pairs = torch.complex(x_A[:half], x_A[half:])
+    width = int(len(x_A) * positions.fraction)
+    half = width // 2
+    pairs = torch.complex(x_A[:half], x_A[half:width])
     slow = positions.scaling.factor if positions.scaling else 1
-    angles = [position / slow * positions.theta ** (-2 * i / len(x_A)) for i in range(half)]
+    angles = [position / slow * positions.theta ** (-2 * i / width) for i in range(half)]
     turned = pairs * torch.polar(
         torch.ones(half).double(), torch.tensor(angles, dtype=torch.float64)
     )
-    return torch.cat([turned.real, turned.imag])
+    return torch.cat([turned.real, turned.imag, x_A[width:]])
 
 
 def rms(x_A, weight_A, eps):
@@ -67,14 +80,19 @@ def rms(x_A, weight_A, eps):
 
 
 def projected_by_loop(module, cfg, x_SD):
-    """Queries [S][H], keys [S][G] and values [S][G], before they turn."""
+    """Queries [S][H], keys [S][G] and values [S][G], before they turn; gates [S][H·A]."""
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
     kind, eps = cfg.attention.qk_norm, cfg.norm.eps
-    rows = [[], [], []]
+    rows = [[], [], [], []]
     for x_D in x_SD:
         qkv = module.qkv.weight @ x_D
         if cfg.attention.bias != "none":
             qkv = qkv + module.qkv.bias
+        gates = torch.ones(())
+        if cfg.attention.delta:
+            both = qkv[: 2 * heads * width].view(heads, 2, width)
+            gates = both[:, 1].flatten().sigmoid()
+            qkv = torch.cat([both[:, 0].flatten(), qkv[2 * heads * width :]])
         q, k, v = qkv.split([heads * width, groups * width, groups * width])
         if kind == "full":
             q, k = rms(q, module.q_norm.weight, eps), rms(k, module.k_norm.weight, eps)
@@ -82,7 +100,7 @@ def projected_by_loop(module, cfg, x_SD):
         if kind == "head":
             q = [rms(head, module.q_norm.weight, eps) for head in q]
             k = [rms(head, module.k_norm.weight, eps) for head in k]
-        for row, vectors in zip(rows, (q, k, v), strict=True):
+        for row, vectors in zip(rows, (q, k, v, gates), strict=True):
             row.append(vectors)
     return rows
 
@@ -91,7 +109,7 @@ def attention_by_loop(module, cfg, x_SD, valid_S=None, layer=0):
     heads, groups, width = cfg.attention.num_heads, cfg.num_kv_heads, cfg.head_dim
     positions = cfg.attention.positions
     reach = min(cfg.attention.context, cfg.window(layer) or 1_000)
-    queries, keys, values = projected_by_loop(module, cfg, x_SD)
+    queries, keys, values, gates = projected_by_loop(module, cfg, x_SD)
     rows = []
     for s in range(len(x_SD)):
         parts = []
@@ -112,7 +130,7 @@ def attention_by_loop(module, cfg, x_SD, valid_S=None, layer=0):
             if cfg.attention.sinks:
                 total = total + module.sinks[h].exp()
             parts.append((exps / total) @ torch.stack([values[p][g] for p in seen]))
-        y_D = module.out.weight @ torch.cat(parts)
+        y_D = module.out.weight @ (torch.cat(parts) * gates[s])
         rows.append(y_D + module.out.bias if cfg.attention.bias == "all" else y_D)
     return torch.stack(rows)
 
@@ -187,6 +205,7 @@ def test_16_bits():
         ({"qk_norm": "head"}, {"q_norm.weight": (8,), "k_norm.weight": (8,)}),
         ({"qk_norm": "full"}, {"q_norm.weight": (32,), "k_norm.weight": (16,)}),
         ({"sinks": True}, {"sinks": (4,)}),
+        ({"window": GATED}, {"qkv.weight": ((2 * 4 + 2 + 2) * 8, 24)}),
         ({"positions": {"kind": "relative", "buckets": 6}}, {"relative.weight": (6, 4)}),
         ({"positions": {"kind": "relative", "shared": True}}, {}),
     ],

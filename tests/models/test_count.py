@@ -44,6 +44,22 @@ def mixtures(draw, kinds=(*TOKEN_CHOICE, "expert_choice")):
 
 
 @st.composite
+def deltas(draw):
+    """Settings of small delta layers beside those with attention."""
+    heads = draw(st.integers(1, 3))
+    return {
+        "kind": "delta",
+        "key_heads": heads,
+        "value_heads": heads * draw(st.integers(1, 3)),
+        "key_dim": draw(st.integers(1, 5)),
+        "value_dim": draw(st.integers(1, 5)),
+        "conv_width": draw(st.integers(1, 5)),
+        "full_every": draw(st.integers(0, 3)),
+        "gated_attention": draw(st.booleans()),
+    }
+
+
+@st.composite
 def attentions(draw):
     """Settings of any small attention of a decoder."""
     heads = draw(st.sampled_from([1, 2, 4]))
@@ -54,6 +70,8 @@ def attentions(draw):
         return {"num_heads": heads, "latent": {**ranks, **dims, "rope_dim": 4}}
     relative = {"kind": "relative", "buckets": 8, "shared": draw(st.booleans())}
     window = {"size": draw(st.integers(1, 9)), "full_every": draw(st.integers(0, 3))}
+    positions = draw(st.sampled_from([{"kind": "rope"}, relative]))
+    mixes = [None, window] if positions is relative else [None, window, draw(deltas())]
     return {
         "num_heads": heads,
         "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
@@ -61,8 +79,8 @@ def attentions(draw):
         "qk_norm": draw(st.sampled_from(["none", "head", "full"])),
         "bias": draw(st.sampled_from(["none", "qkv", "all"])),
         "sinks": draw(st.booleans()),
-        "positions": draw(st.sampled_from([{"kind": "rope"}, relative])),
-        "window": draw(st.sampled_from([None, window])),
+        "positions": positions,
+        "window": draw(st.sampled_from(mixes)),
     }
 
 
@@ -179,9 +197,10 @@ def test_flops(cfg, seq_len):
     else must agree exactly. In training, since a noisy router's second matrix serves there alone.
     Latent attention runs with values as wide as keys, zeros after them: only such are compared.
     Kernels by their definition, row by row, and gradients on: faster paths use what torch does not
-    count.
+    count. Delta layers have a test of their own.
     """
     latent = cfg.attention.latent
+    assume(cfg.attention.delta is None)
     assume(latent is None or latent.value_dim == latent.nope_dim + latent.rope_dim)
     model = build(cfg, backend="reference")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})
@@ -205,6 +224,23 @@ def test_latent_attention_scores_by_keys_and_sums_values():
     latent = {"kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
     cfg = ModelConfig(num_layers=1, attention={"num_heads": 128, "latent": latent})
     assert count(cfg).attention == 2 * 128 * 192 + 2 * 128 * 128
+
+
+def test_a_delta_layer_costs_as_much_at_any_position():
+    """One token: its matrices, its convolution, and three products of its states.
+
+    torch counts two of the three, since the change of a state is no matrix product.
+    """
+    delta = {"key_heads": 2, "value_heads": 6, "key_dim": 5, "value_dim": 3, "full_every": 0}
+    attention = {"num_heads": 2, "window": {"kind": "delta", **delta}}
+    cfg = ModelConfig(vocab_size=20, dim=16, num_layers=3, attention=attention)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        forward(Decoder(cfg), cfg, 1)
+    cost, conv = count(cfg), 3 * 4 * (2 * 2 * 5 + 6 * 3)
+    assert set(cost.spans) == {Span(3 * 3 * 2 * 6 * 5 * 3, 1, causal=True)}
+    assert counter.get_total_flops() == 2 * (2 * cost.matmul + cost.attention * 2 // 3 + 2 * conv)
+    assert cost.forward_flops(1000) == pytest.approx(cost.forward_flops(1))
 
 
 def test_each_layer_has_its_own_window():

@@ -14,6 +14,14 @@ from moestro.moe.packed import Packed
 
 RELATIVE = {"kind": "relative", "buckets": 64, "max_distance": 200}
 LATENT = {"q_rank": 48, "kv_rank": 40, "nope_dim": 16, "rope_dim": 8, "value_dim": 20}
+DELTA = {
+    "kind": "delta",
+    "key_heads": 2,
+    "value_heads": 6,
+    "key_dim": 20,
+    "value_dim": 30,
+    "full_every": 3,
+}
 MOE = {"hidden_dim": 48, "num_experts": 4, "top_k": 2}
 SIZES = {
     "vocab_size": 200,
@@ -41,6 +49,11 @@ DECODERS = {
         "moe": {**MOE, "router": {"kind": "hash"}},
         "attention": {"num_heads": 4, "positions": RELATIVE},
         "head": {"tied": False},
+    },
+    "delta": {
+        "moe": MOE,
+        "norm": {"zero_centred": True},
+        "attention": {"num_heads": 4, "qk_norm": "head", "window": DELTA},
     },
     "expert choice": {"moe": {**MOE, "router": {"kind": "expert_choice"}}},
 }
@@ -97,6 +110,8 @@ def deviation(model, name, shape, queries):
     if name.endswith(CONSTANT) or noisy:
         return 0
     std = shape[-1] ** -0.5
+    if name.endswith("conv_weight"):
+        return std / math.sqrt(3)  # torch's own
     if module in ("embed", "head"):
         return std / cfg.head.scale if encdec else std
     if module == "shared_gate":
@@ -116,6 +131,9 @@ def head_dim(cfg):
 def check_statistics(model):
     cfg = model.cfg
     for name, tensor in model.state_dict().items():
+        if name.endswith(("log_rate", "time_bias")):  # They have their own test.
+            assert tensor.std() > 0
+            continue
         parts = {name.endswith(".q.weight"): tensor}
         if name.endswith("qkv.weight"):
             rows = cfg.attention.num_heads * head_dim(cfg)
@@ -126,8 +144,13 @@ def check_statistics(model):
                 assert part.std().item() == pytest.approx(wanted, rel=4 * error), name
                 assert abs(part.mean().item()) < 5 * wanted * error, name
             else:
-                gain = name.endswith("norm.weight")
+                gain = name.endswith("norm.weight") and gains_start_at_1(cfg, name)
                 assert torch.equal(part, torch.full_like(part, float(gain))), name
+
+
+def gains_start_at_1(cfg, name):
+    """Zero-centred norms start at 0; that of a delta layer is never one."""
+    return not cfg.norm.zero_centred or name.endswith("delta.norm.weight")
 
 
 def each(modules):

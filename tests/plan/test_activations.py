@@ -5,6 +5,7 @@ import torch
 
 from moestro.config import BalanceConfig, EncDecConfig, ModelConfig
 from moestro.kernels import attention as kernels
+from moestro.kernels import delta
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.plan import activations
@@ -17,6 +18,7 @@ WITHIN = 0.10
 
 MOE = {"hidden_dim": 48, "num_experts": 8, "top_k": 2}
 LATENT = {"kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
+DELTA = {"kind": "delta", "key_heads": 2, "value_heads": 4, "key_dim": 16, "value_dim": 24}
 RELATIVE = {"kind": "relative", "shared": True}
 
 
@@ -47,6 +49,10 @@ KINDS = {
     "window": decoder(window={"size": 32}),
     "sinks": decoder(sinks=True, bias="all", window={"size": 32, "full_every": 2}),
     "relative": decoder(positions={"kind": "relative"}),
+    "delta": decoder(MOE, window={**DELTA, "full_every": 0}),
+    "delta beside gated attention": decoder(
+        MOE, window={**DELTA, "full_every": 2}, positions={"fraction": 0.5}, qk_norm="head"
+    ),
     "latent": decoder(latent={"q_rank": 24, **LATENT}),
     "latent, no q_rank": decoder(MOE, latent=LATENT),
     "encoder-decoder": encdec(),
@@ -92,13 +98,26 @@ def test_scores_are_kept_in_blocks_of_queries(kind):
     assert planned == pytest.approx(saved(KINDS[kind], seq_len), rel=WITHIN)
 
 
-def test_a_block_is_that_of_the_kernel():
+@pytest.mark.parametrize("seq_len", [activations.CHUNK, 2 * activations.CHUNK + 9])
+def test_a_delta_layer_keeps_matrices_of_chunks(seq_len):
+    planned = activation_bytes(KINDS["delta"], seq_len, BATCH, number=4, checkpointed=False)
+    assert planned == pytest.approx(saved(KINDS["delta"], seq_len), rel=WITHIN)
+
+
+def test_blocks_are_those_of_the_kernels():
     assert activations.ROWS == kernels.ROWS
+    assert activations.CHUNK == delta.CHUNK
 
 
 @pytest.mark.parametrize(
     ("kind", "seq_len"),
-    [("dense", kernels.LONGEST + 8), ("relative", 48), ("relative", 4), ("sinks", 48)],
+    [
+        ("dense", kernels.LONGEST + 8),
+        ("relative", 48),
+        ("relative", 4),
+        ("sinks", 48),
+        ("delta", 48),
+    ],
 )
 def test_in_bfloat16(kind, seq_len):
     """Beyond the lengths for which attention on CPU keeps probabilities in 16 bits."""

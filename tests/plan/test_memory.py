@@ -83,6 +83,22 @@ def test_cache_of_a_decoder(attention):
     assert cache_bytes(cfg, 40, 2, "int4") == 2 * kept
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "int4")])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_cache_of_delta_layers(dtype, name, tokens):
+    """States in fp32 whatever the weights; keys and values only where there is attention."""
+    delta = {"key_heads": 2, "value_heads": 4, "key_dim": 6, "value_dim": 5, "full_every": 3}
+    cfg = decoder(window={"kind": "delta", **delta})
+    model = Decoder(cfg).to(dtype).eval()
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        model(torch.zeros(2, tokens, dtype=torch.int64), cache=cache)
+    *states, attention = cache.layers
+    kept = numbers(attention) * dtype.itemsize
+    kept += sum(x.numel() * x.element_size() for state in states for x in state.held(2))
+    assert cache_bytes(cfg, tokens, 2, name) == kept
+
+
 def test_cache_of_an_encoder_decoder():
     attention = {"num_heads": 4, "positions": RELATIVE}
     cfg = EncDecConfig(

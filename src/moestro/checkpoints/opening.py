@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.checkpoints import packed_files
+from moestro.checkpoints.families import text_part
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
@@ -44,7 +45,8 @@ class Opened(NamedTuple):
     Attributes:
         model: with its weights.
         folder: of its checkpoint, with its tokenizer.
-        hf_config: the config.json of Hugging Face's layout that the weights came with, if any.
+        hf_config: the config.json of Hugging Face's layout that the weights came with, if any; of a
+            model of text and images, its text part.
     """
 
     model: Model
@@ -113,8 +115,13 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, path, **told)
     else:
         model = read_packed(folder, format, **told)
+    return Opened(model, folder, _came_with(folder))
+
+
+def _came_with(folder: Path) -> dict[str, Any] | None:
+    """See `Opened.hf_config`."""
     place = origin(folder)
-    return Opened(model, folder, read_json(place, finite=False) if place.is_file() else None)
+    return text_part(read_json(place, finite=False)) if place.is_file() else None
 
 
 def in_blocks(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moestro.checkpoints.families import OWN, family_of, names
+from moestro.checkpoints.families import OWN, family_of, names, text_part
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import fields_with_meaning, to_settings
 from moestro.checkpoints.folders import CONFIG, read_json
@@ -80,6 +80,10 @@ def read_settings(
             return Described(kind(**fields), OWN, fields)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
+    try:
+        fields = text_part(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     family = family_of(fields["model_type"], str(path))
     meant = sorted(fields_with_meaning(family) & set(accept_fields))
     if meant:

@@ -81,6 +81,7 @@ def match(folder: Path, family: Family, model: Model, sources: Mapping[str, Sour
     Warns:
         UserWarning: a part of the checkpoint is left out; with its size.
     """
+    sources = {_plain_key(key, family.beginnings): source for key, source in sources.items()}
     sources = _without_left_out(folder, family, model.cfg, sources)
     rules: Sequence[Rule] = family.rules
     if any(key.endswith(FUSED) for key in sources):
@@ -104,6 +105,13 @@ def match(folder: Path, family: Family, model: Model, sources: Mapping[str, Sour
     again = [(source, wanted[copies[key]].ours) for key, source in sources.items() if key in copies]
     embed = next(source for place, source in found if place.ours == "embed.weight")
     return Unread(model, embed.dtype or torch.bfloat16, found, again)
+
+
+def _plain_key(key: str, beginnings: Mapping[str, str]) -> str:
+    for theirs, plain in beginnings.items():
+        if key.startswith(theirs):
+            return plain + key.removeprefix(theirs)
+    return key
 
 
 def _without_left_out(

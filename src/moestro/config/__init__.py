@@ -2,6 +2,7 @@
 
 from moestro.config.attention import (
     AttentionConfig,
+    DeltaConfig,
     LatentConfig,
     LinearScaling,
     Llama3Scaling,
@@ -38,9 +39,10 @@ from moestro.config.run import (
 )
 
 __all__ = [
-    "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DenseConfig",
-    "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec", "LinearScaling",
-    "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig",
-    "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
-    "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig", "YarnScaling",
+    "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DeltaConfig",
+    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
+    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig",
+    "NetworkConfig", "NormConfig", "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
+    "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
+    "YarnScaling",
 ]  # fmt: skip

@@ -102,24 +102,83 @@ class RelativeConfig(Settings):
     shared: bool = Field(False, description="One table for all layers (T5) or one in each (GLaM).")
 
 
-def _kind(value: Any) -> str:
-    given = value.get("kind", "rope") if isinstance(value, dict) else getattr(value, "kind", "rope")
-    return str(given)
+def _kind_or(default: str) -> Discriminator:
+    """Tells kinds apart by `kind`, which may be left out for the `default`."""
+
+    def kind(value: Any) -> str:
+        given = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+        return default if given is None else str(given)
+
+    return Discriminator(kind)
 
 
 Positions = Annotated[
     Annotated[RopeConfig, Tag("rope")] | Annotated[RelativeConfig, Tag("relative")],
-    Discriminator(_kind),
+    _kind_or("rope"),
 ]
 
 
 class WindowConfig(Settings):
     """Layers that attend to a few tokens only."""
 
+    kind: Literal["window"] = "window"
     size: Positive = Field(description="Tokens a position attends to, itself included.")
     full_every: Natural = Field(
         0, description="Every n-th layer still has full attention; 0: none."
     )
+
+
+class DeltaConfig(Settings):
+    """Gated DeltaNet layers (Yang, Kautz and Hatamizadeh 2024) beside those with attention.
+
+    They look back through a state of fixed size, one matrix per value head: it decays, and each
+    token replaces what the state holds for its key.
+    """
+
+    kind: Literal["delta"] = "delta"
+    key_heads: Positive = Field(description="Heads of queries and keys.")
+    value_heads: Positive = Field(description="Heads of values; as many share a key head evenly.")
+    key_dim: Positive = Field(description="Width of a query and of a key.")
+    value_dim: Positive = Field(description="Width of a value.")
+    conv_width: Positive = Field(
+        4, description="Tokens that the causal convolution of queries, keys and values sees."
+    )
+    full_every: Natural = Field(
+        4, description="Every n-th layer has attention instead; 0: none has."
+    )
+    gated_attention: bool = Field(
+        True,
+        description="Attention's output is scaled by sigmoid(x · W), per number (Qwen3-Next).",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"{self.value_heads} value_heads do not share {self.key_heads} key_heads evenly"
+            )
+        return self
+
+    @property
+    def key_width(self) -> int:
+        """Of all keys together; of the queries too."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Of all values together; of their gates too."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Numbers of a token that pass the convolution."""
+        return 2 * self.key_width + self.value_width
+
+
+Mix = Annotated[
+    Annotated[WindowConfig, Tag("window")] | Annotated[DeltaConfig, Tag("delta")],
+    _kind_or("window"),
+]
 
 
 class LatentConfig(Settings):
@@ -152,7 +211,9 @@ class AttentionConfig(Settings):
     bias: Literal["none", "qkv", "all"] = Field(
         "none", description="Which projections have a bias."
     )
-    window: WindowConfig | None = None
+    window: Mix | None = Field(
+        None, description="Layers that see only a window, or keep only a state."
+    )
     sinks: bool = Field(
         False, description="A learned score per head that takes attention from all keys (gpt-oss)."
     )
@@ -174,9 +235,16 @@ class AttentionConfig(Settings):
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if self.qk_norm == "rotated" and not rope:
             raise ValueError("qk_norm is rotated, but positions are not rotary; choose head")
+        if self.delta is not None and not rope:
+            raise ValueError("a model with delta layers has rotary positions; leave positions out")
         if self.latent is not None:
             self._check_latent()
         return self
+
+    @property
+    def delta(self) -> DeltaConfig | None:
+        """The delta layers beside those with attention, where there are any."""
+        return self.window if isinstance(self.window, DeltaConfig) else None
 
     def _check_latent(self) -> None:
         for name in ("num_kv_heads", "head_dim", "window"):

@@ -7,7 +7,12 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from moestro.config.attention import AttentionConfig, RelativeConfig, RopeConfig
+from moestro.config.attention import (
+    AttentionConfig,
+    RelativeConfig,
+    RopeConfig,
+    WindowConfig,
+)
 from moestro.config.mixture import DenseConfig, MoEConfig
 from moestro.config.number import Layers, Natural, Positive, PositiveFloat
 from moestro.settings import Settings
@@ -23,6 +28,15 @@ class NormConfig(Settings):
     residual_scale: PositiveFloat = Field(
         1.0, description="What a sublayer returns is multiplied by it when it is added (Granite)."
     )
+    zero_centred: bool = Field(
+        False, description="RMSNorm multiplies by 1 + its weight, which starts at 0 (Qwen3-Next)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.zero_centred and self.kind != "rms":
+            raise ValueError(f"zero_centred is of RMSNorm; kind is {self.kind}, so leave it off")
+        return self
 
 
 class HeadConfig(Settings):
@@ -44,10 +58,12 @@ class LayerSpec(NamedTuple):
     Attributes:
         mixture: whether its feed-forward network is a mixture.
         window: most positions that its attention looks back on, its own included; None: no limit.
+        delta: it is a gated DeltaNet, without attention.
     """
 
     mixture: bool
     window: int | None = None
+    delta: bool = False
 
 
 class StackSpec(NamedTuple):
@@ -157,17 +173,26 @@ class ModelConfig(NetworkConfig):
 
     def stacks(self) -> tuple[StackSpec, ...]:
         """One stack, whose windows never exceed the context."""
+        return (StackSpec(tuple(self._layer(n) for n in range(self.num_layers))),)
+
+    def _layer(self, layer: int) -> LayerSpec:
         context = self.attention.context
-        windows = (min(self.window(n) or context, context) for n in range(self.num_layers))
-        layers = (LayerSpec(self.is_moe_layer(n), window) for n, window in enumerate(windows))
-        return (StackSpec(tuple(layers)),)
+        window = min(self.window(layer) or context, context)
+        return LayerSpec(self.is_moe_layer(layer), window, self.is_delta_layer(layer))
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
         window = self.attention.window
-        if window is None or (window.full_every and (layer + 1) % window.full_every == 0):
-            return None
-        return window.size
+        return window.size if isinstance(window, WindowConfig) and self._mixed(layer) else None
+
+    def is_delta_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) is a gated DeltaNet."""
+        return self.attention.delta is not None and self._mixed(layer)
+
+    def _mixed(self, layer: int) -> bool:
+        """Whether a layer is of the kind in `attention.window`."""
+        mix = self.attention.window
+        return mix is not None and not (mix.full_every and (layer + 1) % mix.full_every == 0)
 
 
 class EncDecConfig(NetworkConfig):

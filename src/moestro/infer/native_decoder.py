@@ -20,7 +20,7 @@ from moestro.kernels.backends import Work
 from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
 from moestro.models.attention import Attention
 from moestro.models.blocks import Block
-from moestro.models.cache import KVCache
+from moestro.models.cache import KVCache, LayerCache
 from moestro.models.decoder import Decoder
 from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
@@ -56,6 +56,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
     attention, moe = cfg.attention, cfg.moe
     lacking = {
         "latent attention": attention.latent is not None,
+        "gated DeltaNet layers": attention.delta is not None,
         "relative positions": not isinstance(attention.positions, RopeConfig),
         "a scaled residual with normed queries": cfg.norm.residual_scale != 1
         and attention.qk_norm != "none",
@@ -102,7 +103,7 @@ class NativeDecoder:
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
             _shape(cfg, attention.scale),
-            _fp32(model.norm.weight),
+            _gain(model.norm),
             head,
             head.bias,
             model.embed.weight.dtype,
@@ -142,6 +143,7 @@ class NativeDecoder:
         if past is None:
             past = self._pasts[cache] = StepPast(self._step)
         for number, layer in enumerate(cache.layers):
+            assert isinstance(layer, LayerCache)
             past.put(number, *layer.room(added, *self._like), layer.length)
         past.rows = added
         return past
@@ -185,8 +187,8 @@ def _layer(block: Block) -> StepLayer:
     experts: Any = ffn.experts if isinstance(ffn, MoE) else ffn
     qkv, out = attention.qkv.native(), attention.out.native()
     layer = StepLayer(
-        attention_norm=_fp32(block.attention_norm.weight),
-        ffn_norm=_fp32(block.ffn_norm.weight),
+        attention_norm=_gain(block.attention_norm),
+        ffn_norm=_gain(block.ffn_norm),
         attention_norm_bias=_shift(block.attention_norm),
         ffn_norm_bias=_shift(block.ffn_norm),
         qkv=qkv,
@@ -195,8 +197,8 @@ def _layer(block: Block) -> StepLayer:
         window=attention.window,
         qkv_bias=qkv.bias,
         out_bias=out.bias,
-        q_norm=None if attention.q_norm is None else _fp32(attention.q_norm.weight),
-        k_norm=None if attention.k_norm is None else _fp32(attention.k_norm.weight),
+        q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
+        k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
         sinks=_maybe(attention.sinks),
     )
     if not isinstance(ffn, MoE):
@@ -210,6 +212,10 @@ def _layer(block: Block) -> StepLayer:
         shared=None if shared is None else shared.native(),
         shared_gate=None if ffn.shared_gate is None else _fp32(ffn.shared_gate.weight[0]),
     )
+
+
+def _gain(norm: RMSNorm | LayerNorm) -> Tensor:
+    return _fp32(norm.gain() if isinstance(norm, RMSNorm) else norm.weight)
 
 
 def _shift(norm: RMSNorm | LayerNorm) -> Tensor | None:

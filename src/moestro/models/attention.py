@@ -1,4 +1,4 @@
-"""Grouped-query attention: rotary or relative positions, windows, sinks, and a key/value cache.
+"""Grouped-query attention: positions, windows, sinks, gates, and a key/value cache.
 
 Letters: B batch, S new positions, P positions attended to, D width, H heads, G key/value heads,
 A width of one head.
@@ -13,7 +13,7 @@ from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.kernels import attention
 from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
-from moestro.models.norms import RMSNorm
+from moestro.models.norms import rms_norm_of
 from moestro.models.relative import RelativeBias
 from moestro.models.rotary import Rotary, turn
 
@@ -43,13 +43,16 @@ class Attention(nn.Module):
         self.scale, query_scale = 1.0 if relative else root, root if relative else 1.0
         if isinstance(positions, RopeConfig) and positions.score_scale is not None:
             self.scale = positions.score_scale
-        self.qkv = QKV(cfg.dim, wide, 2 * narrow, settings.bias != "none", query_scale)
+        # Behind each head's queries stand its gates, where it has some.
+        self.gated = settings.delta is not None and settings.delta.gated_attention
+        queries = wide * (1 + self.gated)
+        self.qkv = QKV(cfg.dim, queries, 2 * narrow, settings.bias != "none", query_scale)
         self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None
         self.norm_all, self.norm_rotated = (settings.qk_norm == x for x in ("full", "rotated"))
         if settings.qk_norm != "none":
-            self.q_norm = RMSNorm(wide if self.norm_all else self.head_dim, cfg.norm.eps)
-            self.k_norm = RMSNorm(narrow if self.norm_all else self.head_dim, cfg.norm.eps)
+            self.q_norm = rms_norm_of(cfg.norm, wide if self.norm_all else self.head_dim)
+            self.k_norm = rms_norm_of(cfg.norm, narrow if self.norm_all else self.head_dim)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if settings.sinks else None
         self.relative = None
         if isinstance(positions, RelativeConfig) and not positions.shared:
@@ -82,7 +85,8 @@ class Attention(nn.Module):
         """
         batch, length, _ = x_BSD.shape
         heads, groups = self.num_heads, self.num_kv_heads
-        qkv = self._normed(self.qkv(x_BSD)).view(batch, length, heads + 2 * groups, self.head_dim)
+        qkv_BSO, gates_BSO = self._projected(x_BSD)
+        qkv = self._normed(qkv_BSO).view(batch, length, heads + 2 * groups, self.head_dim)
         qk, v_BSGA = qkv.split_with_sizes([heads + groups, groups], dim=2)
         if angles is not None:
             qk = turn(qk, angles)
@@ -108,8 +112,22 @@ class Attention(nn.Module):
             valid_BP=valid_BS,
             bidirectional=self.bidirectional,
         )
-        out: Tensor = self.out(y_BHSA.transpose(1, 2).reshape(batch, length, -1))
+        y_BSO = y_BHSA.transpose(1, 2).reshape(batch, length, -1)
+        if gates_BSO is not None:
+            y_BSO = y_BSO * gates_BSO.sigmoid()
+        out: Tensor = self.out(y_BSO)
         return out
+
+    def _projected(self, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values; and the gates of the outputs, if there are any."""
+        qkv_BSO: Tensor = self.qkv(x_BSD)
+        if not self.gated:
+            return qkv_BSO, None
+        both = 2 * self.num_heads * self.head_dim
+        both_BSO, kv_BSO = qkv_BSO.split_with_sizes([both, qkv_BSO.shape[-1] - both], dim=-1)
+        both_BSHO = both_BSO.view(*x_BSD.shape[:2], self.num_heads, 2 * self.head_dim)
+        q_BSHA, gates_BSHA = both_BSHO.chunk(2, dim=-1)
+        return torch.cat([q_BSHA.flatten(2), kv_BSO], dim=-1), gates_BSHA.flatten(2)
 
     def _normed(self, qkv_BSO: Tensor) -> Tensor:
         """Queries and keys normalised before they rotate, each head alone or all together."""

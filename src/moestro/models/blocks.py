@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
-from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache
+from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache, StateCache
+from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
@@ -46,6 +47,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x)).
 
     What is added is multiplied by `norm.residual_scale`.
+    A block without attention has a gated DeltaNet in its place.
     """
 
     def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
@@ -54,8 +56,11 @@ class Block(nn.Module):
         # What writes to the residual stream starts smaller, by the root of its number (GPT-2).
         scale = ((3 if stack.cross else 2) * len(stack.layers)) ** -0.5
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
-        self.attention: Attention | LatentAttention
-        if cfg.attention.latent is None:
+        self.attention: Attention | LatentAttention | None = None
+        self.delta: DeltaNet | None = None
+        if stack.layers[layer].delta:
+            self.delta = DeltaNet(cfg, scale)
+        elif cfg.attention.latent is None:
             self.attention = Attention(cfg, stack, layer, scale)
         else:
             self.attention = LatentAttention(cfg, scale)
@@ -74,11 +79,14 @@ class Block(nn.Module):
             )
 
     def forward(
-        self, x_BSD: Tensor, shared: Shared, cache: LayerCache | None, source: KeysValues | None
+        self,
+        x_BSD: Tensor,
+        shared: Shared,
+        cache: LayerCache | StateCache | None,
+        source: KeysValues | None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → ([B, S, D], the mixture's Routing or None for a dense block)."""
-        normed_BSD = self.attention_norm(x_BSD)
-        y_BSD = self.attention(normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP)
+        y_BSD = self._look_back(self.attention_norm(x_BSD), shared, cache)
         x_BSD = self._added(x_BSD, y_BSD)
         if self.cross is not None:
             y_BSD = self.cross(self.cross_norm(x_BSD), source, shared.source_valid_BP)
@@ -91,6 +99,17 @@ class Block(nn.Module):
 
     def _added(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         return x_BSD + (y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale)
+
+    def _look_back(
+        self, normed_BSD: Tensor, shared: Shared, cache: LayerCache | StateCache | None
+    ) -> Tensor:
+        """What the block takes from the positions before."""
+        if self.delta is not None:
+            y_BSD: Tensor = self.delta(normed_BSD, shared.valid_BS, cache)
+            return y_BSD
+        assert self.attention is not None
+        y_BSD = self.attention(normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP)
+        return y_BSD
 
 
 class Stack(nn.Module):
@@ -116,9 +135,11 @@ class Stack(nn.Module):
         return self
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache: each layer keeps the positions of its window."""
+        """An empty cache: each layer keeps the positions of its window, or its state."""
         rope = isinstance(self.cfg.attention.positions, RopeConfig)
-        limits = [layer.window or sys.maxsize for layer in self.spec.layers]
+        limits = [
+            None if layer.delta else layer.window or sys.maxsize for layer in self.spec.layers
+        ]
         return KVCache(limits, RotaryTable(self.cfg) if rope else None)
 
     def run(
@@ -172,5 +193,6 @@ class Stack(nn.Module):
             return None, None
         span = length
         if cache is not None:
-            span += min(cache.position, max(layer.limit for layer in cache.layers) - 1)
+            limits = (each.limit for each in cache.layers if isinstance(each, LayerCache))
+            span += min(cache.position, max(limits) - 1)
         return None, self.relative(range(span - length, span), range(span))

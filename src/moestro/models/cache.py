@@ -1,4 +1,4 @@
-"""The key/value cache: keys and values of each layer's last positions, in growing buffers."""
+"""The cache of decoding: keys and values of each layer's last positions, or its state."""
 
 from __future__ import annotations
 
@@ -44,11 +44,8 @@ class LayerCache:
             ShapeError: the batch differs from the one that the cache was filled with.
         """
         added = new[0].shape[-2]
-        if self._buffers and self._buffers[0].shape[:-2] != new[0].shape[:-2]:
-            raise ShapeError(
-                f"the cache holds a batch of {self._buffers[0].shape[0]}, and {new[0].shape[0]} "
-                "were given; use a new cache for another batch"
-            )
+        if self._buffers:
+            _check_batch(len(self._buffers[0]), len(new[0]))
         kept = self._forget()
         total = kept + added
         # Autograd keeps what it is given, so there nothing may be written in place.
@@ -137,6 +134,55 @@ class LayerCache:
         return whole
 
 
+class StateCache:
+    """What a delta layer keeps of a text, however long: its state, and its convolution's inputs."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def held(self, batch: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The last W - 1 inputs [B, W - 1, I] and the state [B, H, A, O]; None for a new text.
+
+        Raises:
+            ShapeError: the cache was filled with another batch than this.
+        """
+        if self._kept is None:
+            return None, None
+        _check_batch(len(self._kept[0]), batch)
+        if self._kept[0].is_inference() and not torch.is_inference_mode_enabled():
+            # Autograd does not take tensors of inference mode.
+            return self._kept[0].clone(), self._kept[1].clone()
+        return self._kept
+
+    def keep(self, inputs_BWI: Tensor, state_BHAO: Tensor) -> None:
+        """Replace both; they are copied where they would keep the whole text alive."""
+        self._kept = inputs_BWI.clone(), state_BHAO
+
+    def fork(self, dropped: int = 0) -> StateCache:
+        """The same state; nothing writes to it, so both may go on from it."""
+        assert not dropped, "a state cannot be taken back"
+        twin = StateCache()
+        twin._kept = self._kept
+        return twin
+
+    def can_drop(self, dropped: int, position: int) -> bool:
+        """Whether the state of `dropped` positions before is known: only that of the last is."""
+        return dropped == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and of the inputs."""
+        return sum(each.nbytes for each in self._kept or ())
+
+
+def _check_batch(held: int, given: int) -> None:
+    if held != given:
+        raise ShapeError(
+            f"the cache holds a batch of {held}, and {given} were given; use a new cache for "
+            "another batch"
+        )
+
+
 class KeysValues(NamedTuple):
     """What queries look at: keys and values, each [B, G, P, A]."""
 
@@ -152,18 +198,20 @@ class CrossSource(NamedTuple):
 
 
 class KVCache:
-    """One `LayerCache` per layer, how many positions have passed, and the angles of the next.
+    """What each layer keeps, how many positions have passed, and the angles of the next.
 
     Args:
-        limits: most positions that each layer looks back on.
+        limits: most positions that each layer looks back on; None: it keeps a state instead.
         rotary: angles, for models with rotary positions.
 
     Attributes:
         source: what cross attention sees, once it is read.
     """
 
-    def __init__(self, limits: Sequence[int], rotary: RotaryTable | None = None) -> None:
-        self.layers = [LayerCache(limit) for limit in limits]
+    def __init__(self, limits: Sequence[int | None], rotary: RotaryTable | None = None) -> None:
+        self.layers: list[LayerCache | StateCache] = [
+            StateCache() if limit is None else LayerCache(limit) for limit in limits
+        ]
         self.rotary = rotary
         self.source: CrossSource | None = None
         self.position = 0
@@ -193,7 +241,8 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def advance(self, added: int) -> None:
-        """Count the positions that the native step has written."""
+        """Count the positions that the native step has written; it writes no states."""
         for layer in self.layers:
-            layer.length += added
+            if isinstance(layer, LayerCache):
+                layer.length += added
         self.position += added

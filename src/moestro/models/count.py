@@ -10,7 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from moestro.config import LatentConfig, MoEConfig, NetworkConfig, RelativeConfig, StackSpec
+from moestro.config import (
+    AttentionConfig,
+    LatentConfig,
+    MoEConfig,
+    NetworkConfig,
+    RelativeConfig,
+    StackSpec,
+)
 
 Embeddings = Literal["all", "output", "none"]
 
@@ -170,7 +177,8 @@ def _blocks(cfg: NetworkConfig, stack: StackSpec) -> list[_Part]:
     cross = _always(2 * cfg.dim * cfg.attention.num_heads * cfg.head_dim, _norm(cfg))
     parts = [_always(0, _norm(cfg) + _table(cfg, shared=True))]
     for layer in stack.layers:
-        parts += [_attention(cfg), _ffn(cfg, layer.mixture), _always(0, 2 * _norm(cfg))]
+        looking = _delta(cfg) if layer.delta else _attention(cfg)
+        parts += [looking, _ffn(cfg, layer.mixture), _always(0, 2 * _norm(cfg))]
         parts += [cross] if stack.cross else []
     return parts
 
@@ -205,7 +213,18 @@ def _attention(cfg: NetworkConfig) -> _Part:
     each = 2 * cfg.head_dim
     norms = {"none": 0, "head": each, "rotated": each, "full": queries + keys}
     other += norms[attention.qk_norm]
-    return _always(cfg.dim * (2 * queries + 2 * keys), other)
+    gates = queries if attention.delta is not None and attention.delta.gated_attention else 0
+    other += (attention.bias != "none") * gates
+    return _always(cfg.dim * (2 * queries + gates + 2 * keys), other)
+
+
+def _delta(cfg: NetworkConfig) -> _Part:
+    """A gated DeltaNet: its convolution multiplies a token, but is no matrix product."""
+    delta = cfg.attention.delta
+    assert delta is not None
+    made = delta.conv_channels + delta.value_width + 2 * delta.value_heads
+    other = delta.conv_channels * delta.conv_width + 2 * delta.value_heads + delta.value_dim
+    return _always(cfg.dim * (made + delta.value_width), other)
 
 
 def _latent(dim: int, heads: int, cfg: LatentConfig) -> _Part:
@@ -239,7 +258,7 @@ def _mixture(cfg: MoEConfig) -> _Part:
 
 
 def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
-    """The attention of every layer."""
+    """The attention of every layer; a delta layer's state costs as much at any position."""
     attention = cfg.attention
     per_head = 2 * cfg.head_dim
     if attention.latent is not None:
@@ -247,8 +266,16 @@ def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
     layers: Counter[tuple[int | None, bool]] = Counter()
     for stack in stacks:
-        layers.update((layer.window, stack.causal) for layer in stack.layers)
+        layers.update((layer.window, stack.causal) for layer in stack.layers if not layer.delta)
         if stack.cross:
             layers[None, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
-    return tuple(Span(flops * number, *kind) for kind, number in layers.items())
+    spans = tuple(Span(flops * number, *kind) for kind, number in layers.items())
+    deltas = sum(layer.delta for stack in stacks for layer in stack.layers)
+    return (*spans, Span(deltas * _state_flops(attention), 1, True)) if deltas else spans
+
+
+def _state_flops(attention: AttentionConfig) -> int:
+    """FLOPs of one token in a delta layer's states: look its key up, change them, ask them."""
+    delta = attention.delta
+    return 0 if delta is None else 3 * 2 * delta.value_width * delta.key_dim

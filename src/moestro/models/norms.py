@@ -12,21 +12,34 @@ from moestro.moe.mixing import compute_dtype
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; computes in fp32 and returns the dtype that the next layer takes."""
+    """Root-mean-square norm; computes in fp32 and returns the dtype that the next layer takes.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    Args:
+        dim: D.
+        eps: added to the mean square.
+        zero_centred: gains are 1 + weight. 16 bits hold small weights more exactly than gains near
+            1, so these are never stored.
+    """
+
+    def __init__(self, dim: int, eps: float, zero_centred: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.zero_centred = eps, zero_centred
         self.weight = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gains of 1."""
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
+
+    def gain(self) -> Tensor:
+        """What the normalised numbers are multiplied by, [D]; zero-centred in at least fp32."""
+        if not self.zero_centred:
+            return self.weight
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
-        return pointwise.rms_norm(x_TD, self.weight, self.eps, compute_dtype(x_TD))
+        return pointwise.rms_norm(x_TD, self.gain(), self.eps, compute_dtype(x_TD))
 
 
 class LayerNorm(nn.Module):
@@ -55,4 +68,9 @@ class LayerNorm(nn.Module):
 
 def norm_of(cfg: NormConfig, dim: int) -> RMSNorm | LayerNorm:
     """The norm that the settings ask for, of width D = `dim`."""
-    return LayerNorm(dim, cfg.eps) if cfg.kind == "layer" else RMSNorm(dim, cfg.eps)
+    return LayerNorm(dim, cfg.eps) if cfg.kind == "layer" else rms_norm_of(cfg, dim)
+
+
+def rms_norm_of(cfg: NormConfig, dim: int) -> RMSNorm:
+    """RMSNorm whatever the kind, as for queries and keys."""
+    return RMSNorm(dim, cfg.eps, cfg.zero_centred)

@@ -10,6 +10,12 @@ those marked c are in the dtype computed in, the others in fp32.
       relative         H·A · (1 + 2b) + H · P       instead: the scores' softmax is kept
       sinks            c · (H + 2G · b) · A + 2H·P  the same, and the scores
                        c · H · A                    the sum
+      gated            c · 3H · A                   the gates, their sigmoid, and the product
+    delta layer        D · (1 + c)                  the norm's input and output
+                       (6 + 6c) · G·A               queries and keys around the convolution
+                       4H · (A + Q) + 2G·Q          heads, and Q × Q matrices of chunks of Q tokens
+                       H · A·O / Q                  the state before each chunk
+                       (2 + 10c) · H · O            values and gates of width O
     dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
     mixture            D · (1 + c) + 2E             logits and probabilities of the router
       each of K rows   c · (2D + n · F)             the token's copy, hidden units, the output
@@ -21,7 +27,7 @@ of the above, whichever is more. Kept scores are those of blocks of 256 queries:
 which are copied b times in all.
 
 Letters: D width, F hidden width, E experts, K experts per token, H heads, G key/value heads,
-A head width, V vocabulary, S context.
+A head width, V vocabulary, S context. Of a delta layer: H value heads, G key heads, A key width.
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from moestro.models.count import matrices
 FP32 = 4
 # Queries of one block where scores are kept; that of `moestro.kernels.attention`.
 ROWS = 256
+# Tokens of a delta layer's chunk; that of `moestro.kernels.delta`.
+CHUNK = 64
 # Row numbers that dispatch keeps for each assignment: five int64, and its weight.
 PLAN_BYTES = 44
 
@@ -76,7 +84,12 @@ def _layers(cfg: NetworkConfig, context: int, number: int) -> list[float]:
         for layer in stack.layers:
             seen = _seen(context, layer.window) if stack.causal else Seen(context, 1)
             network = _network(cfg, layer.mixture, number)
-            found.append(other + _attention(cfg, number, seen) + network)
+            looking = (
+                _delta(cfg.attention, context, number)
+                if layer.delta
+                else _attention(cfg, number, seen)
+            )
+            found.append(other + looking + network)
     return found
 
 
@@ -105,6 +118,8 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
         scales = 2 if attention.qk_norm == "full" else heads + groups
         values = 0 if attention.qk_norm == "rotated" else keys
         normed = number * (queries + keys + values) + FP32 * scales
+    if attention.delta is not None and attention.delta.gated_attention:
+        normed += number * 3 * queries
     if attention.sinks:
         scores = heads * seen.keys * (2 * FP32 + (number if number < FP32 else 0))
         return normed + number * (2 * queries + 2 * keys * seen.copies) + scores
@@ -112,6 +127,19 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
         kept = queries * (1 + 2 * seen.copies) + heads * seen.keys
         return normed + FP32 * kept + number * queries
     return normed + number * (3 * queries + 3 * keys) + FP32 * heads
+
+
+def _delta(attention: AttentionConfig, context: int, number: int) -> float:
+    """A gated DeltaNet; the delta rule itself computes in fp32."""
+    delta = attention.delta
+    assert delta is not None
+    size = min(context, CHUNK)
+    chunks = -(-context // size) / context
+    squares = (4 * delta.value_heads + 2 * delta.key_heads) * size * size * chunks
+    states = delta.value_width * delta.key_dim * chunks
+    rule = FP32 * (4 * delta.value_heads * delta.key_dim + squares + states)
+    keys = delta.key_width * (6 * number + 6 * FP32)
+    return rule + keys + delta.value_width * (10 * number + 2 * FP32)
 
 
 def _cross(cfg: NetworkConfig, number: int) -> int:
@@ -152,5 +180,10 @@ def _projections(cfg: NetworkConfig) -> int:
         one = cfg.dim * queries if rank is None else rank * (cfg.dim + queries)
         one += cfg.dim * (latent.kv_rank + latent.rope_dim + heads * latent.value_dim)
         one += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+    delta, deltas = attention.delta, 0
     layers = sum((1 + stack.cross) * len(stack.layers) for stack in cfg.stacks())
-    return cfg.vocab_size * cfg.dim + layers * one
+    if delta is not None:
+        deltas = sum(layer.delta for stack in cfg.stacks() for layer in stack.layers)
+        one += cfg.dim * cfg.head_dim * heads * delta.gated_attention
+    made = 0 if delta is None else delta.conv_channels + 2 * delta.value_width
+    return cfg.vocab_size * cfg.dim + (layers - deltas) * one + deltas * cfg.dim * made

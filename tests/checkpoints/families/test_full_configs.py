@@ -11,8 +11,10 @@ from moestro.checkpoints.reading import read_settings
 from moestro.errors import ConfigError
 
 from . import tiny
-from .published import PUBLISHED
+from .published import PUBLISHED as OTHERS
+from .published_delta import DELTA_MODELS
 
+PUBLISHED = {**OTHERS, **DELTA_MODELS}
 # What transformers 4 wrote beside a family's own fields, and unsloth, and transformers.js.
 OLD = {
     "_name_or_path": "someone/something", "_commit_hash": None, "_flash_attn_2_enabled": False,

@@ -13,7 +13,10 @@ from moestro.models.count import count
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 
-from .published import PUBLISHED
+from .published import PUBLISHED as OTHERS
+from .published_delta import DELTA_MODELS
+
+PUBLISHED = {**OTHERS, **DELTA_MODELS}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -41,8 +44,9 @@ def test_written_settings_keep_every_field(name, tmp_path):
     described = read_settings(path)
     written = to_fields(described.family, described.cfg, fields)
     expected = {key: value for key, value in fields.items() if key != "quantization_config"}
-    if "num_nextn_predict_layers" in expected:
-        expected["num_nextn_predict_layers"] = 0
+    for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if name in expected:
+            expected[name] = 0
     assert written == expected
 
 

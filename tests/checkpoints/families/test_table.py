@@ -8,7 +8,7 @@ from moestro.checkpoints.families.fields import derived, layer_types
 from moestro.checkpoints.families.slices import key_pattern, slices
 from moestro.checkpoints.families.table import LAYOUTS, Rule
 from moestro.checkpoints.families.translate import canonical, to_fields, to_settings
-from moestro.config import LatentConfig, ModelConfig
+from moestro.config import DeltaConfig, LatentConfig, ModelConfig
 from moestro.errors import ConfigError
 
 # As published, older ones in the older spelling.
@@ -285,19 +285,32 @@ LATENT = ModelConfig(
 )
 
 
+DELTA = ModelConfig(
+    dim=16,
+    attention={
+        "window": DeltaConfig(key_heads=2, value_heads=6, key_dim=4, value_dim=2),
+    },
+)
+
+
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_layouts_are_reversible(name):
     """With the shape that they promise, for a stack, a matrix or a vector."""
     shapes = [(24, 5), (24,)] if name.startswith("rope") else [(3, 6, 4), (6, 4)]
-    if name == "rope_pairs_at_end":
-        shapes = [(14, 5), (14,)]
-    if name == "pairs_of_heads":
-        shapes = [(24, 5), (24,)]
+    rows = {
+        "rope_pairs_at_end": 14,
+        "pairs_of_heads": 24,
+        "delta_qkvz": 2 * 8 + 2 * 12,
+        "delta_ba": 12,
+    }.get(name)
+    if rows is not None:
+        shapes = [(rows, 5), (rows,)]
+    cfg = DELTA if name.startswith("delta") else LATENT
     for shape in shapes:
         ours = torch.randn(shape)
-        theirs = LAYOUTS[name].save(ours, LATENT)
+        theirs = LAYOUTS[name].save(ours, cfg)
         assert tuple(theirs.shape) == LAYOUTS[name].shape(shape)
-        assert torch.equal(LAYOUTS[name].load(theirs, LATENT), ours)
+        assert torch.equal(LAYOUTS[name].load(theirs, cfg), ours)
 
 
 def test_layouts_by_hand():

@@ -36,6 +36,23 @@ QWEN_MOE = {
     "decoder_sparse_step": 1,
 }
 
+# The norm of a delta layer's outputs lets small ones grow, and their rounding: hence large `eps`.
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "num_key_value_heads": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 18,
+    "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+}
+
 # name → (class of the settings in transformers, settings beside BODY).
 TINY = {
     "llama": ("Llama", {"head_dim": 10, "num_key_value_heads": 3}),
@@ -101,6 +118,44 @@ TINY = {
     "qwen3_moe_sparse": (
         "Qwen3Moe",
         {**QWEN_MOE, "norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **DELTA,
+            "rms_norm_eps": 1e-2,
+            "norm_topk_prob": True,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "qwen3_next_mixed": (
+        "Qwen3Next",
+        {
+            **DELTA,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [0],
+            "attention_bias": True,
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.34},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeText",
+        {
+            **DELTA,
+            "num_hidden_layers": 5,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {
+                **DELTA["rope_parameters"],
+                "mrope_section": [1, 1, 1],
+                "mrope_interleaved": True,
+            },
+            "mtp_num_hidden_layers": 0,
+        },
     ),
     "deepseek_v2_lite": (
         "DeepseekV2",
@@ -212,6 +267,7 @@ def randomise(model, seed: int = 0):
     """Fill all parameters and selection biases: nothing keeps a start value of 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kind = type(model).__name__
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -220,12 +276,14 @@ def randomise(model, seed: int = 0):
             elif name not in dict(model.named_parameters()):
                 continue
             elif "norm" in name and name.endswith("weight"):
-                tensor.copy_(1 + 0.3 * noise)
+                zero_centred = "Qwen3Next" in kind or "Qwen3_5" in kind
+                zero_centred &= "linear_attn" not in name
+                tensor.copy_(0.3 * noise if zero_centred else 1 + 0.3 * noise)
             elif tensor.dim() == 1 or name.endswith("_bias"):
                 tensor.copy_(0.5 * noise)
             elif "embed_tokens" in name or "shared.weight" in name or "bias" in name:
                 tensor.copy_(noise)
-            elif "GptOss" in type(model).__name__ and tensor.dim() == 3:
+            elif "GptOss" in kind and tensor.dim() == 3:
                 # [.., I, O]; wide enough for the clamp at 7 to be met.
                 wide = 4.0 if "gate_up" in name else 1.5
                 tensor.copy_(wide * noise / tensor.shape[-2] ** 0.5)
@@ -244,7 +302,7 @@ def build(name: str):
         config = getattr(transformers, f"{kind}Config")(**{**BODY, **changes})
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
     return randomise(model)
 
 

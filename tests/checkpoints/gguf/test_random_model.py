@@ -107,8 +107,10 @@ def test_a_dense_model_and_a_mixture_without_norms_are_llama(tmp_path: Path) -> 
     ("changes", "reason"),
     [
         ({"norm": {"kind": "layer"}}, "layer norm"),
+        ({"norm": {"zero_centred": True}}, "zero-centred norms"),
         ({"dense_first": 1}, "dense layers beside mixtures"),
         ({"attention": {"num_heads": 4, "window": {"size": 4}}}, "windows"),
+        ({"attention": {"num_heads": 4, "positions": {"fraction": 0.5}}}, "rotary"),
         ({"moe": {**SIZES["moe"], "shared": {"hidden_dim": 32}}}, "shared experts"),
         ({"moe": {**SIZES["moe"], "activation": "relu"}}, "swiglu"),
         ({"moe": {**SIZES["moe"], "router": {"kind": "sigmoid"}}}, "router"),

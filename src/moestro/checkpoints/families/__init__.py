@@ -19,9 +19,11 @@ from moestro.checkpoints.families import (
     olmoe,
     phimoe,
     qwen_moe,
+    qwen_next,
     switch,
 )
 from moestro.checkpoints.families.table import Family, Rule
+from moestro.checkpoints.families.translate import QUANTISATION
 from moestro.errors import ConfigError
 
 FAMILIES: Mapping[str, Family] = {
@@ -35,6 +37,8 @@ FAMILIES: Mapping[str, Family] = {
         qwen_moe.QWEN2,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
+        qwen_next.QWEN3_NEXT,
+        qwen_next.QWEN3_5_MOE,
         deepseek.DEEPSEEK,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
@@ -51,6 +55,10 @@ FAMILIES: Mapping[str, Family] = {
         switch.SWITCH,
     )
 }
+# A model_type of text and images → that of its text part, which config.json holds in `text_config`.
+TEXT_PARTS: Mapping[str, str] = {"qwen3_5_moe": qwen_next.QWEN3_5_MOE.model_type}
+# What such a config.json says beside it of the files and the head.
+_BESIDE_TEXT = (*QUANTISATION, "dtype", "torch_dtype", "tie_word_embeddings")
 # This project's own layout: every tensor under its own name.
 OWN = Family("moestro", "", (), (Rule(("{name}",), "{name}"),))
 
@@ -68,6 +76,23 @@ def family_of(model_type: Any, where: str) -> Family:
             "experts"
         )
     return FAMILIES[model_type]
+
+
+def text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model's text part; of a model of text alone, all of it.
+
+    Raises:
+        ConfigError: `text_config` is not there.
+    """
+    part = TEXT_PARTS.get(hf["model_type"]) if isinstance(hf.get("model_type"), str) else None
+    if part is None:
+        return dict(hf)
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"a config.json of model_type {hf['model_type']!r} needs a text_config")
+    beside = {name: hf[name] for name in _BESIDE_TEXT if name in hf}
+    architectures = {"architectures": [FAMILIES[part].architecture]}
+    return {**text, **beside, **architectures, "model_type": part}
 
 
 def names(found: Iterable[str]) -> str:

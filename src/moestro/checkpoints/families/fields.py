@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moestro.checkpoints.families.table import Config, Entry, Inert
+from moestro.config import WindowConfig
 from moestro.config.number import MOST_LAYERS
 from moestro.errors import ConfigError
 
@@ -165,7 +166,7 @@ def window(default: int | None = None, *, switch: bool = False) -> Entry:
         return {"attention.window": None if size is None else {"size": size}}
 
     def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = cfg.attention.window
+        window = _sliding(cfg)
         values: dict[str, Any] = {"sliding_window": None if window is None else window.size}
         return values | ({"use_sliding_window": window is not None} if switch else {})
 
@@ -197,7 +198,7 @@ def layer_types(slides: Callable[[Mapping[str, Any]], list[bool]], *, switch: bo
         return {"attention.window": {"size": size, "full_every": _full_every(sliding)}}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = cfg.attention.window
+        window = _sliding(cfg)
         values: dict[str, Any] = {
             "sliding_window": None if window is None else window.size,
             "layer_types": [_KINDS[cfg.window(n) is None] for n in range(cfg.num_layers)],
@@ -217,6 +218,16 @@ def layer_types(slides: Callable[[Mapping[str, Any]], list[bool]], *, switch: bo
 
 
 _KINDS = ("sliding_attention", "full_attention")
+
+
+def _sliding(cfg: Any) -> WindowConfig | None:
+    """The window of a model whose layers all have attention."""
+    window = cfg.attention.window
+    if window is not None and not isinstance(window, WindowConfig):
+        raise ConfigError(
+            "this layout has attention in every layer; attention.window is of the kind delta"
+        )
+    return window
 
 
 def _full_every(sliding: list[bool]) -> int:

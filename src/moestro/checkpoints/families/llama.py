@@ -75,7 +75,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def _qkv_rows(cfg: Any) -> tuple[int, ...]:
     heads, groups = cfg.attention.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    return heads, groups, groups
+    delta = cfg.attention.delta
+    gated = delta is not None and delta.gated_attention
+    return heads * (1 + gated), groups, groups
 
 
 def renamed(names: Mapping[str, str], *kinds: str) -> tuple[Rule, ...]:

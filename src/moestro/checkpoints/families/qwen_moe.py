@@ -29,7 +29,7 @@ _RULES = (
 )
 
 
-def _mixed_layers() -> Entry:
+def mixed_layers() -> Entry:
     """`decoder_sparse_step`: every n-th layer is a mixture; `mlp_only_layers`: but not these."""
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _mixed_layers() -> Entry:
     return Entry(("decoder_sparse_step", "mlp_only_layers"), read, write)
 
 
-def _num_experts() -> Entry:
+def num_experts() -> Entry:
     """`num_experts`, which transformers 5 writes as `num_local_experts` for Qwen3-MoE."""
     names = ("num_experts", "num_local_experts")
 
@@ -84,8 +84,8 @@ _MIXTURE = (
     field("moe_intermediate_size", "moe.hidden_dim"),
     field("num_experts_per_tok", "moe.top_k"),
     field("norm_topk_prob", "moe.router.renormalize", False),
-    _num_experts(),
-    _mixed_layers(),
+    num_experts(),
+    mixed_layers(),
 )
 QWEN2 = Family(
     "qwen2",

@@ -94,6 +94,7 @@ class Family(NamedTuple):
         copies: tensor names that a checkpoint may hold beside the ones that they must equal (those
             of tied parameters need no entry).
         renamed: parts of keys → what they are if experts are `fused`.
+        beginnings: of keys, as a checkpoint may have them → as the rules do.
         copied: settings → whether `copies` are written as well.
         quantised: values of quantization_config's quant_method that are read (dequantised).
         settings: the class of our settings.
@@ -111,6 +112,7 @@ class Family(NamedTuple):
     replaced: Mapping[str, Any] = {}
     copies: Mapping[str, str] = {}
     renamed: Mapping[str, str] = {}
+    beginnings: Mapping[str, str] = {}
     copied: Callable[[Any], bool] = lambda cfg: False
     quantised: tuple[str, ...] = ("fp8",)
     settings: type[ModelConfig] | type[EncDecConfig] = ModelConfig
@@ -172,6 +174,35 @@ def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
     return Layout(lambda x, cfg: reorder(x, cfg, _apart), lambda x, cfg: reorder(x, cfg, _together))
 
 
+def _by_key_head(sizes: Callable[[Any], tuple[int, ...]]) -> Layout:
+    """Rows of several blocks: key head by key head in theirs, block by block in ours.
+
+    `sizes`: rows of each block that belong to one key head of the delta layers.
+    """
+
+    def load(x: Tensor, cfg: Any) -> Tensor:
+        x_GRI = torch.unflatten(x, 0, (cfg.attention.delta.key_heads, -1))
+        return torch.cat([part.flatten(0, 1) for part in x_GRI.split_with_sizes(sizes(cfg), 1)])
+
+    def save(x: Tensor, cfg: Any) -> Tensor:
+        heads = cfg.attention.delta.key_heads
+        blocks = x.split_with_sizes([heads * size for size in sizes(cfg)])
+        return torch.cat([torch.unflatten(one, 0, (heads, -1)) for one in blocks], 1).flatten(0, 1)
+
+    return Layout(load, save)
+
+
+def _qkvz(cfg: Any) -> tuple[int, ...]:
+    delta = cfg.attention.delta
+    values = delta.value_width // delta.key_heads
+    return delta.key_dim, delta.key_dim, values, values
+
+
+def _ba(cfg: Any) -> tuple[int, ...]:
+    shared = cfg.attention.delta.value_heads // cfg.attention.delta.key_heads
+    return shared, shared
+
+
 LAYOUTS: Mapping[str, Layout] = {
     "same": Layout(lambda x, _: x, lambda x, _: x),
     # [1, ..] in theirs.
@@ -188,6 +219,9 @@ LAYOUTS: Mapping[str, Layout] = {
     "rope_pairs_of_heads": _rope_pairs(lambda cfg: cfg.attention.num_heads),
     # DeepSeek's kv_a_proj_with_mqa: kv_rank + rope rows.
     "rope_pairs_at_end": _rope_pairs(lambda cfg: 1),
+    # Qwen3-Next's in_proj_qkvz and in_proj_ba.
+    "delta_qkvz": _by_key_head(_qkvz),
+    "delta_ba": _by_key_head(_ba),
     # Queries and keys of llama.cpp's llama networks: pairs (2i, 2i+1) of each head side by side.
     "pairs_of_heads": Layout(
         lambda x, cfg: _within_heads(x, cfg.head_dim, _apart),

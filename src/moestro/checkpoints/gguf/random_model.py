@@ -51,12 +51,12 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
     reasons = {
         "latent attention": attention.latent is not None,
         "positions other than plain rotary ones": not plain_rope,
-        "windows, sinks or biases of attention": bool(
+        "windows, delta layers, sinks or biases of attention": bool(
             attention.window or attention.sinks or attention.bias != "none"
         ),
         "a norm over all heads together, or after the rotation": attention.qk_norm
         in ("full", "rotated"),
-        "layer norm": cfg.norm.kind != "rms",
+        "layer norm or zero-centred norms": cfg.norm.kind != "rms" or cfg.norm.zero_centred,
         "dense layers beside mixtures": moe is not None
         and not all(map(cfg.is_moe_layer, range(cfg.num_layers))),
         "another activation than swiglu": (moe or cfg.dense).activation != "swiglu",
