@@ -27,20 +27,20 @@ enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q
 const int8_t NONLINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 const int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice the numbers
 
-uint16_t half_at(const uint8_t *at) {
+MOESTRO_INLINE uint16_t half_at(const uint8_t *at) {
     uint16_t bits;
     memcpy(&bits, at, 2);
     return bits;
 }
 
 // Low halves of 16 bytes, then high halves.
-template <class F> void nibbles(const uint8_t *qs, int8_t *q, F value) {
+template <class F> MOESTRO_INLINE void nibbles(const uint8_t *qs, int8_t *q, F value) {
     for (int i = 0; i < 16; i++) q[i] = value(qs[i] & 15, i);
     for (int i = 0; i < 16; i++) q[i + 16] = value(qs[i] >> 4, i + 16);
 }
 
 // The integers of 32 numbers, of a kind that has one scale for them.
-void integers(int32_t number, const uint8_t *b, int8_t *q) {
+MOESTRO_WIDE void integers(int32_t number, const uint8_t *b, int8_t *q) {
     uint32_t fifth = 0;
     switch (number) {
     case Q8_0:
@@ -78,7 +78,7 @@ void scale_and_minimum(int j, const uint8_t *s, int *scale, int *minimum) {
     *minimum = (s[j + 4] >> 4) | (s[j] >> 6) << 4;
 }
 
-void super_block_with_minima(int32_t number, const uint8_t *b, float *out) {
+MOESTRO_WIDE void super_block_with_minima(int32_t number, const uint8_t *b, float *out) {
     const float d = from_half(half_at(b)), dmin = from_half(half_at(b + 2));
     const uint8_t *scales = b + 4, *fifth = b + 16, *qs = b + (number == Q5_K ? 48 : 16);
     for (int j = 0; j < 8; j++) {
@@ -87,24 +87,27 @@ void super_block_with_minima(int32_t number, const uint8_t *b, float *out) {
         const float step = d * float(scale), least = dmin * float(minimum);
         const uint8_t *at = qs + j / 2 * 32;
         const int shift = j % 2 * 4;
-        for (int i = 0; i < 32; i++) {
-            int q = at[i] >> shift & 15;
-            if (number == Q5_K) q |= (fifth[i] >> j & 1) << 4;
-            out[j * 32 + i] = step * float(q) - least;
-        }
+        uint8_t q[32];
+        for (int i = 0; i < 32; i++) q[i] = uint8_t(at[i] >> shift & 15);
+        if (number == Q5_K)
+            for (int i = 0; i < 32; i++) q[i] = uint8_t(q[i] | (fifth[i] >> j & 1) << 4);
+        for (int i = 0; i < 32; i++) out[j * 32 + i] = step * float(int(q[i])) - least;
     }
 }
 
-void super_block_of_six_bits(const uint8_t *b, float *out) {
+MOESTRO_WIDE void super_block_of_six_bits(const uint8_t *b, float *out) {
     const float d = from_half(half_at(b + 208));
     for (int half = 0; half < 2; half++) {
         const uint8_t *low = b + half * 64, *high = b + 128 + half * 32;
         for (int j = 0; j < 4; j++) {
-            for (int i = 0; i < 32; i++) {
-                const int four = low[j % 2 * 32 + i] >> (j / 2 * 4) & 15;
-                const int q = (four | (high[i] >> (2 * j) & 3) << 4) - 32;
-                const int8_t scale = int8_t(b[192 + half * 8 + j * 2 + i / 16]);
-                out[half * 128 + j * 32 + i] = d * float(scale) * float(q);
+            const uint8_t *four = low + j % 2 * 32;
+            int8_t q[32];
+            for (int i = 0; i < 32; i++)
+                q[i] = int8_t(((four[i] >> (j / 2 * 4) & 15) | (high[i] >> (2 * j) & 3) << 4) - 32);
+            for (int part = 0; part < 2; part++) {
+                const float step = d * float(int8_t(b[192 + half * 8 + j * 2 + part]));
+                float *to = out + half * 128 + j * 32 + part * 16;
+                for (int i = 0; i < 16; i++) to[i] = step * float(int(q[part * 16 + i]));
             }
         }
     }

@@ -13,16 +13,17 @@ namespace {
 
 // fp32 → fp16, nearest even, at most its largest number.
 uint16_t to_half(float x) {
-    const uint16_t sign = std::signbit(x) ? 0x8000u : 0u;
-    x = std::fabs(x);
-    if (x == 0.0f) return sign;
-    int exponent;
-    const float mantissa = std::frexp(x, &exponent);  // [0.5, 1) · 2^exponent
-    if (exponent > 16) return sign | 0x7bffu;
-    if (exponent < -13) return sign | uint16_t(std::nearbyint(std::ldexp(x, 24)));  // subnormal
-    const auto whole = uint32_t(std::nearbyint(mantissa * 2048.0f));                // 1024 … 2048
-    const uint32_t bits = (uint32_t(exponent + 14) << 10) + whole - 1024u;
-    return sign | uint16_t(bits > 0x7bffu ? 0x7bffu : bits);
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits >= 0x477ff000u) return sign | 0x7bffu;  // from 65520 on
+    if (bits < 0x38800000u) {                        // subnormal: whole steps of 2^-24
+        const float steps = (std::fabs(x) * 0x1p24f + 8388608.0f) - 8388608.0f;
+        return sign | uint16_t(steps);
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return sign | uint16_t((bits - 0x38000000u) >> 13);
 }
 
 // What is packed: rows of numbers, or of blocks (dtype MOESTRO_ROWS_BLOCKS + the kind's number).
@@ -44,35 +45,76 @@ struct Source {
 };
 
 // Whether all numbers are finite and, for integers with fp16 scales, not too large for them.
-bool packable(const float *x, int64_t k, int32_t kind) {
+MOESTRO_WIDE bool packable(const float *x, int64_t k, int32_t kind) {
     const float limit = is_float(kind) ? 3.3e38f : 65504.0f;
-    int fits = 1;
-    for (int64_t i = 0; i < k; i++) fits &= int(std::fabs(x[i]) <= limit);
-    return fits;
+    int unfit = 0;
+    for (int64_t i = 0; i < k; i++) unfit |= !(std::fabs(x[i]) <= limit);
+    return !unfit;
 }
 
-// To the nearest whole number, even on ties, of |x| < 2^22.
-float whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
+// Eight numbers side by side, in as many registers as the machine needs for them.
+typedef float Eight __attribute__((vector_size(32)));
+MOESTRO_INLINE Eight eight(const float *from) {
+    Eight x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
 
-// One group of a row: the scale as fp16 bits, and its integers.
-template <int GROUP> uint16_t quantise_group(const float *x, bool bytes, int8_t *q) {
+MOESTRO_INLINE float sum(Eight x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
+
+// One group of a row: the scale as fp16 bits, and its integers; to sums (unless null) as in `quantise_row`.
+template <int GROUP>
+MOESTRO_INLINE uint16_t quantise_group(const float *x, bool bytes, int8_t *q, float *sums) {
+    Eight sizes = {};
+    for (int i = 0; i < GROUP; i += 8) {
+        const Eight each = eight(x + i), positive = each < 0.0f ? -each : each;
+        sizes = positive > sizes ? positive : sizes;
+    }
     float size = 0.0f;
-    for (int i = 0; i < GROUP; i++) size = std::fabs(x[i]) > size ? std::fabs(x[i]) : size;
+    for (int j = 0; j < 8; j++) size = sizes[j] > size ? sizes[j] : size;
     float largest = size;
     if (!bytes) {  // of equal sizes the first, also of zeros
         int first = 0;
         while (std::fabs(x[first]) != size) first++;
         largest = x[first];
     }
-    const float low = bytes ? -127.0f : -8.0f, high = bytes ? 127.0f : 7.0f;
     const uint16_t half = to_half(bytes ? size / 127.0f : largest / -8.0f);
     const float scale = from_half(half), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-    for (int i = 0; i < GROUP; i++) {
-        float value = whole(x[i] * inverse);
-        value = value < low ? low : value;
-        q[i] = int8_t(int32_t(value > high ? high : value));
+    const float low = bytes ? -127.0f : -8.0f, high = bytes ? 127.0f : 7.0f;
+    const float shift = 12582912.0f;  // adding it rounds |x| < 2^22 to whole numbers, even on ties
+    const Eight least = Eight{} + low, most = Eight{} + high;
+    alignas(32) float rounded[GROUP];
+    Eight error = {}, squares = {};
+    for (int i = 0; i < GROUP; i += 8) {
+        const Eight each = eight(x + i);
+        Eight value = (each * inverse + shift) - shift;
+        value = value < least ? least : value;
+        value = value > most ? most : value;
+        memcpy(rounded + i, &value, sizeof value);
+        const Eight off = each - value * scale;
+        error += off * off, squares += each * each;
     }
+    if (sums) sums[0] += sum(error), sums[1] += sum(squares);
+    for (int i = 0; i < GROUP; i++) q[i] = int8_t(int32_t(rounded[i]));
     return half;
+}
+
+template <int GROUP>
+MOESTRO_INLINE void quantise_groups(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
+                                    double *sums) {
+    float own[2] = {};
+    for (int64_t g = 0; g < count; g++, x += GROUP, q += GROUP)
+        scales[g] = quantise_group<GROUP>(x, bytes, q, sums ? own : nullptr);
+    if (sums) sums[0] += own[0], sums[1] += own[1];
+}
+
+MOESTRO_WIDE void quantise_groups_of_32(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
+                                        double *sums) {
+    quantise_groups<32>(x, count, bytes, q, scales, sums);
+}
+MOESTRO_WIDE void quantise_groups_of_64(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
+                                        double *sums) {
+    quantise_groups<64>(x, count, bytes, q, scales, sums);
 }
 
 // A row as integers and scales. The squared error that this adds goes to sums[0], the squares themselves to sums[1].
@@ -85,19 +127,8 @@ bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, flo
     s.read(row, x);
     for (int64_t i = s.k; i < inputs; i++) x[i] = 0.0f;
     if (!packable(x, s.k, kind)) return false;
-    float error = 0.0f, squares = 0.0f;
-    for (int64_t g = 0; g < inputs / group; g++) {
-        const float *from = x + g * group;
-        int8_t *to = q + g * group;
-        const bool bytes = kind == MOESTRO_INT8;
-        scales[g] = group == 32 ? quantise_group<32>(from, bytes, to) : quantise_group<64>(from, bytes, to);
-        const float scale = from_half(scales[g]);
-        for (int i = 0; i < group; i++) {
-            const float off = from[i] - scale * float(to[i]);
-            error += off * off, squares += from[i] * from[i];
-        }
-    }
-    sums[0] += error, sums[1] += squares;
+    const auto quantise = group == 32 ? quantise_groups_of_32 : quantise_groups_of_64;
+    quantise(x, inputs / group, kind == MOESTRO_INT8, q, scales, sums);
     return true;
 }
 
@@ -209,7 +240,8 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
         int64_t from, to;
         double own[2] = {};
         while (team.take(blocks, 1, &from, &to))
-            if (!pack_block(kind, group, source, from, static_cast<uint8_t *>(dst) + from * step * bytes, own))
+            if (!pack_block(kind, group, source, from, static_cast<uint8_t *>(dst) + from * step * bytes,
+                            sums ? own : nullptr))
                 bad = true;
         std::lock_guard<std::mutex> guard(adding);
         if (sums) sums[0] += own[0], sums[1] += own[1];
