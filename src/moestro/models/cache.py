@@ -158,11 +158,25 @@ class StateCache:
         """Replace both; they are copied where they would keep the whole text alive."""
         self._kept = inputs_BWI.clone(), state_BHAO
 
-    def fork(self) -> StateCache:
-        """The same state; nothing writes to it, so both may go on from it."""
+    def fork(self, dropped: int = 0) -> StateCache:
+        """The same state, which nothing writes to; or none, where all positions are `dropped`."""
         twin = StateCache()
-        twin._kept = self._kept
+        twin._kept = None if dropped else self._kept
         return twin
+
+    def can_drop(self, dropped: int, position: int) -> bool:
+        """Whether it can be forked without the last positions: a state goes back only to nothing.
+
+        Args:
+            dropped: of the last positions.
+            position: how many have passed.
+        """
+        return dropped in (0, position)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(each.nbytes for each in self._kept or ())
 
 
 def _check_batch(held: int, given: int) -> None:
