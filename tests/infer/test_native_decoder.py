@@ -121,10 +121,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": {**HEADS, "window": DELTA}},
         "no native step for gated DeltaNet layers",
     ),
-    "partial": (
-        {"attention": {**HEADS, "positions": {"fraction": 0.5}}},
-        "no native step for partial rotary positions",
-    ),
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
     "scaled residual": (
         {"norm": {"residual_scale": 0.5}, "attention": {**HEADS, "qk_norm": "head"}},

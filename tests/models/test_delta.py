@@ -75,8 +75,8 @@ def test_padding_leaves_the_state():
     torch.testing.assert_close(cache.held(2)[1], whole.held(2)[1])
 
 
-def held(cache):
-    return sum(x.untyped_storage().nbytes() for x in cache.held(2))
+def held(cache, batch=2):
+    return sum(x.untyped_storage().nbytes() for x in cache.held(batch))
 
 
 def test_the_state_does_not_grow():
@@ -103,6 +103,22 @@ def test_a_fork_goes_its_own_way():
             expected = model(text).logits[:, 5:]
             torch.testing.assert_close(model(tokens, cache=own).logits, expected)
     assert cache.position == twin.position == 9
+
+
+def test_a_state_is_cut_at_its_end_or_before_its_begin():
+    model = Decoder(ModelConfig(dim=16, num_layers=2, attention={"window": DELTA})).eval()
+    tokens = torch.randint(0, 256, (1, 9))
+    cache = model.new_cache()
+    assert cache.nbytes == 0
+    with torch.inference_mode():
+        expected = model(tokens, cache=cache).logits
+        assert [cache.can_cut(position) for position in range(11)] == [
+            position in (0, 9) for position in range(11)
+        ]
+        again = cache.fork(0)
+        torch.testing.assert_close(model(tokens, cache=again).logits, expected)
+    assert again.position == 9
+    assert cache.nbytes == 2 * held(cache.layers[0], 1)
 
 
 def test_filled_in_inference_mode_and_trained_outside():

@@ -159,19 +159,23 @@ class StateCache:
         self._kept = inputs_BWI.clone(), state_BHAO
 
     def fork(self, dropped: int = 0) -> StateCache:
-        """The same state; nothing writes to it, so both may go on from it."""
-        assert not dropped, "a state cannot be taken back"
+        """The same state, which nothing writes to; or none, where all positions are `dropped`."""
         twin = StateCache()
-        twin._kept = self._kept
+        twin._kept = None if dropped else self._kept
         return twin
 
     def can_drop(self, dropped: int, position: int) -> bool:
-        """Whether the state of `dropped` positions before is known: only that of the last is."""
-        return dropped == 0
+        """Whether it can be forked without the last positions: a state goes back only to nothing.
+
+        Args:
+            dropped: of the last positions.
+            position: how many have passed.
+        """
+        return dropped in (0, position)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and of the inputs."""
+        """Bytes of what is kept."""
         return sum(each.nbytes for each in self._kept or ())
 
 

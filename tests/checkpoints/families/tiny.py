@@ -71,6 +71,7 @@ TINY = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
+    "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "mixtral": (
         "Mixtral",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moestro.checkpoints.families.fields import setting
 from moestro.checkpoints.families.llama import (
     BIAS,
     BLOCK,
@@ -103,11 +104,11 @@ HUNYUAN_V1_MOE = Family(
         *decoder(1e-5, _positions()),
         HEAD_DIM,
         BIAS,
-        _each("num_experts", ("moe.num_experts",), lambda cfg: cfg.moe.num_experts),
-        _each("moe_topk", ("moe.top_k",), lambda cfg: cfg.moe.top_k),
+        _each("num_experts", ("moe.num_experts",), lambda cfg: setting(cfg, "moe.num_experts")),
+        _each("moe_topk", ("moe.top_k",), lambda cfg: setting(cfg, "moe.top_k")),
         # Of a routed expert and of the shared one.
-        _each("intermediate_size", _WIDTHS, lambda cfg: cfg.moe.hidden_dim),
-        _agrees("moe_intermediate_size", lambda cfg: cfg.moe.hidden_dim),
+        _each("intermediate_size", _WIDTHS, lambda cfg: setting(cfg, "moe.hidden_dim")),
+        _agrees("moe_intermediate_size", lambda cfg: setting(cfg, "moe.hidden_dim")),
         _agrees("num_shared_expert", lambda cfg: 1),
         _agrees("attention_head_dim", lambda cfg: cfg.head_dim),
     ),

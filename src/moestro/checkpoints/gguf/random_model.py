@@ -75,7 +75,7 @@ def check(cfg: ModelConfig, kind: Kind) -> None:
     found = [reason for reason, there in reasons.items() if there]
     widths = {cfg.dim, attention.num_heads * cfg.head_dim, (moe or cfg.dense).hidden_dim}
     if any(width % kind.length for width in widths):
-        found.append(f"widths that are no multiples of {kind.length}, which {kind.name} needs")
+        found.append(f"widths that are not multiples of {kind.length}, which {kind.name} needs")
     if found:
         raise ConfigError(
             f"llama.cpp cannot be measured beside this model: it has {', '.join(found)}"
