@@ -7,6 +7,7 @@ of which decoding multiplies in both directions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moestro.checkpoints.quantised.methods import in_four_bits
 from moestro.checkpoints.reading import open_unread
 from moestro.checkpoints.transfer import Progress, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
@@ -119,9 +121,20 @@ def read_packed(
     Raises:
         CheckpointError, ConfigError: see `reading.open_unread`.
         ShapeError, BackendError: see `pack`.
+
+    Warns:
+        UserWarning: int4 rounds weights once more that are stored in four bits.
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
+    coarse = in_four_bits(source for _, source in unread.sources)
+    if coarse and format.kind == "int4":
+        warnings.warn(
+            f"{folder} has weights in {', '.join(coarse)} already, which int4 rounds once more; "
+            "--weights int8 stays far closer to them and is recommended",
+            UserWarning,
+            stacklevel=2,
+        )
     model, dtype = unread.model, unread.dtype
     total, done = unread.bytes, 0
 

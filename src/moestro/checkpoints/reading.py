@@ -18,7 +18,7 @@ from moestro.checkpoints.families import OWN, family_of, names
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import fields_with_meaning, to_settings
 from moestro.checkpoints.folders import CONFIG, read_json
-from moestro.checkpoints.quantized import find_sources, quantisation
+from moestro.checkpoints.quantised.methods import find_sources, quantisation
 from moestro.checkpoints.tensor_files import Stored, open_folder, some
 from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match
 from moestro.config import EncDecConfig, ModelConfig

@@ -62,7 +62,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
     """A config.json of Hugging Face's layout; how its weights are stored is only noted."""
-    from moestro.checkpoints.quantized import quantisation
+    from moestro.checkpoints.quantised.methods import quantisation
     from moestro.checkpoints.reading import read_settings
     from moestro.plan.subject import from_settings
 

@@ -1,0 +1,109 @@
+"""fp8: e4m3 values with one scale per block (DeepSeek-V3, §3.3), usually 128 × 128, or per matrix.
+
+Letters: O, I out and in of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
+from moestro.checkpoints.quantised.scaling import scaled_blocks
+from moestro.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class BlockFp8(Form):
+    """DeepSeek's and Qwen's: `weight` [.., O, I] and `weight_scale_inv`, a scale per block."""
+
+    block: tuple[int, int]
+    bits = 8
+    name = "fp8"
+    tensor = ""
+    needed = ("", "_scale_inv")
+
+    def shape(self, parts: Mapping[str, Header]) -> Shape:
+        """That of the values; of the experts of a layer in one tensor too."""
+        values = parts[""]
+        sides = values.shape if len(values.shape) in (2, 3) else ("O", "I")
+        expect("the weight", values, [torch.float8_e4m3fn], sides)
+        counts = [-(-side // of) for side, of in zip(values.shape[-2:], self.block, strict=True)]
+        kinds = (*SCALES, torch.float8_e8m0fnu)
+        expect("_scale_inv", parts["_scale_inv"], kinds, [*values.shape[:-2], *counts])
+        return tuple(values.shape)
+
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """[O, I]."""
+        return from_fp8(parts[""], parts["_scale_inv"], self.block, dtype)
+
+
+class MatrixFp8(Form):
+    """AutoFP8's: `weight` [O, I] and `weight_scale`, one number."""
+
+    bits = 8
+    name = "fp8"
+    tensor = ""
+    needed = ("", "_scale")
+
+    def shape(self, parts: Mapping[str, Header]) -> Shape:
+        """That of the values."""
+        values, scale = parts[""], parts["_scale"]
+        expect("the weight", values, [torch.float8_e4m3fn], ["O", "I"])
+        expect("_scale", scale, SCALES, [1] * min(len(scale.shape), 1))
+        return tuple(values.shape)
+
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """[O, I]."""
+        values, scale = parts[""], parts["_scale"].view(1, 1)
+        return from_fp8(values, scale, (max(values.shape[0], 1), max(values.shape[1], 1)), dtype)
+
+
+def from_fp8(
+    values_OI: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Values times the scale of their block, multiplied in fp32. [O, I].
+
+    Args:
+        values_OI: float8_e4m3fn.
+        scales: one number per block, [ceil(O / rows), ceil(I / columns)]; the last block of a row
+            or column may be a part of one.
+        block: its (rows, columns).
+        dtype: of the result.
+
+    Raises:
+        ShapeError: the values are of another dtype, or the scales do not fit them.
+    """
+    rows, columns = block
+    if values_OI.dtype != torch.float8_e4m3fn or values_OI.dim() != 2:
+        raise ShapeError(
+            f"fp8 values are float8_e4m3fn [O, I]; given {values_OI.dtype} {list(values_OI.shape)}"
+        )
+    height, width = values_OI.shape
+    expected = (-(-height // rows), -(-width // columns))
+    if scales.shape != expected:
+        raise ShapeError(
+            f"values {list(values_OI.shape)} in blocks of {rows} × {columns} take scales "
+            f"{list(expected)}; given {list(scales.shape)}"
+        )
+    every = torch.arange(256, dtype=torch.uint8, device=values_OI.device)
+    numbers = every.view(torch.float8_e4m3fn).float()
+    # A pair of bytes read as one number has its first byte in the low half.
+    table = torch.stack([numbers.repeat(256), numbers.repeat_interleave(256)], dim=1)
+    values_OI = values_OI.contiguous()
+
+    def numbers_of(some: slice) -> Tensor:
+        return _numbers(values_OI[some], table)
+
+    return scaled_blocks(numbers_of, (height, width), scales, None, block, dtype)
+
+
+def _numbers(values: Tensor, table: Tensor) -> Tensor:
+    """fp8 as fp32, by a table of all pairs: torch takes five times as long on a CPU."""
+    if values.shape[-1] % 2:
+        return values.float()
+    return F.embedding(values.view(torch.int16).int() & 0xFFFF, table).flatten(-2)

@@ -1,0 +1,88 @@
+"""GPTQ (Frantar et al. 2022) as AutoGPTQ and GPTQModel write it: int4 and int8, packed along I.
+
+A 32-bit word has the values of consecutive inputs, its lowest bits first. Every group of inputs has
+a scale and a zero point per output; `g_idx` says which group an input is in, where activations
+decided the order. Version 1 stores zero points less one. Its writers subtract a one from each in
+the whole word, so that is how it is added again: a zero point of 0 borrows from its neighbour.
+
+Letters: O, I out and in of a matrix, N groups of inputs, W = I · bits / 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
+from moestro.checkpoints.quantised.scaling import scaled_columns, unpack
+from moestro.errors import ShapeError
+
+_WORD = 32
+
+
+@dataclass(frozen=True)
+class Gptq(Form):
+    """`qweight` [W, O], `qzeros` [N, O · bits / 32], `scales` [N, O] and, maybe, `g_idx` [I].
+
+    Attributes:
+        bits: of a value; 4 or 8.
+        group: inputs that share a scale; -1: all.
+        less_one: zero points are stored less one, as in version 1.
+    """
+
+    bits: int
+    group: int
+    less_one: bool
+    name = "GPTQ"
+    needed = (".qweight", ".qzeros", ".scales")
+    optional = (".g_idx",)
+
+    def shape(self, parts: Mapping[str, Header]) -> Shape:
+        """[O, I]."""
+        values, per_word = parts[".qweight"], _WORD // self.bits
+        expect("qweight", values, [torch.int32], ["I · bits / 32", "O"])
+        width, height = values.shape[0] * per_word, values.shape[1]
+        if height % per_word:
+            raise ShapeError(
+                f"qweight has {height} outputs; their zero points fill words of {per_word}"
+            )
+        groups = 1 if self.group == -1 else -(-width // self.group)
+        expect("scales", parts[".scales"], SCALES, [groups, height])
+        expect("qzeros", parts[".qzeros"], [torch.int32], [groups, height // per_word])
+        if ".g_idx" in parts:
+            expect("g_idx", parts[".g_idx"], [torch.int32, torch.int64], [width])
+        return height, width
+
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """(value - zero) · scale. [O, I]."""
+        _, width = self.shape(parts)
+        values_WO, per_word = parts[".qweight"], _WORD // self.bits
+        zeros = parts[".qzeros"].long()
+        if self.less_one:
+            zeros = (zeros + sum(1 << place for place in range(0, _WORD, self.bits))) & 0xFFFFFFFF
+        zeros_NO = unpack(zeros, self.bits, 1).int()
+
+        def rows(some: slice) -> Tensor:
+            words = values_WO[some.start // per_word : -(-some.stop // per_word)]
+            return unpack(words, self.bits, 0)
+
+        groups_I = parts[".g_idx"].long() if ".g_idx" in parts else self._in_order(width)
+        check_groups("g_idx", groups_I, len(zeros_NO))
+        return scaled_columns(rows, parts[".scales"], zeros_NO, groups_I, dtype)
+
+    def _in_order(self, width: int) -> Tensor:
+        return torch.arange(width, device="cpu") // (width if self.group == -1 else self.group)
+
+
+def check_groups(what: str, groups_I: Tensor, count: int) -> None:
+    """Refuse groups that have no scale.
+
+    Raises:
+        ShapeError: names the group.
+    """
+    outside = groups_I[(groups_I < 0) | (groups_I >= count)]
+    if len(outside):
+        raise ShapeError(f"{what} names the group {int(outside[0])}; there are {count}, from 0 on")
