@@ -21,6 +21,7 @@ from moestro.strictjson import parse
 _BYTES_AT_ONCE = 1 << 18
 # Bytes may be stored as numbers of another type.
 _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _KNOWN = {
     "quant_type", "blocksize", "dtype", "shape",
     "nested_blocksize", "nested_dtype", "nested_offset",
@@ -77,11 +78,8 @@ class Bnb4(Form):
         twins = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
         count = math.prod(state.shape)
         out = torch.empty(count, dtype=dtype, device=data.device)
-        step = (
-            max(_BYTES_AT_ONCE // state.block, 1) * state.block
-        )  # whole blocks: two per 2 · block
-        for start in range(0, len(data), step):
-            numbers = twins[data[start : start + step].int()].flatten()
+        for start in range(0, len(data), _BYTES_AT_ONCE):  # whole blocks
+            numbers = twins[data[start : start + _BYTES_AT_ONCE].int()].flatten()
             numbers = numbers[: count - 2 * start]
             blocks = largest[2 * start // state.block :][: -(-len(numbers) // state.block)]
             scales = blocks.repeat_interleave(state.block)[: len(numbers)]
@@ -112,10 +110,10 @@ class Bnb4(Form):
         if ".nested_absmax" in parts:
             sizes.append(facts.get("nested_blocksize"))
             offset = facts.get("nested_offset")
-        if not all(map(_is_size, sizes)) or not isinstance(offset, int | float):
+        if not all(size in _BLOCKS for size in sizes) or not isinstance(offset, int | float):
             raise ShapeError(
-                f"quant_state has blocks of {sizes!r:.100} and the offset {offset!r:.100}; they "
-                "should be whole numbers from 1 on, and a number"
+                f"quant_state has blocks of {sizes!r:.100} and the offset {offset!r:.100}; blocks "
+                f"have {', '.join(map(str, _BLOCKS))}, and an offset is a number"
             )
         return State((shape[0], shape[1]), sizes[0], sizes[-1], float(offset))
 
