@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
 from moestro.checkpoints.quantised.scaling import scaled_columns, unpack
+from moestro.errors import ShapeError
 
 _PER_WORD = 8
 # From its lowest bits on, a word has the outputs 0, 2, 4, 6, 1, 3, 5, 7: here the place of each.
@@ -37,7 +38,10 @@ class Awq(Form):
         values = parts[".qweight"]
         expect("qweight", values, [torch.int32], ["I", "O / 8"])
         width, words = values.shape
-        groups = 1 if self.group == -1 else -(-width // self.group)
+        group = width if self.group == -1 else self.group
+        groups = width // group if width else 0
+        if groups * group != width:
+            raise ShapeError(f"qweight has {width} inputs, which groups of {group} do not divide")
         expect("qzeros", parts[".qzeros"], [torch.int32], [groups, words])
         expect("scales", parts[".scales"], SCALES, [groups, words * _PER_WORD])
         return words * _PER_WORD, width

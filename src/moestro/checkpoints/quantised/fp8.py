@@ -50,17 +50,19 @@ class MatrixFp8(Form):
     tensor = ""
     needed = ("", "_scale")
 
-    def shape(self, parts: Mapping[str, Header]) -> Shape:
+    def shape(self, parts: Mapping[str, Header]) -> tuple[int, int]:
         """That of the values."""
         values, scale = parts[""], parts["_scale"]
         expect("the weight", values, [torch.float8_e4m3fn], ["O", "I"])
         expect("_scale", scale, SCALES, [1] * min(len(scale.shape), 1))
-        return tuple(values.shape)
+        height, width = values.shape
+        return height, width
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """[O, I]."""
-        values, scale = parts[""], parts["_scale"].view(1, 1)
-        return from_fp8(values, scale, (max(values.shape[0], 1), max(values.shape[1], 1)), dtype)
+        height, width = self.shape(parts)
+        block = (max(height, 1), max(width, 1))
+        return from_fp8(parts[""], parts["_scale"].view(1, 1), block, dtype)
 
 
 def from_fp8(
