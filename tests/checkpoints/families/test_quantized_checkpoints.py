@@ -208,7 +208,7 @@ def test_a_form_that_is_not_read_is_refused_where_weights_are(settings, tmp_path
     tiny.save(tiny.build("qwen3_moe"), tmp_path)
     cfg = read_settings(tmp_path, for_weights=False).cfg
     rewrite(tmp_path, lambda tensors: None, quantization_config=settings)
-    with pytest.raises(CheckpointError, match="quantization_config of config.json has"):
+    with pytest.raises(CheckpointError, match=r"quantization_config of config\.json has"):
         open_checkpoint(tmp_path)
     assert read_settings(tmp_path, for_weights=False).cfg == cfg
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
-from moestro.checkpoints.quantised.scaling import scaled_columns, unpack
+from moestro.checkpoints.quantised.form import SCALES, Form, Header, expect
+from moestro.checkpoints.quantised.scaling import ROWS, scaled_blocks
 from moestro.errors import ShapeError
 
 _PER_WORD = 8
-# From its lowest bits on, a word has the outputs 0, 2, 4, 6, 1, 3, 5, 7: here the place of each.
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+# The outputs of a word, from its lowest bits on; two in a byte.
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Awq(Form):
     bits = 4
     needed = (".qweight", ".qzeros", ".scales")
 
-    def shape(self, parts: Mapping[str, Header]) -> Shape:
+    def shape(self, parts: Mapping[str, Header]) -> tuple[int, int]:
         """[O, I]."""
         values = parts[".qweight"]
         expect("qweight", values, [torch.int32], ["I", "O / 8"])
@@ -48,12 +48,23 @@ class Awq(Form):
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """(value - zero) · scale. [O, I]."""
-        _, width = self.shape(parts)
-        values_IW = parts[".qweight"]
-        zeros_NO = unpack(parts[".qzeros"], 4, 1, _PLACES)
-        groups_I = torch.arange(width, device="cpu") // (width if self.group == -1 else self.group)
+        height, width = self.shape(parts)
+        values_IW, zeros_ON = parts[".qweight"], unpack_awq(parts[".qzeros"])
+        block = (1, max(width, 1) if self.group == -1 else self.group)
 
         def rows(some: slice) -> Tensor:
-            return unpack(values_IW[some], 4, 1, _PLACES)
+            assert some.start % ROWS == 0
+            words = slice(some.start // _PER_WORD, -(-some.stop // _PER_WORD))
+            return unpack_awq(values_IW[:, words])
 
-        return scaled_columns(rows, parts[".scales"], zeros_NO, groups_I, dtype)
+        return scaled_blocks(rows, (height, width), parts[".scales"].T, zeros_ON, block, dtype)
+
+
+def unpack_awq(words_IW: Tensor) -> Tensor:
+    """The values of words, transposed. fp32 [W · 8, I]."""
+    width, count = words_IW.shape
+    data = words_IW.contiguous().view(torch.uint8).view(width, count, 4).permute(1, 2, 0)
+    values = torch.empty(count, _PER_WORD, width, dtype=torch.float32, device=words_IW.device)
+    values[:, _ORDER[0::2]] = (data & 15).float()
+    values[:, _ORDER[1::2]] = (data >> 4).float()
+    return values.flatten(0, 1)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moestro.checkpoints.quantised.form import Form, Header, Shape, expect
 from moestro.errors import ShapeError
@@ -78,12 +79,12 @@ class Bnb4(Form):
         twins = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
         count = math.prod(state.shape)
         out = torch.empty(count, dtype=dtype, device=data.device)
-        for start in range(0, len(data), _BYTES_AT_ONCE):  # whole blocks
-            numbers = twins[data[start : start + _BYTES_AT_ONCE].int()].flatten()
-            numbers = numbers[: count - 2 * start]
+        for start in range(0, len(data), _BYTES_AT_ONCE):  # whole blocks, but for the last
+            numbers = F.embedding(data[start : start + _BYTES_AT_ONCE].int(), twins).flatten()
             blocks = largest[2 * start // state.block :][: -(-len(numbers) // state.block)]
-            scales = blocks.repeat_interleave(state.block)[: len(numbers)]
-            out[2 * start : 2 * start + len(numbers)] = numbers * scales
+            numbers = F.pad(numbers, (0, -len(numbers) % state.block)).view(-1, state.block)
+            part = out[2 * start : 2 * (start + _BYTES_AT_ONCE)]
+            part.copy_(numbers.mul_(blocks[:, None]).view(-1)[: len(part)])
         return out.view(state.shape)
 
     def _state(self, parts: Mapping[str, Header]) -> State:

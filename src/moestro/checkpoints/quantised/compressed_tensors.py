@@ -114,13 +114,13 @@ class PackedInts(Compressed):
         if zeros is None:
             zeros_NM = torch.full_like(scales_NM, middle, dtype=torch.int32)
         elif zeros.dtype == torch.int32:
-            zeros_NM = unpack(zeros, one.bits, 0)[:height]
+            zeros_NM = unpack(zeros.T, one.bits).T[:height]
         else:
             zeros_NM = _matrix(zeros).int() + middle
         columns_I = self._columns(parts, scales_NM.shape[1])
 
         def rows(some: slice) -> Tensor:
-            return unpack(words[some], one.bits, 1)[:, :width]
+            return unpack(words[some], one.bits)[:, :width]
 
         return scaled_blocks(rows, (height, width), scales_NM, zeros_NM, block, dtype, columns_I)
 
@@ -181,7 +181,7 @@ class WholeValues(Compressed):
             return from_fp8(values_OI, scales_NM, block, dtype)
         zeros_NM = _matrix(parts[ZERO]) if ZERO in parts else None
         return scaled_blocks(
-            lambda some: values_OI[some], (height, width), scales_NM, zeros_NM, block, dtype
+            lambda some: values_OI[some].float(), (height, width), scales_NM, zeros_NM, block, dtype
         )
 
     def _kind(self, parts: Mapping[str, Header]) -> Weights:

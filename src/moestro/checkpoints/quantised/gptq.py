@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
-from moestro.checkpoints.quantised.scaling import scaled_columns, unpack
+from moestro.checkpoints.quantised.form import SCALES, Form, Header, expect
+from moestro.checkpoints.quantised.scaling import scaled_blocks, unpack
 from moestro.errors import ShapeError
 
 _WORD = 32
@@ -40,7 +40,7 @@ class Gptq(Form):
     needed = (".qweight", ".qzeros", ".scales")
     optional = (".g_idx",)
 
-    def shape(self, parts: Mapping[str, Header]) -> Shape:
+    def shape(self, parts: Mapping[str, Header]) -> tuple[int, int]:
         """[O, I]."""
         values, per_word = parts[".qweight"], _WORD // self.bits
         expect("qweight", values, [torch.int32], ["I · bits / 32", "O"])
@@ -58,23 +58,33 @@ class Gptq(Form):
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """(value - zero) · scale. [O, I]."""
-        _, width = self.shape(parts)
-        values_WO, per_word = parts[".qweight"], _WORD // self.bits
-        zeros = parts[".qzeros"].long()
+        height, width = self.shape(parts)
+        values_WO, zeros = parts[".qweight"], parts[".qzeros"].long()
         if self.less_one:
-            zeros = (zeros + sum(1 << place for place in range(0, _WORD, self.bits))) & 0xFFFFFFFF
-        zeros_NO = unpack(zeros, self.bits, 1).int()
+            zeros = zeros + sum(1 << place for place in range(0, _WORD, self.bits))
+        zeros_ON = unpack(_as_int32(zeros), self.bits).T
+        groups_I = parts[".g_idx"].long() if ".g_idx" in parts else None
+        if groups_I is not None:
+            check_groups("g_idx", groups_I, zeros_ON.shape[1])
+            if torch.equal(
+                groups_I, torch.arange(width, device=groups_I.device) // self._size(width)
+            ):
+                groups_I = None
 
         def rows(some: slice) -> Tensor:
-            words = values_WO[some.start // per_word : -(-some.stop // per_word)]
-            return unpack(words, self.bits, 0)
+            return unpack(values_WO[:, some].T, self.bits)
 
-        groups_I = parts[".g_idx"].long() if ".g_idx" in parts else self._in_order(width)
-        check_groups("g_idx", groups_I, len(zeros_NO))
-        return scaled_columns(rows, parts[".scales"], zeros_NO, groups_I, dtype)
+        scales_ON, block = parts[".scales"].T, (1, self._size(width))
+        return scaled_blocks(rows, (height, width), scales_ON, zeros_ON, block, dtype, groups_I)
 
-    def _in_order(self, width: int) -> Tensor:
-        return torch.arange(width, device="cpu") // (width if self.group == -1 else self.group)
+    def _size(self, width: int) -> int:
+        return max(width, 1) if self.group == -1 else self.group
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    """The low half of each."""
+    words = words & 0xFFFFFFFF
+    return (words - ((words >> 31) << 32)).int()
 
 
 def check_groups(what: str, groups_I: Tensor, count: int) -> None:
