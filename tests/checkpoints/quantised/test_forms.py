@@ -84,6 +84,17 @@ def test_gptq_of_version_1_takes_back_what_was_subtracted_from_the_word(bits):
     assert torch.equal(result[:, 31], -zeros[1].float())
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 8), (8, 48)])
+@pytest.mark.parametrize("pack", [packing.gptq, packing.awq, packing.packed_ints])
+def test_one_word_a_row(pack, height, width):
+    parts, numbers = pack(torch.randn(height, width, generator=GENERATOR), group=8)
+    weights = Weights("int", 4, True, (1, 8))
+    form = {packing.gptq: Gptq(4, 8, less_one=True), packing.awq: Awq(8)}.get(
+        pack, PackedInts((weights,))
+    )
+    assert torch.equal(form.dequantize(parts, torch.float32), numbers)
+
+
 @pytest.mark.parametrize("group", [16, -1])
 def test_awq(group, at_once):
     height, width = 24, 48

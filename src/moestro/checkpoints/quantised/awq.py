@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, expect
-from moestro.checkpoints.quantised.scaling import ROWS, scaled_blocks
+from moestro.checkpoints.quantised.scaling import ROWS, as_bytes, scaled_blocks
 from moestro.errors import ShapeError
 
 _PER_WORD = 8
@@ -63,7 +63,7 @@ class Awq(Form):
 def unpack_awq(words_IW: Tensor) -> Tensor:
     """The values of words, transposed. fp32 [W · 8, I]."""
     width, count = words_IW.shape
-    data = words_IW.contiguous().view(torch.uint8).view(width, count, 4).permute(1, 2, 0)
+    data = as_bytes(words_IW).view(width, count, 4).permute(1, 2, 0)
     values = torch.empty(count, _PER_WORD, width, dtype=torch.float32, device=words_IW.device)
     values[:, _ORDER[0::2]] = (data & 15).float()
     values[:, _ORDER[1::2]] = (data >> 4).float()

@@ -25,10 +25,18 @@ def unpack(words_OW: Tensor, bits: int) -> Tensor:
         words_OW: int32.
         bits: of a value; 4 or 8.
     """
-    data = words_OW.contiguous().view(torch.uint8)
+    data = as_bytes(words_OW)
     if bits == 8:
         return data.float()
     return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2).float()
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """The bytes of int32 words, four for each of the last axis."""
+    # With one word a row it counts as contiguous whatever its strides, which a view minds.
+    if words.stride(-1) != 1 or not words.is_contiguous():
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def scaled_blocks(
