@@ -265,6 +265,15 @@ def test_every_part_of_another_shape_or_dtype_is_refused(name):
     assert refused >= 4 * len(parts)
 
 
+@pytest.mark.parametrize("name", packing.FORMS)
+def test_a_target_of_any_strides_is_filled(name):
+    form, parts, numbers = read_form(name)
+    around = torch.zeros(numbers.shape[1], 2 * numbers.shape[0] + 1, dtype=torch.float64)
+    form.fill(parts, around[:, 1::2].T)
+    assert torch.equal(around[:, 1::2].T, numbers.double())
+    assert not around[:, ::2].any()
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [

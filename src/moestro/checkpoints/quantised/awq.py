@@ -46,9 +46,9 @@ class Awq(Form):
         expect("scales", parts[".scales"], SCALES, [groups, words * _PER_WORD])
         return words * _PER_WORD, width
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
-        height, width = self.shape(parts)
+        _, width = self.shape(parts)
         values_IW, zeros_ON = parts[".qweight"], unpack_awq(parts[".qzeros"])
         block = (1, max(width, 1) if self.group == -1 else self.group)
 
@@ -57,7 +57,7 @@ class Awq(Form):
             words = slice(some.start // _PER_WORD, -(-some.stop // _PER_WORD))
             return unpack_awq(values_IW[:, words])
 
-        return scaled_blocks(rows, (height, width), parts[".scales"].T, zeros_ON, block, dtype)
+        scaled_blocks(rows, out, parts[".scales"].T, zeros_ON, block)
 
 
 def unpack_awq(words_IW: Tensor) -> Tensor:

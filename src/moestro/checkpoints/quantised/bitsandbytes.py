@@ -66,7 +66,7 @@ class Bnb4(Form):
             expect("nested_quant_map", parts[".nested_quant_map"], [torch.float32], [256])
         return state.shape
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Number of the table times the largest of its block, in fp32. [O, I]."""
         self.shape(parts)
         state, table = self._state(parts), parts[".quant_map"]
@@ -77,15 +77,18 @@ class Bnb4(Form):
         data = parts[""].contiguous().view(-1).view(torch.uint8)
         byte = torch.arange(256, device=data.device)
         twins = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
-        count = math.prod(state.shape)
-        out = torch.empty(count, dtype=dtype, device=data.device)
+        whole = (
+            out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device="cpu")
+        )
+        flat = whole.view(-1)
         for start in range(0, len(data), _BYTES_AT_ONCE):  # whole blocks, but for the last
             numbers = F.embedding(data[start : start + _BYTES_AT_ONCE].int(), twins).flatten()
             blocks = largest[2 * start // state.block :][: -(-len(numbers) // state.block)]
             numbers = F.pad(numbers, (0, -len(numbers) % state.block)).view(-1, state.block)
-            part = out[2 * start : 2 * (start + _BYTES_AT_ONCE)]
+            part = flat[2 * start : 2 * (start + _BYTES_AT_ONCE)]
             part.copy_(numbers.mul_(blocks[:, None]).view(-1)[: len(part)])
-        return out.view(state.shape)
+        if whole is not out:
+            out.copy_(whole)
 
     def _state(self, parts: Mapping[str, Header]) -> State:
         """The facts of `quant_state`, checked."""

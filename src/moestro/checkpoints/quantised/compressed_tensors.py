@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
-from moestro.checkpoints.quantised.fp8 import from_fp8
+from moestro.checkpoints.quantised.fp8 import fill_fp8
 from moestro.checkpoints.quantised.gptq import check_groups
 from moestro.checkpoints.quantised.scaling import scaled_blocks, unpack
 from moestro.errors import ShapeError
@@ -105,7 +105,7 @@ class PackedInts(Compressed):
         """[O, I]."""
         return self._kind(parts)[0]
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
         (height, width), one = self._kind(parts)
         words, block = parts[".weight_packed"], one.within(height, width)
@@ -122,7 +122,7 @@ class PackedInts(Compressed):
         def rows(some: slice) -> Tensor:
             return unpack(words[some], one.bits)[:, :width]
 
-        return scaled_blocks(rows, (height, width), scales_NM, zeros_NM, block, dtype, columns_I)
+        scaled_blocks(rows, out, scales_NM, zeros_NM, block, columns_I)
 
     def _kind(self, parts: Mapping[str, Header]) -> tuple[tuple[int, int], Weights]:
         """Shape and description of a tensor by its parts."""
@@ -172,17 +172,16 @@ class WholeValues(Compressed):
         self._kind(parts)
         return tuple(parts[".weight"].shape)
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
         one, values_OI = self._kind(parts), parts[".weight"]
         height, width = values_OI.shape
         block, scales_NM = one.within(height, width), _matrix(parts[".weight_scale"])
         if values_OI.dtype == torch.float8_e4m3fn:
-            return from_fp8(values_OI, scales_NM, block, dtype)
+            fill_fp8(values_OI, scales_NM, block, out)
+            return
         zeros_NM = _matrix(parts[ZERO]) if ZERO in parts else None
-        return scaled_blocks(
-            lambda some: values_OI[some].float(), (height, width), scales_NM, zeros_NM, block, dtype
-        )
+        scaled_blocks(lambda some: values_OI[some].float(), out, scales_NM, zeros_NM, block)
 
     def _kind(self, parts: Mapping[str, Header]) -> Weights:
         values = parts[".weight"]

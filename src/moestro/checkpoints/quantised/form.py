@@ -63,13 +63,28 @@ class Form:
         """
         raise NotImplementedError
 
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the numbers that these parts stand for, rounded once, to the dtype of `out`.
+
+        Args:
+            parts: by suffix.
+            out: of the tensor's shape; of any device and strides.
+
+        Raises:
+            ShapeError: see `shape`.
+        """
+        raise NotImplementedError
+
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensor that these parts stand for, rounded once, to `dtype`.
 
         Raises:
             ShapeError: see `shape`.
         """
-        raise NotImplementedError
+        device = parts[self.needed[0]].device
+        out = torch.empty(self.shape(parts), dtype=dtype, device=device)
+        self.fill(parts, out)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +123,21 @@ class Quantised(Source):
 
     def load(self, dtype: torch.dtype) -> Tensor:
         """The numbers in `dtype`."""
+        out = torch.empty(self.shape, dtype=dtype, device="cpu")
+        self.load_into(out)
+        return out
+
+    def load_into(self, target: Tensor) -> None:
+        """Fill a tensor of this shape, converted to its dtype; a stack entry by entry.
+
+        What is needed on the way are the parts and a few rows.
+        """
+        if len(self.shape) > 2:
+            super().load_into(target)
+            return
         parts = {suffix: part.load() for suffix, part in self.parts.items()}
         try:
-            return self.form.dequantize(parts, dtype)
+            self.form.fill(parts, target)
         except ShapeError as error:
             raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
 from moestro.checkpoints.quantised.scaling import scaled_blocks
-from moestro.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class BlockFp8(Form):
         expect("_scale_inv", parts["_scale_inv"], kinds, [*values.shape[:-2], *counts])
         return tuple(values.shape)
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """[O, I]."""
-        return from_fp8(parts[""], parts["_scale_inv"], self.block, dtype)
+        self.shape(parts)
+        fill_fp8(parts[""], parts["_scale_inv"], self.block, out)
 
 
 class MatrixFp8(Form):
@@ -58,40 +58,22 @@ class MatrixFp8(Form):
         height, width = values.shape
         return height, width
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """[O, I]."""
         height, width = self.shape(parts)
         block = (max(height, 1), max(width, 1))
-        return from_fp8(parts[""], parts["_scale"].view(1, 1), block, dtype)
+        fill_fp8(parts[""], parts["_scale"].view(1, 1), block, out)
 
 
-def from_fp8(
-    values_OI: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Values times the scale of their block, multiplied in fp32. [O, I].
+def fill_fp8(values_OI: Tensor, scales_NM: Tensor, block: tuple[int, int], out_OI: Tensor) -> None:
+    """Values times the scale of their block, multiplied in fp32.
 
     Args:
         values_OI: float8_e4m3fn.
-        scales: one number per block, [ceil(O / rows), ceil(I / columns)]; the last block of a row
-            or column may be a part of one.
+        scales_NM: N = ceil(O / rows of a block), M = ceil(I / columns of it).
         block: its (rows, columns).
-        dtype: of the result.
-
-    Raises:
-        ShapeError: the values are of another dtype, or the scales do not fit them.
+        out_OI: what to fill.
     """
-    rows, columns = block
-    if values_OI.dtype != torch.float8_e4m3fn or values_OI.dim() != 2:
-        raise ShapeError(
-            f"fp8 values are float8_e4m3fn [O, I]; given {values_OI.dtype} {list(values_OI.shape)}"
-        )
-    height, width = values_OI.shape
-    expected = (-(-height // rows), -(-width // columns))
-    if scales.shape != expected:
-        raise ShapeError(
-            f"values {list(values_OI.shape)} in blocks of {rows} × {columns} take scales "
-            f"{list(expected)}; given {list(scales.shape)}"
-        )
     every = torch.arange(256, dtype=torch.uint8, device=values_OI.device)
     numbers = every.view(torch.float8_e4m3fn).float()
     # A pair of bytes read as one number has its first byte in the low half.
@@ -101,7 +83,7 @@ def from_fp8(
     def numbers_of(some: slice) -> Tensor:
         return _numbers(values_OI[some], table)
 
-    return scaled_blocks(numbers_of, (height, width), scales, None, block, dtype)
+    scaled_blocks(numbers_of, out_OI, scales_NM, None, block)
 
 
 def _numbers(values: Tensor, table: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ class Gptq(Form):
             expect("g_idx", parts[".g_idx"], [torch.int32, torch.int64], [width])
         return height, width
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
-        height, width = self.shape(parts)
+        _, width = self.shape(parts)
         values_WO, zeros = parts[".qweight"], parts[".qzeros"].long()
         if self.less_one:
             zeros = zeros + sum(1 << place for place in range(0, _WORD, self.bits))
@@ -75,7 +75,7 @@ class Gptq(Form):
             return unpack(values_WO[:, some].T, self.bits)
 
         scales_ON, block = parts[".scales"].T, (1, self._size(width))
-        return scaled_blocks(rows, (height, width), scales_ON, zeros_ON, block, dtype, groups_I)
+        scaled_blocks(rows, out, scales_ON, zeros_ON, block, groups_I)
 
     def _size(self, width: int) -> int:
         return max(width, 1) if self.group == -1 else self.group

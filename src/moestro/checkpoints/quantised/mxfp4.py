@@ -39,9 +39,9 @@ class Mxfp4(Form):
         *experts, out, groups, _ = blocks.shape
         return (*experts, groups * _GROUP, out)
 
-    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Exact in bf16 and fp32 as long as the exponent fits. [E, I, O]."""
-        return from_mxfp4(parts["_blocks"], parts["_scales"], dtype).transpose(-1, -2)
+        out.copy_(from_mxfp4(parts["_blocks"], parts["_scales"], out.dtype).transpose(-1, -2))
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,26 +41,23 @@ def as_bytes(words: Tensor) -> Tensor:
 
 def scaled_blocks(
     rows: Rows,
-    shape: tuple[int, int],
+    out_OI: Tensor,
     scales_NM: Tensor,
     zeros_NM: Tensor | None,
     block: tuple[int, int],
-    dtype: torch.dtype,
     columns_I: Tensor | None = None,
-) -> Tensor:
-    """(value - zero) · scale of blocks, in fp32; the last of a side may be a part of one. [O, I].
+) -> None:
+    """(value - zero) · scale of blocks, in fp32; the last of a side may be a part of one.
 
     Args:
         rows: some of O → their values [.., I] in fp32, which may be written to.
-        shape: of the result.
+        out_OI: what to fill.
         scales_NM: N = ceil(O / rows of a block), M = ceil(I / columns of it).
         zeros_NM: as many; None: zero.
         block: its (rows, columns).
-        dtype: of the result.
         columns_I: which of the M each column has, if that does not follow from `block`.
     """
-    height, width = shape
-    out_OI = torch.empty(height, width, dtype=dtype, device=scales_NM.device)
+    height, width = out_OI.shape
     scales_NM = scales_NM.float()
     zeros_NM = None if zeros_NM is None else zeros_NM.float()
     spread = _spread(width, block[1], columns_I)
@@ -72,7 +69,6 @@ def scaled_blocks(
             groups.sub_(spread(zeros_NM[which]) if spread else zeros_NM[which, :, None])
         groups.mul_(spread(scales_NM[which]) if spread else scales_NM[which, :, None])
         out_OI[some] = values
-    return out_OI
 
 
 def _spread(
