@@ -19,6 +19,7 @@ from torch import nn
 
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.gguf.sources import StoredModule, stored_module
+from moestro.checkpoints.quantised.methods import in_four_bits
 from moestro.checkpoints.reading import open_unread
 from moestro.checkpoints.transfer import Progress, Unread, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
@@ -130,9 +131,13 @@ def read_packed(
     Raises:
         CheckpointError, ConfigError: see `reading.open_unread`.
         ShapeError, BackendError: see `pack`.
+
+    Warns:
+        UserWarning: int4 rounds weights once more that are stored in four bits.
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
+    _warn_of_rounding(folder, unread, format)
     model, total, done = unread.model, unread.bytes, 0
     rounded = Rounding()
 
@@ -163,6 +168,17 @@ def read_packed(
     if (words := rounded.words()) is not None:
         warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
     return made
+
+
+def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:
+    coarse = in_four_bits(source for _, source in unread.sources)
+    if coarse and format.kind == "int4":
+        warnings.warn(
+            f"{folder} has weights in {', '.join(coarse)} already, which int4 rounds once more; "
+            "--weights int8 stays far closer to them and is recommended",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Model:

@@ -24,7 +24,7 @@ from moestro.checkpoints.gguf.header import is_gguf, read_parts
 from moestro.checkpoints.gguf.names import with_names
 from moestro.checkpoints.gguf.settings import config_json
 from moestro.checkpoints.gguf.sources import sources
-from moestro.checkpoints.quantized import find_sources, quantisation
+from moestro.checkpoints.quantised.methods import find_sources, quantisation
 from moestro.checkpoints.tensor_files import Source, open_folder, some
 from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match
 from moestro.config import EncDecConfig, ModelConfig

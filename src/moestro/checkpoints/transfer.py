@@ -95,7 +95,9 @@ def match(folder: Path, family: Family, model: Model, sources: Mapping[str, Sour
         place = wanted.get(copies.get(key, key))
         if place is not None:
             problems += _misfits(key, place, source)
-        elif not any(pattern.fullmatch(key) for pattern in ignored):
+        elif not any(pattern.fullmatch(key) for pattern in ignored) and not _adds_nothing(
+            key, source, sources
+        ):
             problems.append(f"unknown {key} in {source.file.name}")
     if problems:
         raise CheckpointError(
@@ -219,6 +221,14 @@ def _tied(model: Model, rules: Sequence[Rule], wanted: Mapping[str, TensorSlice]
             for place in slices(rules, {name: tuple(parameter.shape)}, model.cfg):
                 found[place.theirs] = by_name[owner]
     return found
+
+
+def _adds_nothing(key: str, source: Source, sources: Mapping[str, Source]) -> bool:
+    """Whether this is a bias of zeros beside a quantised matrix, as AutoGPTQ wrote for all."""
+    weight = sources.get(key.removesuffix(".bias") + ".weight") if key.endswith(".bias") else None
+    if weight is None or weight.dtype is not None or source.shape != weight.shape[:1]:
+        return False
+    return source.dtype in _FLOATS[1:] and not source.load(torch.float32).any()
 
 
 def _misfits(key: str, place: TensorSlice, source: Source) -> list[str]:

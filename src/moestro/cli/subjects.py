@@ -64,7 +64,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> PlannedModel:
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> PlannedModel:
     """A config.json of Hugging Face's layout, or GGUF; how weights are stored is only noted."""
     from moestro.checkpoints.gguf.header import is_gguf, kinds_of
-    from moestro.checkpoints.quantized import quantisation
+    from moestro.checkpoints.quantised.methods import quantisation
     from moestro.checkpoints.reading import read_settings
     from moestro.plan.subject import from_settings
 

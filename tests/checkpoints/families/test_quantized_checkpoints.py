@@ -198,16 +198,9 @@ def test_fp8_of_fused_experts(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ in 4 bits"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ in 4 bits"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-            "bitsandbytes in 8 bits",
-        ),
-        (
-            {"quantization_config": {"quant_method": "compressed-tensors", "format": "x"}},
-            "compressed-tensors",
-        ),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "hqq in 4 bits"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "ModelOpt"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX in 4 bits"),
         ({"quantization_config": {"group_size": 64, "bits": 6}}, "MLX in 6 bits"),
         ({"quantization_config": {"quant_method": "of_tomorrow"}}, "of_tomorrow"),
@@ -220,7 +213,9 @@ def test_other_quantisations_are_named_and_refused_where_weights_are_read(fields
     cfg = read_settings(tmp_path, for_weights=False).cfg
     rewrite(tmp_path, lambda tensors: None, **fields)
     for use in (open_checkpoint, read_settings):
-        with pytest.raises(ConfigError, match=f"quantised by {words}; read for qwen3_moe: fp8, or"):
+        with pytest.raises(
+            ConfigError, match=f"quantised by {words}; read for qwen3_moe: awq, .*gptq, or"
+        ):
             use(tmp_path)
     described = read_settings(tmp_path, for_weights=False)
     assert described.cfg == cfg
@@ -258,9 +253,9 @@ def test_a_broken_pair_is_refused(gpt_oss, change, message):
         open_checkpoint(gpt_oss)
 
 
-def test_a_quantisation_of_another_family_is_refused(gpt_oss):
+def test_a_quantisation_that_the_tensors_do_not_have_is_refused(gpt_oss):
     rewrite(gpt_oss, lambda tensors: None, quantization_config=FP8)
-    with pytest.raises(ConfigError, match=r"quantised by fp8; read for gpt_oss: mxfp4"):
+    with pytest.raises(CheckpointError, match=r"unknown .*down_proj_blocks"):
         open_checkpoint(gpt_oss)
 
 
@@ -294,6 +289,31 @@ def test_kimi_k2_in_fp8(tmp_path):
     assert all(torch.equal(again[key], x) for key, x in read.model.state_dict().items())
     rewrite(folder, from_fp8, quantization_config=None, model_type="deepseek_v3")
     agree(read.model, tiny.load(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 3, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+    ],
+)
+def test_a_form_that_is_not_read_is_refused_where_weights_are(settings, tmp_path):
+    tiny.save(tiny.build("qwen3_moe"), tmp_path)
+    cfg = read_settings(tmp_path, for_weights=False).cfg
+    rewrite(tmp_path, lambda tensors: None, quantization_config=settings)
+    with pytest.raises(CheckpointError, match=r"quantization_config of config\.json has"):
+        open_checkpoint(tmp_path)
+    assert read_settings(tmp_path, for_weights=False).cfg == cfg
+
+
+def test_mxfp4_packed_in_int4_is_warned_about(gpt_oss):
+    with pytest.warns(UserWarning, match="weights in MXFP4 already, which int4 rounds once more"):
+        open_checkpoint(gpt_oss, weights="int4", keep=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_checkpoint(gpt_oss, weights="int8", keep=False)
 
 
 def test_the_layer_for_multi_token_prediction_is_left_out_aloud(tmp_path):

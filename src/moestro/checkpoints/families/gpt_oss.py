@@ -8,7 +8,7 @@ from __future__ import annotations
 from moestro.checkpoints.families.fields import derived, field, fixed, layer_types, num_layers
 from moestro.checkpoints.families.llama import BACKBONE, BLOCK, LAYER, decoder, experts
 from moestro.checkpoints.families.rope import rope
-from moestro.checkpoints.families.table import Family, Rule
+from moestro.checkpoints.families.table import OF_MATRICES, Family, Rule
 
 _EXPERTS, _OURS = f"{LAYER}mlp.experts.", f"{BLOCK}ffn.experts."
 # All experts of a layer lie in one tensor, gate and up interleaved.
@@ -50,5 +50,5 @@ GPT_OSS = Family(
     },
     # The context that it was first trained on; rotary positions name it themselves.
     harmless=frozenset({"initial_context_length"}),
-    quantised=("mxfp4",),
+    quantised=(*OF_MATRICES, "mxfp4"),
 )

@@ -75,6 +75,10 @@ class Inert(NamedTuple):
 OLD_KEYS = ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
+# Methods that quantise matrix by matrix, so that a family's keys stay as they are.
+OF_MATRICES = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
+
+
 class Family(NamedTuple):
     """Everything about one `model_type`.
 
@@ -114,7 +118,7 @@ class Family(NamedTuple):
     renamed: Mapping[str, str] = {}
     beginnings: Mapping[str, str] = {}
     copied: Callable[[Any], bool] = lambda cfg: False
-    quantised: tuple[str, ...] = ("fp8",)
+    quantised: tuple[str, ...] = OF_MATRICES
     settings: type[ModelConfig] | type[EncDecConfig] = ModelConfig
 
 

@@ -6,11 +6,14 @@ import warnings
 import pytest
 import torch
 
-from moestro.checkpoints import quantized
-from moestro.checkpoints.quantized import from_fp8, from_mxfp4, pairs, scheme
-from moestro.errors import CheckpointError, ShapeError
+from moestro.checkpoints.quantised import mxfp4, scaling
+from moestro.checkpoints.quantised.fp8 import BlockFp8, MatrixFp8
+from moestro.checkpoints.quantised.mxfp4 import Mxfp4, from_mxfp4
+from moestro.errors import ShapeError
 
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+def from_fp8(values, scales, block, dtype):
+    return BlockFp8(block).dequantize({"": values, "_scale_inv": scales}, dtype)
 
 
 def e2m1(half: int) -> float:
@@ -50,7 +53,7 @@ def test_mxfp4_is_what_each_half_byte_says(leading, dtype):
 
 
 def test_more_than_is_done_at_once(monkeypatch):
-    monkeypatch.setattr(quantized, "_GROUPS_AT_ONCE", 4)
+    monkeypatch.setattr(mxfp4, "_GROUPS_AT_ONCE", 4)
     test_mxfp4_is_what_each_half_byte_says((3, 3), torch.float32)
 
 
@@ -98,15 +101,15 @@ def test_the_same_numbers_as_transformers():
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
     blocks = torch.randint(0, 256, (3, 10, 2, 16), dtype=torch.uint8)
     scales = torch.randint(100, 150, (3, 10, 2), dtype=torch.uint8)
-    mxfp4 = scheme({"quant_method": "mxfp4"})
-    ours = mxfp4.dequantize(blocks, scales, torch.bfloat16)
-    assert mxfp4.shape(tuple(blocks.shape)) == tuple(ours.shape) == (3, 64, 10)
+    parts = {"_blocks": blocks, "_scales": scales}
+    ours = Mxfp4().dequantize(parts, torch.bfloat16)
+    assert Mxfp4().shape(parts) == tuple(ours.shape) == (3, 64, 10)
     assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales))
     values = torch.randn(256, 384).to(torch.float8_e4m3fn)
     scales = torch.rand(2, 3) + 0.01
-    fp8 = scheme(FP8)
-    ours = fp8.dequantize(values, scales, torch.bfloat16)
-    assert fp8.shape(tuple(values.shape)) == tuple(ours.shape)
+    form, parts = BlockFp8((128, 128)), {"": values, "_scale_inv": scales}
+    ours = form.dequantize(parts, torch.bfloat16)
+    assert form.shape(parts) == tuple(ours.shape)
     theirs = Fp8Dequantize(None)._dequantize_one(values, scales, torch.bfloat16)
     assert torch.equal(ours, theirs)
 
@@ -118,60 +121,41 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match="int32"):
         from_mxfp4(byte.int(), byte[:, 0], torch.float32)
     values = torch.zeros(5, 7)
-    with pytest.raises(ShapeError, match="float8_e4m3fn"):
+    with pytest.raises(ShapeError, match="should be float8_e4m3fn"):
         from_fp8(values, torch.ones(2, 3), (4, 3), torch.float32)
-    values = values.to(torch.float8_e4m3fn)
-    with pytest.raises(ShapeError, match=r"take scales \[2, 3\] of floats; given .*\[1, 3\]"):
-        from_fp8(values, torch.ones(1, 3), (4, 3), torch.float32)
-    with pytest.raises(ShapeError, match=r"of floats; given torch.uint8 \[2, 3\]"):
-        from_fp8(values, torch.ones(2, 3, dtype=torch.uint8), (4, 3), torch.float32)
-    with pytest.raises(ShapeError, match=r"take scales \[1, 1\] of floats; given .*\[5, 1\]"):
-        from_fp8(values, torch.ones(5, 1), None, torch.float32)
+    with pytest.raises(ShapeError, match=r"_scale_inv .* \[1, 3\]; it should be .* \[2, 3\]"):
+        from_fp8(values.to(torch.float8_e4m3fn), torch.ones(1, 3), (4, 3), torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_fp8_with_one_scale_for_the_matrix(shape):
+@pytest.mark.parametrize("most", [1, 20, 1 << 18])
+def test_fp8_some_rows_at_a_time(most, monkeypatch):
+    """Rows of one block are multiplied in several goes, and blocks of a row many at once."""
+    monkeypatch.setattr(scaling, "_NUMBERS_AT_ONCE", most)
+    test_fp8_is_value_times_scale_of_the_block((9, 3), torch.float32)
+    test_fp8_is_value_times_scale_of_the_block((7, 8), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_of_one_scale(shape):
     values = torch.randn(5, 7).to(torch.float8_e4m3fn)
-    result = from_fp8(values, torch.full(shape, 0.3), None, torch.float32)
-    assert torch.equal(result, values.float() * 0.3)
+    parts = {"": values, "_scale": torch.full(shape, 0.3, dtype=torch.bfloat16)}
+    assert MatrixFp8().shape(parts) == (5, 7)
+    expected = values.float() * torch.tensor(0.3, dtype=torch.bfloat16).float()
+    assert torch.equal(MatrixFp8().dequantize(parts, torch.float32), expected)
+    with pytest.raises(ShapeError, match=r"_scale is float32 \[5\]; it should be .* \[1\]"):
+        MatrixFp8().shape({**parts, "_scale": torch.ones(5)})
 
 
-def test_pairs_of_keys():
-    keys = ["a.weight", "a.weight_scale_inv", "norm.weight"]
-    assert pairs(keys, scheme(FP8)) == {"a.weight": ("a.weight", "a.weight_scale_inv")}
-    keys = ["a.weight", "a.weight_scale", "a.input_scale", "norm.weight", "attention.k_scale"]
-    assert pairs(keys, scheme({"quant_method": "fp8"})) == {
-        "a.weight": ("a.weight", "a.weight_scale")
-    }
-    mxfp4 = scheme({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    keys = ["m.up_blocks", "m.up_scales", "m.up_bias"]
-    assert pairs(keys, mxfp4) == {"m.up": ("m.up_blocks", "m.up_scales")}
-
-
-@pytest.mark.parametrize(
-    ("keys", "settings", "message"),
-    [
-        (["a.weight_scale_inv"], FP8, "has a.weight_scale_inv but lacks a.weight"),
-        (["m.up_blocks"], {"quant_method": "mxfp4"}, "has m.up_blocks but lacks m.up_scales"),
-        (["m.up_scales"], {"quant_method": "mxfp4"}, "has m.up_scales but lacks m.up_blocks"),
-    ],
-)
-def test_half_a_pair_is_refused(keys, settings, message):
-    with pytest.raises(CheckpointError, match=message):
-        pairs(keys, scheme(settings))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"quant_method": "gptq"}, "quant_method 'gptq'; read are fp8, mxfp4"),
-        ({}, "quant_method None"),
-        ({**FP8, "bits": 8}, "unknown fields for fp8: bits"),
-        ({**FP8, "fmt": "e5m2"}, "fmt 'e5m2'"),
-        ({**FP8, "weight_block_size": [128]}, r"weight_block_size \[128\]"),
-        ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
-    ],
-)
-def test_unknown_schemes_are_refused(settings, message):
-    with pytest.raises(CheckpointError, match=message):
-        scheme(settings)
+def test_parts_that_do_not_fit_are_refused_before_they_are_read():
+    byte = torch.zeros(3, 10, 2, 16, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match=r"_scales is uint8 \[3, 10\]; .* \[3, 10, 2\]"):
+        Mxfp4().shape({"_blocks": byte, "_scales": byte[..., 0, 0]})
+    with pytest.raises(ShapeError, match=r"_blocks is uint8 \[2, 16\]"):
+        Mxfp4().shape({"_blocks": byte[0, 0], "_scales": byte[0, 0, :, 0]})
+    values = torch.zeros(2, 5, 7, dtype=torch.float8_e4m3fn)
+    form = BlockFp8((4, 3))
+    assert form.shape({"": values, "_scale_inv": torch.ones(2, 2, 3)}) == (2, 5, 7)
+    with pytest.raises(ShapeError, match=r"_scale_inv .*\[2, 3\]; it should be .*\[2, 2, 3\]"):
+        form.shape({"": values, "_scale_inv": torch.ones(2, 3)})
+    with pytest.raises(ShapeError, match="the weight is float32"):
+        form.shape({"": values.float(), "_scale_inv": torch.ones(2, 2, 3)})
