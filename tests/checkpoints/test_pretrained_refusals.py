@@ -100,7 +100,7 @@ def change_config(folder, **changes):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known: .*mixtral"),
         (
-            {"model_type": "glm4_moe"},
+            {"model_type": "jamba"},
             r"transformers runs others: .* moestro\.hf\.install\(\) speeds",
         ),
         ({"frobnicate": 1}, r"config\.json: unknown field frobnicate"),
