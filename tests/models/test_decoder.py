@@ -60,24 +60,13 @@ VARIANTS = {
     "relative": {"attention": {**HEADS, "positions": RELATIVE}, "head": {"scale": 0.25}},
     "relative, shared, windows": {
         "attention": {
-            **HEADS,
-            "context": 8,
-            "window": {"size": 5, "full_every": 3},
+            **HEADS, "context": 8, "window": {"size": 5, "full_every": 3},
             "positions": {**RELATIVE, "shared": True},
         }
     },
-    "a part of a head turns": {
+    "norm after a part of a head turns": {
         "moe": MOE,
-        "attention": {
-            **HEADS,
-            "head_dim": 6,
-            "num_kv_heads": 2,
-            "qk_norm": "full",
-            "positions": {"fraction": 0.4},
-        },
-    },
-    "norm after the rotation": {
-        "attention": {**HEADS, "num_kv_heads": 2, "qk_norm": "rotated"},
+        "attention": {**HEADS, "head_dim": 6, "qk_norm": "rotated", "positions": {"fraction": 0.4}},
     },
     "scales": {
         "moe": MOE,
@@ -87,7 +76,7 @@ VARIANTS = {
         "attention": {**HEADS, "positions": {"score_scale": 0.8}},
     },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
-}
+}  # fmt: skip
 
 
 def model_of(variant, dtype=torch.float64):
@@ -137,8 +126,8 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
 
         q, k = turn(q), turn(k)
         if settings.qk_norm == "rotated":
-            norms = ((q, module.q_norm), (k, module.k_norm))
-            q, k = (plain_norm(x, norm, cfg.norm.eps) for x, norm in norms)
+            eps = cfg.norm.eps
+            q, k = plain_norm(q, module.q_norm, eps), plain_norm(k, module.k_norm, eps)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
     seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))
