@@ -11,7 +11,7 @@ import moestro.hf as hf
 from moestro.errors import BackendError, MoestroError, ShapeError
 from moestro.hf import forward
 from moestro.hf.packed import PackedProjection
-from moestro.kernels import native_cpu
+from moestro.kernels import native_cpu, native_packing
 
 from .test_experts import LAYOUTS
 from .zoo import NAMES, build, experts_of, tokens
@@ -125,11 +125,11 @@ def test_two_copies_never_exist(monkeypatch):
     weights = [weakref.ref(each.gate_up_proj) for each in experts_of(model)]
     alive = []
 
-    def slab_bytes(*arguments, pack=native_cpu.slab_bytes):
+    def slab_bytes(*arguments, pack=native_packing.slab_bytes):
         alive.append(sum(each() is not None for each in weights))
         return pack(*arguments)
 
-    monkeypatch.setattr(native_cpu, "slab_bytes", slab_bytes)
+    monkeypatch.setattr(native_packing, "slab_bytes", slab_bytes)
     hf.quantize(model, "int8")
     assert alive[0] == 3
     assert alive[-1] == 1

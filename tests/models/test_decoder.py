@@ -73,18 +73,9 @@ VARIANTS = {
             "positions": {**RELATIVE, "shared": True},
         }
     },
-    "a part of a head turns": {
+    "norm after a part of a head turns": {
         "moe": MOE,
-        "attention": {
-            **HEADS,
-            "head_dim": 6,
-            "num_kv_heads": 2,
-            "qk_norm": "full",
-            "positions": {"fraction": 0.4},
-        },
-    },
-    "norm after the rotation": {
-        "attention": {**HEADS, "num_kv_heads": 2, "qk_norm": "rotated"},
+        "attention": {**HEADS, "head_dim": 6, "qk_norm": "rotated", "positions": {"fraction": 0.4}},
     },
     "scales": {
         "moe": MOE,

@@ -60,6 +60,7 @@ def test_a_published_model_can_be_written_as_its_family(name):
         ("ernie-4.5-21b-a3b", "ERNIE-4.5-21B-A3B-PT"),
         ("granite-3.0-1b-a400m", "granite-3.0-1b-a400m-instruct"),
         ("hunyuan-a13b", "Hunyuan-A13B-Instruct"),
+        ("ling-mini-2.0", "Ling-mini-2.0"),
         ("dots.llm1", "dots.llm1.inst"),
     ],
 )

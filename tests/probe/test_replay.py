@@ -101,7 +101,7 @@ def test_the_order_of_experts_does_not_matter_to_agreement():
 
 def test_traces_of_other_models_are_refused():
     trace = record(decoder(), passages(4), name="mine")
-    with pytest.raises(DataError, match=r"of mine, and this model's weights are others"):
+    with pytest.raises(DataError, match=r"of mine, and this model.s weights differ"):
         next(iter(replay(decoder(seed=1), trace)))
     with pytest.raises(DataError, match="2 mixtures of 6 experts; the model has 2 of 5"):
         next(iter(replay(decoder(num_experts=5), trace, any_model=True)))

@@ -39,8 +39,9 @@ class Stepped(NamedTuple):
 def supports(model: nn.Module) -> str | None:
     """None where decoding can run natively, else the reason.
 
-    Packed and plain weights both can: grouped-query attention with rotary positions, windows,
-    sinks, biases, norms of queries and keys; RMSNorm and layer norm; softmax and sigmoid routers.
+    Packed and plain weights both can: grouped-query attention with rotary positions of whole heads
+    or a part, windows, sinks, biases, norms of queries and keys; RMSNorm and layer norm; softmax
+    and sigmoid routers.
     """
     if not isinstance(model, Decoder):
         return f"only decoders of this project decode natively, not {type(model).__name__}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moestro.checkpoints.families import (
+    bailing,
     deepseek,
     dots,
     ernie,
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
         deepseek.KIMI_K2,
+        bailing.BAILING_MOE,
         dots.DOTS1,
         ernie.ERNIE4_5_MOE,
         glm.GLM4_MOE,

@@ -133,8 +133,11 @@ def fixed(theirs: str, *allowed: Any) -> Entry:
     return Entry((theirs,), read, lambda cfg, original: {theirs: allowed[0]})
 
 
-def derived(theirs: str, value: Callable[[Any], Any]) -> Entry:
-    """A field that follows from our settings by `value`: if it is there, it must agree."""
+def derived(theirs: str, value: Callable[[Any], Any], *, written: bool = True) -> Entry:
+    """A field that follows from our settings by `value`: if it is there, it must agree.
+
+    `written`: also where the model did not come with one.
+    """
 
     def check(cfg: Config, hf: Mapping[str, Any]) -> None:
         given = hf.get(theirs)
@@ -144,7 +147,10 @@ def derived(theirs: str, value: Callable[[Any], Any]) -> Entry:
                 "no other value can be expressed here"
             )
 
-    return Entry((theirs,), lambda hf: {}, lambda cfg, original: {theirs: value(cfg)}, check)
+    def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
+        return {theirs: value(cfg)} if written or theirs in original else {}
+
+    return Entry((theirs,), lambda hf: {}, write, check)
 
 
 def _only(name: str, value: Any, allowed: list[Any]) -> str:

@@ -50,8 +50,8 @@ def _of_all_layers(hf: Mapping[str, Any], theirs: str) -> Any:
     return given[0]
 
 
-def _each(theirs: str, ours: tuple[str, ...], value: Callable[[Any], Any]) -> Entry:
-    """One such number and the settings that it means."""
+def _each(theirs: str, *ours: str) -> Entry:
+    """One such number and the settings that it means, all the same."""
 
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         given = _of_all_layers(hf, theirs)
@@ -59,7 +59,7 @@ def _each(theirs: str, ours: tuple[str, ...], value: Callable[[Any], Any]) -> En
             raise ConfigError(f"{theirs} is missing; a config.json of this model_type needs it")
         return dict.fromkeys(ours, given)
 
-    return Entry((theirs,), read, lambda cfg, original: {theirs: value(cfg)})
+    return Entry((theirs,), read, lambda cfg, original: {theirs: setting(cfg, ours[0])})
 
 
 def _agrees(theirs: str, value: Callable[[Any], Any]) -> Entry:
@@ -75,7 +75,6 @@ def _agrees(theirs: str, value: Callable[[Any], Any]) -> Entry:
     return Entry((theirs,), lambda hf: {}, lambda cfg, original: {}, check)
 
 
-_WIDTHS = ("moe.hidden_dim", "moe.shared.hidden_dim")
 _OFF = {
     "add_classification_head": "another head",
     "group_limited_greedy": "experts chosen in groups",
@@ -104,10 +103,10 @@ HUNYUAN_V1_MOE = Family(
         *decoder(1e-5, _positions()),
         HEAD_DIM,
         BIAS,
-        _each("num_experts", ("moe.num_experts",), lambda cfg: setting(cfg, "moe.num_experts")),
-        _each("moe_topk", ("moe.top_k",), lambda cfg: setting(cfg, "moe.top_k")),
+        _each("num_experts", "moe.num_experts"),
+        _each("moe_topk", "moe.top_k"),
         # Of a routed expert and of the shared one.
-        _each("intermediate_size", _WIDTHS, lambda cfg: setting(cfg, "moe.hidden_dim")),
+        _each("intermediate_size", "moe.hidden_dim", "moe.shared.hidden_dim"),
         _agrees("moe_intermediate_size", lambda cfg: setting(cfg, "moe.hidden_dim")),
         _agrees("num_shared_expert", lambda cfg: 1),
         _agrees("attention_head_dim", lambda cfg: cfg.head_dim),

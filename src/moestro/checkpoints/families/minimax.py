@@ -36,7 +36,7 @@ MINIMAX_M2 = Family(
     (
         *decoder(1e-6, _positions()),
         field("head_dim", "attention.head_dim", _WIDTH),
-        derived("rotary_dim", turning_width),
+        derived("rotary_dim", turning_width, written=False),
         *experts(),
         field("router_jitter_noise", "moe.router.jitter", 0.0),
         fixed("sliding_window", None),
@@ -44,7 +44,7 @@ MINIMAX_M2 = Family(
         fixed("use_qk_norm", True),
         fixed("qk_norm_type", "per_layer"),
         fixed("use_routing_bias", True),
-        derived("attn_type_list", lambda cfg: [1] * cfg.num_layers),
+        derived("attn_type_list", lambda cfg: [1] * cfg.num_layers, written=False),
     ),
     (
         *BACKBONE,

@@ -50,6 +50,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "pack_dtype": (None, "int32", "torch.int32"), "is_marlin_format": (None, False),
     "rotation": (None, ""), "adapter": (None, {}), "activation": (None,),
 }  # fmt: skip
+_E4M3 = ("e4m3", "float8_e4m3fn")
 
 
 class Quantisation(NamedTuple):
@@ -207,8 +208,8 @@ def _bitsandbytes(settings: Mapping[str, Any]) -> Reading:
 def _fp8(settings: Mapping[str, Any]) -> Reading:
     _check(settings, {"activation_scheme", "dequantize", "fmt", "ignored_layers", "kv_cache_scheme",
                       "modules_to_not_convert", "scale_fmt", "weight_block_size"})  # fmt: skip
-    if settings.get("fmt", "e4m3") != "e4m3":
-        raise _refuse("fmt", settings["fmt"], ("e4m3",))
+    if settings.get("fmt", "e4m3") not in _E4M3:
+        raise _refuse("fmt", settings["fmt"], _E4M3)
     block = settings.get("weight_block_size")
     if block is None:
         return Reading((MatrixFp8(),), _ACTIVATIONS)
