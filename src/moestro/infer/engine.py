@@ -89,6 +89,8 @@ def generate_batch(
         session.add(prompt, sampling, special)
     while session.live:
         yield from session.step()
+        for error in session.failed.values():
+            raise error
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Session:
 
     Attributes:
         live: Requests that are not done.
+        failed: Requests that ended with an error, by number; whoever reads it may empty it.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
@@ -130,6 +133,7 @@ class Session:
         self._waiting: deque[tuple[int, list[int], Writer]] = deque()
         self._running: list[_Live] = []
         self._count = 0
+        self.failed: dict[int, MoestroError] = {}
 
     @property
     def live(self) -> int:
@@ -165,11 +169,10 @@ class Session:
         All pass through the model together, so that a long prompt holds the others up by no more
         than a chunk.
 
+        A request whose logits allow no choice ends alone, in `failed`.
+
         Returns:
             (number of the request, Piece) of all text that is certain now.
-
-        Raises:
-            MoestroError: the logits of a request allow no choice.
         """
         if self._waiting and len(self._running) < self._most and not self._reading():
             number, tokens, writer = self._waiting.popleft()
@@ -177,8 +180,15 @@ class Session:
         made: list[tuple[int, Piece]] = []
         for each in self._running:
             if each.logits_1V is not None:
-                made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
-        self._running = [each for each in self._running if not each.writer.done]
+                try:
+                    made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
+                except MoestroError as error:
+                    self.failed[each.number] = error
+        self._running = [
+            each
+            for each in self._running
+            if not each.writer.done and each.number not in self.failed
+        ]
         if self._running:
             made += self._pass()
         return made

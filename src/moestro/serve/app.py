@@ -1,0 +1,155 @@
+"""The server's routes; what stands before them is in gate.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from moestro.errors import MoestroError
+from moestro.serve import errors
+from moestro.serve.chat import chat
+from moestro.serve.completions import complete
+from moestro.serve.errors import ApiError
+from moestro.serve.events import CLIENT_LEFT
+from moestro.serve.gate import Gate
+from moestro.serve.schema import Body, ChatRequest, CompletionRequest
+from moestro.serve.state import State
+from moestro.strictjson import parse
+
+LOG = logging.getLogger(__name__)
+AnyBody = TypeVar("AnyBody", bound=Body)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(state: State) -> Starlette:
+    """The server as an ASGI application; it starts the engine, and stops it at its end."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        state.engine.start()
+        try:
+            yield
+        finally:
+            state.engine.stop()
+
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", one_model),
+            _post("/v1/completions", CompletionRequest, complete),
+            _post("/v1/chat/completions", ChatRequest, chat),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            MoestroError: _moestro_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _left,
+            Exception: _failure,
+        },
+        middleware=[Middleware(Gate, settings=state.settings)],
+        lifespan=lifespan,
+    )
+    app.state.moestro = state
+    return app
+
+
+def _post(
+    path: str,
+    kind: type[AnyBody],
+    answer: Callable[[Request, State, AnyBody], Awaitable[Response]],
+) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return await answer(request, request.app.state.moestro, await read(request, kind))
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
+    """The body of a request, checked.
+
+    Raises:
+        ApiError: it is no JSON, or not what this route takes.
+    """
+    try:
+        values = parse(await request.body())
+    except ValueError as error:
+        raise errors.refused(f"the body is not the JSON that is read here: {error}") from None
+    if not isinstance(values, dict):
+        raise errors.refused(f"the body is {type(values).__name__}; send a JSON object")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise errors.explained(error) from None
+
+
+async def health(request: Request) -> Response:
+    """Whether the engine is at work; never touches it."""
+    state: State = request.app.state.moestro
+    step_s = state.engine.step_s()
+    if step_s > state.settings.stall_s:
+        message = "the engine has stopped"
+        if step_s < float("inf"):
+            message = f"the engine has not finished a step for {step_s:.0f} s"
+        raise ApiError(503, message, code="stalled")
+    if state.engine.closed:
+        raise errors.closing()
+    return JSONResponse(
+        {"status": "ok", "running": state.engine.running, "waiting": state.engine.waiting}
+    )
+
+
+async def models(request: Request) -> Response:
+    """The one model that there is."""
+    return JSONResponse({"object": "list", "data": [_model(request)]})
+
+
+async def one_model(request: Request) -> Response:
+    """What `models` says of one."""
+    state: State = request.app.state.moestro
+    state.served.check_name(request.path_params["name"])
+    return JSONResponse(_model(request))
+
+
+def _model(request: Request) -> dict[str, object]:
+    served = request.app.state.moestro.served
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "moestro",
+        "max_model_len": served.context,
+    }
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _moestro_error(_: Request, error: Exception) -> Response:
+    return errors.refused(str(error)).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]} is not served here"
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+async def _failure(_: Request, __: Exception) -> Response:
+    return ApiError(500, "this server failed; its log says why").response()
