@@ -46,7 +46,7 @@ def test_sixteen_tokens_are_the_default(client: OpenAI) -> None:
 
 
 def test_the_shape_of_a_stream(address: str) -> None:
-    asked: Any = {"prompt": "Once", "seed": 4, "max_tokens": 6}
+    asked: Any = {"prompt": "Once", "seed": 3, "max_tokens": 6}
     whole = post(address, "/v1/completions", **asked).json()
     assert whole["object"] == "text_completion"
     assert whole["id"].startswith("cmpl-")
