@@ -18,11 +18,10 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import write_pretrained
 from moestro.config import ModelConfig
 from moestro.models.decoder import Decoder
-from moestro.serve.engine import EngineThread
 from moestro.serve.running import bind, server
 from moestro.serve.served import Served, serve_model
 from moestro.serve.settings import ServeSettings
-from moestro.serve.state import State
+from moestro.serve.state import State, new_state
 
 CONTEXT = 512
 MARKS = ("<s>", "</s>", "<|user|>", "<|reply|>")
@@ -80,8 +79,7 @@ def served(folder) -> Served:
 
 
 def state_of(served: Served, **settings: object) -> State:
-    chosen = ServeSettings(**settings)
-    return State(served, EngineThread(served.model, served.tokenizer, chosen), chosen)
+    return new_state(served, ServeSettings(**settings))
 
 
 @contextmanager

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from moestro.config import ModelConfig
 from moestro.models.network import ModelOutput
-from moestro.serve.engine import EngineThread
 from moestro.serve.served import Served
 from moestro.serve.settings import ServeSettings
-from moestro.serve.state import State
+from moestro.serve.state import State, new_state
 from moestro.text import ByteTokenizer
 
 # Whoever's prompt has one of these gets logits of NaN, or an error for everybody.
@@ -53,4 +52,4 @@ def counting(**settings: object) -> tuple[Counting, State]:
     """The model, and what serves it."""
     model, tokenizer, chosen = Counting(), ByteTokenizer(), ServeSettings(**settings)
     served = Served("counting", model, tokenizer, None, {}, 4096, 0)  # type: ignore[arg-type]
-    return model, State(served, EngineThread(model, tokenizer, chosen), chosen)  # type: ignore[arg-type]
+    return model, new_state(served, chosen)

@@ -30,6 +30,7 @@ VERBS = {
     "train": "Train a language model on text, as a mixture or dense.",
     "compare": "Train a mixture and its dense twin side by side, and say which learnt more.",
     "generate": "Continue a prompt with a trained model.",
+    "serve": "Answer over HTTP, for the clients that speak to OpenAI.",
     "bench": "Measure how fast a model runs here, beside others.",
     "eval": "Measure how well a model predicts held-out text, in each kind of weights.",
     "probe": "Measure which expert does what, over labelled text.",

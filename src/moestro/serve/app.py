@@ -45,6 +45,7 @@ def build_app(state: State) -> Starlette:
     app = Starlette(
         routes=[
             Route("/health", health),
+            Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             _post("/v1/completions", CompletionRequest, complete),
@@ -107,6 +108,12 @@ async def health(request: Request) -> Response:
     return JSONResponse(
         {"status": "ok", "running": state.engine.running, "waiting": state.engine.waiting}
     )
+
+
+async def metrics(request: Request) -> Response:
+    """The server's figures."""
+    state: State = request.app.state.moestro
+    return state.metrics.response()
 
 
 async def models(request: Request) -> Response:

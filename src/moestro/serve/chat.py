@@ -27,7 +27,7 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
     tokens = await conversation(served, wanted)
     most = wanted.max_completion_tokens
     most = wanted.max_tokens if most is None else most
-    job = state.engine.submit(served.asks(wanted, [tokens], most))
+    job = state.submit(served.asks(wanted, [tokens], most))
     kind = "chat.completion.chunk" if wanted.stream else "chat.completion"
     start = head("chatcmpl", kind, served.name)
     if wanted.stream:

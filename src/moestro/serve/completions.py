@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -23,7 +23,7 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
     served.check_name(wanted.model)
     _check(wanted)
     prompts = await encode_all(served, wanted.prompts)
-    job = state.engine.submit(served.asks(wanted, prompts, wanted.max_tokens or 16))
+    job = state.submit(served.asks(wanted, prompts, wanted.max_tokens or 16))
     start = head("cmpl", "text_completion", served.name)
     read = sum(map(len, prompts))
     if wanted.stream:

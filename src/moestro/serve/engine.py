@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from moestro.errors import MoestroError
@@ -34,7 +34,7 @@ class Ask(NamedTuple):
 class Event(NamedTuple):
     """What became of one of a job's texts."""
 
-    index: int
+    number: int
     what: Piece | ApiError
 
 
@@ -42,7 +42,12 @@ class Job:
     """The texts that one request asked for, and a queue of what becomes of them.
 
     A context manager: who leaves it wants no more of what is not done.
+
+    Attributes:
+        watch: Sees every event as it comes, in the loop's thread.
     """
+
+    watch: Callable[[int, Piece | ApiError], None] | None = None
 
     def __init__(self, engine: EngineThread, asks: Sequence[Ask]) -> None:
         self.asks = asks
@@ -74,6 +79,8 @@ class Job:
 
     def put(self, event: Event) -> None:
         """Take an event, in the loop's own thread."""
+        if self.watch is not None:
+            self.watch(*event)
         self._events.put_nowait(event)
 
 

@@ -42,6 +42,7 @@ class EventStream(StreamingResponse):
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
         with self._job:
             await super().__call__(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""What stands before every route: the key, the name that the server is called by, the body's size."""
+"""What stands before every route: the server's names, the key, the body's size."""
 
 from __future__ import annotations
 

@@ -88,10 +88,13 @@ class _Server(uvicorn.Server):
         self._state, self._ready = state, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin, and say so."""
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Finish what runs; asked a second time, end at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self._state.engine.refuse()
-        super().handle_exit(sig, frame)

@@ -92,8 +92,8 @@ class CompletionRequest(Generation):
         """Each prompt, as text or as tokens."""
         given = self.prompt
         if isinstance(given, str) or isinstance(given[0], int):
-            return [given]  # type: ignore[list-item]
-        return list(given)  # type: ignore[arg-type]
+            return [given]
+        return list(given)
 
 
 class Part(Body):

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.serve.engine import EngineThread
+from moestro.serve.engine import Ask, EngineThread, Job
+from moestro.serve.metrics import Metrics
 from moestro.serve.served import Served
 from moestro.serve.settings import ServeSettings
 
 
 class State(NamedTuple):
-    """The model, the thread that owns it, and how the server behaves."""
+    """The model, the thread that owns it, how the server behaves, and its figures."""
 
     served: Served
     engine: EngineThread
     settings: ServeSettings
+    metrics: Metrics
+
+    def submit(self, asks: Sequence[Ask]) -> Job:
+        """Give a request to the engine, and count what becomes of it.
+
+        Raises:
+            ApiError: see `EngineThread.submit`.
+        """
+        job = self.engine.submit(asks)
+        job.watch = self.metrics.watch(asks)
+        return job
+
+
+def new_state(served: Served, settings: ServeSettings) -> State:
+    """A server of a model that has not begun."""
+    engine = EngineThread(served.model, served.tokenizer, settings)
+    return State(served, engine, settings, Metrics(served.name, engine))
