@@ -22,8 +22,15 @@ from moestro.serve.completions import complete
 from moestro.serve.errors import ApiError
 from moestro.serve.events import CLIENT_LEFT
 from moestro.serve.gate import Gate
-from moestro.serve.schema import Body, ChatRequest, CompletionRequest
+from moestro.serve.schema import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from moestro.serve.state import State
+from moestro.serve.tokens import detokenize, tokenize
 from moestro.strictjson import parse
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +57,8 @@ def build_app(state: State) -> Starlette:
             Route("/v1/models/{name:path}", one_model),
             _post("/v1/completions", CompletionRequest, complete),
             _post("/v1/chat/completions", ChatRequest, chat),
+            _post("/tokenize", TokenizeRequest, tokenize),
+            _post("/detokenize", DetokenizeRequest, detokenize),
         ],
         exception_handlers={
             ApiError: _api_error,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -49,20 +49,40 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
 
 async def conversation(served: Served, wanted: ChatRequest) -> list[int]:
     """The tokens of a conversation, up to where the reply begins."""
-    template = served.chat()
-    messages = [_plain(message) for message in wanted.messages]
     variables = wanted.chat_template_kwargs or {}
-    for name in ("messages", "add_generation_prompt", "reply"):
+    text = await rendered(served, wanted.messages, variables)
+    (tokens,) = await encode_all(served, [text], templated=True)
+    return tokens
+
+
+async def rendered(
+    served: Served,
+    messages: Sequence[ChatMessage],
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    reply: bool = True,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        served: whose template writes it.
+        messages: the conversation.
+        variables: what else the template takes.
+        tools: what the model may call.
+        reply: end with what begins the model's reply.
+    """
+    template, plain = served.chat(), [_plain(message) for message in messages]
+    for name in ("messages", "add_generation_prompt", "reply", "tools"):
         if name in variables:
             raise errors.refused(
                 f"chat_template_kwargs cannot set {name}", f"chat_template_kwargs.{name}"
             )
+    more = {**variables, **({"tools": list(tools)} if tools else {})}
     try:
-        text = await asyncio.to_thread(lambda: template.render(messages, **variables))
+        return await asyncio.to_thread(lambda: template.render(plain, reply=reply, **more))
     except DataError as error:
         raise errors.refused(str(error), "messages") from None
-    (tokens,) = await encode_all(served, [text], templated=True)
-    return tokens
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:

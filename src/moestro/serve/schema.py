@@ -156,3 +156,30 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(Body):
+    """Of /tokenize: a text, or a conversation; `content` is what llama.cpp calls the prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        given = [x for x in (self.prompt, self.content, self.messages) if x is not None]
+        if len(given) != 1:
+            raise ValueError("give one of prompt, content and messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Of /detokenize."""
+
+    model: str | None = None
+    tokens: list[Token]
