@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moestro.errors import MoestroError
-from moestro.infer.decoding import Decoding, decoding_of
+from moestro.infer.decoding import Decoding, Routed, decoding_of
 from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Piece, Writer
+from moestro.infer.writing import Constraint, Piece, Writer
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
@@ -101,6 +101,7 @@ class _Live:
     writer: Writer
     past: KVCache
     prompt: list[int]  # what is not read yet
+    routed: list[Routed] | None  # of what has passed, where that is wanted
     logits_1V: Tensor | None = None  # of its next token
 
 
@@ -112,6 +113,8 @@ class Session:
     Attributes:
         live: Requests that are not done.
         failed: Requests that ended with an error, by number; whoever reads it may empty it.
+        routed: Of requests that are done and wanted it, the experts of every token that passed,
+            by number; whoever reads it may empty it.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
@@ -130,20 +133,38 @@ class Session:
         self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
-        self._waiting: deque[tuple[int, list[int], Writer]] = deque()
+        self._waiting: deque[tuple[int, list[int], Writer, bool]] = deque()
         self._running: list[_Live] = []
         self._count = 0
         self.failed: dict[int, MoestroError] = {}
+        self.routed: dict[int, list[Routed]] = {}
 
     @property
     def live(self) -> int:
         """Requests that are not done, waiting ones included."""
         return len(self._waiting) + len(self._running)
 
+    @property
+    def load_LE(self) -> Tensor | None:
+        """How often each expert of each mixture was chosen so far; None before any was."""
+        return self._decoding.load_LE
+
     def add(
-        self, prompt: str | Sequence[int], sampling: SamplingConfig, special: bool = False
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingConfig,
+        special: bool = False,
+        constraint: Constraint | None = None,
+        routed: bool = False,
     ) -> int:
         """Take a request, which begins with a later `step`; returns its number, from 0.
+
+        Args:
+            prompt: As for `stream`.
+            sampling: How to choose tokens and when to stop.
+            special: As for `stream`.
+            constraint: What the text may be; None: anything.
+            routed: Keep the experts of its tokens, prompt and text, for the attribute `routed`.
 
         Raises:
             DataError: the prompt has a token that the model does not know.
@@ -155,7 +176,8 @@ class Session:
         if self._cfg.has_encoder:
             gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
             start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
-        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, start)))
+        writer = Writer(tokenizer, sampling, marks, start, constraint)
+        self._waiting.append((number, tokens, writer, routed))
         return number
 
     def drop(self, number: int) -> None:
@@ -175,8 +197,9 @@ class Session:
             (number of the request, Piece) of all text that is certain now.
         """
         if self._waiting and len(self._running) < self._most and not self._reading():
-            number, tokens, writer = self._waiting.popleft()
-            self._running.append(_Live(number, writer, self._decoding.new(), tokens))
+            number, tokens, writer, routed = self._waiting.popleft()
+            kept: list[Routed] | None = [] if routed else None
+            self._running.append(_Live(number, writer, self._decoding.new(), tokens, kept))
         made: list[tuple[int, Piece]] = []
         for each in self._running:
             if each.logits_1V is not None:
@@ -184,13 +207,10 @@ class Session:
                     made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
                 except MoestroError as error:
                     self.failed[each.number] = error
-        self._running = [
-            each
-            for each in self._running
-            if not each.writer.done and each.number not in self.failed
-        ]
+        self._leave()
         if self._running:
             made += self._pass()
+            self._leave()
         return made
 
     def _reading(self) -> bool:
@@ -211,5 +231,16 @@ class Session:
             else:
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
             each.logits_1V = None if each.prompt else passed.logits_1V
-        self._running = [each for each in live if not each.writer.done]
+            if each.routed is not None:
+                each.routed.append(passed.routed())
         return made
+
+    def _leave(self) -> None:
+        """Let requests go that are done."""
+        left = []
+        for each in self._running:
+            if not each.writer.done and each.number not in self.failed:
+                left.append(each)
+            elif each.routed is not None:
+                self.routed[each.number] = each.routed
+        self._running = left

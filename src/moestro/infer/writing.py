@@ -7,7 +7,7 @@ that what it sets apart does not run together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ class Piece(NamedTuple):
     channel: str = FINAL
 
 
+class Constraint(Protocol):
+    """What the final channel of a text may be; one object for each text."""
+
+    def allowed(self) -> Tensor:
+        """Whether each token may come next: bool on the CPU; tokens past its end may not."""
+
+    def push(self, token: int) -> None:
+        """Take the token that was chosen."""
+
+
 class Writer:
     """One text as it is written: chooses tokens, spells them, and knows when it ends.
 
@@ -54,6 +64,7 @@ class Writer:
         sampling: SamplingConfig,
         marks: Mapping[int, str] | None = None,
         prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         """Begin a text.
 
@@ -62,8 +73,9 @@ class Writer:
             sampling: How to choose tokens and when to stop.
             marks: Text of tokens that are none of the tokenizer's, or no text to it.
             prompt: What the model reads before the first token that is chosen.
+            constraint: What the text may be; None: anything.
         """
-        self.token, self.done = -1, False
+        self.token, self.done, self._constraint = -1, False, constraint
         self._tokenizer, self._sampling, self._marks = tokenizer, sampling, marks or {}
         self._decoder, self._gate = StreamDecoder(tokenizer), _StopGate(sampling.stop)
         self._generator = new_generator(sampling)
@@ -81,7 +93,12 @@ class Writer:
         if len(self._nameless_N):
             nameless_N = self._nameless_N.to(logits_1V.device)
             logits_1V = logits_1V.index_fill(1, nameless_N, -torch.inf)
+        held = self._constraint if self._channels.current == FINAL else None
+        if held is not None:
+            logits_1V = _masked(logits_1V, held.allowed())
         self.token = int(next_tokens(logits_1V, self._sampling, [self._generator]))
+        if held is not None:
+            held.push(self.token)
         self._past.chosen[self.token] += 1
         if self.token not in self._tokenizer.ends:
             return []
@@ -109,6 +126,15 @@ class Writer:
         pieces = list(self._gate.push(piece))
         self.done = finish is not None or self._gate.stopped
         return pieces
+
+
+def _masked(logits_1V: Tensor, allowed_N: Tensor) -> Tensor:
+    """The logits, -inf where a token is not allowed."""
+    size = min(logits_1V.shape[1], len(allowed_N))
+    masked_1V = torch.full_like(logits_1V, -torch.inf)
+    allowed_N = allowed_N[:size].to(logits_1V.device)
+    masked_1V[:, :size] = logits_1V[:, :size].masked_fill(~allowed_N, -torch.inf)
+    return masked_1V
 
 
 class _StopGate:
