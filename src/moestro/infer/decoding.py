@@ -203,7 +203,7 @@ def _between(stepped: Stepped, first: int, last: int) -> Routed:
 def _routed(routings: Sequence[Routing]) -> Routed:
     """The experts of all tokens of one sequence."""
     if not routings:
-        nothing = torch.zeros(0, 0, 0, device="cpu")
+        nothing = torch.zeros(0, 0, 0, dtype=torch.float32, device="cpu")
         return Routed(nothing.long(), nothing)
     layers = [_choices(routing) for routing in routings]
     widest = max(experts_TK.shape[1] for experts_TK, _ in layers)

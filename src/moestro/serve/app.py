@@ -22,6 +22,7 @@ from moestro.serve.completions import complete
 from moestro.serve.errors import ApiError
 from moestro.serve.events import CLIENT_LEFT
 from moestro.serve.gate import Gate
+from moestro.serve.routing import load
 from moestro.serve.schema import (
     Body,
     ChatRequest,
@@ -55,6 +56,7 @@ def build_app(state: State) -> Starlette:
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
+            Route("/v1/routing", routing),
             _post("/v1/completions", CompletionRequest, complete),
             _post("/v1/chat/completions", ChatRequest, chat),
             _post("/tokenize", TokenizeRequest, tokenize),
@@ -123,6 +125,12 @@ async def metrics(request: Request) -> Response:
     """The server's figures."""
     state: State = request.app.state.moestro
     return state.metrics.response()
+
+
+async def routing(request: Request) -> Response:
+    """How often each expert was chosen since the server began."""
+    state: State = request.app.state.moestro
+    return JSONResponse(load(state.served, state.engine.load_LE))
 
 
 async def models(request: Request) -> Response:

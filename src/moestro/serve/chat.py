@@ -15,6 +15,7 @@ from moestro.serve import errors
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
 from moestro.serve.replies import Reply, gather, head, usage
+from moestro.serve.routing import routed_fields
 from moestro.serve.schema import ChatMessage, ChatRequest
 from moestro.serve.served import Served, encode_all
 from moestro.serve.state import State
@@ -43,8 +44,11 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
         }
         for index, reply in enumerate(replies)
     ]
+    routing = routed_fields(job, wanted)
+    for choice, own in zip(choices, routing.choices, strict=True):
+        choice |= own
     counted = usage(len(tokens), sum(reply.tokens for reply in replies))
-    return JSONResponse({**start, "choices": choices, "usage": counted})
+    return JSONResponse({**start, "choices": choices, "usage": counted, **routing.prompt})
 
 
 async def conversation(served: Served, wanted: ChatRequest) -> list[int]:
@@ -128,7 +132,11 @@ async def _stream(
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return sse({**start, "choices": [choice], **silent})
+        more = {}
+        if finish and wanted.routed:
+            own = routed_fields(job, wanted, index)
+            choice, more = {**choice, **own.choices[0]}, own.prompt
+        return sse({**start, "choices": [choice], **silent, **more})
 
     for index in range(len(replies)):
         yield chunk(index, {"role": "assistant", "content": None})

@@ -12,6 +12,7 @@ from moestro.serve import errors
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
 from moestro.serve.replies import Reply, gather, head, usage
+from moestro.serve.routing import routed_fields
 from moestro.serve.schema import CompletionRequest
 from moestro.serve.served import encode_all
 from moestro.serve.state import State
@@ -34,8 +35,11 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
         {"index": index, "text": reply.content, "logprobs": None, "finish_reason": reply.finish}
         for index, reply in enumerate(replies)
     ]
+    routing = routed_fields(job, wanted)
+    for choice, own in zip(choices, routing.choices, strict=True):
+        choice |= own
     counted = usage(read, sum(reply.tokens for reply in replies))
-    return JSONResponse({**start, "choices": choices, "usage": counted})
+    return JSONResponse({**start, "choices": choices, "usage": counted, **routing.prompt})
 
 
 def _check(wanted: CompletionRequest) -> None:
@@ -59,7 +63,11 @@ async def _stream(
             choice = {
                 "index": index, "text": text, "logprobs": None, "finish_reason": reply.finish,
             }  # fmt: skip
-            yield sse({**start, "choices": [choice], **silent})
+            more = {}
+            if reply.finish and wanted.routed:
+                own = routed_fields(job, wanted, index)
+                choice, more = {**choice, **own.choices[0]}, own.prompt
+            yield sse({**start, "choices": [choice], **silent, **more})
     if wanted.tells_usage:
         counted = usage(read, sum(reply.tokens for reply in replies))
         yield sse({**start, "choices": [], "usage": counted})

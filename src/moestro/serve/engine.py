@@ -10,10 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from moestro.errors import MoestroError
+from moestro.infer.decoding import Routed
 from moestro.infer.engine import Session
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Piece
+from moestro.infer.writing import Constraint, Piece
 from moestro.models.build import Model
 from moestro.serve import errors
 from moestro.serve.errors import ApiError
@@ -29,6 +32,8 @@ class Ask(NamedTuple):
     tokens: Sequence[int]
     sampling: SamplingConfig
     special: bool = False
+    constraint: Constraint | None = None
+    routed: bool = False
 
 
 class Event(NamedTuple):
@@ -44,6 +49,8 @@ class Job:
     A context manager: who leaves it wants no more of what is not done.
 
     Attributes:
+        asks: What was asked for.
+        routed: Of texts that are done and asked for it, the experts of every token that passed.
         watch: Sees every event as it comes, in the loop's thread.
     """
 
@@ -51,6 +58,7 @@ class Job:
 
     def __init__(self, engine: EngineThread, asks: Sequence[Ask]) -> None:
         self.asks = asks
+        self.routed: dict[int, list[Routed]] = {}
         self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine, self._left = engine, len(asks)
@@ -136,6 +144,11 @@ class EngineThread:
         return max(0, self._open - self._settings.max_live)
 
     @property
+    def load_LE(self) -> Tensor | None:
+        """How often each expert of each mixture was chosen so far; None before any was."""
+        return self._session.load_LE
+
+    @property
     def closed(self) -> bool:
         """Whether no more requests are taken."""
         return self._closed
@@ -194,7 +207,7 @@ class EngineThread:
     def _add(self, job: Job) -> None:
         for index, ask in enumerate(job.asks):
             try:
-                number = self._session.add(ask.tokens, ask.sampling, ask.special)
+                number = self._session.add(*ask)
             except MoestroError as error:
                 self._deliver([(job, Event(index, errors.refused(str(error))))])
                 self._close(1)
@@ -211,6 +224,10 @@ class EngineThread:
             self._fail_all(ApiError(500, "this server failed to compute a step; try again"))
             return
         found = []
+        for number, routed in self._session.routed.items():
+            job, index = self._texts[number]
+            job.routed[index] = routed
+        self._session.routed.clear()
         for number, piece in made:
             job, index = self._texts[number]
             found.append((job, Event(index, piece)))

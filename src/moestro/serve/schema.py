@@ -48,6 +48,9 @@ class Generation(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logit_bias: dict[str, float] | None = None
+    return_routed_experts: bool | None = None
+    return_routed_weights: bool | None = None
+    routed_experts_format: Literal["lists", "base64"] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -58,6 +61,11 @@ class Generation(Body):
     def tells_usage(self) -> bool:
         """Whether a stream ends with what it used."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the experts of each token are wanted."""
+        return bool(self.return_routed_experts or self.return_routed_weights)
 
     @property
     def count(self) -> int:

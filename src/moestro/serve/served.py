@@ -108,12 +108,20 @@ class Served(NamedTuple):
         """
         if most == 0:
             raise errors.refused("max_tokens = 0 gives no text; ask for at least 1", "max_tokens")
+        if wanted.routed and len(prompts) > 1:
+            raise errors.refused(
+                "return_routed_experts takes one prompt at a time", "return_routed_experts"
+            )
         found = []
         for tokens in prompts:
             own = 0 if self.model.cfg.has_encoder else len(tokens)
             sampling = self.sampling(wanted, most, self.context - own)
             found += [
-                Ask(tokens, sampling.model_copy(update={"seed": (sampling.seed + i) % 2**63}))
+                Ask(
+                    tokens,
+                    sampling.model_copy(update={"seed": (sampling.seed + i) % 2**63}),
+                    routed=wanted.routed,
+                )
                 for i in range(wanted.count)
             ]
         return found
