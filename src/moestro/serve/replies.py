@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from moestro.infer.channels import FINAL, HEADER
 from moestro.infer.writing import Finish, Piece
 from moestro.serve.engine import Job
+from moestro.serve.thoughts import Thoughts
+from moestro.serve.tools import Call, Reader
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 _REASONS: Mapping[Finish, FinishReason] = {
@@ -18,10 +20,11 @@ _REASONS: Mapping[Finish, FinishReason] = {
 
 
 class Delta(NamedTuple):
-    """What a piece adds to a reply: text for the user, and thoughts."""
+    """What a piece adds to a reply: text for the user, thoughts, calls of tools."""
 
     content: str = ""
     reasoning: str = ""
+    calls: Sequence[Call] = ()
 
 
 class Reply:
@@ -30,32 +33,51 @@ class Reply:
     Attributes:
         content: What is said to the user.
         reasoning: What the model thought aloud.
+        calls: The tools that it calls.
         tokens: How many it has, the one that ends it included.
         finish: Why it ended; None before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, thoughts: Thoughts | None = None, reader: Reader | None = None) -> None:
+        """Begin a reply.
+
+        Args:
+            thoughts: sets thoughts apart; None: the text has none.
+            reader: finds calls; None: the text has none.
+        """
         self.content, self.reasoning, self.tokens = "", "", 0
+        self.calls: list[Call] = []
         self.finish: FinishReason | None = None
+        self._thoughts, self._reader = thoughts, reader
 
     def push(self, piece: Piece) -> Delta:
         """Take the next piece."""
         self.tokens += 1
+        thought, said, calls = "", piece.text, list[Call]()
+        if piece.channel != FINAL:
+            thought, said = piece.text if piece.channel != HEADER else "", ""
+        elif self._thoughts is not None:
+            thought, said = self._thoughts.push(piece.text)
+        if piece.finish is not None and self._thoughts is not None:
+            last = self._thoughts.flush()
+            thought, said = thought + last[0], said + last[1]
+        if self._reader is not None:
+            said, calls = self._reader.push(said)
+            if piece.finish is not None:
+                rest, more = self._reader.flush()
+                said, calls = said + rest, calls + more
+        self.content, self.reasoning = self.content + said, self.reasoning + thought
+        self.calls += calls
         if piece.finish is not None:
             self.finish = _REASONS[piece.finish]
-        delta = Delta(content=piece.text)
-        if piece.channel not in (FINAL, HEADER):
-            delta = Delta(reasoning=piece.text)
-        elif piece.channel == HEADER:
-            delta = Delta()
-        self.content += delta.content
-        self.reasoning += delta.reasoning
-        return delta
+            if self.calls and self.finish == "stop":
+                self.finish = "tool_calls"
+        return Delta(said, thought, calls)
 
 
-async def gather(job: Job) -> Sequence[Reply]:
+async def gather(job: Job, new: Callable[[], Reply] = Reply) -> list[Reply]:
     """All texts of a job, whole."""
-    replies = [Reply() for _ in job.asks]
+    replies = [new() for _ in job.asks]
     while (found := await job.next()) is not None:
         index, piece = found
         replies[index].push(piece)

@@ -156,6 +156,60 @@ class ChatMessage(Body):
         return self.content
 
 
+class JsonSchema(Body):
+    """What a reply's JSON has to be."""
+
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    """What form a reply has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("the type json_schema needs json_schema: {name, schema}")
+        return self
+
+
+class Function(Body):
+    """What a model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool; those that are no functions are passed by."""
+
+    type: str
+    function: Function | None = None
+
+    @model_validator(mode="after")
+    def _has_its_function(self) -> Self:
+        if self.type == "function" and self.function is None:
+            raise ValueError("a tool of type function needs function: {name, parameters}")
+        return self
+
+
+class ChosenFunction(Body):
+    """The function that has to be called."""
+
+    name: str
+
+
+class ChosenTool(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class ChatRequest(Generation):
     """Of /v1/chat/completions: a conversation whose next message is wanted."""
 
@@ -164,6 +218,18 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def functions(self) -> dict[str, Function]:
+        """What the model may call, by name."""
+        if self.tool_choice == "none":
+            return {}
+        found = [tool.function for tool in self.tools or () if tool.type == "function"]
+        return {each.name: each for each in found if each is not None}
 
 
 class TokenizeRequest(Body):

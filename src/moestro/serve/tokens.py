@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 
 from moestro.errors import DataError
 from moestro.serve import errors
-from moestro.serve.chat import rendered
 from moestro.serve.schema import DetokenizeRequest, TokenizeRequest
 from moestro.serve.served import Served
 from moestro.serve.state import State
+from moestro.serve.turns import rendered
 
 
 async def tokenize(_: Request, state: State, wanted: TokenizeRequest) -> Response:
