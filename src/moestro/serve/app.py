@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,6 +21,8 @@ from moestro.serve.completions import complete
 from moestro.serve.errors import ApiError
 from moestro.serve.events import CLIENT_LEFT
 from moestro.serve.gate import Gate
+from moestro.serve.messages import count, message
+from moestro.serve.responses import respond
 from moestro.serve.routing import load
 from moestro.serve.schema import (
     Body,
@@ -30,6 +31,8 @@ from moestro.serve.schema import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from moestro.serve.schema_messages import CountRequest, MessagesRequest
+from moestro.serve.schema_responses import ResponsesRequest
 from moestro.serve.state import State
 from moestro.serve.tokens import detokenize, tokenize
 from moestro.strictjson import parse
@@ -59,6 +62,9 @@ def build_app(state: State) -> Starlette:
             Route("/v1/routing", routing),
             _post("/v1/completions", CompletionRequest, complete),
             _post("/v1/chat/completions", ChatRequest, chat),
+            _post("/v1/responses", ResponsesRequest, respond),
+            _post("/v1/messages", MessagesRequest, message),
+            _post("/v1/messages/count_tokens", CountRequest, count),
             _post("/tokenize", TokenizeRequest, tokenize),
             _post("/detokenize", DetokenizeRequest, detokenize),
         ],
@@ -99,10 +105,8 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
         raise errors.refused(f"the body is not the JSON that is read here: {error}") from None
     if not isinstance(values, dict):
         raise errors.refused(f"the body is {type(values).__name__}; send a JSON object")
-    try:
+    with errors.explaining():
         return kind.model_validate(values)
-    except ValidationError as error:
-        raise errors.explained(error) from None
 
 
 async def health(request: Request) -> Response:
@@ -156,24 +160,25 @@ def _model(request: Request) -> dict[str, object]:
     }
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def _moestro_error(_: Request, error: Exception) -> Response:
-    return errors.refused(str(error)).response()
+async def _moestro_error(request: Request, error: Exception) -> Response:
+    return errors.refused(str(error)).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]} is not served here"
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    told = ApiError(error.status_code, message, headers=error.headers)
+    return told.response(request.url.path)
 
 
 async def _left(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
 
 
-async def _failure(_: Request, __: Exception) -> Response:
-    return ApiError(500, "this server failed; its log says why").response()
+async def _failure(request: Request, _: Exception) -> Response:
+    return ApiError(500, "this server failed; its log says why").response(request.url.path)

@@ -1,8 +1,9 @@
-"""Errors as OpenAI's clients read them: a status, and an object that says what to do."""
+"""Errors as clients read them: a status, and an object that says what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,9 @@ from starlette.responses import JSONResponse
 _TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error", 500: "server_error", 503: "unavailable_error",
+}  # fmt: skip
+_ANTHROPIC_TYPES = {
+    413: "request_too_large", 500: "api_error", 503: "overloaded_error",
 }  # fmt: skip
 _PLAIN = frozenset({"str", "int", "float", "bool"})
 
@@ -46,16 +50,20 @@ class ApiError(Exception):
         """What the error's object calls its type."""
         return _TYPES.get(self.status, "invalid_request_error")
 
-    def body(self) -> dict[str, Any]:
-        """The error's object."""
+    def body(self, *, anthropic: bool = False) -> dict[str, Any]:
+        """The error's object, as OpenAI or as Anthropic has it."""
+        if anthropic:
+            kind = _ANTHROPIC_TYPES.get(self.status, self.kind)
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         error = {
             "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
         }  # fmt: skip
         return {"error": error | self.more}
 
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """The whole answer to a request for a path."""
+        body = self.body(anthropic=path.startswith("/v1/messages"))
+        return JSONResponse(body, self.status, self.headers)
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -103,6 +111,15 @@ def closing() -> ApiError:
         code="shutting_down",
         headers={"retry-after": "10"},
     )
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Turns what pydantic refuses into an answer."""
+    try:
+        yield
+    except ValidationError as error:
+        raise explained(error) from None
 
 
 def explained(error: ValidationError) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -37,8 +37,21 @@ def sse(data: Any, name: str | None = None) -> bytes:
 class EventStream(StreamingResponse):
     """A job's events; a client that leaves ends the job."""
 
-    def __init__(self, job: Job, events: AsyncIterator[bytes]) -> None:
-        super().__init__(_guarded(events), media_type="text/event-stream", headers=_HEADERS)
+    def __init__(
+        self,
+        job: Job,
+        events: AsyncIterator[bytes],
+        failed: Callable[[ApiError], list[bytes]] | None = None,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            job: what is answered.
+            events: the events.
+            failed: how an error in the middle of them is told; None: as OpenAI's chat does.
+        """
+        told = _guarded(events, failed or _told)
+        super().__init__(told, media_type="text/event-stream", headers=_HEADERS)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,18 +60,24 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _guarded(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _guarded(
+    events: AsyncIterator[bytes], failed: Callable[[ApiError], list[bytes]]
+) -> AsyncIterator[bytes]:
     """The events; what fails in the middle of them is told as one more."""
     try:
         async for event in events:
             yield event
     except ApiError as error:
-        yield sse(error.body())
-        yield DONE
+        for event in failed(error):
+            yield event
     except Exception:  # the status is sent already, so that nothing else could tell
         LOG.exception("a stream failed")
-        yield sse(ApiError(500, "this server failed; try again").body())
-        yield DONE
+        for event in failed(ApiError(500, "this server failed; try again")):
+            yield event
+
+
+def _told(error: ApiError) -> list[bytes]:
+    return [sse(error.body()), DONE]
 
 
 async def pieces_of(job: Job, ping_s: float) -> AsyncIterator[tuple[int, Piece] | None]:

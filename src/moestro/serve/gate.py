@@ -35,7 +35,7 @@ class Gate:
                 self._check_key(headers)
             self._check_length(headers)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, self._counted(receive), send)
 

@@ -36,6 +36,7 @@ class Reply:
         calls: The tools that it calls.
         tokens: How many it has, the one that ends it included.
         finish: Why it ended; None before.
+        stopped: Whether it ended at a stop string.
     """
 
     def __init__(self, thoughts: Thoughts | None = None, reader: Reader | None = None) -> None:
@@ -48,6 +49,7 @@ class Reply:
         self.content, self.reasoning, self.tokens = "", "", 0
         self.calls: list[Call] = []
         self.finish: FinishReason | None = None
+        self.stopped = False
         self._thoughts, self._reader = thoughts, reader
 
     def push(self, piece: Piece) -> Delta:
@@ -69,7 +71,7 @@ class Reply:
         self.content, self.reasoning = self.content + said, self.reasoning + thought
         self.calls += calls
         if piece.finish is not None:
-            self.finish = _REASONS[piece.finish]
+            self.finish, self.stopped = _REASONS[piece.finish], piece.finish == "stop"
             if self.calls and self.finish == "stop":
                 self.finish = "tool_calls"
         return Delta(said, thought, calls)

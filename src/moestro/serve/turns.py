@@ -46,9 +46,7 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     served.check_name(wanted.model)
     source, functions = served.chat().source, wanted.functions
     form = tools.form_of(source) if functions or wanted.tool_choice == "required" else None
-    described = [_described(each) for each in functions.values()]
-    variables = wanted.chat_template_kwargs or {}
-    text = await rendered(served, wanted.messages, variables, described)
+    text = await conversation(served, wanted)
     (tokens,) = await encode_all(served, [text], templated=True)
     opened, thinks = text.rstrip().endswith(BEGIN), END in source
     make = await asyncio.to_thread(_constraint, state, wanted, form, opened)
@@ -64,6 +62,13 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
         return Reply(Thoughts(opened) if thinks else None, reader)
 
     return Turn(asks, new_reply)
+
+
+async def conversation(served: Served, wanted: ChatRequest) -> str:
+    """The text of a conversation, up to where the reply begins."""
+    described = [_described(each) for each in wanted.functions.values()]
+    variables = wanted.chat_template_kwargs or {}
+    return await rendered(served, wanted.messages, variables, described)
 
 
 def _constraint(
