@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from moestro.errors import MoestroError
@@ -22,6 +22,7 @@ from moestro.serve.errors import ApiError
 from moestro.serve.events import CLIENT_LEFT
 from moestro.serve.gate import Gate
 from moestro.serve.messages import count, message
+from moestro.serve.page import PAGE, PAGE_HEADERS
 from moestro.serve.responses import respond
 from moestro.serve.routing import load
 from moestro.serve.schema import (
@@ -33,6 +34,7 @@ from moestro.serve.schema import (
 )
 from moestro.serve.schema_messages import CountRequest, MessagesRequest
 from moestro.serve.schema_responses import ResponsesRequest
+from moestro.serve.served import Served
 from moestro.serve.state import State
 from moestro.serve.tokens import detokenize, tokenize
 from moestro.strictjson import parse
@@ -55,6 +57,7 @@ def build_app(state: State) -> Starlette:
 
     app = Starlette(
         routes=[
+            Route("/", playground),
             Route("/health", health),
             Route("/metrics", metrics),
             Route("/v1/models", models),
@@ -109,6 +112,11 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
         return kind.model_validate(values)
 
 
+async def playground(_: Request) -> Response:
+    """A page for a browser, which loads nothing but answers of this server."""
+    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+
 async def health(request: Request) -> Response:
     """Whether the engine is at work; never touches it."""
     state: State = request.app.state.moestro
@@ -150,13 +158,18 @@ async def one_model(request: Request) -> Response:
 
 
 def _model(request: Request) -> dict[str, object]:
-    served = request.app.state.moestro.served
+    served: Served = request.app.state.moestro.served
+    moe = served.model.cfg.moe
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "moestro",
         "max_model_len": served.context,
+        "chat": served.template is not None,
+        "moe_layers": list(served.model.moe_layers),
+        "num_experts": moe.num_experts if moe is not None else 0,
+        "experts_per_token": moe.top_k if moe is not None else 0,
     }
 
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
 from moestro.serve.replies import Delta, Reply, gather, head, usage
-from moestro.serve.routing import routed_fields
+from moestro.serve.routing import routed_fields, token_of
 from moestro.serve.schema import ChatRequest
 from moestro.serve.state import State
 from moestro.serve.tools import Call
@@ -69,8 +69,9 @@ async def _stream(
     replies = [turn.new_reply() for _ in job.asks]
     silent = {"usage": None} if wanted.tells_usage else {}
 
-    def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, **fields: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        choice |= fields
         more = {}
         if finish and wanted.routed:
             own = routed_fields(job, wanted, index)
@@ -86,6 +87,8 @@ async def _stream(
         index, piece = found
         reply = replies[index]
         known = len(reply.calls)
+        if wanted.tells_experts:
+            yield chunk(index, {}, token=token_of(piece))
         for delta in _deltas(reply.push(piece), known):
             yield chunk(index, delta)
         if reply.finish:

@@ -12,7 +12,7 @@ from moestro.serve import errors
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
 from moestro.serve.replies import Reply, gather, head, usage
-from moestro.serve.routing import routed_fields
+from moestro.serve.routing import routed_fields, token_of
 from moestro.serve.schema import CompletionRequest
 from moestro.serve.served import encode_all
 from moestro.serve.state import State
@@ -59,10 +59,12 @@ async def _stream(
         index, piece = found
         reply = replies[index]
         text = reply.push(piece).content
-        if text or reply.finish:
-            choice = {
+        if text or reply.finish or wanted.tells_experts:
+            choice: dict[str, Any] = {
                 "index": index, "text": text, "logprobs": None, "finish_reason": reply.finish,
             }  # fmt: skip
+            if wanted.tells_experts:
+                choice["token"] = token_of(piece)
             more = {}
             if reply.finish and wanted.routed:
                 own = routed_fields(job, wanted, index)

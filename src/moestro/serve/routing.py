@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.infer.decoding import Routed
+from moestro.infer.writing import Piece
 from moestro.serve.engine import Job
 from moestro.serve.schema import Generation
 from moestro.serve.served import Served
@@ -43,6 +44,16 @@ def routed_fields(job: Job, wanted: Generation, index: int | None = None) -> Rou
     return RoutedFields([own for _, own in parts], prompt)
 
 
+def token_of(piece: Piece) -> dict[str, Any]:
+    """A token of a stream, with the first expert that it met in each mixture."""
+    return {
+        "id": piece.token,
+        "text": piece.text,
+        "channel": piece.channel,
+        "experts": list(piece.experts),
+    }
+
+
 def _parts(
     routed: Sequence[Routed], prompt: int, wanted: Generation
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,7 +82,7 @@ def _written(values_TLK: Tensor, form: str) -> Any:
 
 
 def load(served: Served, load_LE: Tensor | None) -> dict[str, Any]:
-    """How often each expert was chosen, layer by layer."""
+    """How often each expert was chosen, mixture by mixture."""
     layers, moe = list(served.model.moe_layers), served.model.cfg.moe
     experts = moe.num_experts if moe is not None else 0
     counts = [[0] * experts for _ in layers] if load_LE is None else load_LE.tolist()

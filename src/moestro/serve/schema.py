@@ -28,6 +28,7 @@ class StreamOptions(Body):
     """What a stream has beside its text."""
 
     include_usage: bool | None = None
+    include_experts: bool | None = None
 
 
 class Generation(Body):
@@ -61,6 +62,11 @@ class Generation(Body):
     def tells_usage(self) -> bool:
         """Whether a stream ends with what it used."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def tells_experts(self) -> bool:
+        """Whether each chunk of a stream has its token, and the first expert in each mixture."""
+        return bool(self.stream_options and self.stream_options.include_experts)
 
     @property
     def routed(self) -> bool:
