@@ -61,8 +61,10 @@ document.getElementById("f").addEventListener("load", async () => {
   seen.first = [before, box.querySelector(".hue").style.getPropertyValue("--h")];
   await until(() => [...page.querySelectorAll("#strip i")].some((one) => one.title));
   seen.load = page.querySelector("#strip i").title;
+  seen.theme = [root.dataset.theme];
   $("theme").click();
-  seen.theme = root.dataset.theme;
+  seen.theme.push(root.dataset.theme);
+  seen.again = $("token").textContent;
   $("temperature").value = "-1"; $("text").value = "again"; key($("text"), "Enter");
   await until(() => page.querySelector(".bad"));
   seen.bad = page.querySelector(".bad").textContent;
@@ -134,5 +136,6 @@ def test_the_page_works_at_the_width_of_a_telephone(served: Served, tmp_path: Pa
     hues = [f"{(expert * 137.508 + 20) % 360:g}" for expert in reversed(seen["experts"][0])]
     assert [f"{float(each):g}" for each in seen["first"]] == hues
     assert re.match(r"expert 0: \d+ tokens$", seen["load"])
-    assert seen["theme"] in ("light", "dark")
+    assert sorted(seen["theme"]) == ["dark", "light"]
+    assert "layer 0 · " in seen["again"]
     assert "temperature = -1 is not allowed" in seen["bad"]
