@@ -60,7 +60,8 @@ BODIES: dict[str, dict[str, Any]] = {
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 2, 0.5, 1e308, -1e-308, 2**31, 2**63, 2**64, 10**40, "", "a",
     "é\0\u202e", "\ud800", "<|user|>", "</s>", "a" * 2000, [], {}, [[]], [None], [0] * 50, {"": ""},
-    {"type": "function"}, {"type": "text"}, {"$ref": "#"}, "none", "required", "json_object", "%json", '"}', "{{ 1/0 }}",
+    {"type": "function"}, {"type": "text"}, {"$ref": "#"},
+    "none", "required", "json_object", "%json", '"}', "{{ 1/0 }}",
 ]  # fmt: skip
 
 

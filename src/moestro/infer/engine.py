@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moestro.errors import MoestroError
-from moestro.infer.decoding import Decoding, Routed, decoding_of
+from moestro.infer.decoding import Decoding, Routed, chunked, decoding_of
 from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Constraint, Piece, Writer
+from moestro.infer.writing import Constraint, Piece, Scored, Writer, score
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
@@ -99,9 +99,11 @@ class _Live:
 
     number: int
     writer: Writer
-    past: KVCache
+    past: KVCache | None  # None while it waits
     prompt: list[int]  # what is not read yet
     routed: list[Routed] | None  # of what has passed, where that is wanted
+    scored: list[Scored] | None = None  # of the prompt, where that is wanted
+    top: int = 0
     logits_1V: Tensor | None = None  # of its next token
 
 
@@ -113,6 +115,8 @@ class Session:
     Attributes:
         live: Requests that are not done.
         failed: Requests that ended with an error, by number; whoever reads it may empty it.
+        scored: Of requests whose prompt is read and that wanted it, how likely each of its tokens
+            was but the first, by number; whoever reads it may empty it.
         routed: Of requests that are done and wanted it, the experts of every token that passed,
             by number; whoever reads it may empty it.
     """
@@ -133,11 +137,12 @@ class Session:
         self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
-        self._waiting: deque[tuple[int, list[int], Writer, bool]] = deque()
+        self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
         self._count = 0
         self.failed: dict[int, MoestroError] = {}
         self.routed: dict[int, list[Routed]] = {}
+        self.scored: dict[int, list[Scored]] = {}
 
     @property
     def live(self) -> int:
@@ -156,6 +161,8 @@ class Session:
         special: bool = False,
         constraint: Constraint | None = None,
         routed: bool = False,
+        top: int | None = None,
+        prompt_scored: bool = False,
     ) -> int:
         """Take a request, which begins with a later `step`; returns its number, from 0.
 
@@ -165,10 +172,19 @@ class Session:
             special: As for `stream`.
             constraint: What the text may be; None: anything.
             routed: Keep the experts of its tokens, prompt and text, for the attribute `routed`.
+            top: Say in each Piece how likely its token was, beside so many others; None: do not.
+            prompt_scored: The same of the prompt's tokens, for the attribute `scored`; each
+                passes by itself then, which takes longer and gives the same bits.
 
         Raises:
             DataError: the prompt has a token that the model does not know.
+            MoestroError: the prompt's tokens cannot pass by themselves.
         """
+        if prompt_scored and not chunked(self._cfg):
+            raise MoestroError(
+                "this model reads a prompt in one piece, so the logits between its tokens are not "
+                "kept; leave the prompt's log-probabilities out"
+            )
         tokenizer = self._tokenizer
         tokens, _ = encode(self._cfg, tokenizer, prompt)
         number, self._count = self._count, self._count + 1
@@ -176,13 +192,15 @@ class Session:
         if self._cfg.has_encoder:
             gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
             start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
-        writer = Writer(tokenizer, sampling, marks, start, constraint)
-        self._waiting.append((number, tokens, writer, routed))
+        writer = Writer(tokenizer, sampling, marks, start, constraint, top)
+        live = _Live(number, writer, None, tokens, [] if routed else None)
+        live.scored, live.top = [] if prompt_scored else None, top or 0
+        self._waiting.append(live)
         return number
 
     def drop(self, number: int) -> None:
         """Forget a request, whether it waits or is being written; others go on unchanged."""
-        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        self._waiting = deque(each for each in self._waiting if each.number != number)
         self._running = [each for each in self._running if each.number != number]
 
     def step(self) -> list[tuple[int, Piece]]:
@@ -197,9 +215,8 @@ class Session:
             (number of the request, Piece) of all text that is certain now.
         """
         if self._waiting and len(self._running) < self._most and not self._reading():
-            number, tokens, writer, routed = self._waiting.popleft()
-            kept: list[Routed] | None = [] if routed else None
-            self._running.append(_Live(number, writer, self._decoding.new(), tokens, kept))
+            self._running.append(self._waiting.popleft())
+            self._running[-1].past = self._decoding.new()
         made: list[tuple[int, Piece]] = []
         for each in self._running:
             if each.logits_1V is not None:
@@ -214,26 +231,40 @@ class Session:
         return made
 
     def _reading(self) -> bool:
-        """Whether a prompt is not read to its end; at most one at a time."""
-        return any(each.prompt for each in self._running)
+        """Whether a prompt is being read in chunks; at most one at a time."""
+        return any(each.prompt and each.scored is None for each in self._running)
 
     def _pass(self) -> list[tuple[int, Piece]]:
         """What was chosen, and a chunk of a prompt, through the model."""
         made: list[tuple[int, Piece]] = []
         live = self._running
-        tokens = [
-            each.prompt[: self._decoding.chunk(each.prompt)] or [each.writer.token] for each in live
-        ]
-        outputs = self._decoding.step(tokens, [each.past for each in live])
+        tokens = [self._chunk(each) or [each.writer.token] for each in live]
+        pasts = [each.past for each in live if each.past is not None]
+        outputs = self._decoding.step(tokens, pasts)
         for each, new, passed in zip(live, tokens, outputs, strict=True):
             if each.prompt:
                 each.prompt = each.prompt[len(new) :]
+                if each.scored is not None:
+                    self._score(each, passed.logits_1V)
             else:
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
             each.logits_1V = None if each.prompt else passed.logits_1V
             if each.routed is not None:
                 each.routed.append(passed.routed())
         return made
+
+    def _chunk(self, each: _Live) -> list[int]:
+        """What passes next of a prompt; nothing once it is read."""
+        size = self._decoding.chunk(each.prompt) if each.scored is None else 1
+        return each.prompt[:size]
+
+    def _score(self, each: _Live, logits_1V: Tensor) -> None:
+        """How likely the next token of a prompt was, if there is one."""
+        assert each.scored is not None
+        if each.prompt:
+            each.scored.append(score(logits_1V, each.prompt[0], each.top))
+        else:
+            self.scored[each.number] = each.scored
 
     def _leave(self) -> None:
         """Let requests go that are done."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from moestro.infer.writing import Piece
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
+from moestro.serve.logprobs import of_chat
 from moestro.serve.replies import Delta, Reply, gather, head, usage
 from moestro.serve.routing import routed_fields, token_of
 from moestro.serve.schema import ChatRequest
@@ -32,7 +34,7 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
         {
             "index": index,
             "message": _message(reply),
-            "logprobs": None,
+            "logprobs": _logprobs(state, wanted, reply.pieces),
             "finish_reason": reply.finish,
         }
         for index, reply in enumerate(replies)
@@ -42,6 +44,10 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
         choice |= own
     counted = usage(turn.read, sum(reply.tokens for reply in replies))
     return JSONResponse({**start, "choices": choices, "usage": counted, **routing.prompt})
+
+
+def _logprobs(state: State, wanted: ChatRequest, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    return of_chat(state.served.tokenizer, pieces) if wanted.top is not None else None
 
 
 def _message(reply: Reply) -> dict[str, Any]:
@@ -87,10 +93,15 @@ async def _stream(
         index, piece = found
         reply = replies[index]
         known = len(reply.calls)
+        fields: dict[str, Any] = {}
         if wanted.tells_experts:
-            yield chunk(index, {}, token=token_of(piece))
-        for delta in _deltas(reply.push(piece), known):
-            yield chunk(index, delta)
+            fields["token"] = token_of(piece)
+        if wanted.top is not None and piece.finish != "end_of_text":
+            fields["logprobs"] = _logprobs(state, wanted, [piece])
+        deltas = list(_deltas(reply.push(piece), known))
+        for delta in deltas or ([{}] if fields else []):
+            yield chunk(index, delta, **fields)
+            fields = {}
         if reply.finish:
             yield chunk(index, {}, reply.finish)
     if wanted.tells_usage:

@@ -16,7 +16,7 @@ from moestro.errors import MoestroError
 from moestro.infer.decoding import Routed
 from moestro.infer.engine import Session
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Constraint, Piece
+from moestro.infer.writing import Constraint, Piece, Scored
 from moestro.models.build import Model
 from moestro.serve import errors
 from moestro.serve.errors import ApiError
@@ -34,6 +34,8 @@ class Ask(NamedTuple):
     special: bool = False
     constraint: Constraint | None = None
     routed: bool = False
+    top: int | None = None
+    prompt_scored: bool = False
 
 
 class Event(NamedTuple):
@@ -51,6 +53,7 @@ class Job:
     Attributes:
         asks: What was asked for.
         routed: Of texts that are done and asked for it, the experts of every token that passed.
+        scored: Of texts whose prompt is read and that asked for it, how likely its tokens were.
         watch: Sees every event as it comes, in the loop's thread.
     """
 
@@ -59,6 +62,7 @@ class Job:
     def __init__(self, engine: EngineThread, asks: Sequence[Ask]) -> None:
         self.asks = asks
         self.routed: dict[int, list[Routed]] = {}
+        self.scored: dict[int, list[Scored]] = {}
         self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine, self._left = engine, len(asks)
@@ -227,7 +231,11 @@ class EngineThread:
         for number, routed in self._session.routed.items():
             job, index = self._texts[number]
             job.routed[index] = routed
+        for number, scored in self._session.scored.items():
+            job, index = self._texts[number]
+            job.scored[index] = scored
         self._session.routed.clear()
+        self._session.scored.clear()
         for number, piece in made:
             job, index = self._texts[number]
             found.append((job, Event(index, piece)))

@@ -34,7 +34,7 @@ class Reply:
         content: What is said to the user.
         reasoning: What the model thought aloud.
         calls: The tools that it calls.
-        tokens: How many it has, the one that ends it included.
+        pieces: It as it came, the token that ends it included.
         finish: Why it ended; None before.
         stopped: Whether it ended at a stop string.
     """
@@ -46,15 +46,21 @@ class Reply:
             thoughts: sets thoughts apart; None: the text has none.
             reader: finds calls; None: the text has none.
         """
-        self.content, self.reasoning, self.tokens = "", "", 0
+        self.content, self.reasoning = "", ""
+        self.pieces: list[Piece] = []
         self.calls: list[Call] = []
         self.finish: FinishReason | None = None
         self.stopped = False
         self._thoughts, self._reader = thoughts, reader
 
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.pieces)
+
     def push(self, piece: Piece) -> Delta:
         """Take the next piece."""
-        self.tokens += 1
+        self.pieces.append(piece)
         thought, said, calls = "", piece.text, list[Call]()
         if piece.channel != FINAL:
             thought, said = piece.text if piece.channel != HEADER else "", ""

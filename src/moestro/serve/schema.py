@@ -54,6 +54,16 @@ class Generation(Body):
     routed_experts_format: Literal["lists", "base64"] | None = None
 
     @property
+    def top(self) -> int | None:
+        """How many likeliest tokens are told beside each; None: nothing of the kind."""
+        return None
+
+    @property
+    def prompt_scored(self) -> bool:
+        """Whether the same is told of the prompt's tokens."""
+        return False
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -100,6 +110,16 @@ class CompletionRequest(Generation):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     suffix: str | None = None
+
+    @property
+    def top(self) -> int | None:
+        """See `Generation`."""
+        return self.logprobs
+
+    @property
+    def prompt_scored(self) -> bool:
+        """See `Generation`."""
+        return self.echo is True and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -228,6 +248,17 @@ class ChatRequest(Generation):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs belong to logprobs; add logprobs: true")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        """See `Generation`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def functions(self) -> dict[str, Function]:

@@ -107,7 +107,9 @@ class Served(NamedTuple):
         The texts of one prompt have the request's seed, and those that follow it.
         """
         if most == 0:
-            raise errors.refused("max_tokens = 0 gives no text; ask for at least 1", "max_tokens")
+            raise errors.refused(
+                "max_tokens = 0 gives no text; ask for at least 1, or for echo", "max_tokens"
+            )
         if wanted.routed and len(prompts) > 1:
             raise errors.refused(
                 "return_routed_experts takes one prompt at a time", "return_routed_experts"
@@ -121,6 +123,8 @@ class Served(NamedTuple):
                     tokens,
                     sampling.model_copy(update={"seed": (sampling.seed + i) % 2**63}),
                     routed=wanted.routed,
+                    top=wanted.top,
+                    prompt_scored=wanted.prompt_scored,
                 )
                 for i in range(wanted.count)
             ]
