@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moestro.config import ModelConfig
 from moestro.models.network import ModelOutput
+from moestro.serve.running import bind, run
 from moestro.serve.served import Served
 from moestro.serve.settings import ServeSettings
 from moestro.serve.state import State, new_state
@@ -53,3 +54,14 @@ def counting(**settings: object) -> tuple[Counting, State]:
     model, tokenizer, chosen = Counting(), ByteTokenizer(), ServeSettings(**settings)
     served = Served("counting", model, tokenizer, None, {}, 4096, 0)  # type: ignore[arg-type]
     return model, new_state(served, chosen)
+
+
+def main() -> None:
+    """Serve it from a process of its own; the first line says at which port."""
+    _, state = counting(max_live=16, max_waiting=1000)
+    bound = bind("127.0.0.1", 0)
+    run(state, bound, lambda: print(bound.getsockname()[1], flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,8 @@ from moestro.serve.state import State
 
 # What answers get beyond the engine's own limit, to be sent.
 _LAST_S = 5
+# Longer than clients and proxies keep a connection for their next request, so that they close it.
+_IDLE_S = 90
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -77,6 +79,7 @@ def server(state: State, ready: Callable[[], None]) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=int(state.settings.drain_s) + _LAST_S,
     )
     return _Server(config, state, ready)
