@@ -28,21 +28,19 @@ def resident(process: int) -> int:
 @contextmanager
 def apart(log: Path) -> Iterator[tuple[int, str]]:
     """A server in a process of its own, which writes a log; yields its number and its address."""
-    with log.open("w") as told:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("scripted.py"))],
-            stdout=subprocess.PIPE,
-            stderr=told,
-            text=True,
-        )
-    assert process.stdout is not None
-    try:
-        yield process.pid, f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.terminate()
-        assert process.wait(30) == 0
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
+    words = [sys.executable, str(Path(__file__).with_name("scripted.py"))]
+    with (
+        log.open("w") as told,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=told, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            yield process.pid, f"http://127.0.0.1:{int(process.stdout.readline())}"
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text()
 
 
 def expected(prompt: str, length: int) -> str:

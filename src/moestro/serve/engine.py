@@ -83,7 +83,8 @@ class Job:
         """
         if not self._left:
             return None
-        index, what = await asyncio.wait_for(self._events.get(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            index, what = await self._events.get()
         if isinstance(what, ApiError):
             raise what
         self._left -= what.finish is not None
