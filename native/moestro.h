@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 5
+#define MOESTRO_ABI 6
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -33,7 +33,10 @@ enum {
     MOESTRO_PLAIN_BF16 = 4,
     MOESTRO_PLAIN_F32 = 5
 };
-enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1 }; /* dtypes of rows */
+/* Dtypes of rows: numbers, or blocks of a GGUF file (MOESTRO_ROWS_BLOCKS + ggml's number of their kind), which are
+ * only packed and read. */
+enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_BLOCKS = 256 };
+enum { MOESTRO_BLOCKS_Q4_0 = 2 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
@@ -67,11 +70,14 @@ MOESTRO_API int32_t moestro_use_path(int32_t path);
 MOESTRO_API int32_t moestro_threads(void);
 MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
 
-/* Pack rows [n, k] (fp32 or bf16, row stride in elements) at dst. `step` 2 leaves every other
- * block free for a second matrix (gate and up). Input that is not finite is refused
- * (EBAD), and so are sizes above 65504 for int8 and int4. */
+/* Pack rows [n, k] (fp32, bf16 or blocks) at dst. `step` 2 leaves every other block free for a second matrix (gate
+ * and up). Input that is not finite is refused (EBAD), and so are sizes above 65504 for int8 and int4. Blocks of
+ * integers with one fp16 scale for 32 become int8 in groups of 32 as they are, Q4_0 int4 too. To sums (or null) are
+ * added the squared error of what is quantised here, and the sum of its squares. */
 MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k,
-                                 int64_t stride, void *dst, int64_t step);
+                                 void *dst, int64_t step, double *sums);
+/* Rows [n, k] of any dtype as fp32. */
+MOESTRO_API int32_t moestro_read_rows(int32_t dtype, const void *src, int64_t n, int64_t k, float *dst);
 /* The fp32 matrix [n, k] that the packed one stands for. */
 MOESTRO_API int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k, int64_t step,
                                    float *dst);

@@ -94,7 +94,7 @@ def adapter(folder):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (gguf, r"q4\.gguf is GGUF, llama\.cpp's format.* layout"),
+        (gguf, r"q4\.gguf is truncated or altered"),
         (adapter, r"is an adapter for org/base.* AutoPeftModelForCausalLM.*merge_and_unload"),
     ],
 )

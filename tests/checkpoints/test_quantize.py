@@ -139,9 +139,9 @@ def test_each_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.Mo
     weights = [weakref.ref(layer.experts.gate_up) for layer in model.mixtures()]
     real = native_cpu.pack_experts
 
-    def pack_experts(*given: Any) -> Any:
+    def pack_experts(*given: Any, **named: Any) -> Any:
         alive.append(sum(weight() is not None for weight in weights))
-        return real(*given)
+        return real(*given, **named)
 
     monkeypatch.setattr(native_cpu, "pack_experts", pack_experts)
     pack(model, WEIGHTS["int8"])

@@ -169,6 +169,6 @@ def test_llama_cpp_without_the_package_that_writes_its_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "moestro.checkpoints.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "moestro.checkpoints.gguf.random_model", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'moestro\[gguf\]'"):
         llama_kinds()

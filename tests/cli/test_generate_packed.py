@@ -56,7 +56,7 @@ def test_elsewhere_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list(folder.glob("*.moestro"))
     assert text(capsys, *words) == first
     assert main(["generate", str(folder), "--weights", "int4", "--packed", str(place)]) == 2
-    assert "holds packed weights other than int4" in capsys.readouterr().err
+    assert "packed in another form than int4 of 32" in capsys.readouterr().err
 
 
 def test_a_changed_checkpoint_and_a_broken_file_are_refused(

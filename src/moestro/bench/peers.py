@@ -26,7 +26,7 @@ from moestro.models.count import count
 from moestro.strictjson import parse
 
 if TYPE_CHECKING:
-    from moestro.checkpoints.gguf import Kind
+    from moestro.checkpoints.gguf.header import Kind
 
 # transformers' own ways to run experts; dense models have none.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -125,7 +125,7 @@ def llama_kinds() -> Mapping[str, Kind]:
 def _gguf() -> Any:
     """What writes llama.cpp's files: it needs a package that not everybody has."""
     try:
-        return import_module("moestro.checkpoints.gguf")
+        return import_module("moestro.checkpoints.gguf.random_model")
     except ImportError:
         raise ConfigError("--compare llama.cpp needs gguf: pip install 'moestro[gguf]'") from None
 

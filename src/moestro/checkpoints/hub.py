@@ -18,6 +18,7 @@ from moestro.checkpoints.folders import (
     read_json,
     verify_folder,
 )
+from moestro.checkpoints.gguf import folder as gguf
 from moestro.checkpoints.reading import is_pretrained
 from moestro.checkpoints.tensor_files import INDEX, SINGLE
 from moestro.errors import CheckpointError
@@ -35,7 +36,7 @@ def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = Non
 
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
-            checkpoint's, or `org/model`.
+            checkpoint's, a GGUF file or a folder of one, or `org/model`.
         known: whether a checkpoint of ours is known to be good, so that it is not read through.
 
     Raises:
@@ -43,6 +44,8 @@ def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = Non
             `find_model`.
     """
     folder = find_model(name)
+    if not _holds_weights(folder) and (file := gguf.find(folder)) is not None:
+        return gguf.folder_of(file)
     check_kind(folder)
     try:
         published = is_pretrained(folder)
@@ -71,8 +74,8 @@ def find_model(name: str | Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{name} has no safetensors file in the Hugging Face hub's main branch, or in its "
-            "cache; weights in pickle files or GGUF are not read. transformers can write the "
-            "former anew as safetensors"
+            "cache; weights in pickle files are not read, which transformers can write anew as "
+            f"safetensors. Of GGUF, fetch one file and give its path: hf download {name} FILE.gguf"
         )
     return folder
 
@@ -89,21 +92,19 @@ def find_settings(name: str) -> Path:
     return path
 
 
+def _holds_weights(path: Path) -> bool:
+    """Whether a folder has weights in safetensors, or checkpoints."""
+    return any((path / name).exists() for name in (SINGLE, INDEX, CHECKPOINTS))
+
+
 def check_kind(path: Path) -> None:
-    """Refuse other programs' models by saying what they are, and what to do with them.
+    """Refuse an adapter by saying what it is, and what to do with it.
 
     Raises:
-        CheckpointError: it is GGUF, or an adapter.
+        CheckpointError: it is an adapter.
     """
-    if any((path / name).exists() for name in (SINGLE, INDEX, CHECKPOINTS)):
+    if _holds_weights(path):
         return
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if files:
-        raise CheckpointError(
-            f"{files[0]} is GGUF, llama.cpp's format, which is not read here. Give the model that "
-            "it was made from, in Hugging Face's layout (--weights int4 packs it as small), or "
-            "run the file with llama.cpp"
-        )
     adapter = path / "adapter_config.json"
     if adapter.is_file():
         fields = read_json(adapter)

@@ -6,9 +6,8 @@
     packed   quantize.read_packed: the same, module by module
     mapped   packed_files.load: a packed form that an earlier start kept
 
-The seam for further formats is `reading.open_unread`: a format is a mapping key →
-`tensor_files.Source` (shape, dtype, load) and a `Family` whose rules say what its keys are of ours.
-A reader of GGUF is one more such mapping.
+A format of files is a mapping key → `tensor_files.Source` (shape, dtype, load) and a `Family` whose
+rules say what its keys are of ours; `reading.open_unread` takes safetensors' or GGUF's.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ import torch
 
 from moestro.checkpoints import packed_files
 from moestro.checkpoints.folders import read_json
+from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
-from moestro.checkpoints.quantize import AS_IS, format_of, read_packed
+from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model
 from moestro.checkpoints.transfer import Progress
 from moestro.errors import CheckpointError, ConfigError
+from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
 from moestro.models.build import Model
 
@@ -73,8 +74,9 @@ def open_checkpoint(
 
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
-            checkpoint's, or `org/model`.
-        weights: as-is, or packed for the CPU kernels: fp32, bf16, int8, int8-64, int4 or int4-64.
+            checkpoint's, a GGUF file, or `org/model`.
+        weights: as-is (of GGUF: packed so that its numbers are kept), or packed for the CPU
+            kernels: fp32, bf16, int8, int8-64, int4 or int4-64.
         packed: the file that keeps the packed form; None: see `packed_files.default_path`.
         keep: map a packed form that was kept, or keep a new one for the next start.
         dtype: of weights that are not packed; None: that of the checkpoint's embedding.
@@ -100,22 +102,25 @@ def open_checkpoint(
     if format is not None and device not in ("auto", "cpu"):
         raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
     folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
+    if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
+        format = AS_STORED
+    told: Any = {"progress": progress, "accept_fields": accept_fields}
     if format is None:
-        model = read_model(
-            folder,
-            dtype=pick_dtype(dtype),
-            device=pick_device(device),
-            backend=backend,
-            progress=progress,
-            accept_fields=accept_fields,
-        )
+        told |= {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
+        model = read_model(folder, **told)
     elif keep:
         path = packed or packed_files.default_path(folder, format)
-        model = _mapped_or_packed(folder, format, path, progress, accept_fields)
+        model = _mapped_or_packed(folder, format, path, **told)
     else:
-        model = read_packed(folder, format, progress, accept_fields)
+        model = read_packed(folder, format, **told)
     place = origin(folder)
     return Opened(model, folder, read_json(place, finite=False) if place.is_file() else None)
+
+
+def in_blocks(folder: Path) -> bool:
+    """Whether a checkpoint's weights are blocks that the native kernels can keep as they are."""
+    headers = headers_of(folder) if native_cpu.available() is None else None
+    return any(info.kind.length > 1 for header in headers or () for info in header.tensors)
 
 
 def kept_as(weights: str, packed: Path | None = None) -> Callable[[Path], bool] | None:
@@ -179,9 +184,10 @@ def _mapped_or_packed(
     if path.exists():
         model = packed_files.load(path, source)
         if packed_files.stored_format(path) != format:
+            wanted = "as stored" if format == AS_STORED else f"{format.kind} of {format.group}"
             raise CheckpointError(
-                f"{path} holds packed weights other than {format.kind} in groups of "
-                f"{format.group}; give another --packed, or remove the file"
+                f"{path} holds weights that are packed in another form than {wanted}; give "
+                "another --packed, or remove the file"
             )
         return model
     model = read_packed(folder, format, progress, accept_fields)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.folders import CONFIG, MANIFEST
+from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.packed_header import Section
 from moestro.errors import CheckpointError
 from moestro.files import whole_file
-from moestro.kernels.packing import Format
+from moestro.kernels.packing import QUANTISED, Format
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
 
@@ -36,7 +37,7 @@ def default_path(folder: Path, format: Format) -> Path:
     Or, where that is a folder of the Hugging Face hub's cache or cannot be written, in a cache of
     our own: $XDG_CACHE_HOME/moestro, or ~/.cache/moestro, under the checkpoint's fingerprint.
     """
-    group = "" if format.kind == "bfloat16" else f"-{format.group}"
+    group = f"-{format.group}" if format.kind in QUANTISED else ""
     name = f"packed-{format.kind}{group}.moestro"
     inner = folder.absolute()
     of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
@@ -56,7 +57,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """
     manifest = folder / MANIFEST
     wanted = [manifest] if manifest.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [*wanted, folder / CONFIG]
+    files = [*wanted, folder / CONFIG, *(header.file for header in headers_of(folder) or ())]
     return {path.name: _sampled(path) for path in files if path.is_file()}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moestro.checkpoints.quantize import packable
+from moestro.checkpoints.quantize import AS_STORED, packable
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
@@ -117,7 +117,8 @@ def format_of(path: Path, header: dict[str, Any]) -> Format:
     """
     try:
         format = Format(**header["weights"])
-        check_format(format)
+        if format != AS_STORED:
+            check_format(format)
     except _UNFIT as error:
         raise broken(path, f"its header does not fit together: {error}") from None
     return format
@@ -133,7 +134,7 @@ def unfilled(path: Path, header: dict[str, Any], nbytes: int) -> tuple[Model, di
     """
     format = format_of(path, header)
     try:
-        model = _model(header["model"], format, nbytes)
+        model = _model(header["model"], format, header["packed"], nbytes)
         if header["packed"] != _described(model):
             raise ValueError("its modules are packed otherwise than its settings say")
         return model, _sections(header["tensors"], model, nbytes)
@@ -158,7 +159,7 @@ def tensors(model: Model) -> dict[str, Tensor]:
     return found
 
 
-def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
+def _model(settings: dict[str, Any], format: Format, packed: dict[str, Any], nbytes: int) -> Model:
     # Before anything is built as large as they say: a tensor has a page, and a weight four bits.
     for name in _LAYERS & settings.keys():
         if type(settings[name]) is not int or settings[name] > nbytes // PAGE:
@@ -170,7 +171,10 @@ def _model(settings: dict[str, Any], format: Format, nbytes: int) -> Model:
     with without_memory():
         model = build_model(cfg)
     for path, module in packable(model).items():
-        model.set_submodule(path, module.to_packed(format))
+        own = format
+        if format == AS_STORED:
+            own = Format(packed[path]["kind"], packed[path]["group"])
+        model.set_submodule(path, module.to_packed(own))
     return model.eval()
 
 

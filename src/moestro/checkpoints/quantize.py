@@ -7,7 +7,9 @@ of which decoding multiplies in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from moestro.checkpoints.gguf.folder import headers_of
+from moestro.checkpoints.gguf.sources import StoredModule, stored_module
 from moestro.checkpoints.reading import open_unread
-from moestro.checkpoints.transfer import Progress, load_tensors
+from moestro.checkpoints.transfer import Progress, Unread, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
@@ -34,6 +38,8 @@ WEIGHTS = {
     "int4-64": Format("int4", 64),
 }
 AS_IS = "as-is"
+# Each matrix in the form that keeps the numbers of its file, where those are quantised already.
+AS_STORED = Format("stored")
 
 
 def format_of(name: str) -> Format | None:
@@ -54,14 +60,19 @@ def packable(model: nn.Module) -> dict[str, Packable]:
     return {path: each for path, each in model.named_modules() if isinstance(each, Packable)}
 
 
-def packed(path: str, module: Packable, format: Format) -> Packed:
+def packed(
+    path: str, module: Packable, format: Format, stored: StoredModule | None = None
+) -> Packed:
     """The packed form of a module.
 
     Raises:
         ShapeError, BackendError: see `Packable.to_packed`; names the module.
     """
+    if format == AS_STORED:
+        assert stored is not None, path
+        format = stored.format()
     try:
-        return module.to_packed(format)
+        return module.to_packed(format, stored)
     except ShapeError as error:
         raise ShapeError(f"{path}: {error}") from None
 
@@ -122,16 +133,36 @@ def read_packed(
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
-    model, dtype = unread.model, unread.dtype
-    total, done = unread.bytes, 0
+    model, total, done = unread.model, unread.bytes, 0
+    rounded = Rounding()
+
+    def moved(part: Unread) -> None:
+        nonlocal done
+        done += part.bytes
+        if progress is not None:
+            progress(done, total)
 
     def fill(names: Iterable[str]) -> None:
-        nonlocal done
         part, before = unread.part(set(names)), done
         load_tensors(part, progress and (lambda now, _: progress(before + now, total)))
-        done += part.bytes
+        moved(part)
 
-    return _pack_in_turn(model, dtype, format, fill)
+    def from_blocks(path: str, module: Packable, names: Sequence[str]) -> Packed:
+        """The same without numbers of its own on the way: they are packed as they are stored."""
+        part = unread.part(set(names))
+        stored, others = stored_module(part.sources, names[0].rpartition(".")[0], model.cfg)
+        if others:
+            fill(others)
+        made = packed(path, module, format, stored)
+        moved(part.part(set(names) - set(others)))
+        rounded.add(stored)
+        return made
+
+    blocks = headers_of(folder) is not None
+    made = _pack_in_turn(model, unread.dtype, format, fill, from_blocks if blocks else None)
+    if (words := rounded.words()) is not None:
+        warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
+    return made
 
 
 def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Model:
@@ -167,28 +198,68 @@ def _draw(model: Model, names: Iterable[str]) -> None:
 
 
 def _pack_in_turn(
-    model: Model, dtype: torch.dtype, format: Format, fill: Callable[[Iterable[str]], None]
+    model: Model,
+    dtype: torch.dtype,
+    format: Format,
+    fill: Callable[[Iterable[str]], None],
+    from_blocks: Callable[[str, Packable, Sequence[str]], Packed] | None = None,
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
 
-    `fill` writes the tensors of some names.
+    Args:
+        model: without memory.
+        dtype: of what is not packed.
+        format: of what is.
+        fill: writes the tensors of some names.
+        from_blocks: packs a module whose numbers need not be written before; given its path, the
+            module and the full names of its tensors.
     """
     alone: dict[str, Any] = packable(model)
-    if model.cfg.head.tied:
+    tied = model.cfg.head.tied
+    if tied:
         del alone["head"]
     names, made = dict.fromkeys(model.state_dict()), {}
     for path, module in alone.items():
-        materialize(module, dtype, "cpu")
+        materialize(module, dtype, "cpu")  # memory that nothing is written to costs none
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        fill(own)
+        if from_blocks is None:
+            fill(own)
+            made[path] = packed(path, module, format)
+        else:
+            made[path] = from_blocks(path, module, own)
         names = {name: None for name in names if name not in own}
-        made[path] = packed(path, module, format)
         module.to_empty(device="meta")
     materialize(model, dtype, "cpu", without=alone.values())
     fill(names)
     for path, module in made.items():
         model.set_submodule(path, module)
-    if model.cfg.head.tied:  # beside the embedding, which stays
-        model.set_submodule("head", packed("head", model.head, format))
+    if tied:  # beside the embedding, which stays
+        head = from_blocks("head", model.head, ["embed.weight"]) if from_blocks else None
+        model.set_submodule("head", head or packed("head", model.head, format))
     model.requires_grad_(False)
     return model.eval()
+
+
+class Rounding:
+    """What packing has rounded, of numbers that were quantised in another form."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+
+    def add(self, stored: StoredModule) -> None:
+        """Count a packed module."""
+        if stored.rounding[0] > 0:
+            self.kinds += stored.kinds()
+            self.sums += stored.rounding
+
+    def words(self) -> str | None:
+        """A sentence about it; None: nothing was rounded that was quantised before."""
+        names = ", ".join(name for name, _ in self.kinds.most_common() if name)
+        if not names:
+            return None
+        error = float((self.sums[0] / self.sums[1]).sqrt())
+        return (
+            f"weights in {names} are packed in another form, which adds an error of "
+            f"{100 * error:.2f} % (root mean square, of the weights')"
+        )

@@ -7,6 +7,7 @@ misshapen or surplus tensor is refused by name.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,8 +19,13 @@ from moestro.checkpoints.families import OWN, family_of, names
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import fields_with_meaning, to_settings
 from moestro.checkpoints.folders import CONFIG, read_json
+from moestro.checkpoints.gguf.folder import headers_of
+from moestro.checkpoints.gguf.header import is_gguf, read_parts
+from moestro.checkpoints.gguf.names import with_names
+from moestro.checkpoints.gguf.settings import config_json
+from moestro.checkpoints.gguf.sources import sources
 from moestro.checkpoints.quantized import find_sources, quantisation
-from moestro.checkpoints.tensor_files import Stored, open_folder, some
+from moestro.checkpoints.tensor_files import Source, open_folder, some
 from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
@@ -56,7 +62,7 @@ def read_settings(
     """The settings of a checkpoint of either layout.
 
     Args:
-        path: the folder, or its config.json.
+        path: the folder, its config.json, or a GGUF file.
         accept_fields: fields of config.json that are not known here, and change nothing of what
             the model computes.
         for_weights: the weights will be read too; a quantisation that cannot be read is refused.
@@ -67,7 +73,7 @@ def read_settings(
             or a field that is to be accepted has a meaning.
     """
     path = path / CONFIG if path.is_dir() else path
-    fields = read_json(path, finite=False)
+    fields = config_json(read_parts(path)[0]) if is_gguf(path) else read_json(path, finite=False)
     if "model_type" not in fields:
         kind = EncDecConfig if "encoder_layers" in fields else ModelConfig
         try:
@@ -108,11 +114,18 @@ def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[s
             tensor is missing, unknown, or of a different shape or dtype; names file and key.
     """
     described = read_settings(folder, accept_fields)
-    stored = open_folder(folder)
-    _check_size(folder, described.cfg, stored)
+    headers, family = headers_of(folder), described.family
+    found: Mapping[str, Source]
+    if headers is None:
+        stored = open_folder(folder)
+        found = find_sources(stored, described.fields)
+        _check_size(folder, described.cfg, stored)
+    else:
+        found, family = sources(headers), with_names(family)
+        _check_size(folder, described.cfg, found)
     with without_memory():
         model = build_model(described.cfg, backend)
-    return match(folder, described.family, model, find_sources(stored, described.fields))
+    return match(folder, family, model, found)
 
 
 def read_model(
@@ -141,7 +154,8 @@ def read_model(
         UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
     unread = open_unread(folder, backend, accept_fields)
-    if dtype is None and (rounded := unread.rounded()):
+    rounded = unread.rounded() if headers_of(folder) is None else ()
+    if dtype is None and rounded:
         warnings.warn(
             f"{folder} holds tensors that are rounded to {unread.dtype}, the dtype of its "
             f"embedding: {some(rounded)}. Ask for float32 to keep them as they are",
@@ -153,15 +167,16 @@ def read_model(
     return unread.model.eval()
 
 
-def _check_size(folder: Path, cfg: Config, stored: Mapping[str, Stored]) -> None:
+def _check_size(folder: Path, cfg: Config, stored: Mapping[str, Source]) -> None:
     """Refuse settings of a far larger model than the files hold, before it is built.
 
     Raises:
         CheckpointError: a parameter would have less than half a byte, or a layer no tensor.
     """
     size, parameters = sum(one.bytes for one in stored.values()), count(cfg).total
+    most = sum(max(2 * one.bytes, math.prod(one.shape)) for one in stored.values())
     layers = sum(len(stack.layers) for stack in cfg.stacks())
-    if parameters > 2 * size or layers > len(stored):
+    if parameters > most or layers > len(stored):
         raise CheckpointError(
             f"{folder} does not fit its {CONFIG}: that describes {parameters:,} parameters in "
             f"{layers:,} layers, and the weights are {len(stored):,} tensors of {size:,} bytes in "

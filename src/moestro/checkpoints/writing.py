@@ -59,7 +59,7 @@ def write_pretrained(
         OSError: the disk is full or the place cannot be written.
     """
     original = dict(hf_config or {})
-    name = family or original.get("model_type") or _only_family(model.cfg)
+    name = family or original.get("model_type") or only_family(model.cfg)
     if original and original.get("model_type") != name:
         raise ConfigError(
             f"hf_config is of {original.get('model_type')!r}, but the model is to be written as "
@@ -78,8 +78,12 @@ def write_pretrained(
             copy_sidecar_files(sidecar_files, inner)
 
 
-def _only_family(cfg: Config) -> str:
-    """The one family that can express these settings."""
+def only_family(cfg: Config) -> str:
+    """The one family that can express these settings.
+
+    Raises:
+        ConfigError: none can, or several.
+    """
     able = []
     for name, family in FAMILIES.items():
         try:

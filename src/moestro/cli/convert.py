@@ -13,17 +13,23 @@ from moestro.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from moestro.checkpoints.opening import Opened
 
-Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The new folder.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="TARGET", help="The new folder; with --to gguf the new file.")
+]
 Layout = Annotated[
-    Literal["hf", "moestro"],
-    typer.Option("--to", help="Layout: Hugging Face's, or this project's own."),
+    Literal["hf", "moestro", "gguf"],
+    typer.Option("--to", help="Layout: Hugging Face's, this project's own, or llama.cpp's."),
 ]
 Family = Annotated[
     str | None,
     typer.Option(
-        help="With --to hf: the model_type to write; default the one that the model came from, "
-        "or the only one that fits."
+        help="With --to hf or gguf: the model_type to write; default the one that the model came "
+        "from, or the only one that fits."
     ),
+]
+Kind = Annotated[
+    Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
+    typer.Option("--kind", help="With --to gguf: how weights are stored; default bf16."),
 ]
 ShardSize = Annotated[
     str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
@@ -37,25 +43,33 @@ def convert(
     dtype: Dtype = None,
     family: Family = None,
     shard_size: ShardSize = "5GB",
+    kind: Kind = None,
     accept_field: AcceptField = None,
 ) -> None:
-    """Write a checkpoint in another layout, number type or size of shards.
+    """Write a checkpoint in a different layout, number type or size of shards.
 
     Tokenizer, chat template and what the makers state for generation go with it. The target
     appears whole or not at all, and nothing is overwritten.
     """
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.checkpoints.opening import pick_dtype
+    from moestro.checkpoints.opening import in_blocks, pick_dtype
     from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
     shard_bytes = parse_bytes(shard_size)
-    if family is not None and to != "hf":
-        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf")
+    if family is not None and to == "moestro":
+        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
+    if kind is not None and to != "gguf":
+        raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
     _check_new(target)
-    opened = open_shown(find_checkpoint(source), dtype=dtype, accept_fields=accept_field)
+    folder = find_checkpoint(source)
+    if dtype is None and in_blocks(folder):
+        dtype = "bf16"
+    opened = open_shown(folder, dtype=dtype, accept_fields=accept_field)
     try:
-        if to == "hf":
+        if to == "gguf":
+            notes = _write_gguf(opened, target, family, kind or "bf16")
+        elif to == "hf":
             notes = _write_hf(opened, target, family, shard_bytes)
         else:
             notes = _write_own(opened, target)
@@ -100,6 +114,23 @@ def _write_hf(opened: Opened, target: Path, family: str | None, shard_bytes: int
     ]
 
 
+def _write_gguf(opened: Opened, target: Path, family: str | None, kind: str) -> list[str]:
+    """Write llama.cpp's format; sentences on what a person should know about it."""
+    from moestro.checkpoints.gguf.sources import INSTALL
+    from moestro.checkpoints.writing import only_family
+    from moestro.text import HF_FILE
+
+    try:
+        from moestro.checkpoints.gguf.writing import write_gguf
+    except ImportError:
+        raise ConfigError(f"--to gguf needs the gguf package: {INSTALL}") from None
+    name = family or opened.family or only_family(opened.model.cfg)
+    write_gguf(opened.model, target, family=name, kind=kind, tokenizer=opened.folder)
+    if (opened.folder / HF_FILE).is_file():
+        return []
+    return [f"{opened.folder} has no {HF_FILE}, so the new file has no tokenizer"]
+
+
 def _write_own(opened: Opened, target: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.folders import atomic_folder
@@ -123,8 +154,9 @@ def _summary(opened: Opened, target: Path, to: str) -> str:
     """What was written, in one sentence."""
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    layout = "Hugging Face's layout" if to == "hf" else "this project's layout"
+    files = [target] if target.is_file() else [*target.rglob("*")]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    layout = {"hf": "Hugging Face's layout", "gguf": "GGUF"}.get(to, "this project's layout")
     return (
         f"{target}: {parameters:,} parameters in {dtype}, {size / 1e6:,.1f} MB, {layout}, "
         f"from {opened.folder}"

@@ -17,8 +17,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A run folder, one checkpoint in it, a folder in Hugging Face's layout, or the name "
-        "of a model on its hub as org/model.",
+        help="A run folder, one checkpoint in it, a folder in Hugging Face's layout, a GGUF file, "
+        "or the name of a model on Hugging Face's hub as org/model.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -29,8 +29,8 @@ Dtype = Annotated[
 Weights = Annotated[
     str,
     typer.Option(
-        help="as-is, or packed for the CPU kernels: fp32, bf16, int8 or int4 (groups of 32 inputs "
-        "share a scale; int8-64 and int4-64: of 64)."
+        help="as-is (GGUF: packed so that its numbers are kept), or packed for the CPU kernels: "
+        "fp32, bf16, int8 or int4 (groups of 32 inputs share a scale; int8-64 and int4-64: of 64)."
     ),
 ]
 AcceptField = Annotated[

@@ -44,6 +44,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
         if is_preset(name) or "/" not in name:
             return preset(name)
     # They import torch, which a preset does not need.
+    from moestro.checkpoints.gguf.header import is_gguf
     from moestro.checkpoints.hub import check_kind, find_settings
     from moestro.checkpoints.reading import is_pretrained
 
@@ -53,7 +54,7 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
         path, title = find_settings(name), name
     if title is None:
         title = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if path.suffix == ".json" and is_pretrained(path):
+    if is_gguf(path) or (path.suffix == ".json" and is_pretrained(path)):
         return _published(title, path, accept_fields)
     if path.suffix not in (".json", ".toml"):
         check_kind(path)
@@ -61,25 +62,30 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> Subject:
 
 
 def _published(title: str, path: Path, accept_fields: Sequence[str]) -> Subject:
-    """A config.json of Hugging Face's layout; how its weights are stored is only noted."""
+    """A config.json of Hugging Face's layout, or GGUF; how weights are stored is only noted."""
+    from moestro.checkpoints.gguf.header import is_gguf, kinds_of
     from moestro.checkpoints.quantized import quantisation
     from moestro.checkpoints.reading import read_settings
     from moestro.plan.subject import from_settings
 
     described = read_settings(path, accept_fields, for_weights=False)
     stored = quantisation(described.fields)
-    note = "" if stored is None else f"Its weights are stored quantised by {stored.words}."
+    words = kinds_of(path) if is_gguf(path) else stored and f"quantised by {stored.words}"
+    note = f"Its weights are stored {words}." if words else ""
     return from_settings(title, described.cfg, str(path), note)
 
 
 def _config_in(folder: Path) -> Path:
     """The settings in a model's folder, or in a run's newest checkpoint."""
     from moestro.checkpoints.folders import CONFIG, checkpoints
+    from moestro.checkpoints.gguf.folder import find
     from moestro.checkpoints.hub import check_kind
     from moestro.errors import ConfigError
 
     for place in (folder, *reversed(checkpoints(folder))):
         if (place / CONFIG).is_file():
             return place / CONFIG
+    if (file := find(folder)) is not None:
+        return file
     check_kind(folder)
-    raise ConfigError(f"{folder} holds neither a {CONFIG} nor checkpoints of a run")
+    raise ConfigError(f"{folder} holds no {CONFIG}, no GGUF file and no checkpoints of a run")

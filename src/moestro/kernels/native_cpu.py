@@ -8,146 +8,30 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FP32, INT64, ROWS, UINT8, address, check, piece
+from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece
 from moestro.kernels.native_library import Experts, Matrix, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
-from moestro.kernels.packing import (
-    ACTIVATIONS,
-    COLUMNS,
-    KINDS,
-    PAGE,
-    UNGATED,
-    Format,
-    PackedExperts,
-    PackedMatrix,
-    blank_experts,
-    blank_matrix,
-)
+from moestro.kernels.native_packing import aligned as aligned
+from moestro.kernels.native_packing import expert_sizes, packed_at
+from moestro.kernels.native_packing import pack_expert as pack_expert
+from moestro.kernels.native_packing import pack_experts as pack_experts
+from moestro.kernels.native_packing import pack_matrix as pack_matrix
+from moestro.kernels.native_packing import read_rows as read_rows
+from moestro.kernels.native_packing import unpack_expert as unpack_expert
+from moestro.kernels.native_packing import unpack_matrix as unpack_matrix
+from moestro.kernels.packing import ACTIVATIONS, KINDS, UNGATED, Format, PackedExperts, PackedMatrix
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes
 from moestro.kernels.reference import Biases
 
 PLAIN = Format("plain")
-_LINE = 64  # what packed weights begin at a multiple of, in bytes
-
-
-def aligned(nbytes: int) -> Tensor:
-    """Uninitialised uint8 memory that starts on a page."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=CPU)
-    start = -memory.data_ptr() % PAGE
-    return memory[start : start + nbytes]
-
-
-def pack_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:
-    """Pack one matrix; a bias beside it becomes fp32.
-
-    Raises:
-        ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
-    """
-    w_OI = _packable(w_OI)
-    blank = blank_matrix(w_OI, format, bias_O)
-    data = aligned(blank.data.numel())
-    _pack(w_OI, format, data.data_ptr(), 1)
-    return blank._replace(data=data)
-
-
-def pack_experts(
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    format: Format,
-    up_bias_EH: Tensor | None = None,
-    down_bias_ED: Tensor | None = None,
-    interleaved: bool = False,
-) -> PackedExperts:
-    """Pack stacked experts of any strides, in as many threads as torch has.
-
-    fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
-    before those of up, or (`interleaved`) in turn with them.
-
-    Raises:
-        ShapeError: see `pack_matrix`; names the expert.
-    """
-    if interleaved:
-        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)  # [E, 2, F, D], not copied
-        if up_bias_EH is not None:
-            up_bias_EH = up_bias_EH.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
-    blank = blank_experts(down_EDF, activation, format, up_bias_EH, down_bias_ED)
-    data = aligned(blank.data.numel())
-    slabs = data.view(blank.num_experts, -1)
-
-    def pack(expert: int) -> None:
-        up_HD, down_DF = (
-            each.detach() if each.dtype in ROWS else each.detach().float()
-            for each in (up_EHD[expert].flatten(0, -2), down_EDF[expert])
-        )
-        try:
-            pack_expert(up_HD, down_DF, activation, format, slabs[expert])
-        except ShapeError as error:
-            raise ShapeError(f"expert {expert}: {error}") from error
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as packers:
-        list(packers.map(pack, range(blank.num_experts)))
-    return blank._replace(data=data)
-
-
-def pack_expert(
-    up_HD: Tensor, down_DF: Tensor, activation: str, format: Format, slab: Tensor
-) -> None:
-    """Pack one expert into its slab (uint8, `slab_bytes` long, on a multiple of 64 bytes).
-
-    Raises:
-        ShapeError: see `pack_matrix`.
-    """
-    up_HD, down_DF = _packable(up_HD), _packable(down_DF)
-    dim, hidden = _sizes(up_HD, down_DF, activation)
-    at = _packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
-    ups, step, down = _within(dim, hidden, activation, format)
-    for offset, part_FD in zip(ups, up_HD.split(hidden), strict=True):
-        _pack(part_FD, format, at + offset, step)
-    _pack(down_DF, format, at + down, 1)
-
-
-def unpack_matrix(packed: PackedMatrix) -> Tensor:
-    """The fp32 matrix [rows, columns] that a packed one stands for.
-
-    Raises:
-        ShapeError: it is plain, or its data is not what it says.
-    """
-    data, rows, columns, format, _ = packed
-    return _unpack(_packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
-
-
-def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
-    """(up [H, D], down [D, F]) in fp32 of one expert.
-
-    Raises:
-        ShapeError: see `unpack_matrix`; or there is no such expert.
-    """
-    dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
-    size = slab_bytes(dim, hidden, packed.activation, format)
-    if not 0 <= expert < packed.num_experts:
-        raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
-    at = _packed_at(packed.data, packed.num_experts * size) + expert * size
-    ups, step, down = _within(dim, hidden, packed.activation, format)
-    up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
-    return up_HD, _unpack(at + down, dim, hidden, format, 1)
-
-
-def _within(dim: int, hidden: int, activation: str, format: Format) -> tuple[list[int], int, int]:
-    """Where gate and up begin in a slab, how many blocks apart theirs are, where down begins."""
-    up_bytes = matrix_bytes(hidden, dim, format)
-    if activation in UNGATED:
-        return [0], 1, up_bytes
-    return [0, up_bytes // -(-hidden // COLUMNS)], 2, 2 * up_bytes
 
 
 def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -250,7 +134,7 @@ def plain_experts(
         None if each is None else each.detach().float().contiguous()
         for each in (up_bias_EH, down_bias_ED)
     )
-    dim, hidden = _sizes(up_EHD, down_EDF, activation)
+    dim, hidden = expert_sizes(up_EHD, down_EDF, activation)
     return PackedExperts(
         up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
@@ -266,7 +150,7 @@ def matrix_of(packed: PackedMatrix) -> Matrix:
     if format.kind == "plain":
         at = _plain_at(data, (rows, columns))
     else:
-        at = _packed_at(data, matrix_bytes(rows, columns, format))
+        at = packed_at(data, matrix_bytes(rows, columns, format))
     return Matrix(at, rows, columns, _kind(format, data), format.group)
 
 
@@ -288,7 +172,7 @@ def experts_of(packed: PackedExperts) -> Experts:
         down_at = _plain_at(down, (num_experts, dim, hidden), (data.dtype,))
     else:
         slab = slab_bytes(dim, hidden, activation, format)
-        at = _packed_at(data, num_experts * slab)
+        at = packed_at(data, num_experts * slab)
     biases = (
         None if bias is None else address(bias, "bias", (num_experts, size), FP32)
         for bias, size in ((up_bias, width), (down_bias, dim))
@@ -297,10 +181,6 @@ def experts_of(packed: PackedExperts) -> Experts:
         at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
         ACTIVATIONS.index(activation), 0, *biases,
     )  # fmt: skip
-
-
-def _packed_at(data: Tensor, nbytes: int, name: str = "packed weights") -> int:
-    return address(data, name, (nbytes,), UINT8, _LINE)
 
 
 def _plain_at(
@@ -326,42 +206,7 @@ def _kind(format: Format, data: Tensor) -> int:
     return KINDS.index(format.kind) + (format.kind == "plain" and data.dtype == torch.float32)
 
 
-def _sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
-    """(D, F) of one expert, up [H, D] and down [D, F], or of stacked ones.
-
-    Raises:
-        ShapeError: they do not fit each other.
-    """
-    *experts, dim, hidden = down.shape
-    wanted = (*experts, hidden * (1 if activation in UNGATED else 2), dim)
-    if activation not in ACTIVATIONS or tuple(up.shape) != wanted:
-        raise ShapeError(
-            f"{activation} experts with down {list(down.shape)} have up {list(wanted)}; given "
-            f"{list(up.shape)} (activations: {', '.join(ACTIVATIONS)})"
-        )
-    return dim, hidden
-
-
 def _range(name: str, given_A: Tensor, count: int) -> str:
     """Which indices are allowed and which were given."""
     ids = given_A.tolist()
     return f"{name} from 0 to {count - 1}, given {min(ids, default=0)} to {max(ids, default=0)}"
-
-
-def _packable(w_OI: Tensor) -> Tensor:
-    return check(w_OI, "what is packed", (None, None), ROWS).detach().contiguous()
-
-
-def _pack(w_OI: Tensor, format: Format, at: int, step: int) -> None:
-    given = (ROWS[w_OI.dtype], address(w_OI, "weights", w_OI.shape, ROWS), *w_OI.shape)
-    call(
-        "pack", KINDS.index(format.kind), format.group, *given, w_OI.shape[1], at, step,
-        takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
-    )  # fmt: skip
-
-
-def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
-    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
-    kind = KINDS.index(format.kind)
-    call("unpack", kind, format.group, at, rows, columns, step, w_OI.data_ptr())
-    return w_OI

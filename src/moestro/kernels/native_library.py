@@ -23,7 +23,7 @@ PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
-ABI = 5
+ABI = 6
 _EMEMORY, _EPATH = -2, -3
 _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -58,7 +58,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_use_path": (I32, (I32,)),
     "moestro_threads": (I32, ()),
     "moestro_use_threads": (I32, (I32, PTR)),
-    "moestro_pack": (I32, (I32, I32, I32, PTR, I64, I64, I64, PTR, I64)),
+    "moestro_pack": (I32, (I32, I32, I32, PTR, I64, I64, PTR, I64, PTR)),
+    "moestro_read_rows": (I32, (I32, PTR, I64, I64, PTR)),
     "moestro_unpack": (I32, (I32, I32, PTR, I64, I64, I64, PTR)),
     "moestro_linear": (I32, (PTR, I32, PTR, I64, PTR, PTR)),
     "moestro_mixture": (I32, (PTR, I32, PTR, I64, PTR, PTR, PTR, I64, PTR)),

@@ -15,7 +15,7 @@ Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidde
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ QUANTISED = ("int8", "int4")
 GROUPS = (32, 64)
 COLUMNS = 32
 PAIRS = 32
+# Blocks of GGUF that native code reads, by ggml's number: (numbers, bytes) of a block.
+BLOCKS = {
+    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
+    13: (256, 176), 14: (256, 210), 20: (32, 18), 39: (32, 17),
+}  # fmt: skip
+# Of these, what int8 and int4 in groups of 32 hold bit by bit.
+EXACT_INT8 = (2, 6, 8, 20, 39)
+EXACT_INT4 = (2,)
 PAGE = 4096
 
 
@@ -71,6 +79,38 @@ class PackedExperts(NamedTuple):
     up_bias: Tensor | None = None  # fp32 [E, 2F] (gate first) or [E, F]
     down_bias: Tensor | None = None  # fp32 [E, D]
     down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
+
+
+class BlockRows(NamedTuple):
+    """Rows of a matrix as a GGUF file has them: blocks of integers with scales.
+
+    Attributes:
+        data: uint8 [O, bytes of a row].
+        number: ggml's number of the blocks' kind; see native/blocks.cpp.
+        columns: I.
+    """
+
+    data: Tensor
+    number: int
+    columns: int
+
+
+class StoredRows(Protocol):
+    """A module's matrices as a file has them, read when they are packed.
+
+    Attributes:
+        rounding: fp64 [2], to which packing adds the squared error of what is rounded, and the sum
+            of its squares.
+    """
+
+    rounding: Tensor
+
+    def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+        """The parts of a tensor of the module, or of entry `entry` of its first axis, in order.
+
+        Gate and up are two parts; of others all but the last have a multiple of 32 rows. Plain
+        numbers are fp32 or bf16.
+        """
 
 
 def check_format(format: Format) -> None:
@@ -116,6 +156,18 @@ def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> in
         raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
     up = matrix_bytes(hidden_dim, dim, format) * (1 if activation in UNGATED else 2)
     return -(-(up + matrix_bytes(dim, hidden_dim, format)) // PAGE) * PAGE
+
+
+def block_row_bytes(number: int, columns: int) -> int:
+    """Bytes of a row of blocks.
+
+    Raises:
+        ShapeError: there are no such blocks, or the row is not made of whole ones.
+    """
+    length, size = BLOCKS.get(number, (0, 0))
+    if not length or columns < 1 or columns % length:
+        raise ShapeError(f"rows of {columns} numbers cannot be blocks of kind {number}")
+    return columns // length * size
 
 
 def blank_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:

@@ -77,11 +77,27 @@ class LayerCache:
             self._move(like, kept, kept + added)
         return self._buffers, self._start + kept
 
-    def fork(self) -> LayerCache:
-        """The same positions in memory of their own."""
+    def fork(self, dropped: int = 0) -> LayerCache:
+        """The same positions but for the last `dropped`, in memory of their own."""
         twin = LayerCache(self.limit)
-        twin._buffers, twin.length = tuple(each.clone() for each in self.held()), self.length
+        twin.length = self.length - dropped
+        buffers = (buffer.narrow(-2, self._start, twin.length) for buffer in self._buffers)
+        twin._buffers = tuple(each.clone() for each in buffers)
         return twin
+
+    def can_drop(self, dropped: int, position: int) -> bool:
+        """Whether all is still kept that position `position - dropped` would look at.
+
+        Args:
+            dropped: of the last positions.
+            position: how many have passed.
+        """
+        return self.length - dropped >= min(position - dropped, self.limit - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return sum(each.nbytes for each in self._buffers)
 
     def held(self) -> tuple[Tensor, ...]:
         """Views [..., P, A] of what is kept, oldest first; they hold until the next `extend`."""
@@ -152,12 +168,29 @@ class KVCache:
         self.source: Source | None = None
         self.position = 0
 
-    def fork(self) -> KVCache:
-        """The same past in memory of its own: both may go on, each its own way."""
+    def fork(self, position: int | None = None) -> KVCache:
+        """The same past in memory of its own: both may go on, each its own way.
+
+        Args:
+            position: where it is cut, which `can_cut` has to allow; None: not at all.
+        """
+        dropped = 0 if position is None else self.position - position
         twin = KVCache((), self.rotary)
-        twin.layers, twin.position = [layer.fork() for layer in self.layers], self.position
+        twin.layers = [layer.fork(dropped) for layer in self.layers]
+        twin.position = self.position - dropped
         twin.source = self.source  # nothing writes to it
         return twin
+
+    def can_cut(self, position: int) -> bool:
+        """Whether it can be forked at this position: no layer has let go what it looks back on."""
+        dropped = self.position - position
+        known = 0 <= position <= self.position
+        return known and all(each.can_drop(dropped, self.position) for each in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def advance(self, added: int) -> None:
         """Count the positions that the native step has written."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, torch_grouped
 from moestro.kernels.addresses import ROWS
-from moestro.kernels.packing import Format, PackedMatrix, blank_matrix
+from moestro.kernels.packing import Format, PackedMatrix, StoredRows, blank_matrix
 from moestro.moe.mixing import compute_dtype
 from moestro.moe.packed import Packed
 
@@ -84,13 +84,14 @@ class PlainLinear(nn.Linear):
 class Linear(PlainLinear):
     """A projection that can be packed."""
 
-    def to_packed(self, format: Format) -> PackedLinear:
+    def to_packed(self, format: Format, stored: StoredRows | None = None) -> PackedLinear:
         """See `moestro.moe.packed.Packable`."""
         weight_OI = self.weight.detach()
-        if weight_OI.dtype not in ROWS:
+        if stored is None and weight_OI.is_meta:
+            return PackedLinear(blank_matrix(weight_OI, format, self.bias))
+        if stored is None and weight_OI.dtype not in ROWS:
             weight_OI = weight_OI.float()
-        pack = blank_matrix if weight_OI.is_meta else native_cpu.pack_matrix
-        return PackedLinear(pack(weight_OI, format, self.bias))
+        return PackedLinear(native_cpu.pack_matrix(weight_OI, format, self.bias, stored))
 
     def native(self) -> PackedMatrix:
         """The weights as the native kernels read them, not copied."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, packing, reference
-from moestro.kernels.packing import Format
+from moestro.kernels.packing import Format, StoredRows
 from moestro.kernels.reference import Biases
 from moestro.moe import mixing
 from moestro.moe.mixing import ExpertWeights, compute_dtype
@@ -86,12 +87,13 @@ class StackedWeights(nn.Module):
         """The weights, for `moestro.moe.mixing`."""
         return ExpertWeights(self.gate_up, self.down, self.activation, self.biases)
 
-    def to_packed(self, format: Format) -> PackedStack:
+    def to_packed(self, format: Format, stored: StoredRows | None = None) -> PackedStack:
         """The same with packed weights; see `moestro.moe.packed.Packable`."""
         how = (self.activation, format, *(self.biases or ()))
-        if self.down.is_meta:
+        if stored is None and self.down.is_meta:
             return self.packed(packing.blank_experts(self.down, *how))
-        return self.packed(native_cpu.pack_experts(self.gate_up, self.down, *how))
+        pack = partial(native_cpu.pack_experts, stored=stored)
+        return self.packed(pack(self.gate_up, self.down, *how))
 
     def native(self) -> packing.PackedExperts:
         """The weights as the native kernels read them, not copied."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moestro.errors import MoestroError
 from moestro.kernels import backends, native_cpu, packing
-from moestro.kernels.packing import Format
+from moestro.kernels.packing import Format, StoredRows
 from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
@@ -22,8 +22,11 @@ from moestro.moe.routing import Routing
 class Packable(Protocol):
     """A module that can be packed."""
 
-    def to_packed(self, format: Format) -> Packed:
-        """The same with packed weights, without memory where it has none; see `quantize.pack`."""
+    def to_packed(self, format: Format, stored: StoredRows | None = None) -> Packed:
+        """The same with packed weights, without memory where it has none; see `quantize.pack`.
+
+        With `stored`, matrices are read from there, and the module's own numbers do not count.
+        """
 
 
 class Packed(nn.Module):

@@ -291,6 +291,8 @@ def test_layouts_are_reversible(name):
     shapes = [(24, 5), (24,)] if name.startswith("rope") else [(3, 6, 4), (6, 4)]
     if name == "rope_pairs_at_end":
         shapes = [(14, 5), (14,)]
+    if name == "pairs_of_heads":
+        shapes = [(24, 5), (24,)]
     for shape in shapes:
         ours = torch.randn(shape)
         theirs = LAYOUTS[name].save(ours, LATENT)
@@ -308,6 +310,8 @@ def test_layouts_by_hand():
     assert heads[12:].tolist() == [12 + n for n in (0, 1, 2, 3, 4, 6, 8, 10, 5, 7, 9, 11)]
     end = LAYOUTS["rope_pairs_at_end"].load(torch.arange(14.0), LATENT)
     assert end.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 7, 9, 11, 13]
+    heads = LAYOUTS["pairs_of_heads"].load(torch.arange(16.0), LATENT)
+    assert heads.tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
 
 
 def test_slices():

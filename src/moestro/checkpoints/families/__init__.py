@@ -26,6 +26,7 @@ FAMILIES: Mapping[str, Family] = {
         llama.QWEN3,
         mixtral.MIXTRAL,
         olmoe.OLMOE,
+        qwen_moe.QWEN2,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
         deepseek.DEEPSEEK,

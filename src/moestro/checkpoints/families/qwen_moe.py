@@ -72,6 +72,12 @@ def _qwen2_slides(hf: Mapping[str, Any]) -> list[bool]:
     return [n % 2 == 0 and n < last for n in range(num_layers(hf))]
 
 
+def _qwen2_dense_slides(hf: Mapping[str, Any]) -> list[bool]:
+    """Layers slide from number max_window_layers on, if windows are on at all."""
+    first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else None
+    return [first is not None and n >= first for n in range(num_layers(hf))]
+
+
 _MIXTURE = (
     *decoder(),
     DENSE,
@@ -80,6 +86,13 @@ _MIXTURE = (
     field("norm_topk_prob", "moe.router.renormalize", False),
     _num_experts(),
     _mixed_layers(),
+)
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    (*decoder(), DENSE, layer_types(_qwen2_dense_slides, switch=True)),
+    DENSE_RULES,
+    always={"attention.bias": "qkv"},
 )
 QWEN2_MOE = Family(
     "qwen2_moe",

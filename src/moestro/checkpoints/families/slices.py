@@ -108,8 +108,9 @@ def _spell_out(
         sizes = (shape[0] // count,) * count if rule.sizes is None else rule.sizes(cfg)
         assert sum(sizes) == shape[0], f"the parts of {name} are {sizes}, its rows {shape[0]}"
         spans = [(sum(sizes[:part]), sum(sizes[: part + 1])) for part in range(count)]
+    layouts = (rule.layout,) * count if isinstance(rule.layout, str) else rule.layout
     for entry in entries:
-        for theirs, rows in zip(rule.theirs, spans, strict=True):
+        for theirs, rows, layout in zip(rule.theirs, spans, layouts, strict=True):
             part = shape if rows is None else (rows[1] - rows[0], *shape[1:])
             key = theirs.format(e=entry, **words)
-            yield TensorSlice(key, name, entry, rows, rule.layout, LAYOUTS[rule.layout].shape(part))
+            yield TensorSlice(key, name, entry, rows, layout, LAYOUTS[layout].shape(part))

@@ -6,6 +6,7 @@ tensor names and layouts. Both run both ways, so what was read can be written ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ class Rule(NamedTuple):
             of ours, one after another along the first axis (after the index, if there is one).
         ours: our name, with {n} for the layer; an index in brackets takes that slice of the first
             axis: `blocks.{n}.ffn.experts.down[{e}]`, `blocks.{n}.ffn.down[0]`. {name} is any name.
-        layout: how a part of theirs becomes a part of ours, by its name in `LAYOUTS`.
+        layout: how a part of theirs becomes a part of ours, by its name in `LAYOUTS`; a name for
+            each part where they differ.
         sizes: settings → rows of each part of ours; None: equal parts.
 
     A rule whose tensor the model does not have is not used, so a table can list what only some
@@ -34,7 +36,7 @@ class Rule(NamedTuple):
 
     theirs: tuple[str, ...]
     ours: str
-    layout: str = "same"
+    layout: str | tuple[str, ...] = "same"
     sizes: Callable[[Any], tuple[int, ...]] | None = None
 
 
@@ -150,6 +152,11 @@ def _regrouped(x: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
     return torch.unflatten(x, axis, sizes).transpose(axis - 1, axis).flatten(axis - 1, axis)
 
 
+def _within_heads(x: Tensor, width: int, order: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The rows of each head in another order; a bias passes the same way."""
+    return order(x.reshape(-1, width, math.prod(x.shape[1:])), -2).reshape(x.shape)
+
+
 def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
     """Rotary rows of latent attention: pairs (2i, 2i+1) in DeepSeek's, (i, i + A/2) in ours.
 
@@ -179,4 +186,11 @@ LAYOUTS: Mapping[str, Layout] = {
     "rope_pairs_of_heads": _rope_pairs(lambda cfg: cfg.attention.num_heads),
     # DeepSeek's kv_a_proj_with_mqa: kv_rank + rope rows.
     "rope_pairs_at_end": _rope_pairs(lambda cfg: 1),
+    # Queries and keys of llama.cpp's llama networks: pairs (2i, 2i+1) of each head side by side.
+    "pairs_of_heads": Layout(
+        lambda x, cfg: _within_heads(x, cfg.head_dim, _apart),
+        lambda x, cfg: _within_heads(x, cfg.head_dim, _together),
+    ),
 }
+# Those that only put rows in another order, so that rows of blocks pass through them as well.
+OF_ROWS = ("same", "rope_pairs_of_heads", "rope_pairs_at_end", "pairs_of_heads")

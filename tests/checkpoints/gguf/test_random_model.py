@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moestro.checkpoints.gguf import KINDS, write_random
+from moestro.checkpoints.gguf.random_model import KINDS, write_random
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 
@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], i
     fields: dict[str, Any] = {}
     for _ in range(num_fields):
         name, kind = text(), take("I")
-        fields[name] = text() if kind == 8 else take({4: "I", 6: "f"}[kind])
+        fields[name] = text() if kind == 8 else take({4: "I", 6: "f", 7: "?"}[kind])
     places = []
     for _ in range(num_tensors):
         name, axes = text(), take("I")

@@ -1,0 +1,181 @@
+// Reading GGUF's blocks. What each kind means is defined by ggml (ggml-common.h); tests hold every kind against the
+// library that ggml's own makers publish.
+#include "blocks.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace moestro {
+
+float from_half(uint16_t half) {
+    const uint32_t exponent = (half >> 10) & 31u, mantissa = half & 1023u, sign = uint32_t(half & 0x8000u) << 16;
+    uint32_t bits = sign | (exponent + 112u) << 23 | mantissa << 13;
+    if (exponent == 31u) bits = sign | 0x7f800000u | mantissa << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    if (exponent == 0u) {
+        x = float(mantissa) * 0x1p-24f;
+        return sign ? -x : x;
+    }
+    return x;
+}
+
+namespace {
+
+enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, MXFP4 = 39 };
+
+const int8_t NONLINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+const int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice the numbers
+
+MOESTRO_INLINE uint16_t half_at(const uint8_t *at) {
+    uint16_t bits;
+    memcpy(&bits, at, 2);
+    return bits;
+}
+
+// Low halves of 16 bytes, then high halves.
+template <class F> MOESTRO_INLINE void nibbles(const uint8_t *qs, int8_t *q, F value) {
+    for (int i = 0; i < 16; i++) q[i] = value(qs[i] & 15, i);
+    for (int i = 0; i < 16; i++) q[i + 16] = value(qs[i] >> 4, i + 16);
+}
+
+// The integers of 32 numbers, of a kind that has one scale for them.
+MOESTRO_WIDE void integers(int32_t number, const uint8_t *b, int8_t *q) {
+    uint32_t fifth = 0;
+    switch (number) {
+    case Q8_0:
+        memcpy(q, b + 2, 32);
+        break;
+    case Q4_0:
+        nibbles(b + 2, q, [](int x, int) { return int8_t(x - 8); });
+        break;
+    case Q4_1:
+        nibbles(b + 4, q, [](int x, int) { return int8_t(x); });
+        break;
+    case Q5_0:
+        memcpy(&fifth, b + 2, 4);
+        nibbles(b + 6, q, [=](int x, int i) { return int8_t((x | int(fifth >> i & 1u) << 4) - 16); });
+        break;
+    case Q5_1:
+        memcpy(&fifth, b + 4, 4);
+        nibbles(b + 8, q, [=](int x, int i) { return int8_t(x | int(fifth >> i & 1u) << 4); });
+        break;
+    case IQ4_NL:
+        nibbles(b + 2, q, [](int x, int) { return NONLINEAR[x]; });
+        break;
+    default:  // MXFP4
+        nibbles(b + 1, q, [](int x, int) { return E2M1[x]; });
+    }
+}
+
+// Scale and minimum j of the eight in a super-block, six bits each.
+void scale_and_minimum(int j, const uint8_t *s, int *scale, int *minimum) {
+    if (j < 4) {
+        *scale = s[j] & 63, *minimum = s[j + 4] & 63;
+        return;
+    }
+    *scale = (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+    *minimum = (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+}
+
+MOESTRO_WIDE void super_block_with_minima(int32_t number, const uint8_t *b, float *out) {
+    const float d = from_half(half_at(b)), dmin = from_half(half_at(b + 2));
+    const uint8_t *scales = b + 4, *fifth = b + 16, *qs = b + (number == Q5_K ? 48 : 16);
+    for (int j = 0; j < 8; j++) {
+        int scale, minimum;
+        scale_and_minimum(j, scales, &scale, &minimum);
+        const float step = d * float(scale), least = dmin * float(minimum);
+        const uint8_t *at = qs + j / 2 * 32;
+        const int shift = j % 2 * 4;
+        uint8_t q[32];
+        for (int i = 0; i < 32; i++) q[i] = uint8_t(at[i] >> shift & 15);
+        if (number == Q5_K)
+            for (int i = 0; i < 32; i++) q[i] = uint8_t(q[i] | (fifth[i] >> j & 1) << 4);
+        for (int i = 0; i < 32; i++) out[j * 32 + i] = step * float(int(q[i])) - least;
+    }
+}
+
+MOESTRO_WIDE void super_block_of_six_bits(const uint8_t *b, float *out) {
+    const float d = from_half(half_at(b + 208));
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *low = b + half * 64, *high = b + 128 + half * 32;
+        for (int j = 0; j < 4; j++) {
+            const uint8_t *four = low + j % 2 * 32;
+            int8_t q[32];
+            for (int i = 0; i < 32; i++)
+                q[i] = int8_t(((four[i] >> (j / 2 * 4) & 15) | (high[i] >> (2 * j) & 3) << 4) - 32);
+            for (int part = 0; part < 2; part++) {
+                const float step = d * float(int8_t(b[192 + half * 8 + j * 2 + part]));
+                float *to = out + half * 128 + j * 32 + part * 16;
+                for (int i = 0; i < 16; i++) to[i] = step * float(int(q[part * 16 + i]));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+BlockKind block_kind(int32_t number) {
+    switch (number) {
+    case Q4_0:
+    case IQ4_NL:
+        return {32, 18, true};
+    case Q4_1:
+        return {32, 20, false};
+    case Q5_0:
+        return {32, 22, true};
+    case Q5_1:
+        return {32, 24, false};
+    case Q8_0:
+        return {32, 34, true};
+    case MXFP4:
+        return {32, 17, true};
+    case Q4_K:
+        return {256, 144, false};
+    case Q5_K:
+        return {256, 176, false};
+    case Q6_K:
+        return {256, 210, false};
+    default:
+        return {0, 0, false};
+    }
+}
+
+void read_blocks(int32_t number, const uint8_t *row, int64_t k, float *out) {
+    const BlockKind kind = block_kind(number);
+    for (int64_t at = 0; at < k; at += kind.length, row += kind.bytes, out += kind.length) {
+        if (number == Q6_K) {
+            super_block_of_six_bits(row, out);
+            continue;
+        }
+        if (kind.length == 256) {
+            super_block_with_minima(number, row, out);
+            continue;
+        }
+        int8_t q[32];
+        integers(number, row, q);
+        const float scale = number == MXFP4 ? std::ldexp(1.0f, row[0] - 128) : from_half(half_at(row));
+        const bool shifted = number == Q4_1 || number == Q5_1;
+        const float least = shifted ? from_half(half_at(row + 2)) : 0.0f;
+        for (int i = 0; i < 32; i++) out[i] = shifted ? scale * float(q[i]) + least : scale * float(q[i]);
+    }
+}
+
+bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales) {
+    const BlockKind kind = block_kind(number);
+    for (int64_t at = 0; at < k; at += 32, row += kind.bytes, q += 32, scales++) {
+        integers(number, row, q);
+        if (number == MXFP4) {
+            // 2^(e - 128) as fp16, which has the powers from -24 to 15.
+            const int power = row[0] - 128;
+            if (power < -24 || power > 15) return false;
+            *scales = power < -14 ? uint16_t(1u << (power + 24)) : uint16_t((power + 15) << 10);
+        } else {
+            *scales = half_at(row);
+            if ((*scales & 0x7c00u) == 0x7c00u) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace moestro

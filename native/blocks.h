@@ -1,0 +1,28 @@
+// Rows as GGUF files hold them: blocks of integers with scales, by ggml's numbers of kinds.
+#pragma once
+#include <cstdint>
+
+// Loops that the compiler spreads over as wide registers as there are; all widths give the same bits, since nothing
+// is fused or summed in another order.
+#define MOESTRO_WIDE __attribute__((target_clones("avx2", "default")))
+#define MOESTRO_INLINE static inline __attribute__((always_inline))
+
+namespace moestro {
+
+// fp16 → fp32, exact.
+float from_half(uint16_t half);
+
+// A kind of blocks; length 0: not known here.
+struct BlockKind {
+    int32_t length, bytes;
+    bool exact;  // every 32 numbers are integers of eight bits times an fp16 scale
+};
+BlockKind block_kind(int32_t number);
+
+// The fp32 numbers of a row of `k`, a multiple of the kind's length.
+void read_blocks(int32_t number, const uint8_t *row, int64_t k, float *out);
+
+// The same as integers and a scale for each 32, where the kind is exact; false: a scale is not a finite fp16.
+bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales);
+
+}  // namespace moestro

@@ -1,0 +1,263 @@
+"""Packing weights by the native library, and back; `moestro.kernels.packing` is the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from moestro.errors import ShapeError
+from moestro.kernels.addresses import CPU, ROWS, UINT8, address, check
+from moestro.kernels.native_library import call
+from moestro.kernels.packing import (
+    ACTIVATIONS,
+    COLUMNS,
+    KINDS,
+    PAGE,
+    UNGATED,
+    BlockRows,
+    Format,
+    PackedExperts,
+    PackedMatrix,
+    StoredRows,
+    blank_experts,
+    blank_matrix,
+    block_row_bytes,
+    matrix_bytes,
+    slab_bytes,
+)
+
+ROWS_BLOCKS = 256  # as native/moestro.h has it
+_LINE = 64  # what packed weights begin at a multiple of, in bytes
+
+
+def aligned(nbytes: int) -> Tensor:
+    """Uninitialised uint8 memory that starts on a page."""
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=CPU)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
+
+
+def pack_matrix(
+    w_OI: Tensor,
+    format: Format,
+    bias_O: Tensor | None = None,
+    stored: StoredRows | None = None,
+) -> PackedMatrix:
+    """Pack one matrix; a bias beside it becomes fp32.
+
+    Args:
+        w_OI: the matrix; with `stored` only its shape counts.
+        format: of the packed matrix.
+        bias_O: beside it.
+        stored: what holds it as its "weight".
+
+    Raises:
+        ShapeError: it is no fp32 or bf16 matrix, or holds what cannot be packed.
+    """
+    parts: Sequence[Tensor | BlockRows]
+    parts = [_packable(w_OI)] if stored is None else stored.rows("weight")
+    blank = blank_matrix(w_OI, format, bias_O)
+    data = aligned(blank.data.numel())
+    rounding = None if stored is None else stored.rounding
+    _pack(parts, w_OI.shape, format, data.data_ptr(), 1, rounding)
+    return blank._replace(data=data)
+
+
+def pack_experts(
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    format: Format,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    interleaved: bool = False,
+    stored: StoredRows | None = None,
+) -> PackedExperts:
+    """Pack stacked experts of any strides, in as many threads as torch has.
+
+    fp16 and fp64 go through fp32, an expert at a time; biases become fp32. Rows of the gate come
+    before those of up, or (`interleaved`) in turn with them. With `stored`, which holds them as
+    "gate_up" and "down", only the shapes of the first two count.
+
+    Raises:
+        ShapeError: see `pack_matrix`; names the expert.
+    """
+    if interleaved:
+        up_EHD = up_EHD.unflatten(1, (-1, 2)).transpose(1, 2)  # [E, 2, F, D], not copied
+        if up_bias_EH is not None:
+            up_bias_EH = up_bias_EH.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+    blank = blank_experts(down_EDF, activation, format, up_bias_EH, down_bias_ED)
+    data = aligned(blank.data.numel())
+    slabs = data.view(blank.num_experts, -1)
+
+    def pack(expert: int) -> None:
+        try:
+            if stored is not None:
+                ups, down = stored.rows("gate_up", expert), stored.rows("down", expert)
+                sizes = (blank.dim, blank.hidden_dim)
+                _pack_slab(ups, down, sizes, activation, format, slabs[expert], stored.rounding)
+                return
+            up_HD, down_DF = (
+                each.detach() if each.dtype in ROWS else each.detach().float()
+                for each in (up_EHD[expert].flatten(0, -2), down_EDF[expert])
+            )
+            pack_expert(up_HD, down_DF, activation, format, slabs[expert])
+        except ShapeError as error:
+            raise ShapeError(f"expert {expert}: {error}") from error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as packers:
+        list(packers.map(pack, range(blank.num_experts)))
+    return blank._replace(data=data)
+
+
+def pack_expert(
+    up_HD: Tensor, down_DF: Tensor, activation: str, format: Format, slab: Tensor
+) -> None:
+    """Pack one expert into its slab (uint8, `slab_bytes` long, on a multiple of 64 bytes).
+
+    Raises:
+        ShapeError: see `pack_matrix`.
+    """
+    up_HD, down_DF = _packable(up_HD), _packable(down_DF)
+    sizes = expert_sizes(up_HD, down_DF, activation)
+    _pack_slab(list(up_HD.split(sizes[1])), [down_DF], sizes, activation, format, slab)
+
+
+def _pack_slab(
+    ups: Sequence[Tensor | BlockRows],
+    down: Sequence[Tensor | BlockRows],
+    sizes: tuple[int, int],
+    activation: str,
+    format: Format,
+    slab: Tensor,
+    rounding: Tensor | None = None,
+) -> None:
+    """Pack gate and up, or up alone, and the parts of down."""
+    dim, hidden = sizes
+    at = packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
+    places, step, down_at = _within(dim, hidden, activation, format)
+    for offset, part in zip(places, ups, strict=True):
+        _pack([part], (hidden, dim), format, at + offset, step, rounding)
+    _pack(down, (dim, hidden), format, at + down_at, 1, rounding)
+
+
+def unpack_matrix(packed: PackedMatrix) -> Tensor:
+    """The fp32 matrix [rows, columns] that a packed one stands for.
+
+    Raises:
+        ShapeError: it is plain, or its data is not what it says.
+    """
+    data, rows, columns, format, _ = packed
+    return _unpack(packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
+
+
+def unpack_expert(packed: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
+    """(up [H, D], down [D, F]) in fp32 of one expert.
+
+    Raises:
+        ShapeError: see `unpack_matrix`; or there is no such expert.
+    """
+    dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
+    size = slab_bytes(dim, hidden, packed.activation, format)
+    if not 0 <= expert < packed.num_experts:
+        raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
+    at = packed_at(packed.data, packed.num_experts * size) + expert * size
+    ups, step, down = _within(dim, hidden, packed.activation, format)
+    up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
+    return up_HD, _unpack(at + down, dim, hidden, format, 1)
+
+
+def read_rows(rows: BlockRows) -> Tensor:
+    """The fp32 numbers [O, I] of rows of blocks.
+
+    Raises:
+        ShapeError: the blocks are not known here (`packing.BLOCKS`), or do not fit.
+    """
+    count, dtype, place = _rows_of(rows, rows.columns)
+    out_OI = torch.empty(count, rows.columns, dtype=torch.float32, device=CPU)
+    call("read_rows", dtype, place, count, rows.columns, out_OI.data_ptr())
+    return out_OI
+
+
+def packed_at(data: Tensor, nbytes: int, name: str = "packed weights") -> int:
+    """The address of packed weights, so many bytes on a multiple of 64.
+
+    Raises:
+        ShapeError: they are something else.
+    """
+    return address(data, name, (nbytes,), UINT8, _LINE)
+
+
+def _within(dim: int, hidden: int, activation: str, format: Format) -> tuple[list[int], int, int]:
+    """Where gate and up begin in a slab, how many blocks apart theirs are, where down begins."""
+    up_bytes = matrix_bytes(hidden, dim, format)
+    if activation in UNGATED:
+        return [0], 1, up_bytes
+    return [0, up_bytes // -(-hidden // COLUMNS)], 2, 2 * up_bytes
+
+
+def expert_sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
+    """(D, F) of one expert, up [H, D] and down [D, F], or of stacked ones.
+
+    Raises:
+        ShapeError: they do not fit each other.
+    """
+    *experts, dim, hidden = down.shape
+    wanted = (*experts, hidden * (1 if activation in UNGATED else 2), dim)
+    if activation not in ACTIVATIONS or tuple(up.shape) != wanted:
+        raise ShapeError(
+            f"{activation} experts with down {list(down.shape)} have up {list(wanted)}; given "
+            f"{list(up.shape)} (activations: {', '.join(ACTIVATIONS)})"
+        )
+    return dim, hidden
+
+
+def _packable(w_OI: Tensor) -> Tensor:
+    return check(w_OI, "what is packed", (None, None), ROWS).detach().contiguous()
+
+
+def _pack(
+    parts: Sequence[Tensor | BlockRows],
+    shape: Sequence[int],
+    format: Format,
+    at: int,
+    step: int,
+    rounding: Tensor | None = None,
+) -> None:
+    """Pack a matrix of this shape, which comes in parts of whole blocks of rows."""
+    kind, done = KINDS.index(format.kind), 0
+    block = matrix_bytes(COLUMNS, shape[1], format) * step
+    sums = None if rounding is None else address(rounding, "sums", (2,), (torch.float64,))
+    for part in parts:
+        rows, dtype, place = _rows_of(part, shape[1])
+        if done % COLUMNS or done + rows > shape[0]:
+            raise ShapeError(f"{list(shape)} is packed from parts that do not fit: {rows} rows")
+        to = at + done // COLUMNS * block
+        call(
+            "pack", kind, format.group, dtype, place, rows, shape[1], to, step, sums,
+            takes="weights without NaN or infinity, and for int8 and int4 none of size above 65504",
+        )  # fmt: skip
+        done += rows
+    if done != shape[0]:
+        raise ShapeError(f"{list(shape)} is packed from {done} rows")
+
+
+def _rows_of(part: Tensor | BlockRows, columns: int) -> tuple[int, int, int]:
+    """(rows, dtype as native/moestro.h numbers it, address) of what is packed or read."""
+    if isinstance(part, Tensor):
+        place = address(part, "weights", (None, columns), ROWS)
+        return len(part), ROWS[part.dtype], place
+    if part.columns != columns or part.data.shape[1] != block_row_bytes(part.number, columns):
+        raise ShapeError(f"rows of {columns} numbers are given as {list(part.data.shape)} bytes")
+    place = address(part.data, "blocks", part.data.shape, UINT8)
+    return len(part.data), ROWS_BLOCKS + part.number, place
+
+
+def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
+    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
+    kind = KINDS.index(format.kind)
+    call("unpack", kind, format.group, at, rows, columns, step, w_OI.data_ptr())
+    return w_OI

@@ -1,0 +1,131 @@
+"""Blocks of every kind: native reading against ggml's own library, and packing that keeps them."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, dequantize
+from torch import Tensor
+
+from moestro.errors import ShapeError
+from moestro.kernels import native_cpu
+from moestro.kernels.packing import (
+    BLOCKS,
+    EXACT_INT4,
+    EXACT_INT8,
+    BlockRows,
+    Format,
+    block_row_bytes,
+    error_bound,
+)
+
+NAMES = {number: GGMLQuantizationType(number).name for number in BLOCKS}
+KINDS = pytest.mark.parametrize("number", BLOCKS, ids=NAMES.get)
+
+
+def random_rows(number: int, rows: int, columns: int, seed: int = 0) -> BlockRows:
+    """Random bytes; halves that stand for scales are finite and not tiny."""
+    length, size = BLOCKS[number]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, columns // length, size), np.uint8)
+    halves = {12: (0, 2), 13: (0, 2), 14: (208,), 3: (0, 2), 7: (0, 2)}.get(number, (0,))
+    scales = (rng.standard_normal((rows, columns // length, len(halves))) * 0.1).astype("<f2")
+    if NAMES[number] == "MXFP4":
+        raw[..., 0] = rng.integers(118, 132, raw.shape[:2])
+    else:
+        for n, at in enumerate(halves):
+            raw[..., at : at + 2] = scales[..., n : n + 1].copy().view(np.uint8)
+    data = torch.from_numpy(raw.reshape(rows, -1).copy())
+    return BlockRows(data, number, columns)
+
+
+def theirs(rows: BlockRows) -> Tensor:
+    found = dequantize(rows.data.numpy(), GGMLQuantizationType(rows.number))
+    return torch.from_numpy(np.ascontiguousarray(found, np.float32)).view(len(rows.data), -1)
+
+
+class Given:
+    """One matrix for the packer."""
+
+    def __init__(self, *parts: BlockRows) -> None:
+        self.parts = list(parts)
+        self.rounding = torch.zeros(2, dtype=torch.float64)
+
+    def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+        return list(self.parts)
+
+
+@KINDS
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (5, 768), (33, 512)])
+def test_native_numbers_are_the_librarys(number: int, rows: int, columns: int) -> None:
+    given = random_rows(number, rows, columns)
+    assert torch.equal(native_cpu.read_rows(given), theirs(given))
+
+
+@pytest.mark.parametrize("number", EXACT_INT8, ids=NAMES.get)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (32, 96), (71, 160)])
+def test_int8_keeps_them_exactly(number: int, rows: int, columns: int) -> None:
+    given = Given(random_rows(number, rows, columns))
+    packed = native_cpu.pack_matrix(torch.empty(rows, columns), Format("int8", 32), None, given)
+    assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
+    assert given.rounding.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("number", EXACT_INT4, ids=NAMES.get)
+def test_int4_keeps_them_exactly(number: int) -> None:
+    given = Given(random_rows(number, 45, 96))
+    packed = native_cpu.pack_matrix(torch.empty(45, 96), Format("int4", 32), None, given)
+    assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
+
+
+@KINDS
+@pytest.mark.parametrize("format", [Format("int8", 64), Format("int4", 64), Format("bfloat16")])
+def test_other_forms_round_as_they_round_plain_numbers(number: int, format: Format) -> None:
+    given = Given(random_rows(number, 40, 512))
+    plain = theirs(given.parts[0])
+    packed = native_cpu.pack_matrix(torch.empty(40, 512), format, None, given)
+    assert torch.equal(packed.data, native_cpu.pack_matrix(plain, format).data)
+
+
+@KINDS
+def test_the_error_of_rounding_is_measured(number: int) -> None:
+    given = Given(random_rows(number, 64, 512))
+    plain = theirs(given.parts[0]).double()
+    packed = native_cpu.pack_matrix(torch.empty(64, 512), Format("int8", 32), None, given)
+    off = native_cpu.unpack_matrix(packed).double() - plain
+    assert bool(
+        (off.abs() <= error_bound(plain.float(), Format("int8", 32)).repeat_interleave(32, 1)).all()
+    )
+    if number in EXACT_INT8:
+        return
+    expected = torch.stack([off.square().sum(), plain.square().sum()])
+    torch.testing.assert_close(given.rounding, expected, rtol=1e-4, atol=0)
+
+
+def test_parts_of_several_kinds() -> None:
+    parts = [random_rows(2, 32, 256), random_rows(14, 64, 256, 1), random_rows(8, 7, 256, 2)]
+    given = Given(*parts)
+    packed = native_cpu.pack_matrix(torch.empty(103, 256), Format("int8", 32), None, given)
+    alone = [
+        native_cpu.pack_matrix(torch.empty(len(p.data), 256), Format("int8", 32), None, Given(p))
+        for p in parts
+    ]
+    found = torch.cat([native_cpu.unpack_matrix(each) for each in alone])
+    assert torch.equal(native_cpu.unpack_matrix(packed), found)
+
+
+def test_parts_that_do_not_fit() -> None:
+    wide = random_rows(8, 8, 64)
+    for given in (Given(wide, wide), Given(wide), Given(random_rows(8, 16, 96))):
+        with pytest.raises(ShapeError):
+            native_cpu.pack_matrix(torch.empty(16, 64), Format("int8", 32), None, given)
+    with pytest.raises(ShapeError, match="blocks of kind 10"):
+        block_row_bytes(10, 256)
+    with pytest.raises(ShapeError):
+        native_cpu.read_rows(BlockRows(torch.zeros(2, 33, dtype=torch.uint8), 8, 32))
+
+
+def test_a_scale_that_is_not_finite_is_refused() -> None:
+    rows = random_rows(8, 4, 32)
+    rows.data[2, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="NaN or infinity"):
+        native_cpu.pack_matrix(torch.empty(4, 32), Format("int8", 32), None, Given(rows))

@@ -1,0 +1,180 @@
+"""The header is read from a file that nobody vouches for: every number in it is hostile here."""
+
+import random
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from moestro.checkpoints.gguf.header import KINDS, read, read_parts
+from moestro.errors import CheckpointError
+
+
+def write(path: Path, **fields: Any) -> Path:
+    """A small good file of three tensors."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bé", "c"])
+    writer.add_array("tokenizer.ggml.token_type", [1, 3, 1])
+    writer.add_bool("llama.on", True)
+    for key, value in fields.items():
+        writer.add_uint32(key, value)
+    writer.add_tensor("one.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+    blocks = np.zeros((4, 34), np.uint8)
+    writer.add_tensor("two.weight", blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("three.bias", np.ones(5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    header = read(write(tmp_path / "a.gguf"))
+    assert header.architecture == "llama"
+    assert header.get(".block_count") == 2
+    assert header.get("tokenizer.ggml.tokens") == ["a", "bé", "c"]
+    assert header.get("tokenizer.ggml.token_type").tolist() == [1, 3, 1]
+    assert header.get(".on") is True
+    assert header.get(".missing", 5) == 5
+    one, two, three = header.tensors
+    assert (one.name, one.shape, one.kind.name, one.bytes) == ("one.weight", (2, 32), "F32", 256)
+    assert (two.name, two.shape, two.kind.name, two.bytes) == ("two.weight", (4, 32), "Q8_0", 136)
+    assert (three.name, three.shape) == ("three.bias", (5,))
+    raw = header.file.read_bytes()
+    assert np.frombuffer(raw, "<f4", 64, one.offset).tolist() == list(range(64))
+    assert np.frombuffer(raw, "<f4", 5, three.offset).tolist() == [1] * 5
+
+
+def test_kinds_are_those_of_the_library() -> None:
+    from gguf import GGML_QUANT_SIZES
+
+    theirs = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    for kind in KINDS.values():
+        assert theirs[kind.number] == (kind.length, kind.bytes), kind
+        assert GGMLQuantizationType(kind.number).name == kind.name
+
+
+@pytest.mark.parametrize(
+    ("at", "raw", "why"),
+    [
+        (0, b"GGML", "not GGUF"),
+        (4, struct.pack(">I", 3), "big-endian"),
+        (4, struct.pack("<I", 1), "version 1"),
+        (4, struct.pack("<I", 4), "version 4"),
+        (8, struct.pack("<Q", 1 << 60), "tensors"),
+        (16, struct.pack("<Q", 1 << 60), "fields"),
+        (24, struct.pack("<Q", 1 << 63), "name of"),
+    ],
+)
+def test_wrong_beginnings(at: int, raw: bytes, why: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf")
+    good = path.read_bytes()
+    path.write_bytes(good[:at] + raw + good[at + len(raw) :])
+    with pytest.raises(CheckpointError, match=why):
+        read(path)
+
+
+def changed(path: Path, old: bytes, new: bytes) -> Path:
+    raw = path.read_bytes()
+    assert raw.count(old) == 1
+    assert len(old) == len(new)
+    path.write_bytes(raw.replace(old, new))
+    return path
+
+
+def tensor_info(name: bytes, *shape: int, kind: int, offset: int) -> bytes:
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", len(shape))
+    return head + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("new", "why"),
+    [
+        (tensor_info(b"two.weight", 32, 4, kind=8, offset=0), "overlap"),
+        (tensor_info(b"two.weight", 32, 4, kind=8, offset=1 << 40), "bytes"),
+        (tensor_info(b"two.weight", 32, 4, kind=8, offset=257), "bytes"),
+        (tensor_info(b"two.weight", 31, 4, kind=8, offset=256), "in Q8_0"),
+        (tensor_info(b"two.weight", 32, 1 << 62, kind=8, offset=256), "in Q8_0"),
+        (tensor_info(b"two.weight", 32, 0, kind=8, offset=256), "in Q8_0"),
+        (tensor_info(b"two.weight", 32, 4, kind=99, offset=256), "kind 99"),
+        (tensor_info(b"one.weight", 32, 4, kind=8, offset=256), "one name"),
+    ],
+)
+def test_wrong_tensors(new: bytes, why: str, tmp_path: Path) -> None:
+    old = tensor_info(b"two.weight", 32, 4, kind=8, offset=256)
+    with pytest.raises(CheckpointError, match=why):
+        read(changed(write(tmp_path / "a.gguf"), old, new))
+
+
+def test_alignment(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", **{"general.alignment": 3})
+    with pytest.raises(CheckpointError, match="alignment is 3"):
+        read(path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf")
+    raw = path.read_bytes()
+    end = read(path).tensors[-1]
+    for size in range(end.offset + end.bytes):
+        path.write_bytes(raw[:size])
+        with pytest.raises(CheckpointError):
+            read(path)
+
+
+def test_mutated_files_cost_no_more_memory_than_they_have_bytes(tmp_path: Path) -> None:
+    """The slow test beside this one does the same 100,000 times."""
+    mutate(tmp_path, 3_000)
+
+
+@pytest.mark.slow
+def test_many_mutated_files(tmp_path: Path) -> None:
+    mutate(tmp_path, 100_000)
+
+
+def mutate(folder: Path, times: int) -> None:
+    path = write(folder / "a.gguf")
+    good, rng = path.read_bytes(), random.Random(0)
+    header_bytes = read(path).tensors[0].offset
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(times):
+        raw = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.randrange(header_bytes)
+            if rng.random() < 0.5:
+                raw[at] = rng.randrange(256)
+            else:
+                number = rng.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 1 << 40))
+                raw[at : at + 8] = struct.pack("<Q", number)
+        path.write_bytes(raw)
+        try:
+            read(path)
+        except CheckpointError:
+            continue
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 64 * 1024  # KiB
+
+
+def test_parts(tmp_path: Path) -> None:
+    for number in (1, 2):
+        writer = GGUFWriter(tmp_path / f"m-{number:05d}-of-00002.gguf", "llama")
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", 2)
+        writer.add_tensor(f"t{number}.weight", np.ones(4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    parts = read_parts(tmp_path / "m-00002-of-00002.gguf")
+    assert [info.name for part in parts for info in part.tensors] == ["t1.weight", "t2.weight"]
+    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match=r"m-00001-of-00002\.gguf is missing"):
+        read_parts(tmp_path / "m-00002-of-00002.gguf")
+    with pytest.raises(CheckpointError, match="one of 2 files"):
+        read_parts(tmp_path / "other.gguf")

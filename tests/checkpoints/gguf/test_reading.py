@@ -1,0 +1,178 @@
+"""Models through GGUF and back: the same numbers as through Hugging Face's layout."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoints.families import tiny
+
+from moestro.checkpoints.gguf.folder import NOTE
+from moestro.checkpoints.gguf.header import read
+from moestro.checkpoints.gguf.writing import NETWORKS, write_gguf
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.packed_files import default_path
+from moestro.checkpoints.quantize import AS_STORED
+from moestro.checkpoints.reading import read_settings
+from moestro.errors import CheckpointError, ConfigError
+from moestro.kernels import native_cpu
+from moestro.models.build import build_model
+from moestro.moe.packed import Packed, PackedStack
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64}
+FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
+# Forms of tiny.TINY that llama.cpp has a network for, with widths that blocks of 32 divide.
+FORMS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "mixtral": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "mixtral_window": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {"head_dim": 12},
+    "qwen3_moe": {"moe_intermediate_size": 32},
+    "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2_moe": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+    "deepseek_v2": {"moe_intermediate_size": 32, **FOUR},
+    "deepseek_v2_lite": {"moe_intermediate_size": 32, **FOUR},
+    "deepseek_v3": {"moe_intermediate_size": 32, **FOUR},
+    "gpt_oss_even": {},
+}
+
+
+def theirs(name: str, folder: Path) -> Path:
+    """A tiny model of transformers with wide matrices, saved."""
+    kind, changes = tiny.TINY[name]
+    tiny.TINY["wide"] = (kind, {**changes, **WIDE, **FORMS[name]})
+    try:
+        tiny.save(tiny.build("wide"), folder)
+    finally:
+        del tiny.TINY["wide"]
+    return folder
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return theirs(request.param, tmp_path_factory.mktemp("theirs"))
+
+
+def written(folder: Path, kind: str, target: Path) -> Path:
+    opened = open_checkpoint(folder)
+    assert opened.family is not None
+    write_gguf(opened.model, target, family=opened.family, kind=kind)
+    return target
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 61, (2, 19), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_fp32_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+    file = written(folder, "f32", tmp_path / "m.gguf")
+    ours, back = open_checkpoint(folder), open_checkpoint(file)
+    assert back.family == ours.family
+    assert read_settings(file).cfg == read_settings(back.folder).cfg
+    state = back.model.state_dict()
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert torch.equal(back.model(tokens()).logits, ours.model(tokens()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_blocks_are_kept_bit_by_bit(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Packed weights stand for the very numbers that the blocks stand for."""
+    file = written(folder, kind, tmp_path / "m.gguf")
+    packed = open_checkpoint(file, keep=False).model
+    plain = open_checkpoint(file, dtype="fp32").model
+    formats = set()
+    for path, module in packed.named_modules():
+        if not isinstance(module, Packed):
+            continue
+        formats.add(module.weights.format.kind)
+        original = plain.get_submodule(path)
+        if isinstance(module, PackedStack):
+            for expert in range(module.weights.num_experts):
+                up, down = native_cpu.unpack_expert(module.weights, expert)
+                assert torch.equal(up, original.gate_up[expert]), path
+                assert torch.equal(down, original.down[expert]), path
+        else:
+            assert torch.equal(native_cpu.unpack_matrix(module.weights), original.weight), path
+    assert formats >= {"int4" if kind == "q4_0" else "int8"}
+    assert torch.isfinite(packed(tokens()).logits).all()
+
+
+def test_the_packed_form_is_kept_and_mapped(tmp_path: Path) -> None:
+    file = written(theirs("qwen3_moe", tmp_path / "t"), "q4_0", tmp_path / "m.gguf")
+    first = open_checkpoint(file)
+    assert default_path(first.folder, AS_STORED).is_file()
+    assert first.folder == tmp_path / "m.gguf.moestro"
+    again = open_checkpoint(file)
+    inputs = tokens()
+    assert torch.equal(first.model(inputs).logits, again.model(inputs).logits)
+    # Another model under the same name is noticed.
+    written(theirs("qwen3_moe", tmp_path / "u"), "q8_0", file)
+    with pytest.raises(CheckpointError, match="different checkpoint"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "qwen2_moe"])
+def test_transformers_reads_the_same_numbers(name: str, tmp_path: Path) -> None:
+    """transformers has a reader of its own for some networks."""
+    file = written(theirs(name, tmp_path / "t"), "f32", tmp_path / "m.gguf")
+    kind = f"{tiny.TINY[name][0]}ForCausalLM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Its reader of settings takes its own defaults for the width of an expert.
+        config = tiny.transformers.AutoConfig.from_pretrained(tmp_path / "t")
+        other = getattr(tiny.transformers, kind).from_pretrained(
+            tmp_path, gguf_file="m.gguf", dtype=torch.float32, config=config
+        )
+    ours = open_checkpoint(file).model
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens()).logits, other.eval()(tokens()).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_other_networks_are_refused_by_name(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"'rwkv7' is not read.*qwen3moe"):
+        open_checkpoint(tmp_path / "m.gguf")
+    assert not (tmp_path / f"m.gguf.moestro/{NOTE}").exists()
+    with pytest.raises(ConfigError, match="phimoe"):
+        write_gguf(
+            build_model(read_settings(theirs("qwen3", tmp_path / "t")).cfg),
+            tmp_path / "n.gguf",
+            family="phimoe",
+            kind="f32",
+        )
+    assert set(NETWORKS) > {"mixtral", "qwen3_moe", "olmoe", "gpt_oss"}
+
+
+def test_settings_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:
+    cfg = read_settings(theirs("qwen3_moe", tmp_path / "t")).cfg
+    changed = cfg.model_copy(update={"norm": cfg.norm.model_copy(update={"kind": "layer"})})
+    with pytest.raises(ConfigError, match="GGUF cannot say norm"):
+        write_gguf(build_model(changed), tmp_path / "n.gguf", family="qwen3_moe", kind="f32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
+
+
+def test_a_folder_with_one_file_and_with_two(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    file = written(theirs("qwen3", tmp_path / "t"), "f32", tmp_path / "m" / "a.gguf")
+    assert open_checkpoint(tmp_path / "m").family == "qwen3"
+    assert read(file).architecture == "qwen3"
+    file.with_name("b.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="holds 2 models"):
+        open_checkpoint(tmp_path / "m")
