@@ -8,7 +8,7 @@ SANITIZED := build/sanitized
 # Build requirements are pinned too: older pips read the first variable for them, newer the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
-EXTRAS := dev,gguf,hf
+EXTRAS := dev,gguf,hf,serve
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inc)
 # A process for each core, of one thread each.
 WORKERS ?= auto

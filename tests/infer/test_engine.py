@@ -24,6 +24,7 @@ from moestro.infer.writing import Piece, find_stop
 from moestro.models.decoder import Decoder
 from moestro.models.network import ModelOutput
 from moestro.moe.routing import Routing
+from moestro.models.cache import KVCache
 from moestro.text import ByteTokenizer, SubwordTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
@@ -49,8 +50,8 @@ class Scripted(nn.Module):
         self.calls: list[list[int]] = []
         self.eval()
 
-    def new_cache(self, batch: int) -> object:
-        return object()
+    def new_cache(self, batch: int) -> KVCache:
+        return KVCache(())
 
     def forward(self, tokens_BS: Tensor, *, cache: object = None) -> ModelOutput:
         tokens_T = tokens_BS[0]

@@ -143,7 +143,7 @@ def generate(
     from moestro.checkpoints.opening import kept_as
     from moestro.text import load_tokenizer
 
-    given = _given(
+    given = given_sampling(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
         seed=seed, stop=tuple(stop) if stop else None,
@@ -151,12 +151,12 @@ def generate(
     _check_pairs(layer, show_experts, system, chat)
     text = _read_prompt(prompt)
     folder = find_checkpoint(path, kept_as(weights, packed))
-    tokenizer, sampling = load_tokenizer(folder), _sampling(folder, given)
+    tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
     options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
     model = open_shown(folder, **options, accept_fields=accept_field).model
-    layers = _chosen_layers(model)
-    column = _column(layers, layer) if show_experts else None
+    layers = chosen_layers(model)
+    column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
     choose = _answer if chat and not special else iter
     if as_json:
@@ -175,7 +175,7 @@ def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat
         raise ConfigError("--system is a part of a conversation; add --chat")
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def given_sampling(**options: Any) -> dict[str, Any]:
     """The sampling settings that were given, checked before anything is read."""
     from moestro.infer.sampling import SamplingConfig
 
@@ -184,7 +184,7 @@ def _given(**options: Any) -> dict[str, Any]:
     return given
 
 
-def _sampling(folder: Path, given: dict[str, Any]) -> SamplingConfig:
+def stated_or_given(folder: Path, given: dict[str, Any]) -> SamplingConfig:
     """What was asked for, else what the checkpoint states, which is said."""
     from moestro.infer.sampling import GENERATION_FILE, SamplingConfig, stated_sampling
 
@@ -252,13 +252,13 @@ def _start(
     return dropped, engine.stream(model, tokenizer, prompt, sampling, special)
 
 
-def _chosen_layers(model: Model) -> tuple[int, ...]:
+def chosen_layers(model: Model) -> tuple[int, ...]:
     """Layer numbers of the mixtures that a generated token meets: a decoder's own."""
     encoder_layers = sum(len(stack.layers) for stack in model.cfg.stacks()[:-1])
     return tuple(n for n in model.moe_layers if n >= encoder_layers)
 
 
-def _column(moe_layers: tuple[int, ...], layer: int | None) -> int:
+def column_of(moe_layers: tuple[int, ...], layer: int | None) -> int:
     """Which entry of `Piece.experts` belongs to the chosen layer."""
     if not moe_layers:
         raise ConfigError("--show-experts: this model is dense, it has no experts to show")

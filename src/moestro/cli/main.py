@@ -30,6 +30,8 @@ VERBS = {
     "train": "Train a language model on text, as a mixture or dense.",
     "compare": "Train a mixture and its dense twin side by side, and compare what they learned.",
     "generate": "Continue a prompt with a trained model.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model over HTTP, for OpenAI's and Anthropic's clients.",
     "bench": "Measure how fast a model runs on this machine, and compare.",
     "eval": "Measure how well a model predicts held-out text, in each weight format.",
     "probe": "Measure which expert does what, on labelled text.",

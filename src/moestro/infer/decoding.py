@@ -7,7 +7,8 @@ prompt is cut, so a past can be continued and forked at any token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moestro.config import LongRopeScaling, NetworkConfig, RopeConfig
-from moestro.infer.native_decoder import NativeDecoder, supports
+from moestro.infer.native_decoder import NativeDecoder, Stepped, supports
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
@@ -26,20 +27,43 @@ from moestro.moe.routing import Routing
 CHUNK = 512
 
 
-class Passed(NamedTuple):
-    """What one new token of a sequence gave.
+class Routed(NamedTuple):
+    """Which experts took T tokens of a sequence in its L mixtures, the first choice first.
 
     Attributes:
-        logits_1V: of the token after it.
-        experts: the expert with the most say in each mixture; see `Piece.experts`.
+        experts_TLK: int64; -1 where fewer than K did.
+        weights_TLK: fp32; 0 there.
+    """
+
+    experts_TLK: Tensor
+    weights_TLK: Tensor
+
+
+class Passed(NamedTuple):
+    """What new tokens of a sequence gave.
+
+    Attributes:
+        logits_1V: of the token after them.
+        experts: the expert with the most say on the last of them in each mixture; see
+            `Piece.experts`.
+        routed: makes the experts of all of them.
     """
 
     logits_1V: Tensor
     experts: tuple[int, ...]
+    routed: Callable[[], Routed]
 
 
 class Decoding:
-    """Tokens through the model's own forward, sequence by sequence."""
+    """Tokens through the model's own forward, sequence by sequence.
+
+    Attributes:
+        load_LE: how often each expert of each mixture was chosen so far; None before any was.
+        cuts_exactly: whether a prompt gives the same bits however it is cut.
+    """
+
+    load_LE: Tensor | None = None
+    cuts_exactly = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -74,8 +98,15 @@ class Decoding:
 
         Those of a prompt, a chunk at a time, may pass beside one token of each running sequence.
         """
-        pairs = zip(tokens, pasts, strict=True)
-        return [_passed(self._forward(new, past)) for new, past in pairs]
+        outputs = [self._forward(new, past) for new, past in zip(tokens, pasts, strict=True)]
+        for output in outputs:
+            if output.routings:
+                self._count(torch.stack([each.counts_E().cpu() for each in output.routings]))
+        return [_passed(output) for output in outputs]
+
+    def _count(self, chosen_LE: Tensor) -> None:
+        # Never in place: another thread may be reading it.
+        self.load_LE = chosen_LE if self.load_LE is None else self.load_LE + chosen_LE
 
     @torch.inference_mode()
     def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
@@ -115,6 +146,8 @@ class EncDecDecoding(Decoding):
 class NativeDecoding(Decoding):
     """Prompts and steps in native code, tokens of all sequences together."""
 
+    cuts_exactly = True
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._native = NativeDecoder(model)
@@ -123,9 +156,18 @@ class NativeDecoding(Decoding):
         """See `Decoding`."""
         stepped = self._native.step(tokens, pasts)
         last_B = [end - 1 for end in accumulate(map(len, tokens))]
+        if stepped.experts_LTK.numel():
+            self._count(_counts(stepped.experts_LTK, self.model.cfg.moe.num_experts))
         first_BL = stepped.experts_LTK[:, last_B, :1].transpose(0, 1).flatten(1).tolist()
-        rows = zip(stepped.logits_BV, first_BL, strict=True)
-        return [Passed(logits_V[None], tuple(experts)) for logits_V, experts in rows]
+        rows = zip(stepped.logits_BV, first_BL, tokens, last_B, strict=True)
+        return [
+            Passed(
+                logits_V[None],
+                tuple(experts),
+                partial(_between, stepped, last + 1 - len(new), last),
+            )
+            for logits_V, experts, new, last in rows
+        ]
 
 
 def chunked(cfg: NetworkConfig) -> bool:
@@ -144,7 +186,53 @@ def chunked(cfg: NetworkConfig) -> bool:
 
 def _passed(output: ModelOutput) -> Passed:
     experts = tuple(first_expert(routing) for routing in output.routings)
-    return Passed(output.logits[:, -1], experts)
+    return Passed(output.logits[:, -1], experts, partial(_routed, output.routings))
+
+
+def _counts(experts_LTK: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was chosen in each layer."""
+    layers = len(experts_LTK)
+    places_L11 = num_experts * torch.arange(layers, device="cpu")[:, None, None]
+    counts = torch.bincount((experts_LTK + places_L11).flatten(), minlength=layers * num_experts)
+    return counts.view(layers, num_experts)
+
+
+def _between(stepped: Stepped, first: int, last: int) -> Routed:
+    """The experts of the tokens from `first` to `last` of a native step."""
+    experts_LTK = stepped.experts_LTK[:, first : last + 1]
+    weights_LTK = stepped.weights_LTK[:, first : last + 1]
+    return Routed(experts_LTK.transpose(0, 1), weights_LTK.transpose(0, 1))
+
+
+def _routed(routings: Sequence[Routing]) -> Routed:
+    """The experts of all tokens of one sequence."""
+    if not routings:
+        nothing = torch.zeros(0, 0, 0, dtype=torch.float32, device="cpu")
+        return Routed(nothing.long(), nothing)
+    layers = [_choices(routing) for routing in routings]
+    widest = max(experts_TK.shape[1] for experts_TK, _ in layers)
+    experts, weights = (
+        [torch.nn.functional.pad(each, (0, widest - each.shape[1]), value=empty) for each in column]
+        for column, empty in zip(zip(*layers, strict=True), (-1, 0.0), strict=True)
+    )
+    return Routed(torch.stack(experts, 1), torch.stack(weights, 1))
+
+
+def _choices(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Experts and weights by token, [T, K], those that kept it; the heaviest first if K varies."""
+    if routing.top_k:
+        experts_TK, weights_TK = routing.experts_TK(), routing.weights_R.view(-1, routing.top_k)
+        kept_TK = None if routing.kept_R is None else routing.kept_R.view_as(experts_TK)
+    else:
+        weights_TE = routing.probs_TE.new_full(routing.probs_TE.shape, -torch.inf)
+        kept_R = slice(None) if routing.kept_R is None else routing.kept_R
+        where = (routing.tokens_R[kept_R], routing.experts_R[kept_R])
+        weights_TE[where] = routing.weights_R[kept_R]
+        weights_TK, experts_TK = weights_TE.sort(-1, descending=True)
+        kept_TK = weights_TK > -torch.inf
+    if kept_TK is None:
+        return experts_TK, weights_TK
+    return experts_TK.masked_fill(~kept_TK, -1), weights_TK.masked_fill(~kept_TK, 0.0)
 
 
 def first_expert(routing: Routing) -> int:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moestro.errors import MoestroError
-from moestro.infer.decoding import Decoding, decoding_of
+from moestro.infer.decoding import Decoding, Routed, chunked, decoding_of
+from moestro.infer.prefixes import Prefixes
 from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Piece, Writer
+from moestro.infer.writing import Constraint, Piece, Scored, Writer, score
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
@@ -89,6 +90,8 @@ def generate_batch(
         session.add(prompt, sampling, special)
     while session.live:
         yield from session.step()
+        for error in session.failed.values():
+            raise error
 
 
 @dataclass
@@ -97,8 +100,12 @@ class _Live:
 
     number: int
     writer: Writer
-    past: KVCache
+    past: KVCache | None  # None while it waits
     prompt: list[int]  # what is not read yet
+    passed: list[int]  # what is
+    routed: list[Routed] | None  # of what has passed, where that is wanted
+    scored: list[Scored] | None = None  # of the prompt, where that is wanted
+    top: int = 0
     logits_1V: Tensor | None = None  # of its next token
 
 
@@ -109,15 +116,27 @@ class Session:
 
     Attributes:
         live: Requests that are not done.
+        failed: Requests that ended with an error, by number; whoever reads it may empty it.
+        scored: Of requests whose prompt is read and that wanted it, how likely each of its tokens
+            was but the first, by number; whoever reads it may empty it.
+        cached: Of requests that have begun, how many tokens of the prompt were not computed, since
+            an earlier text began with them, by number; whoever reads it may empty it.
+        routed: Of requests that are done and wanted it, the experts of every token that passed,
+            by number; whoever reads it may empty it.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE, cache_bytes: int = 0
+    ) -> None:
         """Open a session.
 
         Args:
             model: In eval mode; must not change meanwhile.
             tokenizer: The one that the model was trained with.
             most: Requests that run together; others wait for their turn.
+            cache_bytes: Memory for the pasts of earlier texts: what a prompt shares with one of
+                them is not computed again, which changes no bit; 0: no memory. A model without
+                native steps keeps none, since there its numbers would change.
 
         Raises:
             MoestroError: the model is in training mode.
@@ -127,23 +146,58 @@ class Session:
         self._tokenizer, self._cfg = tokenizer, model.cfg
         self._decoding: Decoding = decoding_of(model)
         self._most = most
-        self._waiting: deque[tuple[int, list[int], Writer]] = deque()
+        self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
         self._count = 0
+        self.failed: dict[int, MoestroError] = {}
+        self.routed: dict[int, list[Routed]] = {}
+        self.scored: dict[int, list[Scored]] = {}
+        self.cached: dict[int, int] = {}
+        self.prefixes: Prefixes | None = None
+        if cache_bytes and self._decoding.cuts_exactly:
+            self.prefixes = Prefixes(cache_bytes)
 
     @property
     def live(self) -> int:
         """Requests that are not done, waiting ones included."""
         return len(self._waiting) + len(self._running)
 
+    @property
+    def load_LE(self) -> Tensor | None:
+        """How often each expert of each mixture was chosen so far; None before any was."""
+        return self._decoding.load_LE
+
     def add(
-        self, prompt: str | Sequence[int], sampling: SamplingConfig, special: bool = False
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingConfig,
+        special: bool = False,
+        constraint: Constraint | None = None,
+        routed: bool = False,
+        top: int | None = None,
+        prompt_scored: bool = False,
     ) -> int:
         """Take a request, which begins with a later `step`; returns its number, from 0.
 
+        Args:
+            prompt: As for `stream`.
+            sampling: How to choose tokens and when to stop.
+            special: As for `stream`.
+            constraint: What the text may be; None: anything.
+            routed: Keep the experts of its tokens, prompt and text, for the attribute `routed`.
+            top: Say in each Piece how likely its token was, beside so many others; None: do not.
+            prompt_scored: The same of the prompt's tokens, for the attribute `scored`; each
+                passes by itself then, which takes longer and gives the same bits.
+
         Raises:
             DataError: the prompt has a token that the model does not know.
+            MoestroError: the prompt's tokens cannot pass by themselves.
         """
+        if prompt_scored and not chunked(self._cfg):
+            raise MoestroError(
+                "this model reads a prompt in one piece, so the logits between its tokens are not "
+                "kept; leave the prompt's log-probabilities out"
+            )
         tokenizer = self._tokenizer
         tokens, _ = encode(self._cfg, tokenizer, prompt)
         number, self._count = self._count, self._count + 1
@@ -151,12 +205,18 @@ class Session:
         if self._cfg.has_encoder:
             gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
             start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
-        self._waiting.append((number, tokens, Writer(tokenizer, sampling, marks, start)))
+        writer = Writer(tokenizer, sampling, marks, start, constraint, top)
+        live = _Live(number, writer, None, tokens, [], [] if routed else None)
+        live.scored, live.top = [] if prompt_scored else None, top or 0
+        self._waiting.append(live)
         return number
 
     def drop(self, number: int) -> None:
         """Forget a request, whether it waits or is being written; others go on unchanged."""
-        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        self._waiting = deque(each for each in self._waiting if each.number != number)
+        for each in self._running:
+            if each.number == number:
+                self._keep(each)
         self._running = [each for each in self._running if each.number != number]
 
     def step(self) -> list[tuple[int, Piece]]:
@@ -165,41 +225,88 @@ class Session:
         All pass through the model together, so that a long prompt holds the others up by no more
         than a chunk.
 
+        A request whose logits allow no choice ends alone, in `failed`.
+
         Returns:
             (number of the request, Piece) of all text that is certain now.
-
-        Raises:
-            MoestroError: the logits of a request allow no choice.
         """
         if self._waiting and len(self._running) < self._most and not self._reading():
-            number, tokens, writer = self._waiting.popleft()
-            self._running.append(_Live(number, writer, self._decoding.new(), tokens))
+            self._begin(self._waiting.popleft())
         made: list[tuple[int, Piece]] = []
         for each in self._running:
             if each.logits_1V is not None:
-                made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
-        self._running = [each for each in self._running if not each.writer.done]
+                try:
+                    made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
+                except MoestroError as error:
+                    self.failed[each.number] = error
+        self._leave()
         if self._running:
             made += self._pass()
+            self._leave()
         return made
 
+    def _begin(self, new: _Live) -> None:
+        """Give a request its past: that of what it shares with a text before, if there is one."""
+        if self.prefixes is not None and new.routed is None and new.scored is None:
+            running = [(each.passed, each.past) for each in self._running if each.past is not None]
+            new.past = self.prefixes.find(new.prompt, running)
+        if new.past is None:
+            new.past = self._decoding.new()
+        known = new.past.position
+        new.passed, new.prompt = new.prompt[:known], new.prompt[known:]
+        self.cached[new.number] = known
+        self._running.append(new)
+
     def _reading(self) -> bool:
-        """Whether a prompt is not read to its end; at most one at a time."""
-        return any(each.prompt for each in self._running)
+        """Whether a prompt is being read in chunks; at most one at a time."""
+        return any(each.prompt and each.scored is None for each in self._running)
 
     def _pass(self) -> list[tuple[int, Piece]]:
         """What was chosen, and a chunk of a prompt, through the model."""
         made: list[tuple[int, Piece]] = []
         live = self._running
-        tokens = [
-            each.prompt[: self._decoding.chunk(each.prompt)] or [each.writer.token] for each in live
-        ]
-        outputs = self._decoding.step(tokens, [each.past for each in live])
+        tokens = [self._chunk(each) or [each.writer.token] for each in live]
+        pasts = [each.past for each in live if each.past is not None]
+        outputs = self._decoding.step(tokens, pasts)
         for each, new, passed in zip(live, tokens, outputs, strict=True):
+            each.passed += new
             if each.prompt:
                 each.prompt = each.prompt[len(new) :]
+                if each.scored is not None:
+                    self._score(each, passed.logits_1V)
             else:
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
             each.logits_1V = None if each.prompt else passed.logits_1V
-        self._running = [each for each in live if not each.writer.done]
+            if each.routed is not None:
+                each.routed.append(passed.routed())
         return made
+
+    def _chunk(self, each: _Live) -> list[int]:
+        """What passes next of a prompt; nothing once it is read."""
+        size = self._decoding.chunk(each.prompt) if each.scored is None else 1
+        return each.prompt[:size]
+
+    def _score(self, each: _Live, logits_1V: Tensor) -> None:
+        """How likely the next token of a prompt was, if there is one."""
+        assert each.scored is not None
+        if each.prompt:
+            each.scored.append(score(logits_1V, each.prompt[0], each.top))
+        else:
+            self.scored[each.number] = each.scored
+
+    def _leave(self) -> None:
+        """Let requests go that are done."""
+        left = []
+        for each in self._running:
+            if not each.writer.done and each.number not in self.failed:
+                left.append(each)
+                continue
+            if each.routed is not None:
+                self.routed[each.number] = each.routed
+            self._keep(each)
+        self._running = left
+
+    def _keep(self, each: _Live) -> None:
+        """Keep the past of a text that is done."""
+        if self.prefixes is not None and each.past is not None and each.number not in self.failed:
+            self.prefixes.keep(each.passed, each.past)

@@ -7,7 +7,7 @@ that what it sets apart does not run together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from moestro.streaming import StreamDecoder
 from moestro.text import Tokenizer
 
 Finish = Literal["stop", "length", "end_of_text"]
+
+
+class Scored(NamedTuple):
+    """How likely a token was, by the model's logits as they are: no penalty, no temperature.
+
+    Attributes:
+        token: Its id.
+        logprob: Its natural logarithm.
+        top: The likeliest tokens and theirs, as many as were asked for, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Piece(NamedTuple):
@@ -31,6 +45,7 @@ class Piece(NamedTuple):
             `model.moe_layers`, -1 where none took it; () for a dense model and for the end of text.
         finish: Why the text ends with this token; None while it goes on.
         channel: The part of the reply that its text is in, see `moestro.infer.channels`.
+        scored: How likely it was; None where that was not asked for.
     """
 
     text: str
@@ -38,6 +53,25 @@ class Piece(NamedTuple):
     experts: tuple[int, ...] = ()
     finish: Finish | None = None
     channel: str = FINAL
+    scored: Scored | None = None
+
+
+def score(logits_1V: Tensor, token: int, top: int) -> Scored:
+    """How likely a token was, and which `top` tokens were likeliest; the lower id of equals."""
+    logprobs_V = logits_1V[0].detach().to("cpu", torch.float64).log_softmax(-1)
+    order_V = logprobs_V.argsort(descending=True, stable=True)[:top]
+    pairs = zip(order_V.tolist(), logprobs_V[order_V].tolist(), strict=True)
+    return Scored(token, float(logprobs_V[token]), tuple(pairs))
+
+
+class Constraint(Protocol):
+    """What the final channel of a text may be; one object for each text."""
+
+    def allowed(self) -> Tensor:
+        """Whether each token may come next: bool on the CPU; tokens past its end may not."""
+
+    def push(self, token: int) -> None:
+        """Take the token that was chosen."""
 
 
 class Writer:
@@ -54,6 +88,8 @@ class Writer:
         sampling: SamplingConfig,
         marks: Mapping[int, str] | None = None,
         prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+        top: int | None = None,
     ) -> None:
         """Begin a text.
 
@@ -62,8 +98,12 @@ class Writer:
             sampling: How to choose tokens and when to stop.
             marks: Text of tokens that the tokenizer lacks or decodes to nothing.
             prompt: What the model reads before the first token that is chosen.
+            constraint: What the text may be; None: anything.
+            top: Say how likely each token was, beside so many others; None: do not.
         """
-        self.token, self.done = -1, False
+        self._top = top
+        self._scored: Scored | None = None
+        self.token, self.done, self._constraint = -1, False, constraint
         self._tokenizer, self._sampling, self._marks = tokenizer, sampling, marks or {}
         self._decoder, self._gate = StreamDecoder(tokenizer), _StopGate(sampling.stop)
         self._generator = new_generator(sampling)
@@ -77,11 +117,19 @@ class Writer:
 
     def choose(self, logits_1V: Tensor) -> list[Piece]:
         """Choose the next token; returns what is certain if it ends the text."""
+        plain_1V = logits_1V
         logits_1V = penalised(logits_1V, self._sampling, [self._past])[:, : self._size]
         if len(self._nameless_N):
             nameless_N = self._nameless_N.to(logits_1V.device)
             logits_1V = logits_1V.index_fill(1, nameless_N, -torch.inf)
+        held = self._constraint if self._channels.current == FINAL else None
+        if held is not None:
+            logits_1V = _masked(logits_1V, held.allowed())
         self.token = int(next_tokens(logits_1V, self._sampling, [self._generator]))
+        if held is not None:
+            held.push(self.token)
+        if self._top is not None:
+            self._scored = score(plain_1V, self.token, self._top)
         self._past.chosen[self.token] += 1
         if self.token not in self._tokenizer.ends:
             return []
@@ -104,11 +152,20 @@ class Writer:
 
     def _push(self, text: str, experts: tuple[int, ...], finish: Finish | None) -> list[Piece]:
         self._last = (self._last + text)[-1:]
-        piece = Piece(text, self.token, experts, finish, self._channels.current)
+        piece = Piece(text, self.token, experts, finish, self._channels.current, self._scored)
         self._channels.push(self.token)
         pieces = list(self._gate.push(piece))
         self.done = finish is not None or self._gate.stopped
         return pieces
+
+
+def _masked(logits_1V: Tensor, allowed_N: Tensor) -> Tensor:
+    """The logits, -inf where a token is not allowed."""
+    size = min(logits_1V.shape[1], len(allowed_N))
+    masked_1V = torch.full_like(logits_1V, -torch.inf)
+    allowed_N = allowed_N[:size].to(logits_1V.device)
+    masked_1V[:, :size] = logits_1V[:, :size].masked_fill(~allowed_N, -torch.inf)
+    return masked_1V
 
 
 class _StopGate:

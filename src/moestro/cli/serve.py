@@ -1,0 +1,160 @@
+"""`moestro serve`: a model over HTTP, for the clients that speak to OpenAI."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moestro.cli.opening import (
+    AcceptField,
+    Device,
+    Dtype,
+    ModelName,
+    PackedFile,
+    Weights,
+    open_shown,
+)
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.serve.served import Served
+
+Host = Annotated[
+    str, typer.Option(help="The address to answer at; 0.0.0.0 for all of this machine's.")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", help="Keys that clients must show, one a line; default none."),
+]
+Name = Annotated[
+    str | None, typer.Option(help="What requests call the model; default the folder's name.")
+]
+MaxLive = Annotated[int | None, typer.Option(help="Requests answered at once; default 16.")]
+MaxWaiting = Annotated[
+    int | None,
+    typer.Option(help="Requests that wait for their turn, before one is refused; default 64."),
+]
+Context = Annotated[
+    int | None, typer.Option(help="Most tokens of a prompt and its answer; default the model's.")
+]
+CacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for what earlier texts begin with, so that it is computed once, such as 4GiB; "
+        "0B: none; default 2GiB."
+    ),
+]
+
+
+def serve(
+    path: ModelName,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
+    name: Name = None,
+    max_live: MaxLive = None,
+    max_waiting: MaxWaiting = None,
+    context: Context = None,
+    cache_memory: CacheMemory = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    weights: Weights = "as-is",
+    packed: PackedFile = None,
+    accept_field: AcceptField = None,
+) -> None:
+    """Serve a model over HTTP, in the shapes that OpenAI's clients speak.
+
+    Without --host only this machine reaches it. SIGTERM or Ctrl-C lets running answers finish.
+    """
+    try:
+        from moestro.serve.running import bind, is_loopback, run
+    except ImportError:
+        raise ConfigError(
+            "serving needs packages that are not installed: pip install 'moestro[serve]'"
+        ) from None
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.opening import kept_as
+    from moestro.plan.sizes import parse_bytes
+    from moestro.serve.served import serve_model
+    from moestro.serve.settings import ServeSettings
+    from moestro.serve.state import new_state
+
+    limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
+    if cache_memory is not None:
+        limits["cache_bytes"] = 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+    keys, local = _keys(api_key_file), is_loopback(host)
+    settings = ServeSettings(
+        api_keys=keys,
+        any_host=bool(keys) or not local,
+        **{field: value for field, value in limits.items() if value is not None},
+    )
+    bound = bind(host, port)
+    with bound:
+        folder = find_checkpoint(path, kept_as(weights, packed))
+        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+        model = open_shown(folder, **options, accept_fields=accept_field).model
+        served = serve_model(name or _name(path, folder), model, folder, context)
+        address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
+        typer.echo(f"{_what(served)}, weights {weights}")
+        typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
+        if not keys and not local:
+            typer.echo(
+                "moestro: anybody who reaches this port may use it; --api-key-file asks for a key",
+                err=True,
+            )
+        typer.echo(_curl(served, address, api_key_file))
+        run(new_state(served, settings), bound, lambda: typer.echo("ready; Ctrl-C ends it"))
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """The keys in a file."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} holds no key; write one a line")
+    return keys
+
+
+def _name(path: str, folder: Path) -> str:
+    """What a model is called, which never says where it lies."""
+    given = Path(path)
+    if given.exists() or given.is_absolute():
+        resolved = given.resolve()
+        return resolved.stem if resolved.is_file() else resolved.name
+    return path.strip("/") or folder.name
+
+
+def _shown(host: str) -> str:
+    """An address that reaches a host from this machine."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reached}]" if ":" in reached else reached
+
+
+def _what(served: Served) -> str:
+    moe = served.model.cfg.moe
+    kind = "dense"
+    if moe is not None:
+        kind = f"{len(served.model.moe_layers)} mixtures of {moe.num_experts} experts"
+    return f"{served.name}: {kind}, context {served.context}"
+
+
+def _curl(served: Served, address: str, key_file: Path | None) -> str:
+    """A line that works when it is pasted."""
+    route, body = "completions", {"prompt": "Once upon a time", "max_tokens": 64}
+    if served.template is not None:
+        messages = [{"role": "user", "content": "Hello"}]
+        route, body = "chat/completions", {"messages": messages, "max_tokens": 64}
+    words = f"curl {address}/v1/{route} -H 'content-type: application/json'"
+    if key_file is not None:
+        words += f' -H "authorization: Bearer $(grep -m 1 . {shlex.quote(str(key_file))})"'
+    return f"{words} -d {shlex.quote(json.dumps(body))}"

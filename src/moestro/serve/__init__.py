@@ -1,0 +1,1 @@
+"""A model served over HTTP, in the shapes that existing clients speak; the extra `serve`."""

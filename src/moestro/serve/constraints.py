@@ -1,0 +1,170 @@
+"""Texts that are held to a grammar: JSON of a schema, calls of tools; llguidance does the work."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import torch
+from torch import Tensor
+
+from moestro.errors import MoestroError
+from moestro.infer.writing import Constraint
+from moestro.serve import errors
+from moestro.text import HF_FILE, ByteTokenizer, Tokenizer
+
+# Some space between JSON's parts, as models write it, but not without end.
+_SPACE = {"whitespace_pattern": r"[\x20\x0A]{1,16}"}
+_ANYTHING = "/(.|\\n)*/"
+
+
+class Grammars:
+    """Makes constraints for one tokenizer, which llguidance reads when one is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+        self._words: llguidance.LLTokenizer | None = None
+
+    def constraint(self, grammar: str, param: str) -> Callable[[], Constraint]:
+        """Makes a constraint for each text that a grammar describes.
+
+        Args:
+            grammar: in llguidance's form of Lark.
+            param: the field that it comes from.
+
+        Raises:
+            ApiError: it holds what llguidance does not know; says what.
+        """
+        words = self._read()
+        matcher = llguidance.LLMatcher(words, grammar, log_level=0)
+        wrong = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+        if wrong:
+            raise errors.refused(f"{param} cannot be kept to: {_reason(wrong[0])}", param)
+        return lambda: _Matched(matcher.deep_copy())
+
+    def _read(self) -> llguidance.LLTokenizer:
+        with self._lock:
+            if self._words is None:
+                self._words = _words(self._tokenizer)
+            return self._words
+
+
+def _words(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    ends = sorted(tokenizer.ends, key=lambda end: end != tokenizer.end_of_text)
+    if isinstance(tokenizer, ByteTokenizer):
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), eos_token=ends)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        text = (Path(folder) / HF_FILE).read_text(encoding="utf-8")
+    return llguidance.LLTokenizer(text, eos_token=ends)
+
+
+class _Bytes:
+    """The byte tokenizer, as llguidance asks for one."""
+
+    eos_token_id = ByteTokenizer.end_of_text
+    bos_token_id = None
+    special_token_ids = (ByteTokenizer.end_of_text,)
+    tokens = tuple(bytes([number]) for number in range(256))
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+class _Matched:
+    """A `Constraint` that llguidance follows."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> Tensor:
+        bits_N = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        places_8 = torch.arange(8, dtype=torch.uint8, device="cpu")
+        self._check()
+        return (bits_N[:, None] >> places_8 & 1).flatten().bool()
+
+    def push(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _reason(self._matcher.get_error())
+            raise MoestroError(f"the text cannot be kept to its grammar: {reason}")
+
+
+def of_json(schema: Mapping[str, Any], *, thinking: bool = False) -> str:
+    """The grammar of JSON that a schema describes.
+
+    Args:
+        schema: of JSON.
+        thinking: the text begins with thoughts, to `</think>`.
+    """
+    return _after_thoughts(_json(schema), thinking)
+
+
+def of_calls(
+    functions: Mapping[str, Mapping[str, Any]],
+    begin: str,
+    key: str,
+    end: str,
+    *,
+    must: bool,
+    several: bool,
+    thinking: bool = False,
+) -> str:
+    """The grammar of a reply with calls of functions.
+
+    Args:
+        functions: a schema of the arguments for each name.
+        begin: what a call begins with; the trigger of one in the middle of text.
+        key: what the arguments are called.
+        end: what a call ends with.
+        must: the reply is a call; else it may be text, with calls in it.
+        several: more than one call may come.
+        thinking: as for `of_json`.
+    """
+    bodies = []
+    for name, schema in functions.items():
+        opening = f'{{"name": {json.dumps(name)}, "{key}": '
+        bodies.append(f"{_quoted(opening)} {_json(schema)} {_quoted('}' + end)}")
+    body = "(" + " | ".join(bodies) + ")"
+    if must:
+        call = f"{_quoted(begin)} {body}" if begin else body
+        more = f' ("\\n" {call})*' if several and begin else ""
+        return _after_thoughts(f"{call}{more}", thinking)
+    mark, rest = begin.rstrip(), begin[len(begin.rstrip()) :]
+    inner = f"{_quoted(rest)} {body}" if rest else body
+    return (
+        f"%llguidance {{}}\nstart: call{'*' if several else '?'} TEXT\n"
+        f"call: opening {inner}\nopening[lazy]: TEXT {_quoted(mark)}\nTEXT: {_ANYTHING}\n"
+    )
+
+
+def _after_thoughts(body: str, thinking: bool) -> str:
+    if not thinking:
+        return f"%llguidance {{}}\nstart: {body}\n"
+    return (
+        f"%llguidance {{}}\nstart: thoughts BREAK? {body}\nBREAK: /\\n{{1,4}}/\n"
+        f'thoughts[lazy]: TEXT "</think>"\nTEXT: {_ANYTHING}\n'
+    )
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _SPACE})
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def _reason(text: str) -> str:
+    """What llguidance says, without the grammar and the place in it."""
+    said = re.split(r"\n\s*1 \| ", text)[0].rpartition("compile JSON schema:")[2]
+    return " ".join(said.split())[:400]

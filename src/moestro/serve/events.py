@@ -1,0 +1,118 @@
+"""Answers as they go out: server-sent events while a text is written, or one object at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from moestro.infer.writing import Piece
+from moestro.serve.engine import Job
+from moestro.serve.errors import ApiError
+
+LOG = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
+PING = b": still at work\n\n"
+# No proxy may keep what should be seen as it is written.
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+# As nginx has it: the client left before its answer.
+CLIENT_LEFT = 499
+
+T = TypeVar("T")
+
+
+def sse(data: Any, name: str | None = None) -> bytes:
+    """One event."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"{f'event: {name}' if name else ''}{chr(10) if name else ''}data: {text}\n\n".encode()
+
+
+class EventStream(StreamingResponse):
+    """A job's events; a client that leaves ends the job."""
+
+    def __init__(
+        self,
+        job: Job,
+        events: AsyncIterator[bytes],
+        failed: Callable[[ApiError], list[bytes]] | None = None,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            job: what is answered.
+            events: the events.
+            failed: how an error in the middle of them is told; None: as OpenAI's chat does.
+        """
+        told = _guarded(events, failed or _told)
+        super().__init__(told, media_type="text/event-stream", headers=_HEADERS)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        with self._job:
+            await super().__call__(scope, receive, send)
+
+
+async def _guarded(
+    events: AsyncIterator[bytes], failed: Callable[[ApiError], list[bytes]]
+) -> AsyncIterator[bytes]:
+    """The events; what fails in the middle of them is told as one more."""
+    try:
+        async for event in events:
+            yield event
+    except ApiError as error:
+        for event in failed(error):
+            yield event
+    except Exception:  # the status is sent already, so that nothing else could tell
+        LOG.exception("a stream failed")
+        for event in failed(ApiError(500, "this server failed; try again")):
+            yield event
+
+
+def _told(error: ApiError) -> list[bytes]:
+    return [sse(error.body()), DONE]
+
+
+async def pieces_of(job: Job, ping_s: float) -> AsyncIterator[tuple[int, Piece] | None]:
+    """(number of the text, Piece) as they come; None when there was nothing for `ping_s`."""
+    while True:
+        try:
+            found = await job.next(ping_s)
+        except TimeoutError:
+            yield None
+            continue
+        if found is None:
+            return
+        yield found
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which ends early when the client leaves.
+
+    Raises:
+        ApiError: the client has left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_LEFT, "the client has left")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

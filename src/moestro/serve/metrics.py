@@ -1,0 +1,100 @@
+"""/metrics for Prometheus: what vLLM's mean has vLLM's name behind `moestro:`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from moestro.infer.writing import Piece
+from moestro.serve.engine import Ask, EngineThread
+from moestro.serve.errors import ApiError
+
+_PREFIX = "moestro:"
+_LABELS = ("model_name",)
+# Seconds, of steps between tokens and of whole requests.
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """The figures of one server."""
+
+    def __init__(self, name: str, engine: EngineThread) -> None:
+        self._registry, self._name = CollectorRegistry(), name
+        self._gauge("num_requests_running", "Texts being read or written.", engine, "running")
+        self._gauge("num_requests_waiting", "Texts that wait for their turn.", engine, "waiting")
+        self._gauge("prefix_cache_queries", "Tokens looked up.", engine, "prefix_queries")
+        self._gauge("prefix_cache_hits", "Tokens that were known.", engine, "prefix_hits")
+        self._gauge("prefix_cache_bytes", "Memory of earlier texts.", engine, "cache_bytes")
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._generated = self._counter("generation_tokens", "Tokens written.")
+        self._first = self._histogram(
+            "time_to_first_token_seconds", "To a text's beginning.", _LONG
+        )
+        self._between = self._histogram("inter_token_latency_seconds", "Between tokens.", _SHORT)
+        self._whole = self._histogram("e2e_request_latency_seconds", "Of a whole text.", _LONG)
+        self._success = Counter(
+            f"{_PREFIX}request_success", "Texts written to their end.",
+            (*_LABELS, "finished_reason"), registry=self._registry,
+        )  # fmt: skip
+        self._failed = self._counter("request_failure", "Texts that ended with an error.")
+
+    def _gauge(self, name: str, what: str, engine: EngineThread, field: str) -> None:
+        gauge = Gauge(f"{_PREFIX}{name}", what, _LABELS, registry=self._registry)
+        gauge.labels(self._name).set_function(lambda: getattr(engine, field))
+
+    def _counter(self, name: str, what: str) -> Counter:
+        counter = Counter(f"{_PREFIX}{name}", what, _LABELS, registry=self._registry)
+        return counter.labels(self._name)
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        found = Histogram(
+            f"{_PREFIX}{name}", what, _LABELS, registry=self._registry, buckets=buckets
+        )
+        return found.labels(self._name)
+
+    def watch(self, asks: Sequence[Ask]) -> Watch:
+        """Count a request that has been taken."""
+        self._prompt.inc(sum(len(ask.tokens) for ask in asks))
+        return Watch(self, len(asks))
+
+    def piece(self, piece: Piece, since_last: float, since_start: float, first: bool) -> None:
+        """Count a token, and the seconds since the one before, or since the request."""
+        self._generated.inc()
+        if first:
+            self._first.observe(since_start)
+        else:
+            self._between.observe(since_last)
+        if piece.finish is not None:
+            self._whole.observe(since_start)
+            reason = "length" if piece.finish == "length" else "stop"
+            self._success.labels(self._name, reason).inc()
+
+    def failure(self) -> None:
+        """Count a text that ended with an error."""
+        self._failed.inc()
+
+    def response(self) -> Response:
+        """All of it in Prometheus' format."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class Watch:
+    """Sees the events of one request as they come from the engine."""
+
+    def __init__(self, metrics: Metrics, texts: int) -> None:
+        self._metrics, self._start = metrics, time.monotonic()
+        self._last: list[float | None] = [None] * texts
+
+    def __call__(self, index: int, what: Piece | ApiError) -> None:
+        """Take an event of one of the texts."""
+        if isinstance(what, ApiError):
+            self._metrics.failure()
+            return
+        now, last = time.monotonic(), self._last[index]
+        self._metrics.piece(what, now - (last or now), now - self._start, last is None)
+        self._last[index] = now

@@ -1,0 +1,161 @@
+"""What is served: a model's name, words and defaults, and what a request becomes for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moestro.chat import ChatTemplate, load_chat
+from moestro.errors import ConfigError, DataError
+from moestro.infer.prompts import encode
+from moestro.infer.sampling import SamplingConfig, stated_sampling
+from moestro.models.build import Model
+from moestro.serve import errors
+from moestro.serve.engine import Ask
+from moestro.serve.schema import Generation
+from moestro.text import Tokenizer, load_tokenizer
+
+# What a request may set as SamplingConfig names it.
+_SAME = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+
+
+class Served(NamedTuple):
+    """A model as clients see it.
+
+    Attributes:
+        name: What requests call it.
+        model: In eval mode.
+        tokenizer: Its own.
+        template: How it writes conversations; None for a model that knows none.
+        defaults: Sampling settings that its makers state.
+        context: Most tokens of a prompt and its answer.
+        created: When it was opened, in seconds since 1970.
+    """
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: Mapping[str, Any]
+    context: int
+    created: int
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a request for another model; one that names none is for this one."""
+        if name not in (None, self.name):
+            raise errors.unknown_model(name or "", self.name)
+
+    def chat(self) -> ChatTemplate:
+        """The template of conversations.
+
+        Raises:
+            ApiError: this model has none.
+        """
+        if self.template is None:
+            raise errors.refused(
+                f"the model {self.name} has no chat template, so it knows no conversations; "
+                "continue a text with /v1/completions"
+            )
+        return self.template
+
+    def encode(self, prompt: str | Sequence[int], *, templated: bool = False) -> list[int]:
+        """What the model reads, all of it.
+
+        Raises:
+            ApiError: it is too long.
+            DataError: it cannot be read.
+        """
+        if templated and isinstance(prompt, str):
+            prompt = self.tokenizer.encode_prompt(prompt, templated=True)
+        tokens, dropped = encode(self.model.cfg, self.tokenizer, prompt)
+        if dropped or len(tokens) >= self.context:
+            raise errors.too_long(len(tokens) + dropped, self.context)
+        return tokens
+
+    def sampling(self, wanted: Generation, most: int | None, room: int) -> SamplingConfig:
+        """How to choose tokens: what is asked for, else what the model's makers state.
+
+        Args:
+            wanted: the request.
+            most: tokens of the answer; None: as many as there is room for.
+            room: tokens that the context has left.
+        """
+        if wanted.logit_bias:
+            raise errors.refused("logit_bias is not supported; leave it out", "logit_bias")
+        given = {n: value for n in _SAME if (value := getattr(wanted, n)) is not None}
+        if wanted.top_k is not None:
+            given["top_k"] = wanted.top_k if wanted.top_k > 0 else None
+        seed = wanted.seed % 2**63 if wanted.seed is not None else secrets.randbits(62)
+        most = room if most is None else min(most, room)
+        values = {**self.defaults, **given, "seed": seed, "max_tokens": most}
+        try:
+            return SamplingConfig(**values, stop=wanted.stops)
+        except ConfigError as error:
+            raise errors.refused(str(error)) from None
+
+    def asks(
+        self, wanted: Generation, prompts: Sequence[Sequence[int]], most: int | None
+    ) -> list[Ask]:
+        """A request for each text: `n` of the first prompt, then `n` of the second, and so on.
+
+        The texts of one prompt have the request's seed, and those that follow it.
+        """
+        if most == 0:
+            raise errors.refused(
+                "max_tokens = 0 gives no text; ask for at least 1, or for echo", "max_tokens"
+            )
+        if wanted.routed and len(prompts) > 1:
+            raise errors.refused(
+                "return_routed_experts takes one prompt at a time", "return_routed_experts"
+            )
+        found = []
+        for tokens in prompts:
+            own = 0 if self.model.cfg.has_encoder else len(tokens)
+            sampling = self.sampling(wanted, most, self.context - own)
+            found += [
+                Ask(
+                    tokens,
+                    sampling.model_copy(update={"seed": (sampling.seed + i) % 2**63}),
+                    routed=wanted.routed,
+                    top=wanted.top,
+                    prompt_scored=wanted.prompt_scored,
+                )
+                for i in range(wanted.count)
+            ]
+        return found
+
+
+def serve_model(name: str, model: Model, folder: Path, context: int | None = None) -> Served:
+    """What a checkpoint's folder says of its model.
+
+    Raises:
+        ConfigError: the context is longer than the model's.
+    """
+    most = model.cfg.attention.context
+    if context is not None and context > most:
+        raise ConfigError(f"--context {context} is more than the model's context, {most} tokens")
+    try:
+        template = load_chat(folder)
+    except DataError:
+        template = None
+    return Served(
+        name, model, load_tokenizer(folder), template, stated_sampling(folder),
+        context or most, int(time.time()),
+    )  # fmt: skip
+
+
+async def encode_all(
+    served: Served, prompts: Sequence[str | Sequence[int]], *, templated: bool = False
+) -> list[list[int]]:
+    """`Served.encode` of each, in a thread, so that others' streams go on."""
+
+    def all_of_them() -> list[list[int]]:
+        return [served.encode(prompt, templated=templated) for prompt in prompts]
+
+    return await asyncio.to_thread(all_of_them)

@@ -1,0 +1,65 @@
+"""How likely tokens were, of prompts and of texts, beside a forward of the model."""
+
+import pytest
+import torch
+
+from moestro.config import ModelConfig
+from moestro.errors import MoestroError
+from moestro.infer.engine import Session, stream
+from moestro.infer.sampling import SamplingConfig
+from moestro.infer.writing import Scored, score
+from moestro.models.decoder import Decoder
+
+from .test_routed import run
+from .test_session import BYTES, HEADS, MOE, model_of
+
+PROMPT = "a rather long prompt"
+LONG = {**HEADS, "context": 64}
+
+
+def test_a_score_is_a_logarithm_of_the_softmax() -> None:
+    logits_1V = torch.tensor([[1.0, 3.0, 3.0, -torch.inf]])
+    want = (logits_1V.double().exp() / logits_1V.double().exp().sum()).log()[0]
+    found = score(logits_1V, 0, 3)
+    assert found.token == 0
+    assert found.logprob == pytest.approx(float(want[0]))
+    assert [token for token, _ in found.top] == [1, 2, 0]
+    assert [logprob for _, logprob in found.top] == pytest.approx(want[[1, 2, 0]].tolist())
+    assert score(logits_1V, 1, 0) == Scored(1, found.top[0][1], ())
+
+
+@pytest.mark.parametrize("kind", ["python", "native"])
+def test_every_token_of_a_prompt_and_its_text(kind: str) -> None:
+    """Penalties and temperature change what is chosen, and not how likely it is said to be."""
+    model = model_of(kind) if kind == "python" else model_of(kind, attention=LONG)
+    sampling = SamplingConfig(seed=2, max_tokens=4, temperature=3, repetition_penalty=1.5)
+    prompt = PROMPT[:18]
+    session = Session(model, BYTES)
+    other = session.add("other", sampling)
+    number = session.add(prompt, sampling, top=2, prompt_scored=True)
+    found = run(session)
+    pieces = found[number]
+    assert found[other][0].scored is None
+    assert list(session.scored) == [number]
+    tokens = [*prompt.encode(), *(piece.token for piece in pieces)]
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([tokens])).logits[0]
+    scored = [*session.scored[number], *(piece.scored for piece in pieces)]
+    assert len(scored) == len(tokens) - 1
+    for place, (token, each) in enumerate(zip(tokens[1:], scored, strict=True)):
+        assert each is not None
+        want = score(logits_SV[place : place + 1], token, 2)
+        assert (each.token, [t for t, _ in each.top]) == (token, [t for t, _ in want.top])
+        assert each.logprob == pytest.approx(want.logprob, abs=1e-4)
+    alone = [piece.token for piece in stream(model, BYTES, prompt, sampling)]
+    assert alone == [piece.token for piece in pieces]
+
+
+def test_what_is_read_in_one_piece_has_no_logits_between() -> None:
+    model = Decoder(
+        ModelConfig(dim=16, num_layers=1, attention=HEADS, moe={**MOE, "capacity": {}})
+    ).eval()
+    session = Session(model, BYTES)
+    with pytest.raises(MoestroError, match="in one piece"):
+        session.add("abc", SamplingConfig(), top=0, prompt_scored=True)
+    assert session.live == 0

@@ -1,0 +1,34 @@
+"""What Prometheus reads."""
+
+import httpx2 as httpx
+
+from .conftest import at_work
+from .scripted import NAN, counting
+
+
+def figures(address: str) -> dict[str, float]:
+    text = httpx.get(f"{address}/metrics").text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_requests_and_tokens_are_counted() -> None:
+    _, state = counting()
+    with at_work(state) as address:
+        path, own = f"{address}/v1/completions", '{model_name="counting"}'
+        for stream in (False, True):
+            body = {"prompt": "abc", "max_tokens": 5, "n": 2, "stream": stream}
+            assert httpx.post(path, json=body).status_code == 200
+        assert httpx.post(path, json={"prompt": "a", "stop": "c"}).status_code == 200
+        assert httpx.post(path, json={"prompt": NAN}).status_code == 500
+        found = figures(address)
+    assert found[f"moestro:prompt_tokens_total{own}"] == 4 * 3 + 1 + 1
+    assert found[f"moestro:generation_tokens_total{own}"] == 4 * 5 + 2
+    ended = 'moestro:request_success_total{finished_reason="%s",model_name="counting"}'
+    assert found[ended % "length"] == 4
+    assert found[ended % "stop"] == 1
+    assert found[f"moestro:request_failure_total{own}"] == 1
+    assert found[f"moestro:time_to_first_token_seconds_count{own}"] == 5
+    assert found[f"moestro:e2e_request_latency_seconds_count{own}"] == 5
+    assert found[f"moestro:inter_token_latency_seconds_count{own}"] == 4 * 4 + 1
+    assert found[f"moestro:num_requests_running{own}"] == 0
