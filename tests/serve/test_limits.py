@@ -9,8 +9,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from .conftest import at_work
 from .scripted import FAIL, NAN, counting
+from .serving import at_work
 
 PATH = "/v1/completions"
 Client = httpx.AsyncClient

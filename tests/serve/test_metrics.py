@@ -2,8 +2,8 @@
 
 import httpx2 as httpx
 
-from .conftest import at_work
 from .scripted import NAN, counting
+from .serving import at_work
 
 
 def figures(address: str) -> dict[str, float]:
