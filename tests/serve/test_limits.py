@@ -9,8 +9,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from .conftest import at_work
 from .scripted import FAIL, NAN, counting
+from .serving import at_work
 
 PATH = "/v1/completions"
 Client = httpx.AsyncClient
@@ -51,8 +51,10 @@ def test_one_more_than_may_wait_is_refused() -> None:
         assert third.status_code == 429
         assert int(third.headers["retry-after"]) > 0
         assert third.json()["error"]["type"] == "rate_limit_error"
-        both = await client.post(PATH, json=asked(n=3))
-        assert both.status_code == 429
+        assert (await client.post(PATH, json=asked(n=2))).status_code == 429
+        never = await client.post(PATH, json=asked(n=3))
+        assert never.status_code == 400
+        assert "takes 2 at once" in never.json()["error"]["message"]
         model.go.set()
         assert (await first).json()["choices"][0]["text"] == "bcdefghijk"
         assert (await second).json()["choices"][0]["text"] == "nopqrstuvw"

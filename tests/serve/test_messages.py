@@ -10,8 +10,8 @@ from openai import OpenAI
 
 from moestro.chat import ChatTemplate
 
-from .conftest import at_work
 from .scripted import NAN, counting
+from .serving import at_work
 from .test_chat import HELLO, post
 from .test_structure import SCHEMA, check
 

@@ -1,9 +1,10 @@
 """What Prometheus reads."""
 
 import httpx2 as httpx
+import pytest
 
-from .conftest import at_work
 from .scripted import NAN, counting
+from .serving import at_work
 
 
 def figures(address: str) -> dict[str, float]:
@@ -32,3 +33,14 @@ def test_requests_and_tokens_are_counted() -> None:
     assert found[f"moestro:e2e_request_latency_seconds_count{own}"] == 5
     assert found[f"moestro:inter_token_latency_seconds_count{own}"] == 4 * 4 + 1
     assert found[f"moestro:num_requests_running{own}"] == 0
+
+
+def test_the_load_of_experts(serving) -> None:
+    address = serving()
+    name = 'moestro:expert_load_max_over_mean{layer="%d",model_name="tiny"}'
+    assert [figures(address)[name % layer] for layer in (0, 1)] == [0.0, 0.0]
+    body = {"prompt": "some text", "max_tokens": 20, "seed": 1}
+    assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
+    load = httpx.get(f"{address}/v1/routing").json()["load"]
+    want = [max(row) * len(row) / sum(row) for row in load]
+    assert [figures(address)[name % layer] for layer in (0, 1)] == pytest.approx(want)

@@ -11,7 +11,7 @@ import pytest
 
 from moestro.serve.served import Served
 
-from .conftest import at_work, state_of
+from .serving import at_work, state_of
 from .test_structure import SCHEMA
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from moestro.serve.running import bind, server
 from moestro.serve.served import Served
 
-from .conftest import state_of
+from .serving import state_of
 from .test_chat import HELLO, events, post
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

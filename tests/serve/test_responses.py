@@ -6,8 +6,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from .conftest import at_work
 from .scripted import NAN, counting
+from .serving import at_work
 from .test_chat import HELLO, post
 from .test_structure import SCHEMA, check
 

@@ -14,7 +14,7 @@ from moestro.serve.served import Served
 from moestro.serve.thoughts import Thoughts
 from moestro.serve.tools import BARE, HERMES, Reader
 
-from .conftest import at_work, state_of
+from .serving import at_work, state_of
 from .test_chat import HELLO, post
 
 SCHEMA: dict[str, Any] = {

@@ -144,7 +144,7 @@ def _what(served: Served) -> str:
     moe = served.model.cfg.moe
     kind = "dense"
     if moe is not None:
-        kind = f"{len(served.model.moe_layers)} mixtures of {moe.num_experts} experts"
+        kind = f"{len(served.moe_layers)} mixtures of {moe.num_experts} experts"
     return f"{served.name}: {kind}, context {served.context}"
 
 

@@ -167,7 +167,7 @@ def _model(request: Request) -> dict[str, object]:
         "owned_by": "moestro",
         "max_model_len": served.context,
         "chat": served.template is not None,
-        "moe_layers": list(served.model.moe_layers),
+        "moe_layers": list(served.moe_layers),
         "num_experts": moe.num_experts if moe is not None else 0,
         "experts_per_token": moe.top_k if moe is not None else 0,
     }

@@ -189,13 +189,18 @@ class EngineThread:
         """Take what one request asks for: all of it or nothing.
 
         Raises:
-            ApiError: too many wait, or the server is about to end.
+            ApiError: too many wait, it asks for more than ever fits, or the server is about to end.
         """
         if self._closed:
             raise errors.closing()
+        most = self._settings.max_live + self._settings.max_waiting
+        if len(asks) > most:
+            raise errors.refused(
+                f"the request asks for {len(asks)} texts, and this server takes {most} at once; "
+                "ask for fewer"
+            )
         job = Job(self, asks)
         with self._changed:
-            most = self._settings.max_live + self._settings.max_waiting
             if self._open + len(asks) > most:
                 raise errors.full(self.waiting)
             if not self._open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -23,8 +24,22 @@ _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120
 class Metrics:
     """The figures of one server."""
 
-    def __init__(self, name: str, engine: EngineThread) -> None:
+    def __init__(self, name: str, engine: EngineThread, layers: Sequence[int] = ()) -> None:
+        """Begin at zero.
+
+        Args:
+            name: the model's.
+            engine: whose figures they are.
+            layers: numbers of its mixtures.
+        """
         self._registry, self._name = CollectorRegistry(), name
+        load = Gauge(
+            f"{_PREFIX}expert_load_max_over_mean",
+            "Tokens of a mixture's busiest expert beside an equal share, since the server began.",
+            (*_LABELS, "layer"), registry=self._registry,
+        )  # fmt: skip
+        for place, layer in enumerate(layers):
+            load.labels(name, str(layer)).set_function(partial(_imbalance, engine, place))
         self._gauge("num_requests_running", "Texts being read or written.", engine, "running")
         self._gauge("num_requests_waiting", "Texts that wait for their turn.", engine, "waiting")
         self._gauge("prefix_cache_queries", "Tokens looked up.", engine, "prefix_queries")
@@ -81,6 +96,15 @@ class Metrics:
     def response(self) -> Response:
         """All of it in Prometheus' format."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _imbalance(engine: EngineThread, place: int) -> float:
+    """The most that an expert of a mixture took, over the mean; 0 before anything was taken."""
+    load_LE = engine.load_LE
+    if load_LE is None:
+        return 0.0
+    taken_E = load_LE[place].double()
+    return float(taken_E.max() / taken_E.mean())
 
 
 class Watch:

@@ -83,7 +83,7 @@ def _written(values_TLK: Tensor, form: str) -> Any:
 
 def load(served: Served, load_LE: Tensor | None) -> dict[str, Any]:
     """How often each expert was chosen, mixture by mixture."""
-    layers, moe = list(served.model.moe_layers), served.model.cfg.moe
+    layers, moe = list(served.moe_layers), served.model.cfg.moe
     experts = moe.num_experts if moe is not None else 0
     counts = [[0] * experts for _ in layers] if load_LE is None else load_LE.tolist()
     return {"model": served.name, "layers": layers, "num_experts": experts, "load": counts}

@@ -46,6 +46,12 @@ class Served(NamedTuple):
     context: int
     created: int
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layer numbers of the mixtures that tokens meet: a decoder's own."""
+        encoder_layers = sum(len(stack.layers) for stack in self.model.cfg.stacks()[:-1])
+        return tuple(n for n in self.model.moe_layers if n >= encoder_layers)
+
     def check_name(self, name: str | None) -> None:
         """Refuse a request for another model; one that names none is for this one."""
         if name not in (None, self.name):
@@ -74,7 +80,8 @@ class Served(NamedTuple):
         if templated and isinstance(prompt, str):
             prompt = self.tokenizer.encode_prompt(prompt, templated=True)
         tokens, dropped = encode(self.model.cfg, self.tokenizer, prompt)
-        if dropped or len(tokens) >= self.context:
+        no_room = not self.model.cfg.has_encoder and len(tokens) >= self.context
+        if dropped or no_room or len(tokens) > self.context:
             raise errors.too_long(len(tokens) + dropped, self.context)
         return tokens
 
@@ -113,6 +120,12 @@ class Served(NamedTuple):
         if wanted.routed and len(prompts) > 1:
             raise errors.refused(
                 "return_routed_experts takes one prompt at a time", "return_routed_experts"
+            )
+        if wanted.routed and self.model.cfg.has_encoder:
+            raise errors.refused(
+                "return_routed_experts is for decoders; this model has an encoder, whose tokens "
+                "are others than its text's",
+                "return_routed_experts",
             )
         found = []
         for tokens in prompts:

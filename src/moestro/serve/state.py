@@ -35,4 +35,10 @@ class State(NamedTuple):
 def new_state(served: Served, settings: ServeSettings) -> State:
     """A server of a model that has not begun."""
     engine = EngineThread(served.model, served.tokenizer, settings)
-    return State(served, engine, settings, Metrics(served.name, engine), Grammars(served.tokenizer))
+    return State(
+        served,
+        engine,
+        settings,
+        Metrics(served.name, engine, served.moe_layers),
+        Grammars(served.tokenizer),
+    )
