@@ -21,10 +21,10 @@ from moestro.infer.sampling import (
     penalised,
 )
 from moestro.infer.writing import Piece, find_stop
+from moestro.models.cache import KVCache
 from moestro.models.decoder import Decoder
 from moestro.models.network import ModelOutput
 from moestro.moe.routing import Routing
-from moestro.models.cache import KVCache
 from moestro.text import ByteTokenizer, SubwordTokenizer, train_bpe
 
 BYTES = ByteTokenizer()

@@ -114,3 +114,16 @@ def test_bodies_that_are_no_requests(address: str, body: bytes) -> None:
     response = httpx.post(f"{address}/v1/completions", content=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_beginning_that_was_read_before_is_counted_and_changes_nothing(address: str) -> None:
+    prompt = "A beginning that several requests have in common; " * 2
+    asked: Any = {"seed": 2, "max_tokens": 6}
+    alone = post(address, "/v1/completions", prompt=f"{prompt}one", **asked).json()
+    again = post(address, "/v1/completions", prompt=f"{prompt}one", **asked).json()
+    other = post(address, "/v1/completions", prompt=f"{prompt}two", **asked).json()
+    assert again["choices"][0]["text"] == alone["choices"][0]["text"]
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (again, other)]
+    read = again["usage"]["prompt_tokens"]
+    assert cached[0] == read - 1
+    assert len(prompt) // 2 < cached[1] < read

@@ -151,8 +151,9 @@ class _Terminal:
         except KeyboardInterrupt:
             stopped = ", stopped"
         finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            if self._last:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
         seconds = time.perf_counter() - start
         if self._last and self._last[-1].finish == "length":
             stopped = ", cut at --max-tokens"

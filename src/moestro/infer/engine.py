@@ -247,12 +247,13 @@ class Session:
 
     def _begin(self, new: _Live) -> None:
         """Give a request its past: that of what it shares with a text before, if there is one."""
+        found, known = None, 0
         if self.prefixes is not None and new.routed is None and new.scored is None:
             running = [(each.passed, each.past) for each in self._running if each.past is not None]
-            new.past = self.prefixes.find(new.prompt, running)
-        if new.past is None:
-            new.past = self._decoding.new()
-        known = new.past.position
+            found = self.prefixes.find(new.prompt, running)
+        if found is not None:
+            known = found.position
+        new.past = found or self._decoding.new()
         new.passed, new.prompt = new.prompt[:known], new.prompt[known:]
         self.cached[new.number] = known
         self._running.append(new)
