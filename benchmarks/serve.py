@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="suffix of the result file")
     given = parser.parse_args()
     servers = dict(each.split("=", 1) for each in given.servers)
-    rows = []
+    rows, first = [], time.time_ns()  # no server has seen these prompts before
     for clients in given.clients:
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
         for number in range(given.rounds):
@@ -113,7 +113,7 @@ def main() -> None:
                 rounds[name].append(
                     asyncio.run(
                         load(url, clients, clients * given.texts, tuple(given.prompt), given.tokens,
-                             given.vocab, 1000 * clients + number)
+                             given.vocab, first + 1000 * clients + number)
                     )
                 )  # fmt: skip
         for name, each in rounds.items():
