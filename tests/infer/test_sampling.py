@@ -269,6 +269,18 @@ def test_penalties_by_hand() -> None:
     assert int(penalised(logits_BV, greedy, [past]).argmax()) == 4
 
 
+def test_biases_come_after_the_penalties() -> None:
+    logits_BV = torch.tensor([[2.0, -torch.inf, 4.0, 0.0]])
+    sampling = SamplingConfig(presence_penalty=1.0, logit_bias=((2, -3.0), (1, 5.0), (3, 1.5)))
+    found = penalised(logits_BV, sampling, [past_of([], [2])])
+    assert found.tolist() == [[2.0, -torch.inf, 0.0, 1.5]]
+    assert logits_BV.tolist() == [[2.0, -torch.inf, 4.0, 0.0]]
+    with pytest.raises(ShapeError, match="names token 4; tokens are 0 to 3"):
+        penalised(logits_BV, SamplingConfig(logit_bias=((4, 1.0),)), [past_of([], [])])
+    with pytest.raises(ConfigError, match="logit_bias"):
+        SamplingConfig(logit_bias=((4, 101.0),))
+
+
 def test_a_row_is_penalised_for_its_own_past() -> None:
     sampling = SamplingConfig(frequency_penalty=1.0)
     logits_BV = torch.zeros(2, 3)

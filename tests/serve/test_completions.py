@@ -127,3 +127,14 @@ def test_a_beginning_that_was_read_before_is_counted_and_changes_nothing(address
     read = again["usage"]["prompt_tokens"]
     assert cached[0] == read - 1
     assert len(prompt) // 2 < cached[1] < read
+
+
+def test_a_bias_forces_and_forbids_tokens(address: str, served: Served) -> None:
+    forced = served.tokenizer.encode("z")[0]
+    asked: Any = {"prompt": "Once", "max_tokens": 5, "temperature": 0}
+    told = post(address, "/v1/completions", **asked, logit_bias={str(forced): 100}).json()
+    assert told["choices"][0]["text"] == "zzzzz"
+    plain = post(address, "/v1/completions", **asked, seed=1).json()["choices"][0]["text"]
+    first = served.tokenizer.encode(plain)[0]
+    other = post(address, "/v1/completions", **asked, logit_bias={str(first): -100}).json()
+    assert other["choices"][0]["text"][:1] != plain[:1]

@@ -27,6 +27,7 @@ GENERATION_FILE = "generation_config.json"
 # What a checkpoint may state of how to choose its tokens.
 STATED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
 class SamplingConfig(Settings):
@@ -53,6 +54,9 @@ class SamplingConfig(Settings):
     )
     frequency_penalty: Penalty = Field(
         0.0, description="Subtracted from a token's logit each time it was chosen before."
+    )
+    logit_bias: tuple[tuple[Annotated[int, Field(ge=0)], Bias], ...] = Field(
+        (), description="(token, what is added to its logit); -100 as good as forbids a token."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_tokens: Annotated[int, Field(ge=1)] = 256
@@ -109,25 +113,32 @@ def new_generator(sampling: SamplingConfig) -> Generator:
 
 
 def penalised(logits_BV: Tensor, sampling: SamplingConfig, pasts: Sequence[Past]) -> Tensor:
-    """The logits after the penalties, to be given to `next_tokens`.
+    """The logits after the penalties and biases, to be given to `next_tokens`.
 
     The repetition penalty divides the logits above 0 of every token of the prompt or the text so
     far, and multiplies those below (Keskar et al. 2019, arXiv:1909.05858). The presence penalty is
     taken once, the frequency penalty as often as a token was chosen, from what was chosen alone
-    (OpenAI's definition).
+    (OpenAI's definition). Biases come last.
 
     Args:
         logits_BV: any float dtype, any device; -inf masks a token.
-        sampling: the three penalties are used.
+        sampling: the three penalties and the biases are used.
         pasts: one per row.
 
     Returns:
-        float64 [B, V] on the CPU; the logits as they are where no penalty is set.
+        float64 [B, V] on the CPU; the logits as they are where nothing is set.
+
+    Raises:
+        ShapeError: a bias is of a token that there is not.
     """
     repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
-    frequency = sampling.frequency_penalty
-    if (repetition, presence, frequency) == (1.0, 0.0, 0.0):
+    frequency, biases = sampling.frequency_penalty, dict(sampling.logit_bias)
+    if (repetition, presence, frequency) == (1.0, 0.0, 0.0) and not biases:
         return logits_BV
+    if biases and max(biases) >= logits_BV.shape[1]:
+        raise ShapeError(
+            f"logit_bias names token {max(biases)}; tokens are 0 to {logits_BV.shape[1] - 1}"
+        )
     logits_BV = logits_BV.detach().to("cpu", torch.float64, copy=True)
     for logits_V, past in zip(logits_BV, pasts, strict=True):
         seen_N = logits_V.new_tensor(sorted(past.prompt.union(past.chosen)), dtype=torch.int64)
@@ -136,6 +147,8 @@ def penalised(logits_BV: Tensor, sampling: SamplingConfig, pasts: Sequence[Past]
         chosen_N = logits_V.new_tensor(list(past.chosen.keys()), dtype=torch.int64)
         times_N = logits_V.new_tensor(list(past.chosen.values()))
         logits_V[chosen_N] -= presence + frequency * times_N
+    if biases:
+        logits_BV[:, list(biases)] += logits_BV.new_tensor(list(biases.values()))
     return logits_BV
 
 

@@ -93,18 +93,34 @@ class Served(NamedTuple):
             most: tokens of the answer; None: as many as there is room for.
             room: tokens that the context has left.
         """
-        if wanted.logit_bias:
-            raise errors.refused("logit_bias is not supported; leave it out", "logit_bias")
         given = {n: value for n in _SAME if (value := getattr(wanted, n)) is not None}
         if wanted.top_k is not None:
             given["top_k"] = wanted.top_k if wanted.top_k > 0 else None
         seed = wanted.seed % 2**63 if wanted.seed is not None else secrets.randbits(62)
         most = room if most is None else min(most, room)
+        given["logit_bias"] = self._biases(wanted)
         values = {**self.defaults, **given, "seed": seed, "max_tokens": most}
         try:
             return SamplingConfig(**values, stop=wanted.stops)
         except ConfigError as error:
             raise errors.refused(str(error)) from None
+
+    def _biases(self, wanted: Generation) -> tuple[tuple[int, float], ...]:
+        """What is added to logits, by token."""
+        found, last = [], self.model.cfg.vocab_size - 1
+        for name, bias in (wanted.logit_bias or {}).items():
+            if not (name.isascii() and name.isdecimal() and len(name) < 12 and int(name) <= last):
+                raise errors.refused(
+                    f"logit_bias names token {name[:40]!r}; tokens are numbers from 0 to {last}",
+                    "logit_bias",
+                )
+            if not -100 <= bias <= 100:
+                raise errors.refused(
+                    f"logit_bias of token {name} is {bias}; biases are from -100 to 100",
+                    "logit_bias",
+                )
+            found.append((int(name), bias))
+        return tuple(found)
 
     def asks(
         self, wanted: Generation, prompts: Sequence[Sequence[int]], most: int | None
