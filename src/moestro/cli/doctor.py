@@ -14,7 +14,7 @@ import typer
 from moestro.machine import cpu_name, memory_bytes
 
 EXTRAS = {
-    "gguf": ("files to measure llama.cpp with", "pip install 'moestro[gguf]'"),
+    "gguf": ("writing GGUF, and reading its rarer kinds", "pip install 'moestro[gguf]'"),
     "transformers": ("reading and writing Hugging Face models", "pip install 'moestro[hf]'"),
     "uvicorn": ("serving over HTTP", "pip install 'moestro[serve]'"),
     "tensorboard": ("training curves in TensorBoard", "pip install 'moestro[tensorboard]'"),
