@@ -208,8 +208,11 @@ def _study(
 
 
 def _is_trace(path: str) -> bool:
-    """Whether a trace is meant: models are folders or names of the hub."""
-    return path.endswith(TRACE) or Path(path).is_file()
+    """Whether a trace is meant: models are folders, GGUF files or names of the hub."""
+    from moestro.checkpoints.gguf.header import is_gguf
+
+    place = Path(path)
+    return path.endswith(TRACE) or (place.is_file() and not is_gguf(place))
 
 
 def _groupings(domains: tuple[str, ...], by: Sequence[str] | None) -> tuple[Grouping, ...]:

@@ -1,0 +1,71 @@
+"""Every verb that takes a checkpoint takes a GGUF file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moestro.checkpoints.gguf.writing import write_gguf
+from moestro.cli.main import main
+from moestro.config import ModelConfig
+from moestro.models.decoder import Decoder
+from moestro.text import train_bpe
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_bpe(["some text to cut into tokens, and a few words more"] * 4, 288)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(tmp_path / "tokenizer")
+    cfg = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=32,
+        num_layers=2,
+        attention={"num_heads": 4, "num_kv_heads": 2, "context": 128},
+        moe={"hidden_dim": 32, "num_experts": 4, "top_k": 2},
+        head={"tied": False},
+    )
+    target = tmp_path / "tiny.gguf"
+    place = tmp_path / "tokenizer"
+    write_gguf(Decoder(cfg), target, family="mixtral", kind="q8_0", tokenizer=place)
+    (tmp_path / "text.txt").write_text("some text that a model reads, line by line\n" * 200)
+    return target
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "{file}", "some text", "--max-tokens", "4"],
+        ["plan", "{file}"],
+        ["bench", "{file}", "--prompt", "8", "--tokens", "4", "--rounds", "1"],
+        ["eval", "{file}", "--source", "{text}"],
+        ["probe", "{file}", "--source", "{text}", "--tokens", "256", "--out", "{new}"],
+        ["convert", "{file}", "{new}", "--to", "hf"],
+        ["convert", "{file}", "{new}", "--to", "moestro"],
+        ["convert", "{file}", "{new}", "--to", "gguf", "--kind", "q4_0"],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[3:5]),
+)
+@pytest.mark.filterwarnings("ignore:.*packed in another form")
+def test_it_is_taken(
+    words: list[str], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"file": file, "text": tmp_path / "text.txt", "new": tmp_path / "new"}
+    code = main([word.format(**given) for word in words])
+    assert code == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
+    if "{new}" in words:
+        assert given["new"].exists()
+
+
+def test_what_was_converted_says_the_same(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GGUF → Hugging Face's layout → GGUF, in bf16 all the way."""
+    plain = str(tmp_path / "plain.gguf")
+    assert main(["convert", str(file), plain, "--to", "gguf", "--kind", "bf16"]) == 0
+    assert main(["convert", plain, str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 0
+    assert (tmp_path / "b.gguf").read_bytes() == Path(plain).read_bytes()
+    capsys.readouterr()
