@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -43,3 +44,13 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people and programs: indented, with a final newline."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def cache_folder(key: str) -> Path:
+    """A folder of our own for what cannot be kept where it belongs; it may not exist.
+
+    In $XDG_CACHE_HOME/moestro, or ~/.cache/moestro, by a hash of what tells the thing from others.
+    """
+    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = stated if stated.is_absolute() else Path.home() / ".cache"
+    return cache / "moestro" / hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -25,14 +25,14 @@ TOOLS: Any = [
 
 
 @pytest.fixture(scope="module")
-def claude(address: str):
+def speaker(address: str):
     with Anthropic(base_url=address, api_key="none", max_retries=0) as found:
         yield found
 
 
-def test_the_same_text_as_chat(claude: Anthropic, client: OpenAI) -> None:
+def test_the_same_text_as_chat(speaker: Anthropic, client: OpenAI) -> None:
     chat = client.chat.completions.create(**ASKED)
-    found = claude.messages.create(**ASKED)
+    found = speaker.messages.create(**ASKED)
     assert found.content[0].type == "text"
     assert found.content[0].text == chat.choices[0].message.content
     reasons = {"length": "max_tokens", "stop": "end_turn"}
@@ -40,14 +40,14 @@ def test_the_same_text_as_chat(claude: Anthropic, client: OpenAI) -> None:
     assert chat.usage is not None
     assert found.usage.input_tokens == chat.usage.prompt_tokens
     assert found.usage.output_tokens == chat.usage.completion_tokens
-    assert claude.messages.count_tokens(
+    assert speaker.messages.count_tokens(
         model="tiny", messages=HELLO
     ).input_tokens == found.usage.input_tokens  # fmt: skip
 
 
-def test_a_stream(claude: Anthropic) -> None:
-    whole = claude.messages.create(**ASKED)
-    with claude.messages.stream(**ASKED) as stream:
+def test_a_stream(speaker: Anthropic) -> None:
+    whole = speaker.messages.create(**ASKED)
+    with speaker.messages.stream(**ASKED) as stream:
         names = [event.type for event in stream]
         final = stream.get_final_message()
     assert final.content[0].type == whole.content[0].type == "text"
@@ -58,28 +58,28 @@ def test_a_stream(claude: Anthropic) -> None:
     assert names[-1] == "message_stop"
 
 
-def test_a_stop_sequence(claude: Anthropic) -> None:
-    found = claude.messages.create(**{**ASKED, "max_tokens": 40})
+def test_a_stop_sequence(speaker: Anthropic) -> None:
+    found = speaker.messages.create(**{**ASKED, "max_tokens": 40})
     assert found.content[0].type == "text"
     text = found.content[0].text
     stop = text[len(text) // 2 :][:3]
-    cut = claude.messages.create(**{**ASKED, "max_tokens": 40}, stop_sequences=[stop])
+    cut = speaker.messages.create(**{**ASKED, "max_tokens": 40}, stop_sequences=[stop])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", stop)
     assert cut.content[0].type == "text"
     assert cut.content[0].text == text[: text.index(stop)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_and_what_it_gave(claude: Anthropic, stream: bool) -> None:
+def test_a_call_and_what_it_gave(speaker: Anthropic, stream: bool) -> None:
     asked: Any = {
         **ASKED, "max_tokens": 200, "tools": TOOLS,
         "tool_choice": {"type": "tool", "name": "travel"}, "system": "Be brief.",
     }  # fmt: skip
     if stream:
-        with claude.messages.stream(**asked) as events:
+        with speaker.messages.stream(**asked) as events:
             found = events.get_final_message()
     else:
-        found = claude.messages.create(**asked)
+        found = speaker.messages.create(**asked)
     (block,) = found.content
     assert block.type == "tool_use"
     assert found.stop_reason == "tool_use"
@@ -95,7 +95,7 @@ def test_a_call_and_what_it_gave(claude: Anthropic, stream: bool) -> None:
             ],
         },
     ]
-    after = claude.messages.create(model="tiny", messages=messages, tools=TOOLS, max_tokens=2)
+    after = speaker.messages.create(model="tiny", messages=messages, tools=TOOLS, max_tokens=2)
     assert after.usage.output_tokens <= 2
 
 
@@ -109,13 +109,13 @@ def test_a_call_and_what_it_gave(claude: Anthropic, stream: bool) -> None:
         {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "fly"}},
     ],
 )
-def test_what_is_refused(claude: Anthropic, wrong: dict[str, Any]) -> None:
+def test_what_is_refused(speaker: Anthropic, wrong: dict[str, Any]) -> None:
     with pytest.raises(anthropic.BadRequestError):
-        claude.messages.create(**{**ASKED, **wrong})
+        speaker.messages.create(**{**ASKED, **wrong})
 
 
-def test_errors_have_its_shape(address: str, claude: Anthropic) -> None:
-    response = post(address, "/v1/messages", **{**ASKED, "model": "claude"})
+def test_errors_have_its_shape(address: str, speaker: Anthropic) -> None:
+    response = post(address, "/v1/messages", **{**ASKED, "model": "speaker"})
     assert response.status_code == 404
     assert response.json()["type"] == "error"
     assert response.json()["error"]["type"] == "not_found_error"
@@ -123,7 +123,7 @@ def test_errors_have_its_shape(address: str, claude: Anthropic) -> None:
     assert (response.status_code, response.json()["type"]) == (400, "error")
     assert response.json()["error"]["message"] == "max_tokens is required and was not given"
     with pytest.raises(anthropic.APIStatusError) as caught:
-        claude.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "x" * 600}]})
+        speaker.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "x" * 600}]})
     assert caught.value.status_code == 413
 
 

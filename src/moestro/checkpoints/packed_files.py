@@ -23,7 +23,7 @@ from moestro.checkpoints.folders import CONFIG, MANIFEST
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.packed_header import Section
 from moestro.errors import CheckpointError
-from moestro.files import whole_file
+from moestro.files import cache_folder, whole_file
 from moestro.kernels.packing import QUANTISED, Format
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
@@ -43,10 +43,7 @@ def default_path(folder: Path, format: Format) -> Path:
     of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
     if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
         return folder / name
-    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = stated if stated.is_absolute() else Path.home() / ".cache"
-    key = hashlib.sha256(json.dumps(fingerprint(folder)).encode()).hexdigest()
-    return cache / "moestro" / key[:32] / name
+    return cache_folder(json.dumps(fingerprint(folder))) / name
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

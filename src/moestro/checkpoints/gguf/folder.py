@@ -7,7 +7,6 @@ later their packed form.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from moestro.checkpoints.gguf import settings
 from moestro.checkpoints.gguf.header import SPLIT, Header, is_gguf, read_parts
 from moestro.checkpoints.gguf.tokenizer import tokenizer_files
 from moestro.errors import CheckpointError
-from moestro.files import write_json, write_whole
+from moestro.files import cache_folder, write_json, write_whole
 from moestro.text import HF_FILE
 
 NOTE = "gguf.json"
@@ -100,7 +99,4 @@ def _place(file: Path) -> Path:
     beside = file.with_name(file.name + ENDING)
     if beside.is_dir() or (os.access(file.parent, os.W_OK) and not file.is_symlink()):
         return beside
-    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = stated if stated.is_absolute() else Path.home() / ".cache"
-    key = hashlib.sha256(str(file.absolute()).encode()).hexdigest()
-    return cache / "moestro" / key[:32]
+    return cache_folder(str(file.absolute()))

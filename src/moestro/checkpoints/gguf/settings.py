@@ -188,9 +188,9 @@ def _llama3(header: Header, width: int) -> Fields:
     )
 
 
-def _experts(header: Header, count: str, width: str, default_width: bool = True) -> Fields:
+def _experts(header: Header, count: str, width: str) -> Fields:
     hidden = given(header, ".expert_feed_forward_length")
-    if hidden is None and default_width:
+    if hidden is None:
         hidden = number(header, ".feed_forward_length")
     return {
         count: number(header, ".expert_count"),

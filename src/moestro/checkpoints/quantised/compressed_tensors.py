@@ -61,7 +61,7 @@ class Compressed(Form):
     name = "compressed-tensors"
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
+    def bits(self) -> int:  # type: ignore[override]  # a form of its own has one number, this several
         """The fewest."""
         return min(weights.bits for weights in self.weights)
 
