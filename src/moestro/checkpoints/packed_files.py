@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.folders import CONFIG, MANIFEST
-from moestro.checkpoints.gguf.folder import headers_of
+from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.packed_header import Section
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, whole_file
@@ -54,7 +54,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """
     manifest = folder / MANIFEST
     wanted = [manifest] if manifest.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [*wanted, folder / CONFIG, *(header.file for header in headers_of(folder) or ())]
+    files = [*wanted, folder / CONFIG, *files_of(folder)]
     return {path.name: _sampled(path) for path in files if path.is_file()}
 
 

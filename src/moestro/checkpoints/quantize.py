@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.gguf.sources import StoredModule, stored_module
 from moestro.checkpoints.quantised.methods import in_four_bits
 from moestro.checkpoints.reading import open_unread
@@ -163,8 +162,8 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    blocks = headers_of(folder) is not None
-    made = _pack_in_turn(model, unread.dtype, format, fill, from_blocks if blocks else None)
+    packer = from_blocks if unread.of_gguf else None
+    made = _pack_in_turn(model, unread.dtype, format, fill, packer)
     if (words := rounded.words()) is not None:
         warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
     return made

@@ -129,7 +129,7 @@ def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[s
         _check_size(folder, described.cfg, found)
     with without_memory():
         model = build_model(described.cfg, backend)
-    return match(folder, family, model, found)
+    return match(folder, family, model, found)._replace(of_gguf=headers is not None)
 
 
 def read_model(
@@ -158,7 +158,7 @@ def read_model(
         UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
     unread = open_unread(folder, backend, accept_fields)
-    rounded = unread.rounded() if headers_of(folder) is None else ()
+    rounded = () if unread.of_gguf else unread.rounded()
     if dtype is None and rounded:
         warnings.warn(
             f"{folder} holds tensors that are rounded to {unread.dtype}, the dtype of its "

@@ -35,12 +35,14 @@ class Unread(NamedTuple):
         dtype: of the stored embedding; bf16 if that is quantised.
         sources: what fills each slice of the model's tensors, in the order of files and bytes.
         copies: (source, name of our tensor that it must equal).
+        of_gguf: whether they are of a GGUF file, whose norms and routers are always fp32.
     """
 
     model: Model
     dtype: torch.dtype
     sources: list[tuple[TensorSlice, Source]]
     copies: list[tuple[Source, str]]
+    of_gguf: bool = False
 
     @property
     def bytes(self) -> int:

@@ -74,6 +74,12 @@ def folder_of(file: Path) -> Path:
     return folder
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The GGUF files that a folder stands for; none of another checkpoint's."""
+    note = read_json(folder / NOTE) if (folder / NOTE).is_file() else {"files": []}
+    return [Path(each["path"]) for each in note["files"]]
+
+
 def headers_of(folder: Path) -> list[Header] | None:
     """The headers of the files that a folder stands for; None: it is another checkpoint's.
 
