@@ -4,7 +4,7 @@ import torch
 from moestro.config import BalanceConfig
 from moestro.models.decoder import Decoder
 from moestro.moe import balance
-from moestro.train.objective import Objective
+from moestro.train.objective import IGNORED, Objective, num_labels
 
 
 @pytest.fixture
@@ -77,3 +77,44 @@ def test_logits_in_half_precision_give_a_loss_in_float32(batch):
         output = model(tokens_BS)
     assert output.logits.dtype == torch.bfloat16
     assert Objective(BalanceConfig())(output, targets_BS).total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pieces", [(1, 3), (2, 2), (1, 1, 2)])
+def test_a_step_weighs_every_label_alike_however_it_is_split(batch, pieces):
+    model, tokens_BS, targets_BS = batch
+    targets_BS = targets_BS.clone()
+    targets_BS[0, 2:] = targets_BS[1, :3] = IGNORED  # the rows have 2, 13, 16 and 16 labels
+    model, objective = model.double(), Objective(BalanceConfig(**OFF))
+    whole = objective(model(tokens_BS), targets_BS)
+    torch.autograd.backward(whole.total)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    objective.restart(num_labels(targets_BS), len(pieces))
+    found = 0.0
+    for tokens, targets in zip(tokens_BS.split(pieces), targets_BS.split(pieces), strict=True):
+        loss = objective(model(tokens), targets)
+        torch.autograd.backward(loss.total)
+        found += loss.parts["loss"]
+    torch.testing.assert_close(found, whole.parts["loss"])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_without_labels_adds_nothing(batch):
+    model, tokens_BS, targets_BS = batch
+    loss = Objective(BalanceConfig(**OFF))(model(tokens_BS), targets_BS * 0 + IGNORED)
+    torch.autograd.backward(loss.total)
+    assert loss.total == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_balance_losses_are_means_over_the_micro_batches(batch):
+    model, tokens_BS, targets_BS = batch
+    objective = Objective(BalanceConfig())
+    alone = [objective(model(half), targets_BS[:2]) for half in tokens_BS.split(2)]
+    objective.restart(micro_batches=2)
+    step = [objective(model(half), targets_BS[:2]) for half in tokens_BS.split(2)]
+    for name in ("switch", "z"):
+        torch.testing.assert_close(
+            sum(loss.parts[name] for loss in step), sum(loss.parts[name] for loss in alone) / 2
+        )

@@ -32,7 +32,7 @@ from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
 from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
-from moestro.train.objective import Objective
+from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
@@ -217,7 +217,7 @@ class Trainer:
         # The step's only copy from the device.
         numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
         grad_norm, sums = numbers[0], numbers[1 : len(names) + 1]
-        parts = {name: x / self.ranks.world for name, x in zip(names, sums, strict=True)}
+        parts = dict(zip(names, sums, strict=True))
         if not all(map(math.isfinite, (grad_norm, *parts.values()))):
             raise self._not_finite(step, batch, parts)
         if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
@@ -235,19 +235,20 @@ class Trainer:
         return StepNumbers(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
 
     def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
-        """Gradients of all micro-batches; the loss's parts, float64, as their means."""
+        """Gradients of all micro-batches; this rank's share of the loss's parts, float64."""
         self._seed_noise(step)
-        self._objective.restart()
-        micro_batches = batch.chunk(self.cfg.train.accumulate)
+        micro_batches, world = batch.chunk(self.cfg.train.accumulate), self.ranks.world
+        labels = self.ranks.sum_(num_labels(batch.targets))
+        self._objective.restart(labels, len(micro_batches) * world)
         sums: dict[str, Tensor] = {}
         for number, micro in enumerate(micro_batches, 1):
             with self._sync(last=number == len(micro_batches)):
                 output = self._predict(micro)
                 tally.add(output.routings)
                 loss = self._objective(output, micro.targets)
-                torch.autograd.backward(loss.total / len(micro_batches))
+                torch.autograd.backward(loss.total * world)  # gradients are averaged over ranks
             for name, part in loss.parts.items():
-                sums[name] = sums.get(name, 0.0) + part.double() / len(micro_batches)
+                sums[name] = sums.get(name, 0.0) + part.double()
         return list(sums), torch.stack(list(sums.values()))
 
     def _predict(self, micro: Example) -> ModelOutput:

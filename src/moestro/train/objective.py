@@ -19,12 +19,15 @@ from moestro.train.distributed import ALONE, Ranks
 Term = Callable[[int, Routing], Tensor]
 
 
+IGNORED = -100  # a target that is no label: nothing of it is learned
+
+
 class Loss(NamedTuple):
-    """One micro-batch's loss.
+    """What one micro-batch adds to the loss of its step.
 
     Attributes:
         total: What to differentiate: cross entropy + sum over layers of weighted balance losses.
-        parts: Detached scalars by name: `loss` is the cross entropy in nats per token; each
+        parts: Detached scalars by name: `loss` is the cross entropy in nats per label; each
             balance loss is unweighted and a mean over layers, so 1 is perfect for `switch`.
     """
 
@@ -33,7 +36,12 @@ class Loss(NamedTuple):
 
 
 class Objective:
-    """The loss of a step's micro-batches; make a fresh one (or `restart`) for each step.
+    """The loss of a step: its micro-batches', of all ranks, add up to it.
+
+    The cross entropy is a mean over the labels of the whole step, however they are spread over
+    micro-batches and ranks; a mean of the micro-batches' means would weigh the labels of a short
+    one more. The balance losses are means over the micro-batches. Without `restart` a step is one
+    micro-batch.
 
     With the scope `global`, the Switch loss takes its fractions from the assignments of all ranks
     and of the step's micro-batches so far, and its probabilities from the micro-batch at hand.
@@ -42,19 +50,28 @@ class Objective:
     def __init__(self, cfg: BalanceConfig, ranks: Ranks = ALONE) -> None:
         self.cfg = cfg
         self._ranks = ranks
+        self.restart()
+
+    def restart(self, labels: Tensor | None = None, micro_batches: int = 1) -> None:
+        """Begin a step.
+
+        Args:
+            labels: Scalar, the labels of the step over all ranks; None: those of each micro-batch.
+            micro_batches: Of the step, over all ranks.
+        """
+        self._labels, self._micro_batches = labels, micro_batches
         self._counts_LE: Tensor | None = None
 
-    def restart(self) -> None:
-        """Forget the counts of the micro-batches so far: a new step begins."""
-        self._counts_LE = None
-
     def __call__(self, output: ModelOutput, targets_BS: Tensor) -> Loss:
-        """The loss of one micro-batch of B sequences, in fp32."""
-        total = cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
+        """The loss of a micro-batch of B sequences, in fp32; `IGNORED` targets are no labels."""
+        labels = num_labels(targets_BS) if self._labels is None else self._labels
+        logits_TV, targets_T = output.logits.float().flatten(0, 1), targets_BS.flatten()
+        summed = cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+        total = summed / labels.clamp(min=1)
         parts = {"loss": total.detach()}
         for name, weight, values_L in self.balance(output.routings, targets_BS.shape[0]):
-            total = total + weight * values_L.sum()
-            parts[name] = values_L.detach().mean()
+            total = total + weight * values_L.sum() / self._micro_batches
+            parts[name] = values_L.detach().mean() / self._micro_batches
         return Loss(total, parts)
 
     def balance(
@@ -93,6 +110,11 @@ class Objective:
             counts_LE = counts_LE + self._counts_LE
         self._counts_LE = counts_LE
         return counts_LE
+
+
+def num_labels(targets_BS: Tensor) -> Tensor:
+    """Targets that something is learned of; int64 scalar."""
+    return (targets_BS != IGNORED).sum()
 
 
 def _switch(_: int, routing: Routing) -> Tensor:
