@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from moestro.bench import speed
-from moestro.bench.speed import ReadBandwidth, Round, measure, rounds_of, weight_bytes
+from moestro.bench.speed import (
+    ReadBandwidth,
+    Round,
+    Speed,
+    Variant,
+    by_turns,
+    rounds_of,
+    weight_bytes,
+)
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.kernels import native_cpu
@@ -20,25 +28,28 @@ SIZES: dict[str, Any] = {
 MOE = {"hidden_dim": 64, "num_experts": 8, "top_k": 2, "shared": {"hidden_dim": 32}}
 
 
-def test_medians_over_the_rounds_after_one_to_warm_up() -> None:
-    given = iter([Round(9, 9, 9), Round(1, 2, 4, 8.0), Round(2, 3, 1, 2.0), Round(4, 5, 2, 4.0)])
-    found = measure(lambda: next(given), prompt=8, tokens=4, weight_bytes=100, rounds=3)
-    assert found.prefill_per_s == 4
-    assert found.decode_per_s == 2
-    assert found.first_s == 3
-    assert found.joules == 1
-    assert found.read_per_s is None
-    assert found.share is None
-    assert found.peak_bytes > 0
+def test_variants_take_turns_and_medians_are_over_their_own_rounds() -> None:
+    turns = []
 
+    def variant(name: str, *given: Round, reads: bool = True) -> Variant:
+        left = iter(given)
 
-def test_the_share_is_of_reading_in_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ReadBandwidth, "__call__", lambda self: 1000.0)
-    found = measure(
-        lambda: Round(1, 1, 2), prompt=8, tokens=4, weight_bytes=100, read=ReadBandwidth(1 << 16)
-    )
-    assert found.share == pytest.approx(0.2)
-    assert found.read_per_s == 1000
+        def run() -> Round:
+            turns.append(name)
+            return next(left)
+
+        return Variant(name, "int4", run, 100, 7, reads)
+
+    def read() -> float:
+        turns.append("read")
+        return 1000.0
+
+    first = variant("a", Round(1, 2, 4, 8.0), Round(2, 3, 1, 2.0), Round(4, 5, 2, 4.0))
+    second = variant("b", *[Round(8, 8, 8)] * 3, reads=False)
+    found = by_turns([first, second], prompt=8, tokens=4, rounds=3, read=read)
+    assert turns == ["read", "a", "b"] * 3
+    assert found[0] == Speed(4, 2, 3, 100, 1000, 0.2, 7, 1)
+    assert found[1] == Speed(1, 0.5, 8, 100, None, None, 7, None)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -90,26 +90,39 @@ def program(path: Path, body: str) -> Path:
 
 
 @NEEDS_NATIVE
+@pytest.mark.parametrize(
+    ("usage", "after"),
+    [
+        ("", ["-n", "2"]),
+        ("  -d, --n-depth <n>", ["-n", "2", "-d", "6"]),
+        ("  -gp <pp,tg>", ["-n", "0", "-gp", "6,2"]),
+    ],
+)
 def test_beside_llama_cpp(
-    settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    usage: str,
+    after: list[str],
+    settings: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake = program(
         tmp_path / "llama-bench",
-        "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
-        "assert open(given['-m'], 'rb').read(4) == b'GGUF'\n"
-        "assert (given['-p'], given['-n'], given['-r'], given['-o']) == ('6', '2', '1', 'json')\n"
-        "prompt = {'n_prompt': 6, 'n_gen': 0, 'samples_ts': [3.0, 5.0, 4.0]}\n"
-        "print(json.dumps([prompt, {'n_prompt': 0, 'n_gen': 2, 'samples_ts': [2.5]}]))",
+        f"words, after = sys.argv[1:], {after}\n"
+        f"if words == ['--help']: sys.exit(print({usage!r}))\n"
+        "assert words[:2] == ['-rtr', '1']\n"
+        "assert open(words[words.index('-m') + 1], 'rb').read(4) == b'GGUF'\n"
+        "prompt = words[-4:] == ['-p', '6', '-n', '0']\n"
+        "assert prompt or words[-2 - len(after):] == ['-p', '0', *after], words\n"
+        "field, rates = ('n_prompt', [3.0, 5.0, 4.0]) if prompt else ('n_gen', [2.5])\n"
+        "print(json.dumps([{field: 2, 'samples_ts': rates}]))",
     )
-    words = ["--weights", "int8", "--weights", "int4-64", "--compare", f"llama.cpp={fake}"]
-    rows = measured(capsys, settings, *words)["rows"][2:]
-    assert [(row["name"], row["weights"]) for row in rows] == [
-        ("llama.cpp", "Q8_0"),
-        ("llama.cpp", "Q4_0"),
-    ]
+    kinds = ["--weights", "int8", "--weights", "int4-64"]
+    rows = measured(capsys, settings, *kinds, "--compare", f"ik={fake} -rtr 1")["rows"][2:]
+    assert [(row["name"], row["weights"]) for row in rows] == [("ik", "Q8_0"), ("ik", "Q4_0")]
     assert rows[0]["prefill_per_s"] == 4
     assert rows[0]["decode_per_s"] == 2.5
     assert rows[0]["weight_bytes"] > rows[1]["weight_bytes"]
+    assert rows[0]["share"] is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +144,9 @@ def test_a_program_that_is_no_llama_bench(
     ("words", "message"),
     [
         (["--weights", "int5"], "weights are fp32, bf16, int8"),
-        (["--compare", "vllm"], "choose transformers, or llama.cpp=PATH"),
+        (["--compare", "vllm"], "choose transformers, or NAME=PROGRAM"),
+        (["--compare", "llama.cpp="], "choose transformers, or NAME=PROGRAM"),
+        (["--compare", "llama.cpp='"], "No closing quotation"),
         (["--compare", "llama.cpp=nowhere"], "nowhere is not a program"),
         (["--prompt", "39", "--tokens", "2"], "exceed the model's context of 40"),
     ],

@@ -8,21 +8,20 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from moestro.bench.speed import Round, Speed
+from moestro.bench.speed import Round
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields
 from moestro.checkpoints.reading import is_pretrained
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
-from moestro.machine import Energy, children_peak_bytes
-from moestro.models.count import count
+from moestro.machine import Energy
 from moestro.strictjson import parse
 
 if TYPE_CHECKING:
@@ -130,18 +129,21 @@ def _gguf() -> Any:
         raise ConfigError("--compare llama.cpp needs gguf: pip install 'moestro[gguf]'") from None
 
 
+@contextlib.contextmanager
 def llama_bench(
-    program: Path, cfg: ModelConfig, kind: Kind, prompt: int, tokens: int, rounds: int, threads: int
-) -> Speed:
-    """Measure a model of random weights of this shape by llama.cpp's own llama-bench.
+    words: Sequence[str], cfg: ModelConfig, kind: Kind, prompt: int, tokens: int, threads: int
+) -> Iterator[Callable[[], Round]]:
+    """Rounds of a llama-bench, over random weights of this shape, kept as long as the context.
+
+    Tokens are decoded after the prompt where the program has an option for that (`-gp` or `-d`),
+    else from an empty cache.
 
     Args:
-        program: llama-bench.
+        words: the program, and options of its own.
         cfg: the model's settings.
         kind: of its weights.
         prompt: tokens of the prompt.
-        tokens: tokens decoded, from an empty cache, as llama-bench does.
-        rounds: that count.
+        tokens: tokens decoded.
         threads: as many as ours.
 
     Raises:
@@ -150,45 +152,37 @@ def llama_bench(
     with tempfile.TemporaryDirectory(prefix="moestro-") as folder:
         path = Path(folder) / "model.gguf"
         _gguf().write_random(cfg, kind, path)
-        words = ["-m", path, "-p", prompt, "-n", tokens, "-r", rounds, "-t", threads, "-o", "json"]
-        found = list(_rows(_run(program, [str(word) for word in words])))
-    prefill = _rate(program, found, "n_prompt")
-    size = count(cfg).matmul * kind.bytes / kind.length
-    return Speed(
-        prefill_per_s=prefill,
-        decode_per_s=_rate(program, found, "n_gen"),
-        first_s=prompt / prefill,
-        weight_bytes=size,
-        read_per_s=None,
-        share=None,
-        peak_bytes=children_peak_bytes(),
-        joules=None,
-    )
+        common = [*words, "-m", str(path), "-r", "1", "-t", str(threads), "-o", "json"]
+        options, after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
+        if " -gp " in options:
+            after = ["-n", "0", "-gp", f"{prompt},{tokens}"]
+        elif " -d, " in options:
+            after = ["-n", str(tokens), "-d", str(prompt)]
+
+        def run() -> Round:
+            prefill = _rate(words[0], _run([*common, "-p", str(prompt), "-n", "0"]), "n_prompt")
+            decode = _rate(words[0], _run([*common, "-p", "0", *after]), "n_gen")
+            return Round(prompt / prefill, prompt / prefill, tokens / decode)
+
+        yield run
 
 
-def _run(program: Path, words: list[str]) -> str:
-    """What the program prints."""
+def _run(words: list[str], strict: bool = True) -> str:
+    """What the program prints; `strict`: it must end well."""
     try:
-        done = subprocess.run(
-            [str(program), *words], capture_output=True, text=True, timeout=LONGEST_S, check=False
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"cannot run {program}: {error}; give the path of llama-bench") from None
-    if done.returncode:
+        raise ConfigError(f"cannot run {words[0]}: {error}; give the path of llama-bench") from None
+    if done.returncode and strict:
         last = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise ConfigError(f"{program} failed with code {done.returncode}: {last}")
+        raise ConfigError(f"{words[0]} failed with code {done.returncode}: {last}")
     return done.stdout
 
 
-def _rows(text: str) -> Iterator[dict[str, Any]]:
+def _rate(program: str, printed: str, field: str) -> float:
+    """Tokens per second of the row that measured `n_prompt` or `n_gen`."""
     with contextlib.suppress(ValueError, TypeError):
-        yield from (row for row in parse(text) if isinstance(row, dict))
-
-
-def _rate(program: Path, rows: list[dict[str, Any]], field: str) -> float:
-    """Tokens per second of the row that measures `n_prompt` or `n_gen` alone."""
-    other = "n_gen" if field == "n_prompt" else "n_prompt"
-    for row in rows:
-        if row.get(field) and not row.get(other) and row.get("samples_ts"):
-            return float(statistics.median(row["samples_ts"]))
+        for row in parse(printed):
+            if isinstance(row, dict) and row.get(field) and row.get("samples_ts"):
+                return float(statistics.median(row["samples_ts"]))
     raise ConfigError(f"{program} printed no result for {field}; is it llama-bench?")

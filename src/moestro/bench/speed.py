@@ -7,7 +7,7 @@ measured between the rounds of the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moestro.infer.decoding import decoding_of
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.kernels import native_cpu
-from moestro.machine import Energy, peak_bytes
+from moestro.machine import Energy, children_peak_bytes
 from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
 from moestro.moe.packed import Packed
@@ -53,7 +53,7 @@ class Speed(NamedTuple):
         read_per_s: bytes per second of plain reading, measured between the rounds; None where
             nothing was measured.
         share: of it that decoding used, round by round.
-        peak_bytes: the most memory that the process held meanwhile, without `ReadBandwidth`'s.
+        peak_bytes: the most memory that it held, without the others measured beside it.
         joules: per decoded token; None if the machine does not report them.
     """
 
@@ -67,41 +67,62 @@ class Speed(NamedTuple):
     joules: float | None
 
 
-def measure(
-    run: Callable[[], Round],
-    prompt: int,
-    tokens: int,
-    weight_bytes: float,
-    rounds: int = 3,
-    read: ReadBandwidth | None = None,
-) -> Speed:
-    """Measure something that takes prompts, after one round to warm up.
+class Variant(NamedTuple):
+    """One of the things measured side by side.
+
+    Attributes:
+        name: of the program.
+        weights: their format.
+        run: one round.
+        weight_bytes: weights read per decoded token.
+        peak: the most memory that it held, in bytes; None: a child process holds it.
+        reads: whether its share of plain reading is wanted.
+    """
+
+    name: str
+    weights: str
+    run: Callable[[], Round]
+    weight_bytes: float
+    peak: int | None
+    reads: bool = True
+
+
+def by_turns(
+    variants: Sequence[Variant], prompt: int, tokens: int, rounds: int, read: Callable[[], float]
+) -> list[Speed]:
+    """Measure variants that take turns, so that what else the machine does hits all alike.
 
     Args:
-        run: one round of `prompt` and `tokens` tokens.
-        prompt: tokens of the prompt.
-        tokens: tokens decoded.
-        weight_bytes: read per decoded token.
-        rounds: that count.
-        read: what measures plain reading between the rounds; None: not wanted.
+        variants: each has had a round to warm up.
+        prompt: tokens of the prompt of a round.
+        tokens: tokens decoded in a round.
+        rounds: of each.
+        read: measures plain reading in bytes per second, before each round that wants it.
     """
-    run()
-    made, reads = [], []
+    made: list[list[Round]] = [[] for _ in variants]
+    reads: list[list[float]] = [[] for _ in variants]
     for _ in range(rounds):
-        reads.append(read() if read is not None else 0.0)
-        made.append(run())
-    decode_per_s = median(tokens / each.decode_s for each in made)
-    pairs = zip(made, reads, strict=True)
-    shares = [weight_bytes * tokens / each.decode_s / rate for each, rate in pairs if rate]
+        for variant, its_rounds, its_reads in zip(variants, made, reads, strict=True):
+            if variant.reads:
+                its_reads.append(read())
+            its_rounds.append(variant.run())
+    return [_speed(*each, prompt, tokens) for each in zip(variants, made, reads, strict=True)]
+
+
+def _speed(
+    variant: Variant, made: list[Round], reads: list[float], prompt: int, tokens: int
+) -> Speed:
+    pairs = zip(made, reads, strict=False)  # none read: no pairs
+    shares = [variant.weight_bytes * tokens / each.decode_s / rate for each, rate in pairs]
     energies = [each.joules / tokens for each in made if each.joules is not None]
     return Speed(
         prefill_per_s=median(prompt / each.prefill_s for each in made),
-        decode_per_s=decode_per_s,
+        decode_per_s=median(tokens / each.decode_s for each in made),
         first_s=median(each.first_s for each in made),
-        weight_bytes=weight_bytes,
-        read_per_s=median(reads) if shares else None,
+        weight_bytes=variant.weight_bytes,
+        read_per_s=median(reads) if reads else None,
         share=median(shares) if shares else None,
-        peak_bytes=peak_bytes() - (read.size if read is not None else 0),
+        peak_bytes=children_peak_bytes() if variant.peak is None else variant.peak,
         joules=median(energies) if energies else None,
     )
 

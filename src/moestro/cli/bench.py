@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
+import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,10 +15,16 @@ import typer
 from moestro.cli.doctor import GIB
 from moestro.cli.opening import AcceptField
 from moestro.errors import ConfigError
-from moestro.machine import cpu_name, forget_peak, memory_bytes
+from moestro.machine import (
+    cpu_name,
+    forget_peak,
+    memory_bytes,
+    peak_bytes,
+    resident_bytes,
+)
 
 if TYPE_CHECKING:
-    from moestro.bench.speed import Speed
+    from moestro.bench.speed import Speed, Variant
     from moestro.config import ModelConfig
 
 ModelName = Annotated[
@@ -38,11 +45,21 @@ Kinds = Annotated[
 Compare = Annotated[
     list[str] | None,
     typer.Option(
-        help="transformers, or llama.cpp=PATH of its llama-bench; may be repeated. llama.cpp gets "
-        "random weights of the same shape."
+        help="transformers, or NAME=PROGRAM: the path of a llama-bench, of llama.cpp or made from "
+        "it, and options of its own; may be repeated. It gets random weights of the same "
+        "shape."
     ),
 ]
-LLAMA = "llama.cpp"
+
+
+TRANSFORMERS = "transformers"
+
+
+class Peer(NamedTuple):
+    """What is compared with: a program and options of its own, none for transformers."""
+
+    name: str
+    words: tuple[str, ...] = ()
 
 
 class Timing(NamedTuple):
@@ -79,7 +96,8 @@ def bench(
 
     Tokens per second of prefill and decoding, time to the first token, bytes of weights read per
     token, share of the memory bandwidth measured in the same run, peak memory, and energy where
-    the machine reports it. Tokens are random, so that experts rotate.
+    the machine reports it. Tokens are random, so that experts rotate. All that is measured takes
+    turns, round by round.
     """
     from moestro.checkpoints.quantize import format_of
 
@@ -88,28 +106,32 @@ def bench(
         format_of(kind)
     peers = [_peer(each) for each in compare or ()]
     plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)
-    rows = [*_ours(plan, kinds), *_theirs(plan, kinds, peers)]
+    with ExitStack() as stack:
+        rows = _rows(plan, [*_ours(plan, kinds), *_theirs(plan, kinds, peers, stack)])
     if as_json:
         typer.echo(json.dumps(_facts(plan, rows), indent=2))
     else:
         _print(plan, rows)
 
 
-def _peer(text: str) -> tuple[str, Path | None]:
-    """(transformers, None) or (llama.cpp, its llama-bench)."""
-    name, equals, path = text.partition("=")
-    if name == "transformers" and not equals:
-        return name, None
-    if name == LLAMA and path:
-        if not os.access(path, os.X_OK) or Path(path).is_dir():
-            raise ConfigError(
-                f"--compare {text}: {path} is not a program; give the path of llama-bench"
-            )
-        return name, Path(path)
-    raise ConfigError(
-        f"--compare {text} is unknown; choose transformers, or {LLAMA}=PATH with the path of "
-        "its llama-bench"
-    )
+def _peer(text: str) -> Peer:
+    name, _, command = text.partition("=")
+    if text == TRANSFORMERS:
+        return Peer(name)
+    try:
+        words = tuple(shlex.split(command))
+    except ValueError as error:
+        raise ConfigError(f"--compare {text}: {error}") from None
+    if not (name and words):
+        raise ConfigError(
+            f"--compare {text} is unknown; choose transformers, or NAME=PROGRAM with the path of "
+            "a llama-bench, as llama.cpp=build/bin/llama-bench"
+        )
+    if not os.access(words[0], os.X_OK) or Path(words[0]).is_dir():
+        raise ConfigError(
+            f"--compare {text}: {words[0]} is not a program; give the path of llama-bench"
+        )
+    return Peer(name, words)
 
 
 def _plan(
@@ -140,22 +162,31 @@ def _plan(
     return BenchPlan(name, cfg, folder, accept_fields, prompt, tokens, rounds)
 
 
-def _ours(plan: BenchPlan, kinds: list[str]) -> Iterator[Timing]:
-    """A row for each kind of weights; one model is in memory at a time."""
-    from moestro.bench.speed import ReadBandwidth, measure, rounds_of, weight_bytes
+def _ours(plan: BenchPlan, kinds: list[str]) -> Iterator[Variant]:
+    """A variant for each kind of weights."""
+    from moestro.bench.speed import Variant, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
 
+    _check_memory(plan, kinds)
     for kind in kinds:
-        _check_memory(plan, kind)
+        before = resident_bytes()
         forget_peak()
         model = _open(plan, kind)
         run = rounds_of(model, plan.prompt, plan.tokens)
-        size = weight_bytes(model)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
+        run()
+        peak = peak_bytes() - before
         how = "moestro" if supports(model) is None else "moestro in Python"
-        yield Timing(how, kind, speed)
-        del model, run
-        gc.collect()
+        yield Variant(how, kind, run, weight_bytes(model), peak)
+
+
+def _rows(plan: BenchPlan, variants: list[Variant]) -> list[Timing]:
+    """Measure them."""
+    from moestro.bench.speed import ReadBandwidth, by_turns
+
+    read = ReadBandwidth()
+    speeds = by_turns(variants, plan.prompt, plan.tokens, plan.rounds, read)
+    pairs = zip(variants, speeds, strict=True)
+    return [Timing(variant.name, variant.weights, speed) for variant, speed in pairs]
 
 
 def _open(plan: BenchPlan, kind: str) -> Any:
@@ -171,31 +202,36 @@ def _open(plan: BenchPlan, kind: str) -> Any:
     ).model
 
 
-def _check_memory(plan: BenchPlan, kind: str) -> None:
-    """Refuse a model that cannot fit, before anything is built."""
+def _check_memory(plan: BenchPlan, kinds: list[str]) -> None:
+    """Refuse what cannot be in memory side by side, before anything is built."""
     from moestro.checkpoints.quantize import format_of
     from moestro.models.count import count
 
-    format, counted, there = format_of(kind), count(plan.cfg), memory_bytes()
-    bits = 16.0 if format is None else format.bits
-    needed = (counted.total - counted.input_embedding) * bits / 8 + 2 * counted.input_embedding
+    counted, there, needed = count(plan.cfg), memory_bytes(), 0.0
+    for kind in kinds:
+        format = format_of(kind)
+        bits = 16.0 if format is None else format.bits
+        needed += (counted.total - counted.input_embedding) * bits / 8 + 2 * counted.input_embedding
     if there is not None and needed > there:
+        more = " or fewer of them" if len(kinds) > 1 else ""
         raise ConfigError(
-            f"{plan.name} in {kind} takes {needed / GIB:.1f} GiB, and this machine has "
-            f"{there / GIB:.1f} GiB; choose smaller --weights or another model"
+            f"{plan.name} in {' and '.join(kinds)} takes {needed / GIB:.1f} GiB, and this machine "
+            f"has {there / GIB:.1f} GiB; choose smaller --weights{more}, or another model"
         )
 
 
 def _theirs(
-    plan: BenchPlan, kinds: list[str], peers: list[tuple[str, Path | None]]
-) -> Iterator[Timing]:
-    """Rows of the programs compared with."""
+    plan: BenchPlan, kinds: list[str], peers: list[Peer], stack: ExitStack
+) -> Iterator[Variant]:
+    """Variants of the programs compared with; the stack removes their files in the end."""
     import torch
 
     from moestro.bench.peers import llama_bench, llama_kinds
+    from moestro.bench.speed import Variant
+    from moestro.models.count import count
 
-    for name, program in peers:
-        if program is None:
+    for name, words in peers:
+        if not words:
             yield from _transformers(plan)
             continue
         # Their groups have 32 weights; as-is is compared with bf16.
@@ -204,26 +240,28 @@ def _theirs(
         )
         known = llama_kinds()
         for kind in (known[each] for each in wanted if each in known):
-            speed = llama_bench(
-                program, plan.cfg, kind, plan.prompt, plan.tokens, plan.rounds,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            yield Timing(name, kind.name, speed)
+            sizes = plan.prompt, plan.tokens, torch.get_num_threads()
+            run = stack.enter_context(llama_bench(words, plan.cfg, kind, *sizes))
+            size = count(plan.cfg).matmul * kind.bytes / kind.length
+            yield Variant(name, kind.name, run, size, peak=None, reads=False)
 
 
-def _transformers(plan: BenchPlan) -> Iterator[Timing]:
-    """A row for each of its experts implementations."""
+def _transformers(plan: BenchPlan) -> Iterator[Variant]:
+    """A variant for each of its experts implementations."""
     from moestro.bench.peers import IMPLEMENTATIONS, transformers_model, transformers_rounds
-    from moestro.bench.speed import ReadBandwidth, measure
+    from moestro.bench.speed import Variant
     from moestro.models.count import count
 
+    before = resident_bytes()
     forget_peak()
     model = transformers_model(plan.cfg, plan.folder)
     size = 2.0 * count(plan.cfg).matmul
     for implementation in IMPLEMENTATIONS if plan.cfg.moe is not None else ("",):
         run = transformers_rounds(model, implementation, plan.prompt, plan.tokens)
-        speed = measure(run, plan.prompt, plan.tokens, size, plan.rounds, ReadBandwidth())
-        yield Timing(f"transformers {implementation}".rstrip(), "bf16", speed)
+        run()
+        peak = peak_bytes() - before
+        name = f"{TRANSFORMERS} {implementation}".rstrip()
+        yield Variant(name, "bf16", run, size, peak)
 
 
 def _facts(plan: BenchPlan, rows: list[Timing]) -> dict[str, Any]:
