@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 7
+#define MOESTRO_ABI 8
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
@@ -92,29 +92,57 @@ MOESTRO_API int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, con
                                     const int64_t *tokens, const int64_t *experts, const float *weights,
                                     int64_t assignments, void *y);
 
+/* Multi-head latent attention: R the latent width, N and A' a head's widths without and with positions, O of its
+ * values. What is kept of a position, as its key and its value, are R + A' numbers, of one group. */
+typedef struct {
+    int64_t q_rank, kv_rank, nope, value; /* width of the queries' vector, or 0; R, N, O */
+    moestro_matrix q_down, q;             /* [q_rank, D], not read where that is 0; [H·(N + A'), q_rank or D] */
+    moestro_matrix kv_down;               /* [R + A', D] */
+    const float *q_norm, *kv_norm;        /* [q_rank], [R] */
+    const void *kv_up;                    /* plain rows [H·(N + O), R] */
+    int32_t kv_up_dtype;                  /* MOESTRO_ROWS_… */
+    float eps;                            /* of both norms */
+} moestro_latent;
+
+/* A gated DeltaNet: G key heads, H value heads, A and O widths of a key and a value, W of the convolution of I = 2·G·A
+ * + H·O channels. A sequence keeps in place of keys its last W - 1 inputs [W - 1, I], in place of values the state
+ * [H, A, O], fp32; both are read and then written. Its room in positions is what the sequence may grow to. */
+typedef struct {
+    int64_t key_heads, value_heads, key_dim, value_dim, conv_width;
+    moestro_matrix qkvz;           /* [I + H·O, D]: queries, keys, values, gates of the outputs */
+    const float *ba;               /* [2H, D], of β and of the decay */
+    const float *conv;             /* [W, I] */
+    const float *rate, *time_bias; /* [H] */
+    const float *gain;             /* [O], of the norm */
+    float length_eps, eps;         /* added to squared lengths of queries and keys; of the norm */
+} moestro_delta;
+
 /* One layer of a decoder. Pointers to fp32 may be null where the layer has no such part. */
 typedef struct {
     const float *attention_norm, *ffn_norm;           /* [D] gains */
     const float *attention_norm_bias, *ffn_norm_bias; /* [D]: layer norms; null: RMSNorms */
-    moestro_matrix qkv, out;                          /* [(H + 2G)·A, D], [D, H·A] */
+    moestro_matrix qkv, out;                          /* [(H + 2G)·A, D], gated: [(2H + 2G)·A, D]; [D, H·A] */
     const float *qkv_bias, *out_bias;
     const float *q_norm, *k_norm;             /* [A], of each head; norm_all: [H·A], [G·A] */
     const float *sinks;                       /* [H] */
     int64_t window;                           /* positions seen, itself included; 0: all */
     const float *router;                      /* [E, D]; null: a dense layer, experts.experts is 1 */
     const float *logit_bias, *selection_bias; /* [E] */
+    const moestro_latent *latent;             /* at most one of both; null: grouped-query attention by qkv */
+    const moestro_delta *delta;
     moestro_experts experts;
     moestro_experts shared;   /* data null: none */
     const float *shared_gate; /* [D] */
 } moestro_layer;
 
-/* A decoder: grouped-query attention with rotary positions, RMSNorm, softmax or sigmoid router. */
+/* A decoder: grouped-query or latent attention with rotary positions, RMSNorm, softmax or sigmoid router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
     int64_t turning;                                  /* A', the first numbers of a head, which turn */
     int32_t top_k, sigmoid, renormalize, cache_dtype; /* MOESTRO_ROWS_… */
     int32_t norm_all;                                 /* queries, and keys, have one norm over all heads */
     int32_t norm_rotated;                             /* each head's norm comes after its rotation */
+    int32_t gated; /* behind each head's query stand its gates: its output is multiplied by their sigmoids */
     /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
      * its best `group_best` experts. */
     int32_t expert_groups, top_groups, group_best;

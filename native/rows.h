@@ -28,6 +28,8 @@ inline bool valid(int32_t kind, int32_t group) {
 
 inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.group) && w.n >= 1 && w.k >= 1; }
 
+inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
+
 inline bool valid(const moestro_experts &w) {
     const bool known = valid(w.kind, w.group) && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
     return known && w.data && (w.down || !plain(w.kind)) && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;

@@ -5,26 +5,13 @@
 #include <functional>
 #include <vector>
 
-#include "attention.h"
-#include "mixture.h"
+#include "layers.h"
 
 namespace moestro {
 namespace {
 
-constexpr int64_t QUERIES = 32;        // about as many attend together
 constexpr int64_t ROUTED = 16;         // tokens whose router scores are one task
 constexpr int64_t FEW = 4, SOME = 32;  // experts of that task: for a single token, for many
-
-// Consecutive tokens of one sequence that attend together: `first` of all tokens, `before` of the sequence's.
-struct Part {
-    int64_t sequence, first, before, rows;
-};
-
-// Memory of one thread.
-struct Memory {
-    std::vector<float> row, queries, mixed;
-    AttentionMemory attention;
-};
 
 class Step {
 public:
@@ -32,181 +19,45 @@ public:
     void plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts);
     void run(Team &team, float *logits, Memory &memory);
 
-    const float *cosines, *sines;
+    Batch batch;
     int64_t *experts;
     float *weights;
-    std::vector<float> x;  // [T, D], the residual
 
 private:
     void attention(Team &team, int64_t l, Memory &memory);
-    void place(int64_t l, int64_t t);
-    void attend(int64_t l, const Part &part, int64_t g, Memory &memory);
-    void rotate(float *head, const float *gain, int64_t t) const;
     void feed_forward(Team &team, int64_t l, Memory &memory);
     void route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given);
     void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const;
     void mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
     void predict(Team &team, float *logits, Memory &memory);
-    void norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const;
     void limit_groups(std::vector<float> &wanted) const;
-    void set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) const;
-
-    int64_t wide() const { return (d_.heads + 2 * d_.groups) * d_.head_dim; }
-    int64_t inner() const { return d_.heads * d_.head_dim; }
 
     moestro_decoder d_{};
-    const moestro_past *pasts_ = nullptr;
-    int64_t b_ = 0, t_ = 0;                          // sequences, tokens
-    std::vector<int64_t> sequence_, offset_, last_;  // of each token: whose, and which of it; of each sequence the last
-    std::vector<Part> parts_;
-    std::vector<float> qkv_, mixed_, added_, normed_, scores_, ones_, shared_weights_;
+    int64_t t_ = 0;  // tokens
+    GroupedAttention grouped_;
+    LatentAttention latent_;
+    DeltaNet delta_;
+    std::vector<float> normed_, scores_, ones_, shared_weights_;
     std::vector<int64_t> assigned_, tokens_, zeros_;
-    Prepared rows_, inner_rows_, expert_rows_, shared_rows_;
+    Prepared rows_, expert_rows_, shared_rows_;
     Mixture routed_, shared_;
 };
 
 void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts) {
-    d_ = decoder, b_ = b, pasts_ = pasts, t_ = 0;
-    sequence_.clear(), offset_.clear(), last_.clear(), parts_.clear(), assigned_.clear(), tokens_.clear();
-    const int64_t together = std::max(int64_t(1), QUERIES / (d_.heads / d_.groups));
-    for (int64_t s = 0; s < b; s++) {
-        for (int64_t i = 0; i < pasts[s].rows; i += together)
-            parts_.push_back({s, t_ + i, i, std::min(together, pasts[s].rows - i)});
-        for (int64_t i = 0; i < pasts[s].rows; i++, t_++) sequence_.push_back(s), offset_.push_back(i);
-        last_.push_back(t_ - 1);
-    }
+    batch.plan(decoder, b, pasts);
+    grouped_.plan(batch);
+    latent_.plan(batch);
+    delta_.plan(batch);
+    d_ = decoder, t_ = batch.t;
+    assigned_.clear(), tokens_.clear();
     int64_t most = 1;
     for (int64_t l = 0; l < d_.layers; l++) most = std::max(most, d_.layer[l].experts.experts);
     for (int64_t t = 0; t < t_; t++) {
         for (int64_t k = 0; k < d_.top_k; k++) assigned_.push_back(t);
         tokens_.push_back(t);
     }
-    x.resize(size_t(t_ * d_.dim)), added_.resize(x.size()), normed_.resize(x.size());
-    qkv_.resize(size_t(t_ * wide())), mixed_.resize(size_t(t_ * inner())), scores_.resize(size_t(t_ * most));
+    normed_.resize(size_t(t_ * d_.dim)), scores_.resize(size_t(t_ * most));
     zeros_.assign(size_t(t_), 0), ones_.assign(size_t(t_), 1.0f), shared_weights_.assign(size_t(t_), 1.0f);
-}
-
-// Sixteen sums side by side, then added up: one order for every compiler.
-float mean(const float *x, int64_t n) {
-    float sums[16] = {}, sum = 0.0f;
-    for (int64_t i = 0; i < n; i++) sums[i % 16] = sums[i % 16] + x[i];
-    for (float each : sums) sum = sum + each;
-    return sum / float(n);
-}
-
-// x · gain / sqrt(mean(x²) + eps); with a bias of x - mean(x), and the bias added.
-void Step::norm(const float *from, const float *gain, const float *bias, int64_t dim, float *to) const {
-    if (bias) {
-        const float middle = mean(from, dim);
-        for (int64_t i = 0; i < dim; i++) to[i] = from[i] - middle;
-        from = to;
-    }
-    const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + d_.eps);
-    for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
-    for (int64_t i = 0; bias && i < dim; i++) to[i] = to[i] + bias[i];
-}
-
-// A row as it is multiplied, zeros after `count` values.
-void Step::set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) const {
-    if (to.rows.k == count) return to.set(row, from);
-    memory.row.assign(size_t(to.rows.k), 0.0f);
-    std::copy(from, from + count, memory.row.begin());
-    to.set(row, memory.row.data());
-}
-
-void Step::rotate(float *head, const float *gain, int64_t t) const {
-    const int64_t half = d_.turning / 2;
-    if (gain && !d_.norm_all && !d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
-    const float *c = cosines + t * half, *s = sines + t * half;
-    for (int64_t i = 0; i < half; i++) {
-        const float first = head[i], second = head[i + half];
-        head[i] = first * c[i] - second * s[i];
-        head[i + half] = second * c[i] + first * s[i];
-    }
-    if (gain && d_.norm_rotated) norm(head, gain, nullptr, d_.head_dim, head);
-}
-
-void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t n) {
-    if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + n, static_cast<float *>(to) + at);
-    else
-        for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
-}
-
-// Rotate a token's queries and keys, and write its keys and values where its sequence keeps them.
-void Step::place(int64_t l, int64_t t) {
-    const moestro_layer &layer = d_.layer[l];
-    const moestro_past &past = pasts_[sequence_[size_t(t)]];
-    const int64_t a = d_.head_dim, position = past.place[l] + offset_[size_t(t)];
-    float *query = qkv_.data() + t * wide(), *key = query + inner(), *value = key + d_.groups * a;
-    if (d_.norm_all && layer.q_norm) norm(query, layer.q_norm, nullptr, inner(), query);
-    if (d_.norm_all && layer.k_norm) norm(key, layer.k_norm, nullptr, d_.groups * a, key);
-    for (int64_t h = 0; h < d_.heads; h++) rotate(query + h * a, layer.q_norm, t);
-    for (int64_t g = 0; g < d_.groups; g++) {
-        rotate(key + g * a, layer.k_norm, t);
-        const int64_t at = (g * past.room[l] + position) * a;
-        keep(key + g * a, d_.cache_dtype, past.keys[l], at, a);
-        keep(value + g * a, d_.cache_dtype, past.values[l], at, a);
-    }
-}
-
-void Step::attend(int64_t l, const Part &part, int64_t g, Memory &memory) {
-    const moestro_layer &layer = d_.layer[l];
-    const moestro_past &past = pasts_[part.sequence];
-    const int64_t a = d_.head_dim, heads = d_.heads / d_.groups, size = heads * a, group = g * past.room[l] * a;
-    const int64_t place = past.place[l];
-    memory.queries.resize(size_t(part.rows * size)), memory.mixed.resize(size_t(part.rows * size));
-    for (int64_t r = 0; r < part.rows; r++) {
-        const float *from = qkv_.data() + (part.first + r) * wide() + g * size;
-        std::copy(from, from + size, memory.queries.begin() + r * size);
-    }
-    const bool fp32 = d_.cache_dtype == MOESTRO_ROWS_F32;
-    const Past seen{static_cast<char *>(past.keys[l]) + group * (fp32 ? 4 : 2),
-                    static_cast<char *>(past.values[l]) + group * (fp32 ? 4 : 2), a, a, fp32};
-    const Queries queries{memory.queries.data(),
-                          part.rows,
-                          heads,
-                          a,
-                          a,
-                          place - past.kept[l],
-                          place + part.before,
-                          layer.window,
-                          d_.score_scale,
-                          layer.sinks ? layer.sinks + g * heads : nullptr};
-    moestro::attend(queries, seen, memory.mixed.data(), memory.attention);
-    for (int64_t r = 0; r < part.rows; r++)
-        std::copy(memory.mixed.begin() + r * size, memory.mixed.begin() + (r + 1) * size,
-                  mixed_.begin() + (part.first + r) * inner() + g * size);
-}
-
-void Step::attention(Team &team, int64_t l, Memory &memory) {
-    const moestro_layer &layer = d_.layer[l];
-    int64_t from, to;
-    if (team.take(1, 1, &from, &to)) {
-        rows_.shape(layer.qkv.kind, layer.qkv.group, t_, d_.dim);
-        inner_rows_.shape(layer.out.kind, layer.out.group, t_, inner());
-    }
-    team.wait();
-    while (team.take(t_, 1, &from, &to)) {
-        float *row = normed_.data() + from * d_.dim;
-        norm(x.data() + from * d_.dim, layer.attention_norm, layer.attention_norm_bias, d_.dim, row);
-        set(rows_, from, row, d_.dim, memory);
-    }
-    team.wait();
-    multiply_all(team, layer.qkv, rows_, layer.qkv_bias, qkv_.data(), wide());
-    while (team.take(t_, 1, &from, &to)) place(l, from);
-    team.wait();
-    while (team.take(int64_t(parts_.size()) * d_.groups, 1, &from, &to))
-        attend(l, parts_[size_t(from / d_.groups)], from % d_.groups, memory);
-    team.wait();
-    while (team.take(t_, 1, &from, &to)) set(inner_rows_, from, mixed_.data() + from * inner(), inner(), memory);
-    team.wait();
-    multiply_all(team, layer.out, inner_rows_, layer.out_bias, added_.data(), d_.dim);
-}
-
-float sigmoid(float x) {
-    float e = -x;
-    kernels().exponentials(&e, 0.0f, 1);
-    return 1.0f / (1.0f + e);
 }
 
 // Leave only the experts of the best groups.
@@ -294,8 +145,8 @@ void Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, co
     if (shared) shared_.compute(team);
     const float *ones = ones_.data(), *shares = layer.shared_gate ? shared_weights_.data() : ones;
     while (team.take(t_, 1, &from, &to)) {
-        routed_.add(from, layer.router ? given : ones, x.data() + from * d_.dim);
-        if (shared) shared_.add(from, shares, x.data() + from * d_.dim);
+        routed_.add(from, layer.router ? given : ones, batch.x.data() + from * d_.dim);
+        if (shared) shared_.add(from, shares, batch.x.data() + from * d_.dim);
     }
     team.wait();
 }
@@ -310,9 +161,9 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     }
     team.wait();
     while (team.take(t_, 1, &from, &to)) {
-        float *row = x.data() + from * d_.dim, *normed = normed_.data() + from * d_.dim;
-        kernels().add(1.0f, added_.data() + from * d_.dim, row, d_.dim);
-        norm(row, layer.ffn_norm, layer.ffn_norm_bias, d_.dim, normed);
+        float *row = batch.x.data() + from * d_.dim, *normed = normed_.data() + from * d_.dim;
+        kernels().add(1.0f, batch.added.data() + from * d_.dim, row, d_.dim);
+        norm(row, layer.ffn_norm, layer.ffn_norm_bias, d_.dim, d_.eps, normed);
         set(expert_rows_, from, normed, d_.dim, memory);
         if (layer.shared.data) set(shared_rows_, from, normed, d_.dim, memory);
         if (layer.shared_gate)
@@ -326,16 +177,22 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
 // The logits after each sequence's last token.
 void Step::predict(Team &team, float *logits, Memory &memory) {
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, b_, d_.dim);
+    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, batch.b, d_.dim);
     team.wait();
-    while (team.take(b_, 1, &from, &to)) {
+    while (team.take(batch.b, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
-        norm(x.data() + last_[size_t(from)] * d_.dim, d_.norm, d_.norm_bias, d_.dim, row);
+        norm(batch.residual(batch.last[size_t(from)]), d_.norm, d_.norm_bias, d_.dim, d_.eps, row);
         for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
         set(rows_, from, row, d_.dim, memory);
     }
     team.wait();
     multiply_all(team, d_.head, rows_, d_.head_bias, logits, d_.vocab);
+}
+
+void Step::attention(Team &team, int64_t l, Memory &memory) {
+    if (d_.layer[l].latent) latent_.run(team, batch, l, memory);
+    else if (d_.layer[l].delta) delta_.run(team, batch, l, memory);
+    else grouped_.run(team, batch, l, memory);
 }
 
 void Step::run(Team &team, float *logits, Memory &memory) {
@@ -346,8 +203,6 @@ void Step::run(Team &team, float *logits, Memory &memory) {
     predict(team, logits, memory);
 }
 
-bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
-
 // Whether a router can choose of so many experts.
 bool good(const moestro_decoder &d, int64_t count) {
     const int64_t groups = d.expert_groups;
@@ -356,13 +211,18 @@ bool good(const moestro_decoder &d, int64_t count) {
     return d.top_k >= 1 && d.top_k <= count / groups * d.top_groups;
 }
 
+// What looks back.
+bool good_attention(const moestro_layer &layer, const moestro_decoder &d) {
+    if (layer.latent) return !layer.delta && LatentAttention::good(layer, d);
+    return layer.delta ? DeltaNet::good(layer, d) : GroupedAttention::good(layer, d);
+}
+
 bool good(const moestro_layer &layer, const moestro_decoder &d) {
-    const int64_t inner = d.heads * d.head_dim, wide = inner + 2 * d.groups * d.head_dim, count = layer.experts.experts;
+    const int64_t count = layer.experts.experts;
     const bool shared =
         !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
-    return layer.attention_norm && layer.ffn_norm && is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) &&
-           layer.window >= 0 && valid(layer.experts) && layer.experts.dim == d.dim &&
-           (layer.router ? good(d, count) : count == 1) && shared;
+    return layer.attention_norm && layer.ffn_norm && good_attention(layer, d) && layer.window >= 0 &&
+           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? good(d, count) : count == 1) && shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {
@@ -395,8 +255,8 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     static Step &step = *new Step;
     try {
         step.plan(*d, b, past);
-        step.cosines = cosines, step.sines = sines, step.experts = experts, step.weights = weights;
-        std::copy(x, x + int64_t(step.x.size()), step.x.begin());
+        step.batch.cosines = cosines, step.batch.sines = sines, step.experts = experts, step.weights = weights;
+        std::copy(x, x + int64_t(step.batch.x.size()), step.batch.x.begin());
         run(INT32_MAX, [&](Team &team, int) {
             static thread_local Memory memory;
             step.run(team, logits, memory);

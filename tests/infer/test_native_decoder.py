@@ -106,21 +106,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relu": {"moe": {**MOE, "activation": "relu"}, "dense": {"hidden_dim": 40}},
     "zero-centred": {"norm": {"zero_centred": True}, "attention": {**HEADS, "qk_norm": "head"}},
 }
-DELTA = {"kind": "delta", "key_heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}
-UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "latent": (
-        {
-            "attention": {
-                "num_heads": 2,
-                "latent": {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8},
-            }
+LATENT = {"kv_rank": 24, "nope_dim": 8, "rope_dim": 4, "value_dim": 10}
+VARIANTS |= {
+    "latent": {"moe": MOE, "attention": {"num_heads": 3, "latent": LATENT, "context": 16}},
+    "deepseek-v3": {
+        **VARIANTS["deepseek"],
+        "attention": {
+            "num_heads": 11,
+            "latent": {**LATENT, "q_rank": 20},
+            "context": 16,
+            "positions": {"scaling": {"kind": "yarn", "factor": 2.0, "original_context": 8}},
         },
-        "latent attention",
-    ),
-    "delta": (
-        {"attention": {**HEADS, "window": DELTA}},
-        "no native step for gated DeltaNet layers",
-    ),
+    },
+}
+DELTA = {"kind": "delta", "key_heads": 2, "value_heads": 6, "key_dim": 7, "value_dim": 9}
+VARIANTS |= {
+    "qwen3-next": {
+        "num_layers": 4,
+        "moe": {**MOE, "shared": {"hidden_dim": 20, "gate": True}},
+        "attention": {
+            **HEADS,
+            "qk_norm": "head",
+            "positions": {"fraction": 0.5},
+            "window": {**DELTA, "full_every": 3},
+        },
+        "norm": {"zero_centred": True},
+    },
+    "delta alone": {
+        "attention": {**HEADS, "window": {**DELTA, "conv_width": 1, "full_every": 0}},
+    },
+}
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "relative": ({"attention": {**HEADS, "positions": {"kind": "relative"}}}, "relative positions"),
     "scaled residual": (
         {"norm": {"residual_scale": 0.5}, "attention": {**HEADS, "qk_norm": "head"}},
@@ -253,12 +269,15 @@ def native():
         "hunyuan",
         "layer norm",
         "best two of groups",
+        "latent",
+        "deepseek-v3",
+        "qwen3-next",
     ],
 )
 def test_a_prompt_gives_the_same_bits_however_it_is_cut(native, name: str, weights: str) -> None:
     """One token at a time, in odd chunks, all at once, beside another's tokens; on every path."""
     changes = VARIANTS[name]
-    attention = {**HEADS, **changes.get("attention", {}), "context": 64}
+    attention = {**changes.get("attention", HEADS), "context": 64}
     model = decoder(**{**changes, "attention": attention})
     if weights == "bf16":
         model = model.to(torch.bfloat16)

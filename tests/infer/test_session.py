@@ -41,26 +41,29 @@ SAMPLINGS = [
 
 
 def model_of(kind: str, **changes: Any) -> Decoder:
-    """Packed, native or, with latent attention or delta layers, decoded in Python."""
-    if kind == "python":
+    """Packed, native or, by a kernel of Python's, decoded there; with other ways to look back."""
+    native = kind.startswith(("native", "int4"))
+    if "latent" in kind:
         latent = {"kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
         changes["attention"] = {**HEADS, "latent": latent}
-    elif kind == "delta":
+    elif "delta" in kind:
         changes["attention"] = {**HEADS, "window": DELTA}
-    elif native_cpu.available() is not None:
+    if native and native_cpu.available() is not None:
         pytest.skip("no native library")
     cfg = ModelConfig(**{"dim": 16, "num_layers": 2, "attention": HEADS, "moe": MOE, **changes})
-    model = Decoder(cfg).eval()
+    model = Decoder(cfg, "auto" if native else "segments").eval()
+    assert (supports(model) is None) == native
     if kind == "int4":
         pack(model, WEIGHTS["int4"])
     return model
 
 
-@pytest.mark.parametrize("kind", ["python", "delta", "native", "int4"])
+@pytest.mark.parametrize(
+    "kind", ["python latent", "python delta", "native", "native latent", "native delta", "int4"]
+)
 def test_a_request_gets_what_it_would_get_alone(kind: str) -> None:
     """Bit by bit: the tokens, the experts, and the logits behind them."""
     model = model_of(kind)
-    assert (supports(model) is None) == (kind in ("native", "int4"))
     together: dict[int, list[Piece]] = defaultdict(list)
     for number, piece in generate_batch(model, BYTES, PROMPTS, SAMPLINGS):
         together[number].append(piece)
@@ -127,7 +130,7 @@ def test_what_is_no_token_is_refused_when_it_is_given(token: Any) -> None:
     assert session.add([0, 255], SamplingConfig()) == 0
 
 
-@pytest.mark.parametrize("kind", ["python", "delta", "native"])
+@pytest.mark.parametrize("kind", ["python latent", "python delta", "native", "native delta"])
 def test_a_long_prompt_is_read_between_the_tokens_of_others(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, native_training, packing
-from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
+from moestro.kernels.native_layers import StepDelta, StepLatent, StepLayer, StepShape
+from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.kernels.packing import ExpertSlabs, Format, PackedMatrix
 from moestro.kernels.torch_grouped import Groups
 
@@ -191,8 +192,8 @@ def cpu_calls() -> Iterator[Case]:
 def new_layer(**changes: Any) -> StepLayer:
     """D 64, H 4, G 2, A 16."""
     layer = StepLayer(
-        torch.ones(64), torch.ones(64), native_cpu.pack_matrix(torch.randn(128, 64), INT8),
-        native_cpu.pack_matrix(torch.randn(64, 64), INT8), new_experts(),
+        torch.ones(64), torch.ones(64), native_cpu.pack_matrix(torch.randn(64, 64), INT8),
+        new_experts(), qkv=native_cpu.pack_matrix(torch.randn(128, 64), INT8),
         router=torch.randn(3, 64), qkv_bias=torch.randn(128), out_bias=torch.randn(64),
         q_norm=torch.ones(16), k_norm=torch.ones(16), sinks=torch.randn(4),
         logit_bias=torch.randn(3), selection_bias=torch.randn(3), shared=new_experts(1),
@@ -210,7 +211,45 @@ def new_decoder(layers: Any = None, shape: StepShape = SHAPE, **changes: Any) ->
     return StepDecoder([new_layer()] if layers is None else layers, shape, **given)
 
 
+def new_latent() -> StepLatent:
+    """R 24, A' 16 (what turns of LATENT_SHAPE's 40), N 8, O 16, q_rank 32."""
+    packed = [native_cpu.pack_matrix(torch.randn(*n), INT8) for n in ((96, 32), (40, 64), (32, 64))]
+    plain = torch.ones(24), torch.randn(96, 24), 1e-6
+    return StepLatent(8, 16, *packed[:2], *plain, packed[2], torch.ones(32))
+
+
+def new_delta() -> StepDelta:
+    """G 1, H 4, A 8, O 16, W 4: 80 channels."""
+    packed, plain = native_cpu.pack_matrix(torch.randn(144, 64), INT8), (torch.ones(4),) * 2
+    ba, conv = torch.randn(8, 64), torch.randn(4, 80)
+    return StepDelta(1, 4, 8, 16, packed, ba, conv, *plain, torch.ones(16), 1e-6, 1e-6)
+
+
+LATENT_SHAPE = SHAPE._replace(groups=1, head_dim=40, turning=16)
+BARE = {"qkv": None, "qkv_bias": None, "q_norm": None, "k_norm": None, "sinks": None}
+
+
+def other_lies() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Layers that look back in other ways."""
+    for field, new, shape in (("latent", new_latent, LATENT_SHAPE), ("delta", new_delta, SHAPE)):
+        for name, value in new()._asdict().items():
+            if isinstance(value, Tensor):
+                lies: Any = tensors(value, ("fewer",) if name == "conv" else ())  # of any width
+            elif isinstance(value, PackedMatrix):
+                lies = [*matrices(value), ("none", None)] if name != "q_down" else matrices(value)
+            elif isinstance(value, int):
+                lies = [(str(lie), lie) for lie in (*HUGE, value * 2)]
+            else:
+                continue
+            for what, lie in lies:
+                layers = [new_layer(**BARE, **{field: new()._replace(**{name: lie})})]
+                yield f"{field}, {name}: {what}", {"layers": layers, "shape": shape}
+        both = [new_layer(**{field: new()})]
+        yield f"qkv and {field}", {"layers": both, "shape": shape}
+
+
 def decoder_lies() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from other_lies()
     good = new_layer()
     for field, value in good._asdict().items():
         if isinstance(value, Tensor):
@@ -220,6 +259,8 @@ def decoder_lies() -> Iterator[tuple[str, dict[str, Any]]]:
                 *matrices(value),
                 ("another", native_cpu.pack_matrix(torch.randn(32, 64), INT8)),
             ]
+        elif value is None:
+            continue
         elif isinstance(value, ExpertSlabs):
             lies = [*experts(value), ("narrower", new_experts(value.num_experts, 32))]
         else:
@@ -247,9 +288,9 @@ def decoder_lies() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def new_past(decoder: StepDecoder) -> StepPast:
     """Three positions of keys and values in room for eight."""
-    past, (layers, groups, width, dtype) = StepPast(decoder), decoder.past_kind
-    for layer in range(layers):
-        buffers = [torch.ones(1, groups, 8, width, dtype=dtype, device="cpu") for _ in range(2)]
+    past, (shapes, dtype) = StepPast(decoder), decoder.past_kind
+    for layer, sizes in enumerate(shapes):
+        buffers = [torch.ones([n or 8 for n in size], dtype=dtype, device="cpu") for size in sizes]
         past.put(layer, tuple(buffers), 3, 3)
     return past
 

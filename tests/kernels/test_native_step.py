@@ -9,8 +9,9 @@ from torch import Tensor
 from moestro.config import ModelConfig
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
+from moestro.kernels.native_layers import StepLayer, StepShape
 from moestro.kernels.native_library import _team
-from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
+from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.kernels.packing import ExpertSlabs, Format
 from moestro.models.decoder import Decoder
 from moestro.models.rotary import rotary
@@ -99,9 +100,9 @@ def step_layer(block, window: int | None, format: Format | None) -> StepLayer:
     layer = StepLayer(
         fp32(block.attention_norm.weight),
         fp32(block.ffn_norm.weight),
-        matrix(attention.qkv.weight, format),
         matrix(attention.out.weight, format),
         experts(getattr(ffn, "experts", ffn), format),
+        matrix(attention.qkv.weight, format),
         window=window or 0,
         qkv_bias=fp32(attention.qkv.bias),
         out_bias=fp32(attention.out.bias),
@@ -150,7 +151,7 @@ class Past:
     def __init__(self, native: StepDecoder, model: Decoder) -> None:
         self.cache, self.view = model.new_cache(1), StepPast(native)
         size = (1, model.cfg.num_kv_heads, 0, model.cfg.head_dim)
-        self._like = (torch.empty(size, dtype=native.past_kind[3]),) * 2
+        self._like = (torch.empty(size, dtype=native.past_kind.dtype),) * 2
 
     @property
     def position(self) -> int:

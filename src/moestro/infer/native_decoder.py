@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
+from moestro.kernels.addresses import Shape
 from moestro.kernels.backends import Work
-from moestro.kernels.native_step import StepDecoder, StepLayer, StepPast, StepShape
-from moestro.models.attention import Attention
+from moestro.kernels.native_layers import StepDelta, StepLatent, StepLayer, StepShape
+from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.models.blocks import Block
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.decoder import Decoder
+from moestro.models.delta import LENGTH_EPS, DeltaNet
+from moestro.models.latent import NORM_EPS, LatentAttention
 from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
@@ -40,8 +43,8 @@ def supports(model: nn.Module) -> str | None:
     """None where decoding can run natively, else the reason.
 
     Packed and plain weights both can: grouped-query attention with rotary positions of whole heads
-    or a part, windows, sinks, biases, norms of queries and keys; RMSNorm and layer norm; softmax
-    and sigmoid routers.
+    or a part, windows, sinks, biases, gates, norms of queries and keys; latent attention; gated
+    DeltaNets; RMSNorm and layer norm; softmax and sigmoid routers.
     """
     if not isinstance(model, Decoder):
         return f"only decoders of this project decode natively, not {type(model).__name__}"
@@ -56,8 +59,6 @@ def _lacks(cfg: ModelConfig) -> str | None:
     """What in the settings the native step does not have."""
     attention, moe = cfg.attention, cfg.moe
     lacking = {
-        "latent attention": attention.latent is not None,
-        "gated DeltaNet layers": attention.delta is not None,
         "relative positions": not isinstance(attention.positions, RopeConfig),
         "a scaled residual with normed queries": cfg.norm.residual_scale != 1
         and attention.qk_norm != "none",
@@ -95,21 +96,21 @@ class NativeDecoder:
         if reason is not None:
             raise MoestroError(f"this model cannot decode natively: {reason}")
         self.model, cfg = model, model.cfg
-        attention = model.blocks[0].attention
-        assert isinstance(attention, Attention)
         self._rotary = RotaryTable(cfg)
         self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
-        empty = model.embed.weight.new_empty(1, cfg.num_kv_heads, 0, cfg.head_dim)
-        self._like, head = (empty, empty), model.head.native()
+        shape, head = _shape(model), model.head.native()
         self._step = StepDecoder(
             [_layer(block) for block in model.blocks if isinstance(block, Block)],
-            _shape(cfg, attention.scale),
+            shape,
             _gain(model.norm),
             head,
             head.bias,
             model.embed.weight.dtype,
             _shift(model.norm),
         )
+        self._like = [
+            _empty(each, self._step.past_kind.dtype) for each in self._step.past_kind.shapes
+        ]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> Stepped:
@@ -143,28 +144,38 @@ class NativeDecoder:
         past = self._pasts.get(cache)
         if past is None:
             past = self._pasts[cache] = StepPast(self._step)
-        for number, layer in enumerate(cache.layers):
-            assert isinstance(layer, LayerCache)
-            past.put(number, *layer.room(added, *self._like), layer.length)
+        for number, (layer, like) in enumerate(zip(cache.layers, self._like, strict=True)):
+            if isinstance(layer, LayerCache):
+                past.put(number, *layer.room(added, *like), layer.length)
+            else:
+                past.put(number, layer.room(*like), 0, 0)
         past.rows = added
         return past
 
 
-def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
+def _empty(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Tensors of a layer's buffers without positions; a state is fp32."""
+    kind = dtype if None in shapes[0] else torch.float32
+    return tuple(torch.empty([n or 0 for n in each], dtype=kind, device="cpu") for each in shapes)
+
+
+def _shape(model: Decoder) -> StepShape:
     """The numbers that all layers share."""
-    moe = cfg.moe
+    cfg, moe, latent = model.cfg, model.cfg.moe, model.cfg.attention.latent
+    attentions: list[Any] = [block.attention for block in model.blocks if block.delta is None]
     shape = StepShape(
         dim=cfg.dim,
         heads=cfg.attention.num_heads,
-        groups=cfg.num_kv_heads,
-        head_dim=cfg.head_dim,
+        groups=cfg.num_kv_heads if latent is None else 1,
+        head_dim=cfg.head_dim if latent is None else latent.kv_rank + latent.rope_dim,
         vocab=cfg.vocab_size,
         top_k=0,
         turning=turning_width(cfg),
         norm_all=cfg.attention.qk_norm == "full",
         norm_rotated=cfg.attention.qk_norm == "rotated",
+        gated=any(getattr(each, "gated", False) for each in attentions),
         eps=cfg.norm.eps / cfg.norm.residual_scale**2,
-        score_scale=score_scale,
+        score_scale=attentions[0].scale if attentions else 1.0,
         head_scale=cfg.head.scale,
     )
     if moe is None:
@@ -183,25 +194,33 @@ def _shape(cfg: ModelConfig, score_scale: float) -> StepShape:
 
 def _layer(block: Block) -> StepLayer:
     """One block's weights."""
-    attention: Any = block.attention
+    attention: Any = block.attention if block.delta is None else block.delta
     ffn: Any = block.ffn
     experts: Any = ffn.experts if isinstance(ffn, MoE) else ffn
-    qkv, out = attention.qkv.native(), attention.out.native()
+    out = attention.out.native()
     layer = StepLayer(
         attention_norm=_gain(block.attention_norm),
         ffn_norm=_gain(block.ffn_norm),
         attention_norm_bias=_shift(block.attention_norm),
         ffn_norm_bias=_shift(block.ffn_norm),
-        qkv=qkv,
         out=out,
         experts=experts.native(),
-        window=attention.window,
-        qkv_bias=qkv.bias,
         out_bias=out.bias,
-        q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
-        k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
-        sinks=_maybe(attention.sinks),
     )
+    if isinstance(attention, DeltaNet):
+        layer = layer._replace(delta=_delta(attention))
+    elif isinstance(attention, LatentAttention):
+        layer = layer._replace(latent=_latent(attention), window=attention.window)
+    else:
+        qkv = attention.qkv.native()
+        layer = layer._replace(
+            qkv=qkv,
+            qkv_bias=qkv.bias,
+            window=attention.window,
+            q_norm=None if attention.q_norm is None else _gain(attention.q_norm),
+            k_norm=None if attention.k_norm is None else _gain(attention.k_norm),
+            sinks=_maybe(attention.sinks),
+        )
     if not isinstance(ffn, MoE):
         return layer
     assert isinstance(ffn.router, TopKRouter)
@@ -212,6 +231,42 @@ def _layer(block: Block) -> StepLayer:
         selection_bias=_maybe(ffn.router.bias),
         shared=None if shared is None else shared.native(),
         shared_gate=None if ffn.shared_gate is None else _fp32(ffn.shared_gate.weight[0]),
+    )
+
+
+def _latent(attention: LatentAttention) -> StepLatent:
+    """Latent attention's weights."""
+    latent: Any = attention.latent
+    ranked = latent.q_rank is not None
+    return StepLatent(
+        nope=latent.nope_dim,
+        value=latent.value_dim,
+        q=attention.q_up.native() if ranked else attention.q.native(),
+        kv_down=attention.kv_down.native(),
+        kv_norm=_gain(attention.kv_norm),
+        kv_up=attention.kv_up.weight.detach().contiguous(),
+        eps=NORM_EPS,
+        q_down=attention.q_down.native() if ranked else None,
+        q_norm=_gain(attention.q_norm) if ranked else None,
+    )
+
+
+def _delta(delta: DeltaNet) -> StepDelta:
+    """A gated DeltaNet's weights."""
+    settings = delta.settings
+    return StepDelta(
+        key_heads=settings.key_heads,
+        value_heads=settings.value_heads,
+        key_dim=settings.key_dim,
+        value_dim=settings.value_dim,
+        qkvz=delta.qkvz.native(),
+        ba=_fp32(delta.ba.weight),
+        conv=_fp32(delta.conv_weight[:, 0].T),
+        rate=_fp32(delta.log_rate).exp(),
+        time_bias=_fp32(delta.time_bias),
+        gain=_gain(delta.norm),
+        length_eps=LENGTH_EPS,
+        eps=delta.norm.eps,
     )
 
 

@@ -11,84 +11,28 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
-from moestro.kernels.native_cpu import experts_of, matrix_of
-from moestro.kernels.native_library import I32, I64, PTR, CExperts, CMatrix, call
-from moestro.kernels.packing import ExpertSlabs, PackedMatrix
+from moestro.kernels.addresses import CPU, FP32, ROWS, Shape, address, check, piece
+from moestro.kernels.native_layers import (
+    CLayer,
+    StepLayer,
+    StepShape,
+    attention_of,
+    checked_matrix,
+    kept_by,
+    layer_of,
+    turning_of,
+)
+from moestro.kernels.native_library import I32, I64, PTR, CMatrix, call
+from moestro.kernels.packing import PackedMatrix
 
 _FLOAT = ctypes.c_float
-
-
-class StepLayer(NamedTuple):
-    """One layer. All plain tensors are fp32 and contiguous; None where the layer has none."""
-
-    attention_norm: Tensor  # [D], gain of the norm before attention
-    ffn_norm: Tensor  # [D], of the one before the feed-forward network
-    qkv: PackedMatrix  # [(H + 2G)·A, D]
-    out: PackedMatrix  # [D, H·A]
-    experts: ExpertSlabs  # of a dense layer its network as a single one
-    router: Tensor | None = None  # [E, D]; None for a dense layer
-    attention_norm_bias: Tensor | None = None  # [D], of a layer norm; None for an RMSNorm
-    ffn_norm_bias: Tensor | None = None  # [D]
-    window: int = 0  # positions seen, the token's own included; 0: all that are kept
-    qkv_bias: Tensor | None = None  # [(H + 2G)·A]
-    out_bias: Tensor | None = None  # [D]
-    q_norm: Tensor | None = None  # [A], gain of each query head's RMSNorm; norm_all: [H·A]
-    k_norm: Tensor | None = None  # [A], of each key head's; norm_all: [G·A]
-    sinks: Tensor | None = None  # [H]
-    logit_bias: Tensor | None = None  # [E], added to the logits
-    selection_bias: Tensor | None = None  # [E], added to the scores when choosing
-    shared: ExpertSlabs | None = None  # the shared expert, as a single one
-    shared_gate: Tensor | None = None  # [D]
-
-
-class StepShape(NamedTuple):
-    """Numbers that all layers share."""
-
-    dim: int  # D
-    heads: int  # H
-    groups: int  # G
-    head_dim: int  # A
-    vocab: int  # V
-    top_k: int  # K; 0 for a model without mixtures
-    turning: int | None = None  # numbers of a head that turn, its first; None: all
-    norm_all: bool = False  # queries, and keys, have one norm over all heads
-    norm_rotated: bool = False  # each head's norm comes after its rotation
-    expert_groups: int = 1  # experts are chosen in the best of them alone
-    top_groups: int = 1  # how many those are
-    group_best: int = 1  # a group counts as much as its best ones
-    sigmoid: bool = False  # scores are sigmoids instead of a softmax
-    renormalize: bool = True  # the K weights are divided by their sum
-    router_scale: float = 1.0  # every weight is multiplied by it
-    eps: float = 1e-6  # of the norms
-    score_scale: float = 1.0  # of the attention scores
-    head_scale: float = 1.0  # of the last hidden state
-
-
-# Fields of `moestro_layer`, each taken from the field of StepLayer of that name. A letter is a
-# size: D width, A of a head, H heads, E experts, N = H·A, W = (H + 2G)·A, q and k the gains
-# of queries and keys.
-_LAYER = (
-    ("attention_norm", PTR, "D"), ("ffn_norm", PTR, "D"), ("attention_norm_bias", PTR, "D"),
-    ("ffn_norm_bias", PTR, "D"), ("qkv", CMatrix, "WD"),
-    ("out", CMatrix, "DN"), ("qkv_bias", PTR, "W"), ("out_bias", PTR, "D"),
-    ("q_norm", PTR, "q"), ("k_norm", PTR, "k"), ("sinks", PTR, "H"),
-    ("window", I64, ""), ("router", PTR, "ED"), ("logit_bias", PTR, "E"),
-    ("selection_bias", PTR, "E"), ("experts", CExperts, "ED"), ("shared", CExperts, "1D"),
-    ("shared_gate", PTR, "D"),
-)  # fmt: skip
-
-
-class _Layer(ctypes.Structure):
-    """`moestro_layer`."""
-
-    _fields_ = tuple((name, kind) for name, kind, _ in _LAYER)
+_ENDLESS = 2**31  # positions that a state may see
 
 
 class _Decoder(ctypes.Structure):
@@ -97,10 +41,11 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
         ("vocab", I64), ("turning", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
-        ("cache_dtype", I32), ("norm_all", I32), ("norm_rotated", I32), ("expert_groups", I32),
-        ("top_groups", I32), ("group_best", I32), ("router_scale", _FLOAT), ("eps", _FLOAT),
-        ("score_scale", _FLOAT), ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR),
-        ("norm_bias", PTR), ("head", CMatrix), ("head_bias", PTR),
+        ("cache_dtype", I32), ("norm_all", I32), ("norm_rotated", I32), ("gated", I32),
+        ("expert_groups", I32), ("top_groups", I32), ("group_best", I32),
+        ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
+        ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR), ("norm_bias", PTR),
+        ("head", CMatrix), ("head_bias", PTR),
     )  # fmt: skip
 
 
@@ -110,6 +55,13 @@ class _Past(ctypes.Structure):
     _fields_ = (
         ("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR), ("rows", I64),
     )  # fmt: skip
+
+
+class PastKind(NamedTuple):
+    """What a decoder keeps of a sequence."""
+
+    shapes: tuple[tuple[Shape, ...], ...]  # of each layer's buffers; None: as many positions
+    dtype: torch.dtype  # of what has positions; a state is fp32
 
 
 class StepPast:
@@ -143,7 +95,9 @@ class StepPast:
 
         Args:
             layer: its number.
-            buffers: keys and values [1, G, P, A], consecutive positions side by side.
+            buffers: keys and values [1, G, P, A]; of latent attention what is kept, [1, P, R + A'];
+                of a DeltaNet fp32 the convolution's last inputs [1, W - 1, I] and the state
+                [1, H, A, O]. Consecutive positions lie side by side.
             place: of the first new token in P.
             kept: positions before it that it may see.
 
@@ -154,12 +108,14 @@ class StepPast:
         if not 0 <= layer < len(self.buffers):
             raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
         if buffers is not self.buffers[layer]:
-            _, groups, width, dtype = self.kind
-            keys, values = buffers
-            room = check(keys, "keys", (1, groups, None, width), (dtype,)).shape[2]
-            size = (1, groups, room, width)
-            self._keys[layer] = address(keys, "keys", size, (dtype,))
-            self._values[layer] = address(values, "values", size, (dtype,))
+            shapes, dtypes, room = self.kind.shapes[layer], FP32, _ENDLESS
+            if None in shapes[0]:
+                dtypes = (self.kind.dtype,)
+                room = check(buffers[0], "keys", shapes[0], dtypes).shape[-2]
+            sizes = [tuple(room if size is None else size for size in shape) for shape in shapes]
+            named = zip(buffers, ("keys", "values"), sizes, strict=False)
+            places = [address(tensor, name, size, dtypes) for tensor, name, size in named]
+            self._keys[layer], self._values[layer] = places[0], places[-1]
             self._rooms[layer] = room
             self.buffers[layer] = buffers
         self._places[layer], self._kept[layer] = place, kept
@@ -186,19 +142,21 @@ class StepDecoder:
         """
         _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.num_layers = shape, len(layers)
+        others = [attention_of(layer, shape) for layer in layers]
         # What its pasts have in common with it.
-        self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
-        self._alive = (list(layers), norm, head, head_bias, norm_bias)
-        self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
+        self.past_kind = PastKind(tuple(kept_by(layer, shape) for layer in layers), cache_dtype)
+        self._alive = (list(layers), norm, head, head_bias, norm_bias, others)
+        pairs = zip(layers, others, strict=True)
+        self._layers = (CLayer * len(layers))(*(layer_of(*pair, shape) for pair in pairs))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
-            _turning(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
-            shape.norm_all, shape.norm_rotated,
+            turning_of(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
+            shape.norm_all, shape.norm_rotated, shape.gated,
             shape.expert_groups, shape.top_groups, shape.group_best,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
             None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),
-            _matrix(head, "head", shape.vocab, shape.dim),
+            checked_matrix(head, "head", shape.vocab, shape.dim),
             None if head_bias is None else address(head_bias, "head_bias", (shape.vocab,), FP32),
         )  # fmt: skip
 
@@ -222,12 +180,11 @@ class StepDecoder:
         Raises:
             ShapeError: shapes do not fit.
         """
-        batch, half = len(pasts), _turning(self.shape) // 2
+        batch, half = len(pasts), turning_of(self.shape) // 2
         kinds = [past.kind for past in pasts]
         if kinds != [self.past_kind] * max(batch, 1) or len({id(past) for past in pasts}) < batch:
             raise ShapeError(
-                f"a step takes pasts, each once, of {self.past_kind} (layers, groups, head_dim, "
-                f"dtype); given {kinds}"
+                f"a step takes pasts of its own decoder, each once, {self.past_kind}; given {kinds}"
             )
         tokens = sum(past.rows for past in pasts)
         x_TD, x_at = piece(x_TD, "embeddings", (tokens, self.shape.dim), FP32, torch.float32)
@@ -248,7 +205,7 @@ class StepDecoder:
 
 def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:
     """Refuse numbers that no decoder has."""
-    turning = _turning(shape)
+    turning = turning_of(shape)
     least = min(shape.dim, shape.heads, shape.groups, turning, shape.vocab, num_layers)
     odd = turning % 2 or turning > shape.head_dim
     if least < 1 or shape.top_k < 0 or shape.heads % shape.groups or odd:
@@ -258,63 +215,3 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
         )
     if cache_dtype not in ROWS:
         raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
-
-
-def _turning(shape: StepShape) -> int:
-    return shape.head_dim if shape.turning is None else shape.turning
-
-
-def _routes(shape: StepShape, count: int) -> bool:
-    """Whether top_k of `count` experts can be chosen, in the best groups."""
-    groups, best = shape.expert_groups, shape.top_groups
-    if groups < 1 or count % groups or not 1 <= best <= groups:
-        return False
-    size = count // groups
-    return 1 <= shape.group_best <= size and 1 <= shape.top_k <= size * best
-
-
-def _layer(layer: StepLayer, shape: StepShape) -> _Layer:
-    width, queries = shape.head_dim, shape.heads * shape.head_dim
-    count, routed = layer.experts.num_experts, layer.router is not None
-    if layer.window < 0 or (not _routes(shape, count) if routed else count != 1):
-        raise ShapeError(
-            f"a layer has a window of 0 or more, and with a router top_k of its experts, without "
-            f"one a single expert; given window {layer.window}, {count} experts, {shape}"
-        )
-    sizes = {"D": shape.dim, "A": width, "H": shape.heads, "E": count, "1": 1, "N": queries}
-    sizes["W"] = queries + 2 * shape.groups * width
-    sizes["q"] = queries if shape.norm_all else width
-    sizes["k"] = shape.groups * width if shape.norm_all else width
-    given = (
-        _field(layer, name, kind, [sizes[letter] for letter in letters])
-        for name, kind, letters in _LAYER
-    )
-    return _Layer(*given)
-
-
-def _field(layer: StepLayer, name: str, kind: type, sizes: list[int]) -> Any:
-    """What the C structure holds of a layer's field; an empty `kind` for an optional None."""
-    value = getattr(layer, name)
-    if value is None and name in StepLayer._field_defaults:
-        return kind()
-    if kind is PTR:
-        return address(value, name, tuple(sizes), FP32)
-    if kind is CMatrix:
-        return _matrix(value, name, *sizes)
-    return _experts(value, name, *sizes) if kind is CExperts else value
-
-
-def _matrix(packed: PackedMatrix, name: str, rows: int, columns: int) -> CMatrix:
-    if (packed.rows, packed.columns) != (rows, columns):
-        raise ShapeError(
-            f"{name} must be {rows} × {columns}; given {packed.rows} × {packed.columns}"
-        )
-    return matrix_of(packed)
-
-
-def _experts(packed: ExpertSlabs, name: str, count: int, dim: int) -> CExperts:
-    if (packed.num_experts, packed.dim) != (count, dim):
-        raise ShapeError(
-            f"{name} must be {count} of width {dim}; given {packed.num_experts} of {packed.dim}"
-        )
-    return experts_of(packed)

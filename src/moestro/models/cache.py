@@ -139,6 +139,7 @@ class StateCache:
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor] | None = None
+        self._shared = False  # with a fork
 
     def held(self, batch: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The last W - 1 inputs [B, W - 1, I] and the state [B, H, A, O]; None for a new text.
@@ -156,12 +157,31 @@ class StateCache:
 
     def keep(self, inputs_BWI: Tensor, state_BHAO: Tensor) -> None:
         """Replace both; they are copied where they would keep the whole text alive."""
-        self._kept = inputs_BWI.clone(), state_BHAO
+        self._kept, self._shared = (inputs_BWI.clone(), state_BHAO), False
+
+    def room(self, *like: Tensor) -> tuple[Tensor, ...]:
+        """Both, fp32 and nobody else's, for who writes there; zeros for a new text.
+
+        Args:
+            like: tensors of their shapes.
+        """
+        kept = self._kept
+        if kept is None:
+            self._kept = torch.zeros_like(like[0]), torch.zeros_like(like[1])
+        elif self._shared or any(each.dtype != torch.float32 for each in kept):
+            self._kept = kept[0].float().clone(), kept[1].float().clone()
+        elif not all(each.is_contiguous() for each in kept):
+            self._kept = kept[0].contiguous(), kept[1].contiguous()
+        self._shared = False
+        assert self._kept is not None
+        return self._kept
 
     def fork(self, dropped: int = 0) -> StateCache:
-        """The same state, which nothing writes to; or none, where all positions are `dropped`."""
+        """The same state, copied once one of both is written to; none, where all is `dropped`."""
         twin = StateCache()
-        twin._kept = None if dropped else self._kept
+        if not dropped:
+            twin._kept = self._kept
+            twin._shared = self._shared = True
         return twin
 
     def can_drop(self, dropped: int, position: int) -> bool:
@@ -245,7 +265,7 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def advance(self, added: int) -> None:
-        """Count the positions that the native step has written; it writes no states."""
+        """Count the positions that the native step has written."""
         for layer in self.layers:
             if isinstance(layer, LayerCache):
                 layer.length += added

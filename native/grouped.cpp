@@ -1,0 +1,193 @@
+// Grouped-query attention of a layer, and what all kinds of attention share.
+#include <algorithm>
+
+#include "layers.h"
+
+namespace moestro {
+namespace {
+
+constexpr int64_t QUERIES = 32;  // about as many attend together
+
+// Sixteen sums side by side, then added up: one order for every compiler.
+float mean(const float *x, int64_t n) {
+    float sums[16] = {}, sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sums[i % 16] = sums[i % 16] + x[i];
+    for (float each : sums) sum = sum + each;
+    return sum / float(n);
+}
+
+}  // namespace
+
+void Batch::plan(const moestro_decoder &decoder, int64_t sequences, const moestro_past *their_pasts) {
+    d = decoder, b = sequences, pasts = their_pasts, t = 0;
+    sequence.clear(), offset.clear(), last.clear();
+    for (int64_t s = 0; s < b; s++) {
+        for (int64_t i = 0; i < pasts[s].rows; i++, t++) sequence.push_back(s), offset.push_back(i);
+        last.push_back(t - 1);
+    }
+    x.resize(size_t(t * d.dim)), added.resize(x.size());
+}
+
+std::vector<Part> Batch::parts(int64_t rows) const {
+    std::vector<Part> found;
+    int64_t first = 0;
+    for (int64_t s = 0; s < b; first += pasts[s++].rows)
+        for (int64_t i = 0; i < pasts[s].rows; i += rows)
+            found.push_back({s, first + i, i, std::min(rows, pasts[s].rows - i)});
+    return found;
+}
+
+void Batch::turn(float *head, int64_t token) const {
+    const int64_t half = d.turning / 2;
+    const float *c = cosines + token * half, *s = sines + token * half;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = head[i], second = head[i + half];
+        head[i] = first * c[i] - second * s[i];
+        head[i + half] = second * c[i] + first * s[i];
+    }
+}
+
+void norm(const float *from, const float *gain, const float *bias, int64_t dim, float eps, float *to) {
+    if (bias) {
+        const float middle = mean(from, dim);
+        for (int64_t i = 0; i < dim; i++) to[i] = from[i] - middle;
+        from = to;
+    }
+    const float scale = 1.0f / std::sqrt(kernels().dot(from, from, dim) / float(dim) + eps);
+    for (int64_t i = 0; i < dim; i++) to[i] = (from[i] * scale) * gain[i];
+    for (int64_t i = 0; bias && i < dim; i++) to[i] = to[i] + bias[i];
+}
+
+void set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &memory) {
+    if (to.rows.k == count) return to.set(row, from);
+    memory.row.assign(size_t(to.rows.k), 0.0f);
+    std::copy(from, from + count, memory.row.begin());
+    to.set(row, memory.row.data());
+}
+
+const float *before_attention(const Batch &batch, const moestro_layer &layer, int64_t token, Memory &memory) {
+    memory.normed.resize(size_t(batch.d.dim));
+    norm(batch.residual(token), layer.attention_norm, layer.attention_norm_bias, batch.d.dim, batch.d.eps,
+         memory.normed.data());
+    return memory.normed.data();
+}
+
+float sigmoid(float x) {
+    float e = -x;
+    kernels().exponentials(&e, 0.0f, 1);
+    return 1.0f / (1.0f + e);
+}
+
+void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t count) {
+    if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + count, static_cast<float *>(to) + at);
+    else
+        for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
+}
+
+bool GroupedAttention::good(const moestro_layer &layer, const moestro_decoder &d) {
+    const int64_t inner = d.heads * d.head_dim, wide = inner * (1 + (d.gated != 0)) + 2 * d.groups * d.head_dim;
+    return is(layer.qkv, wide, d.dim) && is(layer.out, d.dim, inner) && !(d.gated && d.norm_all);
+}
+
+void GroupedAttention::plan(const Batch &batch) {
+    const moestro_decoder &d = batch.d;
+    const auto other = [](const moestro_layer &layer) { return layer.latent || layer.delta; };
+    if (std::all_of(d.layer, d.layer + d.layers, other)) return;
+    heads_ = d.heads, groups_ = d.groups, width_ = d.head_dim, inner_ = heads_ * width_;
+    step_ = width_ * (1 + (d.gated != 0)), wide_ = heads_ * step_ + 2 * groups_ * width_;
+    parts_ = batch.parts(std::max(int64_t(1), QUERIES / (heads_ / groups_)));
+    qkv_.resize(size_t(batch.t * wide_)), mixed_.resize(size_t(batch.t * inner_));
+}
+
+void GroupedAttention::turn(const Batch &batch, float *head, const float *gain, int64_t t) const {
+    const moestro_decoder &d = batch.d;
+    if (gain && !d.norm_all && !d.norm_rotated) norm(head, gain, nullptr, width_, d.eps, head);
+    batch.turn(head, t);
+    if (gain && d.norm_rotated) norm(head, gain, nullptr, width_, d.eps, head);
+}
+
+// Turn a token's queries and keys, and write its keys and values where its sequence keeps them.
+void GroupedAttention::place(const Batch &batch, int64_t l, int64_t t) {
+    const moestro_decoder &d = batch.d;
+    const moestro_layer &layer = d.layer[l];
+    const moestro_past &past = batch.pasts[batch.sequence[size_t(t)]];
+    float *query = qkv_.data() + t * wide_, *key = query + heads_ * step_, *value = key + groups_ * width_;
+    if (d.norm_all && layer.q_norm) norm(query, layer.q_norm, nullptr, inner_, d.eps, query);
+    if (d.norm_all && layer.k_norm) norm(key, layer.k_norm, nullptr, groups_ * width_, d.eps, key);
+    for (int64_t h = 0; h < heads_; h++) turn(batch, query + h * step_, layer.q_norm, t);
+    for (int64_t g = 0; g < groups_; g++) {
+        turn(batch, key + g * width_, layer.k_norm, t);
+        const int64_t at = (g * past.room[l] + batch.position(t, l)) * width_;
+        keep(key + g * width_, d.cache_dtype, past.keys[l], at, width_);
+        keep(value + g * width_, d.cache_dtype, past.values[l], at, width_);
+    }
+}
+
+void GroupedAttention::attend(const Batch &batch, int64_t l, const Part &part, int64_t g, Memory &memory) {
+    const moestro_layer &layer = batch.d.layer[l];
+    const moestro_past &past = batch.pasts[part.sequence];
+    const int64_t heads = heads_ / groups_, size = heads * width_, group = g * past.room[l] * width_;
+    const int64_t place = past.place[l];
+    memory.queries.resize(size_t(part.rows * size)), memory.mixed.resize(size_t(part.rows * size));
+    for (int64_t i = 0; i < part.rows * heads; i++) {
+        const float *from = qkv_.data() + (part.first + i / heads) * wide_ + (g * heads + i % heads) * step_;
+        std::copy(from, from + width_, memory.queries.begin() + i * width_);
+    }
+    const bool fp32 = batch.d.cache_dtype == MOESTRO_ROWS_F32;
+    const Past seen{static_cast<char *>(past.keys[l]) + group * (fp32 ? 4 : 2),
+                    static_cast<char *>(past.values[l]) + group * (fp32 ? 4 : 2), width_, width_, fp32};
+    const Queries queries{memory.queries.data(),
+                          part.rows,
+                          heads,
+                          width_,
+                          width_,
+                          place - past.kept[l],
+                          place + part.before,
+                          layer.window,
+                          batch.d.score_scale,
+                          layer.sinks ? layer.sinks + g * heads : nullptr};
+    moestro::attend(queries, seen, memory.mixed.data(), memory.attention);
+    for (int64_t r = 0; r < part.rows; r++)
+        std::copy(memory.mixed.begin() + r * size, memory.mixed.begin() + (r + 1) * size,
+                  mixed_.begin() + (part.first + r) * inner_ + g * size);
+}
+
+// Each head's output times the sigmoid of its gates, which lie behind its query.
+void GroupedAttention::gate(const Batch &batch, int64_t t, Memory &memory) {
+    if (!batch.d.gated) return;
+    for (int64_t h = 0; h < heads_; h++) {
+        const float *gates = qkv_.data() + t * wide_ + h * step_ + width_;
+        float *out = mixed_.data() + t * inner_ + h * width_;
+        memory.row.assign(gates, gates + width_);
+        for (float &each : memory.row) each = -each;
+        kernels().exponentials(memory.row.data(), 0.0f, width_);
+        for (int64_t i = 0; i < width_; i++) out[i] = out[i] / (1.0f + memory.row[size_t(i)]);
+    }
+}
+
+void GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
+    const moestro_layer &layer = batch.d.layer[l];
+    int64_t from, to;
+    if (team.take(1, 1, &from, &to)) {
+        rows_.shape(layer.qkv.kind, layer.qkv.group, batch.t, batch.d.dim);
+        inner_rows_.shape(layer.out.kind, layer.out.group, batch.t, inner_);
+    }
+    team.wait();
+    while (team.take(batch.t, 1, &from, &to))
+        set(rows_, from, before_attention(batch, layer, from, memory), batch.d.dim, memory);
+    team.wait();
+    multiply_all(team, layer.qkv, rows_, layer.qkv_bias, qkv_.data(), wide_);
+    while (team.take(batch.t, 1, &from, &to)) place(batch, l, from);
+    team.wait();
+    while (team.take(int64_t(parts_.size()) * groups_, 1, &from, &to))
+        attend(batch, l, parts_[size_t(from / groups_)], from % groups_, memory);
+    team.wait();
+    while (team.take(batch.t, 1, &from, &to)) {
+        gate(batch, from, memory);
+        set(inner_rows_, from, mixed_.data() + from * inner_, inner_, memory);
+    }
+    team.wait();
+    multiply_all(team, layer.out, inner_rows_, layer.out_bias, batch.added.data(), batch.d.dim);
+}
+
+}  // namespace moestro
