@@ -23,7 +23,7 @@ PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
-ABI = 7
+ABI = 8
 _EMEMORY, _EPATH = -2, -3
 _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -40,7 +40,7 @@ class CExperts(ctypes.Structure):
 
     _fields_ = (
         ("data", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
-        ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("reserved", I32),
+        ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("down_kind", I32),
         ("up_bias", PTR), ("down_bias", PTR),
     )  # fmt: skip
 
