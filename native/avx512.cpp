@@ -112,8 +112,7 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
             _mm_prefetch(reinterpret_cast<const char *>(line + i + PREFETCH_DISTANCE), _MM_HINT_T0);
         line += head_bytes(KIND);
         __m512i dot[M][2];
-        for (int m = 0; m < M; m++)
-            dot[m][0] = dot[m][1] = _mm512_set1_epi32(OFFSET * x.sums[(at + m) * groups + g]);
+        for (int m = 0; m < M; m++) dot[m][0] = dot[m][1] = _mm512_set1_epi32(OFFSET * x.sums[(at + m) * groups + g]);
         for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1, line += 128) {
             for (int h = 0; h < 2; h++) {
                 _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + PREFETCH_DISTANCE), _MM_HINT_T0);

@@ -142,8 +142,7 @@ bool keep_integers(const Source &s, int64_t row, int32_t kind, int32_t group, fl
 }
 
 // A row as integers and scales. The squared error that this adds goes to sums[0], the squares themselves to sums[1].
-bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, const Groups &to,
-                  double *sums) {
+bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, const Groups &to, double *sums) {
     if (keep_integers(s, row, kind, group, x, to, sums)) return true;
     const int64_t inputs = padded(kind, group, s.k);
     s.read(row, x);

@@ -173,8 +173,8 @@ def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:
     coarse = in_four_bits(source for _, source in unread.sources)
     if coarse and format.kind in ("int4", "uint4"):
         warnings.warn(
-            f"{folder} has weights in {', '.join(coarse)} already, which {format.kind} rounds once more; "
-            "--weights int8 stays far closer to them and is recommended",
+            f"{folder} has weights in {', '.join(coarse)} already, which {format.kind} rounds once "
+            "more; --weights int8 stays far closer to them and is recommended",
             UserWarning,
             stacklevel=3,
         )

@@ -273,7 +273,8 @@ def error_bound(w_OI: Tensor, format: Format) -> Tensor:
     sizes_OG = padded_OGQ.abs().amax(-1)
     if format.kind == "uint4":
         range_OG = padded_OGQ.amax(-1) - padded_OGQ.amin(-1)
-        return range_OG / 30 + (range_OG + sizes_OG) * 2.0**-10 + 15 * tiny
+        shifted_OG: Tensor = range_OG / 30 + (range_OG + sizes_OG) * 2.0**-10 + 15 * tiny
+        return shifted_OG
     steps, most = (0.5, 127) if format.kind == "int8" else (1.0, 8)
     bound_OG: Tensor = sizes_OG / most * steps * (1 + 2.0**-9) + sizes_OG * 2.0**-11 + most * tiny
     return bound_OG
