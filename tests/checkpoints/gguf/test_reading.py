@@ -109,6 +109,20 @@ def test_fp32_is_the_same_model(folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_bailing_has_one_tensor_of_queries_keys_and_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-4.5's network under Ling's names: transformers has no class of it."""
+    monkeypatch.setitem(FORMS, "glm4_moe", {**FORMS["glm4_moe"], "attention_bias": False})
+    ours = open_checkpoint(theirs("glm4_moe", tmp_path / "t")).model
+    write_gguf(ours, tmp_path / "m.gguf", family="bailing_moe", kind="f32")
+    assert "blk.0.attn_qkv.weight" in {info.name for info in read(tmp_path / "m.gguf").tensors}
+    back = open_checkpoint(tmp_path / "m.gguf")
+    assert back.family == "bailing_moe"
+    assert torch.equal(back.model(tokens()).logits, ours(tokens()).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_blocks_are_kept_bit_by_bit(kind: str, folder: Path, tmp_path: Path) -> None:
     """Packed weights stand for the very numbers that the blocks stand for."""
