@@ -103,8 +103,12 @@ inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
     return dot4_positive(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
 }
 
-// Nibbles are 0 to 15: no sign to move, and the offset of 8 is taken off with the group's sum.
+// Nibbles are 0 to 15: no sign to move, and int4's offset of 8 is taken off with the group's sum.
 inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i a) { return dot4_positive(sum, w, a); }
+
+inline __m256 halves(const uint8_t *from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+}
 
 inline __m256i four(const int8_t *bytes) {
     int32_t value;
@@ -112,23 +116,25 @@ inline __m256i four(const int8_t *bytes) {
     return _mm256_set1_epi32(value);
 }
 
-template <int M, bool NIBBLES>
+template <int M, int32_t KIND>
 void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
-    const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (NIBBLES ? 2 : 1);
+    constexpr bool NIBBLES = is_nibbles(KIND);
+    const int64_t groups = x.k / b.group, bytes = group_bytes(KIND, b.group);
     const __m256i low = _mm256_set1_epi8(15);
     for (int64_t part = 0; part < COLUMNS; part += 8) {
         __m256 sum[M];
         for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
         for (int64_t g = 0; g < groups; g++) {
-            const uint8_t *block = b.data + g * (64 + lines);
+            const uint8_t *block = b.data + g * bytes;
             __m256i dot[M];
-            for (int m = 0; m < M; m++) dot[m] = _mm256_set1_epi32(NIBBLES ? -8 * x.sums[(at + m) * groups + g] : 0);
+            for (int m = 0; m < M; m++)
+                dot[m] = _mm256_set1_epi32(KIND == MOESTRO_INT4 ? -8 * x.sums[(at + m) * groups + g] : 0);
             for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
-                const uint8_t *line = block + 64 + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
+                const uint8_t *line = block + head_bytes(KIND) + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
                 __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
                 // One row waits for memory: ask for the block that follows this one.
                 if (M == 1 && part % 16 == 0)
-                    _mm_prefetch(reinterpret_cast<const char *>(line + groups * (64 + lines)), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char *>(line + groups * bytes), _MM_HINT_T0);
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
@@ -140,11 +146,14 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                     }
                 }
             }
-            auto scales = reinterpret_cast<const __m128i *>(block + part * 2);
-            __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(scales));
+            const __m256 scale = halves(block + part * 2), minimum = halves(block + head_bytes(KIND) - 64 + part * 2);
             for (int m = 0; m < M; m++) {
-                __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[(at + m) * groups + g]));
-                sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), both, sum[m]);
+                const __m256 row_scale = _mm256_set1_ps(x.scales[(at + m) * groups + g]);
+                sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), _mm256_mul_ps(scale, row_scale), sum[m]);
+                if constexpr (has_minima(KIND)) {
+                    const __m256 whole = _mm256_set1_ps(float(x.sums[(at + m) * groups + g]));
+                    sum[m] = _mm256_fmadd_ps(whole, _mm256_mul_ps(minimum, row_scale), sum[m]);
+                }
             }
         }
         for (int m = 0; m < M; m++) _mm256_storeu_ps(out + (at + m) * ld + part, sum[m]);

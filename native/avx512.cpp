@@ -89,24 +89,30 @@ inline __m512i four(const int8_t *bytes) {
     return _mm512_set1_epi32(value);
 }
 
-// Signed bytes become unsigned by adding 128, nibbles are 0 to 15; what that adds to a dot product
+inline __m512 halves(const uint8_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+}
+
+// Signed bytes become unsigned by adding 128, int4's nibbles by adding 8; what that adds to a dot product
 // is a multiple of the row's sum over the group, taken off before the first product.
-template <int M, bool NIBBLES>
+template <int M, int32_t KIND>
 void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    constexpr bool NIBBLES = is_nibbles(KIND);
+    constexpr int32_t OFFSET = KIND == MOESTRO_INT8 ? -128 : KIND == MOESTRO_INT4 ? -8 : 0;
     const int64_t groups = x.k / b.group;
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(char(128));
     __m512 sum[M][2];
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const uint8_t *line = b.data;
     for (int64_t g = 0; g < groups; g++) {
-        __m512 scale[2];
+        __m512 scale[2], minimum[2];
         for (int h = 0; h < 2; h++)
-            scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32)));
-        _mm_prefetch(reinterpret_cast<const char *>(line + PREFETCH_DISTANCE), _MM_HINT_T0);
-        line += 64;
+            scale[h] = halves(line + h * 32), minimum[h] = halves(line + head_bytes(KIND) - 64 + h * 32);
+        for (int64_t i = 0; i < head_bytes(KIND); i += 64)
+            _mm_prefetch(reinterpret_cast<const char *>(line + i + PREFETCH_DISTANCE), _MM_HINT_T0);
+        line += head_bytes(KIND);
         __m512i dot[M][2];
-        for (int m = 0; m < M; m++)
-            dot[m][0] = dot[m][1] = _mm512_set1_epi32((NIBBLES ? -8 : -128) * x.sums[(at + m) * groups + g]);
+        for (int m = 0; m < M; m++) dot[m][0] = dot[m][1] = _mm512_set1_epi32(OFFSET * x.sums[(at + m) * groups + g]);
         for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1, line += 128) {
             for (int h = 0; h < 2; h++) {
                 _mm_prefetch(reinterpret_cast<const char *>(line + h * 64 + PREFETCH_DISTANCE), _MM_HINT_T0);
@@ -125,9 +131,12 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
         }
         for (int m = 0; m < M; m++) {
             __m512 row_scale = _mm512_set1_ps(x.scales[(at + m) * groups + g]);
+            const __m512 whole = _mm512_set1_ps(float(x.sums[(at + m) * groups + g]));
             for (int h = 0; h < 2; h++) {
                 __m512 both = _mm512_mul_ps(scale[h], row_scale);
                 sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][h]), both, sum[m][h]);
+                if constexpr (has_minima(KIND))
+                    sum[m][h] = _mm512_fmadd_ps(whole, _mm512_mul_ps(minimum[h], row_scale), sum[m][h]);
             }
         }
     }
@@ -183,30 +192,35 @@ void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_
 }
 
 // One group of weights as signed bytes, 32 columns by `group` inputs.
-inline void unpack_nibbles(const uint8_t *line, int64_t group, int8_t *bytes) {
-    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+inline void unpack_nibbles(const uint8_t *line, int64_t group, char offset, int8_t *bytes) {
+    const __m512i low = _mm512_set1_epi8(15), off = _mm512_set1_epi8(offset);
     for (int64_t i = 0; i < group / 8; i++)
         for (int h = 0; h < 2; h++) {
             __m512i w = _mm512_loadu_si512(line + i * 128 + h * 64);
             __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
-            _mm512_store_si512(bytes + i * 256 + h * 64, _mm512_sub_epi8(_mm512_and_si512(w, low), eight));
-            _mm512_store_si512(bytes + i * 256 + 128 + h * 64, _mm512_sub_epi8(upper, eight));
+            _mm512_store_si512(bytes + i * 256 + h * 64, _mm512_sub_epi8(_mm512_and_si512(w, low), off));
+            _mm512_store_si512(bytes + i * 256 + 128 + h * 64, _mm512_sub_epi8(upper, off));
         }
 }
 
-// sum += whole numbers of one group · its scales, for `m` rows of 32 columns.
-inline void scale_group(const uint8_t *scales, const Rows &x, int64_t at, int64_t m, int64_t g, int64_t groups,
-                        const int32_t *dot, float *sum) {
-    __m512 scale[2];
+// sum += whole numbers of one group · its scales + sums of its rows · its minima, for `m` rows of 32 columns.
+inline void scale_group(const Block &b, const Rows &x, int64_t at, int64_t m, int64_t g, const int32_t *dot,
+                        float *sum) {
+    const int64_t groups = x.k / b.group;
+    const uint8_t *scales = b.data + g * group_bytes(b.kind, b.group);
+    __m512 scale[2], minimum[2];
     for (int h = 0; h < 2; h++)
-        scale[h] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales + h * 32)));
+        scale[h] = halves(scales + h * 32), minimum[h] = halves(scales + head_bytes(b.kind) - 64 + h * 32);
     for (int64_t i = 0; i < m; i++) {
         __m512 row_scale = _mm512_set1_ps(x.scales[(at + i) * groups + g]);
+        const __m512 row_sum = _mm512_set1_ps(float(x.sums[(at + i) * groups + g]));
         for (int h = 0; h < 2; h++) {
             float *place = sum + i * 32 + h * 16;
             __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(dot + i * 32 + h * 16));
             __m512 both = _mm512_mul_ps(scale[h], row_scale);
-            _mm512_store_ps(place, _mm512_fmadd_ps(whole, both, _mm512_load_ps(place)));
+            __m512 next = _mm512_fmadd_ps(whole, both, _mm512_load_ps(place));
+            if (has_minima(b.kind)) next = _mm512_fmadd_ps(row_sum, _mm512_mul_ps(minimum[h], row_scale), next);
+            _mm512_store_ps(place, next);
         }
     }
 }
@@ -217,13 +231,16 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
     alignas(64) int32_t dots[2][32 * 32];
     alignas(64) float sum[32 * 32];
     alignas(64) int8_t unpacked[64 * 32];
-    const int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
+    const int64_t groups = x.k / b.group;
     for (int64_t i = 0; i < m * 32; i += 16) _mm512_store_ps(sum + i, _mm512_setzero_ps());
-    const uint8_t *line = b.data;
-    for (int64_t g = 0; g < groups; g++, line += 64 + lines) {
-        auto weights = reinterpret_cast<const int8_t *>(line + 64);
+    const uint8_t *line = b.data + head_bytes(b.kind);
+    for (int64_t g = 0; g < groups; g++, line += group_bytes(b.kind, b.group)) {
+        auto weights = reinterpret_cast<const int8_t *>(line);
         next.fetch();
-        if (b.kind == MOESTRO_INT4) unpack_nibbles(line + 64, b.group, unpacked), weights = unpacked;
+        if (is_nibbles(b.kind)) {
+            unpack_nibbles(line, b.group, b.kind == MOESTRO_INT4 ? 8 : 0, unpacked);
+            weights = unpacked;
+        }
         ZERO(0);
         ZERO(1);
         LOAD(4, x.at(at, g, b.group), b.group);
@@ -238,7 +255,7 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
             DOT_INT8(2, 5, 6);
             DOT_INT8(3, 5, 7);
         }
-        if (g) scale_group(line - 64 - lines, x, at, m, g - 1, groups, dots[(g - 1) % 2], sum);
+        if (g) scale_group(b, x, at, m, g - 1, dots[(g - 1) % 2], sum);
         int32_t *dot = dots[g % 2];
         STORE(0, dot, 128);
         STORE(1, dot + 16, 128);
@@ -247,7 +264,7 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
             STORE(3, dot + 16 * 32 + 16, 128);
         }
     }
-    scale_group(line - 64 - lines, x, at, m, groups - 1, groups, dots[(groups - 1) % 2], sum);
+    scale_group(b, x, at, m, groups - 1, dots[(groups - 1) % 2], sum);
     for (int64_t i = 0; i < m; i++)
         for (int h = 0; h < 2; h++) _mm512_storeu_ps(out + i * ld + h * 16, _mm512_load_ps(sum + i * 32 + h * 16));
 }
@@ -256,7 +273,7 @@ void multiply_amx(const Block &b, const Rows &x, float *out, int64_t ld) {
     if (x.m < MIN_AMX_ROWS || b.kind == MOESTRO_F32) return multiply(b, x, out, ld);
     const bool bf16 = b.kind == MOESTRO_BF16;
     const int64_t steps = x.k / (bf16 ? PAIRS : b.group);
-    const int64_t bytes = bf16 ? x.k * 64 : steps * (64 + b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1));
+    const int64_t bytes = bf16 ? x.k * 64 : steps * group_bytes(b.kind, b.group);
     Prefetch next{b.data + bytes, round_up(bytes / (round_up(x.m, 32) / 32) / steps, 64)};
     int64_t shaped = 0;
     for (int64_t at = 0; at < x.m; at += 32, next.at += next.bytes * steps) {

@@ -20,6 +20,20 @@ float from_half(uint16_t half) {
     return x;
 }
 
+uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits >= 0x477ff000u) return sign | 0x7bffu;  // from 65520 on
+    if (bits < 0x38800000u) {                        // subnormal: whole steps of 2^-24
+        const float steps = (std::fabs(x) * 0x1p24f + 8388608.0f) - 8388608.0f;
+        return sign | uint16_t(steps);
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return sign | uint16_t((bits - 0x38000000u) >> 13);
+}
+
 namespace {
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, MXFP4 = 39 };
@@ -78,19 +92,23 @@ void scale_and_minimum(int j, const uint8_t *s, int *scale, int *minimum) {
     *minimum = (s[j + 4] >> 4) | (s[j] >> 6) << 4;
 }
 
+// Part j of a super-block of Q4_K or Q5_K: 32 integers, of step · q - least each.
+MOESTRO_INLINE void part_with_minimum(int32_t number, const uint8_t *b, int j, int8_t *q, float *step, float *least) {
+    int scale, minimum;
+    scale_and_minimum(j, b + 4, &scale, &minimum);
+    *step = from_half(half_at(b)) * float(scale), *least = from_half(half_at(b + 2)) * float(minimum);
+    const uint8_t *fifth = b + 16, *at = b + (number == Q5_K ? 48 : 16) + j / 2 * 32;
+    const int shift = j % 2 * 4;
+    for (int i = 0; i < 32; i++) q[i] = int8_t(at[i] >> shift & 15);
+    if (number == Q5_K)
+        for (int i = 0; i < 32; i++) q[i] = int8_t(q[i] | (fifth[i] >> j & 1) << 4);
+}
+
 MOESTRO_WIDE void super_block_with_minima(int32_t number, const uint8_t *b, float *out) {
-    const float d = from_half(half_at(b)), dmin = from_half(half_at(b + 2));
-    const uint8_t *scales = b + 4, *fifth = b + 16, *qs = b + (number == Q5_K ? 48 : 16);
     for (int j = 0; j < 8; j++) {
-        int scale, minimum;
-        scale_and_minimum(j, scales, &scale, &minimum);
-        const float step = d * float(scale), least = dmin * float(minimum);
-        const uint8_t *at = qs + j / 2 * 32;
-        const int shift = j % 2 * 4;
-        uint8_t q[32];
-        for (int i = 0; i < 32; i++) q[i] = uint8_t(at[i] >> shift & 15);
-        if (number == Q5_K)
-            for (int i = 0; i < 32; i++) q[i] = uint8_t(q[i] | (fifth[i] >> j & 1) << 4);
+        int8_t q[32];
+        float step, least;
+        part_with_minimum(number, b, j, q, &step, &least);
         for (int i = 0; i < 32; i++) out[j * 32 + i] = step * float(int(q[i])) - least;
     }
 }
@@ -118,26 +136,27 @@ MOESTRO_WIDE void super_block_of_six_bits(const uint8_t *b, float *out) {
 BlockKind block_kind(int32_t number) {
     switch (number) {
     case Q4_0:
+        return {32, 18, true, true};
     case IQ4_NL:
-        return {32, 18, true};
+        return {32, 18, true, false};
     case Q4_1:
-        return {32, 20, false};
+        return {32, 20, false, true};
     case Q5_0:
-        return {32, 22, true};
+        return {32, 22, true, false};
     case Q5_1:
-        return {32, 24, false};
+        return {32, 24, false, false};
     case Q8_0:
-        return {32, 34, true};
+        return {32, 34, true, false};
     case MXFP4:
-        return {32, 17, true};
+        return {32, 17, true, false};
     case Q4_K:
-        return {256, 144, false};
+        return {256, 144, false, true};
     case Q5_K:
-        return {256, 176, false};
+        return {256, 176, false, false};
     case Q6_K:
-        return {256, 210, false};
+        return {256, 210, false, false};
     default:
-        return {0, 0, false};
+        return {0, 0, false, false};
     }
 }
 
@@ -175,6 +194,30 @@ bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uin
             if ((*scales & 0x7c00u) == 0x7c00u) return false;
         }
     }
+    return true;
+}
+
+// Integers 0 to 15 of 32 numbers, and what they are multiplied by and added to.
+static void nibbles_of(int32_t number, const uint8_t *b, int part, int8_t *q, float *scale, float *minimum) {
+    if (number == Q4_K) {
+        part_with_minimum(number, b, part, q, scale, minimum);
+        *minimum = -*minimum;
+        return;
+    }
+    integers(Q4_1, number == Q4_1 ? b : b - 2, q);  // Q4_0's follow its scale at once
+    *scale = from_half(half_at(b));
+    *minimum = number == Q4_1 ? from_half(half_at(b + 2)) : -8.0f * *scale;
+}
+
+bool read_nibbles(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, uint16_t *minima) {
+    const BlockKind kind = block_kind(number);
+    for (int64_t at = 0; at < k; at += kind.length, row += kind.bytes)
+        for (int part = 0; part < kind.length / 32; part++, q += 32) {
+            float scale, minimum;
+            nibbles_of(number, row, part, q, &scale, &minimum);
+            if (!(std::fabs(scale) <= 65504.0f && std::fabs(minimum) <= 65504.0f)) return false;
+            *scales++ = to_half(scale), *minima++ = to_half(minimum);
+        }
     return true;
 }
 

@@ -11,11 +11,14 @@ namespace moestro {
 
 // fp16 → fp32, exact.
 float from_half(uint16_t half);
+// fp32 → fp16, nearest even, at most its largest number.
+uint16_t to_half(float x);
 
 // A kind of blocks; length 0: not known here.
 struct BlockKind {
     int32_t length, bytes;
-    bool exact;  // every 32 numbers are integers of eight bits times an fp16 scale
+    bool exact;    // every 32 numbers are integers of eight bits times an fp16 scale
+    bool nibbles;  // they are 0 to 15, less 8 or with a minimum; the scale and minimum of 32 may need rounding
 };
 BlockKind block_kind(int32_t number);
 
@@ -24,5 +27,9 @@ void read_blocks(int32_t number, const uint8_t *row, int64_t k, float *out);
 
 // The same as integers and a scale for each 32, where the kind is exact; false: a scale is not a finite fp16.
 bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales);
+
+// The same as integers 0 to 15, a scale and a minimum for each 32, where the kind is of nibbles; false: they are
+// beyond fp16.
+bool read_nibbles(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, uint16_t *minima);
 
 }  // namespace moestro

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "moestro.h"
+
 namespace moestro {
 
 constexpr int64_t COLUMNS = 32;  // output columns of a block
@@ -12,7 +14,7 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 constexpr int64_t TILE = 16;  // rows of an AMX tile
 
 // Rows ready to be multiplied. bf16: `bits` and the same values as fp32 in `values` [m, k]; fp32:
-// `values` alone. int8 and int4 weights: `bytes` in [-127, 127], with a scale and a sum per group.
+// `values` alone. Weights of integers: `bytes` in [-127, 127], with a scale and a sum per group.
 // `bits` and `bytes` lie as tiles, 16 rows of 32 inputs or of one group, one tile after another.
 struct Rows {
     const uint16_t *bits = nullptr;
@@ -29,6 +31,13 @@ struct Rows {
         return row / TILE * TILE * k + (step * TILE + row % TILE) * width;
     }
 };
+
+// Weights of integers lie group by group: fp16 scales of 32 columns, minima where the kind has them, then integers.
+constexpr bool has_minima(int32_t kind) { return kind == MOESTRO_UINT4; }
+constexpr bool is_nibbles(int32_t kind) { return kind == MOESTRO_INT4 || kind == MOESTRO_UINT4; }
+constexpr int64_t head_bytes(int32_t kind) { return has_minima(kind) ? 128 : 64; }
+constexpr int64_t line_bytes(int32_t kind, int64_t group) { return group * COLUMNS / (is_nibbles(kind) ? 2 : 1); }
+constexpr int64_t group_bytes(int32_t kind, int64_t group) { return head_bytes(kind) + line_bytes(kind, group); }
 
 struct Block {
     const uint8_t *data;

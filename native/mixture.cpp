@@ -41,7 +41,7 @@ void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_
     row_.resize(size_t(count));
     for (int64_t a = 0; a < count; a++) row_[size_t(a)] = next[size_t(experts[a])]++;
     input_.shape(w.kind, w.group, row, w.dim);
-    hidden_.shape(w.kind, w.group, row, w.hidden);
+    hidden_.shape(w.down_kind, w.group, row, w.hidden);
     up_ = up_buffer_.get<float>(row * hidden_.rows.k);
     down_ = down_buffer_.get<float>(row * blocks_of(w.dim) * COLUMNS);
 }
@@ -64,7 +64,7 @@ Blocks Mixture::down_blocks(int64_t e) const {
     }
     const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);
     auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
-    return {slab + up, w_.kind, w_.group, w_.dim, w_.hidden};
+    return {slab + up, w_.down_kind, w_.group, w_.dim, w_.hidden};
 }
 
 void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {

@@ -24,19 +24,20 @@ extern "C" {
 #define MOESTRO_ABI 8
 #define MOESTRO_API __attribute__((visibility("default")))
 
-/* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). */
+/* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
+ * beside each scale. */
 enum {
     MOESTRO_BF16 = 0,
     MOESTRO_INT8 = 1,
     MOESTRO_INT4 = 2,
     MOESTRO_F32 = 3,
-    MOESTRO_PLAIN_BF16 = 4,
-    MOESTRO_PLAIN_F32 = 5
+    MOESTRO_UINT4 = 4,
+    MOESTRO_PLAIN_BF16 = 5,
+    MOESTRO_PLAIN_F32 = 6
 };
 /* Dtypes of rows: numbers, or blocks of a GGUF file (MOESTRO_ROWS_BLOCKS + ggml's number of their kind), which are
  * only packed and read. */
 enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_BLOCKS = 256 };
-enum { MOESTRO_BLOCKS_Q4_0 = 2 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
@@ -46,16 +47,16 @@ typedef struct {
     const void *data;
     int64_t n, k;  /* outputs, inputs (before padding) */
     int32_t kind;  /* MOESTRO_BF16 … */
-    int32_t group; /* Q: 32 or 64; ignored for bf16 */
+    int32_t group; /* Q: 32 or 64; ignored for fp32 and bf16 */
 } moestro_matrix;
 
-/* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down. */
+/* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down, of a kind of its own. */
 typedef struct {
     const void *data;
     const void *down;   /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
     int64_t slab_bytes; /* distance between packed experts */
     int64_t experts, dim, hidden;
-    int32_t kind, group, activation, reserved;
+    int32_t kind, group, activation, down_kind;
     const float *up_bias;   /* [E, 2F] or [E, F]; null: none */
     const float *down_bias; /* [E, D]; null: none */
 } moestro_experts;
@@ -71,9 +72,9 @@ MOESTRO_API int32_t moestro_threads(void);
 MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
 
 /* Pack rows [n, k] (fp32, bf16 or blocks) at dst. `step` 2 leaves every other block free for a second matrix (gate
- * and up). Input that is not finite is refused (EBAD), and so are sizes above 65504 for int8 and int4. Blocks of
- * integers with one fp16 scale for 32 become int8 in groups of 32 as they are, Q4_0 int4 too. To sums (or null) are
- * added the squared error of what is quantised here, and the sum of its squares. */
+ * and up). Input that is not finite is refused (EBAD), and so are sizes above 65504 for int8, int4 and uint4. In groups
+ * of 32, blocks of integers with one fp16 scale for 32 become int8 as they are, Q4_0 int4, and those of four bits with
+ * minima uint4. To sums (or null) are added the squared error of what is rounded here, and the sum of its squares. */
 MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k,
                                  void *dst, int64_t step, double *sums);
 /* Rows [n, k] of any dtype as fp32. */

@@ -11,21 +11,6 @@
 namespace moestro {
 namespace {
 
-// fp32 → fp16, nearest even, at most its largest number.
-uint16_t to_half(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-    bits &= 0x7fffffffu;
-    if (bits >= 0x477ff000u) return sign | 0x7bffu;  // from 65520 on
-    if (bits < 0x38800000u) {                        // subnormal: whole steps of 2^-24
-        const float steps = (std::fabs(x) * 0x1p24f + 8388608.0f) - 8388608.0f;
-        return sign | uint16_t(steps);
-    }
-    bits += 0xfffu + (bits >> 13 & 1u);
-    return sign | uint16_t((bits - 0x38000000u) >> 13);
-}
-
 // What is packed: rows of numbers, or of blocks (dtype MOESTRO_ROWS_BLOCKS + the kind's number).
 struct Source {
     int32_t dtype;
@@ -62,101 +47,138 @@ MOESTRO_INLINE Eight eight(const float *from) {
 
 MOESTRO_INLINE float sum(Eight x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
-// One group of a row: the scale as fp16 bits, and its integers; to sums (unless null) as in `quantise_row`.
+// Integers and their scales, and minima where the kind has them, of groups of a row.
+struct Groups {
+    int8_t *q;
+    uint16_t *scales, *minima;
+};
+
+// Group g of a row; to sums (unless null) as in `quantise_row`.
 template <int GROUP>
-MOESTRO_INLINE uint16_t quantise_group(const float *x, bool bytes, int8_t *q, float *sums) {
-    Eight sizes = {};
-    for (int i = 0; i < GROUP; i += 8) {
-        const Eight each = eight(x + i), positive = each < 0.0f ? -each : each;
-        sizes = positive > sizes ? positive : sizes;
+MOESTRO_INLINE void quantise_group(const float *x, int32_t kind, const Groups &to, int64_t g, float *sums) {
+    Eight leasts = eight(x), mosts = leasts;
+    for (int i = 8; i < GROUP; i += 8) {
+        const Eight each = eight(x + i);
+        leasts = each < leasts ? each : leasts, mosts = each > mosts ? each : mosts;
     }
-    float size = 0.0f;
-    for (int j = 0; j < 8; j++) size = sizes[j] > size ? sizes[j] : size;
-    float largest = size;
-    if (!bytes) {  // of equal sizes the first, also of zeros
+    float lowest = leasts[0], highest = mosts[0];
+    for (int j = 1; j < 8; j++) {
+        lowest = leasts[j] < lowest ? leasts[j] : lowest;
+        highest = mosts[j] > highest ? mosts[j] : highest;
+    }
+    const bool bytes = kind == MOESTRO_INT8, shifted = has_minima(kind);
+    const float size = std::fmax(std::fabs(lowest), std::fabs(highest));
+    float range = bytes ? size / 127.0f : (highest - lowest) / 15.0f;
+    if (kind == MOESTRO_INT4) {  // of equal sizes the first, also of zeros
         int first = 0;
         while (std::fabs(x[first]) != size) first++;
-        largest = x[first];
+        range = x[first] / -8.0f;
     }
-    const uint16_t half = to_half(bytes ? size / 127.0f : largest / -8.0f);
-    const float scale = from_half(half), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-    const float low = bytes ? -127.0f : -8.0f, high = bytes ? 127.0f : 7.0f;
+    to.scales[g] = to_half(range);
+    if (shifted) to.minima[g] = to_half(lowest + 0.0f);  // of two zeros the positive one
+    const float scale = from_half(to.scales[g]), inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+    const float minimum = shifted ? from_half(to.minima[g]) : 0.0f;
+    const float low = bytes ? -127.0f : shifted ? 0.0f : -8.0f, high = bytes ? 127.0f : shifted ? 15.0f : 7.0f;
     const float shift = 12582912.0f;  // adding it rounds |x| < 2^22 to whole numbers, even on ties
     const Eight least = Eight{} + low, most = Eight{} + high;
     alignas(32) float rounded[GROUP];
     Eight error = {}, squares = {};
     for (int i = 0; i < GROUP; i += 8) {
         const Eight each = eight(x + i);
-        Eight value = (each * inverse + shift) - shift;
+        Eight value = ((each - minimum) * inverse + shift) - shift;
         value = value < least ? least : value;
         value = value > most ? most : value;
         memcpy(rounded + i, &value, sizeof value);
-        const Eight off = each - value * scale;
+        const Eight off = each - (value * scale + minimum);
         error += off * off, squares += each * each;
     }
     if (sums) sums[0] += sum(error), sums[1] += sum(squares);
-    for (int i = 0; i < GROUP; i++) q[i] = int8_t(int32_t(rounded[i]));
-    return half;
+    for (int i = 0; i < GROUP; i++) to.q[g * GROUP + i] = int8_t(int32_t(rounded[i]));
 }
 
 template <int GROUP>
-MOESTRO_INLINE void quantise_groups(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
-                                    double *sums) {
+MOESTRO_INLINE void quantise_groups(const float *x, int64_t count, int32_t kind, const Groups &to, double *sums) {
     float own[2] = {};
-    for (int64_t g = 0; g < count; g++, x += GROUP, q += GROUP)
-        scales[g] = quantise_group<GROUP>(x, bytes, q, sums ? own : nullptr);
+    for (int64_t g = 0; g < count; g++, x += GROUP) quantise_group<GROUP>(x, kind, to, g, sums ? own : nullptr);
     if (sums) sums[0] += own[0], sums[1] += own[1];
 }
 
-MOESTRO_WIDE void quantise_groups_of_32(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
-                                        double *sums) {
-    quantise_groups<32>(x, count, bytes, q, scales, sums);
+MOESTRO_WIDE void quantise_groups_of_32(const float *x, int64_t count, int32_t kind, const Groups &to, double *sums) {
+    quantise_groups<32>(x, count, kind, to, sums);
 }
-MOESTRO_WIDE void quantise_groups_of_64(const float *x, int64_t count, bool bytes, int8_t *q, uint16_t *scales,
-                                        double *sums) {
-    quantise_groups<64>(x, count, bytes, q, scales, sums);
+MOESTRO_WIDE void quantise_groups_of_64(const float *x, int64_t count, int32_t kind, const Groups &to, double *sums) {
+    quantise_groups<64>(x, count, kind, to, sums);
+}
+
+// To sums what integers, scales and minima of 32 differ from the numbers that they stand for.
+MOESTRO_WIDE void add_differences(const float *x, int64_t count, const Groups &to, double *sums) {
+    float own[2] = {};
+    for (int64_t g = 0; g < count; g++, x += 32) {
+        const float scale = from_half(to.scales[g]), minimum = from_half(to.minima[g]);
+        alignas(32) float values[32];
+        for (int i = 0; i < 32; i++) values[i] = scale * float(to.q[g * 32 + i]) + minimum;
+        Eight error = {}, squares = {};
+        for (int i = 0; i < 32; i += 8) {
+            const Eight each = eight(x + i), off = each - eight(values + i);
+            error += off * off, squares += each * each;
+        }
+        own[0] += sum(error), own[1] += sum(squares);
+    }
+    sums[0] += own[0], sums[1] += own[1];
+}
+
+// A row of blocks whose integers the packed kind has too; false: there is no such kind, or scales are beyond fp16.
+bool keep_integers(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, const Groups &to,
+                   double *sums) {
+    if (!s.blocks() || group != 32) return false;
+    const BlockKind from = block_kind(s.number());
+    if (has_minima(kind)) {
+        if (!from.nibbles || !read_nibbles(s.number(), s.row(row), s.k, to.q, to.scales, to.minima)) return false;
+        if (sums && from.length > 32) s.read(row, x), add_differences(x, s.k / 32, to, sums);
+        return true;
+    }
+    const bool held = kind == MOESTRO_INT8 ? from.exact : from.exact && from.nibbles;
+    return held && read_integers(s.number(), s.row(row), s.k, to.q, to.scales);
 }
 
 // A row as integers and scales. The squared error that this adds goes to sums[0], the squares themselves to sums[1].
-bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, int8_t *q, uint16_t *scales,
-                  double *sums) {
+bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, const Groups &to, double *sums) {
+    if (keep_integers(s, row, kind, group, x, to, sums)) return true;
     const int64_t inputs = padded(kind, group, s.k);
-    const bool as_they_are = s.blocks() && group == 32 && block_kind(s.number()).exact &&
-                             (kind == MOESTRO_INT8 || s.number() == MOESTRO_BLOCKS_Q4_0);
-    if (as_they_are && read_integers(s.number(), s.row(row), s.k, q, scales)) return true;
     s.read(row, x);
     for (int64_t i = s.k; i < inputs; i++) x[i] = 0.0f;
     if (!packable(x, s.k, kind)) return false;
     const auto quantise = group == 32 ? quantise_groups_of_32 : quantise_groups_of_64;
-    quantise(x, inputs / group, kind == MOESTRO_INT8, q, scales, sums);
+    quantise(x, inputs / group, kind, to, sums);
     return true;
 }
 
 // Column n of a packed block of integers.
-void place_integers(int32_t kind, int32_t group, int64_t inputs, int64_t n, const int8_t *q, const uint16_t *scales,
-                    uint8_t *out) {
-    const int64_t lines = group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1);
-    for (int64_t g = 0; g < inputs / group; g++, out += 64 + lines, q += group) {
-        memcpy(out + 2 * n, scales + g, 2);
-        uint8_t *at = out + 64 + n * 4;
+void place_integers(int32_t kind, int32_t group, int64_t inputs, int64_t n, const Groups &from, uint8_t *out) {
+    const int8_t *q = from.q;
+    const int offset = kind == MOESTRO_INT4 ? 8 : 0;
+    for (int64_t g = 0; g < inputs / group; g++, out += group_bytes(kind, group), q += group) {
+        memcpy(out + 2 * n, from.scales + g, 2);
+        if (has_minima(kind)) memcpy(out + 64 + 2 * n, from.minima + g, 2);
+        uint8_t *at = out + head_bytes(kind) + n * 4;
         if (kind == MOESTRO_INT8) {
             for (int i = 0; i < group; i += 4, at += COLUMNS * 4) memcpy(at, q + i, 4);
             continue;
         }
         for (int i = 0; i < group; i += 8, at += COLUMNS * 4)
-            for (int j = 0; j < 4; j++) at[j] = uint8_t((q[i + j] + 8) | (q[i + 4 + j] + 8) << 4);
+            for (int j = 0; j < 4; j++) at[j] = uint8_t((q[i + j] + offset) | (q[i + 4 + j] + offset) << 4);
     }
 }
 
 // This thread's rows on their way.
 struct Row {
     float *x;
-    int8_t *q;
-    uint16_t *scales;
+    Groups groups;
     explicit Row(int64_t inputs) {
         x = thread_buffer().get<float>(inputs * 2);
-        q = reinterpret_cast<int8_t *>(x + inputs);
-        scales = reinterpret_cast<uint16_t *>(q + inputs);
+        auto q = reinterpret_cast<int8_t *>(x + inputs);
+        auto scales = reinterpret_cast<uint16_t *>(q + inputs);
+        groups = {q, scales, scales + inputs / 32};
     }
 };
 
@@ -167,12 +189,13 @@ bool pack_block(int32_t kind, int32_t group, const Source &s, int64_t block, uin
         const bool there = first + n < s.n;
         if (!is_float(kind)) {
             if (!there) {
-                memset(made.q, 0, size_t(inputs));
-                std::fill_n(made.scales, inputs / group, uint16_t(kind == MOESTRO_INT4 ? 0x8000 : 0));  // 0 / -8
-            } else if (!quantise_row(s, first + n, kind, group, made.x, made.q, made.scales, sums)) {
+                memset(made.groups.q, 0, size_t(inputs));
+                std::fill_n(made.groups.scales, inputs / group, uint16_t(kind == MOESTRO_INT4 ? 0x8000 : 0));  // 0 / -8
+                std::fill_n(made.groups.minima, inputs / group, uint16_t(0));
+            } else if (!quantise_row(s, first + n, kind, group, made.x, made.groups, sums)) {
                 return false;
             }
-            place_integers(kind, group, inputs, n, made.q, made.scales, out);
+            place_integers(kind, group, inputs, n, made.groups, out);
             continue;
         }
         memset(made.x, 0, size_t(inputs) * 4);
@@ -189,7 +212,6 @@ bool pack_block(int32_t kind, int32_t group, const Source &s, int64_t block, uin
 }
 
 void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int64_t k, int64_t block, float *dst) {
-    const int64_t lines = group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1);
     for (int64_t c = 0; c < COLUMNS && block * COLUMNS + c < n; c++)
         for (int64_t i = 0; i < k; i++) {
             float &place = dst[(block * COLUMNS + c) * k + i];
@@ -201,12 +223,17 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
                 place = from_bf16(reinterpret_cast<const uint16_t *>(in)[(i / 2 * COLUMNS + c) * 2 + i % 2]);
                 continue;
             }
-            const uint8_t *at = in + i / group * (64 + lines);
+            const uint8_t *at = in + i / group * group_bytes(kind, group), *lines = at + head_bytes(kind);
             const float scale = from_half(reinterpret_cast<const uint16_t *>(at)[c]);
             const int64_t quad = i % group / 4;
-            if (kind == MOESTRO_INT8) place = scale * float(int8_t(at[64 + (quad * COLUMNS + c) * 4 + i % 4]));
-            else
-                place = scale * float(((at[64 + (quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0)) & 15) - 8);
+            if (kind == MOESTRO_INT8) {
+                place = scale * float(int8_t(lines[(quad * COLUMNS + c) * 4 + i % 4]));
+                continue;
+            }
+            const int nibble = lines[(quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0) & 15;
+            if (has_minima(kind))
+                place = scale * float(nibble) + from_half(reinterpret_cast<const uint16_t *>(at)[COLUMNS + c]);
+            else place = scale * float(nibble - 8);
         }
 }
 

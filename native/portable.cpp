@@ -44,7 +44,8 @@ inline void quad(const Block &b, const uint8_t *lines, int64_t q, int64_t n, int
         for (int i = 0; i < 4; i++) w[i] = at[i];
     } else {
         const uint8_t *at = lines + (q / 2 * COLUMNS + n) * 4;
-        for (int i = 0; i < 4; i++) w[i] = int32_t(q % 2 ? at[i] >> 4 : at[i] & 15) - 8;
+        const int32_t offset = b.kind == MOESTRO_INT4 ? 8 : 0;
+        for (int i = 0; i < 4; i++) w[i] = int32_t(q % 2 ? at[i] >> 4 : at[i] & 15) - offset;
     }
 }
 
@@ -64,21 +65,24 @@ void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t
 }
 
 void multiply_bytes(const Block &b, const Rows &x, float *out, int64_t ld) {
-    int64_t groups = x.k / b.group, lines = b.group * COLUMNS / (b.kind == MOESTRO_INT4 ? 2 : 1);
+    const int64_t groups = x.k / b.group;
     for (int64_t m = 0; m < x.m; m++) {
         float sum[COLUMNS] = {};
         for (int64_t g = 0; g < groups; g++) {
-            const uint8_t *at = b.data + g * (64 + lines);
+            const uint8_t *at = b.data + g * group_bytes(b.kind, b.group), *lines = at + head_bytes(b.kind);
             auto scales = reinterpret_cast<const uint16_t *>(at);
             const int8_t *row = x.at(m, g, b.group);
             float scale = x.scales[m * groups + g];
             for (int64_t n = 0; n < COLUMNS; n++) {
                 int32_t dot = 0, w[4];
                 for (int64_t q = 0; q < b.group / 4; q++) {
-                    quad(b, at + 64, q, n, w);
+                    quad(b, lines, q, n, w);
                     for (int i = 0; i < 4; i++) dot += w[i] * row[q * 4 + i];
                 }
                 sum[n] = __builtin_fmaf(float(dot), half_to_float(scales[n]) * scale, sum[n]);
+                if (has_minima(b.kind))
+                    sum[n] = __builtin_fmaf(float(x.sums[m * groups + g]), half_to_float(scales[COLUMNS + n]) * scale,
+                                            sum[n]);
             }
         }
         memcpy(out + m * ld, sum, sizeof sum);

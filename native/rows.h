@@ -19,7 +19,7 @@ inline bool is_fp32(int32_t kind) { return kind == MOESTRO_F32 || kind == MOESTR
 inline int64_t plain_bytes(int32_t kind, int64_t n, int64_t k) { return n * k * (is_fp32(kind) ? 4 : 2); }
 
 // Whether weights are floating-point numbers, not integers with scales.
-inline bool is_float(int32_t kind) { return kind != MOESTRO_INT8 && kind != MOESTRO_INT4; }
+inline bool is_float(int32_t kind) { return kind != MOESTRO_INT8 && !is_nibbles(kind); }
 
 inline bool valid(int32_t kind, int32_t group) {
     if (kind < MOESTRO_BF16 || kind > MOESTRO_PLAIN_F32) return false;
@@ -31,7 +31,9 @@ inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.gr
 inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
 
 inline bool valid(const moestro_experts &w) {
-    const bool known = valid(w.kind, w.group) && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
+    const bool kinds = valid(w.kind, w.group) && valid(w.down_kind, w.group),
+               alike = plain(w.kind) || plain(w.down_kind) ? w.kind == w.down_kind : true,
+               known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
     return known && w.data && (w.down || !plain(w.kind)) && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
 }
 
@@ -47,7 +49,7 @@ inline int64_t padded(int32_t kind, int32_t group, int64_t k) {
 inline int64_t block_bytes(int32_t kind, int32_t group, int64_t k) {
     const int64_t inputs = padded(kind, group, k);
     if (is_float(kind)) return inputs * COLUMNS * (is_fp32(kind) ? 4 : 2);
-    return inputs / group * (64 + group * COLUMNS / (kind == MOESTRO_INT4 ? 2 : 1));
+    return inputs / group * group_bytes(kind, group);
 }
 
 inline int64_t blocks_of(int64_t n) { return round_up(n, COLUMNS) / COLUMNS; }

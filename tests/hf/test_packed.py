@@ -12,6 +12,7 @@ from moestro.errors import BackendError, MoestroError, ShapeError
 from moestro.hf import forward
 from moestro.hf.packed import PackedProjection
 from moestro.kernels import native_cpu, native_packing
+from moestro.kernels.packing import Format
 
 from .test_experts import LAYOUTS
 from .zoo import NAMES, build, experts_of, tokens
@@ -81,7 +82,7 @@ def test_what_is_packed():
     done = hf.quantize(model, "int4", 64)
     assert done.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     assert done.bytes_before == 2 * size
-    assert done.format == ("int4", 64)
+    assert done.format == Format("int4", 64)
     assert size * 4.25 / 8 <= done.bytes_after <= size * 4.25 / 8 + 2 * 6 * 4096
     assert model.get_experts_implementation() == {"": "moestro"}
     assert not any(each.requires_grad for each in model.parameters())

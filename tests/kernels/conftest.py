@@ -58,19 +58,22 @@ def matrix_of():
 
 @pytest.fixture
 def experts_of():
-    """A function: up, down, … → the experts packed, and the fp32 weights they stand for."""
+    """A function: up, down, … → the experts packed, and the fp32 weights they stand for.
+
+    A kind is KIND/GROUP, or KIND/GROUP/KIND OF DOWN.
+    """
 
     def make(
         up_EHD: Tensor, down_EDF: Tensor, activation: str, kind: str, biases: bool = False
     ) -> tuple[ExpertSlabs, Tensor, Tensor]:
-        name, _, detail = kind.partition("/")
+        name, detail, down = (*kind.split("/"), None, None)[:3]
         num_experts, dim, hidden = down_EDF.shape
         given = (torch.randn(up_EHD.shape[:2]), torch.randn(num_experts, dim)) if biases else ()
         if name == "plain":
             up_EHD, down_EDF = (each.to(getattr(torch, detail)) for each in (up_EHD, down_EDF))
             packed = native_cpu.plain_experts(up_EHD, down_EDF, activation, *given)
             return packed, up_EHD.float(), down_EDF.float()
-        format = Format(name, int(detail or 32))
+        format = Format(name, int(detail or 32), down)
         size = native_cpu.slab_bytes(dim, hidden, activation, format)
         slabs = native_cpu.aligned(num_experts * size).view(num_experts, size)
         for up_HD, down_DF, slab in zip(up_EHD, down_EDF, slabs, strict=True):

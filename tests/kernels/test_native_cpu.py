@@ -9,11 +9,12 @@ from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, reference
 from moestro.kernels.packing import Format
 
-PACKED = ["float32", "bfloat16", "int8/32", "int8/64", "int4/32", "int4/64"]
+PACKED = ["float32", "bfloat16", "int8/32", "int8/64", "int4/32", "int4/64", "uint4/32", "uint4/64"]
 KINDS = [*PACKED, "plain/float32", "plain/bfloat16"]
+OF_EXPERTS = [*KINDS, "uint4/32/int8"]
 ACTIVATIONS = ["swiglu", "geglu", "clamped_swiglu", "relu", "gelu"]
 # Of the largest result: what rounding rows to 16 bits, or to 8 bits by groups, may change.
-ROUNDED = {"float32": 3e-6, "bfloat16": 2e-2, "int8": 4e-2, "int4": 4e-2}
+ROUNDED = {"float32": 3e-6, "bfloat16": 2e-2, "int8": 4e-2, "int4": 4e-2, "uint4": 4e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,7 @@ def test_linear_of_any_shape(kind, rows, outputs, inputs, scale, seed, matrix_of
     assert ((y_TO - exact_TO).abs() <= 1e-5 * size_TO + 1e-30).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_EXPERTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 def test_mixture_is_the_definition(kind, activation, biases, experts_of, on_every_path):
@@ -127,7 +128,7 @@ def test_mixture_of_odd_shapes(kind, tokens, sizes, experts_of, on_every_path):
     close(y_TD, expected_TD, ROUNDED[precision(kind)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_EXPERTS)
 def test_mixture_by_its_own_linear_maps(kind, experts_of, on_every_path):
     """Sharper than a tolerance: the same matrices as linear maps give the same bits."""
     dim, hidden = 70, 46
@@ -143,9 +144,8 @@ def test_mixture_by_its_own_linear_maps(kind, experts_of, on_every_path):
                 native_cpu.plain_matrix(each[expert]) for each in (packed.data, packed.down)
             ]
         else:
-            matrices = [
-                native_cpu.pack_matrix(each[expert], packed.format) for each in (up_EHD, down_EDF)
-            ]
+            pairs = ((up_EHD, packed.format), (down_EDF, packed.format.of_down))
+            matrices = [native_cpu.pack_matrix(each[expert], own) for each, own in pairs]
         up, down = matrices
         hidden_RF = native_cpu.linear(up, x_TD[chosen == expert]).relu()
         assert torch.equal(y_TD[chosen == expert], native_cpu.linear(down, hidden_RF))

@@ -19,7 +19,7 @@ from moestro.kernels.native_library import (
 )
 from moestro.kernels.packing import Format
 
-KINDS = ("float32", "bfloat16", "int8", "int4")
+KINDS = ("float32", "bfloat16", "int8", "int4", "uint4")
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from moestro.kernels.packing import (
     quantise,
 )
 
-QUANTISED = [Format(kind, group) for kind in ("int8", "int4") for group in (32, 64)]
+QUANTISED = [Format(kind, group) for kind in ("int8", "int4", "uint4") for group in (32, 64)]
 FORMATS = [*QUANTISED, Format("bfloat16"), Format("float32")]
+MIXED = [Format("uint4", 32, "int8"), Format("bfloat16", 64, "int4")]
 FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -28,7 +29,7 @@ def _needs_the_library(native):
 
 
 def name(format: Format) -> str:
-    return f"{format.kind}-{format.group}"
+    return "-".join(str(each) for each in format if each is not None)
 
 
 @st.composite
@@ -53,30 +54,33 @@ def padded(w_OI: torch.Tensor, format: Format) -> torch.Tensor:
     return torch.nn.functional.pad(w_OI, (0, -columns % format.group, 0, -rows % 32))
 
 
-def opened(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers [O, I] and scales [O, I / Q] by the layout that packing.py describes."""
+def opened(packed: PackedMatrix) -> tuple[torch.Tensor, ...]:
+    """Integers [O, I], scales and minima [O, I / Q] by the layout that packing.py describes."""
     format, blocks = packed.format, -(-packed.rows // 32)
     groups, quads = -(-packed.columns // format.group), format.group // 4
     data_BGX = packed.data.view(blocks, groups, -1)
-    scales_BGN = data_BGX[..., :64].contiguous().view(torch.float16)
-    lines_BGX = data_BGX[..., 64:].contiguous()
+    head = 128 if format.kind == "uint4" else 64
+    head_BGHN = data_BGX[..., :head].contiguous().view(torch.float16).unflatten(-1, (-1, 32))
+    lines_BGX = data_BGX[..., head:].contiguous()
     if format.kind == "int8":
         q = lines_BGX.view(torch.int8).view(blocks, groups, quads, 32, 4)
     else:
         both = lines_BGX.view(blocks, groups, quads // 2, 1, 32, 4)
-        q = torch.cat([both & 15, both >> 4], dim=3).view(torch.int8) - 8
+        q = torch.cat([both & 15, both >> 4], dim=3).view(torch.int8)
+        q = q - 8 if format.kind == "int4" else q
         q = q.view(blocks, groups, quads, 32, 4)
     q_OI = q.permute(0, 3, 1, 2, 4).reshape(blocks * 32, groups * format.group)
-    return q_OI, scales_BGN.transpose(1, 2).reshape(blocks * 32, groups)
+    return q_OI, *head_BGHN.permute(2, 0, 3, 1).reshape(-1, blocks * 32, groups)
 
 
 @pytest.mark.parametrize("format", QUANTISED, ids=name)
 @FUZZ
 @given(w_OI=matrices())
 def test_integers_and_scales_are_the_definitions(format, w_OI):
-    q_OI, scales_OG = opened(native_cpu.pack_matrix(w_OI, format))
-    expected_OI, expected_OG = quantise(padded(w_OI, format), format)
-    assert torch.equal(scales_OG.view(torch.int16), expected_OG.view(torch.int16))
+    q_OI, *found = opened(native_cpu.pack_matrix(w_OI, format))
+    expected_OI, *expected = quantise(padded(w_OI, format), format)
+    for found_OG, expected_OG in zip(found, filter(torch.is_tensor, expected), strict=True):
+        assert torch.equal(found_OG.view(torch.int16), expected_OG.view(torch.int16))
     assert torch.equal(q_OI, expected_OI)
 
 
@@ -115,7 +119,7 @@ def test_a_view_is_packed_as_its_copy():
         assert torch.equal(view.data, copy.data)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "uint4", "bfloat16", "float32"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused(kind, bad):
     w_OI = torch.randn(70, 40)
@@ -124,7 +128,7 @@ def test_what_is_not_finite_is_refused(kind, bad):
         native_cpu.pack_matrix(w_OI, Format(kind))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
 def test_sizes_above_fp16_are_refused(kind):
     w_OI = torch.randn(3, 40)
     w_OI[1, 2] = -65504.0
@@ -137,7 +141,8 @@ def test_sizes_above_fp16_are_refused(kind):
 
 def test_formats_that_do_not_exist():
     w_OI = torch.randn(4, 32)
-    for format, says in ((Format("int3"), "int3"), (Format("plain"), "plain")):
+    unknown = (Format("int3"), "int3"), (Format("plain"), "plain"), (Format("int8", 32, "x"), "x")
+    for format, says in unknown:
         with pytest.raises(ShapeError, match=says):
             native_cpu.pack_matrix(w_OI, format)
     with pytest.raises(ShapeError, match="32 or 64"):
@@ -150,13 +155,14 @@ def test_bits_count_the_scales():
     assert Format("int4", 32).bits == 4.5
     assert Format("int4", 64).bits == 4.25
     assert Format("int8", 64).bits == 8.25
+    assert Format("uint4", 32).bits == 5
     assert [Format(kind).bits for kind in ("bfloat16", "float32")] == [16, 32]
     packed = native_cpu.pack_matrix(torch.randn(64, 256), Format("int4"))
     assert packed.data.numel() * 8 == 4.5 * 64 * 256
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
-@pytest.mark.parametrize("format", FORMATS, ids=name)
+@pytest.mark.parametrize("format", [*FORMATS, *MIXED], ids=name)
 def test_an_expert_is_its_two_matrices(format, activation):
     dim, hidden = 70, 45
     up_HD = torch.randn(hidden * (2 if activation == "swiglu" else 1), dim)
@@ -169,10 +175,9 @@ def test_an_expert_is_its_two_matrices(format, activation):
     native_cpu.pack_expert(up_HD, down_DF, activation, format, data[size:])
     assert (data[:size] == 77).all(), "the neighbour's slab was written to"
     packed = ExpertSlabs(data, 2, dim, hidden, activation, format)
-    for unpacked, given_OI in zip(
-        native_cpu.unpack_expert(packed, 1), (up_HD, down_DF), strict=True
-    ):
-        alone = native_cpu.unpack_matrix(native_cpu.pack_matrix(given_OI, format))
+    given = ((up_HD, format), (down_DF, format.of_down))
+    for unpacked, (given_OI, own) in zip(native_cpu.unpack_expert(packed, 1), given, strict=True):
+        alone = native_cpu.unpack_matrix(native_cpu.pack_matrix(given_OI, own))
         assert torch.equal(unpacked, alone)
 
 

@@ -59,7 +59,7 @@ def make(
     header = {
         "version": VERSION,
         "layout": LAYOUT,
-        "weights": format._asdict(),
+        "weights": format.described(),
         "source": source,
         "model": model.cfg.model_dump(mode="json"),
         "packed": _described(model),
@@ -173,7 +173,7 @@ def _model(settings: dict[str, Any], format: Format, packed: dict[str, Any], nby
     for path, module in packable(model).items():
         own = format
         if format == AS_STORED:
-            own = Format(packed[path]["kind"], packed[path]["group"])
+            own = Format(packed[path]["kind"], packed[path]["group"], packed[path].get("down"))
         model.set_submodule(path, module.to_packed(own))
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Packing a model: bf16, int8 and int4 modules replace its matrices, one after another.
+"""Packing a model: modules of packed weights replace its matrices, one after another.
 
 Attention's projections, dense networks, experts, shared experts and the head are packed.
 Embeddings, norms, routers and gates stay as they are; so does latent attention's `kv_up`, since
@@ -132,7 +132,7 @@ def read_packed(
         ShapeError, BackendError: see `pack`.
 
     Warns:
-        UserWarning: int4 rounds weights once more that are stored in four bits.
+        UserWarning: 4 bits round weights once more that are stored in four bits.
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
@@ -171,10 +171,10 @@ def read_packed(
 
 def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:
     coarse = in_four_bits(source for _, source in unread.sources)
-    if coarse and format.kind == "int4":
+    if coarse and format.kind in ("int4", "uint4"):
         warnings.warn(
-            f"{folder} has weights in {', '.join(coarse)} already, which int4 rounds once more; "
-            "--weights int8 stays far closer to them and is recommended",
+            f"{folder} has weights in {', '.join(coarse)} already, which {format.kind} rounds once "
+            "more; --weights int8 stays far closer to them and is recommended",
             UserWarning,
             stacklevel=3,
         )

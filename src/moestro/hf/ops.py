@@ -49,7 +49,7 @@ def traced_packed(
 ) -> Tensor:
     """`compute.by_packed`, by an operator."""
     sizes = [packed.num_experts, packed.dim, packed.hidden_dim]
-    how = (packed.activation, *packed.format, sizes)
+    how = (packed.activation, *packed.format[:2], sizes)
     tensors = (packed.data, packed.up_bias, packed.down_bias)
     rows_TD = _rows(x_TD)
     y_TD: Tensor = _ops().packed_mixture(rows_TD, experts_TK, weights_TK, *tensors, *how)
@@ -59,7 +59,7 @@ def traced_packed(
 def traced_linear(packed: PackedMatrix, x_TI: Tensor) -> Tensor:
     """`native_cpu.linear`, by an operator."""
     data, *shape, format, bias_O = packed
-    y_TO: Tensor = _ops().packed_linear(x_TI, data, bias_O, *format, shape)
+    y_TO: Tensor = _ops().packed_linear(x_TI, data, bias_O, *format[:2], shape)
     return y_TO
 
 

@@ -37,8 +37,8 @@ PLAIN = Format("plain")
 def linear(packed: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Multiply rows by a packed matrix: x · wᵀ + bias, [T, I] → [T, O] in x's dtype.
 
-    bf16 weights multiply x rounded to bf16; int8 and int4 weights multiply x rounded to 8 bits,
-    with a scale for each group. Sums are fp32, in a fixed order.
+    bf16 weights multiply x rounded to bf16; integer weights multiply x rounded to 8 bits, with a
+    scale for each group. Sums are fp32, in a fixed order.
 
     Raises:
         ShapeError: x is not [T, I] in fp32 or bf16 on CPU, or the bias not fp32 [O].
@@ -179,7 +179,7 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
     )
     return CExperts(
         at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
-        ACTIVATIONS.index(activation), 0, *biases,
+        ACTIVATIONS.index(activation), _kind(format.of_down, data), *biases,
     )  # fmt: skip
 
 

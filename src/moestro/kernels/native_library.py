@@ -40,7 +40,7 @@ class CExperts(ctypes.Structure):
 
     _fields_ = (
         ("data", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
-        ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("reserved", I32),
+        ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("down_kind", I32),
         ("up_bias", PTR), ("down_bias", PTR),
     )  # fmt: skip
 

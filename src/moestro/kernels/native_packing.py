@@ -141,7 +141,7 @@ def _pack_slab(
     places, step, down_at = _within(dim, hidden, activation, format)
     for offset, part in zip(places, ups, strict=True):
         _pack([part], (hidden, dim), format, at + offset, step, rounding)
-    _pack(down, (dim, hidden), format, at + down_at, 1, rounding)
+    _pack(down, (dim, hidden), format.of_down, at + down_at, 1, rounding)
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
@@ -167,7 +167,7 @@ def unpack_expert(packed: ExpertSlabs, expert: int) -> tuple[Tensor, Tensor]:
     at = packed_at(packed.data, packed.num_experts * size) + expert * size
     ups, step, down = _within(dim, hidden, packed.activation, format)
     up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
-    return up_HD, _unpack(at + down, dim, hidden, format, 1)
+    return up_HD, _unpack(at + down, dim, hidden, format.of_down, 1)
 
 
 def read_rows(rows: BlockRows) -> Tensor:
@@ -238,7 +238,7 @@ def _pack(
         to = at + done // COLUMNS * block
         call(
             "pack", kind, format.group, dtype, place, rows, shape[1], to, step, sums,
-            takes="weights without NaN or infinity, and for int8 and int4 of magnitude up to 65504",
+            takes="weights without NaN or infinity, and for integers of magnitude up to 65504",
         )  # fmt: skip
         done += rows
     if done != shape[0]:

@@ -1,10 +1,11 @@
-"""Packed weights: fp32, bf16, int8 and int4 in the layout that the native kernels stream.
+"""Packed weights: fp32, bf16, int8, int4 and uint4 in the layout that the native kernels stream.
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
 contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
-inputs, which is both an AMX tile and a streaming AVX-512 line. int8 and int4: for each group of
-Q inputs the 32 scales (fp16, 64 bytes), then quads of inputs, 32 outputs side by side; an int4 byte
-holds input i of one quad in its low half and of the next quad in its high half, both plus 8.
+inputs, which is both an AMX tile and a streaming AVX-512 line. int8, int4 and uint4: for each group
+of Q inputs the 32 scales (fp16, 64 bytes), of uint4 also the 32 minima, then quads of inputs, 32
+outputs side by side; a byte of 4-bit weights holds input i of one quad in its low half and of the
+next quad in its high half, of int4 both plus 8. uint4 is scale · q + minimum, q from 0 to 15.
 Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate
 and up blocks in turn, then its down blocks, rounded up to whole pages of 4096 bytes.
 
@@ -23,10 +24,10 @@ from torch import Tensor
 from moestro.errors import ShapeError
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
-KINDS = ("bfloat16", "int8", "int4", "float32", "plain")
+KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "plain")
 UNGATED = ("relu", "gelu")
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
-QUANTISED = ("int8", "int4")
+QUANTISED = ("int8", "int4", "uint4")
 GROUPS = (32, 64)
 COLUMNS = 32
 PAIRS = 32
@@ -35,24 +36,42 @@ BLOCKS = {
     2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
     13: (256, 176), 14: (256, 210), 20: (32, 18), 39: (32, 17),
 }  # fmt: skip
-# Of these, what int8 and int4 in groups of 32 hold bit by bit.
+# Of these, what int8, int4 and uint4 in groups of 32 hold bit by bit.
 EXACT_INT8 = (2, 6, 8, 20, 39)
 EXACT_INT4 = (2,)
+EXACT_UINT4 = (2, 3)
 PAGE = 4096
 
 
 class Format(NamedTuple):
-    """How weights are stored: a kind, and for int8 and int4 the length of a group."""
+    """How weights are stored.
+
+    Attributes:
+        kind: one of `KINDS`.
+        group: Q, of integers.
+        down: of experts, the kind of their down projections where it is another one.
+    """
 
     kind: str
     group: int = 32
+    down: str | None = None
+
+    @property
+    def of_down(self) -> Format:
+        """The format of experts' down projections."""
+        return self if self.down is None else Format(self.down, self.group)
+
+    def described(self) -> dict[str, str | int]:
+        """As JSON has it, without what is not set."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     @property
     def bits(self) -> float:
-        """Bits per weight, scales included."""
+        """Bits per weight, scales and minima included."""
         if self.kind not in QUANTISED:
             return 32.0 if self.kind == "float32" else 16.0
-        return (8 if self.kind == "int8" else 4) + 16 / self.group
+        each = 32 if self.kind == "uint4" else 16
+        return (8 if self.kind == "int8" else 4) + each / self.group
 
 
 class PackedMatrix(NamedTuple):
@@ -119,9 +138,10 @@ def check_format(format: Format) -> None:
     Raises:
         ShapeError: says what there is.
     """
-    if format.kind not in KINDS or format.kind == "plain":
-        raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {format.kind!r}")
-    unknown = format.kind in QUANTISED and format.group not in GROUPS
+    for kind in (format.kind, format.of_down.kind):
+        if kind not in KINDS or kind == "plain":
+            raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {kind!r}")
+    unknown = {format.kind, format.down} & {*QUANTISED} and format.group not in GROUPS
     if unknown or type(format.group) is not int:
         raise ShapeError(f"groups have 32 or 64 inputs; given {format.group!r}")
 
@@ -141,8 +161,8 @@ def matrix_bytes(rows: int, columns: int, format: Format) -> int:
         return blocks * COLUMNS * columns * 4
     if format.kind == "bfloat16":
         return blocks * COLUMNS * -(-columns // PAIRS) * PAIRS * 2
-    scales, weights = 2 * COLUMNS, COLUMNS * format.group // (2 if format.kind == "int4" else 1)
-    return blocks * -(-columns // format.group) * (scales + weights)
+    group_bytes = COLUMNS * format.group * format.bits / 8
+    return blocks * -(-columns // format.group) * int(group_bytes)
 
 
 @lru_cache(typed=True)
@@ -155,7 +175,7 @@ def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> in
     if activation not in ACTIVATIONS:
         raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
     up = matrix_bytes(hidden_dim, dim, format) * (1 if activation in UNGATED else 2)
-    return -(-(up + matrix_bytes(dim, hidden_dim, format)) // PAGE) * PAGE
+    return -(-(up + matrix_bytes(dim, hidden_dim, format.of_down)) // PAGE) * PAGE
 
 
 def block_row_bytes(number: int, columns: int) -> int:
@@ -194,21 +214,28 @@ def blank_experts(
     return ExpertSlabs(data, num_experts, dim, hidden, activation, format, *biases)
 
 
-def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Integers and scales of a matrix whose I is a multiple of the group.
+def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers, scales and minima of a matrix whose I is a multiple of the group.
 
     int8: scale = max|w| / 127, integers in [-127, 127]. int4: scale = m / -8 where m is the weight
     of largest size, sign kept, so that m itself is -8 and all 16 integers from -8 to 7 are used.
-    The scale is rounded to fp16 before the integers are chosen.
+    uint4: scale = (max w - min w) / 15, integers in [0, 15], of w - min w.
+    Scales and minima are rounded to fp16 before the integers are chosen.
 
     Returns:
-        (int8 [O, I], fp16 [O, I / Q]).
+        (int8 [O, I], fp16 [O, I / Q], of uint4 fp16 [O, I / Q]).
     """
-    w_OGQ = w_OI.float().unflatten(1, (-1, format.group))
+    w_OGQ, minima_OG = w_OI.float().unflatten(1, (-1, format.group)), None
     sizes_OG = w_OGQ.abs()
     if format.kind == "int8":
         low, high = -127, 127
         scales_OG = sizes_OG.amax(-1) / 127.0
+    elif format.kind == "uint4":
+        low, high = 0, 15
+        least_OG = w_OGQ.amin(-1)
+        scales_OG = (w_OGQ.amax(-1) - least_OG) / 15.0
+        minima_OG = (least_OG + 0.0).half()  # of two zeros the positive one
+        w_OGQ = w_OGQ - minima_OG.float()[..., None]
     else:
         low, high = -8, 7
         largest_OG1 = sizes_OG.argmax(-1, keepdim=True)
@@ -218,13 +245,16 @@ def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     wide_OG = scales_OG.float()
     inverse_OG = torch.where(wide_OG == 0, torch.zeros_like(wide_OG), 1.0 / wide_OG)
     q_OGQ = (w_OGQ * inverse_OG[..., None]).round().clamp(low, high).to(torch.int8)
-    return q_OGQ.flatten(1), scales_OG
+    return q_OGQ.flatten(1), scales_OG, minima_OG
 
 
-def dequantise(q_OI: Tensor, scales_OG: Tensor) -> Tensor:
-    """The fp32 weights that integers and scales stand for."""
+def dequantise(q_OI: Tensor, scales_OG: Tensor, minima_OG: Tensor | None = None) -> Tensor:
+    """The fp32 weights that integers, scales and minima stand for."""
     group = q_OI.shape[1] // scales_OG.shape[1]
-    return q_OI.float() * scales_OG.float().repeat_interleave(group, dim=1)
+    w_OI = q_OI.float() * scales_OG.float().repeat_interleave(group, dim=1)
+    if minima_OG is not None:
+        w_OI = w_OI + minima_OG.float().repeat_interleave(group, dim=1)
+    return w_OI
 
 
 def error_bound(w_OI: Tensor, format: Format) -> Tensor:
@@ -232,14 +262,19 @@ def error_bound(w_OI: Tensor, format: Format) -> Tensor:
 
     Half a step; for int4 a whole step, since +8 is missing and a weight nearly as large as the
     largest, of the other sign, becomes 7. On top: 2^-11 of the range for the scale's own rounding,
-    and for scales below fp16's normal range its smallest step. bf16: 2^-8 of the weight.
+    of uint4 as much of the largest for the minimum's, and below fp16's normal range its smallest
+    step. bf16: 2^-8 of the weight.
     """
     if format.kind not in QUANTISED:
         step = 2.0**-8 if format.kind == "bfloat16" else 0.0
         return w_OI.abs().float() * step + 1e-38
     padded_OI = torch.nn.functional.pad(w_OI.float(), (0, -w_OI.shape[1] % format.group))
-    sizes_OG = padded_OI.unflatten(1, (-1, format.group)).abs().amax(-1)
+    padded_OGQ, tiny = padded_OI.unflatten(1, (-1, format.group)), 2.0**-24
+    sizes_OG = padded_OGQ.abs().amax(-1)
+    if format.kind == "uint4":
+        range_OG = padded_OGQ.amax(-1) - padded_OGQ.amin(-1)
+        shifted_OG: Tensor = range_OG / 30 + (range_OG + sizes_OG) * 2.0**-10 + 15 * tiny
+        return shifted_OG
     steps, most = (0.5, 127) if format.kind == "int8" else (1.0, 8)
-    tiny = 2.0**-24
     bound_OG: Tensor = sizes_OG / most * steps * (1 + 2.0**-9) + sizes_OG * 2.0**-11 + most * tiny
     return bound_OG

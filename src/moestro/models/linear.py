@@ -132,7 +132,7 @@ class PackedLinear(Packed):
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""
         _, rows, columns, format, _ = self.weights
-        return {"rows": rows, "columns": columns, **format._asdict()}
+        return {"rows": rows, "columns": columns, **format.described()}
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O], in the dtype to compute in."""

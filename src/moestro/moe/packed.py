@@ -105,7 +105,7 @@ class PackedStack(Packed):
         _, experts, dim, hidden_dim, activation, format, *_ = self.weights
         sizes = {"experts": experts, "dim": dim, "hidden_dim": hidden_dim}
         dense = isinstance(self, PackedFeedForward)
-        return {**sizes, "activation": activation, "dense": dense, **format._asdict()}
+        return {**sizes, "activation": activation, "dense": dense, **format.described()}
 
     def mix(self, x_TD: Tensor, tokens_R: Tensor, experts_R: Tensor, weights_R: Tensor) -> Tensor:
         """A whole mixture in one call; see `native_cpu.mixture`.

@@ -12,6 +12,7 @@ from moestro.kernels.packing import (
     BLOCKS,
     EXACT_INT4,
     EXACT_INT8,
+    EXACT_UINT4,
     BlockRows,
     Format,
     block_row_bytes,
@@ -77,8 +78,45 @@ def test_int4_keeps_them_exactly(number: int) -> None:
     assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
 
 
+@pytest.mark.parametrize("number", EXACT_UINT4, ids=NAMES.get)
+def test_uint4_keeps_them_exactly(number: int) -> None:
+    given = Given(random_rows(number, 45, 96))
+    packed = native_cpu.pack_matrix(torch.empty(45, 96), Format("uint4", 32), None, given)
+    assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
+    assert given.rounding.tolist() == [0, 0]
+
+
+def test_uint4_rounds_scales_and_minima_of_q4_k_alone() -> None:
+    given = Given(random_rows(12, 45, 768))
+    plain = theirs(given.parts[0])
+    packed = native_cpu.pack_matrix(torch.empty(45, 768), Format("uint4", 32), None, given)
+    unpacked = native_cpu.unpack_matrix(packed)
+    # q · scale and the minimum, each up to 64 · 16 times a random fp16 number, rounded to 2^-11.
+    most = plain.unflatten(1, (-1, 32)).abs().amax(-1).repeat_interleave(32, 1)
+    assert bool(((unpacked - plain).abs() <= 2**-9 * most + 2**-20).all())
+    # Steps and least numbers are recovered: two integers apart by one differ by the fp16 scale.
+    off = unpacked.double() - plain.double()
+    expected = torch.stack([off.square().sum(), plain.double().square().sum()])
+    torch.testing.assert_close(given.rounding, expected, rtol=1e-4, atol=0)
+    assert 0 < float((expected[0] / expected[1]).sqrt()) < 3e-4
+
+
+def test_scales_of_q4_k_that_fp16_cannot_hold_are_rounded_as_plain_numbers() -> None:
+    rows = random_rows(12, 3, 256)
+    rows.data[:, :2] = torch.tensor([0x00, 0x68], dtype=torch.uint8)  # 2048: beyond with 6 bits
+    rows.data[:, 4:12] = 63
+    given = Given(rows)
+    with pytest.raises(ShapeError, match="65504"):
+        native_cpu.pack_matrix(torch.empty(3, 256), Format("uint4", 32), None, given)
+    rows.data[:, 16:] = 0
+    rows.data[:, 2:4] = 0
+    packed = native_cpu.pack_matrix(torch.empty(3, 256), Format("uint4", 32), None, given)
+    plain = native_cpu.pack_matrix(theirs(rows), Format("uint4", 32))
+    assert torch.equal(packed.data, plain.data)
+
+
 @KINDS
-@pytest.mark.parametrize("format", [Format("int8", 64), Format("int4", 64), Format("bfloat16")])
+@pytest.mark.parametrize("format", [Format("int8", 64), Format("uint4", 64), Format("bfloat16")])
 def test_other_forms_round_as_they_round_plain_numbers(number: int, format: Format) -> None:
     given = Given(random_rows(number, 40, 512))
     plain = theirs(given.parts[0])

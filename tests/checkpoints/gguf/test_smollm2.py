@@ -15,6 +15,9 @@ from moestro.chat import load_chat
 from moestro.checkpoints.opening import Opened, open_checkpoint
 from moestro.infer.conversation import Conversation
 from moestro.infer.sampling import SamplingConfig
+from moestro.kernels import native_cpu
+from moestro.kernels.packing import Format
+from moestro.moe.packed import Packed
 from moestro.text import load_tokenizer
 
 GIVEN = os.environ.get("MOESTRO_SMOLLM2", "")
@@ -32,8 +35,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(file: Path) -> Opened:
-    with pytest.warns(UserWarning, match=r"Q4_1 are packed in another form.* 0\.\d\d %"):
-        return open_checkpoint(file)
+    return open_checkpoint(file)
+
+
+def test_its_blocks_are_kept_bit_by_bit(file: Path, packed: Opened) -> None:
+    formats = {each.weights.format for each in packed.model.modules() if isinstance(each, Packed)}
+    assert formats == {Format("uint4", 32), Format("int8", 32)}
+    layer = "blocks.3.attention.out"
+    plain = open_checkpoint(file, dtype="fp32").model.get_submodule(layer)
+    matrix = packed.model.get_submodule(layer).weights
+    assert torch.equal(native_cpu.unpack_matrix(matrix), plain.weight)
 
 
 def test_tokens_and_logits_are_those_of_transformers(file: Path, packed: Opened) -> None:

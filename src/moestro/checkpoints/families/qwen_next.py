@@ -95,7 +95,8 @@ def _next_tokens_and_images(cfg: Any) -> dict[str, tuple[str, ...]]:
     return {**_next_tokens(cfg), "an encoder of images": ("model.visual.*",)}
 
 
-def _qkv_and_gates(cfg: Any) -> tuple[int, ...]:
+def qkv_and_gates(cfg: Any) -> tuple[int, ...]:
+    """Rows of queries, keys and values of a delta layer, and of its gates."""
     delta = cfg.attention.delta
     return delta.conv_channels, delta.value_width
 
@@ -156,7 +157,7 @@ QWEN3_5_MOE = Family(
         Rule(
             (f"{_THEIRS}in_proj_qkv.weight", f"{_THEIRS}in_proj_z.weight"),
             f"{_OURS}qkvz.weight",
-            sizes=_qkv_and_gates,
+            sizes=qkv_and_gates,
         ),
         Rule((f"{_THEIRS}in_proj_b.weight", f"{_THEIRS}in_proj_a.weight"), f"{_OURS}ba.weight"),
     ),

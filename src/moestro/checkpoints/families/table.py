@@ -226,6 +226,12 @@ LAYOUTS: Mapping[str, Layout] = {
     # Qwen3-Next's in_proj_qkvz and in_proj_ba.
     "delta_qkvz": _by_key_head(_qkvz),
     "delta_ba": _by_key_head(_ba),
+    # Of llama.cpp's Qwen3-Next: [C, W] of a convolution; the rate itself; gains around 1.
+    "of_one_channel": Layout(
+        lambda x, _: x[:, None], lambda x, _: x[:, 0], lambda shape: (shape[0], *shape[2:])
+    ),
+    "negative_rate": Layout(lambda x, _: (-x).log(), lambda x, _: -x.exp()),
+    "one_added": Layout(lambda x, _: x - 1, lambda x, _: x + 1),
     # Queries and keys of llama.cpp's llama networks: pairs (2i, 2i+1) of each head side by side.
     "pairs_of_heads": Layout(
         lambda x, cfg: _within_heads(x, cfg.head_dim, _apart),
@@ -233,4 +239,4 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }
 # Those that only put rows in another order, so that rows of blocks pass through them as well.
-OF_ROWS = ("same", "rope_pairs_of_heads", "rope_pairs_at_end", "pairs_of_heads")
+OF_ROWS = ("same", "rope_pairs_of_heads", "rope_pairs_at_end", "pairs_of_heads", "delta_ba")

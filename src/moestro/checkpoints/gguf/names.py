@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from moestro.checkpoints.families.llama import BLOCK, _qkv_rows, renamed
+from moestro.checkpoints.families.qwen_next import qkv_and_gates
 from moestro.checkpoints.families.table import Family, Rule
 
 LAYER = "blk.{n}."
 _KINDS = ("weight", "bias")
 _ATTENTION, _FFN = f"{BLOCK}attention.", f"{BLOCK}ffn."
 # Networks whose queries and keys are stored for rotary pairs (2i, 2i+1); others as in ours.
-PAIRED = ("llama", "mixtral", "mistral", "deepseek")
+PAIRED = ("llama", "mixtral", "mistral", "deepseek", "ernie4_5_moe", "granitemoe")
 LATENT = ("deepseek_v2", "deepseek_v3")
-# gpt-oss calls the second norm of a layer so.
-_NORM_OF_FFN = {"gpt_oss": "post_attention_norm"}
+# Networks that call the second norm of a layer so.
+_NORM_OF_FFN = dict.fromkeys(("gpt_oss", "glm4_moe", "qwen3_next"), "post_attention_norm")
 # Follow from the settings.
 _IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -23,7 +24,12 @@ def with_names(family: Family) -> Family:
     attention = _attention(family.model_type in PAIRED)
     if family.model_type in LATENT:
         attention = _LATENT
-    rules = (*_outer(norm), *attention, *_NETWORKS)
+    if family.model_type == "bailing_moe":
+        attention = (*_JOINED, *(rule for rule in attention if ".qkv." not in rule.ours))
+    rules = (*_outer(norm), *attention)
+    if family.model_type == "qwen3_next":
+        rules = (*map(_one_added, rules), *_DELTA)
+    rules = (*rules, *_NETWORKS)
     return family._replace(rules=rules, copies={}, renamed={}, ignored=_IGNORED, left_out=_left_out)
 
 
@@ -64,6 +70,28 @@ def _attention(paired: bool) -> tuple[Rule, ...]:
         Rule((f"{LAYER}attn_q_norm.weight",), f"{_ATTENTION}q_norm.weight"),
         Rule((f"{LAYER}attn_k_norm.weight",), f"{_ATTENTION}k_norm.weight"),
     )
+
+
+# Queries, keys and values in one tensor.
+_JOINED = renamed({f"{LAYER}attn_qkv": f"{_ATTENTION}qkv"}, *_KINDS)
+_THEIRS, _OURS = f"{LAYER}ssm_", f"{BLOCK}delta."
+_DELTA = (
+    Rule(
+        (f"{LAYER}attn_qkv.weight", f"{LAYER}attn_gate.weight"),
+        f"{_OURS}qkvz.weight",
+        sizes=qkv_and_gates,
+    ),
+    Rule((f"{_THEIRS}ba.weight",), f"{_OURS}ba.weight", "delta_ba"),
+    Rule((f"{_THEIRS}conv1d.weight",), f"{_OURS}conv_weight", "of_one_channel"),
+    Rule((f"{_THEIRS}a",), f"{_OURS}log_rate", "negative_rate"),
+    Rule((f"{_THEIRS}dt.bias",), f"{_OURS}time_bias"),
+    *renamed({f"{_THEIRS}norm": f"{_OURS}norm", f"{_THEIRS}out": f"{_OURS}out"}),
+)
+
+
+def _one_added(rule: Rule) -> Rule:
+    """A rule of a gain around zero, to which llama.cpp adds 1."""
+    return rule._replace(layout="one_added") if rule.ours.endswith("norm.weight") else rule
 
 
 _LATENT = (

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from moestro.checkpoints.gguf.fields import Fields, given, number, rotary
 from moestro.checkpoints.gguf.header import Header
 from moestro.errors import ConfigError
 
 _SIGMOID = 2  # of expert_gating_func
 # Whose config.json has no such field.
-_WITHOUT_HEAD_DIM = ("qwen2", "qwen2_moe", "olmoe", "deepseek", "deepseek_v2", "deepseek_v3")
-Fields = dict[str, Any]
+_WITHOUT_HEAD_DIM = (
+    "qwen2", "qwen2_moe", "olmoe", "deepseek", "deepseek_v2", "deepseek_v3", "phimoe"
+)  # fmt: skip
 
 
 class Network(NamedTuple):
@@ -53,38 +53,6 @@ def config_json(header: Header) -> Fields:
     return {"model_type": model_type, **fields}
 
 
-def number(header: Header, key: str, default: Any = None) -> Any:
-    """A number among the fields; of a list with one for each layer, the one that all layers share.
-
-    Raises:
-        ConfigError: it is missing and has no default, is no number, or layers differ.
-    """
-    value = header.get(key, default)
-    if isinstance(value, np.ndarray):
-        same = set(value.tolist())
-        if len(same) != 1:
-            raise ConfigError(
-                f"{header.file}: {header.architecture}{key} differs from layer to layer, which "
-                "cannot be expressed here"
-            )
-        value = same.pop()
-    if value is None and default is None:
-        raise ConfigError(f"{header.file} lacks the field {header.architecture}{key}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{header.file}: {header.architecture}{key} is {value!r:.80}")
-    return _shortest(value) if isinstance(value, float) else value
-
-
-def given(header: Header, key: str) -> Any:
-    """A number as `number` gives it, or None where the field is missing."""
-    return None if header.get(key) is None else number(header, key)
-
-
-def _shortest(value: float) -> float:
-    """A number that went through fp32 as it was written: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
 def _common(header: Header) -> Fields:
     dim, heads = number(header, ".embedding_length"), number(header, ".attention.head_count")
     kv_heads = number(header, ".attention.head_count_kv", heads)
@@ -95,11 +63,13 @@ def _common(header: Header) -> Fields:
     if header.get(".attention.kv_lora_rank") is not None:
         turned = number(header, ".rope.dimension_count")
     rows = {info.name: info.shape for info in header.tensors}
+    # Layers for multi-token prediction follow the others, and are not run here.
+    layers = number(header, ".block_count") - number(header, ".nextn_predict_layers", 0)
     vocab = rows.get("token_embd.weight", (len(header.get("tokenizer.ggml.tokens", ())),))[0]
     return {
         "vocab_size": vocab,
         "hidden_size": dim,
-        "num_hidden_layers": number(header, ".block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -110,82 +80,6 @@ def _common(header: Header) -> Fields:
         "rope_parameters": rotary(header, turned),
         "torch_dtype": "bfloat16",
     }
-
-
-def rotary(header: Header, width: int) -> Fields:
-    """`rope_parameters`, of heads that are `width` wide.
-
-    Raises:
-        ConfigError: only a part of each head turns, or the scaling is not known.
-    """
-    turned = number(header, ".rope.dimension_count", width)
-    if turned != width:
-        raise ConfigError(
-            f"{header.file}: {turned} of {width} numbers of each head have rotary positions, "
-            "which cannot be expressed here"
-        )
-    fields: Fields = {"rope_theta": number(header, ".rope.freq_base", 10_000.0)}
-    kind = header.get(".rope.scaling.type", "none")
-    factor = given(header, ".rope.scaling.factor")
-    if kind == "yarn":
-        log = given(header, ".rope.scaling.yarn_log_multiplier")
-        scale = None if log is None else _shortest(log * 10)
-        yarn = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": given(
-                header, ".rope.scaling.original_context_length"
-            ),
-            "beta_fast": given(header, ".rope.scaling.yarn_beta_fast"),
-            "beta_slow": given(header, ".rope.scaling.yarn_beta_slow"),
-            "mscale": scale,
-            "mscale_all_dim": scale,
-        }
-        fields |= {key: value for key, value in yarn.items() if value is not None}
-    elif kind == "linear" and factor not in (None, 1.0):
-        fields |= {"rope_type": "linear", "factor": factor}
-    elif kind not in ("none", "linear"):
-        raise ConfigError(
-            f"{header.file}: rotary positions are scaled by {kind!r}, which is not read from GGUF; "
-            "read are linear and yarn"
-        )
-    else:
-        fields["rope_type"] = "default"
-    return fields | _llama3(header, width)
-
-
-# factor, low_freq_factor, high_freq_factor, original context (Llama 3.1 to 3.3's config.json).
-_LLAMA3 = tuple((factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0, 16.0, 4.0))
-
-
-def _llama3(header: Header, width: int) -> Fields:
-    """Llama 3's scaling, of which a file has only what it divides each frequency by."""
-    found = [info for info in header.tensors if info.name == "rope_freqs.weight"]
-    if not found:
-        return {}
-    info = found[0]
-    if info.shape != (width // 2,) or info.kind.name != "F32":
-        raise ConfigError(f"{header.file}: rope_freqs.weight is {list(info.shape)}")
-    with header.file.open("rb") as file:
-        file.seek(info.offset)
-        stated = np.frombuffer(file.read(info.bytes), "<f4")
-    base = number(header, ".rope.freq_base", 10_000.0)
-    waves = 2 * np.pi * base ** (np.arange(0, width, 2) / width)
-    for factor, low, high, context in _LLAMA3:
-        smooth = np.clip((context / waves - low) / (high - low), 0, 1)
-        if len(stated) == len(waves) and np.allclose(
-            stated, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3
-        ):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": context,
-            }
-    raise ConfigError(
-        f"{header.file}: rope_freqs.weight is not the scaling of any Llama 3, and no other is read"
-    )
 
 
 def _experts(header: Header, count: str, width: str) -> Fields:
@@ -240,38 +134,141 @@ def _deepseek(header: Header) -> Fields:
     }
 
 
+def _biased(header: Header, name: str) -> bool:
+    """Whether a module of the first layer has a bias."""
+    return _has(header, f"blk.0.{name}.bias")
+
+
+def _has(header: Header, name: str) -> bool:
+    return any(info.name == name for info in header.tensors)
+
+
+def _groups(header: Header) -> Fields:
+    return {
+        "n_group": number(header, ".expert_group_count", 1),
+        "topk_group": number(header, ".expert_group_used_count", 1),
+        "routed_scaling_factor": number(header, ".expert_weights_scale", 1.0) or 1.0,
+    }
+
+
+def _glm4_moe(header: Header) -> Fields:
+    return (
+        _deepseek(header)
+        | _groups(header)
+        | {
+            "attention_bias": _biased(header, "attn_q"),
+            "use_qk_norm": _has(header, "blk.0.attn_q_norm.weight"),
+        }
+    )
+
+
+def _dots1(header: Header) -> Fields:
+    # Windows, which no published model has, are not said.
+    bias = _biased(header, "attn_q")
+    return _deepseek(header) | _groups(header) | {"attention_bias": bias, "sliding_window": None}
+
+
+def _minimax_m2(header: Header) -> Fields:
+    return _experts(header, "num_local_experts", "intermediate_size")
+
+
+def _ernie4_5_moe(header: Header) -> Fields:
+    return {
+        "moe_num_experts": number(header, ".expert_count"),
+        "moe_k": number(header, ".expert_used_count"),
+        "moe_intermediate_size": number(header, ".expert_feed_forward_length"),
+        "moe_num_shared_experts": number(header, ".expert_shared_count", 0),
+        "moe_layer_start_index": number(header, ".leading_dense_block_count", 0),
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": number(header, ".interleave_moe_layer_step", 1),
+    }
+
+
+def _granite_moe(header: Header) -> Fields:
+    width = _common(header)["head_dim"]
+    return _experts(header, "num_local_experts", "intermediate_size") | {
+        "attention_bias": _biased(header, "attn_q"),
+        "embedding_multiplier": number(header, ".embedding_scale", 1.0),
+        "residual_multiplier": number(header, ".residual_scale", 1.0),
+        "logits_scaling": number(header, ".logit_scale", 1.0),
+        "attention_multiplier": number(header, ".attention.scale", width**-0.5),
+    }
+
+
+def _hunyuan_moe(header: Header) -> Fields:
+    found = _experts(header, "num_experts", "intermediate_size")
+    return found | {
+        "moe_topk": found.pop("num_experts_per_tok"),
+        "num_shared_expert": number(header, ".expert_shared_count", 1),
+        "attention_bias": _biased(header, "attn_q"),
+    }
+
+
+def _bailing_moe(header: Header) -> Fields:
+    return (
+        _experts(header, "num_experts", "moe_intermediate_size")
+        | _groups(header)
+        | {
+            "first_k_dense_replace": number(header, ".leading_dense_block_count", 0),
+            "num_shared_experts": number(header, ".expert_shared_count", 0),
+            "norm_topk_prob": bool(header.get(".expert_weights_norm", False)),
+            "score_function": "sigmoid" if _gates(header) == _SIGMOID else "softmax",
+            "use_qkv_bias": _biased(header, "attn_qkv"),
+        }
+    )
+
+
+def _phimoe(header: Header) -> Fields:
+    return _experts(header, "num_local_experts", "intermediate_size") | {
+        "attention_bias": _biased(header, "attn_q"),
+        "lm_head_bias": _has(header, "output.bias"),
+        "sliding_window": given(header, ".attention.sliding_window") or None,
+    }
+
+
+def _qwen3_next(header: Header) -> Fields:
+    heads = number(header, ".ssm.time_step_rank")
+    return _qwen3_moe(header) | {
+        "shared_expert_intermediate_size": number(header, ".expert_shared_feed_forward_length"),
+        "full_attention_interval": number(header, ".full_attention_interval", 4),
+        "linear_conv_kernel_dim": number(header, ".ssm.conv_kernel"),
+        "linear_key_head_dim": number(header, ".ssm.state_size"),
+        "linear_num_key_heads": number(header, ".ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": number(header, ".ssm.inner_size") // max(heads, 1),
+    }
+
+
+def _gates(header: Header) -> Any:
+    return header.get(".expert_gating_func")
+
+
 def _deepseek2(header: Header) -> Fields:
     rope = number(header, ".rope.dimension_count")
     width = given(header, ".attention.key_length_mla") or number(header, ".attention.key_length")
     value = given(header, ".attention.value_length_mla") or number(
         header, ".attention.value_length"
     )
-    groups = number(header, ".expert_group_count", 1)
-    found = _deepseek(header) | {
-        "q_lora_rank": given(header, ".attention.q_lora_rank"),
-        "kv_lora_rank": number(header, ".attention.kv_lora_rank"),
-        "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": width - rope,
-        "v_head_dim": value,
-        "num_key_value_heads": number(header, ".attention.head_count"),
-        "routed_scaling_factor": number(header, ".expert_weights_scale", 1.0) or 1.0,
-    }
-    if _deepseek_type(header) == "deepseek_v3":
-        return found | {
-            "n_group": groups,
-            "topk_group": number(header, ".expert_group_used_count", 1),
+    found = (
+        _deepseek(header)
+        | _groups(header)
+        | {
+            "q_lora_rank": given(header, ".attention.q_lora_rank"),
+            "kv_lora_rank": number(header, ".attention.kv_lora_rank"),
+            "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": width - rope,
+            "v_head_dim": value,
+            "num_key_value_heads": number(header, ".attention.head_count"),
         }
-    method = "greedy" if groups == 1 else "group_limited_greedy"
-    return found | {
-        "topk_method": method,
-        "n_group": groups,
-        "topk_group": number(header, ".expert_group_used_count", 1),
-    }
+    )
+    if _deepseek_type(header) == "deepseek_v3":
+        return found
+    method = "greedy" if found["n_group"] == 1 else "group_limited_greedy"
+    return found | {"topk_method": method}
 
 
 def _deepseek_type(header: Header) -> str:
-    sigmoid = header.get(".expert_gating_func") == _SIGMOID
-    return "deepseek_v3" if sigmoid else "deepseek_v2"
+    return "deepseek_v3" if _gates(header) == _SIGMOID else "deepseek_v2"
 
 
 def _gpt_oss(header: Header) -> Fields:
@@ -312,4 +309,13 @@ NETWORKS: Mapping[str, Network] = {
     "deepseek": Network(_called("deepseek"), _deepseek),
     "deepseek2": Network(_deepseek_type, _deepseek2),
     "gpt-oss": Network(_called("gpt_oss"), _gpt_oss),
+    "glm4moe": Network(_called("glm4_moe"), _glm4_moe),
+    "dots1": Network(_called("dots1"), _dots1),
+    "minimax-m2": Network(_called("minimax_m2"), _minimax_m2),
+    "ernie4_5-moe": Network(_called("ernie4_5_moe"), _ernie4_5_moe),
+    "granitemoe": Network(_called("granitemoe"), _granite_moe),
+    "hunyuan-moe": Network(_called("hunyuan_v1_moe"), _hunyuan_moe),
+    "bailingmoe2": Network(_called("bailing_moe"), _bailing_moe),
+    "phimoe": Network(_called("phimoe"), _phimoe),
+    "qwen3next": Network(_called("qwen3_next"), _qwen3_next),
 }

@@ -26,6 +26,8 @@ INSTALL = "pip install 'moestro[gguf]'"
 _STACK = "_exps."
 # The matrices of modules that can be packed.
 _MATRICES = ("weight", "gate_up", "down")
+# Blocks of four bits, less 8 or with a minimum for each 32.
+_NIBBLES = {"Q4_0", "Q4_1", "Q4_K"}
 # Vectors that are matrices of one row to us.
 _ONE_ROW = ".ffn_gate_inp_shexp.weight"
 
@@ -181,20 +183,30 @@ class StoredModule:
         numbers = source.load(torch.float32).float()
         return layout.load(numbers, self._cfg).contiguous()
 
-    def kinds(self) -> Counter[str]:
-        """How many bytes are in blocks of each kind, and in plain numbers as ""."""
+    def kinds(self, names: Iterable[str] = _MATRICES) -> Counter[str]:
+        """How many bytes of some tensors are in blocks of each kind, in plain numbers as ""."""
         found: Counter[str] = Counter()
-        for entries in self._parts.values():
+        for entries in (self._parts[name] for name in names if name in self._parts):
             for source, _ in (part for parts in entries.values() for part in parts):
                 found[source.kind.name if isinstance(source, Blocks) else ""] += source.bytes
         return found
 
     def format(self) -> Format:
-        """The packed form that keeps the numbers: exactly, or as 8 bits in groups of 32."""
-        kinds = set(self.kinds())
-        if kinds == {""}:
-            return Format("bfloat16")
-        return Format("int4" if kinds == {"Q4_0"} else "int8", 32)
+        """The packed form that keeps the numbers: exactly, or as 8 bits in groups of 32.
+
+        Down projections have one of their own: most files give them more bits in some layers.
+        """
+        kind, down = (self._kind(names) for names in (set(self._parts) - {"down"}, {"down"}))
+        return Format(kind or "bfloat16", 32, down if down != kind else None)
+
+    def _kind(self, names: Iterable[str]) -> str | None:
+        """See `format`; None: the module has none of these tensors."""
+        kinds = set(self.kinds(names))
+        if kinds <= {""}:
+            return "bfloat16" if kinds else None
+        if kinds == {"Q4_0"}:
+            return "int4"
+        return "uint4" if kinds <= _NIBBLES else "int8"
 
 
 def stored_module(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,11 @@ from moestro.checkpoints.gguf.tokenizer import RULES, rule_of
 from moestro.checkpoints.tensor_files import Written
 from moestro.checkpoints.transfer import outgoing
 from moestro.config import ModelConfig, RopeConfig
-from moestro.config.attention import LinearScaling, YarnScaling
+from moestro.config.attention import LinearScaling, LongRopeScaling, YarnScaling
 from moestro.errors import ConfigError, DataError
 from moestro.files import UNFINISHED
 from moestro.models.build import Model
+from moestro.models.rotary import turning_width
 from moestro.text import HF_FILE, HF_SETTINGS, load_tokenizer, optional_json
 
 # How matrices may be stored, and ggml's numbers of that.
@@ -45,9 +47,14 @@ NETWORKS = {
     "llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2", "deepseek": "deepseek", "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe", "dots1": "dots1", "minimax_m2": "minimax-m2",
+    "ernie4_5_moe": "ernie4_5-moe", "granitemoe": "granitemoe", "hunyuan_v1_moe": "hunyuan-moe",
+    "bailing_moe": "bailingmoe2", "phimoe": "phimoe", "qwen3_next": "qwen3next",
 }  # fmt: skip
-# Kept in fp32 there: routers, and all vectors.
-_FP32 = re.compile(r".*(_norm|ffn_gate_inp|_shexp_gate|attn_sinks)\.weight|.*\.bias")
+# Kept in fp32 there: routers, convolutions, and all vectors.
+_FP32 = re.compile(
+    r".*(_norm|ffn_gate_inp|_shexp_gate|attn_sinks|ssm_conv1d)\.weight|.*\.bias|.*\.ssm_a"
+)
 _ENTRY = re.compile(r"(.*)\[(\d+)\]")
 
 
@@ -89,7 +96,8 @@ def write_gguf(
         write_fields(writer, NETWORKS[family], model.cfg)
         if tokenizer is not None and (tokenizer / HF_FILE).is_file():
             _write_tokenizer(writer, tokenizer)
-        write_tensors(writer, tensors_of(outgoing(table, model), KINDS[kind]))
+        tensors = tensors_of(outgoing(table, model), KINDS[kind])
+        write_tensors(writer, [*tensors, *_factors(model.cfg)])
         _check(unfinished, table, model.cfg)
         unfinished.replace(path)
     finally:
@@ -173,7 +181,8 @@ def _fields(cfg: ModelConfig) -> dict[str, Any]:
     """What llama.cpp reads of a model's settings; None: not said."""
     attention, moe = cfg.attention, cfg.moe
     windows = {cfg.window(layer) for layer in range(cfg.num_layers)} - {None}
-    hidden = moe.hidden_dim if moe is not None and not cfg.dense_first else cfg.dense.hidden_dim
+    dense = any(not cfg.is_moe_layer(layer) for layer in range(cfg.num_layers))
+    hidden = cfg.dense.hidden_dim if moe is None or dense else moe.hidden_dim
     fields: dict[str, Any] = {
         "block_count": cfg.num_layers,
         "context_length": attention.context,
@@ -188,7 +197,7 @@ def _fields(cfg: ModelConfig) -> dict[str, Any]:
     latent = attention.latent
     if latent is None:
         fields |= {f"attention.{name}_length": cfg.head_dim for name in ("key", "value")}
-        fields["rope.dimension_count"] = cfg.head_dim
+        fields["rope.dimension_count"] = turning_width(cfg)
     else:
         fields |= {
             "attention.q_lora_rank": latent.q_rank,
@@ -197,7 +206,34 @@ def _fields(cfg: ModelConfig) -> dict[str, Any]:
             "attention.value_length": latent.value_dim,
             "rope.dimension_count": latent.rope_dim,
         }
-    return fields | _rotary(cfg) | (_mixture(cfg) if moe is not None else {})
+    return fields | _rotary(cfg) | _scales(cfg) | _delta(cfg) | _mixture(cfg)
+
+
+def _scales(cfg: ModelConfig) -> dict[str, Any]:
+    """Factors of parts of the network, where they are not the usual ones."""
+    positions = cfg.attention.positions
+    scales = {
+        "embedding_scale": cfg.head.embed_scale,
+        "residual_scale": cfg.norm.residual_scale,
+        "logit_scale": 1 / cfg.head.scale,
+        "attention.scale": getattr(positions, "score_scale", None) or 1.0,
+    }
+    return {name: float(scale) for name, scale in scales.items() if scale != 1.0}
+
+
+def _delta(cfg: ModelConfig) -> dict[str, Any]:
+    """Qwen3-Next's layers without attention."""
+    delta = cfg.attention.delta
+    if delta is None:
+        return {}
+    return {
+        "ssm.conv_kernel": delta.conv_width,
+        "ssm.state_size": delta.key_dim,
+        "ssm.group_count": delta.key_heads,
+        "ssm.time_step_rank": delta.value_heads,
+        "ssm.inner_size": delta.value_width,
+        "full_attention_interval": delta.full_every,
+    }
 
 
 def _rotary(cfg: ModelConfig) -> dict[str, Any]:
@@ -218,14 +254,31 @@ def _rotary(cfg: ModelConfig) -> dict[str, Any]:
         }
         if scaling.mscale_all_dim:
             fields["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling.mscale_all_dim
+    elif isinstance(scaling, LongRopeScaling) and scaling.short_scale == scaling.long_scale:
+        fields |= {
+            "rope.scaling.original_context_length": scaling.original_context,
+            "rope.scaling.attn_factor": float(scaling.long_scale),
+        }
     elif scaling is not None:
         raise ConfigError(f"{scaling.kind} of rotary positions is not written as GGUF")
     return fields
 
 
+def _factors(cfg: ModelConfig) -> Iterator[Tensor]:
+    """What frequencies are divided by in short and in long texts."""
+    scaling = getattr(cfg.attention.positions, "scaling", None)
+    if not isinstance(scaling, LongRopeScaling):
+        return
+    for name, factors in (("short", scaling.short_factor), ("long", scaling.long_factor)):
+        array = np.array(factors, np.float32)
+        full = f"rope_factors_{name}.weight"
+        yield Tensor(full, array.shape, KINDS["f32"], partial(iter, [array]))
+
+
 def _mixture(cfg: ModelConfig) -> dict[str, Any]:
     moe = cfg.moe
-    assert moe is not None
+    if moe is None:
+        return {}
     router = moe.router
     fields: dict[str, Any] = {
         "expert_count": moe.num_experts,
@@ -235,6 +288,7 @@ def _mixture(cfg: ModelConfig) -> dict[str, Any]:
         "expert_weights_scale": router.scale,
         "expert_gating_func": 2 if router.kind == "sigmoid" else 1,
         "leading_dense_block_count": cfg.dense_first,
+        "interleave_moe_layer_step": cfg.moe_every if cfg.moe_every > 1 else None,
     }
     if router.num_groups > 1:
         fields |= {
