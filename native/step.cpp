@@ -56,8 +56,9 @@ private:
 
     moestro_decoder d_{};
     const moestro_past *pasts_ = nullptr;
-    int64_t b_ = 0, t_ = 0;                          // sequences, tokens
-    std::vector<int64_t> sequence_, offset_, last_;  // of each token: whose, and which of it; of each sequence the last
+    int64_t t_ = 0;  // tokens
+    std::vector<int64_t> sequence_, offset_,
+        told_;  // of each token: whose, and which of it; those whose logits are wanted
     std::vector<Part> parts_;
     std::vector<float> qkv_, mixed_, added_, normed_, scores_, ones_, shared_weights_;
     std::vector<int64_t> assigned_, tokens_, zeros_;
@@ -66,14 +67,14 @@ private:
 };
 
 void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts) {
-    d_ = decoder, b_ = b, pasts_ = pasts, t_ = 0;
-    sequence_.clear(), offset_.clear(), last_.clear(), parts_.clear(), assigned_.clear(), tokens_.clear();
+    d_ = decoder, pasts_ = pasts, t_ = 0;
+    sequence_.clear(), offset_.clear(), told_.clear(), parts_.clear(), assigned_.clear(), tokens_.clear();
     const int64_t together = std::max(int64_t(1), QUERIES / (d_.heads / d_.groups));
     for (int64_t s = 0; s < b; s++) {
         for (int64_t i = 0; i < pasts[s].rows; i += together)
             parts_.push_back({s, t_ + i, i, std::min(together, pasts[s].rows - i)});
         for (int64_t i = 0; i < pasts[s].rows; i++, t_++) sequence_.push_back(s), offset_.push_back(i);
-        last_.push_back(t_ - 1);
+        for (int64_t i = pasts[s].told; i > 0; i--) told_.push_back(t_ - i);
     }
     int64_t most = 1;
     for (int64_t l = 0; l < d_.layers; l++) most = std::max(most, d_.layer[l].experts.experts);
@@ -323,14 +324,14 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }
 
-// The logits after each sequence's last token.
 void Step::predict(Team &team, float *logits, Memory &memory) {
+    const auto count = int64_t(told_.size());
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, b_, d_.dim);
+    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, count, d_.dim);
     team.wait();
-    while (team.take(b_, 1, &from, &to)) {
+    while (team.take(count, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
-        norm(x.data() + last_[size_t(from)] * d_.dim, d_.norm, d_.norm_bias, d_.dim, row);
+        norm(x.data() + told_[size_t(from)] * d_.dim, d_.norm, d_.norm_bias, d_.dim, row);
         for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
         set(rows_, from, row, d_.dim, memory);
     }
@@ -384,7 +385,8 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
                                 float *weights) {
     if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
     for (int64_t s = 0; s < b; s++) {
-        if (past[s].rows < 1 || past[s].rows > INT32_MAX) return MOESTRO_EBAD;
+        if (past[s].rows < 1 || past[s].rows > INT32_MAX || past[s].told < 1 || past[s].told > past[s].rows)
+            return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
             if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
                 past[s].place[l] > past[s].room[l] - past[s].rows)

@@ -28,7 +28,7 @@ class State(NamedTuple):
             ApiError: see `EngineThread.submit`.
         """
         job = self.engine.submit(asks)
-        job.watch = self.metrics.watch(asks)
+        job.watch = self.metrics.watch(job)
         return job
 
 

@@ -229,4 +229,4 @@ def test_decodes_in_python_and_says_why(tmp_path):
         (passed,) = decoding.step([[token]], [past])
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[:, -1]
-    torch.testing.assert_close(passed.logits_1V, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(passed.logits_NV, expected, rtol=1e-4, atol=1e-4)
