@@ -94,11 +94,9 @@ def _read_functions(body: str, schemas: Schemas) -> Said | None:
 
 def _read_keys(body: str, schemas: Schemas) -> Said | None:
     """A name, and <arg_key> and <arg_value> for each argument."""
-    name, mark, rest = body.partition("<arg_key>")
-    pairs = _each(_ARGUMENT, mark + rest)
-    return (
-        None if pairs is None else [(name.strip(), _values(pairs, schemas.get(name.strip(), {})))]
-    )
+    start, mark, rest = body.partition("<arg_key>")
+    name, pairs = start.strip(), _each(_ARGUMENT, mark + rest)
+    return None if pairs is None else [(name, _values(pairs, schemas.get(name, {})))]
 
 
 def _read_deepseek(body: str, _: Schemas) -> Said | None:
@@ -114,7 +112,7 @@ def _read_deepseek(body: str, _: Schemas) -> Said | None:
 
 def _read_arguments(body: str, _: Schemas) -> Said | None:
     """What a message to functions.NAME says, NAME in its first line."""
-    name, _, rest = body.partition("\n")
+    name, _end, rest = body.partition("\n")
     try:
         return [(name, parse(rest))]
     except ValueError:
