@@ -102,7 +102,7 @@ def native_steps(model: Decoder, vocab: int) -> Callable[[], None]:
     def run() -> None:
         nonlocal token
         for _ in range(TOKENS):
-            token = int(native.step([[token]], [cache]).logits_BV.argmax())
+            token = int(native.step([[token]], [cache]).logits_NV.argmax())
 
     return run
 

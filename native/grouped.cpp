@@ -20,10 +20,10 @@ float mean(const float *x, int64_t n) {
 
 void Batch::plan(const moestro_decoder &decoder, int64_t sequences, const moestro_past *their_pasts) {
     d = decoder, b = sequences, pasts = their_pasts, t = 0;
-    sequence.clear(), offset.clear(), last.clear();
+    sequence.clear(), offset.clear(), told.clear();
     for (int64_t s = 0; s < b; s++) {
         for (int64_t i = 0; i < pasts[s].rows; i++, t++) sequence.push_back(s), offset.push_back(i);
-        last.push_back(t - 1);
+        for (int64_t i = pasts[s].told; i > 0; i--) told.push_back(t - i);
     }
     x.resize(size_t(t * d.dim)), added.resize(x.size());
 }

@@ -23,9 +23,10 @@ struct Batch {
     moestro_decoder d{};
     const moestro_past *pasts = nullptr;
     const float *cosines = nullptr, *sines = nullptr;
-    int64_t b = 0, t = 0;                         // sequences, tokens
-    std::vector<int64_t> sequence, offset, last;  // of each token: whose, and which of it; of each sequence the last
-    std::vector<float> x, added;                  // [T, D]: the residual, and what attention adds to it
+    int64_t b = 0, t = 0;  // sequences, tokens
+    std::vector<int64_t> sequence, offset,
+        told;                     // of each token: whose, and which of it; those whose logits are wanted
+    std::vector<float> x, added;  // [T, D]: the residual, and what attention adds to it
 
     // Throws std::bad_alloc.
     void plan(const moestro_decoder &decoder, int64_t sequences, const moestro_past *their_pasts);

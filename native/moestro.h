@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 8
+#define MOESTRO_ABI 9
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
@@ -155,17 +155,18 @@ typedef struct {
 } moestro_decoder;
 
 /* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
- * by side: `kept` of them before `place`, where the first of `rows` new ones is written. */
+ * by side: `kept` of them before `place`, where the first of `rows` new ones is written. Logits are wanted after the
+ * last `told` of these, at least one. */
 typedef struct {
     void *const *keys;
     void *const *values;
     const int64_t *room, *place, *kept;
-    int64_t rows;
+    int64_t rows, told;
 } moestro_past;
 
 /* New tokens of b sequences, T = all their rows, sequence by sequence. x [T, D] fp32 are their
- * embeddings; cosines and sines [T, A'/2]; logits [b, V] after each sequence's last token, and the
- * routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
+ * embeddings; cosines and sines [T, A'/2]; logits [N, V], N = all their `told`, sequence by
+ * sequence, and the routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
  * sequence is cut, and whatever runs beside it. */
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
                                  const float *sines, const moestro_past *past, float *logits, int64_t *experts,

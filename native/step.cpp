@@ -174,14 +174,14 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }
 
-// The logits after each sequence's last token.
 void Step::predict(Team &team, float *logits, Memory &memory) {
+    const auto count = int64_t(batch.told.size());
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, batch.b, d_.dim);
+    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, count, d_.dim);
     team.wait();
-    while (team.take(batch.b, 1, &from, &to)) {
+    while (team.take(count, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
-        norm(batch.residual(batch.last[size_t(from)]), d_.norm, d_.norm_bias, d_.dim, d_.eps, row);
+        norm(batch.residual(batch.told[size_t(from)]), d_.norm, d_.norm_bias, d_.dim, d_.eps, row);
         for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
         set(rows_, from, row, d_.dim, memory);
     }
@@ -244,7 +244,8 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
                                 float *weights) {
     if (!good(d, b) || !x || !cosines || !sines || !past || !logits) return MOESTRO_EBAD;
     for (int64_t s = 0; s < b; s++) {
-        if (past[s].rows < 1 || past[s].rows > INT32_MAX) return MOESTRO_EBAD;
+        if (past[s].rows < 1 || past[s].rows > INT32_MAX || past[s].told < 1 || past[s].told > past[s].rows)
+            return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
             if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
                 past[s].place[l] > past[s].room[l] - past[s].rows)

@@ -83,7 +83,7 @@ def test_a_round_takes_the_prompt_and_the_tokens(monkeypatch: pytest.MonkeyPatch
             return [Passed()]
 
     class Passed:
-        logits_1V = torch.zeros(1, 64)
+        logits_NV = torch.zeros(1, 64)
 
     monkeypatch.setattr(speed, "decoding_of", lambda model: Counting())
     run = rounds_of(model, 5, 3)

@@ -276,9 +276,14 @@ def test_the_cache_changes_nothing(moe: dict[str, int] | None, changes: dict[str
 
 
 @pytest.mark.parametrize(
-    ("stops", "start"),
-    [(["abc", "b"], 1), (["abc", "bc"], 0), (["c", "d"], 2), (["x"], None), ([], None)],
-)
-def test_the_stop_that_is_complete_first_counts(stops: list[str], start: int | None) -> None:
+    ("stops", "found"),
+    [
+        (["abc", "b"], (1, "b")), (["abc", "bc"], (0, "abc")), (["c", "d"], (2, "c")),
+        (["x"], None), ([], None),
+    ],
+)  # fmt: skip
+def test_the_stop_that_is_complete_first_counts(
+    stops: list[str], found: tuple[int, str] | None
+) -> None:
     """Even where one token brings several of them at once."""
-    assert find_stop("abcd", stops) == start
+    assert find_stop("abcd", stops) == found

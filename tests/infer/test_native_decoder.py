@@ -177,7 +177,7 @@ def test_steps_are_those_of_the_forward(name: str, weights: str) -> None:
         pack(model, WEIGHTS[weights])
     for got, want in both(model):
         assert got.experts == want.experts
-        torch.testing.assert_close(got.logits_1V, want.logits_1V, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(got.logits_NV, want.logits_NV, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("weights", ["plain", "bf16", "int8", "int4"])
@@ -188,8 +188,8 @@ def test_16_bit_and_packed_models(weights: str) -> None:
     else:
         pack(model, WEIGHTS[weights])
     for got, want in both(model):
-        difference = (got.logits_1V.float() - want.logits_1V.float()).norm()
-        assert difference <= 0.05 * want.logits_1V.float().norm()
+        difference = (got.logits_NV.float() - want.logits_NV.float()).norm()
+        assert difference <= 0.05 * want.logits_NV.float().norm()
 
 
 @pytest.mark.parametrize("weights", ["plain", "int4"])
@@ -207,7 +207,7 @@ def test_a_sequence_does_not_see_its_neighbours(weights: str) -> None:
         past = native.begin(prompt)[0]
         for row, output in zip(tokens, outputs, strict=True):
             alone = native.step([[row[place]]], [past])[0]
-            assert torch.equal(alone.logits_1V, output[place].logits_1V)
+            assert torch.equal(alone.logits_NV, output[place].logits_NV)
             assert alone.experts == output[place].experts
 
 
@@ -232,9 +232,9 @@ def test_a_prompt_is_read_between_steps_and_a_past_is_forked(name: str) -> None:
         whole = model(torch.tensor([tokens])).logits[0]
         branch = model(torch.tensor([tokens[:20] + tokens[:20]])).logits[0]
     near = {"atol": 2e-4, "rtol": 2e-4} if name == "plain" else {"atol": 0.1, "rtol": 0.1}
-    torch.testing.assert_close(first.logits_1V[0], whole[19], **near)
-    torch.testing.assert_close(stepped[0].logits_1V[0], whole[-1], **near)
-    torch.testing.assert_close(stepped[1].logits_1V[0], branch[-1], **near)
+    torch.testing.assert_close(first.logits_NV[0], whole[19], **near)
+    torch.testing.assert_close(stepped[0].logits_NV[0], whole[-1], **near)
+    torch.testing.assert_close(stepped[1].logits_NV[0], branch[-1], **near)
     assert past.position == twin.position == 40
 
 
@@ -295,8 +295,8 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(native, name: str, weigh
         way.step([tokens[33:34], tokens[:50]], [past, other])
         way.step([tokens[34:70], tokens[50:51]], [past, other])
         first, second = way.step([tokens[70:], tokens[51:]], [past, other])
-        assert torch.equal(first.logits_1V, want[0])
-        assert torch.equal(second.logits_1V, want[0])
+        assert torch.equal(first.logits_NV, want[0])
+        assert torch.equal(second.logits_NV, want[0])
 
 
 def cut(
@@ -308,7 +308,7 @@ def cut(
         stepped = way._native.step([tokens[at : at + size]], [past])
         experts.append(stepped.experts_LTK)
         at += size
-    return stepped.logits_BV, torch.cat(experts, 1)
+    return stepped.logits_NV, torch.cat(experts, 1)
 
 
 def test_weights_of_the_experts_are_returned() -> None:

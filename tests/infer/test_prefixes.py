@@ -48,12 +48,12 @@ def test_a_known_beginning_changes_no_bit(shared: int) -> None:
     assert found is not None
     assert found.position >= shared
     position = found.position
-    logits_1V = model.read(found, second[position:]).logits_1V
-    assert torch.equal(logits_1V, model.begin(second)[1].logits_1V)
+    logits_1V = model.read(found, second[position:]).logits_NV
+    assert torch.equal(logits_1V, model.begin(second)[1].logits_NV)
     # What was kept is untouched by what went on from it.
     again = prefixes.find(second)
     assert again is not None
-    assert torch.equal(model.read(again, second[position:]).logits_1V, logits_1V)
+    assert torch.equal(model.read(again, second[position:]).logits_NV, logits_1V)
     assert prefixes.hits == 2 * position
     assert prefixes.asked == 2 * len(second)
 
@@ -66,7 +66,7 @@ def test_the_last_token_is_always_left() -> None:
     found = prefixes.find(tokens)
     assert found is not None
     assert found.position == 29
-    assert torch.equal(model.read(found, tokens[29:]).logits_1V, passed.logits_1V)
+    assert torch.equal(model.read(found, tokens[29:]).logits_NV, passed.logits_NV)
 
 
 def test_a_running_text_is_taken_up_too() -> None:
@@ -101,8 +101,8 @@ def test_windows_that_have_slid_on() -> None:
     assert 0 < cuts[0] < 90
     for position in (cuts[0], 90):
         twin = past.fork(position)
-        logits_1V = model.read(twin, [5, 6]).logits_1V
-        assert torch.equal(logits_1V, model.begin([*tokens[:position], 5, 6])[1].logits_1V)
+        logits_1V = model.read(twin, [5, 6]).logits_NV
+        assert torch.equal(logits_1V, model.begin([*tokens[:position], 5, 6])[1].logits_NV)
     prefixes = Prefixes(1 << 30)
     prefixes.keep(tokens, past)
     assert prefixes.find([*tokens[:30], 1]) is None

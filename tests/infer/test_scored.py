@@ -1,10 +1,13 @@
 """How likely tokens were, of prompts and of texts, beside a forward of the model."""
 
+import itertools
+
 import pytest
 import torch
 
 from moestro.config import ModelConfig
 from moestro.errors import MoestroError
+from moestro.infer import decoding
 from moestro.infer.engine import Session, stream
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Scored, score
@@ -12,6 +15,7 @@ from moestro.models.decoder import Decoder
 
 from .test_routed import run
 from .test_session import BYTES, HEADS, MOE, model_of
+from .test_text_to_text import tiny
 
 PROMPT = "a rather long prompt"
 LONG = {**HEADS, "context": 64}
@@ -55,11 +59,44 @@ def test_every_token_of_a_prompt_and_its_text(kind: str) -> None:
     assert alone == [piece.token for piece in pieces]
 
 
-def test_what_is_read_in_one_piece_has_no_logits_between() -> None:
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_a_prompt_in_pieces_beside_others_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Its chunks' logits all come from the pass that reads them, as few as there is room for."""
+    model = model_of("native", attention=LONG)
+    monkeypatch.setattr(decoding, "MOST_LOGITS", chunk * model.cfg.vocab_size)
+    found = []
+    for others in (0, 2):
+        session = Session(model, BYTES)
+        for _ in range(others):
+            session.add("another", SamplingConfig(max_tokens=3))
+        number = session.add(PROMPT, SamplingConfig(max_tokens=1), top=1, prompt_scored=True)
+        run(session)
+        found.append(session.scored[number])
+    way = decoding.decoding_of(model)
+    one_by_one, past = [], way.new()
+    for before, token in itertools.pairwise(PROMPT.encode()):
+        (passed,) = way.step([[before]], [past])
+        one_by_one.append(score(passed.logits_NV, token, 1))
+    assert found == [one_by_one, one_by_one]
+
+
+def test_what_is_read_in_one_piece_has_logits_between() -> None:
     model = Decoder(
         ModelConfig(dim=16, num_layers=1, attention=HEADS, moe={**MOE, "capacity": {}})
     ).eval()
     session = Session(model, BYTES)
-    with pytest.raises(MoestroError, match="in one piece"):
+    number = session.add("abcd", SamplingConfig(max_tokens=1), top=0, prompt_scored=True)
+    run(session)
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([[*b"abcd"]])).logits[0]
+    rows = zip(logits_SV.split(1), b"bcd", strict=False)
+    assert session.scored[number] == [score(logits_1V, token, 0) for logits_1V, token in rows]
+
+
+def test_an_encoder_gives_no_logits() -> None:
+    session = Session(tiny(), BYTES)
+    with pytest.raises(MoestroError, match="an encoder reads"):
         session.add("abc", SamplingConfig(), top=0, prompt_scored=True)
     assert session.live == 0

@@ -188,7 +188,7 @@ def test_a_prompt_in_chunks_is_the_prompt(window: dict[str, Any] | None) -> None
     cache = way.new()
     for start in range(0, 40, 7):
         parts = way.read(cache, tokens[start : start + 7])
-    torch.testing.assert_close(parts.logits_1V, whole.logits_1V)
+    torch.testing.assert_close(parts.logits_NV, whole.logits_NV)
     assert parts.experts == whole.experts
     assert cache.position == whole_cache.position == 40
 
@@ -211,7 +211,7 @@ def test_what_chunks_would_change_passes_whole(monkeypatch: pytest.MonkeyPatch) 
         _, passed = Decoding(model).begin(tokens)
         with torch.no_grad():
             want = model(torch.tensor([tokens])).logits[:, -1]
-        assert torch.equal(passed.logits_1V, want)
+        assert torch.equal(passed.logits_NV, want)
 
 
 def test_native_text_is_the_forwards_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ def test_a_source_is_read_once_and_forks_go_their_own_way():
         for passed, said in ((first, []), (one, [7]), (other, [9])):
             target_BT = torch.tensor([[START_TOKEN, *said]])
             output = model(torch.tensor([[*b"a source", 0]]), target_BT)
-            torch.testing.assert_close(passed.logits_1V, output.logits[:, -1])
+            torch.testing.assert_close(passed.logits_NV, output.logits[:, -1])
     together = decoding.step([[5], [6]], [past, twin])
     longer = decoding.read(past, [6, 7])
     assert past.position == 5

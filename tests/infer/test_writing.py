@@ -96,8 +96,10 @@ def test_a_prompt_may_begin_a_channel() -> None:
     start = "<|start|>user<|message|>hi<|end|><|start|>assistant"
     assert joined(written("<|message|>ok", prompt=start), "final") == "ok"
     begun = f"{start}<|channel|>commentary to=functions.f <x>json<|message|>"
-    pieces = written("{}<|end|>", prompt=begun)
-    assert joined(pieces, "commentary") == "{}\n"
+    addressed = f"{start} to=functions.f<|channel|>commentary <x>json<|message|>"
+    for prompt in (begun, addressed):
+        pieces = written("{}<|end|>", prompt=prompt)
+        assert joined(pieces, "commentary to=functions.f") == "{}\n"
     assert joined(written("lysis<|message|>a", prompt=f"{start}<|channel|>ana"), "analysis") == "a"
 
 

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+
+from moestro.serve.running import bind
 
 from .scripted import FAIL, NAN, counting
 from .serving import at_work
@@ -22,6 +25,12 @@ def on(address: str, work: Callable[[Client], Awaitable[None]]) -> None:
             await work(client)
 
     asyncio.run(all_of_it())
+
+
+def test_small_packets_go_at_once() -> None:
+    """What asyncio looks at before it sets TCP_NODELAY."""
+    with bind("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP
 
 
 async def until(client: Client, **counts: int) -> None:

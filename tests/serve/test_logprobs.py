@@ -1,14 +1,18 @@
 """How likely tokens were, as evaluation harnesses and OpenAI's package read it."""
 
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 from openai import OpenAI
 
+from moestro.data.windows import HeldOut
 from moestro.infer import engine
 from moestro.infer.sampling import SamplingConfig
 from moestro.serve.served import Served
+from moestro.train.evaluate import evaluate
 
 from .test_chat import HELLO, events, post
 
@@ -63,6 +67,21 @@ def test_a_harness_gets_the_likelihood_of_a_continuation(
         assert choice["text"].startswith(served.tokenizer.decode(prompt))
     assert harness(choices[1], 2)[1]
     assert not harness(choices[0], 1)[1]
+
+
+def test_bits_per_byte_are_those_of_evaluate(address: str, served: Served) -> None:
+    """lm-eval's rolling likelihood, window by window, and `moestro eval` on the same text."""
+    text = "".join(
+        f"line {number} of a text, and what it says: {number**3}\n" for number in range(30)
+    )
+    tokens_NS = torch.tensor(served.tokenizer.encode(text)[: 4 * 201]).view(4, 201)
+    want = evaluate(served.model, {"text": HeldOut(tokens_NS, 1.0)}, batch_size=2)["text"]
+    asked: dict[str, Any] = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    answer = post(address, "/v1/completions", prompt=tokens_NS.tolist(), **asked).json()
+    told = [choice["logprobs"]["token_logprobs"][1:-1] for choice in answer["choices"]]
+    assert [len(each) for each in told] == [200] * 4
+    found = -math.fsum(itertools.chain.from_iterable(told)) / math.log(2) / 800
+    assert found == pytest.approx(want, rel=1e-6)
 
 
 def test_echo_of_a_text_and_nothing_more(address: str) -> None:

@@ -1,5 +1,8 @@
 """What Prometheus reads."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx2 as httpx
 import pytest
 
@@ -33,6 +36,33 @@ def test_requests_and_tokens_are_counted() -> None:
     assert found[f"moestro:e2e_request_latency_seconds_count{own}"] == 5
     assert found[f"moestro:inter_token_latency_seconds_count{own}"] == 4 * 4 + 1
     assert found[f"moestro:num_requests_running{own}"] == 0
+
+
+def test_waiting_reading_and_writing_add_up_to_the_whole() -> None:
+    """The second text waits until the first is done, whose last step is held up."""
+    model, state = counting(max_live=1)
+    with at_work(state) as address, ThreadPoolExecutor(2) as threads:
+        model.go.clear()
+        for _ in range(2):
+            body = {"prompt": "abc", "max_tokens": 2}
+            threads.submit(httpx.post, f"{address}/v1/completions", json=body)
+        while state.engine.waiting < 1:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        model.go.set()
+        threads.shutdown()
+        found = figures(address)
+    queue, prefill, decode, whole = (
+        found[f'moestro:{name}_seconds_sum{{model_name="counting"}}']
+        for name in (
+            "request_queue_time", "request_prefill_time", "request_decode_time",
+            "e2e_request_latency",
+        )
+    )  # fmt: skip
+    assert queue > 0.3
+    assert prefill > 0.3
+    assert decode < 0.3
+    assert queue + prefill + decode == pytest.approx(whole)
 
 
 def test_the_load_of_experts(serving) -> None:

@@ -1,5 +1,7 @@
 """The page at /: what it may load, and how it works in a real browser where there is one."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -15,8 +17,10 @@ from starlette.routing import Route
 
 from moestro.serve.running import bind, server
 from moestro.serve.served import Served
+from moestro.serve.settings import ServeSettings
+from moestro.serve.state import new_state
 
-from .serving import state_of
+from .serving import at_work, state_of
 from .test_chat import HELLO, events, post
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -74,13 +78,48 @@ document.getElementById("f").addEventListener("load", async () => {
 </script>"""
 
 
-def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
-    response = httpx.get(f"{address}/")
+@pytest.mark.parametrize("path", ["", "docs"])
+def test_a_page_loads_nothing_from_elsewhere(address: str, path: str) -> None:
+    response = httpx.get(f"{address}/{path}")
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert re.findall(r"\b(?:https?:)?//[\w.]+", response.text.replace("// ", "")) == []
     assert not re.search(r"\s(?:style|on\w+)=", response.text)  # the policy would not allow them
+
+
+def test_every_route_is_described(address: str) -> None:
+    described = httpx.get(f"{address}/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)))
+    assert references <= schemas.keys()
+    page = httpx.get(f"{address}/docs").text
+    for path, methods in described["paths"].items():
+        ((method, told),) = methods.items()
+        assert httpx.request(method, f"{address}{path.replace('{name}', 'tiny')}").status_code in (
+            200,
+            400,
+        )
+        assert f"{method.upper()} {path}" in page
+        if method == "post":
+            name = told["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            for field in schemas[name.rpartition("/")[2]]["properties"]:
+                assert f"<code>{field}</code>" in page
+    assert described["paths"].keys() >= {"/v1/completions", "/v1/messages", "/health"}
+
+
+def test_the_report_of_the_probe(served: Served, address: str) -> None:
+    assert httpx.get(f"{address}/report").status_code == 404
+    page = "<style>p{}</style><script>1</script><p style='a'>"
+    with at_work(new_state(served, ServeSettings(), page)) as other:
+        assert httpx.get(f"{other}/v1/models").json()["data"][0]["report"] == "/report"
+        response = httpx.get(f"{other}/report")
+        digest = base64.b64encode(hashlib.sha256(b"1").digest()).decode()
+        assert (
+            f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+            in (response.headers["content-security-policy"])
+        )
+        assert response.text == page
 
 
 def test_a_stream_with_experts(address: str) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from moestro.serve.served import Served
-from moestro.serve.thoughts import Thoughts
 from moestro.serve.tools import BARE, HERMES, Reader
 
 from .serving import at_work, state_of
@@ -176,7 +175,7 @@ def test_tools_that_cannot_be(address: str, wrong: dict[str, Any]) -> None:
     assert response.json()["error"]["param"].startswith("tool")
 
 
-@pytest.mark.parametrize("source", ["{{ messages }}", "{{ tools }}<function=", "{{ tools }}[]"])
+@pytest.mark.parametrize("source", ["{{ messages }}", "{{ tools }}[]"])
 def test_templates_that_know_no_tools(served: Served, source: str) -> None:
     """A call that is asked for and cannot be is an error, never a silent text."""
     assert served.template is not None
@@ -230,35 +229,12 @@ def cut(text: str, places: list[int]) -> list[str]:
 @given(st.sampled_from([*REPLIES, *BARE_REPLIES]), st.lists(st.integers(0, 99)))
 def test_calls_are_found_however_a_reply_is_cut(text: str, places: list[int]) -> None:
     form, want = (HERMES, REPLIES[text]) if text in REPLIES else (BARE, BARE_REPLIES[text])
-    reader, said, calls = Reader(form, frozenset({"f"})), "", []
+    reader, said, calls = Reader(form, {"f": {}}), "", []
     for part in cut(text, places):
         more, found = reader.push(part)
         said, calls = said + more, calls + found
     more, found = reader.flush()
     assert (said + more, [each.arguments for each in [*calls, *found]]) == want
-
-
-THOUGHTS = {
-    ("<think>\nHm.</think>\n\nYes.", False): ("Hm.", "Yes."),
-    ("Hm.</think>Yes.", True): ("Hm.", "Yes."),
-    (" <think>Hm, <b> and </th", False): ("Hm, <b> and </th", ""),
-    ("No <think>thoughts</think>", False): ("", "No <think>thoughts</think>"),
-    ("\n<thin air", False): ("", "\n<thin air"),
-    ("", True): ("", ""),
-}
-
-
-@given(st.sampled_from(list(THOUGHTS)), st.lists(st.integers(0, 99)))
-def test_thoughts_are_found_however_a_reply_is_cut(
-    case: tuple[str, bool], places: list[int]
-) -> None:
-    text, opened = case
-    reader, thought, said = Thoughts(opened), "", ""
-    for part in cut(text, places):
-        more = reader.push(part)
-        thought, said = thought + more[0], said + more[1]
-    more = reader.flush()
-    assert (thought + more[0], said + more[1]) == THOUGHTS[case]
 
 
 def test_a_wrong_form_is_the_packages_error(client: OpenAI) -> None:

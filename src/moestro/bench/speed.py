@@ -149,7 +149,7 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
         start = time.perf_counter()
         past, passed = decoding.begin(ids[:prompt])
         prefilled = time.perf_counter()
-        next_tokens(passed.logits_1V.float(), greedy, [new_generator(greedy)])
+        next_tokens(passed.logits_NV.float(), greedy, [new_generator(greedy)])
         first = time.perf_counter()
         joules = energy.joules()
         begun = time.perf_counter()

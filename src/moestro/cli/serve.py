@@ -51,6 +51,12 @@ CacheMemory = Annotated[
 ]
 
 
+Report = Annotated[
+    Path | None,
+    typer.Option(help="A page that `moestro probe --report` wrote; the playground links it."),
+]
+
+
 def serve(
     path: ModelName,
     host: Host = "127.0.0.1",
@@ -61,6 +67,7 @@ def serve(
     max_waiting: MaxWaiting = None,
     context: Context = None,
     cache_memory: CacheMemory = None,
+    report: Report = None,
     device: Device = "auto",
     dtype: Dtype = None,
     weights: Weights = "as-is",
@@ -88,6 +95,7 @@ def serve(
     if cache_memory is not None:
         limits["cache_bytes"] = 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
     keys, local = _keys(api_key_file), is_loopback(host)
+    page = None if report is None else _read(report, "--report")
     settings = ServeSettings(
         api_keys=keys,
         any_host=bool(keys) or not local,
@@ -108,21 +116,29 @@ def serve(
                 err=True,
             )
         typer.echo(_curl(served, address, api_key_file))
-        run(new_state(served, settings), bound, lambda: typer.echo("ready; Ctrl-C ends it"))
+        run(new_state(served, settings, page), bound, _ready)
+
+
+def _ready() -> None:
+    typer.echo("ready; Ctrl-C ends it")
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
     """The keys in a file."""
     if path is None:
         return ()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from None
+    lines = _read(path, "--api-key-file").splitlines()
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise ConfigError(f"--api-key-file {path} holds no key; write one a line")
     return keys
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error}") from None
 
 
 def _name(path: str, folder: Path) -> str:

@@ -16,13 +16,15 @@ FINAL = "final"
 HEADER = ""
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 _BORDERS = frozenset({"<|start|>", "<|end|>", "<|call|>", "<|return|>"})
+_FUNCTIONS = " to=functions."
 
 
 class Channels:
     """Says which channel a text is in.
 
     Attributes:
-        current: The channel after the tokens so far.
+        current: The channel after the tokens so far; of a message that calls a tool, with whom it
+            is to: `commentary to=functions.name`.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()) -> None:
@@ -31,7 +33,7 @@ class Channels:
         self._tokenizer = tokenizer
         marks = tokenizer.specials if _MESSAGE in tokenizer.specials.values() else {}
         self._marks = marks
-        self._name: str | None = None  # what `<|channel|>` was followed by in this header
+        self._header = ""
         if marks:
             for token in prompt:
                 self.push(token)
@@ -39,12 +41,23 @@ class Channels:
     def push(self, token: int) -> None:
         """Take the next token."""
         mark = self._marks.get(token)
-        if mark == _CHANNEL:
-            self.current, self._name = HEADER, ""
-        elif mark in _BORDERS:
-            self.current, self._name = HEADER, None
+        if mark in _BORDERS:
+            self.current, self._header = HEADER, ""
+        elif mark == _CHANNEL:
+            self.current, self._header = HEADER, f"{self._header} {_CHANNEL} "
         elif mark == _MESSAGE:
-            # After the name may come whom the message is to, and its form.
-            self.current, self._name = [*(self._name or "").split(), FINAL][0], None
-        elif self.current == HEADER and self._name is not None:
-            self._name += self._tokenizer.decode([token]) or " "
+            self.current, self._header = _named(self._header), ""
+        elif self.current == HEADER:
+            self._header += self._tokenizer.decode([token]) or " "
+
+
+def function_of(channel: str) -> str:
+    """The function that a message in a channel calls; empty where it calls none."""
+    return channel.partition(_FUNCTIONS)[2]
+
+
+def _named(header: str) -> str:
+    """The channel of `role to=whom <|channel|> name to=whom form`, where all may be missing."""
+    name = [*header.partition(_CHANNEL)[2].split(), FINAL][0]
+    to = next((f" {word}" for word in header.split() if word.startswith("to=")), "")
+    return name + to

@@ -25,6 +25,8 @@ from moestro.moe.routing import Routing
 
 # Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
 CHUNK = 512
+# Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
+MOST_LOGITS = 2**24
 
 
 class Routed(NamedTuple):
@@ -43,13 +45,13 @@ class Passed(NamedTuple):
     """What new tokens of a sequence gave.
 
     Attributes:
-        logits_1V: of the token after them.
+        logits_NV: of the token after each of the last N of them, as many as were asked for.
         experts: the expert with the most say on the last of them in each mixture; see
             `Piece.experts`.
         routed: makes the experts of all of them.
     """
 
-    logits_1V: Tensor
+    logits_NV: Tensor
     experts: tuple[int, ...]
     routed: Callable[[], Routed]
 
@@ -84,25 +86,37 @@ class Decoding:
             (passed,) = self.step([tokens[start : start + size]], [past])
         return passed
 
-    def chunk(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's tokens go through in one pass."""
-        return CHUNK if chunked(self.model.cfg) else len(tokens)
+    def chunk(self, tokens: Sequence[int], *, told: bool = False) -> int:
+        """How many of a prompt's tokens go through in one pass; fewer if all logits are wanted."""
+        if not chunked(self.model.cfg):
+            return len(tokens)
+        rows = MOST_LOGITS // self.model.cfg.vocab_size
+        return max(1, min(CHUNK, rows)) if told and self.cuts_exactly else CHUNK
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""
         past = self.new()
         return past, self.read(past, tokens)
 
-    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
+    def step(
+        self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache], told: Sequence[int] = ()
+    ) -> list[Passed]:
         """Pass the next tokens of each sequence, at least one; its memory is extended in place.
 
         Those of a prompt, a chunk at a time, may pass beside one token of each running sequence.
+
+        Args:
+            tokens: of each sequence.
+            pasts: their memories.
+            told: after how many of each sequence's tokens, the last ones, logits are wanted; by
+                default 1.
         """
         outputs = [self._forward(new, past) for new, past in zip(tokens, pasts, strict=True)]
         for output in outputs:
             if output.routings:
                 self._count(torch.stack([each.counts_E().cpu() for each in output.routings]))
-        return [_passed(output) for output in outputs]
+        wanted = told or [1] * len(outputs)
+        return [_passed(*each) for each in zip(outputs, wanted, strict=True)]
 
     def _count(self, chosen_LE: Tensor) -> None:
         # Never in place: another thread may be reading it.
@@ -152,21 +166,25 @@ class NativeDecoding(Decoding):
         super().__init__(model)
         self._native = NativeDecoder(model)
 
-    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> list[Passed]:
+    def step(
+        self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache], told: Sequence[int] = ()
+    ) -> list[Passed]:
         """See `Decoding`."""
-        stepped = self._native.step(tokens, pasts)
+        told = told or [1] * len(tokens)
+        stepped = self._native.step(tokens, pasts, told)
         last_B = [end - 1 for end in accumulate(map(len, tokens))]
         if stepped.experts_LTK.numel():
             self._count(_counts(stepped.experts_LTK, self.model.cfg.moe.num_experts))
         first_BL = stepped.experts_LTK[:, last_B, :1].transpose(0, 1).flatten(1).tolist()
-        rows = zip(stepped.logits_BV, first_BL, tokens, last_B, strict=True)
+        logits = torch.split(stepped.logits_NV, list(told))
+        rows = zip(logits, first_BL, tokens, last_B, strict=True)
         return [
             Passed(
-                logits_V[None],
+                logits_NV,
                 tuple(experts),
                 partial(_between, stepped, last + 1 - len(new), last),
             )
-            for logits_V, experts, new, last in rows
+            for logits_NV, experts, new, last in rows
         ]
 
 
@@ -184,9 +202,9 @@ def chunked(cfg: NetworkConfig) -> bool:
     return moe is None or (moe.capacity is None and moe.router.kind != "expert_choice")
 
 
-def _passed(output: ModelOutput) -> Passed:
+def _passed(output: ModelOutput, told: int) -> Passed:
     experts = tuple(first_expert(routing) for routing in output.routings)
-    return Passed(output.logits[:, -1], experts, partial(_routed, output.routings))
+    return Passed(output.logits[0, -told:], experts, partial(_routed, output.routings))
 
 
 def _counts(experts_LTK: Tensor, num_experts: int) -> Tensor:

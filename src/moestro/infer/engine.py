@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from moestro.errors import MoestroError
-from moestro.infer.decoding import Decoding, Routed, chunked, decoding_of
+from moestro.infer.decoding import Decoding, Routed, decoding_of
 from moestro.infer.prefixes import Prefixes
 from moestro.infer.prompts import encode, gap_tokens
 from moestro.infer.sampling import SamplingConfig
@@ -94,6 +94,12 @@ def generate_batch(
             raise error
 
 
+def _spelled(tokenizer: Tokenizer, special: bool | Collection[str]) -> dict[int, str]:
+    """The special tokens that are spelled out, and how."""
+    chosen = tokenizer.specials.values() if special is True else special or ()
+    return {token: name for token, name in tokenizer.specials.items() if name in chosen}
+
+
 @dataclass
 class _Live:
     """A request whose prompt is being read, or whose text is being written."""
@@ -171,7 +177,7 @@ class Session:
         self,
         prompt: str | Sequence[int],
         sampling: SamplingConfig,
-        special: bool = False,
+        special: bool | Collection[str] = False,
         constraint: Constraint | None = None,
         routed: bool = False,
         top: int | None = None,
@@ -182,26 +188,25 @@ class Session:
         Args:
             prompt: As for `stream`.
             sampling: How to choose tokens and when to stop.
-            special: As for `stream`.
+            special: As for `stream`, or the names of those to spell out.
             constraint: What the text may be; None: anything.
             routed: Keep the experts of its tokens, prompt and text, for the attribute `routed`.
             top: Say in each Piece how likely its token was, beside so many others; None: do not.
-            prompt_scored: The same of the prompt's tokens, for the attribute `scored`; each
-                passes by itself then, which takes longer and gives the same bits.
+            prompt_scored: The same of the prompt's tokens, for the attribute `scored`.
 
         Raises:
             DataError: the prompt has a token that the model does not know.
-            MoestroError: the prompt's tokens cannot pass by themselves.
+            MoestroError: the prompt has no logits, since an encoder reads it.
         """
-        if prompt_scored and not chunked(self._cfg):
+        if prompt_scored and self._cfg.has_encoder:
             raise MoestroError(
-                "this model reads a prompt in one piece, so the logits between its tokens are not "
-                "kept; leave the prompt's log-probabilities out"
+                "an encoder reads this model's prompt, which gives no logits between its tokens; "
+                "leave the prompt's log-probabilities out"
             )
         tokenizer = self._tokenizer
         tokens, _ = encode(self._cfg, tokenizer, prompt)
         number, self._count = self._count, self._count + 1
-        start, marks = tokens, dict(tokenizer.specials) if special else {}
+        start, marks = tokens, _spelled(tokenizer, special)
         if self._cfg.has_encoder:
             gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
             start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
@@ -260,7 +265,7 @@ class Session:
 
     def _reading(self) -> bool:
         """Whether a prompt is being read in chunks; at most one at a time."""
-        return any(each.prompt and each.scored is None for each in self._running)
+        return any(each.prompt for each in self._running)
 
     def _pass(self) -> list[tuple[int, Piece]]:
         """What was chosen, and a chunk of a prompt, through the model."""
@@ -268,31 +273,35 @@ class Session:
         live = self._running
         tokens = [self._chunk(each) or [each.writer.token] for each in live]
         pasts = [each.past for each in live if each.past is not None]
-        outputs = self._decoding.step(tokens, pasts)
+        told = [
+            len(new) if each.prompt and each.scored is not None else 1
+            for each, new in zip(live, tokens, strict=True)
+        ]
+        outputs = self._decoding.step(tokens, pasts, told)
         for each, new, passed in zip(live, tokens, outputs, strict=True):
             each.passed += new
             if each.prompt:
                 each.prompt = each.prompt[len(new) :]
                 if each.scored is not None:
-                    self._score(each, passed.logits_1V)
+                    self._score(each, new, passed.logits_NV)
             else:
                 made += [(each.number, piece) for piece in each.writer.passed(passed.experts)]
-            each.logits_1V = None if each.prompt else passed.logits_1V
+            each.logits_1V = None if each.prompt else passed.logits_NV[-1:]
             if each.routed is not None:
                 each.routed.append(passed.routed())
         return made
 
     def _chunk(self, each: _Live) -> list[int]:
         """What passes next of a prompt; nothing once it is read."""
-        size = self._decoding.chunk(each.prompt) if each.scored is None else 1
-        return each.prompt[:size]
+        return each.prompt[: self._decoding.chunk(each.prompt, told=each.scored is not None)]
 
-    def _score(self, each: _Live, logits_1V: Tensor) -> None:
-        """How likely the next token of a prompt was, if there is one."""
+    def _score(self, each: _Live, new: Sequence[int], logits_NV: Tensor) -> None:
+        """How likely the tokens of a prompt were that come after the new ones."""
         assert each.scored is not None
-        if each.prompt:
-            each.scored.append(score(logits_1V, each.prompt[0], each.top))
-        else:
+        following = [*new[1:], *each.prompt[:1]]
+        for logits_1V, token in zip(logits_NV[:, None], following, strict=False):
+            each.scored.append(score(logits_1V, token, each.top))
+        if not each.prompt:
             self.scored[each.number] = each.scored
 
     def _leave(self) -> None:

@@ -34,7 +34,7 @@ from moestro.moe.routers import TopKRouter
 class Stepped(NamedTuple):
     """T new tokens of B sequences; L mixtures in the order of `model.moe_layers`."""
 
-    logits_BV: Tensor  # fp32, after each sequence's last token
+    logits_NV: Tensor  # fp32, after the last tokens of each sequence, as many as were asked for
     experts_LTK: Tensor  # int64
     weights_LTK: Tensor  # fp32
 
@@ -113,7 +113,9 @@ class NativeDecoder:
         ]
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache]) -> Stepped:
+    def step(
+        self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache], told: Sequence[int] = ()
+    ) -> Stepped:
         """New tokens of each sequence, at least one.
 
         A token gets the same bits however its sequence is cut, and whatever runs beside it.
@@ -121,6 +123,8 @@ class NativeDecoder:
         Args:
             tokens: of each sequence, those that follow its past.
             pasts: caches of batch 1, each its own; the step extends them in place.
+            told: after how many of each sequence's tokens, the last ones, logits are wanted;
+                by default 1.
         """
         tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
         # The residual runs divided by its scale; its norms, whose eps is divided by the square,
@@ -133,11 +137,13 @@ class NativeDecoder:
         ]
         cos_TA, sin_TA = (torch.cat(each) for each in zip(*angles, strict=True))
         places = [self._place(past, len(new)) for new, past in pairs]
-        logits_BV, experts_LTK, weights_LTK = self._step.step(x_TD, cos_TA, sin_TA, places)
+        for place, wanted in zip(places, told or [1] * len(places), strict=True):
+            place.told = wanted
+        logits_NV, experts_LTK, weights_LTK = self._step.step(x_TD, cos_TA, sin_TA, places)
         for new, past in pairs:
             past.advance(len(new))
         mixtures = list(self.model.moe_layers)
-        return Stepped(logits_BV, experts_LTK[mixtures], weights_LTK[mixtures])
+        return Stepped(logits_NV, experts_LTK[mixtures], weights_LTK[mixtures])
 
     def _place(self, cache: KVCache, added: int) -> StepPast:
         """Where the new positions of a sequence go."""

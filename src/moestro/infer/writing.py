@@ -46,6 +46,7 @@ class Piece(NamedTuple):
         finish: Why the text ends with this token; None while it goes on.
         channel: The part of the reply that its text is in, see `moestro.infer.channels`.
         scored: How likely it was; None where that was not asked for.
+        stop: The stop string that the text ends before.
     """
 
     text: str
@@ -54,13 +55,18 @@ class Piece(NamedTuple):
     finish: Finish | None = None
     channel: str = FINAL
     scored: Scored | None = None
+    stop: str | None = None
 
 
 def score(logits_1V: Tensor, token: int, top: int) -> Scored:
     """How likely a token was, and which `top` tokens were likeliest; the lower id of equals."""
     logprobs_V = logits_1V[0].detach().to("cpu", torch.float64).log_softmax(-1)
-    order_V = logprobs_V.argsort(descending=True, stable=True)[:top]
-    pairs = zip(order_V.tolist(), logprobs_V[order_V].tolist(), strict=True)
+    top = min(top, len(logprobs_V))
+    if not top:
+        return Scored(token, float(logprobs_V[token]), ())
+    likely_N = (logprobs_V >= logprobs_V.topk(top).values[-1]).nonzero()[:, 0]
+    order_N = likely_N[logprobs_V[likely_N].argsort(descending=True, stable=True)][:top]
+    pairs = zip(order_N.tolist(), logprobs_V[order_N].tolist(), strict=True)
     return Scored(token, float(logprobs_V[token]), tuple(pairs))
 
 
@@ -184,10 +190,11 @@ class _StopGate:
         """Take one piece; yield those whose text is now certain."""
         self._held.append(piece)
         text = "".join(each.text for each in self._held)
-        start = find_stop(text, self._stops)
-        if start is not None:
+        found = find_stop(text, self._stops)
+        if found is not None:
+            start, stop = found
             self.stopped = True
-            self._held[-1] = piece._replace(finish="stop")
+            self._held[-1] = piece._replace(finish="stop", stop=stop)
             yield from _cut(self._held, start)
             return
         certain = len(text) if piece.finish else len(text) - _beginning(text, self._stops)
@@ -196,10 +203,12 @@ class _StopGate:
             yield self._held.pop(0)
 
 
-def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string that is complete first begins in `text`; None without one."""
-    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
-    return min(found)[1] if found else None
+def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    """Where the stop string that is complete first begins in `text`, and it; None without one."""
+    found = [
+        (text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text
+    ]
+    return min(found)[1:] if found else None
 
 
 def _beginning(text: str, stops: Sequence[str]) -> int:

@@ -54,6 +54,7 @@ class _Past(ctypes.Structure):
 
     _fields_ = (
         ("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR), ("rows", I64),
+        ("told", I64),
     )  # fmt: skip
 
 
@@ -69,6 +70,10 @@ class StepPast:
 
     Args:
         decoder: whose past it is; it has no layer yet.
+
+    Attributes:
+        rows: how many new tokens the next step brings.
+        told: after how many of them, the last ones, logits are wanted.
     """
 
     def __init__(self, decoder: StepDecoder) -> None:
@@ -78,17 +83,14 @@ class StepPast:
         self._keys, self._values = (PTR * count)(), (PTR * count)()
         self._rooms, self._places = (I64 * count)(), (I64 * count)()
         self._kept = (I64 * count)()
-        self._arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
-        self.structure = _Past(*(ctypes.cast(array, PTR) for array in self._arrays), 1)
+        arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
+        self._pointers = [ctypes.cast(array, PTR) for array in arrays]
+        self.rows = self.told = 1
 
     @property
-    def rows(self) -> int:
-        """How many new tokens the next step brings."""
-        return int(self.structure.rows)
-
-    @rows.setter
-    def rows(self, rows: int) -> None:
-        self.structure.rows = rows
+    def structure(self) -> _Past:
+        """What the next step takes."""
+        return _Past(*self._pointers, self.rows, self.told)
 
     def put(self, layer: int, buffers: tuple[Tensor, ...], place: int, kept: int) -> None:
         """Say where a layer's keys and values are, before each step.
@@ -174,8 +176,8 @@ class StepDecoder:
             pasts: of the sequences, each its own; every layer of them must be `put`.
 
         Returns:
-            (logits after each sequence's last token, fp32 [B, V]; experts int64 [L, T, K]; weights
-            fp32 [L, T, K]; those of dense layers are -1 and 0).
+            (logits, fp32 [N, V], after the last `told` tokens of each sequence; experts int64
+            [L, T, K]; weights fp32 [L, T, K]; those of dense layers are -1 and 0).
 
         Raises:
             ShapeError: shapes do not fit.
@@ -186,21 +188,23 @@ class StepDecoder:
             raise ShapeError(
                 f"a step takes pasts of its own decoder, each once, {self.past_kind}; given {kinds}"
             )
-        tokens = sum(past.rows for past in pasts)
+        tokens, told = sum(past.rows for past in pasts), [past.told for past in pasts]
+        if any(not 1 <= past.told <= max(past.rows, 1) for past in pasts):
+            raise ShapeError(f"told must be 1 to all rows of each past; given {told}")
         x_TD, x_at = piece(x_TD, "embeddings", (tokens, self.shape.dim), FP32, torch.float32)
         cos_TA, cos_at = piece(cos_TA, "cosines", (tokens, half), FP32, torch.float32)
         sin_TA, sin_at = piece(sin_TA, "sines", (tokens, half), FP32, torch.float32)
         structures = (_Past * batch)(*(past.structure for past in pasts))
         sizes = (self.num_layers, tokens, self.shape.top_k)
-        logits_BV = torch.empty(batch, self.shape.vocab, dtype=torch.float32, device=CPU)
+        logits_NV = torch.empty(sum(told), self.shape.vocab, dtype=torch.float32, device=CPU)
         experts_LTK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
         weights_LTK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
         call(
             "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
-            logits_BV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
+            logits_NV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
             takes="pasts with every layer put, at places within their room",
         )  # fmt: skip
-        return logits_BV, experts_LTK, weights_LTK
+        return logits_NV, experts_LTK, weights_LTK
 
 
 def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) -> None:

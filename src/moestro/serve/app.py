@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,7 +22,8 @@ from moestro.serve.errors import ApiError
 from moestro.serve.events import CLIENT_LEFT
 from moestro.serve.gate import Gate
 from moestro.serve.messages import count, message
-from moestro.serve.page import PAGE, PAGE_HEADERS
+from moestro.serve.openapi import Described, describe, page_of
+from moestro.serve.page import headers_of, read_page
 from moestro.serve.responses import respond
 from moestro.serve.routing import load
 from moestro.serve.schema import (
@@ -57,19 +58,15 @@ def build_app(state: State) -> Starlette:
 
     app = Starlette(
         routes=[
-            Route("/", playground),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", one_model),
-            Route("/v1/routing", routing),
-            _post("/v1/completions", CompletionRequest, complete),
-            _post("/v1/chat/completions", ChatRequest, chat),
-            _post("/v1/responses", ResponsesRequest, respond),
-            _post("/v1/messages", MessagesRequest, message),
-            _post("/v1/messages/count_tokens", CountRequest, count),
-            _post("/tokenize", TokenizeRequest, tokenize),
-            _post("/detokenize", DetokenizeRequest, detokenize),
+            Route("/", _shown(read_page("playground.html"))),
+            *(Route(path.replace("{name}", "{name:path}"), answer) for path, answer, _ in _GETS),
+            *(_post(path, kind, answer) for path, kind, answer, _ in _POSTS),
+            *_described(),
+            *(
+                []
+                if state.report is None
+                else [Route("/report", _shown(state.report, styled=True))]
+            ),
         ],
         exception_handlers={
             ApiError: _api_error,
@@ -83,6 +80,31 @@ def build_app(state: State) -> Starlette:
     )
     app.state.moestro = state
     return app
+
+
+def _shown(page: str, *, styled: bool = False) -> Callable[[Request], Awaitable[Response]]:
+    """Answers with a page for a browser."""
+    headers = headers_of(page, styled=styled)
+
+    async def endpoint(_: Request) -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    return endpoint
+
+
+def _described() -> list[Route]:
+    """The routes that describe the others."""
+    told = describe(
+        [
+            *(Described(path, says, kind) for path, kind, _, says in _POSTS),
+            *(Described(path, says) for path, _, says in _GETS),
+        ]
+    )
+
+    async def endpoint(_: Request) -> Response:
+        return JSONResponse(told)
+
+    return [Route("/openapi.json", endpoint), Route("/docs", _shown(page_of(told)))]
 
 
 def _post(
@@ -110,11 +132,6 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
         raise errors.refused(f"the body is {type(values).__name__}; send a JSON object")
     with errors.explaining():
         return kind.model_validate(values)
-
-
-async def playground(_: Request) -> Response:
-    """A page for a browser, which loads nothing but answers of this server."""
-    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
 
 async def health(request: Request) -> Response:
@@ -170,7 +187,26 @@ def _model(request: Request) -> dict[str, object]:
         "moe_layers": list(served.moe_layers),
         "num_experts": moe.num_experts if moe is not None else 0,
         "experts_per_token": moe.top_k if moe is not None else 0,
+        "report": "/report" if request.app.state.moestro.report is not None else None,
     }
+
+
+_GETS = (
+    ("/v1/models", models, "The model that is served"),
+    ("/v1/models/{name}", one_model, "The same, by its name"),
+    ("/v1/routing", routing, "How often each expert was chosen since the server began"),
+    ("/health", health, "Whether the engine is at work"),
+    ("/metrics", metrics, "Figures for Prometheus"),
+)
+_POSTS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("/v1/chat/completions", ChatRequest, chat, "The next message of a conversation"),
+    ("/v1/completions", CompletionRequest, complete, "Texts that are continued"),
+    ("/v1/responses", ResponsesRequest, respond, "A conversation's next items"),
+    ("/v1/messages", MessagesRequest, message, "The next message, in Anthropic's shape"),
+    ("/v1/messages/count_tokens", CountRequest, count, "How many tokens a conversation has"),
+    ("/tokenize", TokenizeRequest, tokenize, "The tokens of a text or a conversation"),
+    ("/detokenize", DetokenizeRequest, detokenize, "The text of tokens"),
+)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

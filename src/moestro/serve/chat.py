@@ -36,6 +36,7 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
             "message": _message(reply),
             "logprobs": _logprobs(state, wanted, reply.pieces),
             "finish_reason": reply.finish,
+            "stop_reason": reply.stop,
         }
         for index, reply in enumerate(replies)
     ]
@@ -103,7 +104,7 @@ async def _stream(
             yield chunk(index, delta, **fields)
             fields = {}
         if reply.finish:
-            yield chunk(index, {}, reply.finish)
+            yield chunk(index, {}, reply.finish, stop_reason=reply.stop)
     if wanted.tells_usage:
         counted = usage(turn.read, sum(reply.tokens for reply in replies), job.cached.get(0, 0))
         yield sse({**start, "choices": [], "usage": counted})

@@ -37,7 +37,7 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
         replies = await while_connected(request, gather(job))
     choices = []
     for text, reply in zip(texts, replies, strict=True):
-        choices.append(text.choice([*text.prompt(), *map(text.part, reply.pieces)], reply.finish))
+        choices.append(text.choice([*text.prompt(), *map(text.part, reply.pieces)], reply))
     routing = routed_fields(job, wanted)
     for choice, own in zip(choices, routing.choices, strict=True):
         choice |= own
@@ -87,7 +87,7 @@ class _Text:
         self.written += 1
         return _Part(piece.text, piece.token, piece.scored)
 
-    def choice(self, parts: Sequence[_Part | None], finish: str | None) -> dict[str, Any]:
+    def choice(self, parts: Sequence[_Part | None], reply: Reply) -> dict[str, Any]:
         """The choice, or a chunk of it."""
         told = [part for part in parts if part is not None]
         logprobs = None
@@ -97,10 +97,14 @@ class _Text:
             logprobs = of_completion(tokenizer, tokens, scored, self._offset)
         text = "".join(part.text for part in told)
         self._offset += len(text)
-        reason = "length" if finish and self._wanted.max_tokens == 0 else finish
+        nothing = reply.finish is not None and self._wanted.max_tokens == 0
         return {
-            "index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason,
-        }  # fmt: skip
+            "index": self._index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if nothing else reply.finish,
+            "stop_reason": None if nothing else reply.stop,
+        }
 
 
 def _usage(job: Job, texts: Sequence[_Text], wanted: CompletionRequest) -> dict[str, Any]:
@@ -133,7 +137,7 @@ async def _stream(
         echoed = text.prompt() if not reply.pieces else []
         reply.push(piece)
         parts = [*echoed, text.part(piece)]
-        choice, more = text.choice(parts, reply.finish), dict[str, Any]()
+        choice, more = text.choice(parts, reply), dict[str, Any]()
         if wanted.tells_experts:
             choice["token"] = token_of(piece)
         if reply.finish and wanted.routed:

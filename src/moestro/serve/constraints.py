@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,68 +99,75 @@ class _Matched:
             raise MoestroError(f"the text cannot be kept to its grammar: {reason}")
 
 
-def of_json(schema: Mapping[str, Any], *, thinking: bool = False) -> str:
+def of_json(schema: Mapping[str, Any], *, thinking: str = "") -> str:
     """The grammar of JSON that a schema describes.
 
     Args:
         schema: of JSON.
-        thinking: the text begins with thoughts, to `</think>`.
+        thinking: what ends the thoughts that the text begins with; empty where there are none.
     """
-    return _after_thoughts(_json(schema), thinking)
+    return f"%llguidance {{}}\nstart: {_after_thoughts(json_of(schema), thinking)}"
 
 
 def of_calls(
-    functions: Mapping[str, Mapping[str, Any]],
+    bodies: Sequence[str],
     begin: str,
-    key: str,
     end: str,
     *,
+    between: str | None,
+    value_end: str | None,
     must: bool,
     several: bool,
-    thinking: bool = False,
+    thinking: str = "",
 ) -> str:
     """The grammar of a reply with calls of functions.
 
     Args:
-        functions: a schema of the arguments for each name.
-        begin: what a call begins with; the trigger of one in the middle of text.
-        key: what the arguments are called.
-        end: what a call ends with.
+        bodies: the grammar of a call of each function; `plain` in it is any text up to `value_end`.
+        begin: what calls begin with; the trigger of one in the middle of text.
+        end: what they end with.
+        between: what parts calls that share their marks; None: each has its own.
+        value_end: see `bodies`.
         must: the reply is a call; else it may be text, with calls in it.
         several: more than one call may come.
         thinking: as for `of_json`.
     """
-    bodies = []
-    for name, schema in functions.items():
-        opening = f'{{"name": {json.dumps(name)}, "{key}": '
-        bodies.append(f"{_quoted(opening)} {_json(schema)} {_quoted('}' + end)}")
     body = "(" + " | ".join(bodies) + ")"
+    if several and between is not None:
+        body += f" ({quoted(between) if between else ''} {body})*"
+    body += f" {quoted(end)}" if end else ""
+    rules = f"plain[lazy]: TEXT {quoted(value_end)}\n" if value_end is not None else ""
     if must:
-        call = f"{_quoted(begin)} {body}" if begin else body
-        more = f' ("\\n" {call})*' if several and begin else ""
-        return _after_thoughts(f"{call}{more}", thinking)
+        call = f"{quoted(begin)} {body}" if begin else body
+        more = f' ("\\n" {call})*' if several and begin and between is None else ""
+        start = _after_thoughts(f"{call}{more}", thinking)
+        text = "" if thinking or not rules else f"TEXT: {_ANYTHING}\n"
+        return f"%llguidance {{}}\nstart: {start}{rules}{text}"
     mark, rest = begin.rstrip(), begin[len(begin.rstrip()) :]
-    inner = f"{_quoted(rest)} {body}" if rest else body
+    inner = f"{quoted(rest)} {body}" if rest else body
     return (
-        f"%llguidance {{}}\nstart: call{'*' if several else '?'} TEXT\n"
-        f"call: opening {inner}\nopening[lazy]: TEXT {_quoted(mark)}\nTEXT: {_ANYTHING}\n"
+        f"%llguidance {{}}\nstart: call{'*' if several and between is None else '?'} TEXT\n"
+        f"call: opening {inner}\nopening[lazy]: TEXT {quoted(mark)}\n{rules}TEXT: {_ANYTHING}\n"
     )
 
 
-def _after_thoughts(body: str, thinking: bool) -> str:
-    if not thinking:
-        return f"%llguidance {{}}\nstart: {body}\n"
+def _after_thoughts(body: str, end: str) -> str:
+    """The rules of a reply, from behind `start:` on."""
+    if not end:
+        return f"{body}\n"
     return (
-        f"%llguidance {{}}\nstart: thoughts BREAK? {body}\nBREAK: /\\n{{1,4}}/\n"
-        f'thoughts[lazy]: TEXT "</think>"\nTEXT: {_ANYTHING}\n'
+        f"thoughts BREAK? {body}\nBREAK: /\\n{{1,4}}/\n"
+        f"thoughts[lazy]: TEXT {quoted(end)}\nTEXT: {_ANYTHING}\n"
     )
 
 
-def _json(schema: Mapping[str, Any]) -> str:
+def json_of(schema: Mapping[str, Any]) -> str:
+    """The grammar of JSON, as a part of another."""
     return "%json " + json.dumps({**schema, "x-guidance": _SPACE})
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """The grammar of a text as it is."""
     return json.dumps(text)
 
 

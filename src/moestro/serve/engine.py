@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class Ask(NamedTuple):
 
     tokens: Sequence[int]
     sampling: SamplingConfig
-    special: bool = False
+    special: bool | Collection[str] = False
     constraint: Constraint | None = None
     routed: bool = False
     top: int | None = None
@@ -54,6 +54,7 @@ class Job:
         asks: What was asked for.
         routed: Of texts that are done and asked for it, the experts of every token that passed.
         cached: Of texts that have begun, how many tokens of the prompt were known before.
+        began: Of texts that have begun, when their first step did, by time.monotonic.
         scored: Of texts whose prompt is read and that asked for it, how likely its tokens were.
         watch: Sees every event as it comes, in the loop's thread.
     """
@@ -65,6 +66,7 @@ class Job:
         self.routed: dict[int, list[Routed]] = {}
         self.scored: dict[int, list[Scored]] = {}
         self.cached: dict[int, int] = {}
+        self.began: dict[int, float] = {}
         self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine, self._left = engine, len(asks)
@@ -263,7 +265,7 @@ class EngineThread:
             job.scored[index] = scored
         for number, cached in self._session.cached.items():
             job, index = self._texts[number]
-            job.cached[index] = cached
+            job.cached[index], job.began[index] = cached, self._beat
         for told in (self._session.routed, self._session.scored, self._session.cached):
             told.clear()
         for number, piece in made:

@@ -12,7 +12,7 @@ from moestro.serve.errors import ApiError
 from moestro.serve.settings import ServeSettings
 
 # Open to whoever can reach the server: monitors have no key, and the page asks for it.
-OPEN = frozenset({"/", "/health", "/metrics"})
+OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/metrics"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
 
 

@@ -51,7 +51,7 @@ async def message(request: Request, state: State, wanted: MessagesRequest) -> Re
         blocks.append({"type": "text", "text": reply.content})
     blocks += [{**_called(call), "input": json.loads(call.arguments)} for call in reply.calls]
     usage = _usage(job, turn, reply.tokens)
-    return JSONResponse({**start, **_end(reply, wanted), "content": blocks, "usage": usage})
+    return JSONResponse({**start, **_end(reply), "content": blocks, "usage": usage})
 
 
 async def count(_: Request, state: State, wanted: CountRequest) -> Response:
@@ -74,13 +74,11 @@ def _usage(job: Job, turn: Turn, written: int) -> dict[str, int]:
     }
 
 
-def _end(reply: Reply, wanted: MessagesRequest) -> dict[str, Any]:
-    """Why a message ends; which of several stop strings it was, the engine does not tell."""
+def _end(reply: Reply) -> dict[str, Any]:
+    """Why a message ends."""
     assert reply.finish is not None
-    stops = wanted.stop_sequences or []
-    if reply.stopped and reply.finish == "stop":
-        stop = stops[0] if len(stops) == 1 else None
-        return {"stop_reason": "stop_sequence", "stop_sequence": stop}
+    if reply.stop is not None and reply.finish == "stop":
+        return {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
     return {"stop_reason": _REASONS[reply.finish], "stop_sequence": None}
 
 
@@ -134,7 +132,7 @@ async def _stream(
             yield event
     for event in blocks.close():
         yield event
-    yield _event("message_delta", delta=_end(reply, wanted), usage=_usage(job, turn, reply.tokens))
+    yield _event("message_delta", delta=_end(reply), usage=_usage(job, turn, reply.tokens))
     yield _event("message_stop")
 
 

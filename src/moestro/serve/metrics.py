@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from moestro.infer.writing import Piece
-from moestro.serve.engine import Ask, EngineThread
+from moestro.serve.engine import EngineThread, Job
 from moestro.serve.errors import ApiError
 
 _PREFIX = "moestro:"
@@ -50,6 +50,13 @@ class Metrics:
         self._first = self._histogram(
             "time_to_first_token_seconds", "To a text's beginning.", _LONG
         )
+        self._queue = self._histogram("request_queue_time_seconds", "Of waiting.", _LONG)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From a text's turn to its beginning.", _LONG
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From a text's beginning to its end.", _LONG
+        )
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens.", _SHORT)
         self._whole = self._histogram("e2e_request_latency_seconds", "Of a whole text.", _LONG)
         self._success = Counter(
@@ -72,26 +79,35 @@ class Metrics:
         )
         return found.labels(self._name)
 
-    def watch(self, asks: Sequence[Ask]) -> Watch:
-        """Count a request that has been taken."""
-        self._prompt.inc(sum(len(ask.tokens) for ask in asks))
-        return Watch(self, len(asks))
+    def watch(self, job: Job) -> Callable[[int, Piece | ApiError], None]:
+        """Count a request that has been taken; returns what counts its events as they come."""
+        self._prompt.inc(sum(len(ask.tokens) for ask in job.asks))
+        asked, firsts, lasts = time.monotonic(), dict[int, float](), dict[int, float]()
 
-    def piece(self, piece: Piece, since_last: float, since_start: float, first: bool) -> None:
-        """Count a token, and the seconds since the one before, or since the request."""
+        def event(index: int, what: Piece | ApiError) -> None:
+            now = time.monotonic()
+            if isinstance(what, ApiError):
+                self._failed.inc()
+                return
+            if index not in lasts:
+                firsts[index] = now
+                self._first.observe(now - asked)
+                self._queue.observe(job.began[index] - asked)
+                self._prefill.observe(now - job.began[index])
+            else:
+                self._between.observe(now - lasts[index])
+            lasts[index] = now
+            self._piece(what, now - asked, now - firsts[index])
+
+        return event
+
+    def _piece(self, piece: Piece, since_asked: float, since_first: float) -> None:
         self._generated.inc()
-        if first:
-            self._first.observe(since_start)
-        else:
-            self._between.observe(since_last)
         if piece.finish is not None:
-            self._whole.observe(since_start)
+            self._whole.observe(since_asked)
+            self._decode.observe(since_first)
             reason = "length" if piece.finish == "length" else "stop"
             self._success.labels(self._name, reason).inc()
-
-    def failure(self) -> None:
-        """Count a text that ended with an error."""
-        self._failed.inc()
 
     def response(self) -> Response:
         """All of it in Prometheus' format."""
@@ -105,20 +121,3 @@ def _imbalance(engine: EngineThread, place: int) -> float:
         return 0.0
     taken_E = load_LE[place].double()
     return float(taken_E.max() / taken_E.mean())
-
-
-class Watch:
-    """Sees the events of one request as they come from the engine."""
-
-    def __init__(self, metrics: Metrics, texts: int) -> None:
-        self._metrics, self._start = metrics, time.monotonic()
-        self._last: list[float | None] = [None] * texts
-
-    def __call__(self, index: int, what: Piece | ApiError) -> None:
-        """Take an event of one of the texts."""
-        if isinstance(what, ApiError):
-            self._metrics.failure()
-            return
-        now, last = time.monotonic(), self._last[index]
-        self._metrics.piece(what, now - (last or now), now - self._start, last is None)
-        self._last[index] = now

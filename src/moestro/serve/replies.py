@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from moestro.infer.channels import FINAL, HEADER
+from moestro.infer.channels import FINAL, HEADER, function_of
 from moestro.infer.writing import Finish, Piece
 from moestro.serve.engine import Job
 from moestro.serve.thoughts import Thoughts
@@ -36,7 +36,7 @@ class Reply:
         calls: The tools that it calls.
         pieces: It as it came, the token that ends it included.
         finish: Why it ended; None before.
-        stopped: Whether it ended at a stop string.
+        stop: The stop string that it ended before.
     """
 
     def __init__(self, thoughts: Thoughts | None = None, reader: Reader | None = None) -> None:
@@ -50,7 +50,7 @@ class Reply:
         self.pieces: list[Piece] = []
         self.calls: list[Call] = []
         self.finish: FinishReason | None = None
-        self.stopped = False
+        self.stop: str | None = None
         self._thoughts, self._reader = thoughts, reader
 
     @property
@@ -62,22 +62,23 @@ class Reply:
         """Take the next piece."""
         self.pieces.append(piece)
         thought, said, calls = "", piece.text, list[Call]()
-        if piece.channel != FINAL:
+        to = function_of(piece.channel) if self._reader is not None else ""
+        if not to and piece.channel != FINAL:
             thought, said = piece.text if piece.channel != HEADER else "", ""
-        elif self._thoughts is not None:
+        elif not to and self._thoughts is not None:
             thought, said = self._thoughts.push(piece.text)
         if piece.finish is not None and self._thoughts is not None:
             last = self._thoughts.flush()
             thought, said = thought + last[0], said + last[1]
         if self._reader is not None:
-            said, calls = self._reader.push(said)
+            said, calls = self._reader.push(said, to)
             if piece.finish is not None:
                 rest, more = self._reader.flush()
                 said, calls = said + rest, calls + more
         self.content, self.reasoning = self.content + said, self.reasoning + thought
         self.calls += calls
         if piece.finish is not None:
-            self.finish, self.stopped = _REASONS[piece.finish], piece.finish == "stop"
+            self.finish, self.stop = _REASONS[piece.finish], piece.stop
             if self.calls and self.finish == "stop":
                 self.finish = "tool_calls"
         return Delta(said, thought, calls)

@@ -13,13 +13,18 @@ from moestro.serve.settings import ServeSettings
 
 
 class State(NamedTuple):
-    """The model, the thread that owns it, how the server behaves, its figures and grammars."""
+    """The model, the thread that owns it, how the server behaves, its figures and grammars.
+
+    Attributes:
+        report: The page that `moestro probe --report` wrote of the model; None: there is none.
+    """
 
     served: Served
     engine: EngineThread
     settings: ServeSettings
     metrics: Metrics
     grammars: Grammars
+    report: str | None = None
 
     def submit(self, asks: Sequence[Ask]) -> Job:
         """Give a request to the engine, and count what becomes of it.
@@ -28,11 +33,11 @@ class State(NamedTuple):
             ApiError: see `EngineThread.submit`.
         """
         job = self.engine.submit(asks)
-        job.watch = self.metrics.watch(asks)
+        job.watch = self.metrics.watch(job)
         return job
 
 
-def new_state(served: Served, settings: ServeSettings) -> State:
+def new_state(served: Served, settings: ServeSettings, report: str | None = None) -> State:
     """A server of a model that has not begun."""
     engine = EngineThread(served.model, served.tokenizer, settings)
     return State(
@@ -41,4 +46,5 @@ def new_state(served: Served, settings: ServeSettings) -> State:
         settings,
         Metrics(served.name, engine, served.moe_layers),
         Grammars(served.tokenizer),
+        report,
     )

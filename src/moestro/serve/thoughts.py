@@ -1,19 +1,32 @@
-"""Thoughts that a reply begins with, set apart by `<think>` and `</think>` in its text."""
+"""Thoughts that a reply begins with, set apart by marks in its text."""
 
 from __future__ import annotations
 
-BEGIN, END = "<think>", "</think>"
+# What thoughts stand between; a model's template has the second of them in it.
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+)
+
+
+def marks_of(source: str) -> tuple[str, str] | None:
+    """The marks that a template knows; None: it knows of no thoughts."""
+    return next((marks for marks in MARKS if marks[1] in source), None)
 
 
 class Thoughts:
     """Takes a reply apart while it comes: thoughts, and what is said after them."""
 
-    def __init__(self, opened: bool) -> None:
+    def __init__(self, opened: bool, marks: tuple[str, str] = MARKS[0]) -> None:
         """Begin a reply.
 
         Args:
-            opened: the prompt has ended with BEGIN already.
+            opened: the prompt has ended with the first mark already.
+            marks: what they stand between.
         """
+        self._begin, self._end = marks
         self._held, self._thinking, self._decided = "", opened, opened
         self._bare = opened  # whether lines' ends that come next belong to a mark
 
@@ -22,19 +35,19 @@ class Thoughts:
         self._held += text
         if not self._decided:
             start = self._held.lstrip()
-            if len(start) < len(BEGIN) and BEGIN.startswith(start):
+            if len(start) < len(self._begin) and self._begin.startswith(start):
                 return "", ""
             self._decided = True
-            if start.startswith(BEGIN):
+            if start.startswith(self._begin):
                 self._thinking = self._bare = True
-                self._held = start.removeprefix(BEGIN)
+                self._held = start.removeprefix(self._begin)
         if not self._thinking:
             return "", self._take(len(self._held))
-        end = self._held.find(END)
+        end = self._held.find(self._end)
         if end < 0:
-            return self._take(len(self._held) - _beginning(self._held)), ""
+            return self._take(len(self._held) - self._ending()), ""
         thoughts = self._take(end)
-        self._held = self._held.removeprefix(END)
+        self._held = self._held.removeprefix(self._end)
         self._thinking, self._bare = False, True
         return thoughts, self._take(len(self._held))
 
@@ -50,10 +63,9 @@ class Thoughts:
             self._bare = not text
         return text
 
-
-def _beginning(text: str) -> int:
-    """Length of the longest end of `text` with which END begins."""
-    for length in range(min(len(END) - 1, len(text)), 0, -1):
-        if END.startswith(text[-length:]):
-            return length
-    return 0
+    def _ending(self) -> int:
+        """How much of what is held may be the beginning of the mark that ends thoughts."""
+        for length in range(min(len(self._end) - 1, len(self._held)), 0, -1):
+            if self._end.startswith(self._held[-length:]):
+                return length
+        return 0

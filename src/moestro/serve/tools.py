@@ -1,36 +1,48 @@
-"""Calls of tools: how a model's template writes them, and what of a reply is one."""
+"""Calls of tools: the forms in which models write them, in one table, and how each is read."""
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moestro.serve import errors
-from moestro.serve.constraints import of_calls
+from moestro.serve.constraints import json_of, of_calls, quoted
 from moestro.serve.schema import ChatRequest, ChosenTool
 from moestro.strictjson import parse
 
-# Marks of forms that are not read: Qwen3-Coder, GLM, DeepSeek, gpt-oss.
-_OTHER_FORMS = ("<function=", "<arg_key>", "<｜tool▁call", "<|channel|>")
+Schemas = Mapping[str, Mapping[str, Any]]  # of each function's arguments
+Said = list[tuple[str, Any]]  # names, and arguments
 
 
 class Form(NamedTuple):
-    """How calls are written.
+    """How calls are written: `begin`, a call, `end`.
 
     Attributes:
-        begin: what a call begins with; empty where it is bare JSON, which fills the reply.
-        end: what it ends with.
-        key: what the arguments are called.
+        begin: what calls begin with; empty where they fill the reply, or have a channel.
+        end: what they end with.
+        call: what a function's arguments stand between; None: a call cannot be held to.
+        read: the calls that stand between the marks; None where it is anything else.
+        value: what one argument stands between, where each is written by itself; None: JSON.
+        between: what parts calls that share their marks; None: each has its own.
+        shut: whether a call without `end` may lack arguments.
     """
 
     begin: str
     end: str
-    key: str
+    call: Callable[[str], tuple[str, str]] | None
+    read: Callable[[str, Schemas], Said | None]
+    value: tuple[str, str] | None = None
+    between: str | None = None
+    shut: bool = False
 
-
-HERMES = Form("<tool_call>\n", "\n</tool_call>", "arguments")
-BARE = Form("", "", "arguments")
+    @property
+    def text(self) -> str:
+        """All that is written around arguments."""
+        call = ("", "") if self.call is None else self.call("")
+        return "".join((self.begin, self.end, *call, *(self.value or ())))
 
 
 class Call(NamedTuple):
@@ -41,30 +53,164 @@ class Call(NamedTuple):
     arguments: str
 
 
+def _object(key: str) -> Callable[[str], tuple[str, str]]:
+    return lambda name: (f'{{"name": {json.dumps(name)}, "{key}": ', "}")
+
+
+def _read_json(body: str, _: Schemas) -> Said | None:
+    """{"name": …, "arguments": {…}}, or a list of such."""
+    try:
+        value = parse(body)
+    except ValueError:
+        return None
+    found: Said = []
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+            return None
+        found.append((each["name"], each.get("arguments", each.get("parameters", {}))))
+    return found
+
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_DEEPSEEK = re.compile(
+    r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n]+)\n```json\n(.*?)\n```|"
+    r"([^\n]+?)<｜tool▁sep｜>(.*?))<｜tool▁call▁end｜>",
+    re.DOTALL,
+)
+
+
+def _read_functions(body: str, schemas: Schemas) -> Said | None:
+    """<function=…> with a <parameter=…> for each argument."""
+    found: Said = []
+    for name, inner in _each(_FUNCTION, body) or ():
+        pairs = _each(_PARAMETER, inner)
+        if pairs is None:
+            return None
+        found.append((name, _values(pairs, schemas.get(name, {}))))
+    return found or None
+
+
+def _read_keys(body: str, schemas: Schemas) -> Said | None:
+    """A name, and <arg_key> and <arg_value> for each argument."""
+    start, mark, rest = body.partition("<arg_key>")
+    name, pairs = start.strip(), _each(_ARGUMENT, mark + rest)
+    return None if pairs is None else [(name, _values(pairs, schemas.get(name, {})))]
+
+
+def _read_deepseek(body: str, _: Schemas) -> Said | None:
+    """Names and JSON between marks of their own, with ```json in V3 and without from V3.1 on."""
+    try:
+        return [
+            (old or new, parse(old_json or new_json))
+            for old, old_json, new, new_json in _each(_DEEPSEEK, body) or ()
+        ] or None
+    except ValueError:
+        return None
+
+
+def _read_arguments(body: str, _: Schemas) -> Said | None:
+    """What a message to functions.NAME says, NAME in its first line."""
+    name, _end, rest = body.partition("\n")
+    try:
+        return [(name, parse(rest))]
+    except ValueError:
+        return None
+
+
+def _each(pattern: re.Pattern[str], text: str) -> list[tuple[str, ...]] | None:
+    """What is found one after the other; None if there is more."""
+    found, at = [], 0
+    while (match := pattern.match(text, at)) is not None:
+        found.append(match.groups())
+        at = match.end()
+    return None if text[at:].strip() else found
+
+
+def _values(pairs: list[tuple[str, ...]], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are written as they are: strings plain, and everything else as JSON."""
+    known = _properties(schema)
+    return {name: _value(text, known.get(name)) for name, text in pairs}
+
+
+def _value(text: str, schema: Any) -> Any:
+    if isinstance(schema, dict) and (schema.get("type") == "string" or text in _choices(schema)):
+        return text
+    try:
+        return parse(text)
+    except ValueError:
+        return text
+
+
+def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
+    known = schema.get("properties")
+    return known if isinstance(known, dict) else {}
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    choices = schema.get("enum")
+    return choices if isinstance(choices, list) else []
+
+
+HERMES = Form("<tool_call>\n", "\n</tool_call>", _object("arguments"), _read_json)
+BARE = Form("", "", _object("arguments"), _read_json)
+LLAMA = Form("", "", _object("parameters"), _read_json)
+QWEN_CODER = Form(
+    "<tool_call>\n", "\n</tool_call>", lambda name: (f"<function={name}>\n", "</function>"),
+    _read_functions, ("<parameter={}>\n", "\n</parameter>\n"),
+)  # fmt: skip
+GLM = Form(
+    "<tool_call>", "</tool_call>", lambda name: (f"{name}\n", ""), _read_keys,
+    ("<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n"), shut=True,
+)  # fmt: skip
+DEEPSEEK = Form(
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
+    lambda name: (
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n", "\n```<｜tool▁call▁end｜>"
+    ),
+    _read_deepseek, between="\n",
+)  # fmt: skip
+DEEPSEEK_31 = DEEPSEEK._replace(
+    call=lambda name: (f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    between="",
+)
+HARMONY = Form("", "", None, _read_arguments)  # gpt-oss: see `moestro.infer.channels`
+
+# Marks by which a template tells its form, the first that all stand in it.
+FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
+    (("<|channel|>",), HARMONY),
+    (("<｜tool▁call▁begin｜>", "```json"), DEEPSEEK),
+    (("<｜tool▁call▁begin｜>",), DEEPSEEK_31),
+    (("<function=",), QWEN_CODER),
+    (("<arg_key>",), GLM),
+    (("<tool_call>",), HERMES),
+    (('"parameters": dictionary',), LLAMA),
+    ((), BARE),
+)
+
+
 def form_of(source: str) -> Form:
     """The form of a template's calls.
 
     Raises:
-        ApiError: it knows no tools, or writes calls in a form that is not read.
+        ApiError: it knows no tools.
     """
     if "tools" not in source:
         raise errors.refused("this model's chat template knows no tools; leave them out", "tools")
-    other = next((mark for mark in _OTHER_FORMS if mark in source), None)
-    if other is not None:
-        raise errors.refused(
-            f"this model writes calls with {other}, a form that is not read here; leave tools out",
-            "tools",
-        )
-    if "<tool_call>" in source:
-        return HERMES
-    return BARE._replace(key="parameters") if '"parameters": dictionary' in source else BARE
+    return next(form for marks, form in FORMS if all(mark in source for mark in marks))
 
 
-def grammar(wanted: ChatRequest, form: Form, *, thinking: bool) -> str | None:
+def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
     """What a reply with tools is held to; None where it may be anything.
 
+    Args:
+        wanted: the request.
+        form: of its calls.
+        thinking: see `of_calls`.
+
     Raises:
-        ApiError: the tool that has to be called is none of the request's.
+        ApiError: the tool that has to be called is none of the request's, or no call can be forced.
     """
     functions, choice = wanted.functions, wanted.tool_choice
     if isinstance(choice, ChosenTool):
@@ -79,28 +225,85 @@ def grammar(wanted: ChatRequest, form: Form, *, thinking: bool) -> str | None:
     must = isinstance(choice, ChosenTool) or choice == "required"
     if must and not functions:
         raise errors.refused("tool_choice asks for a call, and there are no functions", "tools")
-    if not functions or not (must or form.begin):
+    if must and form.call is None:
+        raise errors.refused(
+            "this model writes calls into a channel of their own, which cannot be forced; "
+            "tool_choice may be auto or none",
+            "tool_choice",
+        )
+    if not functions or form.call is None or not (must or form.begin):
         return None
-    schemas = {name: each.parameters or {"type": "object"} for name, each in functions.items()}
+    bodies = [_body(form, name, each.parameters or {}) for name, each in functions.items()]
     several = wanted.parallel_tool_calls is not False and not isinstance(choice, ChosenTool)
+    value_end = form.value[1] if form.value is not None else None
     return of_calls(
-        schemas, form.begin, form.key, form.end, must=must, several=several, thinking=thinking
-    )
+        bodies, form.begin, form.end, between=form.between, value_end=value_end, must=must,
+        several=several, thinking=thinking,
+    )  # fmt: skip
+
+
+def _body(form: Form, name: str, schema: Mapping[str, Any]) -> str:
+    """The grammar of one function's call."""
+    assert form.call is not None
+    before, after = (quoted(text) if text else "" for text in form.call(name))
+    if form.value is None:
+        return f"{before} {json_of(schema or {'type': 'object'})} {after}"
+    parts, required = [], schema.get("required", ())
+    for key, own in _properties(schema).items():
+        begin, end = (quoted(text.format(key)) for text in form.value)
+        own, choices = own if isinstance(own, dict) else {}, _choices(own)
+        if choices and all(isinstance(each, str) for each in choices):
+            value = f"({' | '.join(map(quoted, choices))}) {end}"
+        elif own.get("type") == "string":
+            value = "plain"
+        else:
+            shared = {part: schema[part] for part in ("$defs", "definitions") if part in schema}
+            value = f"{json_of({**shared, **own})} {end}"
+        parts.append(f"({begin} {value}){'' if key in required else '?'}")
+    return " ".join((before, *parts, after))
 
 
 class Reader:
     """Takes a reply apart while it comes: text for the user, and calls."""
 
-    def __init__(self, form: Form, names: frozenset[str]) -> None:
-        self._form, self._names = form, names
+    def __init__(self, form: Form, schemas: Schemas) -> None:
+        """Begin a reply.
+
+        Args:
+            form: of its calls.
+            schemas: of the functions' arguments, by name.
+        """
+        self._form, self._schemas = form, schemas
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._held, self._said = "", False
+        self._to, self._sent = "", ""  # the function that a message is for, and what it says
 
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        """Take text; returns what is certain to be for the user, and calls that are whole."""
+    def push(self, text: str, to: str = "") -> tuple[str, list[Call]]:
+        """Take text; returns what is certain to be for the user, and calls that are whole.
+
+        Args:
+            text: what comes next.
+            to: the function that it is said to, where the form has a channel for it.
+        """
+        before = self._delivered() if to != self._to else ("", [])
+        self._to = to
+        if to:
+            self._sent += text
+            return before
+        said, calls = self._own(text)
+        return before[0] + said, before[1] + calls
+
+    def _delivered(self) -> tuple[str, list[Call]]:
+        """The call that a message makes."""
+        sent, self._sent = self._sent, ""
+        found = self._calls(f"{self._to}\n{sent}") if self._to else []
+        return ("", found) if found else (sent, [])
+
+    def _own(self, text: str) -> tuple[str, list[Call]]:
         self._held += text
         if not self._begin:
-            if not self._said and self._held.lstrip()[:1] in ("", "{", "["):
+            bare = self._form.call is not None
+            if bare and not self._said and self._held.lstrip()[:1] in ("", "{", "["):
                 return "", []
             self._said = True
             return self._take(len(self._held)), []
@@ -118,8 +321,10 @@ class Reader:
 
     def flush(self) -> tuple[str, list[Call]]:
         """What is left at the end."""
+        if self._to:
+            return self._delivered()
         rest = self._take(len(self._held))
-        body = rest.strip().removeprefix(self._begin) if not self._said else ""
+        body = "" if self._said or self._form.shut else rest.strip().removeprefix(self._begin)
         found = self._calls(body)
         return ("", found) if found else (rest, [])
 
@@ -138,24 +343,11 @@ class Reader:
         return length + len(kept) - len(kept.rstrip("\n"))
 
     def _calls(self, body: str) -> list[Call]:
-        """The calls that JSON spells; none where it is anything else."""
-        try:
-            value = parse(body)
-        except ValueError:
-            return []
+        """The calls that a text spells; none where it is anything else."""
         found = []
-        for each in value if isinstance(value, list) else [value]:
-            call = self._call(each)
-            if call is None:
+        for name, arguments in self._form.read(body, self._schemas) or ():
+            if name not in self._schemas or not isinstance(arguments, dict):
                 return []
-            found.append(call)
+            text = json.dumps(arguments, ensure_ascii=False)
+            found.append(Call(f"call_{uuid.uuid4().hex[:24]}", name, text))
         return found
-
-    def _call(self, value: Any) -> Call | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
-            return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        if not isinstance(arguments, dict):
-            return None
-        text = json.dumps(arguments, ensure_ascii=False)
-        return Call(f"call_{uuid.uuid4().hex[:24]}", value["name"], text)

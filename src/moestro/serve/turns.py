@@ -16,7 +16,7 @@ from moestro.serve.replies import Reply
 from moestro.serve.schema import CalledFunction, ChatMessage, ChatRequest, Function
 from moestro.serve.served import Served, encode_all
 from moestro.serve.state import State
-from moestro.serve.thoughts import BEGIN, END, Thoughts
+from moestro.serve.thoughts import Thoughts, marks_of
 
 
 class Turn(NamedTuple):
@@ -48,18 +48,24 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     form = tools.form_of(source) if functions or wanted.tool_choice == "required" else None
     text = await conversation(served, wanted)
     (tokens,) = await encode_all(served, [text], templated=True)
-    opened, thinks = text.rstrip().endswith(BEGIN), END in source
-    make = await asyncio.to_thread(_constraint, state, wanted, form, opened)
+    marks = marks_of(source)
+    opened = marks is not None and text.rstrip().endswith(marks[0])
+    thinking = marks[1] if marks is not None and opened else ""
+    make = await asyncio.to_thread(_constraint, state, wanted, form, thinking)
     most = wanted.max_completion_tokens
     most = wanted.max_tokens if most is None else most
     asks = served.asks(wanted, [tokens], most)
     if make is not None:
         asks = [ask._replace(constraint=make()) for ask in asks]
-    names = frozenset(functions)
+    # Special tokens are left out of a text; those that are marks of it are not.
+    written = "".join((form.text if form is not None else "", *(marks or ())))
+    shown = frozenset(name for name in served.tokenizer.specials.values() if name in written)
+    asks = [ask._replace(special=shown) for ask in asks]
+    schemas = {name: each.parameters or {} for name, each in functions.items()}
 
     def new_reply() -> Reply:
-        reader = tools.Reader(form, names) if form is not None else None
-        return Reply(Thoughts(opened) if thinks else None, reader)
+        reader = tools.Reader(form, schemas) if form is not None else None
+        return Reply(Thoughts(opened, marks) if marks is not None else None, reader)
 
     return Turn(asks, new_reply)
 
@@ -72,18 +78,18 @@ async def conversation(served: Served, wanted: ChatRequest) -> str:
 
 
 def _constraint(
-    state: State, wanted: ChatRequest, form: tools.Form | None, opened: bool
+    state: State, wanted: ChatRequest, form: tools.Form | None, thinking: str
 ) -> Callable[[], Constraint] | None:
     """Makes what holds each reply to its form; None where it may be anything."""
     wish = wanted.response_format
     if form is not None:
-        grammar = tools.grammar(wanted, form, thinking=opened)
+        grammar = tools.grammar(wanted, form, thinking=thinking)
         if grammar is not None:
             return state.grammars.constraint(grammar, "tools")
     if wish is None or wish.type == "text":
         return None
     schema = wish.json_schema.schema_ if wish.json_schema is not None else {"type": "object"}
-    return state.grammars.constraint(of_json(schema, thinking=opened), "response_format")
+    return state.grammars.constraint(of_json(schema, thinking=thinking), "response_format")
 
 
 def _described(function: Function) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_native_steps(pair):
     way = NativeDecoding(pair.ours)
     past, first = way.begin(tokens_BS[0, :9].tolist())
     steps = [way.step([[token]], [past])[0] for token in tokens_BS[0, 9:].tolist()]
-    close(torch.cat([passed.logits_1V for passed in (first, *steps)]), expected[8:], 1e-4)
+    close(torch.cat([passed.logits_NV for passed in (first, *steps)]), expected[8:], 1e-4)
 
 
 @torch.no_grad()

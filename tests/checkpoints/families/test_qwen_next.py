@@ -231,4 +231,4 @@ def test_decodes(way, tmp_path):
         (passed,) = decoding.step([[token]], [past])
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[:, -1]
-    torch.testing.assert_close(passed.logits_1V, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(passed.logits_NV, expected, rtol=1e-4, atol=1e-4)

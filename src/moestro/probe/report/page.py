@@ -130,7 +130,7 @@ def _render(fixed: dict[str, Any], shown: dict[str, Any]) -> str:
         **fixed,
         view=shown,
         charts=shown["charts"],
-        style=_read("style.css"),
+        style=_read("colours.css", "moestro") + _read("style.css"),
         script=script,
         script_hash=f"sha256-{digest}",
         data=_embedded(shown),
@@ -145,8 +145,8 @@ def _embedded(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _read(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+def _read(name: str, package: str = __package__) -> str:
+    return (files(package) / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 def _count(value: int) -> str:
