@@ -168,7 +168,7 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
 
     def resized(**sizes: int) -> Subject:
         values = {**cfg.model_dump(), **sizes}
-        if sizes.get("num_experts", 2) < 2 or sizes.get("top_k") == sizes.get("num_experts"):
+        if values["top_k"] == values["num_experts"]:  # a group cannot hold them all
             values["router"] = {**values["router"], "num_groups": 1, "top_groups": 1}
         return of_moe(MoE(MoEConfig(**values), layer.experts.backend), title)
 
