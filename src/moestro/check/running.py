@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moestro.check.checks.check import Check
 from moestro.check.checks.table import chosen
 from moestro.check.report import Explained, Finding, Report
-from moestro.check.subject import Subject, of_anything
+from moestro.check.subject import of_anything
 from moestro.check.trial import Trial
 from moestro.errors import MoestroError
 
@@ -41,25 +41,32 @@ def check(
     subject = of_anything(target, title)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trial = _trial(subject, seed)
-        found = [Explained(c.name, _done(c, trial), c.meaning, c.looks_like) for c in checks]
+        trial = Trial(subject, seed)
+        if not trial.x.shape[1]:
+            raise MoestroError(f"{subject.title}: no token has a clear choice of experts")
+        _ = trial.exact  # what raises here is not the layer's fault
+        failed = _failure(lambda: trial.ran)
+        found = [
+            Explained(c.name, _done(c, trial) if failed is None else failed, c.meaning, c.looks_like)
+            for c in checks[: None if failed is None else 1]
+        ]
     return Report(subject.title, tuple(found), seed)
-
-
-def _trial(subject: Subject, seed: int) -> Trial:
-    trial = Trial(subject, seed)
-    if len(trial.x[0]) == 0:
-        raise MoestroError(f"{subject.title}: no token has a clear choice of experts")
-    _ = trial.exact  # a definition that fails is a description that does not fit
-    return trial
 
 
 def _done(check: Check, trial: Trial) -> Finding:
     """What a check finds; a layer that raises where it should compute is wrong."""
+    found: list[Finding] = []
+    failed = _failure(lambda: found.append(check.function(trial)))
+    return failed or found[0]
+
+
+def _failure(function: Callable[[], Any]) -> Finding | None:
+    """What a function's exception says; None: it raised none."""
     try:
-        return check.function(trial)
+        function()
     except MoestroError as error:
         return Finding("unchecked", str(error))
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
         return Finding("wrong", f"it raised {type(error).__name__}: {first}", float("inf"))
+    return None

@@ -48,7 +48,8 @@ class Trial:
     def __init__(self, subject: Subject, seed: int = 0, length: int = 6, slow: bool = False) -> None:
         self.subject, self.seed, self.slow = subject, seed, slow
         self.generator = torch.Generator().manual_seed(seed)
-        self.x = self.clear(2 * length).view(2, length, -1)
+        x_TD = self.clear(2 * length)
+        self.x = x_TD[: len(x_TD) // 2 * 2].view(2, -1, subject.dim)
         self.up = self.normal(*self.x.shape)
 
     @cached_property
