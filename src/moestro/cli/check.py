@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moestro.check.report import Report
+
+HANGS_S = 20  # what a rank waits for another
 
 Targets = Annotated[
     list[str] | None,
@@ -51,6 +56,7 @@ def check(
     3 something could not be checked.
     """
     from moestro.check.checks.table import CHECKS
+    from moestro.check.running import check as checked
     from moestro.errors import ConfigError
 
     if listing:
@@ -61,16 +67,45 @@ def check(
         raise ConfigError("give what to check: a model, a config.json or module:factory")
     if "" not in sys.path:
         sys.path.insert(0, "")  # factories of the working directory, as `python -m` finds them
-    reports = []
-    for target in targets:
-        for subject in _subjects(target, implementation, seed):
-            from moestro.check.running import check as checked
-
-            reports.append(checked(subject, only=only or (), skip=skip or (), seed=seed, slow=slow))
-    code = max((each.exit_code for each in reports), key=(0, 3, 1).index)
+    with _ranks():
+        reports = [
+            checked(subject, only=only or (), skip=skip or (), seed=seed, slow=slow)
+            for target in targets
+            for subject in _subjects(target, implementation, seed)
+        ]
     if int(os.environ.get("RANK", "0")) == 0:
         _show(reports, as_json, junit)
-    raise typer.Exit(code)
+    raise typer.Exit(max((each.exit_code for each in reports), key=(0, 3, 1).index))
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """The process group of what torchrun started; a collective that hangs fails in time."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _settings(name: str) -> Path:
+    """A config.json: a file, in a folder, or of a model on the hub."""
+    from moestro.checkpoints.hub import find_settings
+    from moestro.errors import ConfigError
+
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.exists() and "/" in name and path.suffix != ".json":
+        return find_settings(name)
+    if not path.is_file():
+        raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
+    return path
 
 
 def _subjects(target: str, implementation: str, seed: int) -> list[object]:
@@ -83,10 +118,9 @@ def _subjects(target: str, implementation: str, seed: int) -> list[object]:
     path = Path(target)
     if ":" in target and not path.exists():
         return [of_factory(target)]
-    from moestro.check.transformers_models import subjects
-    from moestro.cli.subjects import config_json
+    from moestro.check.foreign_models import from_settings
 
-    return list(subjects(config_json(target), implementation, seed))
+    return list(from_settings(_settings(target), implementation, seed))
 
 
 def _show(reports: list[Report], as_json: bool, file: Path | None) -> None:
