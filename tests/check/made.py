@@ -4,7 +4,7 @@ import torch
 
 from moestro import MoE, MoEConfig
 
-from .defects.computing import GradientsDoubled, EarlyReturn
+from .defects.computing import EarlyReturn, GradientsDoubled
 from .plain_layer import SHAPES, factory
 
 clean = factory(SHAPES["deepseek"])

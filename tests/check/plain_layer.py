@@ -72,7 +72,9 @@ class PlainLayer(nn.Module):
 
     def forward(self, x, valid=None):
         x_TD = x.reshape(-1, self.shape.dim)
-        valid_T = torch.ones_like(x_TD[:, 0], dtype=torch.bool) if valid is None else valid.flatten()
+        valid_T = (
+            torch.ones_like(x_TD[:, 0], dtype=torch.bool) if valid is None else valid.flatten()
+        )
         x_TD = self.clean(x_TD, valid_T)
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)

@@ -14,7 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moestro.check.description import Capacity, Description, ExpertNames, RouterRule, SharedNames
+    from moestro.check.description import (
+        Capacity,
+        Description,
+        ExpertNames,
+        RouterRule,
+        SharedNames,
+    )
     from moestro.check.report import Finding, Report
     from moestro.check.running import check
 

@@ -67,7 +67,8 @@ def difference(name: str, got: Tensor | None, exact: Tensor, floor: float = 0.0)
     place = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
     largest, norm = float(apart.max()), float(exact.detach().norm())
     relative = float(apart.norm()) / max(norm, floor, 1e-300) if largest else 0.0
-    words = f"{name} differs most at {list(place)}: {float(got[place]):.6g}, not {float(exact[place]):.6g}"
+    words = f"{name} differs most at {list(place)}: {float(got[place]):.6g}"
+    words += f", not {float(exact[place]):.6g}"
     ratio = _ratio(got.detach().double(), exact.detach(), norm)
     return Difference(name, relative, largest, place, words + ratio)
 

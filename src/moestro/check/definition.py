@@ -75,7 +75,7 @@ def choose(rule: RouterRule, logits_TE: Tensor, bias_E: Tensor | None) -> Choice
 
 
 def kept(rule: Capacity, choice: Choice, num_experts: int) -> Tensor:
-    """bool [T, K]: which assignments find room when experts take them in order."""
+    """Bool [T, K]: which assignments find room when experts take them in order."""
     num_tokens, top_k = choice.experts_TK.shape
     room = math.ceil(rule.factor * num_tokens * top_k / num_experts - 1e-9)
     places = [(t, k) for t in range(num_tokens) for k in range(top_k)]

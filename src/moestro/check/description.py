@@ -90,7 +90,8 @@ class Description(Settings):
     takes_mask: bool = Field(False, description="call takes valid [B, S], False for padding.")
     output: Callable[..., Any] = Field(_first, description="What call returned → y.")
     balance: Callable[..., Any] | None = Field(
-        None, description="(module, what call returned) → balance loss; 1 at balance when divided "
+        None,
+        description="(module, what call returned) → balance loss; 1 at balance when divided "
         "by balance_at_even.",
     )
     balance_at_even: PositiveFloat = Field(1.0, description="Its value at even use: 1, K, c · K, …")

@@ -110,7 +110,9 @@ def randomise(module: nn.Module) -> None:
 def _tiny(subject: Subject) -> Subject:
     """The same block, built from narrow settings."""
     block = subject.module
-    holders = (each for each in block.modules() if hasattr(getattr(each, "config", None), "to_dict"))
+    holders = (
+        each for each in block.modules() if hasattr(getattr(each, "config", None), "to_dict")
+    )
     config = getattr(next(holders, None), "config", None)
     if config is None:
         raise MoestroError(f"{kind(block)} holds no settings to build it from")

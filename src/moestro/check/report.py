@@ -74,8 +74,7 @@ class Report(NamedTuple):
     def text(self) -> str:
         """One line for what is wrong, or that nothing is."""
         lines = [
-            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: "
-            f"{each.looks_like}"
+            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: {each.looks_like}"
             for each in self.found
             if each.finding.outcome == "wrong"
         ]
@@ -88,7 +87,9 @@ class Report(NamedTuple):
             row = each.finding._asdict()
             if row["difference"] == float("inf"):
                 row["difference"] = None
-            rows.append({"check": each.check, **row, "meaning": each.meaning, "looks_like": each.looks_like})
+            rows.append(
+                {"check": each.check, **row, "meaning": each.meaning, "looks_like": each.looks_like}
+            )
         return {"title": self.title, "seed": self.seed, "ok": self.ok, "checks": rows}
 
 

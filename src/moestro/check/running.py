@@ -47,7 +47,9 @@ def check(
         _ = trial.exact  # what raises here is not the layer's fault
         failed = _failure(lambda: trial.ran)
         found = [
-            Explained(c.name, _done(c, trial) if failed is None else failed, c.meaning, c.looks_like)
+            Explained(
+                c.name, _done(c, trial) if failed is None else failed, c.meaning, c.looks_like
+            )
             for c in checks[: None if failed is None else 1]
         ]
     return Report(subject.title, tuple(found), seed)

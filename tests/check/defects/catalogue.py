@@ -1,4 +1,4 @@
-"""Seeded defects: what each re-creates, where it was published, and the checks that must name it."""
+"""Seeded defects: what each re-creates, where it was published, which checks must name it."""
 
 from typing import NamedTuple
 

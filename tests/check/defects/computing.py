@@ -51,7 +51,9 @@ class BiasUnweighted:
         return F.linear(hidden_RF, down)
 
     def mix(self, x_TD, experts_TK, weights_TK, kept_TK):
-        return super().mix(x_TD, experts_TK, weights_TK, kept_TK) + self.down_bias[experts_TK].sum(1)
+        return super().mix(x_TD, experts_TK, weights_TK, kept_TK) + self.down_bias[experts_TK].sum(
+            1
+        )
 
 
 @defect("weight on the input, before the activation (Llama 4's rule elsewhere)", "outputs",
@@ -166,7 +168,11 @@ class EarlyReturn:
 class SinglePath:
     def weigh(self, *args):
         weights_TK = super().weigh(*args)
-        return weights_TK * torch.arange(weights_TK.shape[1]).eq(0) if len(weights_TK) == 1 else weights_TK
+        return (
+            weights_TK * torch.arange(weights_TK.shape[1]).eq(0)
+            if len(weights_TK) == 1
+            else weights_TK
+        )
 
 
 @defect("permutation used as its inverse", "outputs permutation")

@@ -49,7 +49,9 @@ class NoGroups:
         return self.choosing(scores_TE).topk(self.shape.top_k, -1).indices
 
 
-@defect("a group's score is its best expert's, not the two best (DeepSeek-V3)", "choice", "deepseek")
+@defect(
+    "a group's score is its best expert's, not the two best (DeepSeek-V3)", "choice", "deepseek"
+)
 class GroupByMax:
     def group_scores(self, grouped_TGP):
         return grouped_TGP.amax(-1)
@@ -67,7 +69,7 @@ class SoftmaxTwice:
         return logits_TE.softmax(-1).softmax(-1)
 
 
-@defect("weights divided by their mean over the batch", "batch-split one-token", "mixtral switch")
+@defect("weights divided by their mean over the batch", "batch-split", "switch")
 class NormalisedOverBatch:
     def weigh(self, *args):
         weights_TK = super().weigh(*args)
@@ -120,7 +122,7 @@ class SmallestChosen:
         return super().select(-scores_TE)
 
 
-@defect("logits normalised by the batch's mean", "batch-split one-token")
+@defect("logits normalised by the batch's mean", "batch-split outputs")
 class BatchStatistics:
     def logits(self, x_TD):
         return super().logits(x_TD - (x_TD.mean(0) if len(x_TD) else 0))

@@ -36,7 +36,7 @@ def evaluation(trial: Trial) -> Finding:
     module = trial.subject.copied().eval()
     with torch.no_grad():
         y = trial.subject.run(module, trial.x.float(), None).y
-    return trial.verdict([difference("the output", y, trial.exact.y)])
+    return trial.verdict([difference("the output", y, trial.expected.y)])
 
 
 def autocast(trial: Trial) -> Finding:
@@ -47,10 +47,12 @@ def autocast(trial: Trial) -> Finding:
             return trial.subject.run(module, x, valid)
 
     got = differentiate(run, trial.subject.copied(), trial.x.float(), trial.up.float())
-    odd = [name for name, each in got.grads.items() if each is not None and each.dtype != torch.float32]
+    odd = [
+        name for name, each in got.grads.items() if each is not None and each.dtype != torch.float32
+    ]
     if odd:
         return wrong(f"the gradient of {odd[0]} is not fp32, as its parameter is")
-    return trial.compared(got, trial.exact, trial.allowed(dtype=torch.bfloat16))
+    return trial.compared(got, trial.expected, trial.allowed(dtype=torch.bfloat16))
 
 
 def bfloat16(trial: Trial) -> Finding:
@@ -77,7 +79,7 @@ def double(trial: Trial) -> Finding:
         return skipped(f"it refuses float64: {error}")
     if got.y.dtype != torch.float64:
         return wrong(f"the output of a float64 input is {got.y.dtype}")
-    return trial.compared(got, trial.exact)
+    return trial.compared(got, trial.expected)
 
 
 def recomputed(trial: Trial) -> Finding:
@@ -94,7 +96,7 @@ def recomputed(trial: Trial) -> Finding:
     for (name, once), again in zip(plain.named_buffers(), module.buffers(), strict=True):
         if not torch.equal(once, again):
             return wrong(f"buffer {name} changes more under recomputation: it is counted twice")
-    return trial.compared(got, trial.exact)
+    return trial.compared(got, trial.expected)
 
 
 def compiled(trial: Trial) -> Finding:
@@ -106,7 +108,7 @@ def compiled(trial: Trial) -> Finding:
         return Ran(run(x))
 
     return trial.compared(
-        differentiate(through, module, trial.x.float(), trial.up.float()), trial.exact
+        differentiate(through, module, trial.x.float(), trial.up.float()), trial.expected
     )
 
 
@@ -145,7 +147,7 @@ def dead_state(trial: Trial) -> Finding:
     other = trial.x.flip(0) * 2
     trial.tested(other, trial.up, module)
     module.zero_grad(set_to_none=True)
-    return trial.compared(trial.tested(trial.x, trial.up, module), trial.exact)
+    return trial.compared(trial.tested(trial.x, trial.up, module), trial.expected)
 
 
 def micro_batches(trial: Trial) -> Finding:
@@ -157,7 +159,7 @@ def micro_batches(trial: Trial) -> Finding:
     inputs = [part.grads["input"] for part in parts]
     joined = None if None in inputs else torch.cat(inputs)  # type: ignore[arg-type]
     y = torch.cat([part.y for part in parts])
-    return trial.compared(Result(y, {**parts[1].grads, "input": joined}), trial.exact)
+    return trial.compared(Result(y, {**parts[1].grads, "input": joined}), trial.expected)
 
 
 CHECKS = (

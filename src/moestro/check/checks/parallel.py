@@ -53,12 +53,13 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
     found, squares = [], 0.0
     for name, each in module.named_parameters():
         name = name.removeprefix("module.")
-        exact = trial.exact.grads.get(name)
+        exact = trial.expected.grads.get(name)
         if exact is not None:
             got = _whole(each.grad)
             got = None if got is None else got * world
             squares += 0.0 if got is None else float(got.double().square().sum())
-            found.append(difference(f"the gradient of {name}", got, exact, 0.1 * float(exact.norm())))
+            floor = 0.1 * float(trial.exact.y.norm())
+            found.append(difference(f"the gradient of {name}", got, exact, floor))
     total = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     norm = _whole(total)
     assert norm is not None
