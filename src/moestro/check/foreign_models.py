@@ -53,7 +53,8 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
     """
     if implementation == NAME:
         install()
-    modules, found = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    found: dict[tuple[str, str], tuple[nn.Module, Tap]] = {}
     for tap in taps(model):
         parent = tap.name.rpartition(".")[0]
         block = modules[parent]
@@ -87,7 +88,8 @@ def from_settings(path: Path, implementation: str = "eager", seed: int = 0) -> l
             settings = transformers.AutoConfig.for_model(**fields)
             settings = settings.get_text_config()
             with torch.device("meta"):
-                model = transformers.AutoModel.from_config(settings)
+                auto: Any = transformers.AutoModel
+                model = auto.from_config(settings)
         except (OSError, ValueError, KeyError, TypeError) as error:
             first = str(error).split("\n")[0]
             raise CheckpointError(f"transformers cannot build {path}: {first}") from error
@@ -102,9 +104,9 @@ def randomise(module: nn.Module) -> None:
             each.normal_(0, 2 * fan_in**-0.5 if each.dim() > 1 else 0.3)
             if each.dim() == 1 and "norm" in name:
                 each.add_(1.0)
-        for name, each in module.named_buffers():
+        for name, buffer in module.named_buffers():
             if name.split(".")[-1] in routers.BIASES:
-                each.normal_(0, 0.1)
+                buffer.normal_(0, 0.1)
 
 
 def _tiny(subject: Subject) -> Subject:

@@ -170,7 +170,7 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
         values = {**cfg.model_dump(), **sizes}
         if values["top_k"] == values["num_experts"]:  # a group cannot hold them all
             values["router"] = {**values["router"], "num_groups": 1, "top_groups": 1}
-        return of_moe(MoE(MoEConfig(**values), layer.experts.backend), title)
+        return of_moe(MoE(MoEConfig(**values), str(layer.experts.backend)), title)
 
     made = described(layer, about, title or f"MoE, {layer.experts.backend}")
     return replace(made, resized=resized)
@@ -301,7 +301,8 @@ def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) 
         logits_TE = logits_TE + tensors[rule.logit_bias]
     bias_E = tensors[rule.choice_bias].double() if rule.choice_bias else None
     choice = definition.choose(rule, logits_TE, bias_E)
-    kept_TK = about.capacity and definition.kept(about.capacity, choice, num_experts)
+    capacity = about.capacity
+    kept_TK = definition.kept(capacity, choice, num_experts) if capacity else None
     experts = _experts(tensors, about.experts, num_experts)
     y_TD = definition.mix(x_TD, choice, experts, kept_TK)
     if about.shared:

@@ -176,7 +176,8 @@ def differentiate(
     x = x.detach().clone().requires_grad_()
     ran = run(module, x, valid)
     if ran.y.requires_grad:
-        ran.y.backward(up.to(ran.y.dtype), retain_graph=ran.balance is not None)
+        kept = ran.balance is not None
+        torch.autograd.backward(ran.y, up.to(ran.y.dtype), retain_graph=kept)
     grads: dict[str, Tensor | None] = {"input": x.grad}
     grads |= {name: each.grad for name, each in module.named_parameters() if each.requires_grad}
     return Result(ran.y, grads, ran.balance, ran.choice)

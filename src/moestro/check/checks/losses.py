@@ -65,7 +65,7 @@ def _gradients(
     assert ran.balance is not None
     if not ran.balance.requires_grad:
         return None
-    ran.balance.backward()
+    torch.autograd.backward(ran.balance)
     return {name: each.grad for name, each in module.named_parameters()}
 
 

@@ -29,7 +29,7 @@ def replicated(trial: Trial) -> Finding:
 
 def sharded(trial: Trial) -> Finding:
     """FSDP2's fully_shard, and the norm of its gradients."""
-    return _compared(trial, fully_shard, idle=False)
+    return _compared(trial, _fully_sharded, idle=False)
 
 
 def idle(trial: Trial) -> Finding:
@@ -49,7 +49,7 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
         share = slice(None) if rank == 0 else slice(0, 0)
     module = wrap(trial.subject.copied())
     y = trial.subject.run(module, x_TD[share][None].float(), None).y
-    y.backward(up_TD[share][None].float())
+    torch.autograd.backward(y, up_TD[share][None].float())
     found, squares = [], 0.0
     for name, each in module.named_parameters():
         name = name.removeprefix("module.")
@@ -66,6 +66,11 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
     exact_norm = torch.tensor(math.sqrt(squares), dtype=torch.float64)
     found.append(difference("the norm of all gradients", norm * world, exact_norm))
     return trial.verdict(found)
+
+
+def _fully_sharded(module: nn.Module) -> nn.Module:
+    fully_shard(module)  # in place
+    return module
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

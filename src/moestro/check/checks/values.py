@@ -157,7 +157,7 @@ def strides(trial: Trial) -> Finding:
             if x.is_contiguous():
                 raise
             continue
-        y.sum().backward()
+        torch.autograd.backward(y.sum())
         grads = {name: each.grad for name, each in module.named_parameters() if each.requires_grad}
         got = trial.ran._replace(y=y, grads={"input": x.grad, **grads})
         found += [each for each in differences(got, exact) if each.name not in trial.broken]
