@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -91,6 +92,7 @@ def _ranks() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # a wrapper that outlives the group has threads that end the process
         dist.destroy_process_group()
 
 
