@@ -41,10 +41,17 @@ def check(
     subject = of_anything(target, title)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trial = Trial(subject, seed)
+        try:
+            trial = Trial(subject, seed)
+            _ = trial.exact
+        except (RuntimeError, TypeError, AttributeError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise MoestroError(
+                f"{subject.title}: its definition cannot run ({first}); a layer takes "
+                "[B, S, D], and its float64 copy computes in float64"
+            ) from error
         if not trial.x.shape[1]:
             raise MoestroError(f"{subject.title}: no token has a clear choice of experts")
-        _ = trial.exact  # what raises here is not the layer's fault
         failed = _failure(lambda: trial.ran)
         found = [
             Explained(

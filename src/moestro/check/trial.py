@@ -87,7 +87,7 @@ class Trial:
 
     def normal(self, *shape: int) -> Tensor:
         """Random numbers of the seed in float64, each exact in bf16."""
-        made = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        made = torch.randn(*shape, generator=self.generator, device="cpu", dtype=torch.float64)
         return made.bfloat16().double()
 
     def clear(self, count: int, wanted: Callable[[Choice], Tensor] | None = None) -> Tensor:

@@ -35,7 +35,7 @@ def masked(trial: Trial) -> Finding:
     subject = trial.subject
     if trial.ran.balance is None or not subject.takes_mask:
         return skipped("no balance loss, or no mask, is described")
-    valid = torch.ones(trial.x.shape[:2], dtype=torch.bool)
+    valid = torch.ones_like(trial.x[..., 0], dtype=torch.bool)
     valid[0, 1:] = False
     exact = subject.define(subject.copied(torch.float64), trial.x[valid][None])
     got = subject.run(subject.copied(), trial.x.float(), valid)

@@ -63,7 +63,7 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
     total = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     norm = _whole(total)
     assert norm is not None
-    exact_norm = torch.tensor(math.sqrt(squares), dtype=torch.float64)
+    exact_norm = trial.x.new_tensor(math.sqrt(squares))
     found.append(difference("the norm of all gradients", norm * world, exact_norm))
     return trial.verdict(found)
 

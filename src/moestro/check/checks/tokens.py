@@ -20,7 +20,7 @@ def permuted(trial: Trial) -> Finding:
     """Tokens in another order."""
     if trial.subject.drops:
         return skipped(_CAPACITY)
-    order = torch.randperm(trial.x.shape[1], generator=trial.generator)
+    order = trial.normal(trial.x.shape[1]).argsort()
     got = trial.tested(trial.x[:, order], trial.up[:, order])
     back = order.argsort()
     gradient = got.grads["input"]
@@ -107,7 +107,7 @@ NEAR = 1e-4
 
 def padding(trial: Trial) -> Finding:
     """What padding holds, real tokens neither see nor are charged for."""
-    valid = torch.ones(trial.x.shape[:2], dtype=torch.bool)
+    valid = torch.ones_like(trial.x[..., 0], dtype=torch.bool)
     valid[0, -2:] = valid[1, :1] = False
     garbage = trial.x.masked_fill(~valid[..., None], 0) + 100 * (~valid[..., None])
     return _padded(trial, garbage, valid)
@@ -115,7 +115,7 @@ def padding(trial: Trial) -> Finding:
 
 def nan_in_padding(trial: Trial) -> Finding:
     """NaN in padding reaches no other token's output; with a mask, no gradient either."""
-    valid = torch.ones(trial.x.shape[:2], dtype=torch.bool)
+    valid = torch.ones_like(trial.x[..., 0], dtype=torch.bool)
     valid[0, -2:] = valid[1, :1] = False
     return _padded(trial, trial.x.masked_fill(~valid[..., None], float("nan")), valid)
 
