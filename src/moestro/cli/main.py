@@ -36,6 +36,7 @@ VERBS = {
     "eval": "Measure how well a model predicts held-out text, in each weight format.",
     "probe": "Measure which expert does what, on labelled text.",
     "convert": "Write a checkpoint in another layout or dtype.",
+    "check": "Compare a mixture with its definition, forward and backward.",
     "plan": "Compute what a model costs, before loading anything.",
     "doctor": "Show what this machine can run, and why.",
 }

@@ -1,0 +1,37 @@
+"""All checks, in the order of a report."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from moestro.check.checks import losses, modes, parallel, tokens, values
+from moestro.check.checks.check import Check
+from moestro.errors import ConfigError
+
+CHECKS = {
+    each.name: each
+    for each in (*values.CHECKS, *tokens.CHECKS, *losses.CHECKS, *modes.CHECKS, *parallel.CHECKS)
+}
+
+
+def chosen(
+    only: Collection[str] = (), skip: Collection[str] = (), slow: bool = False
+) -> list[Check]:
+    """Those to run.
+
+    Args:
+        only: their names; empty: all but the slow ones.
+        skip: names of others not to run.
+        slow: the slow ones too.
+
+    Raises:
+        ConfigError: no check has such a name.
+    """
+    for name in (*only, *skip):
+        if name not in CHECKS:
+            near = difflib.get_close_matches(name, CHECKS, 1)
+            hint = f"did you mean {near[0]}?" if near else "`moestro check --list` names them"
+            raise ConfigError(f"there is no check {name!r}; {hint}")
+    names = only or [each.name for each in CHECKS.values() if slow or not each.slow]
+    return [CHECKS[name] for name in CHECKS if name in names and name not in skip]

@@ -1,0 +1,117 @@
+"""What checks found: one Finding each, and the Report of them all as text, JSON or JUnit XML."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+from xml.etree import ElementTree
+
+# skipped: does not apply here, or was not asked for; unchecked: could not be done.
+Outcome = Literal["ok", "wrong", "skipped", "unchecked"]
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        outcome: see there.
+        words: of wrong: where the largest difference is; else why.
+        difference: relative, see `compare`; None: not a matter of a difference.
+        allowed: the tolerance.
+    """
+
+    outcome: Outcome
+    words: str = ""
+    difference: float | None = None
+    allowed: float | None = None
+
+
+OK = Finding("ok")
+
+
+def wrong(words: str) -> Finding:
+    """A defect that is not a matter of a difference."""
+    return Finding("wrong", words)
+
+
+def skipped(words: str) -> Finding:
+    """Why a check does not apply."""
+    return Finding("skipped", words)
+
+
+class Explained(NamedTuple):
+    """A finding with its check: the name, what is checked, which published defects look like it."""
+
+    check: str
+    finding: Finding
+    meaning: str
+    looks_like: str
+
+
+class Report(NamedTuple):
+    """What was found in one subject."""
+
+    title: str
+    found: tuple[Explained, ...]
+    seed: int
+
+    @property
+    def wrong(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [each.check for each in self.found if each.finding.outcome == "wrong"]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.wrong
+
+    @property
+    def exit_code(self) -> int:
+        """1: something is wrong; 3: nothing is, but something could not be checked; else 0."""
+        if self.wrong:
+            return 1
+        return 3 if any(each.finding.outcome == "unchecked" for each in self.found) else 0
+
+    def text(self) -> str:
+        """One line for what is wrong, or that nothing is."""
+        lines = [
+            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: {each.looks_like}"
+            for each in self.found
+            if each.finding.outcome == "wrong"
+        ]
+        return "\n".join([f"{self.title}: {len(lines)} wrong", *lines])
+
+    def as_json(self) -> dict[str, Any]:
+        """Names and plain values; a difference that is infinite becomes null."""
+        rows = []
+        for each in self.found:
+            row = each.finding._asdict()
+            if row["difference"] == float("inf"):
+                row["difference"] = None
+            rows.append(
+                {"check": each.check, **row, "meaning": each.meaning, "looks_like": each.looks_like}
+            )
+        return {"title": self.title, "seed": self.seed, "ok": self.ok, "checks": rows}
+
+
+def junit(reports: list[Report]) -> str:
+    """JUnit XML: a suite for each subject, a case for each check."""
+    root = ElementTree.Element("testsuites")
+    for report in reports:
+        outcomes = [each.finding.outcome for each in report.found]
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=report.title, tests=str(len(outcomes)),
+            failures=str(outcomes.count("wrong")), skipped=str(outcomes.count("skipped")),
+            errors=str(outcomes.count("unchecked")),
+        )  # fmt: skip
+        for each in report.found:
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=report.title, name=each.check
+            )
+            if each.finding.outcome == "wrong":
+                message = f"{each.finding.words}. {each.meaning}"
+                ElementTree.SubElement(case, "failure", message=message)
+            elif each.finding.outcome != "ok":
+                tag = "skipped" if each.finding.outcome == "skipped" else "error"
+                ElementTree.SubElement(case, tag, message=each.finding.words)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

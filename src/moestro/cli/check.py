@@ -1,0 +1,158 @@
+"""`moestro check`: anybody's mixture against a float64 definition; what is wrong, and where."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moestro.check.report import Report
+
+HANGS_S = 20  # what a rank waits for another
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="A model's folder, a config.json, org/model on the Hugging Face hub, or "
+        "module:factory, a function that returns (module, Description)."
+    ),
+]
+Only = Annotated[list[str] | None, typer.Option(help="A check to do, no other; may be repeated.")]
+Skip = Annotated[list[str] | None, typer.Option(help="A check to leave out; may be repeated.")]
+Implementation = Annotated[
+    str, typer.Option(help="experts_implementation of models of transformers.")
+]
+Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
+
+
+def check(
+    targets: Targets = None,
+    only: Only = None,
+    skip: Skip = None,
+    implementation: Implementation = "eager",
+    seed: Annotated[int, typer.Option(min=0, help="Of inputs and random weights.")] = 0,
+    slow: Annotated[bool, typer.Option("--slow", help="torch.compile too.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Explain every check.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    junit: Junit = None,
+) -> None:
+    """Check mixtures against a float64 per-token definition, forward and backward.
+
+    Each check says what should hold, how far off the layer is, where, and which published defects
+    look like that. Models of transformers are built tiny, with random weights, from their
+    settings. Under torchrun, data and sharded parallelism are compared with one process.
+
+    Exit code: 0 all right, 1 something is wrong, 2 nothing could be made of the arguments,
+    3 something could not be checked.
+    """
+    from moestro.check.checks.table import CHECKS
+    from moestro.check.running import check as checked
+    from moestro.errors import ConfigError
+
+    if listing:
+        for each in CHECKS.values():
+            typer.echo(f"{each.name}: {each.meaning} Broken by: {each.looks_like}.")
+        return
+    if not targets:
+        raise ConfigError("give what to check: a model, a config.json or module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # factories of the working directory, as `python -m` finds them
+    with _ranks():
+        reports = [
+            checked(subject, only=only or (), skip=skip or (), seed=seed, slow=slow)
+            for target in targets
+            for subject in _subjects(target, implementation, seed)
+        ]
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # the first reports for all; torchrun would end it if another failed before
+    _show(reports, as_json, junit)
+    raise typer.Exit(max((each.exit_code for each in reports), key=(0, 3, 1).index))
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """The process group of what torchrun started; a collective that hangs fails in time."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+    try:
+        yield
+    finally:
+        gc.collect()  # a wrapper that outlives the group has threads that end the process
+        dist.destroy_process_group()
+
+
+def _settings(name: str) -> Path:
+    """A config.json: a file, in a folder, or of a model on the hub."""
+    from moestro.checkpoints.hub import find_settings
+    from moestro.errors import ConfigError
+
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.exists() and "/" in name and path.suffix != ".json":
+        return find_settings(name)
+    if not path.is_file():
+        raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
+    return path
+
+
+def _subjects(target: str, implementation: str, seed: int) -> list[object]:
+    """What a name on the command line stands for; a model can have several kinds of mixtures."""
+    import torch
+
+    from moestro.check.subject import of_factory
+
+    torch.manual_seed(seed)
+    path = Path(target)
+    if ":" in target and not path.exists():
+        return [of_factory(target)]
+    from moestro.check.foreign_models import from_settings
+
+    return list(from_settings(_settings(target), implementation, seed))
+
+
+def _show(reports: list[Report], as_json: bool, file: Path | None) -> None:
+    from moestro.check.report import junit
+
+    if file is not None:
+        file.write_text(junit(reports), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps([each.as_json() for each in reports], indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for report in reports:
+        console.print(_table(report))
+
+
+def _table(report: Report) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    marks = {"ok": "[green]✓[/]", "wrong": "[red]✗[/]", "skipped": "–", "unchecked": "?"}
+    table = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
+    for name in ("", "check", "difference", "what"):
+        table.add_column(name)
+    for name, finding, meaning, looks_like in report.found:
+        words = finding.words
+        if finding.outcome == "wrong":
+            words = f"{words}. {meaning} Looks like: {looks_like}."
+        off = "" if finding.difference is None else f"{finding.difference:.1e}"
+        table.add_row(marks[finding.outcome], name, off, escape(words))
+    return table
