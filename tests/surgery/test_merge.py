@@ -101,7 +101,7 @@ def test_merging_identical_experts_changes_nothing(name, align, tmp_path):
 
     layers.write(Change(layers.cfg, copied), tmp_path / "twice")
     layers = Layers(tmp_path / "twice")
-    groups = dict.fromkeys(range(3), [[0], [1, 4, 5], [2], [3]])
+    groups = {layer: [[0], [1, 4, 5], [2], [3]] for layer in range(3)}
     never = dict.fromkeys(range(3), statistics([1, 7, 1, 1, 3, 2]))
     change = merged(layers.cfg, groups, never, align)
     layers.write(change, tmp_path / "merged")

@@ -96,7 +96,7 @@ def test_a_model_without_a_mixture_layout_is_refused(tmp_path):
     tiny.save(tiny.build("qwen2"), tmp_path / "dense")
     with pytest.raises(ConfigError, match=r"none of mixtral.* can express .*attention.bias"):
         upcycled(Layers(tmp_path / "dense"), Recipe(6, 2))
-    with pytest.raises(ConfigError, match="attention.bias is 'qkv'; only"):
+    with pytest.raises(ConfigError, match=r"attention\.bias is 'qkv'; only"):
         upcycled(Layers(tmp_path / "dense"), Recipe(6, 2), "qwen3_moe")
     tiny.save(tiny.build("mixtral"), tmp_path / "mixture")
     with pytest.raises(ConfigError, match="a mixture of 6 experts already"):

@@ -213,7 +213,7 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
     console.print(heading, markup=False, soft_wrap=True)
     domains = [name for name in rows[WHOLE].bits if name != ALL]
     domains = domains if len(domains) > 1 else []
-    table = new_table("model", ALL, "change", "±", "", *domains)
+    table = new_table("model", ALL, "change", "±", "relative", *domains)
     for name, cost in rows.items():
         change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
         change = change if name != WHOLE else [""] * 3
