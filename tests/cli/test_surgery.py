@@ -10,6 +10,7 @@ from moestro.checkpoints.reading import read_model
 from moestro.checkpoints.writing import write_pretrained
 from moestro.cli.main import main
 from moestro.config import ModelConfig
+from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
 
 
@@ -99,6 +100,19 @@ def test_upcycle_says_what_it_made(
     words[2] = str(tmp_path / "other")
     assert main([*words, "--method", "drop"]) == 0
     assert "drop on 50%" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available()))
+def test_round_is_measured_as_int4(
+    published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["round", str(published), str(tmp_path / "new"), "--text", text, "--tokens", "1000"]
+    facts = facts_of(words, capsys)
+    assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
+    assert facts["matrices"] == 2 * (2 + 2 * 4)
+    words = ["eval", str(tmp_path / "new"), "--source", text, "--tokens", "1000"]
+    again = facts_of([*words, "--weights", "int4"], capsys)
+    assert again["rows"][0]["bits_per_byte"] == facts["rows"][2]["bits_per_byte"]
 
 
 @pytest.mark.parametrize(

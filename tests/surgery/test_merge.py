@@ -99,7 +99,7 @@ def test_merging_identical_experts_changes_nothing(name, align, tmp_path):
                 made["experts.gate_up_bias"][expert] = made["experts.gate_up_bias"][1][rows]
         return made
 
-    layers.write(Change(layers.cfg, copied), tmp_path / "twice")
+    layers.write(Change.of_networks(layers.cfg, copied), tmp_path / "twice")
     layers = Layers(tmp_path / "twice")
     groups = {layer: [[0], [1, 4, 5], [2], [3]] for layer in range(3)}
     never = dict.fromkeys(range(3), statistics([1, 7, 1, 1, 3, 2]))

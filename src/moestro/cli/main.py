@@ -38,6 +38,7 @@ VERBS = {
     "upcycle": "Make a dense model a mixture that computes the same.",
     "prune": "Remove experts, and measure what it costs.",
     "merge": "Merge experts that are alike, and measure what it costs.",
+    "round": "Round weights for int4 so that a text loses least.",
     "convert": "Write a checkpoint in another layout or dtype.",
     "plan": "Compute what a model costs, before loading anything.",
     "doctor": "Show what this machine can run, and why.",

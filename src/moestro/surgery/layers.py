@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,12 +38,23 @@ class Change(NamedTuple):
 
     Attributes:
         cfg: its new settings.
-        network: (layer, the tensors of its feed-forward network) → the new ones, the same each
-            time it is called; all others stay.
+        block: (layer, the tensors of its block) → the new ones, the same each time it is called.
+            What is outside the blocks stays.
     """
 
     cfg: ModelConfig
-    network: Callable[[int, Tensors], Tensors]
+    block: Callable[[int, Tensors], Tensors]
+
+    @classmethod
+    def of_networks(cls, cfg: ModelConfig, network: Callable[[int, Tensors], Tensors]) -> Self:
+        """A change of feed-forward networks alone, given their tensors by the names in them."""
+
+        def block(layer: int, tensors: Tensors) -> Tensors:
+            inner = {name[4:]: one for name, one in tensors.items() if name.startswith(_NETWORK)}
+            rest = {name: one for name, one in tensors.items() if not name.startswith(_NETWORK)}
+            return rest | {_NETWORK + name: one for name, one in network(layer, inner).items()}
+
+        return cls(cfg, block)
 
 
 class Layers:
@@ -100,12 +111,7 @@ class Layers:
     def block(self, layer: int, changes: Sequence[Change]) -> list[Tensors]:
         """The tensors of one block after each change; those of equal names may be the same."""
         stored = self.tensors(f"blocks.{layer}")
-        network = {name[4:]: tensor for name, tensor in stored.items() if name.startswith(_NETWORK)}
-        rest = {name: tensor for name, tensor in stored.items() if not name.startswith(_NETWORK)}
-        return [
-            {**rest, **{_NETWORK + name: new for name, new in each.network(layer, network).items()}}
-            for each in changes
-        ]
+        return [each.block(layer, stored) for each in changes]
 
     @torch.no_grad()
     def bits(

@@ -108,7 +108,7 @@ def merged(
                 each.append(rows[first] if name.startswith("router.") else _mean(rows, shares_P))
         return {**tensors, **{name: torch.stack(each) for name, each in made.items()}}
 
-    return Change(new, network)
+    return Change.of_networks(new, network)
 
 
 def _mean(tensors: list[Tensor], shares_P: Tensor | None) -> Tensor:

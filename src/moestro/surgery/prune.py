@@ -128,7 +128,7 @@ def pruned(cfg: ModelConfig, keep: Mapping[int, Tensor]) -> Change:
             for name, tensor in tensors.items()
         }
 
-    return Change(fewer(cfg, number), network)
+    return Change.of_networks(fewer(cfg, number), network)
 
 
 def per_expert(name: str) -> bool:

@@ -80,7 +80,7 @@ def upcycled(layers: Layers, recipe: Recipe, family: str | None = None) -> tuple
                 raise
             reason = reason or str(error)
             continue
-        return Change(cfg, partial(_network, cfg, recipe)), name
+        return Change.of_networks(cfg, partial(_network, cfg, recipe)), name
     raise ConfigError(
         f"none of {', '.join(TARGETS)} can express the mixture: {reason}. Try with a shared "
         "expert, or without, or name one to see what is in its way"
