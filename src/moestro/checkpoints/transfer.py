@@ -176,7 +176,11 @@ def load_tensors(unread: Unread, progress: Progress | None = None) -> None:
 
 
 def outgoing(
-    family: Family, model: Model, dtype: torch.dtype | None = None, fused_experts: bool = False
+    family: Family,
+    model: Model,
+    dtype: torch.dtype | None = None,
+    fused_experts: bool = False,
+    tensors: Callable[[str], Tensor] | None = None,
 ) -> list[Written]:
     """The tensors of a checkpoint of this model, each made when it is written.
 
@@ -185,17 +189,22 @@ def outgoing(
         model: what to write.
         dtype: of the parameters; None: as they are. Buffers stay as they are.
         fused_experts: all experts of a layer in one tensor, where each has tensors of its own.
+        tensors: what makes one of the model's by name, which then may be without memory; called
+            again for each tensor of theirs, in the order of ours.
     """
     rules = fused(family.rules, family.renamed) if fused_experts else family.rules
     own = unique_tensors(model)
+    made = tensors or own.__getitem__
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
 
     def written(place: TensorSlice) -> Written:
-        tensor = own[place.ours]
-        to = dtype if dtype is not None and place.ours in parameters else tensor.dtype
+        kind = own[place.ours].dtype
+        to = dtype if dtype is not None and place.ours in parameters else kind
         save = LAYOUTS[place.layout].save
-        return Written(place.theirs, to, place.shape, lambda: save(place.of(tensor), model.cfg))
+        return Written(
+            place.theirs, to, place.shape, lambda: save(place.of(made(place.ours)), model.cfg)
+        )
 
     found = slices(rules, shapes, model.cfg)
     if family.copied(model.cfg):

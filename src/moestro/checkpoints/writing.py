@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moestro.checkpoints.families import FAMILIES, OWN, family_of, names
 from moestro.checkpoints.families.table import Config
@@ -42,6 +43,7 @@ def write_pretrained(
     shard_bytes: int = 5_000_000_000,
     sidecar_files: Path | None = None,
     fused_experts: bool = False,
+    tensors: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json and safetensors, whole or not at all.
 
@@ -55,6 +57,7 @@ def write_pretrained(
         sidecar_files: a folder whose tokenizer and chat templates are copied.
         fused_experts: all experts of a layer in one tensor, as transformers 5 has them in memory;
             False: as the family is published.
+        tensors: what makes one of the model's tensors by name; see `transfer.outgoing`.
 
     Raises:
         ConfigError: no family, several, or not the named one can express the model's settings.
@@ -73,10 +76,10 @@ def write_pretrained(
     kind = dtype or model.embed.weight.dtype
     says = [field for field in _DTYPE_FIELDS if field in fields] or ["dtype"]
     fields |= dict.fromkeys(says, str(kind).removeprefix("torch."))
-    tensors = outgoing(table, model, dtype, fused_experts)
+    written = outgoing(table, model, dtype, fused_experts, tensors)
     with atomic_folder(folder) as inner:
         write_json(inner / CONFIG, fields)
-        write_folder(inner, tensors, shard_bytes)
+        write_folder(inner, written, shard_bytes)
         if sidecar_files is not None:
             copy_sidecar_files(sidecar_files, inner)
 

@@ -72,7 +72,7 @@ def convert(
         raise ConfigError("--fused-experts is about Hugging Face's layout; add --to hf")
     if kind is not None and to != "gguf":
         raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
-    _check_new(target)
+    check_new(target)
     folder = find_checkpoint(source)
     if dtype is None and in_blocks(folder):
         dtype = "bf16"
@@ -94,7 +94,7 @@ def convert(
     typer.echo(_summary(opened, target, to))
 
 
-def _check_new(target: Path) -> None:
+def check_new(target: Path) -> None:
     """Refuse a target that is there, or that cannot be made."""
     if target == Path():
         raise ConfigError("the target needs a name; an empty one was given")

@@ -72,11 +72,11 @@ def eval(
         cfg = read_settings(checkpoint, accept_field or ()).cfg
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
-    rows = [Score(kind, _measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
+    rows = [Score(kind, measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
     if as_json:
-        typer.echo(json.dumps(_facts(checkpoint, read, rows)))
+        typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
-        _print(checkpoint, read, rows)
+        show(checkpoint, read, rows)
 
 
 def _text(
@@ -96,7 +96,7 @@ def _text(
     return held_out, corpus.seq_len
 
 
-def _measure(
+def measure(
     checkpoint: Path, kind: str, held_out: dict[str, HeldOut], accept_fields: list[str] | None
 ) -> dict[str, float]:
     """Bits per byte in one weight format; the model is gone afterwards."""
@@ -116,7 +116,8 @@ def _over(row: Score, first: Score) -> float:
     return row.bits[ALL] / first.bits[ALL] - 1
 
 
-def _facts(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]:
+def facts_of(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]:
+    """The scores as JSON has them."""
     return {
         "checkpoint": str(checkpoint),
         "tokens": tokens,
@@ -127,7 +128,7 @@ def _facts(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]:
     }
 
 
-def _print(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
+def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 

@@ -162,8 +162,7 @@ class Stack(nn.Module):
             recompute: keep no activations for the backward. Routings are returned values, so
                 nothing is counted twice.
         """
-        source_valid_BP = None if source is None else source.valid_BP
-        shared = Shared(tokens_BS, valid_BS, *self._positions(x_BSD, cache), source_valid_BP)
+        shared = self.shared(x_BSD, tokens_BS, valid_BS, cache, source)
         routings = []
         for n, block in enumerate(self.blocks):
             layer_cache = cache.layers[n] if cache is not None else None
@@ -179,6 +178,18 @@ class Stack(nn.Module):
         if cache is not None:
             cache.position += tokens_BS.shape[1]
         return self.norm(x_BSD), tuple(routings)
+
+    def shared(
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        source: CrossSource | None = None,
+    ) -> Shared:
+        """What every block is called with beside x; arguments as of `run`."""
+        source_valid_BP = None if source is None else source.valid_BP
+        return Shared(tokens_BS, valid_BS, *self._positions(x_BSD, cache), source_valid_BP)
 
     def _positions(
         self, x_BSD: Tensor, cache: KVCache | None

@@ -21,7 +21,7 @@ _ACCEPT = (
     "accept_fields=[NAME] in Python"
 )
 # Tokens that transformers would otherwise take from its own defaults.
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def to_settings(family: Family, hf: Mapping[str, Any], accepted: Container[str] = ()) -> Config:
@@ -71,7 +71,7 @@ def to_fields(family: Family, cfg: Config, original: Mapping[str, Any]) -> dict[
         before = canonical(to_settings(family, original, original))
     else:
         fields = {"architectures": [family.architecture], "model_type": family.model_type}
-        fields |= dict.fromkeys(_SPECIAL)
+        fields |= dict.fromkeys(SPECIAL)
     for entry in family.entries:
         written = entry.write(cfg, original)
         if before is not None and _agrees(entry, original, before, cfg):

@@ -1,0 +1,222 @@
+"""What `prune` and `merge` share: text to calibrate and measure on, the table, the new folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from moestro.cli.held_out import open_corpus
+from moestro.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moestro.data.windows import Corpus, HeldOut
+    from moestro.surgery.calibration import LayerStatistics
+    from moestro.surgery.cost import Cost
+    from moestro.surgery.layers import Change, Layers
+
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate on: file, folder, glob or 'builtin'; may be repeated; default: "
+        "what the run trained on. Half of it is kept for measuring. Domains are the sub-folders, "
+        "or the files' names."
+    ),
+]
+Source = Annotated[
+    list[str] | None,
+    typer.Option(help="Other text to measure on, as in `moestro eval`; may be repeated."),
+]
+Calibration = Annotated[
+    int, typer.Option("--calibration", min=1, help="Tokens to calibrate on, at most.")
+]
+Tokens = Annotated[
+    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="The model_type to write; default the one that the model came from, or the only one "
+        "that fits."
+    ),
+]
+Memory = Annotated[
+    str, typer.Option(help="Most memory for hidden states, as in 4GB; beside it is one layer.")
+]
+Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+CALIBRATION, TOKENS, MEMORY = 65_536, 65_536, "4GB"
+DRAWS = 3
+
+
+class Texts(NamedTuple):
+    """Windows to calibrate on, int64 [N, S + 1], and held-out ones by domain."""
+
+    tokens_NS: Tensor
+    held_out: dict[str, HeldOut]
+
+
+def read_texts(
+    layers: Layers, text: list[str] | None, source: list[str] | None, calibration: int, tokens: int
+) -> Texts:
+    """The text of the options.
+
+    Raises:
+        DataError: there is none, or it is of another vocabulary.
+    """
+    from moestro.infer.prompts import check_known
+
+    checkpoint, cfg = layers.folder, layers.cfg
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    with ExitStack() as stack:
+
+        def corpus_of(sources: list[str] | None) -> Corpus:
+            context = cfg.attention.context
+            return open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+
+        corpus = corpus_of(text)
+        windows = min(calibration // corpus.seq_len, corpus.windows_per_epoch)
+        if windows < 1:
+            raise DataError(
+                f"{calibration:,} tokens to calibrate on are less than one window of "
+                f"{corpus.seq_len:,}; raise --calibration, or give more text"
+            )
+        tokens_NS = corpus.batch(0, windows)
+        measured = corpus_of(source) if source else corpus
+        held_out = measured.held_out(tokens)
+        for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
+            known = (cfg.vocab_size, corpus.tokenizer, "the text")
+            check_known(read_NS.flatten().tolist(), *known)
+    return Texts(tokens_NS, held_out)
+
+
+def statistics_of(
+    layers: Layers, texts: Texts, memory_bytes: int, *, every: bool = False
+) -> dict[int, LayerStatistics]:
+    """What the experts do on the text; says how many of them saw little of it."""
+    from moestro.cli.opening import bar
+    from moestro.surgery.calibration import LEAST_TOKENS, collect
+
+    with bar("calibrating, blocks") as progress:
+        seen = collect(
+            layers, texts.tokens_NS, every=every, memory_bytes=memory_bytes, progress=progress
+        )
+    few = sum(int((each.counts_E < LEAST_TOKENS).sum()) for each in seen.values())
+    if few:
+        number = sum(len(each.counts_E) for each in seen.values())
+        typer.echo(
+            f"moestro: {few} of {number} experts saw fewer than {LEAST_TOKENS} of the "
+            f"{texts.tokens_NS[:, 1:].numel():,} tokens, so little is known of them; "
+            "more text and a larger --calibration show more",
+            err=True,
+        )
+    return seen
+
+
+def measure(
+    layers: Layers,
+    held_out: Mapping[str, HeldOut],
+    changes: Mapping[str, Change],
+    memory_bytes: int,
+) -> dict[str, Cost]:
+    """Held-out loss of the whole model and after each change, with a bar."""
+    from moestro.cli.opening import bar
+    from moestro.surgery.cost import costs
+
+    with bar("measuring, blocks") as progress:
+        return costs(layers, held_out, changes, memory_bytes, progress)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say what is wrong with a place that cannot be written.
+
+    Raises:
+        CheckpointError: it is full or forbidden.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
+            "written and has room"
+        ) from None
+
+
+def conclude(
+    layers: Layers,
+    target: Path,
+    family: str | None,
+    method: str,
+    changes: Mapping[str, Change],
+    held_out: Mapping[str, HeldOut],
+    facts: dict[str, Any],
+    *,
+    seed: int,
+    memory_bytes: int,
+    as_json: bool,
+) -> None:
+    """Measure the changes beside random ones, write the one of `method`, and report."""
+    from moestro.surgery.prune import at_random, pruned
+
+    before, after = layers.cfg.moe, changes[method].cfg.moe
+    assert before is not None
+    assert after is not None
+    number = after.num_experts
+    drawn = {
+        f"random {draw + 1}": pruned(layers.cfg, at_random(layers.cfg, number, seed + draw))
+        for draw in range(DRAWS)
+    }
+    rows = measure(layers, held_out, {**changes, **drawn}, memory_bytes)
+    with writing(target):
+        layers.write(changes[method], target, family)
+    read = sum(domain.tokens_NS[:, 1:].numel() for domain in held_out.values())
+    told = {
+        "checkpoint": str(layers.folder), "written": str(target), "method": method,
+        "experts": number, "of": before.num_experts, "held_out_tokens": read,
+    }  # fmt: skip
+    heading = (
+        f"{target}: {number} of {before.num_experts} experts in each mixture; bits per byte of "
+        f"{read:,} held-out tokens"
+    )
+    _report({**told, **facts}, rows, as_json, heading)
+
+
+def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, heading: str) -> None:
+    """The costs as a table for a person, or all facts as JSON."""
+    if as_json:
+        each = [
+            {
+                "model": name,
+                "bits_per_byte": cost.bits,
+                "change": cost.change,
+                "standard_error": cost.error if cost.error == cost.error else None,
+                "relative": cost.relative,
+            }
+            for name, cost in rows.items()
+        ]
+        typer.echo(json.dumps({**facts, "rows": each}))
+        return
+    from rich.console import Console
+
+    from moestro.cli.tables import new_table
+    from moestro.surgery.cost import ALL, WHOLE
+
+    console = Console(highlight=False)
+    console.print(heading, markup=False, soft_wrap=True)
+    domains = [name for name in rows[WHOLE].bits if name != ALL]
+    domains = domains if len(domains) > 1 else []
+    table = new_table("model", ALL, "change", "±", "relative", *domains)
+    for name, cost in rows.items():
+        change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
+        change = change if name != WHOLE else [""] * 3
+        each_domain = [f"{cost.bits[domain]:.4f}" for domain in domains]
+        table.add_row(name, f"{cost.bits[ALL]:.4f}", *change, *each_domain)
+    console.print(table)

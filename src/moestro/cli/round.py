@@ -1,0 +1,80 @@
+"""`moestro round`: a checkpoint that int4 packs exactly, rounded so that a text loses least."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moestro.cli.calibrating import (
+    CALIBRATION,
+    TOKENS,
+    AsJson,
+    Calibration,
+    Family,
+    Source,
+    Target,
+    Text,
+    Tokens,
+    read_texts,
+    writing,
+)
+from moestro.cli.convert import check_new
+from moestro.cli.opening import AcceptField, ModelName, bar
+
+Kind = Annotated[Literal["int4", "int4-64"], typer.Option("--weights", help="Whose grid.")]
+
+
+def round(
+    path: ModelName,
+    target: Target,
+    text: Text = None,
+    weights: Kind = "int4",
+    source: Source = None,
+    calibration: Calibration = CALIBRATION,
+    tokens: Tokens = TOKENS,
+    family: Family = None,
+    as_json: AsJson = False,
+    accept_field: AcceptField = None,
+) -> None:
+    """Round weights to int4's grid so that a text's outputs change least, and say what it costs.
+
+    Writes a plain checkpoint in Hugging Face's layout. `--weights int4` packs it exactly, as fast
+    and as small as any; other programs read it as it is.
+    """
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.quantize import format_of
+    from moestro.cli.eval import Score, facts_of, measure, show
+    from moestro.surgery.layers import Layers
+    from moestro.surgery.rounding import rounded
+
+    check_new(target)
+    layers = Layers(find_checkpoint(path), accept_field or ())
+    layers.fields(layers.cfg, family)
+    texts, format = read_texts(layers, text, source, calibration, tokens), format_of(weights)
+    assert format is not None
+    with ExitStack() as stack, writing(target):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
+        with bar("rounding, blocks") as progress:
+            made = rounded(layers, texts.tokens_NS, format.group, folder, progress)
+        layers.write(made.change, target, family)
+    if made.alone:
+        typer.echo(
+            f"moestro: {made.alone} of {made.matrices} matrices saw too little of the text, so "
+            "their weights were rounded each for itself; more text helps",
+            err=True,
+        )
+    kinds = (("bf16", layers.folder), (weights, layers.folder), (weights, target))
+    bits = [measure(where, kind, texts.held_out, accept_field) for kind, where in kinds]
+    names = ("bf16", weights, f"{weights}, rounded")
+    rows = [Score(name, each) for name, each in zip(names, bits, strict=True)]
+    read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
+    if as_json:
+        alone = {"alone": made.alone, "matrices": made.matrices}
+        typer.echo(json.dumps({**facts_of(target, read, rows), **alone}))
+    else:
+        show(target, read, rows)

@@ -1,0 +1,1 @@
+"""One checkpoint made into another: upcycled, pruned, merged, with what each costs."""

@@ -1,0 +1,254 @@
+"""A decoder on disk of which one block at a time is in memory: read, run on text, changed, written.
+
+Letters: C changes, N windows, S sequence, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moestro.checkpoints.families import OWN, family_of
+from moestro.checkpoints.families.translate import QUANTISATION, SPECIAL, to_fields
+from moestro.checkpoints.folders import read_json
+from moestro.checkpoints.reading import open_unread, origin, read_settings
+from moestro.checkpoints.transfer import Progress, load_tensors
+from moestro.checkpoints.writing import only_family, write_pretrained
+from moestro.config import ModelConfig
+from moestro.errors import ConfigError
+from moestro.models.blocks import Block
+from moestro.models.build import build_model
+from moestro.models.decoder import Decoder
+from moestro.models.materialize import materialize, without_memory
+
+Tensors = Mapping[str, Tensor]  # of one module, by their names in it
+BATCH = 8  # windows in one forward pass
+_NETWORK = "ffn."
+
+
+class Change(NamedTuple):
+    """What becomes of a model.
+
+    Attributes:
+        cfg: its new settings.
+        block: (layer, the tensors of its block) → the new ones, the same each time it is called.
+            What is outside the blocks stays.
+    """
+
+    cfg: ModelConfig
+    block: Callable[[int, Tensors], Tensors]
+
+    @classmethod
+    def of_networks(cls, cfg: ModelConfig, network: Callable[[int, Tensors], Tensors]) -> Self:
+        """A change of feed-forward networks alone, given their tensors by the names in them."""
+
+        def block(layer: int, tensors: Tensors) -> Tensors:
+            inner = {name[4:]: one for name, one in tensors.items() if name.startswith(_NETWORK)}
+            rest = {name: one for name, one in tensors.items() if not name.startswith(_NETWORK)}
+            return rest | {_NETWORK + name: one for name, one in network(layer, inner).items()}
+
+        return cls(cfg, block)
+
+
+class Layers:
+    """A checkpoint, checked against its model; nothing of its tensors is kept.
+
+    Attributes:
+        folder: from `moestro.checkpoints.hub.find_checkpoint`.
+        cfg: the settings.
+        dtype: of the stored embedding (bf16 if that is quantised): what is computed and written in.
+        hf_config: the config.json of Hugging Face's layout that the weights came with, or {}.
+    """
+
+    def __init__(self, folder: Path, accept_fields: Collection[str] = ()) -> None:
+        """Open it.
+
+        Raises:
+            CheckpointError: see `open_unread`.
+            ConfigError: see there; or the model is no decoder.
+        """
+        cfg, family, fields = read_settings(folder, accept_fields)
+        if not isinstance(cfg, ModelConfig):
+            raise ConfigError(
+                f"{folder} is an encoder-decoder; decoders can be upcycled, pruned and merged"
+            )
+        self._unread = open_unread(folder, accept_fields=accept_fields)
+        self.folder, self.cfg, self.dtype = folder, cfg, self._unread.dtype
+        if family is OWN:
+            came_with = origin(folder)
+            fields = read_json(came_with, finite=False) if came_with.is_file() else {}
+        self.hf_config: dict[str, Any] = {
+            name: value for name, value in fields.items() if name not in QUANTISATION
+        }
+
+    def unchanged(self) -> Change:
+        """The model as it is."""
+        return Change(self.cfg, lambda _, tensors: tensors)
+
+    def tensors(self, path: str) -> Tensors:
+        """The tensors of the module at `path`, in memory that is nobody else's.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        module = self._unread.model.get_submodule(path)
+        materialize(module, self.dtype, "cpu")
+        found = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        load_tensors(self._unread.part({f"{path}.{name}" for name in found}))
+        module.to_empty(device="meta")
+        if path == "head" and self.cfg.head.tied:
+            found["weight"] = self.tensors("embed")["weight"]
+        return found
+
+    @torch.no_grad()
+    def block(self, layer: int, changes: Sequence[Change]) -> list[Tensors]:
+        """The tensors of one block after each change; those of equal names may be the same."""
+        stored = self.tensors(f"blocks.{layer}")
+        return [each.block(layer, stored) for each in changes]
+
+    @torch.no_grad()
+    def bits(
+        self,
+        tokens_NS: Tensor,
+        changes: Sequence[Change],
+        watch: Callable[[int, Block], None] | None = None,
+        memory_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Bits of the predicted tokens of each window under each change. float64 [C, N].
+
+        Each block is read once, runs on all windows, and goes.
+
+        Args:
+            tokens_NS: int64 [N, S + 1].
+            changes: of this model.
+            watch: called with (layer, block) before a block of the first change runs.
+            memory_bytes: most for hidden states; where those of all windows need more, the
+                windows go in several passes, each of which reads the checkpoint again.
+            progress: called with (blocks so far, blocks in all).
+        """
+        size = len(changes) * (tokens_NS.shape[1] - 1) * self.cfg.dim * self.dtype.itemsize
+        most = len(tokens_NS) if memory_bytes is None else max(1, memory_bytes // size)
+        starts, found = range(0, len(tokens_NS), most), []
+        for number, start in enumerate(starts):
+            first = number * self.cfg.num_layers
+
+            def moved(layer: int, first: int = first) -> None:
+                if progress is not None:
+                    progress(first + layer + 1, len(starts) * self.cfg.num_layers)
+
+            group_NS = tokens_NS[start : start + most]
+            found.append(self._pass(group_NS, changes, watch, moved))
+        return torch.cat(found, dim=1)
+
+    def _pass(
+        self,
+        tokens_NS: Tensor,
+        changes: Sequence[Change],
+        watch: Callable[[int, Block], None] | None,
+        moved: Callable[[int], None],
+    ) -> Tensor:
+        """`bits` of windows whose hidden states are in memory together."""
+        models = [skeleton(each.cfg) for each in changes]
+        outer = {path: self.tensors(path) for path in _outer(models[0])}
+        for model in models:
+            for path, tensors in outer.items():
+                model.get_submodule(path).load_state_dict(tensors, assign=True)
+        inputs_NS = tokens_NS[:, :-1]
+        first_NSD = models[0].embedded(inputs_NS)
+        states = [first_NSD.clone() for _ in changes]
+        batches = [slice(start, start + BATCH) for start in range(0, len(tokens_NS), BATCH)]
+        for layer in range(self.cfg.num_layers):
+            made = self.block(layer, changes)
+            for model, x_NSD in zip(models, states, strict=True):
+                block = model.blocks[layer]
+                assert isinstance(block, Block)
+                block.load_state_dict(made.pop(0), assign=True)
+                if watch is not None and model is models[0]:
+                    watch(layer, block)
+                for rows in batches:
+                    x_BSD = x_NSD[rows]
+                    shared = model.shared(x_BSD, inputs_NS[rows])
+                    x_NSD[rows] = block(x_BSD, shared, None, None)[0]
+                model.blocks[layer] = torch.nn.Identity()
+            moved(layer)
+        return torch.stack(
+            [
+                torch.cat([_bits(model, x_NSD[rows], tokens_NS[rows, 1:]) for rows in batches])
+                for model, x_NSD in zip(models, states, strict=True)
+            ]
+        )
+
+    def fields(self, cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
+        """The config.json for changed settings.
+
+        Args:
+            cfg: the settings.
+            family: its model_type; None: as the checkpoint came, or the only one that fits.
+
+        Raises:
+            ConfigError: no family can express the settings, or several can, or not this one.
+        """
+        name = family or self.hf_config.get("model_type") or only_family(cfg)
+        table, before = family_of(name, "family"), self.hf_config
+        if before.get("model_type") == name:
+            return to_fields(table, cfg, before)
+        kept = {key: before[key] for key in SPECIAL if key in before}
+        return {**to_fields(table, cfg, {}), **kept}
+
+    def write(self, change: Change, target: Path, family: str | None = None) -> None:
+        """Write the changed model in Hugging Face's layout, whole or not at all.
+
+        Args:
+            change: of this model.
+            target: a new folder.
+            family: see `fields`.
+
+        Raises:
+            ConfigError, CheckpointError, OSError: see `write_pretrained`.
+        """
+        made = lru_cache(maxsize=1)(lambda layer: self.block(layer, [change])[0])
+        other = lru_cache(maxsize=1)(self.tensors)
+
+        def tensor(ours: str) -> Tensor:
+            way = ours.split(".")
+            if way[0] == "blocks":
+                return made(int(way[1]))[".".join(way[2:])]
+            return other(way[0])[".".join(way[1:])]
+
+        write_pretrained(
+            skeleton(change.cfg),
+            target,
+            hf_config=self.fields(change.cfg, family),
+            dtype=self.dtype,
+            sidecar_files=self.folder,
+            tensors=tensor,
+        )
+
+
+def skeleton(cfg: ModelConfig) -> Decoder:
+    """A decoder of these settings without memory, for evaluation."""
+    with without_memory():
+        model = build_model(cfg)
+    assert isinstance(model, Decoder)
+    return model.requires_grad_(False).eval()
+
+
+def _outer(model: Decoder) -> list[str]:
+    """The paths of everything but the blocks."""
+    return [name for name, _ in model.named_children() if name != "blocks"]
+
+
+def _bits(model: Decoder, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    """Bits of each window's targets; float64 [B]."""
+    logits_BSV = model.logits(model.norm(x_BSD))
+    logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    nats_BS = F.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="none")
+    return nats_BS.double().sum(1) / math.log(2)

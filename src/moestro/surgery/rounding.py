@@ -1,0 +1,215 @@
+"""Weights moved onto int4's grid so that a text's outputs change least; packing then adds nothing.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323): input by input, what rounding did to the outputs is
+made up for by the inputs that are still to come. The scale of each group of Q is the one of least
+squared error, weighted by the inputs' second moments, among scales that clip its largest weight.
+
+That weight becomes -8, so packing finds the same scale. A scale has 5 bits and an integer 3 beside
+its sign, so every product is a bf16 number: the result is a plain bf16 checkpoint for any program,
+and int4 is its exact packed form.
+
+Letters: R rows of inputs, T tokens, O outputs, I inputs, Q inputs of a group, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moestro.checkpoints.quantize import packable
+from moestro.checkpoints.tensor_files import read_tensors
+from moestro.checkpoints.transfer import Progress
+from moestro.kernels import reference
+from moestro.models.blocks import Block
+from moestro.moe.experts import StackedWeights
+from moestro.moe.routing import Routing
+from moestro.surgery.calibration import LEAST_TOKENS
+from moestro.surgery.layers import Change, Layers, Tensors
+
+# Added to the diagonal of the second moments, as a share of its mean.
+DAMPING = 0.1
+_CLIPS = torch.linspace(1.0, 0.6, 17).tolist()
+
+
+class Moments:
+    """Σ x xᵀ of the inputs of one matrix, and how many there were."""
+
+    def __init__(self, width: int) -> None:
+        self.sums_II = torch.zeros(width, width, dtype=torch.float32, device="cpu")
+        self.rows = 0
+
+    def add(self, x_RI: Tensor) -> None:
+        """Count rows of inputs."""
+        x_RI = x_RI.float()
+        self.sums_II += x_RI.T @ x_RI
+        self.rows += len(x_RI)
+
+
+class Seen(nn.Module):
+    """A module that packing replaces, beside what its matrices multiply.
+
+    Attributes:
+        moments: of each matrix, by its parameter's name: one, or one for each expert.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        names = [name for name, each in inner.named_parameters() if each.dim() > 1]
+        widths = {name: inner.get_parameter(name).shape for name in names if "bias" not in name}
+        self.moments = {
+            name: [Moments(shape[-1]) for _ in range(shape[0] if len(shape) == 3 else 1)]
+            for name, shape in widths.items()
+        }
+
+    def forward(self, x: Tensor, *rest: Routing) -> Tensor:
+        """Whatever the module returns."""
+        if isinstance(self.inner, StackedWeights):
+            self._add_networks(self.inner, x, *rest)
+        else:
+            (moments,) = self.moments["weight"]
+            moments.add(x.flatten(0, -2))
+        y: Tensor = self.inner(x, *rest)
+        return y
+
+    def _add_networks(
+        self, inner: StackedWeights, x_TD: Tensor, routing: Routing | None = None
+    ) -> None:
+        """Inputs of each expert, times their weights, which its errors are multiplied by."""
+        for expert, (up_HD, moments) in enumerate(
+            zip(inner.gate_up, self.moments["gate_up"], strict=True)
+        ):
+            x_RD, weights_R1 = x_TD, x_TD.new_ones(len(x_TD), 1)
+            if routing is not None:
+                rows = routing.experts_R == expert
+                x_RD = x_TD[routing.tokens_R[rows]]
+                weights_R1 = routing.weights_R[rows, None].to(x_TD.dtype)
+            hidden_RH = x_RD @ up_HD.T
+            if inner.gate_up_bias is not None:
+                hidden_RH = hidden_RH + inner.gate_up_bias[expert]
+            moments.add(x_RD * weights_R1)
+            hidden_RF = reference.activate(hidden_RH, inner.activation)
+            self.moments["down"][expert].add(hidden_RF * weights_R1)
+
+
+class Rounded(NamedTuple):
+    """The change, which lasts as long as the folder, and on how many matrices little was known.
+
+    Attributes:
+        change: what to run or write.
+        alone: matrices that saw too few inputs, and were rounded each weight for itself.
+        matrices: of all.
+    """
+
+    change: Change
+    alone: int
+    matrices: int
+
+
+def rounded(
+    layers: Layers, tokens_NS: Tensor, group: int, folder: Path, progress: Progress | None = None
+) -> Rounded:
+    """All matrices of the blocks that packing replaces, on int4's grid; in one pass over a text.
+
+    The head, and the embedding that may be tied to it, stay as they are.
+
+    Args:
+        layers: of the model.
+        tokens_NS: windows, int64 [N, S + 1]; their hidden states are in memory together.
+        group: Q, 32 or 64.
+        folder: an empty one for the new blocks; as large as the model.
+        progress: called with (blocks so far, blocks in all).
+
+    Raises:
+        OSError: the folder is full.
+    """
+    seen: dict[str, Seen] = {}
+    counts = [0, 0]
+
+    def finish(layer: int) -> None:
+        made: dict[str, Tensor] = {}
+        for path, each in seen.items():
+            for name, moments in each.moments.items():
+                weight = each.inner.get_parameter(name).detach()
+                stack = weight if weight.dim() == 3 else weight[None]
+                new = [on_grid(one, its, group) for one, its in zip(stack, moments, strict=True)]
+                made[f"{path}.{name}"] = torch.stack(new).view_as(weight).to(weight.dtype)
+                counts[0] += sum(its.rows < LEAST_TOKENS for its in moments)
+                counts[1] += len(moments)
+        seen.clear()
+        save_file(made, folder / f"{layer}.safetensors")
+
+    def watch(layer: int, block: Block) -> None:
+        if layer:
+            finish(layer - 1)
+        for path in packable(block):
+            seen[path] = Seen(block.get_submodule(path))
+            block.set_submodule(path, seen[path])
+
+    def block(layer: int, tensors: Tensors) -> Tensors:
+        return {**tensors, **read_tensors(folder / f"{layer}.safetensors")}
+
+    layers.bits(tokens_NS, [layers.unchanged()], watch, progress=progress)
+    finish(layers.cfg.num_layers - 1)
+    return Rounded(Change(layers.cfg, block), *counts)
+
+
+def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
+    """A matrix whose groups of inputs lie on int4's grid; fp32 [O, I].
+
+    Args:
+        w_OI: the matrix.
+        moments: of its inputs; of fewer than `LEAST_TOKENS`, each weight is rounded for itself.
+        group: Q.
+    """
+    left_OI, width = w_OI.float().clone(), w_OI.shape[1]
+    made_OI, factor_II = torch.empty_like(left_OI), torch.eye(width)
+    squares_I = torch.ones(width)
+    if moments.rows >= LEAST_TOKENS and moments.sums_II.any():
+        mean = moments.sums_II.diagonal().mean()
+        damped_II = moments.sums_II / mean + DAMPING * torch.eye(width)
+        squares_I = damped_II.diagonal()
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
+        factor_II = torch.linalg.cholesky(inverse_II, upper=True)
+    for start in range(0, width, group):
+        end = min(start + group, width)
+        part_OQ = left_OI[:, start:end]
+        scales_O = _scales(part_OQ, squares_I[start:end])
+        # Of weights that are all 0 none is the largest.
+        largest_O = part_OQ.abs().argmax(1).masked_fill((part_OQ == 0).all(1), -1)
+        errors_OQ = torch.zeros_like(part_OQ)
+        for place in range(end - start):
+            column = start + place
+            w_O = left_OI[:, column]
+            q_O = (w_O / scales_O).round().clamp(-8, 7).masked_fill(largest_O == place, -8)
+            made_OI[:, column] = q_O * scales_O
+            errors_OQ[:, place] = (w_O - made_OI[:, column]) / factor_II[column, column]
+            rest_Q = factor_II[column, column + 1 : end]
+            left_OI[:, column + 1 : end] -= errors_OQ[:, place, None] * rest_Q
+        left_OI[:, end:] -= errors_OQ @ factor_II[start:end, end:]
+    return made_OI
+
+
+def _scales(w_OQ: Tensor, squares_Q: Tensor) -> Tensor:
+    """The best scale of each row, of those that clip its largest weight to -8; fp32 [O]."""
+    largest_O = w_OQ.gather(1, w_OQ.abs().argmax(1, keepdim=True)).squeeze(1)
+    best_O = torch.ones_like(largest_O)
+    least_O = torch.full_like(largest_O, torch.inf)
+    for clip in _CLIPS:
+        scales_O = _five_bits(largest_O * clip / -8)
+        q_OQ = (w_OQ / scales_O[:, None]).round().clamp(-8, 7)
+        error_O = ((q_OQ * scales_O[:, None] - w_OQ).square() * squares_Q).sum(1)
+        better = error_O < least_O
+        least_O, best_O = error_O.where(better, least_O), scales_O.where(better, best_O)
+    return best_O
+
+
+def _five_bits(x: Tensor) -> Tensor:
+    """Rounded to 5 significant bits; tiny where it is 0."""
+    mantissa, exponent = torch.frexp(x)
+    rounded = torch.ldexp((mantissa * 32).round(), exponent - 5)
+    return rounded.where(x != 0, 2.0**-20)

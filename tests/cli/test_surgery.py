@@ -1,0 +1,153 @@
+"""`moestro upcycle`, `prune` and `merge`: what they write and say, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moestro.checkpoints.reading import read_model
+from moestro.checkpoints.writing import write_pretrained
+from moestro.cli.main import main
+from moestro.config import ModelConfig
+from moestro.kernels import native_cpu
+from moestro.models.decoder import Decoder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("first", "second"):
+        lines = (f"{name} says that line {number} is here\n\n" for number in range(400))
+        (folder / f"{name}.txt").write_text("".join(lines))
+    return str(folder)
+
+
+def facts_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_prune_reports_its_cost_beside_random(
+    published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prune", str(published), str(tmp_path / "less"), "--text", text, "--tokens", "1000"]
+    facts = facts_of([*words, "--keep", "0.75"], capsys)
+    assert (facts["experts"], facts["of"]) == (3, 4)
+    rows = {row["model"]: row for row in facts["rows"]}
+    assert list(rows) == ["whole", "reap", "random 1", "random 2", "random 3"]
+    assert set(rows["reap"]["bits_per_byte"]) == {"all", "first", "second"}
+    assert rows["reap"]["standard_error"] > 0
+    less, whole = read_model(tmp_path / "less"), read_model(published)
+    for layer, kept in facts["kept"].items():
+        old, new = (model.blocks[int(layer)].ffn.experts.down for model in (whole, less))
+        assert torch.equal(old[kept], new)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "less" / name).read_bytes() == (published / name).read_bytes()
+    words[2] = str(tmp_path / "again")
+    assert main([*words, "--keep", "0.75"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 4 experts in each mixture" in out
+    assert f"{rows['reap']['change']:+.4f}" in out
+
+
+def test_prune_until_a_loss(
+    published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prune", str(published), str(tmp_path / "less"), "--text", text, "--tokens", "2000"]
+    facts = facts_of([*words, "--until", "+900%"], capsys)
+    assert facts["experts"] == 2
+    # On every second window alone.
+    assert facts["held_out_tokens"] < 1100
+    words[2] = str(tmp_path / "none")
+    code = main([*words, "--until", "+0.0000001%", "--method", "frequency"])
+    err = capsys.readouterr().err
+    if code:  # the fewest cost something, as they nearly always do
+        assert "removing even the fewest experts, to 3 a layer, costs more than" in err
+        assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("method", [[], ["--method", "m-smoe", "--align"]])
+def test_merge_reports_its_cost_beside_pruning(
+    method: list[str], published: Path, text: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    target = tmp_path / "less"
+    words = ["merge", str(published), str(target), "--text", text, "--tokens", "1000"]
+    facts = facts_of([*words, "--groups", "2", *method], capsys)
+    names = [row["model"] for row in facts["rows"]]
+    assert names == ["whole", facts["method"], "reap", "random 1", "random 2", "random 3"]
+    assert all(sum(map(len, groups)) == 4 for groups in facts["groups"].values())
+    assert read_model(target).blocks[0].ffn.experts.down.shape[0] == 2
+
+
+def test_upcycle_says_what_it_made(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = {"num_heads": 2, "context": 64}
+    cfg = ModelConfig(vocab_size=260, dim=16, num_layers=2, attention=attention)
+    dense = Decoder(cfg).eval()
+    write_pretrained(dense, tmp_path / "dense", family="llama", sidecar_files=published)
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "mixture")]
+    facts = facts_of([*words, "--experts", "8", "--top-k", "4", "--granularity", "2"], capsys)
+    assert facts["model_type"] == "mixtral"
+    mixture = read_model(tmp_path / "mixture")
+    assert facts["parameters"] == sum(one.numel() for one in mixture.parameters())
+    tokens = torch.arange(24)[None]
+    assert (mixture(tokens).logits - dense(tokens).logits).abs().max() < 1e-5
+    assert (tmp_path / "mixture" / "tokenizer.json").is_file()
+    words[2] = str(tmp_path / "other")
+    assert main([*words, "--method", "drop"]) == 0
+    assert "drop on 50%" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available()))
+def test_round_is_measured_as_int4(
+    published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["round", str(published), str(tmp_path / "new"), "--text", text, "--tokens", "1000"]
+    facts = facts_of(words, capsys)
+    assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
+    assert facts["matrices"] == 2 * (2 + 2 * 4)
+    words = ["eval", str(tmp_path / "new"), "--source", text, "--tokens", "1000"]
+    again = facts_of([*words, "--weights", "int4"], capsys)
+    assert again["rows"][0]["bits_per_byte"] == facts["rows"][2]["bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune", "--keep", "0.2"], "1 experts would be left; a model with 4 experts, 2 per"),
+        (["prune"], "give one of --keep, --experts and --until"),
+        (["prune", "--keep", "0.5", "--experts", "2"], "give one of --keep, --experts and"),
+        (["prune", "--until", "1"], "--until is '1'; write it as '+1%'"),
+        (["prune", "--keep", "0.75", "--calibration", "64"], "64 tokens, but 4 experts with 2"),
+        (["prune", "--keep", "0.75", "--calibration", "9"], "less than one window"),
+        (["prune", "--keep", "0.75", "--text", "nowhere"], "nowhere"),
+        (["prune", "--keep", "0.75", "--family", "olmoe"], "layout of olmoe|hf_config"),
+        (["prune", "--keep", "0.75", "--memory", "much"], "much"),
+        (["merge", "--groups", "4"], "4 experts would be left"),
+        (["merge", "--groups", "1"], "1 experts would be left"),
+        (["upcycle"], "a mixture of 4 experts already"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    words: list[str], message: str, published: Path, text: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    verb, *options = words
+    given = [] if verb == "upcycle" or "--text" in words else ["--text", text]
+    before = set(tmp_path.iterdir())
+    assert main([verb, str(published), str(tmp_path / "new"), *given, *options]) == 2
+    err = capsys.readouterr().err
+    assert any(part in err for part in message.split("|")), err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_existing_target_is_left_alone(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prune", str(published), str(published), "--text", text, "--keep", "0.75"]
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Weights on int4's grid: packed exactly, held by bf16, and better than the nearest."""
+
+import pytest
+import torch
+
+from moestro.checkpoints.reading import read_model
+from moestro.kernels.packing import Format, dequantise, quantise
+from moestro.surgery.layers import Layers
+from moestro.surgery.rounding import Moments, on_grid, rounded
+
+from ..checkpoints.families import tiny
+
+TOKENS = torch.randint(0, tiny.VOCABULARY, (40, 33), generator=torch.Generator().manual_seed(4))
+
+
+def nearest(w_OI, group=32):
+    padded_OI = torch.nn.functional.pad(w_OI, (0, -w_OI.shape[1] % group))
+    return dequantise(*quantise(padded_OI, Format("int4", group)))[:, : w_OI.shape[1]]
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("rows", [0, 500])
+def test_packing_and_bf16_change_nothing_more(rows, group):
+    w_OI, moments = torch.randn(40, 100) * 0.02, Moments(100)
+    w_OI[3, :32] = 0
+    if rows:
+        moments.add(torch.randn(rows, 100) @ torch.randn(100, 100))
+    made_OI = on_grid(w_OI, moments, group)
+    assert torch.equal(nearest(made_OI, group), made_OI)
+    assert torch.equal(made_OI.bfloat16().float(), made_OI)
+    assert not made_OI[3, :32].any()
+
+
+def test_outputs_are_closer_than_those_of_the_nearest_weights():
+    x_RI = torch.randn(600, 96) @ (torch.randn(96, 96) + 3 * torch.eye(96))
+    w_OI, moments = torch.randn(48, 96), Moments(96)
+    moments.add(x_RI[:300])
+    other_RI = x_RI[300:]
+    made_OI = on_grid(w_OI, moments, 32)
+    alone_OI = on_grid(w_OI, Moments(96), 32)
+    error = {
+        name: float((other_RI @ (each_OI - w_OI).T).norm())
+        for name, each_OI in (("gptq", made_OI), ("clip", alone_OI), ("near", nearest(w_OI)))
+    }
+    assert error["gptq"] < 0.8 * error["clip"] < 0.8 * error["near"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2"])
+def test_every_packed_matrix_of_the_blocks_is_on_the_grid(name, tmp_path):
+    tiny.save(tiny.build(name), tmp_path / "whole")
+    layers = Layers(tmp_path / "whole")
+    (tmp_path / "blocks").mkdir()
+    made = rounded(layers, TOKENS, 32, tmp_path / "blocks")
+    layers.write(made.change, tmp_path / "rounded")
+    before, after = (read_model(tmp_path / each) for each in ("whole", "rounded"))
+    count = 0
+    for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        matrix = old.dim() > 1 and "bias" not in key and key.startswith("blocks.")
+        if matrix and not any(word in key for word in ("router", "gate.weight", "kv_up")):
+            each = new.detach()
+            assert torch.equal(nearest(each.flatten(0, -2)).view_as(each), each), key
+            assert not torch.equal(old, new)
+            count += 1 if old.dim() == 2 else len(old)
+        else:
+            assert torch.equal(old, new), key
+    assert count == made.matrices > made.alone
+
+
+def test_moments_are_of_what_each_matrix_multiplies(tmp_path, monkeypatch):
+    """With a rounding that keeps the sums: Σ x xᵀ of one expert against a loop."""
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    found = {}
+    monkeypatch.setattr(
+        "moestro.surgery.rounding.on_grid",
+        lambda w_OI, moments, group: found.update({(w_OI.sum().item()): moments}) or w_OI,
+    )
+    (tmp_path / "blocks").mkdir()
+    rounded(Layers(tmp_path), TOKENS, 32, tmp_path / "blocks")
+    model = read_model(tmp_path)
+    mixture, seen = model.blocks[1].ffn, []
+    mixture.experts.register_forward_pre_hook(lambda _, given: seen.append(given))
+    with torch.no_grad():
+        model(TOKENS[:, :-1])
+    x_TD, routing = seen[0]
+    rows = routing.experts_R == 2
+    x_RD = x_TD[routing.tokens_R[rows]]
+    gate_RF, up_RF = (x_RD @ mixture.experts.gate_up[2].T).chunk(2, dim=1)
+    inner_RF = torch.nn.functional.silu(gate_RF) * up_RF * routing.weights_R[rows, None]
+    moments = found[mixture.experts.down[2].sum().item()]
+    assert moments.rows == len(x_RD)
+    assert torch.allclose(moments.sums_II, inner_RF.T @ inner_RF, rtol=1e-3, atol=1e-3)
+    x_RD = x_RD * routing.weights_R[rows, None]
+    moments = found[mixture.experts.gate_up[2].sum().item()]
+    assert torch.allclose(moments.sums_II, x_RD.T @ x_RD, rtol=1e-3, atol=1e-3)
