@@ -40,6 +40,7 @@ from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.checkpoints.tensor_files import read_tensors
 from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
+from moestro.data.rows import ChatCorpus, prepare_chats
 from moestro.data.windows import Corpus, prepare
 from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError, TrainingError
 from moestro.files import UNFINISHED, write_json
@@ -201,15 +202,17 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
         )
 
 
-def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
+def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus | ChatCorpus:
     """The text that a run goes on with: as it left it in the folder `data`, else prepared again.
 
     Nothing is written where `cfg` is not what the checkpoint was trained with.
     """
     if checkpoint is None:
-        return prepare(cfg, data)
+        return prepare(cfg, data) if cfg.chat is None else prepare_chats(cfg, data)
     saved = read_run_settings(checkpoint)
     check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
+    if cfg.chat is not None:
+        return prepare_chats(cfg, data, corpus_fingerprint(checkpoint))
     with suppress(DataError):
         corpus = Corpus(data)
         if corpus.fingerprint == corpus_fingerprint(checkpoint):
