@@ -139,9 +139,22 @@ def test_packed_weights_pass_the_gradient_to_the_adapters_as_unpacked_ones_do(na
         torch.testing.assert_close(found[path], grad, rtol=1e-4, atol=1e-5 * grad.abs().max())
     assert "adapters" in str(supports(packed))
     with torch.no_grad():
-        packed.eval(), plain.eval()
-        near = packed(tokens).logits - plain(tokens).logits
-        assert near.abs().max() < 0.05
+        # Without gradients native code rounds what it reads to int8 as well, adapters or not.
+        errors = []
+        for scale in (5.0 / 3, 0.0):
+            for net in (plain.eval(), packed.eval()):
+                for adapter in attached(net).values():
+                    adapter.scale = scale
+            near, exact = packed(tokens), plain(tokens)
+            # From a token on whose experts are others after the rounding, nothing is told.
+            alike_T = torch.ones(14, dtype=torch.bool)
+            for one, other in zip(near.routings, exact.routings, strict=True):
+                alike_T &= (one.experts_TK() == other.experts_TK()).all(-1)
+            alike_BS = alike_T.view(2, 7).cumprod(1) > 0
+            error_TV = (near.logits - exact.logits)[alike_BS]
+            errors.append(error_TV.square().mean().sqrt())
+            assert alike_BS.sum() >= 7
+        assert errors[0] < 2 * errors[1]
     with pytest.raises(ConfigError, match="packed weights"):
         merge(packed)
 

@@ -3,7 +3,7 @@
 The definition is the merged weight, W + scale · B A, for each expert its own; see docs/tuning.md. A
 module with a parameter `name` has its adapter, or None, as `name_adapter`.
 
-Letters: E experts (1 of a plain matrix), O, I out and in of the weight, N rank, P parts of its rows.
+Letters: E experts (1 of a plain matrix), O and I out and in of the weight, N rank, P parts of rows.
 """
 
 from __future__ import annotations
