@@ -20,17 +20,21 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.checkpoints import packed_files
-from moestro.checkpoints.families import text_part
+from moestro.checkpoints.adapters import PEFT_CONFIG, load_own, own_settings, read_peft
+from moestro.checkpoints.families import family_of, text_part
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model
 from moestro.checkpoints.transfer import Progress
+from moestro.checkpoints.writing import only_family
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
+from moestro.models.adapters import attached, freeze, merge
 from moestro.models.build import Model
+from moestro.moe.packed import Packed
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
@@ -71,6 +75,7 @@ def open_checkpoint(
     accept_fields: Collection[str] = (),
     progress: Progress | None = None,
     verified: bool = False,
+    adapter: str | Path | None = None,
 ) -> Opened:
     """Open a checkpoint of any layout.
 
@@ -87,6 +92,7 @@ def open_checkpoint(
         accept_fields: see `reading.read_settings`.
         progress: called with (bytes read so far, bytes in all).
         verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
+        adapter: see `use_adapter`. A run of adapters is opened as its base with its adapters.
 
     Raises:
         ConfigError: options do not go together, or see `reading.read_settings`.
@@ -104,6 +110,12 @@ def open_checkpoint(
     if format is not None and device not in ("auto", "cpu"):
         raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
     folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
+    if (own := own_settings(folder)) is not None:
+        opened = open_checkpoint(
+            own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
+            backend=backend, accept_fields=accept_fields, progress=progress, adapter=folder,
+        )  # fmt: skip
+        return opened._replace(folder=folder)
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
     told: Any = {"progress": progress, "accept_fields": accept_fields}
@@ -115,7 +127,40 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, path, **told)
     else:
         model = read_packed(folder, format, **told)
-    return Opened(model, folder, _came_with(folder))
+    opened = Opened(model, folder, _came_with(folder))
+    if adapter is not None:
+        use_adapter(opened, adapter)
+    return opened
+
+
+def use_adapter(opened: Opened, adapter: str | Path, *, merged: bool = True) -> None:
+    """Give a model adapters, in place: added to its weights, or beside those that are packed.
+
+    Args:
+        opened: The model, with plain weights or packed ones.
+        adapter: A run of adapters or its checkpoint, or a folder of PEFT's.
+        merged: Where the weights are plain; beside packed ones they stay by themselves.
+
+    Raises:
+        CheckpointError: they belong to another model, or cannot be read.
+        ConfigError: they are of a kind that is not read.
+    """
+    model, folder = opened.model, Path(adapter)
+    if (folder / PEFT_CONFIG).is_file():
+        name = opened.family or only_family(model.cfg)
+        read_peft(model, family_of(name, str(folder)), folder)
+    else:
+        folder = find_checkpoint(str(adapter))
+        settings = own_settings(folder)
+        if settings is None:
+            raise CheckpointError(f"{folder} holds a whole model and no adapter; open it by itself")
+        load_own(model, settings, folder)
+    freeze(model)
+    for each in attached(model).values():
+        each.to(model.embed.weight.device)
+    model.eval()
+    if merged and not any(isinstance(module, Packed) for module in model.modules()):
+        merge(model)
 
 
 def _came_with(folder: Path) -> dict[str, Any] | None:
