@@ -86,14 +86,20 @@ def test_ours_in_peft(both, targets, tmp_path):
         {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj", "o_proj"]},
-        {"target_modules": ["k_proj", "v_proj"], "use_rslora": True, "alpha_pattern": {"v_proj": 3}},
+        {
+            "target_modules": ["k_proj", "v_proj"],
+            "use_rslora": True,
+            "alpha_pattern": {"v_proj": 3},
+        },
         {"target_modules": "all-linear"},
     ],
 )
 def test_peft_in_ours(both, options, tmp_path):
     theirs, folder, tokens = both
     options = {"target_modules": [], **options}
-    cfg = peft.LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    cfg = peft.LoraConfig(
+        r=4, lora_alpha=10, init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
     try:
         wrapped = peft.get_peft_model(copy.deepcopy(theirs), cfg).double()
     except ValueError as error:

@@ -123,7 +123,7 @@ def write_peft(
             pairs[_module(part.theirs, place, stack, inner)] = _outgoing(
                 place.adapter, part, model.cfg
             )
-            # In mixtures PEFT takes the modules gate_proj, up_proj and down_proj for those of experts.
+            # Of mixtures PEFT takes modules called gate_proj and the like for those of experts.
             if place.kind != "attention" and model.cfg.moe is not None:
                 parameters.add(re.sub(r"^.*layers\.\d+\.", "", part.theirs))
             else:
@@ -215,18 +215,17 @@ def _readable(
 ) -> Iterator[tuple[TensorSlice, str, bool]]:
     """Every slice of a weight that may have an adapter, its name in the file, whether stacked."""
     for part in _slices(place, family, cfg, per_expert=False):
-        if place.kind != "experts":
+        if place.kind == "experts":
+            # A lone wrapper has the name of the outer one, whichever weight it is of.
+            inner = f"{part.theirs.rpartition('.')[0]}.base_layer{_ENDS[0]}" in left
+            named = [str(name) for name in config.get("target_parameters") or ()]
+            if inner or not named or any(part.theirs.endswith(name) for name in named):
+                yield part, _module(part.theirs, place, True, inner), True
+        else:
             yield part, part.theirs.removesuffix(".weight"), False
-            continue
-        # A lone wrapper has the name of the outer one, whichever weight it is of.
-        inner = f"{part.theirs.rpartition('.')[0]}.base_layer{_ENDS[0]}" in left
-        named = [str(name) for name in config.get("target_parameters") or ()]
-        if inner or not named or any(part.theirs.endswith(name) for name in named):
-            yield part, _module(part.theirs, place, True, inner), True
-    if place.kind == "experts":
-        for part in _slices(place, family, cfg, per_expert=True):
-            if part.entry is not None:
-                yield part, part.theirs.removesuffix(".weight"), False
+    for part in _slices(place, family, cfg, per_expert=True):
+        if place.kind != "experts" or part.entry is not None:
+            yield part, part.theirs.removesuffix(".weight"), False
 
 
 def _outgoing(adapter: Adapter, part: TensorSlice, cfg: Any) -> Pair:
@@ -234,14 +233,21 @@ def _outgoing(adapter: Adapter, part: TensorSlice, cfg: Any) -> Pair:
     entry = part.entry or 0
     start, stop = part.rows or (0, adapter.b.shape[1])
     a_parts, b_parts, at = [], [], 0
-    for rows, a_ENI in zip(adapter.rows, adapter.a.detach().split(adapter.rank, 1), strict=True):
+    for rows, a_ENI in zip(
+        adapter.rows, torch.split(adapter.a.detach(), adapter.rank, 1), strict=True
+    ):
         first, last = max(start, at), min(stop, at + rows)
         if first < last:
             a_parts.append(a_ENI)
             b_parts.append(adapter.b.detach()[:, first:last])
         at += rows
     a_ENI = torch.cat(a_parts, 1)
-    b_EON = torch.stack([torch.block_diag(*(b[e] for b in b_parts)) for e in range(len(a_ENI))])
+    # [E, O, P · N]: the rows of each part multiply its own A alone.
+    b_EON, first = a_ENI.new_zeros(len(a_ENI), stop - start, a_ENI.shape[1]), 0
+    for place, b_EPN in enumerate(b_parts):
+        columns = slice(place * adapter.rank, (place + 1) * adapter.rank)
+        b_EON[:, first : first + b_EPN.shape[1], columns] = b_EPN
+        first += b_EPN.shape[1]
     pair = Pair(a_ENI, b_EON, adapter.scale)
     if part.entry is not None or len(a_ENI) == 1:
         pair = pair._replace(a=a_ENI[entry], b=b_EON[entry])
@@ -268,7 +274,8 @@ def _incoming(
     if (a.shape[1], len(b)) != (inputs, outputs):
         return None
     if stack:
-        a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+        a = a.view(experts, -1, inputs)
+        b = b.view(outputs, -1, experts).permute(2, 0, 1)
     return Pair(a, _reordered(b, part.layout, cfg, outgoing=False), 1.0)
 
 

@@ -29,6 +29,7 @@ from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packe
 from moestro.checkpoints.reading import origin, read_model
 from moestro.checkpoints.transfer import Progress
 from moestro.checkpoints.writing import only_family
+from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
@@ -113,7 +114,7 @@ def open_checkpoint(
     if (own := own_settings(folder)) is not None:
         opened = open_checkpoint(
             own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
-            backend=backend, accept_fields=accept_fields, progress=progress, adapter=folder,
+            backend=backend, accept_fields=own.accept_fields, progress=progress, adapter=folder,
         )  # fmt: skip
         return opened._replace(folder=folder)
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
@@ -161,6 +162,33 @@ def use_adapter(opened: Opened, adapter: str | Path, *, merged: bool = True) -> 
     model.eval()
     if merged and not any(isinstance(module, Packed) for module in model.modules()):
         merge(model)
+
+
+def open_adapted(
+    checkpoint: Path, lora: LoraConfig, dtype: torch.dtype, device: str, backend: str = "auto"
+) -> Model:
+    """The model of a run of adapters as it is trained: frozen, in the dtype computed in or packed.
+
+    Args:
+        checkpoint: The run's, whose adapters are attached.
+        lora: The run's settings.
+        dtype: float32 or bfloat16.
+        device: Where it goes.
+        backend: A kernel's name, or "auto".
+
+    Raises:
+        CheckpointError: the base cannot be opened, or is another model.
+        ConfigError: see `open_checkpoint`.
+    """
+    packed = lora.weights != AS_IS
+    model = open_checkpoint(
+        lora.base, weights=lora.weights, keep=False, dtype=None if packed else dtype,
+        device=device, backend=backend, accept_fields=lora.accept_fields,
+    ).model  # fmt: skip
+    load_own(model, lora, checkpoint)
+    for adapter in attached(model).values():
+        adapter.to(model.embed.weight.device)
+    return model
 
 
 def _came_with(folder: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import typer
 
 from moestro.cli.opening import (
     AcceptField,
+    AdapterName,
     Device,
     Dtype,
     ModelName,
@@ -128,6 +129,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    adapter: AdapterName = None,
     accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
@@ -153,7 +155,9 @@ def generate(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    options = {
+        "device": device, "dtype": dtype, "weights": weights, "packed": packed, "adapter": adapter,
+    }  # fmt: skip
     model = open_shown(folder, **options, accept_fields=accept_field).model
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None

@@ -26,6 +26,7 @@ from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.config import RunConfig
+    from moestro.models.build import Model
     from moestro.text import Tokenizer
 
 SETTINGS = Path(moestro.__file__).with_name("tune.toml")
@@ -151,7 +152,10 @@ def _settings(
     from moestro.train.tuning import tuning_settings
 
     if any(each.startswith("lora.") for each in stated):
-        stated = [*stated, f"lora.base={json.dumps(str(base.absolute()))}"]
+        stated = [
+            *stated, f"lora.base={json.dumps(str(base.absolute()))}",
+            f"lora.accept_fields={json.dumps(list(accepted))}",
+        ]  # fmt: skip
     return tuning_settings(base, folder, SETTINGS, config, stated, accepted)
 
 
@@ -166,11 +170,16 @@ def _begin(
     """Save step 0 of the run; one process does."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.cli.opening import open_shown
-    from moestro.train.tuning import begin
+    from moestro.train.tuning import begin, new_adapters
 
     base = find_checkpoint(path)
     cfg = _settings(base, folder, config, stated, accepted)
-    opened = lambda: open_shown(base, dtype="fp32", accept_fields=accepted).model  # noqa: E731
+
+    def opened() -> Model:
+        if cfg.lora is None:
+            return open_shown(base, dtype="fp32", accept_fields=accepted).model
+        return new_adapters(base, cfg)
+
     begin(cfg, base, folder, opened, epochs)
 
 

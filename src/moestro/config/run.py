@@ -107,6 +107,10 @@ class LoraConfig(Settings):
         "as-is", description="The base's, packed to save memory (QLoRA)."
     )
 
+    accept_fields: tuple[str, ...] = Field(
+        (), description="Unknown fields of the base's config.json that change nothing."
+    )
+
     @property
     def scale(self) -> float:
         """What the product of a pair is multiplied by."""

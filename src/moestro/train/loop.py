@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.opening import open_adapted, open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.rows import ChatCorpus
 from moestro.data.windows import Corpus, HeldOut
@@ -144,6 +144,9 @@ class Trainer:
         if checkpoint is None:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
+        elif cfg.lora is not None:
+            dtype, device = self.dtype, str(self.device)
+            self.model = open_adapted(checkpoint, cfg.lora, dtype, device, runtime.backend)
         else:
             self.model = open_checkpoint(
                 checkpoint, device=str(self.device), backend=runtime.backend, verified=True

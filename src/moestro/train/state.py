@@ -2,6 +2,7 @@
 
     checkpoints/step-000500/
         config.json, model.safetensors     the model, loadable on its own
+    adapter.safetensors                in the weights' place: adapters, and whose they are
         tokenizer files                    what turns text into its tokens
         run.json                           the settings of the run
         hf_config.json and others          what came with the weights that the run began from
@@ -27,8 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moestro.checkpoints.adapters import save_own
 from moestro.checkpoints.folders import (
     CHECKPOINTS,
+    CONFIG,
     atomic_folder,
     newest_checkpoint,
     read_json,
@@ -53,7 +56,9 @@ SETTINGS_NAME = "config.json"
 ORIGIN = "init"
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
-MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
+MAY_DIFFER = (
+    "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep", "lora.base",
+)  # fmt: skip
 MAY_DIFFER_UNDER = "train.runtime."
 
 
@@ -97,7 +102,11 @@ def save(
             except CheckpointError:
                 remove_folder(target)
         with atomic_folder(target) as folder:
-            save_model(model, folder)
+            if cfg.lora is None:
+                save_model(model, folder)
+            else:  # the weights stay where they are
+                write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
+                save_own(model, cfg.lora, folder)
             tokenizer.save(folder)
             if (run / ORIGIN).is_dir():
                 keep_sidecar_files(run / ORIGIN, folder)

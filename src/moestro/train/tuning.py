@@ -12,10 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moestro.checkpoints.folders import read_json
-from moestro.checkpoints.reading import origin, read_settings
+from moestro.checkpoints.reading import open_unread, origin, read_settings
 from moestro.config import BalanceConfig, ModelConfig, RunConfig
 from moestro.errors import ConfigError
+from moestro.models.adapters import attach
 from moestro.models.build import Model
 from moestro.models.decoder import cannot_pack
 from moestro.moe.balance import COEFFICIENTS, converted
@@ -66,9 +69,11 @@ def tuning_settings(
     cfg = initial_settings(
         base, run, default, config, [*derived, *assignments], tuple(accept_fields)
     )
-    assert cfg.data.chat is not None
+    if cfg.lora is not None and "router" in cfg.optim.freeze:
+        targets = tuple(each for each in cfg.lora.targets if each != "router")
+        cfg = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
     why = cannot_pack(model)
-    if why is not None and cfg.data.chat.pack:
+    if why is not None and cfg.data.chat is not None and cfg.data.chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
     return cfg
 
@@ -87,6 +92,19 @@ def _own_balance(base: Path, model: ModelConfig) -> dict[str, Any]:
     mixtures = sum(model.is_moe_layer(n) for n in range(model.num_layers))
     coefficient = converted(usual if named is None else named, model.moe.top_k, mixtures)
     return {"switch": coefficient, "z": 0.0}
+
+
+def new_adapters(base: Path, cfg: RunConfig) -> Model:
+    """The checkpoint's model without its weights, with adapters drawn by the run's seed.
+
+    Raises:
+        ConfigError, CheckpointError: see `checkpoints.reading.open_unread`.
+    """
+    assert cfg.lora is not None
+    model = open_unread(base, accept_fields=cfg.lora.accept_fields).model
+    torch.manual_seed(cfg.train.seed)
+    attach(model, cfg.lora)
+    return model
 
 
 def begin(
