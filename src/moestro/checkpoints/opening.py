@@ -103,20 +103,14 @@ def open_checkpoint(
     Warns:
         UserWarning: the packed form cannot be kept, or see `reading.read_model`.
     """
-    format = format_of(weights)
-    if format is None and packed is not None:
-        raise ConfigError("--packed names the file of packed weights; add --weights")
-    if format is not None and dtype is not None:
-        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
-    if format is not None and device not in ("auto", "cpu"):
-        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    format = _checked_format(weights, packed, dtype, device)
     folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
     if (own := own_settings(folder)) is not None:
-        opened = open_checkpoint(
+        _check_single(folder, adapter)
+        return open_checkpoint(
             own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
             backend=backend, accept_fields=own.accept_fields, progress=progress, adapter=folder,
-        )  # fmt: skip
-        return opened._replace(folder=folder)
+        )._replace(folder=folder)  # fmt: skip
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
     told: Any = {"progress": progress, "accept_fields": accept_fields}
@@ -129,18 +123,36 @@ def open_checkpoint(
     else:
         model = read_packed(folder, format, **told)
     opened = Opened(model, folder, _came_with(folder))
+    return opened if adapter is None else use_adapter(opened, adapter)
+
+
+def _checked_format(
+    weights: str, packed: Path | None, dtype: str | torch.dtype | None, device: str
+) -> Format | None:
+    """What `weights` names, with options that go together with it."""
+    format = format_of(weights)
+    if format is None and packed is not None:
+        raise ConfigError("--packed names the file of packed weights; add --weights")
+    if format is not None and dtype is not None:
+        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
+    if format is not None and device not in ("auto", "cpu"):
+        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    return format
+
+
+def _check_single(folder: Path, adapter: str | Path | None) -> None:
     if adapter is not None:
-        use_adapter(opened, adapter)
-    return opened
+        raise ConfigError(
+            f"{folder} is a run of adapters of its own; give its base, or leave {adapter} out"
+        )
 
 
-def use_adapter(opened: Opened, adapter: str | Path, *, merged: bool = True) -> None:
+def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
     """Give a model adapters, in place: added to its weights, or beside those that are packed.
 
     Args:
         opened: The model, with plain weights or packed ones.
         adapter: A run of adapters or its checkpoint, or a folder of PEFT's.
-        merged: Where the weights are plain; beside packed ones they stay by themselves.
 
     Raises:
         CheckpointError: they belong to another model, or cannot be read.
@@ -160,8 +172,9 @@ def use_adapter(opened: Opened, adapter: str | Path, *, merged: bool = True) -> 
     for each in attached(model).values():
         each.to(model.embed.weight.device)
     model.eval()
-    if merged and not any(isinstance(module, Packed) for module in model.modules()):
+    if not any(isinstance(module, Packed) for module in model.modules()):
         merge(model)
+    return opened
 
 
 def open_adapted(

@@ -155,14 +155,11 @@ def generate(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    options = {
-        "device": device, "dtype": dtype, "weights": weights, "packed": packed, "adapter": adapter,
-    }  # fmt: skip
-    model = open_shown(folder, **options, accept_fields=accept_field).model
-    layers = chosen_layers(model)
-    column = column_of(layers, layer) if show_experts else None
+    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    model = open_shown(folder, **options, adapter=adapter, accept_fields=accept_field).model
+    column = column_of(chosen_layers(model), layer) if show_experts else None
+    layers, choose = chosen_layers(model), _answer if chat and not special else iter
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
-    choose = _answer if chat and not special else iter
     if as_json:
         typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
     elif column is None:
