@@ -88,7 +88,8 @@ def _of_block(block: Any, path: str) -> Iterator[Place]:
     if not isinstance(ffn, MoE):
         yield from _stack(ffn, f"{path}ffn", "dense")
         return
-    yield _matrix(ffn.router, f"{path}ffn.router", "router")
+    if hasattr(ffn.router, "weight"):  # hashing has none
+        yield _matrix(ffn.router, f"{path}ffn.router", "router")
     yield from _stack(ffn.experts, f"{path}ffn.experts", "experts")
     if ffn.shared is not None:
         yield from _stack(ffn.shared, f"{path}ffn.shared", "dense")
