@@ -12,12 +12,13 @@ such spellings first.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moestro.errors import DataError
-from moestro.sandbox import RefusedError, render
+from moestro.sandbox import MARKS, RefusedError, render
 from moestro.strictjson import read_object
 
 SETTINGS, TEMPLATE, MORE_TEMPLATES = (
@@ -29,6 +30,7 @@ SETTINGS, TEMPLATE, MORE_TEMPLATES = (
 TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_GENERATION = re.compile(r"\{%-?\+?\s*generation\b")
 # Characters; published ones have some 20 thousand at most.
 LONGEST_TEMPLATE = 2**18
 
@@ -64,11 +66,44 @@ class ChatTemplate(NamedTuple):
         Raises:
             DataError: the template refuses the messages, fails, or is not safe to run.
         """
+        return self._render(messages, reply, variables)
+
+    @property
+    def marks(self) -> bool:
+        """Whether {% generation %} blocks say what a model is to learn."""
+        return _GENERATION.search(self.source) is not None
+
+    def render_marked(
+        self, messages: Sequence[Message], **variables: object
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a whole conversation, and [from, to) of each {% generation %} block in it.
+
+        Raises:
+            DataError: as `render`; or a message holds U+FDD0 or U+FDD1, which mark the blocks.
+        """
+        if any(mark in json.dumps([*messages, variables], ensure_ascii=False) for mark in MARKS):
+            raise DataError("a message holds U+FDD0 or U+FDD1, which are no characters; remove it")
+        begin, end = MARKS
+        text, *blocks = self._render(messages, False, variables, marks=True).split(begin)
+        spans = []
+        for block in blocks:
+            inner, _, after = block.partition(end)
+            spans.append((len(text), len(text) + len(inner)))
+            text += inner + after
+        return text, spans
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        reply: bool,
+        variables: Mapping[str, object],
+        marks: bool = False,
+    ) -> str:
         messages = list(map(_as_templates_ask, _plain(messages)))
         given = {"tools": None, "documents": None, **self.tokens, **_plain(variables)}
         given |= {"messages": messages, "add_generation_prompt": reply}
         try:
-            return render(self.source, given)
+            return render(self.source, given, marks=marks)
         except RefusedError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from None
 

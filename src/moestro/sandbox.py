@@ -31,6 +31,8 @@ MOST_MEMORY = 2**30
 MOST_WRITTEN = 2**24
 LONGEST_WAIT_S = 60.0
 MOST_GIVEN = 2**26
+# Around what a model is trained on, where that is asked for: characters that no text holds.
+MARKS = ("\ufdd0", "\ufdd1")
 # Processes that wait for the next rendering; and how one ends for lack of memory.
 MOST_IDLE = 4
 OUT_OF_MEMORY = 77
@@ -44,12 +46,13 @@ class RefusedError(Exception):
     """The template called `raise_exception`."""
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
+def render(source: str, variables: Mapping[str, Any], *, marks: bool = False) -> str:
     """The text that a template writes.
 
     Args:
         source: The template.
         variables: What it is given; plain data, as in JSON.
+        marks: Write `MARKS` around what its {% generation %} blocks write.
 
     Raises:
         RefusedError: it does not want what it is given, and says why.
@@ -58,6 +61,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     request = {
         "source": source, "given": variables, "now": datetime.now().isoformat(),
         "seconds": MOST_SECONDS, "memory": MOST_MEMORY, "characters": MOST_WRITTEN,
+        "marks": MARKS if marks else None,
     }  # fmt: skip
     line = json.dumps(request).encode("ascii") + b"\n"
     if len(line) > MOST_GIVEN:

@@ -41,7 +41,8 @@ def serve() -> None:
     """Answer requests until there are no more.
 
     A request has `source` and `given`, the template and its variables; `now`, the local time; and
-    its limits, `seconds` of processor time, `memory` in bytes and `characters` written. An answer
+    its limits, `seconds` of processor time, `memory` in bytes and `characters` written; and the
+    two `marks` to write around what a model is trained on, if any. An answer
     has the `text`, or that the template `refused` with a message, or what its `problem` is.
     """
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -95,8 +96,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
 
 def _write(request: Mapping[str, Any]) -> str:
     """The text that a template makes of its variables."""
-    sandbox = _Sandbox(datetime.fromisoformat(request["now"]))
-    code, names = _compiled(request["source"]), sandbox.make_globals(None)
+    sandbox, marks = _Sandbox(datetime.fromisoformat(request["now"])), request.get("marks") or ()
+    code, names = _compiled(request["source"], tuple(marks)), sandbox.make_globals(None)
     pieces, left = [], request["characters"]
     for piece in sandbox.template_class.from_code(sandbox, code, names).generate(request["given"]):
         left -= len(piece)
@@ -107,8 +108,10 @@ def _write(request: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _compiled(source: str) -> CodeType:
-    return _Sandbox(datetime.min).compile(source)
+def _compiled(source: str, marks: tuple[str, ...]) -> CodeType:
+    sandbox = _Sandbox(datetime.min)
+    sandbox.marks = marks
+    return sandbox.compile(source)
 
 
 class _RefusedError(Exception):
@@ -117,6 +120,8 @@ class _RefusedError(Exception):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     """What a template can use; the clock stands at `now`."""
+
+    marks: tuple[str, ...] = ()  # begin and end what a model is trained on
 
     def __init__(self, now: datetime) -> None:
         def strftime_now(form: str) -> str:
@@ -136,14 +141,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on; here it changes nothing."""
+    """`{% generation %}` marks what a model is trained on."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body alone."""
+        """The body, between marks where they are wanted."""
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks = getattr(self.environment, "marks", ())
+        if not marks:
+            return body
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in marks)
+        return [begin, *body, end]
 
 
 class _Fields(Namespace):

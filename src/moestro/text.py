@@ -72,6 +72,9 @@ class Tokenizer(Protocol):
         around a text, such as one for its beginning.
         """
 
+    def encode_placed(self, text: str, *, templated: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids as `encode_prompt`, and where in the text each token ends, in characters."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
@@ -99,6 +102,11 @@ class ByteTokenizer:
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
         """As `encode`: the only special token is the NUL byte."""
         return self.encode(text)
+
+    def encode_placed(self, text: str, *, templated: bool = False) -> tuple[list[int], list[int]]:
+        """The bytes; those of one character all end with it."""
+        ids = self.encode(text)
+        return ids, [place for place, c in enumerate(text, 1) for _ in c.encode("utf-8")]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the bytes `ids`."""
@@ -137,16 +145,23 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without the special tokens that a template would add."""
-        return self._encode(self._for_documents, text, special=False)
+        return self._encoding(self._for_documents, text, special=False).ids
 
     def encode_prompt(self, text: str, *, templated: bool = False) -> list[int]:
         """Token ids of a prompt; tokenizer.json's post-processor says what is put around it."""
-        return self._encode(self._inner, text, special=not templated)
+        return self._encoding(self._inner, text, special=not templated).ids
 
-    def _encode(self, inner: tokenizers.Tokenizer, text: str, special: bool) -> list[int]:
+    def encode_placed(self, text: str, *, templated: bool = False) -> tuple[list[int], list[int]]:
+        """As tokenizer.json's offsets say; what is put around a text ends at 0 or at its end."""
+        encoding = self._encoding(self._inner, text, special=not templated)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encoding(
+        self, inner: tokenizers.Tokenizer, text: str, special: bool
+    ) -> tokenizers.Encoding:
         utf8(text)
         with _library("the tokenizer cannot encode this text"):
-            return list(inner.encode(text, add_special_tokens=special).ids)
+            return inner.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""

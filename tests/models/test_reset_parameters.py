@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from moestro import Decoder, ModelConfig
-from moestro.config import EncDecConfig
+from moestro.config import EncDecConfig, LoraConfig
+from moestro.models.adapters import attach
 from moestro.models.encdec import EncDec
 from moestro.models.linear import Linear
 from moestro.moe.packed import Packed
@@ -211,6 +212,8 @@ def test_every_module_resets_what_it_owns():
     seen = set()
     for name in NAMES:
         model = on_meta(name)
+        if isinstance(model, Decoder):
+            attach(model, LoraConfig())
         for module in model.modules():
             seen.add(type(module))
             own = list(own_tensors(module))

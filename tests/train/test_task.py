@@ -71,7 +71,7 @@ def test_next_token():
     example = NEXT_TOKEN.examples(windows_BS, [()] * 3)
     assert torch.equal(example.inputs[0], windows_BS[:, :-1])
     assert torch.equal(example.targets, windows_BS[:, 1:])
-    assert NEXT_TOKEN.predicted(16) == 16
+    assert NEXT_TOKEN.predicted(windows_BS) == 3 * 16
 
 
 def test_fill_spans():

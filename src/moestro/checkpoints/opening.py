@@ -20,17 +20,22 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.checkpoints import packed_files
-from moestro.checkpoints.families import text_part
+from moestro.checkpoints.adapters import PEFT_CONFIG, load_own, own_settings, read_peft
+from moestro.checkpoints.families import family_of, text_part
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model
 from moestro.checkpoints.transfer import Progress
+from moestro.checkpoints.writing import only_family
+from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
+from moestro.models.adapters import attached, freeze, merge
 from moestro.models.build import Model
+from moestro.moe.packed import Packed
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
@@ -71,6 +76,7 @@ def open_checkpoint(
     accept_fields: Collection[str] = (),
     progress: Progress | None = None,
     verified: bool = False,
+    adapter: str | Path | None = None,
 ) -> Opened:
     """Open a checkpoint of any layout.
 
@@ -87,6 +93,7 @@ def open_checkpoint(
         accept_fields: see `reading.read_settings`.
         progress: called with (bytes read so far, bytes in all).
         verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
+        adapter: see `use_adapter`. A run of adapters is opened as its base with its adapters.
 
     Raises:
         ConfigError: options do not go together, or see `reading.read_settings`.
@@ -96,14 +103,14 @@ def open_checkpoint(
     Warns:
         UserWarning: the packed form cannot be kept, or see `reading.read_model`.
     """
-    format = format_of(weights)
-    if format is None and packed is not None:
-        raise ConfigError("--packed names the file of packed weights; add --weights")
-    if format is not None and dtype is not None:
-        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
-    if format is not None and device not in ("auto", "cpu"):
-        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    format = _checked_format(weights, packed, dtype, device)
     folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
+    if (own := own_settings(folder)) is not None:
+        _check_single(folder, adapter)
+        return open_checkpoint(
+            own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
+            backend=backend, accept_fields=own.accept_fields, progress=progress, adapter=folder,
+        )._replace(folder=folder)  # fmt: skip
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
     told: Any = {"progress": progress, "accept_fields": accept_fields}
@@ -115,7 +122,86 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, path, **told)
     else:
         model = read_packed(folder, format, **told)
-    return Opened(model, folder, _came_with(folder))
+    opened = Opened(model, folder, _came_with(folder))
+    return opened if adapter is None else use_adapter(opened, adapter)
+
+
+def _checked_format(
+    weights: str, packed: Path | None, dtype: str | torch.dtype | None, device: str
+) -> Format | None:
+    """What `weights` names, with options that go together with it."""
+    format = format_of(weights)
+    if format is None and packed is not None:
+        raise ConfigError("--packed names the file of packed weights; add --weights")
+    if format is not None and dtype is not None:
+        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
+    if format is not None and device not in ("auto", "cpu"):
+        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    return format
+
+
+def _check_single(folder: Path, adapter: str | Path | None) -> None:
+    if adapter is not None:
+        raise ConfigError(
+            f"{folder} is a run of adapters of its own; give its base, or leave {adapter} out"
+        )
+
+
+def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
+    """Give a model adapters, in place: added to its weights, or beside those that are packed.
+
+    Args:
+        opened: The model, with plain weights or packed ones.
+        adapter: A run of adapters or its checkpoint, or a folder of PEFT's.
+
+    Raises:
+        CheckpointError: they belong to another model, or cannot be read.
+        ConfigError: they are of a kind that is not read.
+    """
+    model, folder = opened.model, Path(adapter)
+    if (folder / PEFT_CONFIG).is_file():
+        name = opened.family or only_family(model.cfg)
+        read_peft(model, family_of(name, str(folder)), folder)
+    else:
+        folder = find_checkpoint(str(adapter))
+        settings = own_settings(folder)
+        if settings is None:
+            raise CheckpointError(f"{folder} holds a whole model and no adapter; open it by itself")
+        load_own(model, settings, folder)
+    freeze(model)
+    for each in attached(model).values():
+        each.to(model.embed.weight.device)
+    model.eval()
+    if not any(isinstance(module, Packed) for module in model.modules()):
+        merge(model)
+    return opened
+
+
+def open_adapted(
+    checkpoint: Path, lora: LoraConfig, dtype: torch.dtype, device: str, backend: str = "auto"
+) -> Model:
+    """The model of a run of adapters as it is trained: frozen, in the dtype computed in or packed.
+
+    Args:
+        checkpoint: The run's, whose adapters are attached.
+        lora: The run's settings.
+        dtype: float32 or bfloat16.
+        device: Where it goes.
+        backend: A kernel's name, or "auto".
+
+    Raises:
+        CheckpointError: the base cannot be opened, or is another model.
+        ConfigError: see `open_checkpoint`.
+    """
+    packed = lora.weights != AS_IS
+    model = open_checkpoint(
+        lora.base, weights=lora.weights, keep=False, dtype=None if packed else dtype,
+        device=device, backend=backend, accept_fields=lora.accept_fields,
+    ).model  # fmt: skip
+    load_own(model, lora, checkpoint)
+    for adapter in attached(model).values():
+        adapter.to(model.embed.weight.device)
+    return model
 
 
 def _came_with(folder: Path) -> dict[str, Any] | None:

@@ -106,6 +106,8 @@ def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConf
     if holds_run(folder):
         raise ConfigError(f"{folder} holds a run of moestro train; choose another --out")
     cfg = load_settings(RunConfig, config or DEMO, stated)
+    if cfg.data.chat is not None:
+        raise ConfigError("compare trains on text; leave data.chat out, which is moestro tune's")
     claim_folder(folder, resume=False)
     return cfg, prepare(cfg.data, folder / "data")
 
@@ -114,6 +116,7 @@ def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
     """Settings, text and seeds of a comparison to go on with."""
     from moestro.checkpoints.folders import read_json
     from moestro.config import RunConfig
+    from moestro.data.windows import Corpus
     from moestro.errors import CheckpointError, ConfigError
     from moestro.train.compare import plan
     from moestro.train.state import corpus_of, newest_or_none
@@ -128,7 +131,9 @@ def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
         raise CheckpointError(f"{saved} was altered: {error}; start another comparison") from None
     saves = [newest_or_none(entry.folder) for entry in plan(cfg, folder, seeds)]
     checkpoint = next((save for save in saves if save is not None), None)
-    return cfg, corpus_of(folder / "data", cfg.data, checkpoint), seeds
+    corpus = corpus_of(folder / "data", cfg.data, checkpoint)
+    assert isinstance(corpus, Corpus)
+    return cfg, corpus, seeds
 
 
 def _settle(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import AcceptField, Dtype, ModelName, open_shown
+from moestro.cli.opening import AcceptField, AdapterName, Dtype, ModelName, open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,8 +17,12 @@ Target = Annotated[
     Path, typer.Argument(metavar="TARGET", help="The new folder; with --to gguf the new file.")
 ]
 Layout = Annotated[
-    Literal["hf", "moestro", "gguf"],
-    typer.Option("--to", help="Layout: Hugging Face's, this project's own, or llama.cpp's."),
+    Literal["hf", "moestro", "gguf", "peft"],
+    typer.Option(
+        "--to",
+        help="Layout: Hugging Face's, this project's own, or llama.cpp's; of a run of adapters "
+        "PEFT's, else they are added to the weights.",
+    ),
 ]
 Family = Annotated[
     str | None,
@@ -44,6 +48,14 @@ Fused = Annotated[
 ]
 
 
+PerExpert = Annotated[
+    bool,
+    typer.Option(
+        "--per-expert", help="With --to peft: matrices for each expert, as other servers read them."
+    ),
+]
+
+
 def convert(
     source: ModelName,
     target: Target,
@@ -53,6 +65,8 @@ def convert(
     shard_size: ShardSize = "5GB",
     fused_experts: Fused = False,
     kind: Kind = None,
+    adapter: AdapterName = None,
+    per_expert: PerExpert = False,
     accept_field: AcceptField = None,
 ) -> None:
     """Write a checkpoint in another layout, dtype or shard size.
@@ -72,11 +86,16 @@ def convert(
         raise ConfigError("--fused-experts is about Hugging Face's layout; add --to hf")
     if kind is not None and to != "gguf":
         raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
+    if per_expert and to != "peft":
+        raise ConfigError("--per-expert is about PEFT's format; add --to peft")
     check_new(target)
     folder = find_checkpoint(source)
+    if to == "peft":
+        typer.echo(_write_peft(folder, target, family, per_expert))
+        return
     if dtype is None and in_blocks(folder):
         dtype = "bf16"
-    opened = open_shown(folder, dtype=dtype, accept_fields=accept_field)
+    opened = open_shown(folder, dtype=dtype, adapter=adapter, accept_fields=accept_field)
     try:
         if to == "gguf":
             notes = _write_gguf(opened, target, family, kind or "bf16")
@@ -85,13 +104,17 @@ def convert(
         else:
             notes = _write_own(opened, target)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
-            "written and has room"
-        ) from None
+        raise _unwritable(target, error) from None
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
+
+
+def _unwritable(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {target}: {error.strerror or error}; choose a place that can be written "
+        "and has room"
+    )
 
 
 def check_new(target: Path) -> None:
@@ -126,6 +149,29 @@ def _write_hf(
     return [
         f"{opened.folder} has no {HF_FILE}, so other programs find no tokenizer in the new folder"
     ]
+
+
+def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool) -> str:
+    """Write a run's adapters as PEFT does; what was written, in one sentence."""
+    from moestro.checkpoints.adapters import load_own, own_settings, write_peft
+    from moestro.checkpoints.families import family_of
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.reading import open_unread, read_settings
+    from moestro.checkpoints.writing import only_family
+
+    settings = own_settings(folder)
+    if settings is None:
+        raise ConfigError(f"{folder} holds a whole model; --to peft is for a run of adapters")
+    base = find_checkpoint(settings.base)
+    described = read_settings(base, settings.accept_fields)
+    model = open_unread(base, accept_fields=settings.accept_fields).model
+    load_own(model, settings, folder)
+    name = family or described.fields.get("model_type") or only_family(model.cfg)
+    try:
+        write_peft(model, family_of(name, "--family"), target, settings.base, per_expert)
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {settings.base}"
 
 
 def _write_gguf(opened: Opened, target: Path, family: str | None, kind: str) -> list[str]:

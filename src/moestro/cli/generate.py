@@ -14,6 +14,7 @@ import typer
 
 from moestro.cli.opening import (
     AcceptField,
+    AdapterName,
     Device,
     Dtype,
     ModelName,
@@ -128,6 +129,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    adapter: AdapterName = None,
     accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
@@ -154,11 +156,10 @@ def generate(
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
     options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-    model = open_shown(folder, **options, accept_fields=accept_field).model
-    layers = chosen_layers(model)
-    column = column_of(layers, layer) if show_experts else None
+    model = open_shown(folder, **options, adapter=adapter, accept_fields=accept_field).model
+    column = column_of(chosen_layers(model), layer) if show_experts else None
+    layers, choose = chosen_layers(model), _answer if chat and not special else iter
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
-    choose = _answer if chat and not special else iter
     if as_json:
         typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
     elif column is None:

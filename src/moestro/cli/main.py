@@ -28,6 +28,7 @@ from moestro.errors import MoestroError, TrainingError
 
 VERBS = {
     "train": "Train a language model on text, as a mixture or dense.",
+    "tune": "Fine-tune a checkpoint on conversations, all of it or by adapters.",
     "compare": "Train a mixture and its dense twin side by side, and compare what they learned.",
     "generate": "Continue a prompt with a trained model.",
     "chat": "Talk with a model in the terminal.",

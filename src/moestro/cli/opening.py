@@ -33,6 +33,14 @@ Weights = Annotated[
         "fp32, bf16, int8 or int4 (groups of 32 inputs share a scale; int8-64 and int4-64: of 64)."
     ),
 ]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", metavar="PATH",
+        help="A run of `moestro tune --lora`, or a folder of PEFT's: added to the weights, or "
+        "beside packed ones.",
+    ),
+]  # fmt: skip
 AcceptField = Annotated[
     list[str] | None,
     typer.Option(

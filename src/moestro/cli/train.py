@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moestro.config import RunConfig
+    from moestro.data.rows import ChatCorpus
     from moestro.data.windows import Corpus
     from moestro.train.distributed import Ranks
     from moestro.train.loop import Result
@@ -99,18 +100,9 @@ def train(
     with joined(device) as ranks:
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted)
-        cfg, result = _train(cfg, folder, resume or begin is not None, ranks)
+        cfg, result = run_shown(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
-        if as_json:
-            signal_name = signal.Signals(result.stopped_by).name if result.stopped_by else None
-            last = result.history[-1]._asdict() if result.history else None
-            facts = {
-                "run": str(folder), "checkpoint": str(result.checkpoint), "step": result.step,
-                "stopped_by": signal_name, "evaluation": last,
-            }  # fmt: skip
-            typer.echo(json.dumps(facts))
-        else:
-            _print_result(folder, cfg, result)
+        print_outcome(folder, cfg, result, as_json)
     exit_if_stopped(result, f"train --resume --out {shlex.quote(str(folder))}", ranks.writes)
 
 
@@ -126,7 +118,7 @@ def prepare_options(
     return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"), [*(assignments or []), *stated]
 
 
-def fit_vocabulary(cfg: RunConfig, corpus: Corpus) -> RunConfig:
+def fit_vocabulary(cfg: RunConfig, corpus: Corpus | ChatCorpus) -> RunConfig:
     """The settings with a vocabulary that holds the tokenizer's."""
     from moestro.train.task import vocabulary
 
@@ -162,7 +154,8 @@ def _begin(
     ranks.wait()
 
 
-def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[RunConfig, Result]:
+def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[RunConfig, Result]:
+    """Train with a display; the settings with the vocabulary that the tokenizer needs."""
     from moestro.train.loop import Trainer
     from moestro.train.progress import ProgressDisplay
 
@@ -177,7 +170,7 @@ def _train(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple[Ru
         return cfg, Trainer(cfg, folder, corpus, progress, ranks).train(resume)
 
 
-def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
+def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
     from moestro.train.state import claim_folder, corpus_of, newest_or_none
 
@@ -192,7 +185,7 @@ def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus:
     return corpus
 
 
-def _describe(cfg: RunConfig, corpus: Corpus) -> str:
+def _describe(cfg: RunConfig, corpus: Corpus | ChatCorpus) -> str:
     """Two lines that describe the run."""
     from moestro.models.count import count
 
@@ -210,6 +203,20 @@ def _describe(cfg: RunConfig, corpus: Corpus) -> str:
 def _say(text: str, speaks: bool) -> None:
     if speaks:
         typer.echo(text, err=True)
+
+
+def print_outcome(folder: Path, cfg: RunConfig, result: Result, as_json: bool) -> None:
+    """What a run reached, for a person or as one JSON object."""
+    if not as_json:
+        return _print_result(folder, cfg, result)
+    signal_name = signal.Signals(result.stopped_by).name if result.stopped_by else None
+    last = result.history[-1]._asdict() if result.history else None
+    facts = {
+        "run": str(folder), "checkpoint": str(result.checkpoint), "step": result.step,
+        "stopped_by": signal_name, "evaluation": last,
+    }  # fmt: skip
+    typer.echo(json.dumps(facts))
+    return None
 
 
 def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:

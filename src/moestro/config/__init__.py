@@ -31,7 +31,9 @@ from moestro.config.model import (
 )
 from moestro.config.run import (
     BalanceConfig,
+    ChatConfig,
     DataConfig,
+    LoraConfig,
     OptimConfig,
     RunConfig,
     RuntimeConfig,
@@ -39,9 +41,9 @@ from moestro.config.run import (
 )
 
 __all__ = [
-    "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DeltaConfig",
+    "AttentionConfig", "BalanceConfig", "CapacityConfig", "ChatConfig", "DataConfig", "DeltaConfig",
     "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
-    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig",
+    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig", "MoEConfig", "ModelConfig",
     "NetworkConfig", "NormConfig", "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
     "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
     "YarnScaling",

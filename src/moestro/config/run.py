@@ -11,6 +11,19 @@ from moestro.config.number import Coefficient, Fraction, Positive, PositiveFloat
 from moestro.settings import Settings
 
 
+class ChatConfig(Settings):
+    """How conversations become rows of tokens, of which only the assistant's are learned."""
+
+    pack: bool = Field(
+        True, description="Several conversations in one row of seq_len tokens, each on its own."
+    )
+    turns: Literal["all", "each"] = Field(
+        "all",
+        description="Each conversation once, with all turns of the assistant; or, for templates "
+        "that rewrite earlier turns, once for each, as it was when that turn was written.",
+    )
+
+
 class DataConfig(Settings):
     """What text to read, how to cut it, what to hold out."""
 
@@ -35,6 +48,9 @@ class DataConfig(Settings):
         None, description="Most bytes taken of one domain, so that none dominates."
     )
     seed: int = 0
+    chat: ChatConfig | None = Field(
+        None, description="Sources are .jsonl files of conversations; see docs/tuning.md."
+    )
 
 
 class BalanceConfig(Settings):
@@ -68,7 +84,37 @@ class OptimConfig(Settings):
     )
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Coefficient = 0.1
+    freeze: tuple[Literal["router"], ...] = Field((), description="What is not trained: 'router'.")
     clip: PositiveFloat = 1.0
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters that are trained in place of the weights (Hu et al. 2021)."""
+
+    base: str = Field("", description="The checkpoint that they belong to; `tune` sets it.")
+    rank: Positive = Field(16, description="Columns of each pair of matrices.")
+    alpha: PositiveFloat | None = Field(
+        None, description="Adapters count alpha / rank times; default: 2 · rank."
+    )
+    dropout: Fraction = Field(0.0, description="Of what adapters read, in training.")
+    targets: tuple[Literal["attention", "router", "experts", "dense"], ...] = Field(
+        ("attention", "router", "experts", "dense"),
+        min_length=1,
+        description="Where they are; `experts` is all experts, one pair each, `dense` dense "
+        "networks and shared experts.",
+    )
+    weights: Literal["as-is", "int8", "int4"] = Field(
+        "as-is", description="The base's, packed to save memory (QLoRA)."
+    )
+
+    accept_fields: tuple[str, ...] = Field(
+        (), description="Unknown fields of the base's config.json that change nothing."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of a pair is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 class RuntimeConfig(Settings):
@@ -119,6 +165,7 @@ class RunConfig(Settings):
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig | None = Field(None, description="Adapters; unset: all weights are trained.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

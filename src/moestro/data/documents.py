@@ -282,19 +282,28 @@ def _read_text(file: SourceFile, cfg: DataConfig) -> Iterator[Document]:
         offset, part, last = offset + len(raw), part + 1, number
 
 
-def _read_jsonl(file: SourceFile, cfg: DataConfig) -> Iterator[Document]:
-    domain = "" if cfg.domains == "field" else _domain(file, cfg)
+def read_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place (for messages) and value of each line of a .jsonl file that is not blank.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON.
+    """
     offset = 0
-    for number, raw in enumerate(_guarded(file.path, lines=True), start=1):
-        line = _decode(raw, file.path, offset)
+    for number, raw in enumerate(_guarded(path, lines=True), start=1):
+        line = _decode(raw, path, offset)
         offset += len(raw)
         if not line.strip():
             continue
-        where = f"{file.path}, line {number}"
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            yield number, where, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}); put one object on a line") from None
+
+
+def _read_jsonl(file: SourceFile, cfg: DataConfig) -> Iterator[Document]:
+    domain = "" if cfg.domains == "field" else _domain(file, cfg)
+    for number, where, record in read_lines(file.path):
         text = _field(record, cfg.text_field, "data.text_field", where)
         try:
             utf8(text)

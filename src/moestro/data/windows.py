@@ -45,9 +45,9 @@ class HeldOut(NamedTuple):
     """Held-out windows of one domain.
 
     Attributes:
-        tokens_NS: int64 [N, seq_len + 1].
+        tokens_NS: int64 [N, seq_len + 1]; of conversations rows [N, 3, seq_len], see `rows`.
         bytes_per_token: Of all the domain's held-out text, the end of a document counted as one
-            byte; bits per token over this are bits per byte.
+            byte; bits per token over this are bits per byte. Of conversations: per label.
     """
 
     tokens_NS: Tensor
@@ -198,9 +198,9 @@ class _Epoch(NamedTuple):
         cls, file_ends_D: NDArray[np.int64], windows: int, seq_len: int, seed: int, epoch: int
     ) -> _Epoch:
         starts_D = np.concatenate(([0], file_ends_D[:-1]))
-        order_D = _permutation(len(starts_D), "documents", seed, epoch)
+        order_D = permutation(len(starts_D), "documents", seed, epoch)
         return cls(
-            _permutation(windows, "windows", seed, epoch) * seq_len,
+            permutation(windows, "windows", seed, epoch) * seq_len,
             starts_D[order_D],
             np.cumsum((file_ends_D - starts_D)[order_D]),
         )
@@ -249,7 +249,8 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
     return Corpus(folder)
 
 
-def _permutation(length: int, *seed: object) -> NDArray[np.int64]:
+def permutation(length: int, *seed: object) -> NDArray[np.int64]:
+    """The numbers below `length` in an order that depends on nothing but the seed."""
     # The raw bits of a bit generator are the same in every NumPy; its shuffles need not be.
     bits_N = np.random.PCG64(stable_hash(*seed)).random_raw(length)
     return np.argsort(bits_N, kind="stable").astype(np.int64)

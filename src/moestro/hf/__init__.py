@@ -32,9 +32,9 @@ if not {"experts_interface", "is_concatenated"} <= set(
 
 from moestro.hf.balance import Balance, balance  # noqa: E402
 from moestro.hf.balance_callback import BalanceCallback  # noqa: E402
-from moestro.hf.family_loss import converted  # noqa: E402
 from moestro.hf.packed import PackedModel, quantize  # noqa: E402
 from moestro.hf.plug import NAME, Checked, Installed, check, install  # noqa: E402
+from moestro.moe.balance import converted  # noqa: E402
 
 __all__ = [
     "NAME",

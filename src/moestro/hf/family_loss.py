@@ -12,24 +12,10 @@ from moestro.errors import ConfigError
 from moestro.foreign import hooks
 from moestro.foreign.classes import core
 from moestro.foreign.taps import Tap
+from moestro.moe.balance import COEFFICIENTS, converted
 
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 # What models, or their configurations, call what they multiply their losses by.
 _HELD = {*COEFFICIENTS, "router_z_loss_coef"}
-
-
-def converted(coefficient: float, top_k: int, layers: int) -> float:
-    """What a coefficient of transformers is worth as `switch=` here: c · K / L.
-
-    transformers' loss is K at perfect balance and one for all layers; ours is 1 in each layer, and
-    summed. The gradients are the same where all layers are uneven alike (docs/balance.md).
-
-    Args:
-        coefficient: c, such as `config.router_aux_loss_coef`.
-        top_k: K, experts per token.
-        layers: L, mixtures in the model.
-    """
-    return coefficient * top_k / layers
 
 
 def own_switch(model: nn.Module, found: Sequence[Tap]) -> float | None:

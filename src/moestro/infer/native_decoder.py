@@ -28,6 +28,7 @@ from moestro.models.latent import NORM_EPS, LatentAttention
 from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
+from moestro.moe.lora import Adapter
 from moestro.moe.routers import TopKRouter
 
 
@@ -76,6 +77,8 @@ def _wrapped(model: Decoder) -> str | None:
         if not hasattr(layer.experts, "native"):
             return f"experts of the class {type(layer.experts).__name__} decode in Python"
     for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            return "adapters that are not merged decode in Python"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks, which only decoding in Python calls"
     return None

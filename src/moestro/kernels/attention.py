@@ -150,8 +150,10 @@ def _seen(
     if valid_BP is None:
         return seen_QP
     # A padding query still sees itself: a row without any key would be NaN.
-    seen_BQP = (seen_QP & valid_BP[:, None, keys.start : keys.stop]) | (distance_QP == 0)
-    return seen_BQP[:, None]
+    keys_B1P = valid_BP[:, None, keys.start : keys.stop]
+    if valid_BP.dtype != torch.bool:  # documents
+        keys_B1P = keys_B1P == valid_BP[:, own.start : own.stop, None]
+    return ((seen_QP & keys_B1P) | (distance_QP == 0))[:, None]
 
 
 def _one_query(

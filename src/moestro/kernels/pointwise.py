@@ -101,6 +101,9 @@ def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """`reference.rotate`."""
     if _plain(x_BSHA):
         return reference.rotate(x_BSHA, cos_SA, sin_SA)
+    if cos_SA.dim() == 3:  # one long sequence, with the positions of all
+        tables = (each.flatten(0, 1) for each in (cos_SA, sin_SA))
+        return rotate(x_BSHA.flatten(0, 1)[None], *tables).view_as(x_BSHA)
     y_BSHA: Tensor = _Rotate.apply(x_BSHA, cos_SA.to(x_BSHA.dtype), sin_SA.to(x_BSHA.dtype))
     return y_BSHA
 

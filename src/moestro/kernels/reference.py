@@ -186,9 +186,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
 def rotate(x_BSHA: Tensor, cos_SA: Tensor, sin_SA: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, §3.2): each pair (i, i + A/2) of a head by its angle.
 
-    x is queries or keys, computed in its dtype; cosines and sines are [S, A/2], of each position.
+    x is queries or keys, computed in its dtype; cosines and sines are [S, A/2], of each position,
+    or [B, S, A/2] where each sequence has positions of its own.
     """
-    cos_S1A, sin_S1A = cos_SA[:, None].to(x_BSHA.dtype), sin_SA[:, None].to(x_BSHA.dtype)
+    cos_S1A, sin_S1A = (each.unsqueeze(-2).to(x_BSHA.dtype) for each in (cos_SA, sin_SA))
     first, second = x_BSHA.chunk(2, dim=-1)
     return torch.cat(
         [first * cos_S1A - second * sin_S1A, second * cos_S1A + first * sin_S1A], dim=-1

@@ -34,7 +34,8 @@ def attend(
         window: keys that a query sees, its own included; None: all up to its own.
         sinks_H: score of each head's sink.
         bias_HSP: added to the scores.
-        valid_BP: bool, False for keys that only their own query sees.
+        valid_BP: bool, False for keys that only their own query sees; or int64, the document of
+            each key, where P = S: a query sees the keys of its own.
         bidirectional: every query sees every valid key, and all alike where none is valid; P is
             any length. Without window and sinks.
 
@@ -52,6 +53,8 @@ def attend(
                 own = span - length + s
                 first = 0 if window is None else max(0, own - window + 1)
                 valid_P = [True] * span if valid_BP is None else valid_BP[b].tolist()
+                if valid_BP is not None and valid_BP.dtype != torch.bool:
+                    valid_P = [document == valid_P[own] for document in valid_P]
                 keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
                 if bidirectional:
                     keys = [p for p in range(span) if valid_P[p]]

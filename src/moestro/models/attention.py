@@ -79,7 +79,8 @@ class Attention(nn.Module):
         Args:
             x_BSD: normalised hidden states.
             angles: of the S new positions; None with relative positions.
-            valid_BS: bool, False for padding keys; not together with a cache.
+            valid_BS: bool, False for padding keys, or int64, the document of each token; not
+                together with a cache.
             cache: keys and values of earlier positions; extended in place.
             bias_HSP: of relative positions that layers share, for at least the last P keys.
         """

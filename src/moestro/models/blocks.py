@@ -18,7 +18,14 @@ from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
 from moestro.models.relative import RelativeBias
-from moestro.models.rotary import Rotary, RotaryTable, frequencies, rotary, turning_width
+from moestro.models.rotary import (
+    Rotary,
+    RotaryTable,
+    frequencies,
+    packed_rotary,
+    rotary,
+    turning_width,
+)
 from moestro.moe.experts import FeedForward
 from moestro.moe.layer import MoE
 from moestro.moe.mixing import compute_dtype
@@ -31,6 +38,7 @@ class Shared(NamedTuple):
     Attributes:
         tokens_BS: their ids.
         valid_BS: bool, False for padding.
+        documents_BS: the document of each token, where several share a sequence.
         angles: of rotary positions.
         bias_HSP: of relative positions that the layers share.
         source_valid_BP: `valid_BS` of the text that cross attention sees.
@@ -38,6 +46,7 @@ class Shared(NamedTuple):
 
     tokens_BS: Tensor
     valid_BS: Tensor | None
+    documents_BS: Tensor | None
     angles: Rotary | None
     bias_HSP: Tensor | None
     source_valid_BP: Tensor | None
@@ -108,7 +117,8 @@ class Block(nn.Module):
             y_BSD: Tensor = self.delta(normed_BSD, shared.valid_BS, cache)
             return y_BSD
         assert self.attention is not None
-        y_BSD = self.attention(normed_BSD, shared.angles, shared.valid_BS, cache, shared.bias_HSP)
+        valid_BS = shared.valid_BS if shared.documents_BS is None else shared.documents_BS
+        y_BSD = self.attention(normed_BSD, shared.angles, valid_BS, cache, shared.bias_HSP)
         return y_BSD
 
 
@@ -150,6 +160,7 @@ class Stack(nn.Module):
         cache: KVCache | None = None,
         source: CrossSource | None = None,
         recompute: bool = False,
+        documents_BS: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Pass all blocks. [B, S, D] → ([B, S, D] normalised, the mixtures' Routings).
 
@@ -161,8 +172,9 @@ class Stack(nn.Module):
             source: what cross attention sees.
             recompute: keep no activations for the backward. Routings are returned values, so
                 nothing is counted twice.
+            documents_BS: the document of each token; not together with a cache.
         """
-        shared = self.shared(x_BSD, tokens_BS, valid_BS, cache, source)
+        shared = self.shared(x_BSD, tokens_BS, valid_BS, cache, source, documents_BS)
         routings = []
         for n, block in enumerate(self.blocks):
             layer_cache = cache.layers[n] if cache is not None else None
@@ -186,19 +198,23 @@ class Stack(nn.Module):
         valid_BS: Tensor | None = None,
         cache: KVCache | None = None,
         source: CrossSource | None = None,
+        documents_BS: Tensor | None = None,
     ) -> Shared:
         """What every block is called with beside x; arguments as of `run`."""
         source_valid_BP = None if source is None else source.valid_BP
-        return Shared(tokens_BS, valid_BS, *self._positions(x_BSD, cache), source_valid_BP)
+        positions = self._positions(x_BSD, cache, documents_BS)
+        return Shared(tokens_BS, valid_BS, documents_BS, *positions, source_valid_BP)
 
     def _positions(
-        self, x_BSD: Tensor, cache: KVCache | None
+        self, x_BSD: Tensor, cache: KVCache | None, documents_BS: Tensor | None
     ) -> tuple[Rotary | None, Tensor | None]:
         """Angles of the new positions, or their shared bias for every key that a layer may see."""
         length, dtype = x_BSD.shape[1], compute_dtype(x_BSD)
         if cache is not None and cache.rotary is not None:
             return cache.rotary.at(cache.position, length, x_BSD.device, dtype), None
         if isinstance(self.cfg.attention.positions, RopeConfig):
+            if documents_BS is not None:
+                return packed_rotary(documents_BS, self.cfg, dtype), None
             return rotary(0, length, self.cfg, x_BSD.device, dtype), None
         if self.relative is None:
             return None, None

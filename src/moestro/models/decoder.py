@@ -32,6 +32,7 @@ class Decoder(Network, Stack):
     def forward(
         self,
         tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
         *,
         valid_BS: Tensor | None = None,
         cache: KVCache | None = None,
@@ -40,17 +41,43 @@ class Decoder(Network, Stack):
 
         Args:
             tokens_BS: int64 token ids.
+            documents_BS: int64, the document of each token, -1 for padding: neighbours of one
+                number are a text of their own, which sees no other and begins at position 0.
             valid_BS: bool, False for padding.
             cache: of the positions before these; extended in place.
 
         Raises:
-            ShapeError: ids are not [B, S] integers, a mask comes with a cache, or the cache holds
-                another batch.
+            ShapeError: ids are not [B, S] integers, a mask or documents come with a cache, the
+                cache holds another batch, or documents share a row where `cannot_pack`.
         """
+        if documents_BS is not None:
+            valid_BS = self._valid(tokens_BS, documents_BS, valid_BS)
         check_tokens("decoder", tokens_BS, valid_BS)
         if valid_BS is not None and cache is not None:
             raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")
         x_BSD, routings = self.run(
-            self.embedded(tokens_BS), tokens_BS, valid_BS, cache, recompute=self.recomputes()
-        )
+            self.embedded(tokens_BS), tokens_BS, valid_BS, cache,
+            recompute=self.recomputes(), documents_BS=documents_BS,
+        )  # fmt: skip
         return ModelOutput(self.logits(x_BSD), routings)
+
+    def _valid(self, tokens_BS: Tensor, documents_BS: Tensor, valid_BS: Tensor | None) -> Tensor:
+        """Which tokens are of a document."""
+        if valid_BS is not None or documents_BS.shape != tokens_BS.shape:
+            raise ShapeError(
+                f"documents_BS says which of {list(tokens_BS.shape)} tokens are padding by -1; "
+                f"given {list(documents_BS.shape)}{' and a mask' if valid_BS is not None else ''}"
+            )
+        valid_BS = documents_BS >= 0
+        several = documents_BS.diff(dim=1).masked_fill(~valid_BS[:, 1:], 0) != 0
+        why = cannot_pack(self.cfg)
+        if why is not None and several.any():
+            raise ShapeError(f"{why}; give each document a row of its own")
+        return valid_BS
+
+
+def cannot_pack(cfg: ModelConfig) -> str | None:
+    """Why a model of these settings cannot keep documents of one row apart; None: it can."""
+    if cfg.attention.delta is not None:
+        return "the state of gated DeltaNet layers runs on from one document of a row to the next"
+    return None

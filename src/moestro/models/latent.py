@@ -66,7 +66,8 @@ class LatentAttention(nn.Module):
         Args:
             x_BSD: normalised hidden states.
             angles: of the S new positions.
-            valid_BS: bool, False for padding keys; not together with a cache.
+            valid_BS: bool, False for padding keys, or int64, the document of each token; not
+                together with a cache.
             cache: latent vectors of earlier positions; extended in place.
             bias_HSP: always None: latent attention has rotary positions.
         """

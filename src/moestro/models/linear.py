@@ -11,6 +11,7 @@ from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, torch_grouped
 from moestro.kernels.addresses import ROWS
 from moestro.kernels.packing import Format, PackedMatrix, StoredRows, blank_matrix
+from moestro.moe.lora import Adapter, unpacked_mm
 from moestro.moe.mixing import compute_dtype
 from moestro.moe.packed import Packed
 
@@ -59,6 +60,7 @@ class PlainLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool = False, scale: float = 1.0) -> None:
         self.scale = scale
         super().__init__(inputs, outputs, bias)
+        self.weight_adapter: Adapter | None = None
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
@@ -75,10 +77,12 @@ class PlainLinear(nn.Linear):
             and x_TI.dtype == self.weight.dtype
             and x_TI.device.type == "cpu"
         )
-        if not alone:
-            return super().forward(x_TI)
-        y_1O = torch_grouped.linear(x_TI.reshape(1, -1), self.weight, self.bias)
-        return y_1O.view(*x_TI.shape[:-1], -1)
+        if alone:
+            y_1O = torch_grouped.linear(x_TI.reshape(1, -1), self.weight, self.bias)
+            y_TO = y_1O.view(*x_TI.shape[:-1], -1)
+        else:
+            y_TO = super().forward(x_TI)
+        return y_TO if self.weight_adapter is None else y_TO + self.weight_adapter(x_TI)
 
 
 class Linear(PlainLinear):
@@ -129,6 +133,10 @@ class PackedLinear(Packed):
     TENSORS: ClassVar = {"packed": "data", "bias_O": "bias"}
     weights: PackedMatrix
 
+    def __init__(self, weights: Any) -> None:
+        super().__init__(weights)
+        self.weight_adapter: Adapter | None = None
+
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""
         _, rows, columns, format, _ = self.weights
@@ -137,7 +145,14 @@ class PackedLinear(Packed):
     def forward(self, x_TI: Tensor) -> Tensor:
         """[..., I] → [..., O], in the dtype to compute in."""
         rows_TI = self.rows(x_TI).reshape(-1, x_TI.shape[-1])
-        y_TO = self.product(rows_TI)
+        if self.unpacks:
+            all_rows = torch.tensor([len(rows_TI)])
+            y_TO = unpacked_mm(rows_TI, lambda _: native_cpu.unpack_matrix(self.weights), all_rows)
+            y_TO = y_TO if self.weights.bias is None else y_TO + self.weights.bias.to(y_TO.dtype)
+        else:
+            y_TO = self.product(rows_TI)
+        if self.weight_adapter is not None:
+            y_TO = y_TO + self.weight_adapter(rows_TI)
         return y_TO.to(compute_dtype(x_TI)).view(*x_TI.shape[:-1], -1)
 
     def product(self, rows_TI: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from moestro.config import (
     RopeConfig,
     YarnScaling,
 )
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, ShapeError
 from moestro.kernels import pointwise
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of S positions, [S, A/2], for `pointwise.rotate`."""
+    """Cosines and sines of S positions, [S, A/2] or [B, S, A/2], for `pointwise.rotate`."""
 
     cos_SA: Tensor
     sin_SA: Tensor
@@ -166,6 +166,27 @@ def rotary(
     angles_SA = positions_S[:, None] * turns_A
     scale = magnitude(rope, total)
     return Rotary((angles_SA.cos() * scale).to(dtype), (angles_SA.sin() * scale).to(dtype))
+
+
+def packed_rotary(
+    documents_BS: Tensor, cfg: NetworkConfig, dtype: torch.dtype = torch.float32
+) -> Rotary:
+    """Angles of documents that lie one after another in each sequence: each begins at position 0.
+
+    Raises:
+        ShapeError: longrope would stretch the whole sequence, but not each document alone.
+    """
+    length, scaling = documents_BS.shape[1], _rope_of(cfg).scaling
+    if isinstance(scaling, LongRopeScaling) and _beyond(scaling, length):
+        raise ShapeError(
+            f"documents packed into {length} tokens would be stretched by longrope as one text; "
+            f"pack at most {scaling.original_context}"
+        )
+    places_S = torch.arange(length, device=documents_BS.device)
+    begins_BS = documents_BS.diff(dim=1, prepend=documents_BS[:, :1] - 1) != 0
+    first_BS = (places_S * begins_BS).cummax(dim=1).values
+    table = rotary(0, length, cfg, documents_BS.device, dtype)
+    return Rotary(*(each[places_S - first_BS] for each in table))
 
 
 def _rope_of(cfg: NetworkConfig) -> RopeConfig:

@@ -14,6 +14,23 @@ from torch import Tensor
 from moestro.errors import ShapeError
 from moestro.moe.routing import Routing
 
+# What configurations of transformers call the weight of their balance loss.
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+
+
+def converted(coefficient: float, top_k: int, layers: int) -> float:
+    """What a coefficient of transformers is worth as `switch=` here: c · K / L.
+
+    transformers' loss is K at perfect balance and one for all layers; ours is 1 in each layer, and
+    summed. The gradients are the same where all layers are uneven alike (docs/balance.md).
+
+    Args:
+        coefficient: c, such as `config.router_aux_loss_coef`.
+        top_k: K, experts per token.
+        layers: L, mixtures in the model.
+    """
+    return coefficient * top_k / layers
+
 
 def switch_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
     """E · Σ_e f_e · P_e: 1 when all experts get equal shares, E when one gets everything.

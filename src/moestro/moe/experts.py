@@ -19,6 +19,7 @@ from moestro.kernels import native_cpu, packing, reference
 from moestro.kernels.packing import Format, StoredRows
 from moestro.kernels.reference import Biases
 from moestro.moe import mixing
+from moestro.moe.lora import Adapter, Adapters
 from moestro.moe.mixing import ExpertWeights, compute_dtype
 from moestro.moe.packed import PackedExperts, PackedFeedForward, PackedStack
 from moestro.moe.routing import Routing
@@ -66,6 +67,8 @@ class StackedWeights(nn.Module):
         if bias:
             self.gate_up_bias = nn.Parameter(torch.empty(num_experts, width))
             self.down_bias = nn.Parameter(torch.empty(num_experts, dim))
+        self.gate_up_adapter: Adapter | None = None
+        self.down_adapter: Adapter | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +88,11 @@ class StackedWeights(nn.Module):
 
     def values(self) -> ExpertWeights:
         """The weights, for `moestro.moe.mixing`."""
-        return ExpertWeights(self.gate_up, self.down, self.activation, self.biases)
+        found = Adapters(self.gate_up_adapter, self.down_adapter)
+        adapters = found if any(each is not None for each in found) else None
+        return ExpertWeights(
+            self.gate_up, self.down, self.activation, self.biases, adapters=adapters
+        )
 
     def to_packed(self, format: Format, stored: StoredRows | None = None) -> PackedStack:
         """The same with packed weights; see `moestro.moe.packed.Packable`."""

@@ -8,6 +8,7 @@ under the compiler only: `torch.compiler.disable` imports it, which takes a seco
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from moestro.kernels import backends
 from moestro.kernels.backends import Backend, Work
 from moestro.kernels.reference import Activation, Biases
 from moestro.moe import dispatch
+from moestro.moe.lora import Adapters
 from moestro.moe.routing import Routing
 
 # Most rows that are multiplied expert by expert instead of being grouped, without gradients.
@@ -36,11 +38,20 @@ class ExpertWeights(NamedTuple):
     activation: Activation
     biases: Biases | None = None
     norm: Callable[[Tensor], Tensor] | None = None  # of each row after the second product
+    adapters: Adapters | None = None
+
+    def differentiated(self, *others: Tensor) -> bool:
+        """Whether derivatives with respect to any weight, or to the others, are wanted."""
+        adapters = [each for each in self.adapters or () if each is not None]
+        trained = [parameter for each in adapters for parameter in each.parameters()]
+        return differentiated(*others, *self[:2], *(self.biases or ()), *trained)
 
     def work(self, x_TD: Tensor, use: str, lacks: str | None = None) -> Work:
         """What is to be computed with them; see `backends.Work`."""
         if callable(self.activation):
             lacks = lacks or "the experts have an activation or gate of their own"
+        elif self.adapters is not None:
+            lacks = lacks or "the experts have adapters"
         elif self.norm is not None:
             lacks = lacks or "the experts have a norm after each"
         up_EHD, down_EDF = weights = self[:2]
@@ -82,12 +93,14 @@ def mix(
     if routing.weights_R.dtype.itemsize < 4:  # A wrapper cast its inputs, as FSDP2 does.
         routing = routing._replace(weights_R=routing.weights_R.float())
     if training is None:
-        tensors = (x_TD, routing.weights_R, *weights[:2], *(weights.biases or ()))
-        training = differentiated(*tensors)
+        training = weights.differentiated(x_TD, routing.weights_R)
     lacks = None if routing.top_k else "tokens have varying numbers of experts"
     kernel = backends.choose(backend, weights.work(x_TD, "train" if training else "infer", lacks))
     if kernel.mixture is not None and weights.norm is None:
         rows = (routing.tokens_R, routing.experts_R, routing.weights_R)
+        if weights.adapters is not None:
+            up_EHD, down_EDF = weights.adapters.merged(*weights[:2])
+            weights = weights._replace(up_EHD=up_EHD, down_EDF=down_EDF)
         return kernel.mixture(x_TD, *rows, *weights[:4], routing.kept_R)
     few = not training and routing.top_k and len(routing.experts_R) <= FEW_ROWS
     single = _single(kernel, weights) if few else None
@@ -104,7 +117,7 @@ def mix(
 def dense(x_TD: Tensor, weights: ExpertWeights, backend: str = "auto") -> Tensor:
     """One network that takes every row, by the kernels that train; see `mix`."""
     kernel = backends.choose(backend, weights.work(x_TD, "train"))
-    few = len(x_TD) <= FEW_ROWS and not differentiated(x_TD, *weights[:2], *(weights.biases or ()))
+    few = len(x_TD) <= FEW_ROWS and not weights.differentiated(x_TD)
     single = _single(kernel, weights) if few else None
     if single is not None:
         return single(x_TD, 0)
@@ -118,9 +131,9 @@ def _single(kernel: Backend, weights: ExpertWeights) -> Callable[[Tensor, int], 
     For generating text, where so few rows are multiplied that grouping them costs more. None where
     grouping is better or needed: a kernel without such a function, no named activation, a norm.
     """
-    up_EHD, down_EDF, activation, biases, norm = weights
+    up_EHD, down_EDF, activation, biases, norm, adapters = weights
     single_ffn = kernel.single_ffn
-    if single_ffn is None or callable(activation) or norm:
+    if single_ffn is None or callable(activation) or norm or adapters:
         return None
     return lambda rows_PD, expert: single_ffn(rows_PD, expert, up_EHD, down_EDF, activation, biases)
 
@@ -133,10 +146,27 @@ def _ffn(
     experts_E: Tensor | None,
 ) -> Tensor:
     """Each row through its expert; rows past the last offset give zero."""
-    up_EHD, down_EDF, activation, biases, _ = weights
+    up_EHD, down_EDF, activation, biases, _, adapters = weights
+    if adapters is not None:
+        up, down = (
+            partial(_product, kernel, w_EOI, bias_EO, offsets_E, experts_E)
+            for w_EOI, bias_EO in zip(weights[:2], biases or (None, None), strict=True)
+        )
+        return adapters.ffn(rows_RD, up, down, activation, offsets_E, experts_E)
     if not callable(activation):
         plain = (up_EHD, down_EDF, offsets_E, activation, experts_E, biases)
         return kernel.expert_ffn(rows_RD, *plain)
     up_EH, down_ED = biases or (None, None)
     hidden_RH = kernel.grouped_mm(rows_RD, up_EHD, offsets_E, experts_E, up_EH)
     return kernel.grouped_mm(activation(hidden_RH), down_EDF, offsets_E, experts_E, down_ED)
+
+
+def _product(
+    kernel: Backend,
+    w_EOI: Tensor,
+    bias_EO: Tensor | None,
+    offsets_E: Tensor,
+    experts_E: Tensor | None,
+    rows_RI: Tensor,
+) -> Tensor:
+    return kernel.grouped_mm(rows_RI, w_EOI, offsets_E, experts_E, bias_EO)

@@ -6,6 +6,7 @@ neither moves nor converts them, and they are saved by `moestro.checkpoints.pack
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from moestro.errors import MoestroError
 from moestro.kernels import backends, native_cpu, packing
 from moestro.kernels.packing import Format, StoredRows
+from moestro.kernels.torch_grouped import Groups
+from moestro.moe import dispatch
+from moestro.moe.lora import Adapter, Adapters, unpacked_mm
 from moestro.moe.mixing import compute_dtype
 from moestro.moe.routing import Routing
 
@@ -34,6 +38,9 @@ class Packed(nn.Module):
 
     Args:
         weights: a PackedMatrix or ExpertSlabs, from `native_cpu` or mapped from a file.
+
+    Attributes:
+        passes_gradients: to what comes before them, by unpacking; for adapters that are trained.
     """
 
     TENSORS: ClassVar[dict[str, str]]  # the tensors of the weights: name in a file → name there
@@ -41,6 +48,7 @@ class Packed(nn.Module):
     def __init__(self, weights: Any) -> None:
         super().__init__()
         self.weights, self.training = weights, False
+        self.passes_gradients = False
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode.
@@ -48,12 +56,12 @@ class Packed(nn.Module):
         Raises:
             MoestroError: training was asked for.
         """
-        if mode:
+        if mode and not self.passes_gradients:
             raise MoestroError(
                 "packed weights cannot be trained; train the model as it was before packing, "
                 "and pack the result"
             )
-        return super().train(False)
+        return super().train(mode)
 
     def rows(self, x_TI: Tensor) -> Tensor:
         """The rows in a dtype that the kernels take.
@@ -61,13 +69,18 @@ class Packed(nn.Module):
         Raises:
             MoestroError: gradients would have to flow through them.
         """
-        if torch.is_grad_enabled() and x_TI.requires_grad:
+        if torch.is_grad_enabled() and x_TI.requires_grad and not self.passes_gradients:
             raise MoestroError(
                 "packed weights have no gradients; call the model under torch.no_grad(), or train "
                 "it as it was before packing"
             )
         x_TI = x_TI.to(compute_dtype(x_TI))
         return x_TI.float() if x_TI.dtype == torch.float16 else x_TI
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether gradients are to pass now; one rounding for all layers, whatever needs them."""
+        return self.passes_gradients and torch.is_grad_enabled()
 
     def native(self) -> Any:
         """The weights as the native kernels read them."""
@@ -100,6 +113,11 @@ class PackedStack(Packed):
     TENSORS: ClassVar = {"packed": "data", "up_bias": "up_bias", "down_bias": "down_bias"}
     weights: packing.ExpertSlabs
 
+    def __init__(self, weights: Any) -> None:
+        super().__init__(weights)
+        self.gate_up_adapter: Adapter | None = None
+        self.down_adapter: Adapter | None = None
+
     def described(self) -> dict[str, Any]:
         """See `Packed.described`."""
         _, experts, dim, hidden_dim, activation, format, *_ = self.weights
@@ -118,6 +136,30 @@ class PackedStack(Packed):
         y_TD = native_cpu.mixture(self.weights, rows_TD, tokens_R, experts_R, weights_R)
         return y_TD.to(compute_dtype(x_TD))
 
+    @property
+    def unpacks(self) -> bool:
+        """Also where adapters need the products one by one."""
+        adapters = (self.gate_up_adapter, self.down_adapter)
+        return super().unpacks or any(each is not None for each in adapters)
+
+    def ffn(self, rows_RD: Tensor, offsets_E: Tensor, experts_E: Tensor | None) -> Tensor:
+        """Each row through its expert, which is unpacked for it; in the rows' dtype."""
+        weights = self.weights
+
+        def product(which: int, bias_EO: Tensor | None, x_RI: Tensor) -> Tensor:
+            y_RO = unpacked_mm(
+                x_RI, lambda e: native_cpu.unpack_expert(weights, e)[which], offsets_E, experts_E
+            )
+            if bias_EO is not None:
+                y_RO = (
+                    y_RO + bias_EO.to(y_RO.dtype)[Groups(offsets_E, experts_E).experts_R(len(y_RO))]
+                )
+            return y_RO
+
+        up, down = partial(product, 0, weights.up_bias), partial(product, 1, weights.down_bias)
+        adapters = Adapters(self.gate_up_adapter, self.down_adapter)
+        return adapters.ffn(rows_RD, up, down, weights.activation, offsets_E, experts_E)
+
     def extra_repr(self) -> str:
         """Shapes, for print(model)."""
         packed = self.weights
@@ -130,6 +172,12 @@ class PackedExperts(PackedStack):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See `Experts.forward`."""
+        if self.unpacks:
+            plan = dispatch.make_plan(routing)
+            rows_RD = dispatch.dispatch(self.rows(x_TD), plan)
+            rows_RD = self.ffn(rows_RD, plan.offsets_E, plan.experts_E)
+            y_TD = dispatch.combine(rows_RD, routing.weights_R.float(), plan)
+            return y_TD.to(compute_dtype(x_TD))
         chosen = [routing.tokens_R, routing.experts_R, routing.weights_R]
         if routing.kept_R is not None:
             chosen = [each[routing.kept_R] for each in chosen]
@@ -144,6 +192,9 @@ class PackedFeedForward(PackedStack):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """See `FeedForward.forward`."""
+        if self.unpacks:
+            y_TD = self.ffn(self.rows(x_TD), torch.tensor([len(x_TD)]), None)
+            return y_TD.to(compute_dtype(x_TD))
         tokens_T = torch.arange(len(x_TD), device="cpu")
         ones_T = torch.ones_like(tokens_T, dtype=torch.float32)
         return self.mix(x_TD, tokens_T, torch.zeros_like(tokens_T), ones_T)

@@ -21,6 +21,7 @@ from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.kernels import pointwise
 from moestro.moe.dispatch import capacity
+from moestro.moe.lora import Adapter
 from moestro.moe.routing import Routing
 
 
@@ -35,6 +36,7 @@ class Router(nn.Module):
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.dim))
         self.logit_bias = nn.Parameter(torch.empty(cfg.num_experts)) if cfg.router.bias else None
+        self.weight_adapter: Adapter | None = None
         self.register_buffer("bias", None)
         if cfg.router.selection_bias:
             self.bias = torch.empty_like(self.weight[:, 0], dtype=torch.float32)
@@ -72,6 +74,8 @@ class Router(nn.Module):
                 x_TD = x_TD.to(_router_dtype(x_TD))
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
             logits_TE = pointwise.fp32_linear(x_TD, self.weight)
+            if self.weight_adapter is not None:
+                logits_TE = logits_TE + self.weight_adapter(x_TD.to(logits_TE.dtype))
             if self.logit_bias is not None:
                 logits_TE = logits_TE + self.logit_bias.to(logits_TE.dtype)
             return logits_TE

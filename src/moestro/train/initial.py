@@ -14,6 +14,7 @@ from typing import Any
 from moestro.checkpoints.reading import read_settings
 from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.data.rows import ChatCorpus
 from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
 from moestro.models.build import Model
@@ -84,7 +85,7 @@ def keep_origin(init: Path, run: Path) -> None:
         ) from None
 
 
-def save_step_zero(run: Path, cfg: RunConfig, model: Model, corpus: Corpus) -> Path:
+def save_step_zero(run: Path, cfg: RunConfig, model: Model, corpus: Corpus | ChatCorpus) -> Path:
     """Write a run's first checkpoint, before any step.
 
     Args:

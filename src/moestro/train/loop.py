@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.opening import open_adapted, open_checkpoint
 from moestro.config import RunConfig
+from moestro.data.rows import ChatCorpus
 from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
@@ -80,7 +81,7 @@ class Trainer:
         self,
         cfg: RunConfig,
         folder: Path,
-        corpus: Corpus,
+        corpus: Corpus | ChatCorpus,
         progress: ProgressDisplay | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -92,7 +93,8 @@ class Trainer:
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
-        self._task = task_of(cfg.model, corpus.tokenizer.end_of_text)
+        chats = cfg.data.chat is not None
+        self._task = task_of(cfg.model, corpus.tokenizer.end_of_text, chats)
         self._objective = Objective(cfg.balance, ranks)
 
     def train(self, resume: bool = False) -> Result:
@@ -142,12 +144,18 @@ class Trainer:
         if checkpoint is None:
             torch.manual_seed(cfg.train.seed)
             self.model = new_model(cfg.model, runtime.backend).to(self.device)
+        elif cfg.lora is not None:
+            dtype, device = self.dtype, str(self.device)
+            self.model = open_adapted(checkpoint, cfg.lora, dtype, device, runtime.backend)
         else:
             self.model = open_checkpoint(
                 checkpoint, device=str(self.device), backend=runtime.backend, verified=True
             ).model
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
+        if "router" in cfg.optim.freeze:
+            for mixture in self.model.mixtures():
+                mixture.router.requires_grad_(False)
         self._optimizer = make_optimizer(self.model, cfg.optim)
         moe, num_mixtures = cfg.model.moe, len(self.model.mixtures())
         self._num_experts = moe.num_experts if moe is not None else 0
@@ -334,7 +342,7 @@ class Trainer:
         return target
 
 
-def _check(cfg: RunConfig, corpus: Corpus, ranks: Ranks) -> None:
+def _check(cfg: RunConfig, corpus: Corpus | ChatCorpus, ranks: Ranks) -> None:
     pieces = cfg.train.accumulate * ranks.world
     if cfg.train.batch_size % pieces:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
     checkpoints/step-000500/
         config.json, model.safetensors     the model, loadable on its own
+    adapter.safetensors                in the weights' place: adapters, and whose they are
         tokenizer files                    what turns text into its tokens
         run.json                           the settings of the run
         hf_config.json and others          what came with the weights that the run began from
@@ -27,8 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moestro.checkpoints.adapters import save_own
 from moestro.checkpoints.folders import (
     CHECKPOINTS,
+    CONFIG,
     atomic_folder,
     newest_checkpoint,
     read_json,
@@ -40,6 +43,7 @@ from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.checkpoints.tensor_files import read_tensors
 from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
+from moestro.data.rows import ChatCorpus, prepare_chats
 from moestro.data.windows import Corpus, prepare
 from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError, TrainingError
 from moestro.files import UNFINISHED, write_json
@@ -52,7 +56,9 @@ SETTINGS_NAME = "config.json"
 ORIGIN = "init"
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
-MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
+MAY_DIFFER = (
+    "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep", "lora.base",
+)  # fmt: skip
 MAY_DIFFER_UNDER = "train.runtime."
 
 
@@ -96,7 +102,11 @@ def save(
             except CheckpointError:
                 remove_folder(target)
         with atomic_folder(target) as folder:
-            save_model(model, folder)
+            if cfg.lora is None:
+                save_model(model, folder)
+            else:  # the weights stay where they are
+                write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
+                save_own(model, cfg.lora, folder)
             tokenizer.save(folder)
             if (run / ORIGIN).is_dir():
                 keep_sidecar_files(run / ORIGIN, folder)
@@ -201,15 +211,17 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
         )
 
 
-def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus:
+def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus | ChatCorpus:
     """The text that a run goes on with: as it left it in the folder `data`, else prepared again.
 
     Nothing is written where `cfg` is not what the checkpoint was trained with.
     """
     if checkpoint is None:
-        return prepare(cfg, data)
+        return prepare(cfg, data) if cfg.chat is None else prepare_chats(cfg, data)
     saved = read_run_settings(checkpoint)
     check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
+    if cfg.chat is not None:
+        return prepare_chats(cfg, data, corpus_fingerprint(checkpoint))
     with suppress(DataError):
         corpus = Corpus(data)
         if corpus.fingerprint == corpus_fingerprint(checkpoint):

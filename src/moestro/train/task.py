@@ -45,9 +45,9 @@ class Example(NamedTuple):
 class NextToken:
     """A decoder predicts each token of a window from those before it."""
 
-    def predicted(self, seq_len: int) -> int:
-        """Tokens of a window's text that its targets are worth: all but the first."""
-        return seq_len
+    def predicted(self, windows_NS: Tensor) -> int:
+        """Tokens of the windows' text that their targets are worth: all but the first of each."""
+        return windows_NS[:, 1:].numel()
 
     def examples(self, windows_BS: Tensor, places: Sequence[Place]) -> Example:
         """Windows of seq_len + 1 tokens [B, S+1], whatever their places."""
@@ -65,9 +65,9 @@ class FillSpans:
     def __init__(self, vocab_size: int, end: int) -> None:
         self._vocab_size, self._end = vocab_size, end
 
-    def predicted(self, seq_len: int) -> int:
+    def predicted(self, windows_NS: Tensor) -> int:
         """Tokens hidden; the targets' bits encode what they are and where each span ends."""
-        return hidden(seq_len).tokens
+        return len(windows_NS) * hidden(windows_NS.shape[1] - 1).tokens
 
     def examples(self, windows_BS: Tensor, places: Sequence[Place]) -> Example:
         """Windows of seq_len + 1 tokens; the last is left out, since the next window has it.
@@ -87,12 +87,27 @@ class FillSpans:
         return Example((source_BS, before_BT), target_BT)
 
 
-Task = NextToken | FillSpans
+class NextLabel:
+    """A decoder predicts the labels among the tokens of packed documents; see `data.rows`."""
+
+    def predicted(self, rows_N3S: Tensor) -> int:
+        """Labels: other targets are ignored."""
+        return int((rows_N3S[:, 1] >= 0).sum())
+
+    def examples(self, rows_B3S: Tensor, places: Sequence[Place]) -> Example:
+        """Rows of tokens, targets and documents [B, 3, S], whatever their places."""
+        tokens_BS, targets_BS, documents_BS = rows_B3S.unbind(1)
+        return Example((tokens_BS, documents_BS), targets_BS)
+
+
+Task = NextToken | FillSpans | NextLabel
 NEXT_TOKEN = NextToken()
 
 
-def task_of(cfg: NetworkConfig, end_of_text: int) -> Task:
-    """What a model of these settings learns."""
+def task_of(cfg: NetworkConfig, end_of_text: int, chats: bool = False) -> Task:
+    """What a model of these settings learns, of text or of conversations."""
+    if chats:
+        return NextLabel()
     if cfg.has_encoder:
         return FillSpans(cfg.vocab_size, end_of_text)
     return NEXT_TOKEN

@@ -144,13 +144,13 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def _apart(x: Tensor, axis: int = -1) -> Tensor:
+def apart(x: Tensor, axis: int = -1) -> Tensor:
     """Interleaved (0 1 0 1 …) to halves (0 0 … 1 1 …) along `axis` < 0."""
     return _regrouped(x, axis, (x.shape[axis] // 2, 2))
 
 
-def _together(x: Tensor, axis: int = -1) -> Tensor:
-    """Halves to interleaved: the inverse of `_apart`."""
+def together(x: Tensor, axis: int = -1) -> Tensor:
+    """Halves to interleaved: the inverse of `apart`."""
     return _regrouped(x, axis, (2, x.shape[axis] // 2))
 
 
@@ -175,7 +175,7 @@ def _rope_pairs(heads: Callable[[Any], int]) -> Layout:
         x_HRI[:, -rope:] = order(x_HRI[:, -rope:], -2)
         return x_HRI.reshape(x.shape)
 
-    return Layout(lambda x, cfg: reorder(x, cfg, _apart), lambda x, cfg: reorder(x, cfg, _together))
+    return Layout(lambda x, cfg: reorder(x, cfg, apart), lambda x, cfg: reorder(x, cfg, together))
 
 
 def _by_key_head(sizes: Callable[[Any], tuple[int, ...]]) -> Layout:
@@ -214,10 +214,10 @@ LAYOUTS: Mapping[str, Layout] = {
     # [.., I, O] in theirs, [.., O, I] in ours.
     "transposed": Layout(lambda x, _: x.mT, lambda x, _: x.mT, _swapped),
     # gate, up, gate, up … along the last axis of theirs; all gates, then all ups in ours.
-    "interleaved": Layout(lambda x, _: _apart(x), lambda x, _: _together(x)),
+    "interleaved": Layout(lambda x, _: apart(x), lambda x, _: together(x)),
     # Both: [.., D, 2F] interleaved in theirs, [.., 2F, D] in ours (gpt-oss).
     "interleaved_transposed": Layout(
-        lambda x, _: _apart(x).mT, lambda x, _: _together(x.mT), _swapped
+        lambda x, _: apart(x).mT, lambda x, _: together(x.mT), _swapped
     ),
     # DeepSeek's q_proj and q_b_proj: H·(nope + rope) rows.
     "rope_pairs_of_heads": _rope_pairs(lambda cfg: cfg.attention.num_heads),
@@ -234,8 +234,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "one_added": Layout(lambda x, _: x - 1, lambda x, _: x + 1),
     # Queries and keys of llama.cpp's llama networks: pairs (2i, 2i+1) of each head side by side.
     "pairs_of_heads": Layout(
-        lambda x, cfg: _within_heads(x, cfg.head_dim, _apart),
-        lambda x, cfg: _within_heads(x, cfg.head_dim, _together),
+        lambda x, cfg: _within_heads(x, cfg.head_dim, apart),
+        lambda x, cfg: _within_heads(x, cfg.head_dim, together),
     ),
 }
 # Those that only put rows in another order, so that rows of blocks pass through them as well.

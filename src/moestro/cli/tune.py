@@ -1,0 +1,243 @@
+"""`moestro tune`: fine-tune a checkpoint on conversations, all of it or by adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import moestro
+from moestro.cli.opening import AcceptField
+from moestro.cli.train import (
+    AsJson,
+    Assignments,
+    ConfigPath,
+    exit_if_stopped,
+    prepare_options,
+    print_outcome,
+    run_shown,
+)
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.config import RunConfig
+    from moestro.models.build import Model
+    from moestro.text import Tokenizer
+
+SETTINGS = Path(moestro.__file__).with_name("tune.toml")
+
+Base = Annotated[
+    str,
+    typer.Argument(
+        metavar="[PATH]",
+        help="The checkpoint to tune: a run, a folder in Hugging Face's layout, a GGUF file or "
+        "org/model; not with --resume.",
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", metavar="FILE",
+        help=".jsonl of conversations: messages (with tools), prompt and completion, ShareGPT's "
+        "conversations, or text; repeat.",
+    ),
+]  # fmt: skip
+OutPath = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME.")
+]
+Epochs = Annotated[
+    float | None, typer.Option(help="Passes over the conversations; default 1, without --steps.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps, instead of --epochs.")]
+Lora = Annotated[
+    int | None,
+    typer.Option(
+        metavar="RANK", help="Train adapters of this rank, and leave the weights as they are."
+    ),
+]
+Qlora = Annotated[
+    str | None, typer.Option(metavar="int8|int4", help="With --lora: the weights packed.")
+]
+Freeze = Annotated[str | None, typer.Option(metavar="router", help="What is not trained: router.")]
+Show = Annotated[
+    int | None,
+    typer.Option(help="Print so many conversations, what is learned marked, and do nothing else."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+
+
+def tune(
+    path: Base = "",
+    data: Data = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    assignments: Assignments = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    lora: Lora = None,
+    qlora: Qlora = None,
+    freeze: Freeze = None,
+    show: Show = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    accept_field: AcceptField = None,
+) -> None:
+    """Fine-tune a checkpoint on conversations; only what the assistant says is learned.
+
+    All weights, or adapters with --lora. Progress goes to stderr, the result to stdout. Ctrl-C
+    finishes the step and saves; --resume continues from there.
+    """
+    from moestro.checkpoints.folders import newest_checkpoint
+    from moestro.config import RunConfig
+    from moestro.settings import load_settings
+    from moestro.train.distributed import joined, pick_device, ranks_from
+    from moestro.train.memory import keep_freed_memory
+    from moestro.train.state import SETTINGS_NAME, read_run_settings
+
+    keep_freed_memory()
+    _check_options(path, data, out, resume, epochs, steps, lora, qlora)
+    folder, stated = prepare_options(out, assignments, data)
+    stated += _assignments(steps, lora, qlora, freeze)
+    if show is not None:
+        return _show(path, folder, config, stated, show, accept_field or ())
+    cfg = load_settings(RunConfig, folder / SETTINGS_NAME, stated) if resume else None
+    wish = "auto" if cfg is None else cfg.train.runtime.device
+    with joined(pick_device(wish, ranks_from(os.environ))) as ranks:
+        if cfg is None:
+            if ranks.writes:
+                passes = (epochs or 1.0) if steps is None else None
+                _begin(path, folder, config, stated, passes, accept_field or ())
+            ranks.wait()
+            cfg = read_run_settings(newest_checkpoint(folder))
+        cfg, result = run_shown(cfg, folder, True, ranks)
+    if ranks.writes:
+        print_outcome(folder, cfg, result, as_json)
+    exit_if_stopped(result, f"tune --resume --out {shlex.quote(str(folder))}", ranks.writes)
+
+
+def _check_options(
+    path: str, data: list[str] | None, out: Path | None, resume: bool, epochs: float | None,
+    steps: int | None, lora: int | None, qlora: str | None,
+) -> None:  # fmt: skip
+    """Refuse options that do not go together."""
+    if resume and (path or data or out is None):
+        raise ConfigError("--resume goes on with the run in --out alone; leave PATH and --data out")
+    if not resume and not (path and data):
+        raise ConfigError("give the checkpoint to tune and --data FILE, its conversations")
+    if epochs is not None and (steps is not None or not 0 < epochs < 1e6):
+        raise ConfigError("give --epochs, more than 0, or --steps")
+    if qlora is not None and (lora is None or qlora not in ("int8", "int4")):
+        raise ConfigError("--qlora is int8 or int4, and needs --lora RANK")
+
+
+def _assignments(
+    steps: int | None, lora: int | None, qlora: str | None, freeze: str | None
+) -> list[str]:
+    """What the options say as settings."""
+    given = {
+        "train.steps": steps, "lora.rank": lora, "lora.weights": qlora,
+        "optim.freeze": None if freeze is None else [freeze],
+    }  # fmt: skip
+    return [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+
+
+def _settings(
+    base: Path, folder: Path, config: Path | None, stated: list[str], accepted: Sequence[str]
+) -> RunConfig:
+    from moestro.train.tuning import tuning_settings
+
+    if any(each.startswith("lora.") for each in stated):
+        stated = [
+            *stated, f"lora.base={json.dumps(str(base.absolute()))}",
+            f"lora.accept_fields={json.dumps(list(accepted))}",
+        ]  # fmt: skip
+    return tuning_settings(base, folder, SETTINGS, config, stated, accepted)
+
+
+def _begin(
+    path: str,
+    folder: Path,
+    config: Path | None,
+    stated: list[str],
+    epochs: float | None,
+    accepted: Sequence[str],
+) -> None:
+    """Save step 0 of the run; one process does."""
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.cli.opening import open_shown
+    from moestro.train.tuning import begin, new_adapters
+
+    base = find_checkpoint(path)
+    cfg = _settings(base, folder, config, stated, accepted)
+
+    def opened() -> Model:
+        if cfg.lora is None:
+            return open_shown(base, dtype="fp32", accept_fields=accepted).model
+        return new_adapters(base, cfg)
+
+    begin(cfg, base, folder, opened, epochs)
+
+
+def _show(
+    path: str,
+    folder: Path,
+    config: Path | None,
+    stated: list[str],
+    number: int,
+    accepted: Sequence[str],
+) -> None:
+    """Print the first conversations: what is learned in colour, or between « and » without."""
+    from itertools import islice
+
+    from rich.console import Console
+
+    from moestro.chat import load_chat
+    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.data.chats import read_chats
+    from moestro.data.masks import label
+    from moestro.errors import DataError
+    from moestro.text import load_tokenizer
+
+    base = find_checkpoint(path)
+    cfg = _settings(base, folder, config, stated, accepted).data
+    assert cfg.chat is not None
+    tokenizer = load_tokenizer(base)
+    try:
+        template = load_chat(base)
+    except DataError:
+        template = None
+    console = Console(highlight=False, soft_wrap=True)
+    coloured = console.color_system is not None and not console.no_color
+    for chat in islice(read_chats(cfg), number):
+        for document in label(chat, tokenizer, template, cfg.chat):
+            console.rule(
+                f"{chat.where}: {len(document.tokens)} tokens, {sum(document.labels)} labels"
+            )
+            for text, learned in _passages(tokenizer, document.tokens, document.labels):
+                marked = text if coloured or not learned else f"«{text}»"
+                style = "black on green" if learned and coloured else ""
+                console.print(marked, style=style, end="", markup=False, emoji=False)
+            console.print()
+            if len(document.tokens) > cfg.seq_len:
+                console.print(f"only its first {cfg.seq_len} tokens are kept (data.seq_len)")
+
+
+def _passages(
+    tokenizer: Tokenizer, tokens: Sequence[int], labels: Sequence[bool]
+) -> list[tuple[str, bool]]:
+    """The text of neighbours that are labels or not, special tokens spelled out."""
+    from itertools import groupby
+
+    found = []
+    for learned, pairs in groupby(zip(tokens, labels, strict=True), key=lambda pair: pair[1]):
+        ids, text = [token for token, _ in pairs], ""
+        for special, run in groupby(ids, key=tokenizer.specials.get):
+            part = list(run)
+            text += special * len(part) if special is not None else tokenizer.decode(part)
+        found.append((text, learned))
+    return found

@@ -1,0 +1,168 @@
+import json
+import random
+
+import pytest
+import safetensors.torch
+import torch
+
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.cli.main import main
+from moestro.kernels import native_cpu
+from moestro.train.metrics import read_metrics
+
+SMALL = [
+    "data.seq_len=48",
+    "data.held_out=0.2",
+    "train.batch_size=2",
+    "train.eval_every=4",
+    "train.eval_tokens=96",
+    "train.save_every=2",
+    "train.dtype=float32",
+    "train.runtime.device=cpu",
+    "optim.lr=0.01",
+]
+SETS = [word for each in SMALL for word in ("--set", each)]
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Conversations of two turns: what follows a letter in the alphabet."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    lines = []
+    for _ in range(24):
+        letters = [rng.choice("abcdefgh") for _ in range(2)]
+        turns = [
+            turn
+            for letter in letters
+            for turn in (
+                {"role": "user", "content": letter},
+                {"role": "assistant", "content": chr(ord(letter) + 1) * 3},
+            )
+        ]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def tensors(folder):
+    return dict(open_checkpoint(folder).model.state_dict())
+
+
+def test_a_published_checkpoint_is_tuned_resumed_bitwise_and_written_back(
+    published, chats, tmp_path, capsys
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [str(published), "--data", str(chats), *SETS, "--freeze", "router"]
+    assert main(["tune", *options, "--steps", "8", "--out", str(whole)]) == 0
+    losses = [point["bits_per_byte"]["all"] for point in read_metrics(whole / "metrics.jsonl")
+              if "bits_per_byte" in point]  # fmt: skip
+    assert losses[-1] < losses[0]
+    assert main(["tune", *options, "--steps", "8", "--out", str(cut)]) == 0
+    for step in ("000008", "000006"):
+        folder = cut / "checkpoints" / f"step-{step}"
+        if folder.exists() and step == "000008":
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    assert main(["tune", "--resume", "--out", str(cut)]) == 0
+    before, first, second = map(tensors, (published, whole, cut))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+        assert torch.equal(tensor, before[name]) == ("router" in name), name
+    assert main(["convert", str(whole), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "hf"), "a", "--chat", "--max-tokens", "3"]) == 0
+
+
+def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--freeze", "router"]
+    assert main(["tune", *options, "--steps", "6", "--out", str(whole)]) == 0
+    assert main(["tune", *options, "--steps", "6", "--out", str(cut)]) == 0
+    for file in (cut / "checkpoints" / "step-000006").iterdir():
+        file.unlink()
+    (cut / "checkpoints" / "step-000006").rmdir()
+    assert main(["tune", "--resume", "--out", str(cut)]) == 0
+    step = whole / "checkpoints" / "step-000006"
+    assert not (step / "model.safetensors").exists()
+    first, second = (
+        safetensors.torch.load_file(run / "checkpoints/step-000006/adapter.safetensors")
+        for run in (whole, cut)
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    states = safetensors.torch.load_file(step / "optimizer.safetensors")
+    assert {name.rpartition(".")[0] for name in states} == first.keys()
+    assert not any("router" in name for name in first)
+    # Opened as a run, as a base with the run's adapters, and as PEFT's both ways: one model.
+    targets = {"own": ["--adapter", str(whole)]}
+    for name, more in {"flat": [], "single": ["--per-expert"]}.items():
+        assert main(["convert", str(whole), str(tmp_path / name), "--to", "peft", *more]) == 0
+        targets[name] = ["--adapter", str(tmp_path / name)]
+    wanted = tensors(whole)
+    before = tensors(published)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in wanted.items())
+    for name, more in targets.items():
+        folder = tmp_path / f"merged-{name}"
+        assert main(["convert", str(published), str(folder), "--to", "hf", *more]) == 0
+        for key, tensor in tensors(folder).items():
+            torch.testing.assert_close(tensor, wanted[key], rtol=0, atol=1e-6)
+    capsys.readouterr()
+    ask = ["a", "--chat", "--max-tokens", "3", "--temperature", "0", "--special"]
+    texts = set()
+    for model in ([str(whole)], [str(published), *targets["flat"]]):
+        assert main(["generate", *model, *ask]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
+def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, chats, tmp_path):
+    options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--qlora", "int8"]
+    assert main(["tune", *options, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(["generate", str(tmp_path / "run"), "a", "--weights", "int8", "--max-tokens", "2"])
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epochs", "1", "--steps", "2"], "--epochs, more than 0, or --steps"),
+        (["--qlora", "int4"], "needs --lora"),
+        (["--set", "data.chat.turns=some"], "data.chat.turns"),
+        (["--lora", "2", "--set", 'lora.targets=["dense"]'], "nothing of the kind"),
+        (["--set", "model.dim=8"], "model.dim"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    options, words, published, chats, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    command = ["tune", str(published), "--data", str(chats), "--out", str(out), *SETS, *options]
+    assert main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    out = tmp_path / "run"
+    assert main(["tune", str(published), "--data", str(path), "--out", str(out)]) == 2
+    assert "bad.jsonl, line 1: nothing to learn" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["tune", str(published)]) == 2
+    assert main(["tune", str(published), "--data", str(path), "--resume"]) == 2
+
+
+def test_the_preview_marks_what_is_learned(published, chats, capsys):
+    assert main(["tune", str(published), "--data", str(chats), "--show", "2"]) == 0
+    shown = capsys.readouterr().out
+    first = json.loads(chats.read_text().splitlines()[0])["messages"]
+    text = "<s>" + "".join(
+        f"<|user|>{ask['content']}<|reply|>«{answer['content']}»"
+        for ask, answer in zip(first[::2], first[1::2], strict=True)
+    )
+    assert text in shown
+    assert "line 2" in shown

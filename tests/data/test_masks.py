@@ -1,0 +1,216 @@
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from moestro.chat import ChatTemplate
+from moestro.config import ChatConfig, DataConfig
+from moestro.data.chats import Chat, read_chats
+from moestro.data.masks import label
+from moestro.errors import DataError
+from moestro.text import SubwordTokenizer
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+SPECIALS = (
+    "<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>", "<|im_start|>", "<|im_end|>",
+    "<|channel|>", "<|message|>", "<|return|>",
+)  # fmt: skip
+ENDS = ("</s>", "<|eot|>", "<|im_end|>", "<|return|>")
+ASK, ANSWER = {"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": " Ünn é "}
+SYSTEM = {"role": "system", "content": "Be short."}
+TOOL = {"role": "tool", "content": "12 °C"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "sky", "arguments": {"at": "Bonn"}}}],
+}
+THOUGHT = {"role": "assistant", "content": "Me.", "reasoning_content": "hm"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE with merges, and special tokens; blanks at the ends of words are trimmed
+    from its offsets, as in Llama 3's and GPT-2's."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    text = ["Who is it? Be short. Me. assistant user system\n\n think </think>\n\n Ünn é"] * 9
+    inner.train_from_iterator(text, trainer)
+    inner.add_special_tokens(list(SPECIALS))
+    ends = [inner.token_to_id(name) for name in ENDS]
+    return SubwordTokenizer(inner, "file", ends[0], ends)
+
+
+def template(name):
+    source = (TEMPLATES / f"{name}.jinja").read_text()
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+# (template, messages, passages: those between « and » are learned).
+CASES = [
+    (
+        "headers", [SYSTEM, ASK, ANSWER, ASK, THOUGHT],
+        "<s><|start|>system<|end|>\n\nBe short.<|eot|><|start|>user<|end|>\n\nWho is it?<|eot|>"
+        "<|start|>assistant<|end|>\n\n«Ünn é<|eot|>»<|start|>user<|end|>\n\nWho is it?<|eot|>"
+        "<|start|>assistant<|end|>\n\n«Me.<|eot|>»",
+    ),
+    (
+        "chatml", [ASK, CALL, TOOL, THOUGHT],
+        "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\n"
+        '<tool_call>{"name": "sky", "arguments": {"at": "Bonn"}}</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n12 °C<|im_end|>\n<|im_start|>assistant\n«<think>\nhm\n</think>\n\nMe."
+        "<|im_end|>»\n",
+    ),
+    (
+        "marked", [ASK, ANSWER, ASK, THOUGHT],
+        "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n« Ünn é <|im_end|>»\n"
+        "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n«Me.<|im_end|>»\n",
+    ),
+    (
+        "instruct", [ASK, ANSWER, ASK, THOUGHT],
+        "<s>[INST] Who is it? [/INST]«  Ünn é </s>»[INST] Who is it? [/INST]« Me.</s>»",
+    ),
+    (
+        "channels", [ASK, THOUGHT],
+        "<|start|>user<|message|>Who is it?<|end|><|start|>assistant«<|channel|>analysis<|message|>"
+        "hm<|end|><|start|>assistant<|channel|>final<|message|>Me.<|return|>»",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "messages", "passages"), CASES, ids=[case[0] for case in CASES])
+def test_each_token_is_a_label_where_the_assistant_wrote_it(name, messages, passages, tokenizer):
+    (found,) = label(Chat("x", tuple(messages)), tokenizer, template(name), ChatConfig())
+    whole, learned = "", []
+    for number, passage in enumerate(passages.replace("»", "«").split("«")):
+        whole += passage
+        learned += [number % 2 == 1] * len(passage)
+    assert found.tokens == tokenizer.encode_prompt(whole, templated=True)
+    spelled = b""
+    for token, own in zip(found.tokens, found.labels, strict=True):
+        spelled += as_bytes(tokenizer, token)
+        # The character that the token's last byte belongs to.
+        last = len(spelled.decode(errors="ignore")) - (spelled == whole_bytes(spelled))
+        assert own == learned[last], (spelled, token)
+    assert spelled.decode() == whole
+
+
+def whole_bytes(raw):
+    """The characters of bytes that are complete."""
+    return raw.decode(errors="ignore").encode()
+
+
+def as_bytes(tokenizer, token):
+    """What a token spells, by the byte-level alphabet: printable bytes as themselves."""
+    if token in tokenizer.specials:
+        return tokenizer.specials[token].encode()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + place): byte for place, byte in enumerate(others)}
+    return bytes(alphabet[letter] for letter in tokenizer._inner.id_to_token(token))
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        ("chatml", [ASK, THOUGHT, ASK, THOUGHT]),
+        ("instruct", [SYSTEM, ASK, ANSWER, ASK, ANSWER]),
+        ("channels", [ASK, THOUGHT, ASK, THOUGHT]),
+    ],
+)
+def test_a_template_that_rewrites_turns_is_refused_or_learned_turn_by_turn(
+    name, messages, tokenizer
+):
+    chat = Chat("f, line 3", tuple(messages))
+    with pytest.raises(DataError, match=r"f, line 3: .*message \d.*turns=each"):
+        list(label(chat, tokenizer, template(name), ChatConfig()))
+    found = list(label(chat, tokenizer, template(name), ChatConfig(turns="each")))
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(found) == len(turns)
+    for document, turn in zip(found, turns, strict=True):
+        before = template(name).render(messages[:turn])
+        alone = template(name).render(messages[: turn + 1], reply=False)
+        prompt = tokenizer.encode_prompt(before, templated=True)
+        assert document.tokens == tokenizer.encode_prompt(alone, templated=True)
+        first = document.labels.index(True)
+        assert (document.tokens[:first], any(document.labels[:first])) == (prompt, False)
+
+
+def test_a_text_is_learned_whole_and_a_prompt_not_at_all(tokenizer):
+    cfg, end = ChatConfig(), tokenizer.end_of_text
+    (text,) = label(Chat("x", completion="Who is it?"), tokenizer, None, cfg)
+    assert text.tokens == [*tokenizer.encode("Who is it?"), end]
+    assert all(text.labels)
+    (pair,) = label(Chat("x", prompt="Who", completion=" is it?"), tokenizer, None, cfg)
+    assert pair.tokens == text.tokens
+    learned = [token for token, own in zip(*pair, strict=True) if own]
+    assert learned == [*tokenizer.encode(" is it?"), end]
+
+
+def line(tmp_path, record):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return DataConfig(sources=(str(path),), chat=ChatConfig())
+
+
+def test_every_shape_becomes_the_same_conversation(tmp_path):
+    shapes = [
+        {"messages": [ASK, ANSWER]},
+        {"prompt": [ASK], "completion": [ANSWER]},
+        {"conversations": [
+            {"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": ANSWER["content"]},
+        ]},
+    ]  # fmt: skip
+    for shape in shapes:
+        (chat,) = read_chats(line(tmp_path, {**shape, "tools": [1]}))
+        assert (chat.messages, chat.turns) == ((ASK, ANSWER), [1])
+        assert chat.variables == {"tools": [1]}
+    with_history = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}
+    (chat,) = read_chats(line(tmp_path, with_history))
+    assert chat.turns == [3]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": [ASK]}, "no turn of the assistant"),
+        ({"messages": [ASK, {"role": "robot", "content": "x"}]}, "role 'robot'; known are system"),
+        ({"messages": [ASK, {"role": "assistant"}]}, "neither content nor tool_calls"),
+        ({"messages": []}, "not a list of at least one"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
+        ({"question": "x"}, "its fields are 'question'; expected messages"),
+        ({"text": ""}, "its fields are 'text'|nothing to learn"),
+        ("[1]", "not a JSON object"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_line_of_no_known_shape_is_named(record, words, tmp_path):
+    with pytest.raises(DataError, match=words) as raised:
+        list(read_chats(line(tmp_path, record)))
+    assert "line 1" in str(raised.value)
+
+
+def test_what_cannot_be_marked_is_refused(tokenizer):
+    cfg, chat = ChatConfig(), Chat("x", (ASK, ANSWER))
+    with pytest.raises(DataError, match="no chat template"):
+        list(label(chat, tokenizer, None, cfg))
+    source = (
+        "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
+    with pytest.raises(DataError, match="begins a reply otherwise"):
+        list(label(chat, tokenizer, ChatTemplate(source, {}), cfg))
+    all_marked = ChatTemplate(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", {}
+    )
+    with pytest.raises(DataError, match="marks 2 passages"):
+        list(label(chat, tokenizer, all_marked, cfg))
+    hidden = Chat("x", (ASK, {"role": "assistant", "content": "\ufdd0"}))
+    with pytest.raises(DataError, match=r"U\+FDD0"):
+        list(label(hidden, tokenizer, all_marked, cfg))
