@@ -29,6 +29,7 @@ from moestro.config.model import (
     NormConfig,
     StackSpec,
 )
+from moestro.config.parallel import Layout, ParallelConfig
 from moestro.config.run import (
     BalanceConfig,
     DataConfig,
@@ -40,9 +41,9 @@ from moestro.config.run import (
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DeltaConfig",
-    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
+    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec", "Layout",
     "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig",
-    "NetworkConfig", "NormConfig", "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
+    "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
     "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
     "YarnScaling",
 ]  # fmt: skip
