@@ -49,13 +49,13 @@ class Pieced(Source):
         first, part = next(p for p in reversed(self.parts) if p[0] <= index)
         return part.entry(index - first)
 
-    def rows(self, start: int, stop: int) -> Pieced:
+    def part(self, start: int, stop: int) -> Pieced:
         """Rows [start, stop)."""
         found = []
         for first, part in self.parts:
             low, high = max(start, first), min(stop, first + part.shape[0])
             if low < high:
-                found.append((low - start, part.rows(low - first, high - first)))
+                found.append((low - start, part.part(low - first, high - first)))
         size = sum(part.bytes for _, part in found)
         return replace(self, shape=(stop - start, *self.shape[1:]), bytes=size, parts=tuple(found))
 

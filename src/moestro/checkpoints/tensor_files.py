@@ -59,7 +59,7 @@ class Source:
         """Entry `index` of the first axis, as a tensor of its own."""
         raise NotImplementedError
 
-    def rows(self, start: int, stop: int) -> Source:
+    def part(self, start: int, stop: int) -> Source:
         """Rows [start, stop) of the first axis, as a tensor of its own."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Stored(Source):
         at = self.offset + index * size
         return replace(self, shape=self.shape[1:], bytes=size, offset=at)
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def part(self, start: int, stop: int) -> Stored:
         """Rows [start, stop) of the first axis, as a tensor of its own."""
         size = self.bytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])

@@ -41,9 +41,9 @@ from moestro.config.run import (
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "DataConfig", "DeltaConfig",
-    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec", "Layout",
-    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig", "ModelConfig",
-    "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
-    "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
-    "YarnScaling",
+    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig",
+    "LayerSpec", "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "MoEConfig",
+    "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig",
+    "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
+    "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig", "YarnScaling",
 ]  # fmt: skip

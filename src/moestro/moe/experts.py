@@ -133,7 +133,9 @@ class Experts(StackedWeights):
         weights = self.values()
         if self.training and self.dropout:
             weights = weights._replace(activation=self._activate_and_drop)
-        return hidden_from_compiler(mixing.mix)(x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend)
+        return hidden_from_compiler(mixing.mix)(
+            x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend
+        )
 
     def _activate_and_drop(self, hidden_RH: Tensor) -> Tensor:
         return F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
@@ -159,7 +161,9 @@ class FeedForward(StackedWeights):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D] in the dtype computed in."""
-        return hidden_from_compiler(mixing.dense)(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+        return hidden_from_compiler(mixing.dense)(
+            x_TD.to(compute_dtype(x_TD)), self.values(), self.backend
+        )
 
 
 def hidden_from_compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,13 @@ class Ranks(NamedTuple):
             dist.all_reduce(x)
         return x
 
+    def first(self, found: str | None) -> str | None:
+        """What the first rank that found something says; the same on all."""
+        everything: list[str | None] = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everything, found)
+        return next((one for one in everything if one is not None), None)
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.world > 1:
@@ -69,10 +77,15 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 
 
 @contextmanager
-def joined(device: torch.device, environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+def joined(
+    device: torch.device, environment: Mapping[str, str] | None = None, timeout_s: int = 600
+) -> Iterator[Ranks]:
     """Join the other processes while the block runs, on CUDA by nccl, elsewhere by gloo.
 
-    The `environment` holds torchrun's variables; the process's own if left out.
+    Args:
+        device: that this process computes on.
+        environment: torchrun's variables; None: the process's own.
+        timeout_s: longest wait for another rank.
     """
     ranks = ranks_from(os.environ if environment is None else environment)
     if ranks.world == 1:
@@ -81,7 +94,10 @@ def joined(device: torch.device, environment: Mapping[str, str] | None = None) -
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         yield ranks
@@ -122,8 +138,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn the setting `train.dtype` into what matrices are multiplied in.
 
     'auto' is bfloat16 where the hardware has instructions for it (CUDA; a CPU with AMX or
-    AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case.
+    AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case but
+    'float64', which is for proofs.
     """
+    if name == "float64":
+        return torch.float64
     has_instructions = (
         device.type == "cuda"
         or torch.cpu._is_amx_tile_supported()

@@ -10,8 +10,9 @@ module's while weights are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moestro.checkpoints.families.slices import TensorSlice
+from moestro.checkpoints.reading import open_unread
 from moestro.checkpoints.tensor_files import Source
-from moestro.config import Layout
+from moestro.config import EncDecConfig, Layout, ModelConfig
 from moestro.models.blocks import Block
-from moestro.models.build import Model
+from moestro.models.build import Model, build_model
+from moestro.models.materialize import without_memory
 from moestro.moe.experts import Experts
-from moestro.moe.layer import MoE
 from moestro.moe.parallel import ParallelExperts
 
 
@@ -46,9 +48,41 @@ class Place(NamedTuple):
     saves: bool
 
 
+class Runs(NamedTuple):
+    """Where a model lies, and the dtype of its parameters."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a parameter or gradient, not copied; without gradients."""
     return (x.to_local() if isinstance(x, DTensor) else x).detach()
+
+
+def build(
+    cfg: ModelConfig | EncDecConfig,
+    backend: str,
+    checkpoint: Path | None,
+    layout: Layout,
+    runs: Runs,
+) -> Model:
+    """The model with this rank's rows: those of a checkpoint, or drawn by torch's global seed.
+
+    Called by all ranks together, with a layout that splits.
+    """
+    unread = None if checkpoint is None else open_unread(checkpoint, backend)
+    if unread is not None:
+        model = unread.model
+    else:
+        with without_memory():
+            model = build_model(cfg, backend)
+    spread(model.to(runs.dtype), layout, runs.device)
+    if unread is None:
+        draw(model)
+    else:
+        load(model, unread.sources, layout)
+    return model
 
 
 def spread(model: Model, layout: Layout, device: torch.device) -> None:
@@ -56,7 +90,7 @@ def spread(model: Model, layout: Layout, device: torch.device) -> None:
 
     Called by all ranks together, with a layout that splits.
     """
-    kind, no_grad = device.type, {p for p in model.parameters() if not p.requires_grad}
+    kind = device.type
     dense = _mesh(kind, layout.replicas, layout.shard)
     if layout.expert > 1:
         sizes = (layout.expert_replicas, layout.expert_shard, layout.expert)
@@ -69,12 +103,11 @@ def spread(model: Model, layout: Layout, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=dense)
-    fully_shard(model, mesh=dense)
+    fully_shard(model, mesh=dense, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    assert not no_grad
     model.to_empty(device=device)
 
 
@@ -110,7 +143,7 @@ def load(model: Model, sources: Sequence[tuple[TensorSlice, Source]], layout: La
 def load_rows(mine: Tensor, place: Place, source: Source) -> None:
     """Fill this rank's rows."""
     if mine.numel():
-        source.rows(place.first, place.first + len(mine)).load_into(mine)
+        source.part(place.first, place.first + len(mine)).load_into(mine)
 
 
 def places_of(model: nn.Module, layout: Layout, rank: int = 0) -> dict[str, Place]:
@@ -123,9 +156,7 @@ def places_of(model: nn.Module, layout: Layout, rank: int = 0) -> dict[str, Plac
     return found
 
 
-def _place(
-    parameter: Tensor, split: ParallelExperts | None, layout: Layout, rank: int
-) -> Place:
+def _place(parameter: Tensor, split: ParallelExperts | None, layout: Layout, rank: int) -> Place:
     if not isinstance(parameter, DTensor):
         return Place(0, len(parameter), layout.ranks, rank == 0)
     mesh, rows = parameter.device_mesh, len(parameter)
@@ -144,6 +175,26 @@ def _first(parameter: Tensor) -> int:
         return 0
     mesh, rows = parameter.device_mesh, len(parameter)
     return min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // mesh.size(-1)))
+
+
+def square(gradients: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
+    """This rank's part of the squared norm of all gradients, which the ranks' parts add up to.
+
+    torch's own norm refuses gradients of several meshes.
+    """
+    by_copies: dict[int, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        by_copies.setdefault(places[name].copies, []).append(local(gradient))
+    norms = [
+        nn.utils.get_total_norm(mine).double().square() / copies
+        for copies, mine in by_copies.items()
+    ]
+    return torch.stack(norms).sum()
+
+
+def scale(gradients: Iterable[Tensor], factor: float) -> None:
+    """Multiply gradients in place."""
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
 
 
 @contextmanager
@@ -179,8 +230,7 @@ def _on_cpu(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, parameter in spread_.items():
-            drawn, mine = module._parameters[name], local(parameter)
-            assert drawn is not None
+            mine, drawn = local(parameter), getattr(module, name).detach()
             first = 0 if experts is not None else _first(parameter)
             mine.copy_(drawn[first : first + len(mine)])
             module._parameters[name] = parameter
