@@ -36,6 +36,5 @@ def run_ranks(number: int, code: str, *arguments: object) -> list[str]:
     finally:
         for child in children:
             child.kill()
-    for child, (_, errors) in zip(children, found, strict=True):
-        assert child.returncode == 0, errors
+    assert not any(child.returncode for child in children), "\n".join(err for _, err in found)
     return [output for output, _ in found]

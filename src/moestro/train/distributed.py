@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError, TrainingError
 
 
 class Ranks(NamedTuple):
@@ -58,6 +58,8 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks()
+# What torch's errors say where another process is to blame: gloo's, nccl's, the store's.
+_OF_OTHERS = ("gloo", "NCCL", "Connection closed", "Connection reset", "wait timeout", "Timed out")
 
 
 def ranks_from(environment: Mapping[str, str]) -> Ranks:
@@ -74,6 +76,11 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
             f"the environment says {given}; start several processes with "
             "`torchrun --nproc-per-node N -m moestro train …`, which sets all three"
         ) from None
+
+
+def restarted(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun has started this process again after one of the run's had failed."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextmanager
@@ -101,6 +108,14 @@ def joined(
     )
     try:
         yield ranks
+    except RuntimeError as error:
+        if isinstance(error, MoestroError) or not any(w in str(error) for w in _OF_OTHERS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another process of the run ended, or did not answer within {timeout_s} s; its own "
+            f"output says why. Go on from the last checkpoint with --resume ({reason})"
+        ) from error
     finally:
         gc.collect()  # works still held by a reference cycle abort gloo when they outlive the group
         dist.destroy_process_group()
