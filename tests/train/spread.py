@@ -61,6 +61,11 @@ def _square_without_experts(gradients, places, square=spreading.square):
     return square({n: g for n, g in gradients.items() if ".experts." not in n}, places)
 
 
+def _nan_on_one_rank(self, x_TD, routing, forward=parallel.ParallelExperts.forward):
+    y_TD = forward(self, x_TD, routing)
+    return y_TD * (1 if dist.get_rank() == 0 else torch.nan)
+
+
 def _reset_alike(self, reset=parallel.ParallelExperts.reset_parameters):
     self.first = 0
     reset(self)
@@ -118,6 +123,9 @@ BUGS = {
         lambda self, step, size, rank, world, batch=Corpus.batch: batch(self, step, size, 0, world),
         "accelerate#4219",
     ),
+    "NaN on one rank": Bug(
+        parallel.ParallelExperts, "forward", _nan_on_one_rank, "DeepSpeed#5794"
+    ),
     "replicas not summed": Bug(
         FSDPModule, "set_requires_all_reduce",
         lambda self, wanted, set_=FSDPModule.set_requires_all_reduce: set_(self, False),
@@ -153,7 +161,7 @@ def main() -> None:
                     Trainer(cfg, run, Corpus(data), ranks=ranks).train(bool(case["resume"]))
                 except MoestroError as error:
                     print(f"{case['run']}: {error}")
-                print(case["run"], time.perf_counter()-started, file=sys.stderr)
+                print(case["run"], time.perf_counter() - started, file=sys.stderr)
 
 
 if __name__ == "__main__":

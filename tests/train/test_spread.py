@@ -109,7 +109,7 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
     cases += [case(name, name) for name in ("short", "short pieces")]
     cases += [case("resumed", "float32", resume="float32", step=10)]
     cases += [bug_case(bug) for bug in BUGS]
-    return root, run_cases(root, 2, found, cases, tiny_data_folder)[0]
+    return root, run_cases(root, 2, found, cases, tiny_data_folder)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,9 @@ def test_a_bug_that_others_had_is_seen(two, alone, bug):
     one = alone(steps=2, every=1, **pieces)
     good = root / ("short pieces" if pieces else "short")
     assert gap(good, one) <= 1e-12
-    if f"{bug}: " in printed:
+    if bug == "NaN on one rank":
+        for text in printed:
+            assert f"{bug}: step 1: the output of blocks.0.ffn.experts is not finite" in text
         return
     if bug == "experts of one rank saved":
         with pytest.raises(CheckpointError, match=r"experts\.down in"):

@@ -177,7 +177,8 @@ class Trainer:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         torch.manual_seed(cfg.train.seed)
         if self.layout.splits:
-            runs = parallel.Runs(self.device, weights)
+            timeout_s = cfg.train.parallel.timeout_s
+            runs = parallel.Runs(self.device, weights, timeout_s)
             return parallel.build(cfg.model, backend, checkpoint, self.layout, runs)
         if checkpoint is None:
             return new_model(cfg.model, backend).to(self.device, weights)

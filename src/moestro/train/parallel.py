@@ -10,14 +10,17 @@ module's while weights are drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -49,10 +52,11 @@ class Place(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Where a model lies, and the dtype of its parameters."""
+    """Where a model lies, the dtype of its parameters, and the longest wait for another rank."""
 
     device: torch.device
     dtype: torch.dtype
+    timeout_s: int
 
 
 def local(x: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ def build(
     else:
         with without_memory():
             model = build_model(cfg, backend)
-    spread(model.to(runs.dtype), layout, runs.device)
+    spread(model.to(runs.dtype), layout, runs)
     if unread is None:
         draw(model)
     else:
@@ -85,30 +89,28 @@ def build(
     return model
 
 
-def spread(model: Model, layout: Layout, device: torch.device) -> None:
+def spread(model: Model, layout: Layout, runs: Runs) -> None:
     """Split and shard a model that has no memory yet; then give it memory for this rank's rows.
 
     Called by all ranks together, with a layout that splits.
     """
-    kind = device.type
-    dense = _mesh(kind, layout.replicas, layout.shard)
+    dense = _mesh(runs, ("replicate", "shard"), layout.replicas, layout.shard)
     if layout.expert > 1:
         sizes = (layout.expert_replicas, layout.expert_shard, layout.expert)
-        sparse = init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard", "expert"))
-        mesh = sparse["shard"] if layout.expert_replicas == 1 else sparse["replicate", "shard"]
+        sparse = _mesh(runs, ("replicate", "shard", "expert"), *sizes)
         for mixture in model.mixtures():
             assert isinstance(mixture.experts, Experts)
             mixture.experts = ParallelExperts(mixture.experts, sparse.get_group("expert"))
-            fully_shard(mixture.experts, mesh=mesh)
+            fully_shard(mixture.experts, mesh=_sharding(sparse))
     for module in model.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=dense)
-    fully_shard(model, mesh=dense, reshard_after_forward=True)
+            fully_shard(module, mesh=_sharding(dense))
+    fully_shard(model, mesh=_sharding(dense), reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=device)
+    model.to_empty(device=runs.device)
 
 
 def draw(model: Model) -> None:
@@ -209,9 +211,22 @@ def synced(model: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
-def _mesh(kind: str, replicas: int, shards: int) -> DeviceMesh:
-    mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    return mesh["shard"] if replicas == 1 else mesh
+def _mesh(runs: Runs, names: tuple[str, ...], *sizes: int) -> DeviceMesh:
+    """All ranks as a grid; `init_device_mesh` would give its groups torch's timeout, not ours."""
+    grid, timeout = torch.arange(math.prod(sizes)).view(sizes), timedelta(seconds=runs.timeout_s)
+    groups = []
+    for dim, size in enumerate(sizes):
+        lines = grid.movedim(dim, -1).reshape(-1, size).tolist()
+        group = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+            lines, timeout=timeout
+        )[0]
+        groups.append(group)
+    return DeviceMesh.from_group(groups, runs.device.type, mesh=grid, mesh_dim_names=names)
+
+
+def _sharding(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes that FSDP2 gets: without copies no axis of copies."""
+    return mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
 
 
 @contextmanager
