@@ -7,7 +7,6 @@ leaves weights, norms or losses that are not those of one process, which is what
 import json
 import shutil
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -139,6 +138,59 @@ BUGS = {
 }  # fmt: skip
 
 
+class Sent:
+    """Bytes that this rank sends to others in training steps, by collective."""
+
+    def __init__(self, stack):
+        self.bytes, self.on = {}, False
+        for name, tensor in (
+            ("all_gather_single", 0), ("reduce_scatter_single", 1), ("all_reduce", 0),
+            ("all_to_all_single", 1),
+        ):  # fmt: skip
+            call = self.counted(name, getattr(dist, name), tensor)
+            stack.enter_context(patch.object(dist, name, call))
+        stack.enter_context(patch.object(Trainer, "_one_step", self.counting(Trainer._one_step)))
+
+    def counting(self, step):
+        def one_step(*given):
+            self.on = True
+            try:
+                return step(*given)
+            finally:
+                self.on = False
+
+        return one_step
+
+    def counted(self, name, collective, place):
+        def call(*given, **named):
+            group = named.get("group") or next(
+                (g for g in given if hasattr(g, "size") and not isinstance(g, torch.Tensor)), None
+            )
+            if self.on and group is not None:
+                whole, ranks = given[place] if len(given) > place else named["input"], group.size()
+                share = (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
+                size = whole.numel() * whole.element_size()
+                if name == "all_to_all_single":
+                    sends = given[3] if len(given) > 3 else None
+                    others = whole.shape[0] - (sends[group.rank()] if sends else 0)
+                    share, name_ = others / max(1, whole.shape[0]), "rows" if sends else "counts"
+                else:
+                    name_ = name
+                self.bytes[name_] = self.bytes.get(name_, 0) + share * size
+            return collective(*given, **named)
+
+        return call
+
+
+def held(trainer):
+    """Bytes of this rank's weights, and of its moments."""
+    weights = [spreading.local(p) for p in trainer.model.parameters()]
+    moments = [
+        spreading.local(v) for s in trainer._optimizer.state.values() for v in s.values() if v.dim()
+    ]
+    return [sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (weights, moments)]
+
+
 def main() -> None:
     """Run the cases of cases.json, a list of {run, settings, bug, resume}."""
     root, data = map(Path, sys.argv[1:])
@@ -155,13 +207,15 @@ def main() -> None:
             with ExitStack() as stack:
                 if bug is not None:
                     stack.enter_context(patch.object(bug.target, bug.name, bug.code))
+                sent = Sent(stack) if case["run"] == "measured" else None
                 cfg = state.read_run_settings(root, f"{case['settings']}.json")
                 try:
-                    started = time.perf_counter()
-                    Trainer(cfg, run, Corpus(data), ranks=ranks).train(bool(case["resume"]))
+                    trainer = Trainer(cfg, run, Corpus(data), ranks=ranks)
+                    trainer.train(bool(case["resume"]))
                 except MoestroError as error:
                     print(f"{case['run']}: {error}")
-                print(case["run"], time.perf_counter() - started, file=sys.stderr)
+                if sent is not None:
+                    print(json.dumps([*held(trainer), sent.bytes]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.reading import open_unread
 from moestro.config import ParallelConfig
 from moestro.errors import CheckpointError, ConfigError
+from moestro.plan.parallel import spread
+from moestro.plan.report import training_step
+from moestro.plan.subject import from_settings
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 
@@ -121,7 +124,10 @@ def four(settings, two, tiny_data_folder, tiny_corpus, tmp_path_factory):
     found["from two"] = settings({"expert": 2, "shard": 4})
     cases += [case("from two", "from two", resume=two[0] / "shard 2", step=10)]
     cases = json.loads(json.dumps(cases, default=str))
-    run_cases(root, 4, found, cases, tiny_data_folder)
+    found["measured"] = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+    cases += [case("measured", "measured")]
+    printed = run_cases(root, 4, found, cases, tiny_data_folder)
+    (root / "measured.txt").write_text("".join(printed))
     return root
 
 
@@ -205,6 +211,24 @@ def test_a_bug_that_others_had_is_seen(two, alone, bug):
             weights_of(root / bug)
         return
     assert gap(root / bug, one) > 1e-9
+
+
+def test_the_plan_says_what_is_held_and_sent(four, settings):
+    """Experts twice on four ranks, all else twice in halves: memory, and traffic by counting."""
+    cfg = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+    subject = from_settings("", cfg.model, "")
+    training = training_step(subject, 16, 2, "fp32")
+    layout = cfg.train.parallel.layout(4, 4)
+    plan = spread(cfg.model, subject.count, training, layout, tokens=32, number=4)
+    ranks = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
+    for weights, moments, _ in ranks:
+        assert weights == pytest.approx(plan.weights, rel=0.1)
+        assert moments == pytest.approx(plan.optimizer, rel=0.1)
+    rows = sum(sent["rows"] for _, _, sent in ranks) / 4 / 4  # per rank and step
+    assert rows == pytest.approx(plan.all_to_all, rel=0.02)
+    for _, _, sent in ranks:
+        others = sum(size for name, size in sent.items() if name not in ("rows", "counts")) / 4
+        assert others == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
 
 
 def test_layouts_that_do_not_fit_are_refused_with_those_that_do():

@@ -73,7 +73,7 @@ class ParallelConfig(Settings):
             of = f"{experts} experts" if num_experts else "a model without experts"
             raise ConfigError(
                 f"{of} cannot be split {self.expert} ways over {ranks} processes; set "
-                f"train.parallel.expert = {_nearest(self.expert, fitting)}, or start "
+                f"train.parallel.expert = {_nearest(self.expert, fitting)}"
                 f"{_nearest_ranks(self.expert, ranks, experts)}"
             )
         fitting = [s for s in _divisors(ranks) if s <= self.expert or s % self.expert == 0]
@@ -98,8 +98,8 @@ def _nearest(asked: int, fitting: list[int]) -> str:
 
 
 def _nearest_ranks(split: int, ranks: int, experts: int) -> str:
-    """How many processes that split would need."""
+    """How many processes that split would need, where it fits the experts."""
     if experts % split:
-        return "a model whose experts it divides"
+        return ""
     fewer = ranks // split * split
-    return " or ".join(map(str, [n for n in (fewer, fewer + split) if n])) + " processes"
+    return f", or start {' or '.join(str(n) for n in (fewer, fewer + split) if n)} processes"
