@@ -1,4 +1,4 @@
-"""Two processes that run the same code, as torchrun would start them."""
+"""Several processes that run the same code, as torchrun would start them."""
 
 import os
 import socket
@@ -10,11 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_two_ranks(code: str, *arguments: object) -> list[str]:
-    """What each rank printed; both must end well."""
+    """What each of two ranks printed; both must end well."""
+    return run_ranks(2, code, *arguments)
+
+
+def run_ranks(number: int, code: str, *arguments: object) -> list[str]:
+    """What each rank printed; all must end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
@@ -24,13 +29,12 @@ def run_two_ranks(code: str, *arguments: object) -> list[str]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for rank in map(str, range(number))
     ]
     try:
         found = [child.communicate(timeout=100) for child in children]
     finally:
         for child in children:
             child.kill()
-    for child, (_, errors) in zip(children, found, strict=True):
-        assert child.returncode == 0, errors
+    assert not any(child.returncode for child in children), "\n".join(err for _, err in found)
     return [output for output, _ in found]

@@ -1,7 +1,12 @@
 import torch
 from torch import nn
 
-from moestro.train.diagnose import first_bad_gradient, first_bad_value, is_finite
+from moestro.train.diagnose import (
+    first_bad_gradient,
+    first_bad_output,
+    first_bad_parameter,
+    is_finite,
+)
 
 
 class Log(nn.Module):
@@ -23,20 +28,21 @@ def test_finite_models_have_nothing_to_report():
     x = torch.ones(1, 2)
     net(x).sum().backward()
     assert first_bad_gradient(net) is None
-    assert first_bad_value(net, lambda: net(x)) is None
+    assert first_bad_parameter(net) is None
+    assert first_bad_output(net, lambda: net(x)) is None
 
 
 def test_the_first_output_that_is_not_finite_is_named():
     net = model()
     nn.init.zeros_(net[0].weight)
     nn.init.zeros_(net[0].bias)
-    assert first_bad_value(net, lambda: net(torch.ones(1, 2))) == "the output of 1"
+    assert first_bad_output(net, lambda: net(torch.ones(1, 2))) == "the output of 1"
 
 
-def test_a_bad_parameter_comes_before_what_it_spoils():
+def test_the_first_bad_parameter_is_named():
     net = model()
     net[0].bias.data[1] = float("inf")
-    assert first_bad_value(net, lambda: net(torch.ones(1, 2))) == "the parameter 0.bias"
+    assert first_bad_parameter(net) == "the parameter 0.bias"
 
 
 def test_the_first_bad_gradient_is_named():
@@ -49,7 +55,7 @@ def test_the_first_bad_gradient_is_named():
 
 def test_hooks_are_gone_afterwards():
     net, calls = model(), []
-    first_bad_value(net, lambda: net(torch.ones(1, 2)))
+    first_bad_output(net, lambda: net(torch.ones(1, 2)))
     net[1].register_forward_hook(lambda *_: calls.append(1))
     net(torch.ones(1, 2))
     assert calls == [1]

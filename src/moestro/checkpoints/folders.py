@@ -41,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f"{UNFINISHED}{target.name}")
+    folder = unfinished(target)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -60,9 +60,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def unfinished(target: Path) -> Path:
+    """The folder that `atomic_folder` writes into until it is `target`."""
+    return target.with_name(f"{UNFINISHED}{target.name}")
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a checkpoint: what a kill leaves of it is not taken for one, and swept up later."""
-    leaving = folder.with_name(f"{UNFINISHED}{folder.name}")
+    leaving = unfinished(folder)
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

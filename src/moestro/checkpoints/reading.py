@@ -24,6 +24,7 @@ from moestro.checkpoints.gguf.header import is_gguf, read_parts
 from moestro.checkpoints.gguf.names import with_names
 from moestro.checkpoints.gguf.settings import config_json
 from moestro.checkpoints.gguf.sources import sources
+from moestro.checkpoints.pieces import WEIGHTS, in_pieces, open_pieces
 from moestro.checkpoints.quantised.methods import find_sources, quantisation
 from moestro.checkpoints.tensor_files import Source, open_folder, some
 from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match
@@ -119,14 +120,17 @@ def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[s
     """
     described = read_settings(folder, accept_fields)
     headers, family = headers_of(folder), described.family
+    stored: Mapping[str, Source]
     found: Mapping[str, Source]
-    if headers is None:
-        stored = open_folder(folder)
-        found = find_sources(stored, described.fields)
-        _check_size(folder, described.cfg, stored)
+    if headers is not None:
+        stored = found = sources(headers)
+        family = with_names(family)
+    elif in_pieces(folder, WEIGHTS):
+        stored = found = open_pieces(folder, WEIGHTS)
     else:
-        found, family = sources(headers), with_names(family)
-        _check_size(folder, described.cfg, found)
+        stored = plain = open_folder(folder)
+        found = find_sources(plain, described.fields)
+    _check_size(folder, described.cfg, stored)
     with without_memory():
         model = build_model(described.cfg, backend)
     return match(folder, family, model, found)._replace(of_gguf=headers is not None)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,10 @@ class Source:
         """Entry `index` of the first axis, as a tensor of its own."""
         raise NotImplementedError
 
+    def part(self, start: int, stop: int) -> Source:
+        """Rows [start, stop) of the first axis, as a tensor of its own."""
+        raise NotImplementedError
+
     def load(self, dtype: torch.dtype) -> Tensor:
         """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
         raise NotImplementedError
@@ -83,6 +88,14 @@ class Stored(Source):
         size = self.bytes // self.shape[0]
         at = self.offset + index * size
         return replace(self, shape=self.shape[1:], bytes=size, offset=at)
+
+    def part(self, start: int, stop: int) -> Stored:
+        """Rows [start, stop) of the first axis, as a tensor of its own."""
+        size = self.bytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(
+            self, shape=shape, bytes=(stop - start) * size, offset=self.offset + start * size
+        )
 
     def load(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on the CPU as it is stored, whatever `dtype`.
@@ -255,7 +268,9 @@ def write_folder(folder: Path, tensors: Iterable[Written], shard_bytes: int) -> 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, tensors: Iterable[Written]) -> None:
+def write_file(
+    path: Path, tensors: Iterable[Written], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write one safetensors file, holding one tensor in memory at a time.
 
     Wide dtypes come first, so that every tensor is aligned. The library reads the header back.
@@ -264,7 +279,7 @@ def write_file(path: Path, tensors: Iterable[Written]) -> None:
         OSError: the disk is full or the place cannot be written.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0
     for tensor in ordered:
         header[tensor.key] = {

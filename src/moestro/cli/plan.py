@@ -72,6 +72,20 @@ Parallel = Annotated[
     Literal["data", "fsdp", "expert"] | None,
     typer.Option(help="How they share the work; default data."),
 ]
+Ep = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST,
+        help="Ranks that the experts are split over; all else is sharded.",
+    ),
+]
+Shard = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST, help="Ranks to shard over, as train.parallel.shard; default all."
+    ),
+]  # fmt: skip
 FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]
 
 CONVENTIONS: dict[str, Embeddings] = {
@@ -91,6 +105,8 @@ def plan(
     price_per_hour: Price = None,
     ranks: Ranks = 1,
     parallel: Parallel = None,
+    ep: Ep = None,
+    shard: Shard = None,
     figure: FigurePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
@@ -102,6 +118,7 @@ def plan(
     sends, an upper bound on speed, the price, and what fits. A mixture is compared with dense
     models of equal cost per token and of equal size. docs/planning.md has the formulas.
     """
+    from moestro.config import ParallelConfig
     from moestro.errors import ConfigError
     from moestro.plan.report import Question, report
     from moestro.plan.report import as_json as to_json
@@ -113,12 +130,15 @@ def plan(
     if model is None:
         raise ConfigError("name a model to plan for; `moestro plan --list` shows the presets")
     subjects = open_subjects([model, *(against or ())], accept_field or ())
-    _check(subjects, device, price_per_hour, ranks, parallel)
+    spreads = (ep or shard) is not None
+    kind = "spread" if spreads else parallel or "data"
+    _check(subjects, device, price_per_hour, ranks, parallel, spreads)
     question = Question(
         context=context, batch=batch, dtype=dtype, embeddings=CONVENTIONS[convention],
         memory_bytes=None if memory is None else parse_bytes(memory),
         device=None if device is None else _device(device),
-        usd_per_hour=price_per_hour, ranks=ranks, parallel=parallel or "data",
+        usd_per_hour=price_per_hour, ranks=ranks, parallel=kind,
+        spread=ParallelConfig(expert=ep or 1, shard=shard or "auto"),
     )  # fmt: skip
     reports = [report(subject, question) for subject in subjects]
     if figure is not None:
@@ -137,6 +157,7 @@ def _check(
     price_per_hour: float | None,
     ranks: int,
     parallel: str | None,
+    spreads: bool,
 ) -> None:
     """Refuse options that mean nothing without each other."""
     from moestro.errors import ConfigError
@@ -145,6 +166,11 @@ def _check(
         raise ConfigError(f"--price-per-hour is {price_per_hour}; it must be more than 0")
     if price_per_hour is not None and device is None:
         raise ConfigError("--price-per-hour is the price of a device; name it with --device")
+    if spreads and (ranks == 1 or parallel is not None):
+        raise ConfigError(
+            "--ep and --shard say how several ranks share the model; add --ranks N, and leave "
+            "--parallel out"
+        )
     if parallel is not None and ranks == 1:
         raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
     if parallel == "expert" and not any(s.count.expert for s in subjects):

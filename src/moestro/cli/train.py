@@ -72,21 +72,26 @@ def train(
     """Train a language model on text, as a mixture of experts or dense.
 
     Progress goes to stderr, the result to stdout. Ctrl-C finishes the step and saves; --resume
-    continues from there. Under torchrun the batch is shared by all processes.
+    continues from there. Under torchrun the batch is shared by all processes, and the model as
+    train.parallel says; what torchrun starts again resumes.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.config import RunConfig
     from moestro.errors import ConfigError
     from moestro.settings import load_settings
-    from moestro.train.distributed import joined, pick_device, ranks_from
+    from moestro.train.distributed import joined, pick_device, ranks_from, restarted
     from moestro.train.initial import initial_settings
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import SETTINGS_NAME
+    from moestro.train.state import SETTINGS_NAME, holds_run
 
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
+    if out is None and ranks_from(os.environ).world > 1:
+        raise ConfigError("several processes need --out FOLDER, which they all can reach")
+    if restarted(os.environ) and holds_run(folder):
+        resume, init = True, None
     if resume and init is not None:
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
     begin, accepted = None if init is None else find_checkpoint(init), accept_field or ()
@@ -97,7 +102,7 @@ def train(
     else:
         cfg = load_settings(RunConfig, config or DEMO, stated)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
-    with joined(device) as ranks:
+    with joined(device, timeout_s=cfg.train.parallel.timeout_s) as ranks:
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted)
         cfg, result = run_shown(cfg, folder, resume or begin is not None, ranks)

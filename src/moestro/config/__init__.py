@@ -29,6 +29,7 @@ from moestro.config.model import (
     NormConfig,
     StackSpec,
 )
+from moestro.config.parallel import Layout, ParallelConfig
 from moestro.config.run import (
     BalanceConfig,
     ChatConfig,
@@ -43,8 +44,8 @@ from moestro.config.run import (
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "ChatConfig", "DataConfig", "DeltaConfig",
     "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
-    "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig", "MoEConfig", "ModelConfig",
-    "NetworkConfig", "NormConfig", "OptimConfig", "RelativeConfig", "RopeConfig", "RouterConfig",
-    "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec", "TrainConfig", "WindowConfig",
-    "YarnScaling",
+    "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig", "MoEConfig",
+    "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig", "RelativeConfig",
+    "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec",
+    "TrainConfig", "WindowConfig", "YarnScaling",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from moestro.config.model import EncDecConfig, ModelConfig
 from moestro.config.number import Coefficient, Fraction, Positive, PositiveFloat
+from moestro.config.parallel import ParallelConfig
 from moestro.settings import Settings
 
 
@@ -133,13 +134,14 @@ class TrainConfig(Settings):
     steps: Positive = 500
     batch_size: Positive = Field(16, description="Sequences per step, over all ranks.")
     accumulate: Positive = Field(1, description="Micro-batches per step.")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     eval_every: Positive = 100
     eval_tokens: Positive = 65_536
     save_every: Positive = 250
     keep: Positive = Field(2, description="Checkpoints kept; the newest good one always is.")
     seed: int = 0
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def _kind(value: Any) -> str:

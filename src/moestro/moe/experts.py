@@ -72,12 +72,20 @@ class StackedWeights(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal at two σ, σ = sqrt(s / fan-in) (Fedus et al. 2021, §2.4)."""
-        for weight, scale in ((self.gate_up, 1.0), (self.down, self.out_scale)):
-            std = scale * math.sqrt(self.init_scale / weight.shape[-1])
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        """Truncated normal at two σ, σ = sqrt(s / fan-in) (Fedus et al. 2021, §2.4).
+
+        One expert after the other, so that a rank can draw some of them (`moestro.moe.parallel`).
+        """
+        for weight, std in self.spreads():
+            for matrix in () if weight.is_meta else weight:
+                nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std)
         for bias in self.biases or ():
             nn.init.zeros_(bias)
+
+    def spreads(self) -> list[tuple[nn.Parameter, float]]:
+        """The matrices, with the σ that each begins with."""
+        scales = ((self.gate_up, 1.0), (self.down, self.out_scale))
+        return [(w, scale * math.sqrt(self.init_scale / w.shape[-1])) for w, scale in scales]
 
     @property
     def biases(self) -> Biases | None:
@@ -132,7 +140,9 @@ class Experts(StackedWeights):
         weights = self.values()
         if self.training and self.dropout:
             weights = weights._replace(activation=self._activate_and_drop)
-        return _hidden(mixing.mix)(x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend)
+        return hidden_from_compiler(mixing.mix)(
+            x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend
+        )
 
     def _activate_and_drop(self, hidden_RH: Tensor) -> Tensor:
         return F.dropout(reference.activate(hidden_RH, self.activation), self.dropout)
@@ -158,9 +168,11 @@ class FeedForward(StackedWeights):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D] in the dtype computed in."""
-        return _hidden(mixing.dense)(x_TD.to(compute_dtype(x_TD)), self.values(), self.backend)
+        return hidden_from_compiler(mixing.dense)(
+            x_TD.to(compute_dtype(x_TD)), self.values(), self.backend
+        )
 
 
-def _hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def hidden_from_compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, kept out of what is being compiled; see `moestro.moe.mixing`."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

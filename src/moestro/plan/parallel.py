@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import LayerSpec, NetworkConfig
+from moestro.config import LayerSpec, Layout, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count
 from moestro.plan.memory import Training, state_bytes
@@ -20,13 +20,14 @@ from moestro.plan.memory import Training, state_bytes
 # All of the model on each; parameters, gradients and moments fully sharded; experts split, all else
 # as with "data".
 KINDS = ("data", "fsdp", "expert")
+SPREAD = "spread"  # as `moestro train` with train.parallel: see `spread`
 GRADIENT_BYTES = 4
 
 
 class Rank(NamedTuple):
     """One of `ranks` processes that train together; bytes, of the fullest rank."""
 
-    kind: str  # one of `KINDS`
+    kind: str  # one of `KINDS`, or `SPREAD`
     ranks: int
     weights: int
     gradients: int
@@ -103,6 +104,54 @@ def rank(
         all_to_all_per_layer=exchange,
         all_to_all=exchanges,
     )
+
+
+def spread(
+    cfg: NetworkConfig, counted: Count, training: Training, layout: Layout, tokens: int, number: int
+) -> Rank:
+    """One rank of a step of `moestro train`: experts split, all else sharded, both on their meshes.
+
+    Weights are gathered in fp32, in the forward and again in the backward, and gradients scattered;
+    what has copies is then summed over them. With accumulation each micro-batch gathers, scatters
+    and exchanges rows. A gathered layer counts its weights and their gradients.
+
+    Args:
+        cfg: the model.
+        counted: its count.
+        training: its step on one device.
+        layout: that fits the model.
+        tokens: T, of each rank.
+        number: bytes of one number of a row.
+    """
+    dense, layers = counted.total - counted.expert, _layers(cfg)
+    share = counted.expert // layout.expert  # of each group's rank, before it is sharded
+    held = math.ceil(dense / layout.shard) + math.ceil(share / layout.expert_shard)
+    sent = _collectives(dense, layout.shard, layout.replicas)
+    sent += _collectives(share, layout.expert_shard, layout.expert_replicas)
+    mixtures = sum(layer.mixture for layer in layers)
+    body = dense - counted.input_embedding - counted.output_embedding
+    gathered = math.ceil(body / len(layers)) if layout.shard > 1 else 0
+    if layout.expert_shard > 1:
+        gathered += math.ceil(share / max(1, mixtures))
+    away = (layout.expert - 1) / layout.expert
+    top_k = cfg.moe.top_k if cfg.moe is not None else 0
+    exchange = round(4 * tokens * top_k * cfg.dim * number * away)
+    return Rank(
+        SPREAD,
+        layout.ranks,
+        **state_bytes(held),
+        activations=training.activations,
+        gathered=2 * GRADIENT_BYTES * gathered,
+        sent=round(sent) + exchange * mixtures,
+        all_to_all_per_layer=exchange,
+        all_to_all=exchange * mixtures,
+    )
+
+
+def _collectives(parameters: int, shards: int, copies: int) -> float:
+    """Bytes that a rank sends: two gathers and a scatter over shards, then a sum over copies."""
+    sharded = 3 * (shards - 1) / shards * parameters
+    return GRADIENT_BYTES * (sharded + 2 * (copies - 1) / copies * parameters / shards)
 
 
 def _layers(cfg: NetworkConfig | None) -> list[LayerSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from moestro.config import ParallelConfig
 from moestro.models.count import Embeddings
 from moestro.plan.activations import activation_bytes
 from moestro.plan.bounds import Bound, bound
@@ -17,7 +18,7 @@ from moestro.plan.memory import (
     state_bytes,
     weights,
 )
-from moestro.plan.parallel import Rank, rank
+from moestro.plan.parallel import SPREAD, Rank, rank, spread
 from moestro.plan.subject import RUMOUR, PlannedModel, dense_models
 from moestro.plan.work import decode, prefill
 
@@ -35,7 +36,8 @@ class Question(NamedTuple):
     usd_per_hour: float | None = None  # price of that device
     memory_bytes: int | None = None  # to fit into; None takes the device's, if there is one
     ranks: int = 1  # that train together
-    parallel: str = "data"  # how, one of `parallel.KINDS`
+    parallel: str = "data"  # how, one of `parallel.KINDS` or "spread"
+    spread: ParallelConfig = ParallelConfig()  # how, where it is "spread"
 
 
 class Report(NamedTuple):
@@ -84,7 +86,15 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
     shared = None
     if question.ranks > 1:
         tokens, number = context * batch, number_bytes(dtype)
-        shared = rank(cfg, counted, training, question.parallel, question.ranks, tokens, number)
+        if question.parallel != SPREAD:
+            kind, ranks = question.parallel, question.ranks
+            shared = rank(cfg, counted, training, kind, ranks, tokens, number)
+        elif cfg is not None:
+            how = question.spread
+            if cfg.moe is None:  # a dense model, compared with the mixture
+                how = how.model_copy(update={"expert": 1})
+            layout = how.layout(question.ranks, cfg.moe.num_experts if cfg.moe else None)
+            shared = spread(cfg, counted, training, layout, tokens, number)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
         works = (work(cfg, context, batch, dtype) for work in (prefill, decode))
@@ -147,6 +157,8 @@ def as_json(question: Question, reports: list[Report]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Named tuples as objects, all the way down."""
+    if isinstance(value, ParallelConfig):
+        return value.model_dump(mode="json")
     if hasattr(value, "_asdict"):
         return {name: _plain(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moestro.plan.bounds import Bound
 from moestro.plan.memory import DTYPES
-from moestro.plan.parallel import Rank
+from moestro.plan.parallel import SPREAD, Rank
 from moestro.plan.report import Question, Report
 from moestro.plan.sizes import bytes_text, flops_text, number_text, parameters_text
 
@@ -91,6 +91,10 @@ def _bytes(amount: int | None) -> str:
 def _parallel(reports: Sequence[Report], question: Question) -> list[Line]:
     """What each rank holds and sends."""
     names = {"data": "data parallel", "fsdp": "fully sharded", "expert": "expert parallel"}
+    how = question.spread
+    names[SPREAD] = (
+        f"experts {how.expert} ways, sharded over {'all' if how.shard == 'auto' else how.shard}"
+    )
 
     def row(label: str, say: Callable[[Rank], str]) -> Line:
         cells = (UNKNOWN if r.rank is None else say(r.rank) for r in reports)
@@ -103,10 +107,10 @@ def _parallel(reports: Sequence[Report], question: Question) -> list[Line]:
         row("optimizer", lambda r: bytes_text(r.optimizer)),
         row("activations", lambda r: _bytes(r.activations)),
     ]
-    if question.parallel == "fsdp":
+    if question.parallel in ("fsdp", SPREAD):
         found.append(row("a gathered layer", lambda r: _bytes(r.gathered)))
     found.append(row("sent in a step", lambda r: bytes_text(r.sent)))
-    if question.parallel == "expert":
+    if question.parallel in ("expert", SPREAD):
         found.append(row("… all-to-all", lambda r: bytes_text(r.all_to_all)))
         found.append(row("… for each layer", lambda r: bytes_text(r.all_to_all_per_layer)))
     return found

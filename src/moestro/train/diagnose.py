@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moestro.train.parallel import local
+
 
 def is_finite(x: Tensor) -> bool:
     """Whether every number of `x` is finite; waits for the device."""
@@ -18,19 +20,24 @@ def is_finite(x: Tensor) -> bool:
 def first_bad_gradient(model: nn.Module) -> str | None:
     """Name of the first parameter whose gradient holds NaN or infinity; None if there is none."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not is_finite(parameter.grad):
+        if parameter.grad is not None and not is_finite(local(parameter.grad)):
             return f"the gradient of {name}"
     return None
 
 
-def first_bad_value(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Name of the first parameter, else module output, that holds NaN or infinity.
+def first_bad_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter that holds NaN or infinity; None if there is none."""
+    for name, parameter in model.named_parameters():
+        if not is_finite(local(parameter)):
+            return f"the parameter {name}"
+    return None
+
+
+def first_bad_output(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Name of the first module whose output holds NaN or infinity; None if there is none.
 
     `forward` runs the model on the batch that went wrong; called once, without gradients.
     """
-    for name, parameter in model.named_parameters():
-        if not is_finite(parameter):
-            return f"the parameter {name}"
     names = {module: name or "the model" for name, module in model.named_modules()}
     found: list[str] = []
 

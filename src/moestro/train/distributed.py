@@ -10,13 +10,14 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError, TrainingError
 
 
 class Ranks(NamedTuple):
@@ -43,6 +44,13 @@ class Ranks(NamedTuple):
             dist.all_reduce(x)
         return x
 
+    def first(self, found: str | None) -> str | None:
+        """What the first rank that found something says; the same on all."""
+        everything: list[str | None] = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everything, found)
+        return next((one for one in everything if one is not None), None)
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.world > 1:
@@ -50,6 +58,8 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks()
+# What torch's errors say where another process is to blame: gloo's, nccl's, the store's.
+_OF_OTHERS = ("gloo", "NCCL", "Connection closed", "Connection reset", "wait timeout", "Timed out")
 
 
 def ranks_from(environment: Mapping[str, str]) -> Ranks:
@@ -68,11 +78,21 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
         ) from None
 
 
+def restarted(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun has started this process again after one of the run's had failed."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 @contextmanager
-def joined(device: torch.device, environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+def joined(
+    device: torch.device, environment: Mapping[str, str] | None = None, timeout_s: int = 600
+) -> Iterator[Ranks]:
     """Join the other processes while the block runs, on CUDA by nccl, elsewhere by gloo.
 
-    The `environment` holds torchrun's variables; the process's own if left out.
+    Args:
+        device: that this process computes on.
+        environment: torchrun's variables; None: the process's own.
+        timeout_s: longest wait for another rank.
     """
     ranks = ranks_from(os.environ if environment is None else environment)
     if ranks.world == 1:
@@ -81,10 +101,21 @@ def joined(device: torch.device, environment: Mapping[str, str] | None = None) -
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         yield ranks
+    except RuntimeError as error:
+        if isinstance(error, MoestroError) or not any(w in str(error) for w in _OF_OTHERS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another process of the run ended, or did not answer within {timeout_s} s; its own "
+            f"output says why. Go on from the last checkpoint with --resume ({reason})"
+        ) from error
     finally:
         gc.collect()  # works still held by a reference cycle abort gloo when they outlive the group
         dist.destroy_process_group()
@@ -122,8 +153,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn the setting `train.dtype` into what matrices are multiplied in.
 
     'auto' is bfloat16 where the hardware has instructions for it (CUDA; a CPU with AMX or
-    AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case.
+    AVX512-BF16) and float32 elsewhere. Weights and optimizer state are float32 in any case but
+    'float64', which is for proofs.
     """
+    if name == "float64":
+        return torch.float64
     has_instructions = (
         device.type == "cuda"
         or torch.cpu._is_amx_tile_supported()

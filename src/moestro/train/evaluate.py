@@ -48,17 +48,19 @@ def evaluate(
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             for place, (name, (tokens_NS, _)) in enumerate(held_out.items()):
                 mine = range(ranks.rank, len(tokens_NS), ranks.world)
-                for first in range(0, len(mine), batch_size):
+                most = -(-len(tokens_NS) // ranks.world)
+                for first in range(0, most, batch_size):  # as many forwards on every rank
                     rows = list(mine[first : first + batch_size])
-                    places = [(HELD_OUT, name, row) for row in rows]
-                    example = task.examples(tokens_NS[rows], places)
-                    bits_N[place] += _bits(model, example.to(device))
+                    places = [(HELD_OUT, name, row) for row in rows or [0]]
+                    example = task.examples(tokens_NS[rows or [0]], places)
+                    bits = _bits(model, example.to(device))
+                    bits_N[place] += bits if rows else 0
     finally:
         model.train(was_training)
-    bits = ranks.sum_(bits_N).tolist()
+    sums = ranks.sum_(bits_N).tolist()
     num_bytes = [_bytes(domain, task) for domain in held_out.values()]
-    result = {name: b / n for name, b, n in zip(held_out, bits, num_bytes, strict=True)}
-    return {ALL: sum(bits) / sum(num_bytes), **result}
+    result = {name: b / n for name, b, n in zip(held_out, sums, num_bytes, strict=True)}
+    return {ALL: sum(sums) / sum(num_bytes), **result}
 
 
 def _bits(model: nn.Module, example: Example) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moestro.checkpoints.folders import unfinished
 from moestro.checkpoints.opening import open_adapted, open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.rows import ChatCorpus
@@ -26,8 +27,8 @@ from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
 from moestro.models.network import ModelOutput
 from moestro.moe.balance import update_bias
-from moestro.train import state
-from moestro.train.diagnose import first_bad_gradient, first_bad_value
+from moestro.train import parallel, state
+from moestro.train.diagnose import first_bad_gradient, first_bad_output, first_bad_parameter
 from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
@@ -36,6 +37,7 @@ from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read
 from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
+from moestro.train.sharded_state import Share
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
 
 
@@ -90,6 +92,8 @@ class Trainer:
         self.progress = progress if ranks.writes else None
         self.device = pick_device(cfg.train.runtime.device, ranks)
         self.dtype = pick_dtype(cfg.train.dtype, self.device)
+        experts = cfg.model.moe.num_experts if cfg.model.moe else None
+        self.layout = cfg.train.parallel.layout(ranks.world, experts)
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
@@ -141,39 +145,58 @@ class Trainer:
     def _build(self, checkpoint: Path | None) -> None:
         """Make or load model, optimizer and routing watch, and wrap the model's forward."""
         cfg, runtime = self.cfg, self.cfg.train.runtime
-        if checkpoint is None:
-            torch.manual_seed(cfg.train.seed)
-            self.model = new_model(cfg.model, runtime.backend).to(self.device)
-        elif cfg.lora is not None:
-            dtype, device = self.dtype, str(self.device)
-            self.model = open_adapted(checkpoint, cfg.lora, dtype, device, runtime.backend)
-        else:
-            self.model = open_checkpoint(
-                checkpoint, device=str(self.device), backend=runtime.backend, verified=True
-            ).model
+        self.model = self._model(checkpoint)
         self.model.train()
         self.model.checkpoint_activations = runtime.checkpoint_activations
         if "router" in cfg.optim.freeze:
             for mixture in self.model.mixtures():
                 mixture.router.requires_grad_(False)
         self._optimizer = make_optimizer(self.model, cfg.optim)
+        self._places = parallel.places_of(self.model, self.layout, self.ranks.rank)
+        self._share: Share | None = None
+        if self.layout.splits:
+            self._share = Share(self.model, self._optimizer, self._places, self.ranks)
         moe, num_mixtures = cfg.model.moe, len(self.model.mixtures())
         self._num_experts = moe.num_experts if moe is not None else 0
         self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
         self._step, self._seconds, self._checkpoint = 0, 0.0, checkpoint
         if checkpoint is not None:
             fingerprint = self.corpus.fingerprint
-            numbers = state.restore(checkpoint, self.model, self._optimizer, fingerprint)
+            numbers = state.restore(
+                checkpoint, self.model, self._optimizer, fingerprint, self._share
+            )
             self._step, self._seconds = numbers.step, numbers.seconds
             self._watch.window_WLE = numbers.window_WLE
             self._watch.collapsed = set(numbers.collapsed)
         forward: nn.Module = self.model
         if runtime.compile:
             forward.compile()
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self.layout.splits:
             device_ids = [self.device] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=device_ids)
         self._forward = forward
+
+    def _model(self, checkpoint: Path | None) -> Model:
+        """With this rank's weights: the checkpoint's, or new ones."""
+        cfg, backend = self.cfg, self.cfg.train.runtime.backend
+        weights = torch.float64 if self.dtype == torch.float64 else torch.float32
+        torch.manual_seed(cfg.train.seed)
+        if self.layout.splits:
+            if cfg.lora is not None:
+                raise ConfigError(
+                    "adapters are trained on whole models: set train.parallel.expert and .shard to "
+                    "1, or leave --lora out"
+                )
+            timeout_s = cfg.train.parallel.timeout_s
+            runs = parallel.Runs(self.device, weights, timeout_s)
+            return parallel.build(cfg.model, backend, checkpoint, self.layout, runs)
+        if checkpoint is None:
+            return new_model(cfg.model, backend).to(self.device, weights)
+        if cfg.lora is not None:
+            return open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
+        return open_checkpoint(
+            checkpoint, device=str(self.device), backend=backend, verified=True
+        ).model
 
     def _run(
         self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None
@@ -217,19 +240,20 @@ class Trainer:
         batch = self._batch(step)
         tally = Tally(len(self.model.mixtures()), self._num_experts, self.device)
         names, sums_P = self._backward(step, batch, tally)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        square = parallel.square(gradients, self._places).reshape(1)
         asked = sums_P.new_tensor([float(stop.signal != 0)])
-        shared = self.ranks.sum_(torch.cat([sums_P, asked]))
+        shared = self.ranks.sum_(torch.cat([sums_P, asked, square]))
         tally.reduce(self.ranks)
         # The step's only copy from the device.
-        numbers = torch.cat([norm.double().reshape(1), shared, tally.packed()]).tolist()
-        grad_norm, sums = numbers[0], numbers[1 : len(names) + 1]
+        numbers = torch.cat([shared, tally.packed()]).tolist()
+        *sums, stopping, squared = numbers[: len(shared)]
         parts = dict(zip(names, sums, strict=True))
-        if not all(map(math.isfinite, (grad_norm, *parts.values()))):
+        if not all(map(math.isfinite, (squared, *parts.values()))):
             raise self._not_finite(step, batch, parts)
+        grad_norm = math.sqrt(squared)
         if grad_norm > cfg.optim.clip:  # below it, clipping would multiply every gradient by 1
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.optim.clip, norm)
+            parallel.scale(gradients.values(), cfg.optim.clip / (grad_norm + 1e-6))
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -239,8 +263,8 @@ class Trainer:
         self._step, self._counts_LE = step + 1, tally.counts_LE
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
-        loss, layers = parts.pop("loss"), tally.unpack(numbers[len(names) + 2 :])
-        return StepNumbers(loss, grad_norm, parts, layers, seconds, numbers[len(names) + 1] > 0)
+        loss, layers = parts.pop("loss"), tally.unpack(numbers[len(shared) :])
+        return StepNumbers(loss, grad_norm, parts, layers, seconds, stopping > 0)
 
     def _backward(self, step: int, batch: Example, tally: Tally) -> tuple[list[str], Tensor]:
         """Gradients of all micro-batches; this rank's share of the loss's parts, float64."""
@@ -254,7 +278,8 @@ class Trainer:
                 output = self._predict(micro)
                 tally.add(output.routings)
                 loss = self._objective(output, micro.targets)
-                torch.autograd.backward(loss.total * world)  # gradients are averaged over ranks
+                # DDP averages gradients over the ranks; a model that is spread sums them.
+                torch.autograd.backward(loss.total * (1 if self._share else world))
             for name, part in loss.parts.items():
                 sums[name] = sums.get(name, 0.0) + part.double()
         return list(sums), torch.stack(list(sums.values()))
@@ -266,6 +291,8 @@ class Trainer:
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
         """Gradients travel between ranks with a step's last micro-batch only."""
+        if self._share is not None:
+            return parallel.synced(self.model, last)
         if last or not isinstance(self._forward, DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[None], self._forward.no_sync())
@@ -285,11 +312,14 @@ class Trainer:
     def _not_finite(self, step: int, batch: Example, parts: dict[str, float]) -> TrainingError:
         """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
-        found = first_bad_gradient(self.model) or "the norm of all gradients"
+        found = self.ranks.first(first_bad_gradient(self.model)) or "the norm of all gradients"
         if bad:
-            self._seed_noise(step)
-            inputs = batch.chunk(self.cfg.train.accumulate)[0].inputs
-            value = first_bad_value(self.model, lambda: self.model(*inputs))
+            value = self.ranks.first(first_bad_parameter(self.model))
+            if value is None:
+                self._seed_noise(step)
+                inputs = batch.chunk(self.cfg.train.accumulate)[0].inputs
+                output = first_bad_output(self.model, lambda: self.model(*inputs))
+                value = self.ranks.first(output)
             found = value or f"the {'loss' if bad[0] == 'loss' else f'{bad[0]} balance loss'}"
         return self._stopped(step + 1, found)
 
@@ -323,9 +353,8 @@ class Trainer:
 
     def _save(self) -> Path:
         """Save on the writing rank while the others wait; weights that went bad are not saved."""
-        for name, weight in self.model.named_parameters():
-            if not weight.isfinite().all():
-                raise self._stopped(self._step, f"the weight {name} after the update")
+        if bad := self.ranks.first(first_bad_parameter(self.model)):
+            raise self._stopped(self._step, f"{bad} after the update")
         watch, corpus = self._watch, self.corpus
         numbers = state.Numbers(
             self._step, self._seconds, tuple(sorted(watch.collapsed)), watch.window_WLE,
@@ -334,10 +363,13 @@ class Trainer:
         target = state.checkpoint_folder(self.folder, self._step)
         if self.ranks.writes:
             state.save(
-                self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers
-            )
+                self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers,
+                self._share,
+            )  # fmt: skip
             if self.progress is not None:
                 self.progress.note(f"saved {target}")
+        elif self._share is not None:
+            self._share.write(unfinished(target))
         self.ranks.wait()
         return target
 

@@ -63,9 +63,10 @@ class Objective:
         self._counts_LE: Tensor | None = None
 
     def __call__(self, output: ModelOutput, targets_BS: Tensor) -> Loss:
-        """The loss of a micro-batch of B sequences, in fp32; `IGNORED` targets are no labels."""
+        """The loss of a micro-batch of B sequences, in at least fp32; `IGNORED` is no label."""
         labels = num_labels(targets_BS) if self._labels is None else self._labels
-        logits_TV, targets_T = output.logits.float().flatten(0, 1), targets_BS.flatten()
+        dtype = torch.promote_types(output.logits.dtype, torch.float32)
+        logits_TV, targets_T = output.logits.to(dtype).flatten(0, 1), targets_BS.flatten()
         summed = cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
         total = summed / labels.clamp(min=1)
         parts = {"loss": total.detach()}

@@ -50,6 +50,7 @@ from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
 from moestro.train.metrics import METRICS_NAME
+from moestro.train.sharded_state import Share, misfit, open_optimizer
 
 SETTINGS_NAME = "config.json"
 # In a run that began from a checkpoint: the files that came with its weights.
@@ -59,7 +60,7 @@ FORMAT = 1
 MAY_DIFFER = (
     "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep", "lora.base",
 )  # fmt: skip
-MAY_DIFFER_UNDER = "train.runtime."
+MAY_DIFFER_UNDER = ("train.runtime.", "train.parallel.")
 
 
 class Numbers(NamedTuple):
@@ -87,8 +88,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     numbers: Numbers,
+    share: Share | None = None,
 ) -> Path:
     """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
+
+    Of a spread model `share` is the writing rank's; the others call their shares' `write`.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
@@ -102,16 +106,20 @@ def save(
             except CheckpointError:
                 remove_folder(target)
         with atomic_folder(target) as folder:
-            if cfg.lora is None:
+            if share is not None:
+                write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
+                share.write(folder)
+            elif cfg.lora is None:
                 save_model(model, folder)
             else:  # the weights stay where they are
                 write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
                 save_own(model, cfg.lora, folder)
+            if share is None:
+                save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
             tokenizer.save(folder)
             if (run / ORIGIN).is_dir():
                 keep_sidecar_files(run / ORIGIN, folder)
             write_json(folder / "run.json", cfg.model_dump(mode="json"))
-            save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
             save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
             tokens = numbers.step * cfg.train.batch_size * cfg.data.seq_len
             values = {"format": FORMAT, "tokens": tokens, **numbers._asdict()}
@@ -127,12 +135,15 @@ def save(
 
 
 def restore(
-    checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer, corpus: str
+    checkpoint: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    corpus: str,
+    share: Share | None = None,
 ) -> Numbers:
     """Read everything but the model from a verified checkpoint, into `optimizer` and Numbers."""
     try:
         values = read_json(checkpoint / "trainer.json")
-        tensors = read_tensors(checkpoint / "optimizer.safetensors")
         numbers = Numbers(
             int(values["step"]), float(values["seconds"]), tuple(values["collapsed"]),
             read_tensors(checkpoint / "trainer.safetensors")["window"].clone(),
@@ -147,7 +158,12 @@ def restore(
             f"the text is not the one that {checkpoint} was trained on (fingerprint {corpus}, "
             f"saved {numbers.corpus}); put the files back, or start a new run in another folder"
         )
-    load_optimizer_tensors(model, optimizer, tensors)
+    if share is not None:
+        share.restore(checkpoint)
+    else:
+        stored = open_optimizer(checkpoint).items()
+        tensors = {name: one.load(torch.float32) for name, one in stored}
+        load_optimizer_tensors(model, optimizer, tensors)
     return numbers
 
 
@@ -173,10 +189,7 @@ def load_optimizer_tensors(
         name, _, key = full_name.rpartition(".")
         parameter = parameters.get(name)
         if parameter is None or (value.ndim and value.shape != parameter.shape):
-            raise CheckpointError(
-                f"the optimizer's tensor {full_name} {list(value.shape)} fits no parameter of "
-                "the model; the checkpoint was made by another model"
-            )
+            raise misfit(full_name, tuple(value.shape))
         optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
@@ -207,7 +220,7 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
         raise ConfigError(
             f"--resume goes on with the settings of {checkpoint}; these differ: "
             f"{'; '.join(differing)}. Set them back, or start a new run in another folder "
-            f"(free to change: {', '.join(MAY_DIFFER)}, {MAY_DIFFER_UNDER}*)"
+            f"(free to change: {', '.join(MAY_DIFFER)}, {'*, '.join(MAY_DIFFER_UNDER)}*)"
         )
 
 

@@ -1,0 +1,143 @@
+"""Expert parallelism: experts of which each rank holds a share, and the exchange of their rows.
+
+Rank r of a group of N holds experts [r · E / N, (r + 1) · E / N). Rows are sorted by expert, so
+what goes to one rank is one slice; counts are exchanged first, then rows. What came is a batch of
+its own, one expert a row, which this rank's experts mix as any other. Back the same way; weights
+never travel, and drops stay home.
+
+Nothing is averaged: a loss that is a sum over the tokens of all ranks gives an expert the gradient
+of one process, since the exchange has brought it the tokens of all.
+
+Letters: T tokens, D width, E experts, R rows, P ranks of the group, L experts of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moestro.errors import ConfigError
+from moestro.moe import dispatch
+from moestro.moe.experts import Experts, hidden_from_compiler
+from moestro.moe.mixing import compute_dtype
+from moestro.moe.routing import Routing
+
+Group = dist.ProcessGroup | None  # None: all ranks
+
+
+class ParallelExperts(Experts):
+    """This rank's share of the experts of a mixture, in place of all of them.
+
+    Every rank of the group calls it together, with tokens of its own or with none. Capacity and
+    drops are those of the rank's own tokens: N ranks with one micro-batch each are one process
+    with N micro-batches.
+
+    Attributes:
+        num_experts: E, of all ranks.
+        first: number of the expert in row 0 of the weights.
+    """
+
+    def __init__(self, whole: Experts, group: Group = None) -> None:
+        """Keep this rank's share of `whole`, which may be without memory.
+
+        Raises:
+            ConfigError: the experts do not split evenly.
+        """
+        nn.Module.__init__(self)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group, self.num_experts = group, len(whole.down)
+        if self.num_experts % ranks:
+            raise ConfigError(
+                f"{self.num_experts} experts do not split over {ranks} ranks; use a number of "
+                "ranks that divides them"
+            )
+        share = self.num_experts // ranks
+        self.first = rank * share
+        self.activation, self.dropout, self.backend = whole.activation, whole.dropout, whole.backend
+        self.init_scale, self.out_scale = whole.init_scale, whole.out_scale
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            weight = getattr(whole, name)
+            if weight is not None:
+                part = weight.detach()[self.first : self.first + share].clone()
+                weight = nn.Parameter(part, weight.requires_grad)
+            self.register_parameter(name, weight)
+
+    def reset_parameters(self) -> None:
+        """Draw what one process draws for these experts: the others' numbers are let go."""
+        for weight, std in self.spreads():
+            of_other = weight.new_empty(weight.shape[1:])
+            for expert in range(self.num_experts):
+                own = 0 <= expert - self.first < len(weight)
+                matrix = weight[expert - self.first] if own else of_other
+                nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std)
+        for bias in self.biases or ():
+            nn.init.zeros_(bias)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """See `Experts.forward`; `routing` names experts of all ranks."""
+        return hidden_from_compiler(self._across)(x_TD.to(compute_dtype(x_TD)), routing)
+
+    def _across(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        plan = dispatch.make_plan(routing)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        way, local = meet(plan.counts_E, dtype, self.group)
+        rows_RD = _Swap.apply(dispatch.dispatch(x_TD, plan), way)
+        done_RD = super().forward(rows_RD, local)
+        return dispatch.combine(_Swap.apply(done_RD, way.back()), routing.weights_R, plan)
+
+
+class Way(NamedTuple):
+    """How rows travel: `to[i]` to rank i, `by[i]` from it."""
+
+    to: list[int]
+    by: list[int]
+    group: Group
+
+    def back(self) -> Way:
+        """The way home."""
+        return Way(self.by, self.to, self.group)
+
+
+def meet(counts_E: Tensor, dtype: torch.dtype, group: Group) -> tuple[Way, Routing]:
+    """Exchange counts. Returns the rows' way there, and the Routing of those that come.
+
+    The rows come rank by rank and, of each rank, expert by expert; each has one of the L experts
+    of this rank, with weight 1 in `dtype`.
+    """
+    sent_PL = counts_E.view(dist.get_world_size(group), -1).contiguous()
+    came_PL = torch.empty_like(sent_PL)
+    dist.all_to_all_single(came_PL, sent_PL, group=group)
+    to, by = torch.stack([sent_PL.sum(1), came_PL.sum(1)]).tolist()  # the only copy to the host
+    ranks, share = came_PL.shape
+    experts_R = torch.arange(share, device=counts_E.device).repeat(ranks)
+    experts_R = experts_R.repeat_interleave(came_PL.flatten(), output_size=sum(by))
+    ones_R = torch.ones(len(experts_R), dtype=dtype, device=counts_E.device)
+    nothing_RL = ones_R[:, None].expand(-1, share)  # no router was asked here
+    rows_R = torch.arange(len(experts_R), device=counts_E.device)
+    local = Routing(rows_R, experts_R, ones_R, nothing_RL, nothing_RL, top_k=1)
+    return Way(to, by, group), local
+
+
+class _Swap(torch.autograd.Function):
+    """Send rows along a Way and get those of the others; the backward sends gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return _exchange(rows_RD, way)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad_RD, ctx.way.back()), None
+
+
+def _exchange(rows_RD: Tensor, way: Way) -> Tensor:
+    came_RD = rows_RD.new_empty(sum(way.by), rows_RD.shape[1])
+    # A rank without rows would enter with any layout, one with rows only with this.
+    dist.all_to_all_single(came_RD, rows_RD.contiguous(), way.by, way.to, way.group)
+    return came_RD

@@ -1,0 +1,118 @@
+"""Checkpoints of a model that is spread over ranks: each writes, and reads, its own rows.
+
+    checkpoints/step-000500/
+        model-rank-00001-of-00004.safetensors       beside what one process writes (`train.state`),
+        optimizer-rank-00001-of-00004.safetensors   in place of its two files
+
+Rows carry their place in the whole tensor, so any number of ranks with any layout goes on from
+them, one process too, and so does a spread run from what one process wrote. All ranks need the
+folder: one disk, or one that they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moestro.checkpoints.pieces import WEIGHTS, Piece, in_pieces, open_pieces, write_pieces
+from moestro.checkpoints.tensor_files import Source, open_file
+from moestro.errors import CheckpointError
+from moestro.models.build import Model
+from moestro.train.distributed import Ranks
+from moestro.train.parallel import Place, load_rows, local
+
+OPTIMIZER = "optimizer"
+
+
+class Share(NamedTuple):
+    """One rank's rows of a model and its optimizer.
+
+    Attributes:
+        model: spread over the ranks.
+        optimizer: of its parameters.
+        places: which rows of each parameter are here, by name.
+        ranks: this process's place.
+    """
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    places: Mapping[str, Place]
+    ranks: Ranks
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's files; every rank calls it, and returns when all are written.
+
+        The folder is made by the writing rank, before it calls.
+
+        Raises:
+            OSError: the disk is full or the place cannot be written.
+        """
+        self.ranks.wait()
+        rank, world = self.ranks.rank, self.ranks.world
+        write_pieces(folder, WEIGHTS, self._weights(), rank, world)
+        write_pieces(folder, OPTIMIZER, self._moments(), rank, world)
+        self.ranks.wait()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read this rank's rows of the optimizer's state.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a tensor belongs to no parameter.
+        """
+        parameters = dict(self.model.named_parameters())
+        for full_name, source in open_optimizer(checkpoint).items():
+            name, _, key = full_name.rpartition(".")
+            if name not in parameters:
+                raise misfit(full_name, source.shape)
+            state, place = self.optimizer.state[parameters[name]], self.places[name]
+            if not source.shape:
+                state[key] = source.load(torch.float32).to(parameters[name].device)
+                continue
+            if source.shape != (place.total, *parameters[name].shape[1:]):
+                raise misfit(full_name, source.shape)
+            state[key] = torch.zeros_like(parameters[name], requires_grad=False)
+            load_rows(local(state[key]), place, source)
+
+    def _weights(self) -> list[Piece]:
+        pieces = self._rows(dict(self.model.named_parameters()))
+        saved = self.model.state_dict().keys() if self.ranks.writes else ()
+        buffers = ((n, b) for n, b in self.model.named_buffers() if n in saved)
+        return [*pieces, *(Piece(name, buffer, 0) for name, buffer in buffers)]
+
+    def _moments(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        for name, parameter in self.model.named_parameters():
+            place = self.places[name]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value.dim():
+                    pieces += self._rows({name: value}, f".{key}")
+                elif place.saves and place.first == 0 and len(local(parameter)):
+                    pieces.append(Piece(f"{name}.{key}", value, 0))
+        return pieces
+
+    def _rows(self, tensors: Mapping[str, Tensor], suffix: str = "") -> list[Piece]:
+        """What this rank saves of tensors that lie as the parameters of these names do."""
+        return [
+            Piece(name + suffix, local(tensor), self.places[name].first)
+            for name, tensor in tensors.items()
+            if self.places[name].saves and len(local(tensor))
+        ]
+
+
+def open_optimizer(checkpoint: Path) -> Mapping[str, Source]:
+    """The optimizer's tensors of a checkpoint, written by one rank or by many."""
+    if in_pieces(checkpoint, OPTIMIZER):
+        return open_pieces(checkpoint, OPTIMIZER)
+    return open_file(checkpoint / f"{OPTIMIZER}.safetensors")
+
+
+def misfit(name: str, shape: tuple[int, ...]) -> CheckpointError:
+    """The error for an optimizer's tensor that has no place."""
+    return CheckpointError(
+        f"the optimizer's tensor {name} {list(shape)} fits no parameter of the model; the "
+        "checkpoint was made by another model"
+    )

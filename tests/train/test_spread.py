@@ -1,0 +1,255 @@
+"""Runs whose model is spread over ranks: the numbers of one process, or the bug is seen."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import open_unread
+from moestro.config import ParallelConfig
+from moestro.errors import CheckpointError, ConfigError
+from moestro.plan.parallel import spread
+from moestro.plan.report import training_step
+from moestro.plan.subject import from_settings
+from moestro.train.loop import Trainer
+from moestro.train.metrics import METRICS_NAME, read_metrics
+
+from ..ranks import run_ranks
+from .spread import BUGS
+
+RANK = "from tests.train.spread import main; main()"
+STEPS = 20
+MIXTURE = {
+    "router": {"selection_bias": True},
+    "shared": {"hidden_dim": 8, "gate": True},
+}
+LAYOUTS = {
+    2: {
+        "expert 2": {"expert": 2},
+        "shard 2": {"shard": 2},
+        "expert 2 shard 2": {"expert": 2, "shard": "auto"},
+    },
+    4: {
+        "expert 2 shard 4": {"expert": 2, "shard": 4},
+        "expert 2 twice": {"expert": 2, "shard": 2},
+        "expert 4": {"expert": 4},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings):
+    """A function: how a run is spread, cut and rounded → its settings."""
+
+    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=10):
+        """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
+        accumulate = pieces // (2 if parallel else 1) or 1
+        capacity = {"capacity": {"factor": 0.75}} if pieces > 1 else {}
+        return tiny_settings(
+            {**MIXTURE, **capacity},
+            train={
+                "steps": steps, "batch_size": 8, "dtype": dtype, "accumulate": accumulate,
+                "eval_every": every, "eval_tokens": 16 * 7, "save_every": every, "keep": 9,
+                "runtime": {"device": "cpu", "checkpoint_activations": pieces > 1},
+                "parallel": parallel or {},
+            },
+            balance={"scope": "micro" if pieces > 1 else "global", "switch": 0.1,
+                     "bias_rate": 0.01},
+            optim={"clip": 0.1},
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tiny_corpus, tmp_path_factory):
+    """A function: settings of `settings` → the folder of that run by one process."""
+    root, done = tmp_path_factory.mktemp("alone"), {}
+
+    def train(**how):
+        key = str(how)
+        if key not in done:
+            done[key] = root / str(len(done))
+            Trainer(settings(**how), done[key], tiny_corpus).train()
+        return done[key]
+
+    return train
+
+
+def case(run, settings, bug=None, resume=None, step=None):
+    return {"run": run, "settings": settings, "bug": bug, "resume": resume, "step": step}
+
+
+def run_cases(root, ranks, all_settings, cases, data):
+    for name, cfg in all_settings.items():
+        (root / f"{name}.json").write_text(cfg.model_dump_json())
+    (root / "cases.json").write_text(json.dumps(cases))
+    return run_ranks(ranks, RANK, root, data)
+
+
+def bug_case(bug):
+    """The settings that show a bug."""
+    if bug == "moments of other rows":
+        return case(bug, "short", bug, "short", step=1)
+    return case(bug, "short pieces" if bug == "replicas not summed" else "buggy", bug)
+
+
+@pytest.fixture(scope="module")
+def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
+    """A folder with the runs of two processes, and what the first of them printed."""
+    root, both = tmp_path_factory.mktemp("two"), {"expert": 2}
+    found = {name: settings(how) for name, how in LAYOUTS[2].items()}
+    found["float32"] = settings({"expert": 2, "shard": 2}, "float32")
+    found["bfloat16"] = settings(both, "bfloat16")
+    found["pieces"] = settings({"expert": 2, "shard": 2}, pieces=4, steps=4, every=2)
+    cases = [case(name, name) for name in found]
+    found["short"] = settings(both, steps=2, every=1)
+    found["buggy"] = settings(both, steps=2, every=2)
+    found["short pieces"] = settings(both, pieces=4, steps=2, every=1)
+    cases += [case(name, name) for name in ("short", "short pieces")]
+    cases += [case("resumed", "float32", resume="float32", step=10)]
+    cases += [bug_case(bug) for bug in BUGS]
+    return root, run_cases(root, 2, found, cases, tiny_data_folder)
+
+
+@pytest.fixture(scope="module")
+def four(settings, two, tiny_data_folder, tiny_corpus, tmp_path_factory):
+    """The same of four processes, the last going on from what two had."""
+    root = tmp_path_factory.mktemp("four")
+    found = {name: settings(how, steps=4, every=2) for name, how in LAYOUTS[4].items()}
+    cases = [case(name, name) for name in found]
+    found["from two"] = settings({"expert": 2, "shard": 4})
+    cases += [case("from two", "from two", resume=two[0] / "shard 2", step=10)]
+    cases = json.loads(json.dumps(cases, default=str))
+    found["measured"] = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+    cases += [case("measured", "measured")]
+    printed = run_cases(root, 4, found, cases, tiny_data_folder)
+    (root / "measured.txt").write_text("".join(printed))
+    return root
+
+
+def weights_of(run, step=None):
+    folders = sorted((run / "checkpoints").iterdir())
+    return open_checkpoint(folders[-1], verified=True).model.state_dict()
+
+
+def gap(run, other):
+    """Largest difference of weights, and of the losses and norms of any step, relative."""
+    found, wanted = weights_of(run), weights_of(other)
+    assert found.keys() == wanted.keys()
+    gaps = [float((found[name] - wanted[name]).abs().max()) for name in wanted]
+    pairs = zip(read_metrics(run / METRICS_NAME), read_metrics(other / METRICS_NAME), strict=True)
+    for mine, theirs in pairs:
+        assert mine["step"] == theirs["step"]
+        layers = zip(mine["layers"], theirs["layers"], strict=True)
+        gaps += [abs(one["dropped"] - other["dropped"]) for one, other in layers]
+        gaps += [abs(mine[key] / theirs[key] - 1) for key in ("loss", "grad_norm")]
+        bits = mine.get("bits_per_byte", {})  # their cross entropy is in fp32
+        gaps += [abs(theirs["bits_per_byte"][name] / bits[name] - 1) / 1e6 for name in bits]
+    assert all(map(math.isfinite, gaps))
+    return max(gaps)
+
+
+@pytest.mark.parametrize("name", LAYOUTS[2])
+def test_two_processes_give_the_numbers_of_one(two, alone, name):
+    assert gap(two[0] / name, alone()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", LAYOUTS[4])
+def test_four_processes_give_the_numbers_of_one(four, alone, name):
+    assert gap(four / name, alone(steps=4, every=2)) <= 1e-12
+
+
+def test_drops_are_those_of_as_many_micro_batches(two, alone):
+    one = alone(pieces=4, steps=4, every=2)
+    assert any(layer["dropped"] for layer in read_metrics(one / METRICS_NAME)[0]["layers"])
+    assert gap(two[0] / "pieces", one) <= 1e-12
+
+
+def test_single_precision(two, alone):
+    assert gap(two[0] / "float32", alone(dtype="float32")) <= 1e-5
+
+
+def test_sixteen_bits(two, alone):
+    bits, wanted = (
+        read_metrics(run / METRICS_NAME)[-1]["bits_per_byte"]["all"]
+        for run in (two[0] / "bfloat16", alone(dtype="bfloat16"))
+    )
+    assert bits == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_resumed_run_is_bitwise_the_whole_one(two):
+    found, wanted = weights_of(two[0] / "resumed"), weights_of(two[0] / "float32")
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_another_number_of_processes_goes_on(two, four, alone, settings, tiny_corpus, tmp_path):
+    """Two → four, two → one, one → … : any reads what any wrote."""
+    assert gap(four / "from two", alone()) <= 1e-12
+    shutil.copytree(two[0] / "expert 2 shard 2", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    Trainer(settings(), tmp_path / "run", tiny_corpus).train(resume=True)
+    assert gap(tmp_path / "run", alone()) <= 1e-12
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_that_others_had_is_seen(two, alone, bug):
+    root, printed = two
+    pieces = {"pieces": 4} if bug == "replicas not summed" else {}
+    one = alone(steps=2, every=1, **pieces)
+    good = root / ("short pieces" if pieces else "short")
+    assert gap(good, one) <= 1e-12
+    if bug == "NaN on one rank":
+        for text in printed:
+            assert f"{bug}: step 1: the output of blocks.0.ffn.experts is not finite" in text
+        return
+    if bug == "experts of one rank saved":
+        with pytest.raises(CheckpointError, match=r"experts\.down in"):
+            weights_of(root / bug)
+        return
+    assert gap(root / bug, one) > 1e-9
+
+
+def test_the_plan_says_what_is_held_and_sent(four, settings):
+    """Experts twice on four ranks, all else twice in halves: memory, and traffic by counting."""
+    cfg = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+    subject = from_settings("", cfg.model, "")
+    training = training_step(subject, 16, 2, "fp32")
+    layout = cfg.train.parallel.layout(4, 4)
+    plan = spread(cfg.model, subject.count, training, layout, tokens=32, number=4)
+    ranks = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
+    for weights, moments, _ in ranks:
+        assert weights == pytest.approx(plan.weights, rel=0.1)
+        assert moments == pytest.approx(plan.optimizer, rel=0.1)
+    rows = sum(sent["rows"] for _, _, sent in ranks) / 4 / 4  # per rank and step
+    assert rows == pytest.approx(plan.all_to_all, rel=0.02)
+    for _, _, sent in ranks:
+        others = sum(size for name, size in sent.items() if name not in ("rows", "counts")) / 4
+        assert others == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
+
+
+def test_layouts_that_do_not_fit_are_refused_with_those_that_do():
+    for parallel, ranks, experts, words in (
+        ({"expert": 4}, 6, 8, "train.parallel.expert = 2, or start 4 or 8 processes"),
+        ({"expert": 3}, 6, 8, "expert = 2"),
+        ({"expert": 2}, 2, None, "a model without experts"),
+        ({"expert": 2, "shard": 3}, 12, 8, "set it to 2 or 4"),
+        ({"shard": 5}, 8, 8, "set it to 4 or 8"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ParallelConfig(**parallel).layout(ranks, experts)
+    layout = ParallelConfig(expert=4, shard="auto").layout(16, 8)
+    assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (1, 4, 1)
+    layout = ParallelConfig(expert=4, shard=2).layout(16, 8)
+    assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (8, 1, 4)
+
+
+def test_pieces_that_do_not_fit_are_refused(two, tmp_path):
+    whole = two[0] / "expert 2" / "checkpoints" / "step-000020"
+    shutil.copytree(whole, tmp_path / "less")
+    (tmp_path / "less" / "model-rank-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not one file of each rank"):
+        open_unread(tmp_path / "less")
