@@ -30,7 +30,8 @@ inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.gr
 
 inline bool valid(const moestro_experts &w) {
     const bool known = valid(w.kind, w.group) && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
-    return known && w.data && (w.down || !plain(w.kind)) && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
+    const bool there = w.data ? !w.residency && (w.down || !plain(w.kind)) : w.residency && !plain(w.kind);
+    return known && there && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
 }
 
 inline bool valid_rows(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16; }

@@ -13,7 +13,7 @@ import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +94,7 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
         CheckpointError: it is missing, truncated, not a packed model, or of a different version of
             this program or checkpoint.
     """
-    header, begin = packed_header.read(path)
-    if source is not None and header["source"] != source:
-        raise CheckpointError(
-            f"{path} is the packed form of a different checkpoint, or the one beside it "
-            "has changed; remove the file to pack it again"
-        )
+    header, begin = checked(path, source)
     try:
         with path.open("rb") as file:
             # Private: a write to a parameter stays in this process instead of ending it.
@@ -111,8 +106,19 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
     model, sections = packed_header.unfilled(path, header, len(memory) - begin)
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_WILLNEED)
-    _fill(model, {name: _mapped(memory, begin, each) for name, each in sections.items()})
+    fill(model, {name: at(memory, begin + each.offset, each) for name, each in sections.items()})
     return model
+
+
+def checked(path: Path, source: dict[str, str] | None) -> tuple[dict[str, Any], int]:
+    """A file's header, and where its tensors begin; raises as `load` does."""
+    header, begin = packed_header.read(path)
+    if source is not None and header["source"] != source:
+        raise CheckpointError(
+            f"{path} is the packed form of a different checkpoint, or the one beside it "
+            "has changed; remove the file to pack it again"
+        )
+    return header, begin
 
 
 def stored_format(path: Path) -> Format:
@@ -124,8 +130,8 @@ def stored_format(path: Path) -> Format:
     return packed_header.format_of(path, packed_header.read(path)[0])
 
 
-def _fill(model: Model, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors where the model has such without memory."""
+def fill(model: Model, tensors: dict[str, Tensor]) -> None:
+    """Put tensors where the model has such without memory."""
     made: dict[Tensor, Tensor] = {old: tensors[name] for name, old in model.named_buffers()}
     for name, parameter in model.named_parameters():
         made[parameter] = nn.Parameter(tensors[name], requires_grad=False)
@@ -137,9 +143,10 @@ def _fill(model: Model, tensors: dict[str, Tensor]) -> None:
             module.use({part: tensors[f"{path}.{part}"] for part in module.parts()})
 
 
-def _mapped(memory: mmap.mmap, begin: int, section: Section) -> Tensor:
-    like, at = section.tensor, begin + section.offset
-    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
+def at(memory: mmap.mmap, place: int, section: Section) -> Tensor:
+    """The tensor of a section whose bytes are at some place."""
+    like = section.tensor
+    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=place)
     return flat.view(like.shape)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
-from moestro.kernels.native_cpu import experts_of, matrix_of
+from moestro.kernels.native_cpu import experts_of, failure_of, matrix_of
 from moestro.kernels.native_library import I32, I64, PTR, CExperts, CMatrix, call
 from moestro.kernels.packing import ExpertSlabs, PackedMatrix
 
@@ -189,6 +189,8 @@ class StepDecoder:
         # What its pasts have in common with it.
         self.past_kind = (len(layers), shape.groups, shape.head_dim, cache_dtype)
         self._alive = (list(layers), norm, head, head_bias, norm_bias)
+        failures = (failure_of(layer.experts) for layer in layers)
+        self._failure = next((each for each in failures if each is not None), None)
         self._layers = (_Layer * len(layers))(*(_layer(layer, shape) for layer in layers))
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
@@ -221,6 +223,7 @@ class StepDecoder:
 
         Raises:
             ShapeError: shapes do not fit.
+            CheckpointError: experts that are stored could not be read; the pasts are as before.
         """
         batch, half = len(pasts), _turning(self.shape) // 2
         kinds = [past.kind for past in pasts]
@@ -242,6 +245,7 @@ class StepDecoder:
             "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_BV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
             takes="pasts with every layer put, at places within their room",
+            failure=self._failure,
         )  # fmt: skip
         return logits_BV, experts_LTK, weights_LTK
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
+from moestro.kernels.residency import Stored
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
 KINDS = ("bfloat16", "int8", "int4", "float32", "plain")
@@ -68,9 +69,9 @@ class PackedMatrix(NamedTuple):
 class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
-    data: (
-        Tensor  # uint8 [E · slab_bytes]; of kind "plain" gate_up [E, 2F, D] or up [E, F, D] itself
-    )
+    # uint8 [E · slab_bytes], without memory where they are `stored`; of kind "plain" gate_up
+    # [E, 2F, D] or up [E, F, D] itself
+    data: Tensor
     num_experts: int  # E
     dim: int  # D
     hidden_dim: int  # F
@@ -79,6 +80,7 @@ class ExpertSlabs(NamedTuple):
     up_bias: Tensor | None = None  # fp32 [E, 2F] (gate first) or [E, F]
     down_bias: Tensor | None = None  # fp32 [E, D]
     down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
+    stored: Stored | None = None  # where they are read from as they are wanted
 
 
 class BlockRows(NamedTuple):
