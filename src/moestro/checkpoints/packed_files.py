@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,8 @@ from moestro.checkpoints import packed_header
 from moestro.checkpoints.folders import CONFIG, MANIFEST
 from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.packed_header import Section
+from moestro.checkpoints.quantize import read_packed
+from moestro.checkpoints.transfer import Progress
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, whole_file
 from moestro.kernels.packing import QUANTISED, Format
@@ -73,14 +76,61 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
         ShapeError: its parameters have several dtypes.
         OSError: the disk is full or the place cannot be written.
     """
-    start, sections, length = packed_header.make(model, format, source)
+    layout = packed_header.make(model, format, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
+        Writer(file, *layout).put(packed_header.tensors(model))
+
+
+class Writer:
+    """Puts tensors where the header of their file says; see `packed_header.make`."""
+
+    def __init__(
+        self, file: IO[bytes], start: bytes, sections: dict[str, Section], length: int
+    ) -> None:
+        self._file, self._sections, self._begin = file, sections, len(start)
         file.write(start)
-        for tensor, offset in sections.values():
-            file.seek(len(start) + offset)
-            _write(file, tensor)
         file.truncate(len(start) + length)
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Write tensors of these names."""
+        for name, tensor in tensors.items():
+            self._file.seek(self._begin + self._sections[name].offset)
+            _write(self._file, tensor)
+
+
+def convert(
+    folder: Path,
+    path: Path,
+    format: Format,
+    source: dict[str, str],
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> None:
+    """Write a checkpoint's packed form, of which one module at a time is in memory.
+
+    Raises:
+        CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.
+        OSError: see `save`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        writer: Writer | None = None
+
+        def begin(blank: Model) -> Callable[[str, Packed], None]:
+            nonlocal writer
+            writer = Writer(file, *packed_header.make(blank, format, source))
+            return put
+
+        def put(name: str, module: Packed) -> None:
+            assert writer is not None
+            parts = module.parts()
+            writer.put({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            module.use({part: tensor.to("meta") for part, tensor in parts.items()})
+
+        model = read_packed(folder, format, progress, accept_fields, begin)
+        assert writer is not None
+        writer.put(dict((*model.named_parameters(), *model.named_buffers())))
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:

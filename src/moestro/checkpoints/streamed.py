@@ -9,19 +9,24 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.packed_files import at, checked, fill
 from moestro.checkpoints.packed_header import Section
+from moestro.config import NetworkConfig
 from moestro.errors import CheckpointError
 from moestro.kernels.packing import PAGE
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
-from moestro.models.budget import Mixture
+from moestro.machine import resident_bytes
+from moestro.models.budget import Budget, Mixture, Use, fit, needs
 from moestro.models.build import Model
 from moestro.moe.layer import MoE
 from moestro.moe.packed import PackedExperts
@@ -30,8 +35,9 @@ from moestro.moe.packed import PackedExperts
 _PIECE = 1 << 28
 
 
-def sizes(path: Path) -> tuple[int, tuple[Mixture, ...]]:
-    """Bytes of all but the experts of mixtures, and what those are.
+def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
+    """A file's settings, bytes of a number that is not packed, bytes of all but the experts of
+    mixtures, and what those are.
 
     Raises:
         CheckpointError: see `packed_files.load`.
@@ -39,10 +45,34 @@ def sizes(path: Path) -> tuple[int, tuple[Mixture, ...]]:
     model, sections, _ = _opened(path, None)
     experts = _experts(model)
     dense = sum(_whole(each) for name, each in sections.items() if name not in experts)
-    return dense, tuple(
-        Mixture(each.tensor.numel() // moe.cfg.num_experts, moe.cfg.num_experts, moe.cfg.top_k)
-        for each, moe in ((sections[name], moe) for name, moe in experts.items())
-    )
+    mixtures = []
+    for name, moe in experts.items():
+        count = moe.cfg.num_experts
+        mixtures.append(Mixture(sections[name].tensor.numel() // count, count, moe.cfg.top_k))
+    return model.cfg, sections["embed.weight"].tensor.element_size(), dense, tuple(mixtures)
+
+
+class Within(NamedTuple):
+    """The memory that a process may take."""
+
+    memory: int  # bytes
+    use: Use
+    told: Callable[[Budget, Path], None] | None = None  # what the budget gives, before it is used
+
+
+def load_within(path: Path, within: Within, source: dict[str, str] | None = None) -> Model:
+    """`load` with as many experts as the memory holds.
+
+    Raises:
+        ConfigError: the memory is too small; see `budget.fit`.
+        CheckpointError, MemoryError: see `load`.
+    """
+    checked(path, source)
+    memory, use, told = within
+    budget = fit(needs(*sizes(path), use, resident_bytes()), memory)
+    if told is not None:
+        told(budget, path)
+    return load(path, budget.kept, source)
 
 
 def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) -> Model:
@@ -141,3 +171,32 @@ def _read_once(fd: int, path: Path, piece: memoryview, place: int) -> int:
     if not got:
         raise CheckpointError(f"cannot read {path} at byte {place}: it ends there")
     return got
+
+
+def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) -> float:
+    """Bytes per second of reading pieces at random places of a file, past the page cache.
+
+    Args:
+        path: of the file.
+        piece: bytes of each, rounded up to whole pages.
+        threads: that read at once.
+        seconds: how long.
+    """
+    piece = min(-(-piece // PAGE) * PAGE, path.stat().st_size // PAGE * PAGE)
+    places = range(0, path.stat().st_size - piece + 1, PAGE)
+    end, fd = time.perf_counter() + seconds, open_direct(path)
+
+    def read(seed: int) -> int:
+        random, done = Random(seed), 0
+        with mmap.mmap(-1, piece) as memory, memoryview(memory) as view:
+            while not done or time.perf_counter() < end:
+                done += _read_once(fd, path, view, random.choice(places))
+        return done
+
+    start = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            total = sum(pool.map(read, range(threads)))
+    finally:
+        os.close(fd)
+    return total / (time.perf_counter() - start)

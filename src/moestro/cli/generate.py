@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.opening import (
     AcceptField,
     Device,
@@ -128,6 +129,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
@@ -141,6 +143,7 @@ def generate(
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
+    from moestro.models.budget import Use
     from moestro.text import load_tokenizer
 
     given = given_sampling(
@@ -153,12 +156,15 @@ def generate(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    options |= {"weights": weights, "packed": packed}
+    context = len(tokenizer.encode_prompt(start) if isinstance(start, str) else start)
+    options |= {"memory": memory, "use": Use(context + sampling.max_tokens)}
     model = open_shown(folder, **options, accept_fields=accept_field).model
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
-    choose = _answer if chat and not special else iter
+    choose, pieces = _answer if chat and not special else iter, telling(model, pieces)
     if as_json:
         typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
     elif column is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, amount_of
 from moestro.cli.opening import (
     AcceptField,
     Device,
@@ -46,7 +47,7 @@ CacheMemory = Annotated[
     str | None,
     typer.Option(
         help="Memory for what earlier texts begin with, so that it is computed once, such as 4GiB; "
-        "0B: none; default 2GiB."
+        "0B: none; default 2GiB, and of --memory an eighth at most."
     ),
 ]
 
@@ -65,6 +66,7 @@ def serve(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Serve a model over HTTP, in the shapes that OpenAI's clients speak.
@@ -79,6 +81,7 @@ def serve(
         ) from None
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
+    from moestro.models.budget import Use
     from moestro.plan.sizes import parse_bytes
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
@@ -93,10 +96,16 @@ def serve(
         any_host=bool(keys) or not local,
         **{field: value for field, value in limits.items() if value is not None},
     )
+    amount = amount_of(memory)
+    if amount is not None and cache_memory is None:
+        kept = min(settings.cache_bytes, amount // 8)
+        settings = settings.model_copy(update={"cache_bytes": kept})
+    use = Use(context, settings.max_live, settings.cache_bytes)
     bound = bind(host, port)
     with bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
-        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "weights": weights}
+        options |= {"packed": packed, "memory": memory, "use": use}
         model = open_shown(folder, **options, accept_fields=accept_field).model
         served = serve_model(name or _name(path, folder), model, folder, context)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"

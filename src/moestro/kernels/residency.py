@@ -37,6 +37,15 @@ class Reads(NamedTuple):
     misses: int  # that were not
     bytes: int  # read from the file
 
+    @property
+    def hit_rate(self) -> float:
+        """The share of what was wanted that was in memory; 1 before anything was."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+    def since(self, before: Reads) -> Reads:
+        """What came after `before`."""
+        return Reads(*(now - then for now, then in zip(self, before, strict=True)))
+
 
 class _Slabs(ctypes.Structure):
     """`moestro_slabs`."""

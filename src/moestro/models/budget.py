@@ -2,8 +2,11 @@
 
 Plain arithmetic on sizes, for a plan and for a run alike.
 
-A token wants K of E experts in each mixture; all together are its cycle. Of a share h, the hit
-rate, the experts are in memory; the rest is read: (1 - h) · cycle bytes a token.
+A token wants K of E experts in each mixture; all together are its cycle. Of these a share h, the
+hit rate, is in memory, and the rest is read: (1 - h) · cycle bytes a token.
+
+Letters: B sequences, S context, T tokens that pass together, D width, L layers, G key/value heads,
+A head width.
 """
 
 from __future__ import annotations
@@ -11,7 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from moestro.config import NetworkConfig
 from moestro.errors import ConfigError
+
+# What a process that has torch loaded takes before it opens a model, and what it grows by later:
+# code that is first used, threads, small objects.
+PROCESS, GROWTH = 260 << 20, 48 << 20
+_CHUNK = 512  # tokens of a prompt that pass together
+_TILE = 16  # rows to which each expert's are rounded up
 
 
 class Mixture(NamedTuple):
@@ -20,6 +30,16 @@ class Mixture(NamedTuple):
     slab_bytes: int  # of an expert
     experts: int  # E
     top_k: int  # K
+
+
+class Use(NamedTuple):
+    """How a model is used."""
+
+    context: int | None = None  # tokens of each text, its prompt included; None: the model's most
+    texts: int = 1  # at once
+    kept_bytes: int = 0  # for the caches of earlier texts
+    tokens: int = _CHUNK  # that pass together
+    scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
 
 
 class Needs(NamedTuple):
@@ -55,10 +75,15 @@ class Budget(NamedTuple):
     kept: tuple[int, ...]  # experts of each mixture
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of the experts that are kept."""
+        pairs = zip(self.needs.mixtures, self.kept, strict=True)
+        return sum(each.slab_bytes * kept for each, kept in pairs)
+
+    @property
     def share(self) -> float:
-        """The part of all experts' bytes that is kept."""
-        kept = zip(self.needs.mixtures, self.kept, strict=True)
-        return sum(each.slab_bytes * n for each, n in kept) / max(1, self.needs.all_experts)
+        """The part of all experts that is kept, by bytes."""
+        return self.kept_bytes / max(1, self.needs.all_experts)
 
     @property
     def below_cycle(self) -> bool:
@@ -72,7 +97,7 @@ class Budget(NamedTuple):
 
 
 def fit(needs: Needs, memory: int) -> Budget:
-    """Keep the same number of experts of each mixture, and one more of the first that fit.
+    """Keep as many experts as fit: of each mixture the same number, of the first ones one more.
 
     Raises:
         ConfigError: not even one expert of each mixture fits; says the smallest budget that works.
@@ -80,59 +105,129 @@ def fit(needs: Needs, memory: int) -> Budget:
     left, mixtures = memory - needs.fixed, needs.mixtures
     least = sum(each.slab_bytes for each in mixtures)
     if left < least:
+        parts = (needs.process, needs.dense, needs.cache, needs.buffers, least)
+        sizes = [f"{each / 2**20:,.0f} MiB" for each in parts]
         raise ConfigError(
-            f"{_mib(memory)} of memory is too little: the process takes {_mib(needs.process)}, "
-            f"weights that every token needs {_mib(needs.dense)}, the cache {_mib(needs.cache)}, "
-            f"buffers {_mib(needs.buffers)}, and one expert of each mixture {_mib(least)}; the "
-            f"smallest budget that works is {_mib(needs.fixed + least)}"
+            f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
+            f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
+            f"and one expert of each mixture {sizes[4]}; give at least "
+            f"{-(-(needs.fixed + least) // 2**20)}MiB, or use fewer or shorter texts"
         )
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
-        row = [n for n, each in enumerate(mixtures) if number < each.experts]
-        for n in row:
-            if mixtures[n].slab_bytes > left:
-                return Budget(memory, needs, tuple(kept))
-            left -= mixtures[n].slab_bytes
-            kept[n] += 1
+        for n, each in enumerate(mixtures):
+            if number < each.experts and each.slab_bytes <= left:
+                left -= each.slab_bytes
+                kept[n] += 1
     return Budget(memory, needs, tuple(kept))
+
+
+def needs(
+    cfg: NetworkConfig,
+    number: int,
+    dense: int,
+    mixtures: Sequence[Mixture],
+    use: Use,
+    process: int = PROCESS,
+) -> Needs:
+    """What a model takes.
+
+    Args:
+        cfg: its settings.
+        number: bytes of one number of the cache and of weights that are not packed.
+        dense: bytes of all weights but those of the mixtures' experts.
+        mixtures: those.
+        use: how it is used.
+        process: bytes that the process has before the model is opened.
+    """
+    context = min(use.context or cfg.attention.context, cfg.attention.context)
+    cache = use.texts * text_bytes(cfg, context, number) + use.kept_bytes
+    use = use._replace(context=context)
+    return Needs(process + GROWTH, dense, cache, _buffers(cfg, use, number), tuple(mixtures))
+
+
+def text_bytes(cfg: NetworkConfig, context: int, number: int) -> int:
+    """The cache of one text; buffers grow by half, up to 9/8 of the most (`cache.LayerCache`)."""
+    most = min(context + context // 2, cfg.attention.context * 9 // 8) + 16
+    return cache_bytes(cfg, most, 1, number)
+
+
+def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
+    """What `native/step.cpp` computes with, in fp32: rows, those of experts, scores, logits."""
+    tokens, dim = use.tokens + use.texts, cfg.dim
+    heads = (cfg.attention.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    total = tokens * 4 * (6 * dim + 3 * heads)
+    moe = cfg.moe
+    if moe is not None:
+        rows = tokens * moe.top_k
+        rows += min(moe.num_experts, rows) * (_TILE - 1)
+        total += rows * 4 * (3 * dim + 3 * moe.hidden_dim) + tokens * 4 * moe.num_experts
+        if number < 4:  # routers and norms as fp32
+            total += 4 * dim * moe.num_experts * sum(len(each.layers) for each in cfg.stacks())
+        shared = 0 if moe.shared is None else moe.shared.hidden_dim
+        total += tokens * 4 * (2 * dim + 3 * shared)
+    logits = 3 * tokens if use.scored else 2 * use.texts
+    scores = 64 * (use.context or 0) * cfg.attention.num_heads
+    return total + 4 * (logits * cfg.vocab_size + scores)
+
+
+def cache_bytes(cfg: NetworkConfig, context: int, batch: int, number: int) -> int:
+    """Keys and values of B sequences after S positions, of `number` bytes each.
+
+    A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
+    window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
+    (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
+    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32 and the
+    last inputs of its convolution, however long the text.
+    """
+    positions = states = 0
+    for stack in cfg.stacks():
+        if stack.causal:
+            looking = [layer for layer in stack.layers if not layer.delta]
+            states += len(stack.layers) - len(looking)
+            positions += sum(min(context, layer.window or context) for layer in looking)
+        if stack.cross:
+            positions += context * len(stack.layers)
+    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
+    if latent is not None:
+        width = latent.kv_rank + latent.rope_dim
+    kept = positions * width * number
+    delta = cfg.attention.delta
+    if delta is not None:
+        inputs = (delta.conv_width - 1) * delta.conv_channels
+        kept += states * (4 * delta.value_width * delta.key_dim + inputs * number)
+    return batch * kept
 
 
 def hit_bounds(budget: Budget) -> tuple[float, float]:
     """Hit rates between which trained routers lie, where none was measured.
 
-    Random routing finds exactly the share s that is kept. Published per-layer LRU caches of
-    trained models lie below 1 - (1 - s)^9: 0.67 at s = 1/8, 0.81 at 1/4 and 0.90 to 0.95 at 0.4
-    (llama.cpp #27861 and imp #1359, Qwen3; OLMoE 0.28 at 1/8 and 0.68 at 3/8).
+    Random routing finds exactly the share s that is kept. Published caches of trained models, each
+    layer's last used, lie below 1 - (1 - s)^9: 0.28 and 0.67 at s = 1/8, 0.81 at 1/4, 0.68 at 3/8,
+    0.90 to 0.95 at 0.4 (colibri's report on OLMoE; llama.cpp #27861; imp #1359 on Qwen3-30B-A3B).
     """
     share = budget.share
     return share, 1 - (1 - share) ** 9
 
 
-def tokens_per_s(
-    budget: Budget, hit: float, memory_rate: float, disk_rate: float, other_s: float = 0.0
-) -> tuple[float, float]:
-    """The least and most tokens per second of a single text.
+def mean_hit(budget: Budget, rate_LE: Sequence[Sequence[float]]) -> float:
+    """The hit rate of the experts kept, from each mixture's rate at each size from 1."""
+    pairs = list(zip(rate_LE, budget.kept, strict=True))
+    return sum(float(rate[kept - 1]) for rate, kept in pairs) / max(1, len(pairs))
 
-    Weights pass once through the processor at `memory_rate` while what is missing is read at
-    `disk_rate` (bytes per second): at worst one after the other, at best together.
+
+def tokens_per_s(
+    budget: Budget, hit: float, compute_s: float, disk_rate: float
+) -> tuple[float, float]:
+    """The least and the most tokens per second of a single text.
+
+    What is missing is read, at worst before and at best while a token is computed.
 
     Args:
         budget: from `fit`.
-        hit: the hit rate.
-        memory_rate: of plain reading.
-        disk_rate: of the file, expert by expert.
-        other_s: seconds of a token that neither bounds.
+        hit: share of the wanted experts that is in memory.
+        compute_s: seconds of a token where all is in memory.
+        disk_rate: bytes per second of reading experts.
     """
-    compute = (budget.needs.dense + budget.needs.cycle) / memory_rate + other_s
-    reading = budget.read_bytes(hit) / disk_rate
-    return 1 / (compute + reading), 1 / max(compute, reading)
-
-
-def mean_hit(budget: Budget, rate_LE: Sequence[Sequence[float]]) -> float:
-    """The hit rate of the experts kept, from the rate of each mixture at each size from 1."""
-    pairs = list(zip(rate_LE, budget.kept, strict=True))
-    return sum(rate[kept - 1] for rate, kept in pairs) / len(pairs)
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
+    reading_s = budget.read_bytes(hit) / disk_rate
+    return 1 / (compute_s + reading_s), 1 / max(compute_s, reading_s)
