@@ -14,7 +14,7 @@ namespace moestro {
 
 Residency::Residency(int fd, const moestro_slabs *mixtures, int64_t count, int readers)
     : fd_(fd), owner_(getpid()), shelves_(size_t(count)) {
-    struct stat now {};
+    struct stat now{};
     if (fstat(fd_, &now) == 0) size_ = now.st_size, changed_s_ = now.st_mtim.tv_sec, changed_ns_ = now.st_mtim.tv_nsec;
     try {
         for (int64_t m = 0; m < count; m++) {
@@ -138,7 +138,7 @@ int32_t Residency::read(const Wanted &wanted, int64_t *place) {
             continue;  // the file system reads through its cache only
         return errno;
     }
-    struct stat now {};
+    struct stat now{};
     if (fstat(fd_, &now) != 0) return errno;
     const bool same = now.st_size == size_ && now.st_mtim.tv_sec == changed_s_ && now.st_mtim.tv_nsec == changed_ns_;
     return same ? 0 : MOESTRO_READ_CHANGED;

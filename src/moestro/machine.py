@@ -75,7 +75,11 @@ def _limit(group: Path) -> tuple[int, int] | None:
     """See `_limits`; of version 2 or 1. None: there is none."""
     for most, now, files in (
         ("memory.max", "memory.current", ("active_file", "inactive_file")),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_active_file", "total_inactive_file"),
+        ),
     ):
         with suppress(OSError, ValueError):
             limit, used = int((group / most).read_text()), int((group / now).read_text())

@@ -36,8 +36,7 @@ _PIECE = 1 << 28
 
 
 def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
-    """A file's settings, bytes of a number that is not packed, bytes of all but the experts of
-    mixtures, and what those are.
+    """What `budget.needs` takes first: settings, bytes of a plain number, dense bytes, experts.
 
     Raises:
         CheckpointError: see `packed_files.load`.

@@ -173,7 +173,7 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
         down_at = _plain_at(down, (num_experts, dim, hidden), (data.dtype,))
     else:
         slab = slab_bytes(dim, hidden, activation, format)
-        at = None if stored is not None else packed_at(data, num_experts * slab)
+        at = 0 if stored is not None else packed_at(data, num_experts * slab)
     biases = (
         None if bias is None else address(bias, "bias", (num_experts, size), FP32)
         for bias, size in ((up_bias, width), (down_bias, dim))

@@ -192,8 +192,8 @@ def blank_experts(
     size = num_experts * slab_bytes(dim, hidden, activation, format)
     data = torch.empty(size, dtype=torch.uint8, device="meta")
     pair = (up_bias_EH, down_bias_ED)
-    biases = (None if bias is None else bias.detach().float().clone() for bias in pair)
-    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, *biases)
+    up_bias, down_bias = (None if bias is None else bias.detach().float().clone() for bias in pair)
+    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, up_bias, down_bias)
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor]:

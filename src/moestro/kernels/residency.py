@@ -82,7 +82,7 @@ class Residency:
         self.path, self.mixtures = path, tuple(mixtures)
         fd = open_direct(path)
         native = library()
-        slabs = (_Slabs * len(self.mixtures))(*self.mixtures)
+        slabs = (_Slabs * len(self.mixtures))(*(_Slabs(*each) for each in self.mixtures))
         self.handle = native.moestro_residency_open(fd, slabs, len(slabs), readers)
         if not self.handle:
             os.close(fd)
