@@ -35,8 +35,11 @@ void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_
     file_ = reinterpret_cast<Residency *>(w.residency);
     next_.assign(size_t(w.experts), 0);
     wanted_.clear();
-    for (int64_t a = count - 1; a >= 0; a--)
-        if (next_[size_t(experts[a])]++ == 0) wanted_.push_back(experts[a]);
+    for (int64_t end = count, begin; end > 0; end = begin) {  // the last token's first choice was used last
+        for (begin = end; begin > 0 && tokens[begin - 1] == tokens[end - 1];) begin--;
+        for (int64_t a = begin; a < end; a++)
+            if (next_[size_t(experts[a])]++ == 0) wanted_.push_back(experts[a]);
+    }
     if (file_) std::reverse(wanted_.begin(), wanted_.end());
     else std::sort(wanted_.begin(), wanted_.end());
     const auto all = int64_t(wanted_.size()), together = file_ ? file_->begin(w.mixture, wanted_) : all;

@@ -103,13 +103,12 @@ typedef struct {
     int32_t error, reserved;
 } moestro_reads;
 /* Read the experts of `count` mixtures from a file in `readers` threads, directly if it was opened with O_DIRECT and
- * its file system can. The file must stay open. A call that computes with
- * them returns EREAD where one cannot be read; the next may try again. Null: no memory, or bad arguments. Close it
- * when nothing computes with it. */
-MOESTRO_API moestro_residency *moestro_residency_open(int32_t fd, const moestro_slabs *mixtures, int64_t count,
-                                                      int32_t readers);
-MOESTRO_API void moestro_residency_close(moestro_residency *residency);
-MOESTRO_API void moestro_residency_counts(moestro_residency *residency, moestro_reads *counts);
+ * its file system can. The file must stay open. A call that computes with them returns EREAD where one cannot be read;
+ * the next may try again. Close it when nothing computes with it. */
+MOESTRO_API int32_t moestro_residency_open(int32_t fd, const moestro_slabs *mixtures, int64_t count, int32_t readers,
+                                           moestro_residency **residency);
+MOESTRO_API int32_t moestro_residency_close(moestro_residency *residency);
+MOESTRO_API int32_t moestro_residency_counts(moestro_residency *residency, moestro_reads *counts);
 
 /* y [t, dim] = Σ over a token's assignments, in their order, of weight · expert(x[token]).
  * tokens must not fall; experts are in [0, E). A token without an assignment gets zero. */

@@ -203,23 +203,29 @@ using namespace moestro;
 
 extern "C" {
 
-moestro_residency *moestro_residency_open(int32_t fd, const moestro_slabs *mixtures, int64_t count, int32_t readers) {
-    if (!mixtures || count < 1) return nullptr;
+int32_t moestro_residency_open(int32_t fd, const moestro_slabs *mixtures, int64_t count, int32_t readers,
+                               moestro_residency **residency) {
+    if (!mixtures || count < 1 || readers < 0 || !residency) return MOESTRO_EBAD;
     for (int64_t m = 0; m < count; m++) {
         const moestro_slabs &each = mixtures[m];
-        if (each.offset < 0 || each.slab_bytes < 1 || each.experts < 1 || each.slots < 1) return nullptr;
+        if (each.offset < 0 || each.slab_bytes < 1 || each.experts < 1 || each.slots < 1) return MOESTRO_EBAD;
     }
     try {
-        return new moestro_residency(fd, mixtures, count, readers);
+        *residency = new moestro_residency(fd, mixtures, count, readers);
     } catch (const std::bad_alloc &) {
-        return nullptr;
+        return MOESTRO_EMEMORY;
     }
+    return 0;
 }
 
-void moestro_residency_close(moestro_residency *residency) {
+int32_t moestro_residency_close(moestro_residency *residency) {
     if (residency->here()) delete residency;
+    return 0;
 }
 
-void moestro_residency_counts(moestro_residency *residency, moestro_reads *counts) { *counts = residency->counts(); }
+int32_t moestro_residency_counts(moestro_residency *residency, moestro_reads *counts) {
+    *counts = residency->counts();
+    return 0;
+}
 
 }  // extern "C"

@@ -102,12 +102,7 @@ def open_checkpoint(
         UserWarning: the packed form cannot be kept, or see `reading.read_model`.
     """
     format = format_of(weights)
-    if format is None and packed is not None:
-        raise ConfigError("--packed names the file of packed weights; add --weights")
-    if format is not None and dtype is not None:
-        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
-    if format is not None and device not in ("auto", "cpu"):
-        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
+    _check_format(format, weights, packed, dtype, device)
     folder = Path(name) if verified else find_checkpoint(name, kept_as(weights, packed))
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
@@ -126,6 +121,18 @@ def open_checkpoint(
     else:
         model = read_packed(folder, format, **told)
     return Opened(model, folder, _came_with(folder))
+
+
+def _check_format(
+    format: Format | None, weights: str, packed: Path | None, dtype: Any, device: str
+) -> None:
+    """Refuse options that do not go together."""
+    if format is None and packed is not None:
+        raise ConfigError("--packed names the file of packed weights; add --weights")
+    if format is not None and dtype is not None:
+        raise ConfigError(f"--weights {weights} and --dtype {dtype} both choose; leave one out")
+    if format is not None and device not in ("auto", "cpu"):
+        raise ConfigError(f"packed weights compute on the CPU; leave out --device {device}")
 
 
 def _came_with(folder: Path) -> dict[str, Any] | None:

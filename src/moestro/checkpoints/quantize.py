@@ -178,23 +178,28 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    def own_format(path: str) -> Format:
-        if format != AS_STORED:
-            return format
-        tied = path == "head" and model.cfg.head.tied
-        name = "embed" if tied else path
-        own = {f"{name}.{each}" for each, _ in model.get_submodule(name).named_parameters()}
-        return stored_module(unread.part(own).sources, name, model.cfg)[0].format()
-
-    packer, taken = from_blocks if unread.of_gguf else None, None
-    if begin is not None:
-        blank = blank_model(model.cfg, own_format)
-        materialize(blank, unread.dtype, "meta")
-        taken = begin(blank)
+    packer = from_blocks if unread.of_gguf else None
+    taken = begin and begin(_blank_of(unread, format))
     made = _pack_in_turn(model, unread.dtype, format, fill, packer, taken)
     if (words := rounded.words()) is not None:
         warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
     return made
+
+
+def _blank_of(unread: Unread, format: Format) -> Model:
+    """The packed model that an unread one will be, without memory."""
+    model = unread.model
+
+    def own(path: str) -> Format:
+        if format != AS_STORED:
+            return format
+        name = "embed" if path == "head" and model.cfg.head.tied else path
+        names = {f"{name}.{each}" for each, _ in model.get_submodule(name).named_parameters()}
+        return stored_module(unread.part(names).sources, name, model.cfg)[0].format()
+
+    blank = blank_model(model.cfg, own)
+    materialize(blank, unread.dtype, "meta")
+    return blank
 
 
 def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:

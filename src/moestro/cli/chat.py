@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -98,9 +98,9 @@ def chat(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, template = load_tokenizer(folder), load_chat(folder)
     sampling = stated_or_given(folder, {"max_tokens": 2048, **given})
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "weights": weights}
-    options |= {"packed": packed, "memory": memory, "use": Use(texts=2)}
-    model = open_shown(folder, **options, accept_fields=accept_field).model
+    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    use = Use(texts=2)
+    model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
     if model.cfg.has_encoder:
         raise ConfigError("an encoder-decoder answers one text at a time: use `moestro generate`")
     context, number = model.cfg.attention.context, model.embed.weight.element_size()

@@ -156,11 +156,11 @@ def generate(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
-    options |= {"weights": weights, "packed": packed}
-    context = len(tokenizer.encode_prompt(start) if isinstance(start, str) else start)
-    options |= {"memory": memory, "use": Use(context + sampling.max_tokens)}
-    model = open_shown(folder, **options, accept_fields=accept_field).model
+    read = len(tokenizer.encode_prompt(start) if isinstance(start, str) else start)
+    model = open_shown(
+        folder, memory, Use(read + sampling.max_tokens), device=device, dtype=dtype,
+        weights=weights, packed=packed, accept_fields=accept_field,
+    ).model  # fmt: skip
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)

@@ -54,9 +54,7 @@ PackedFile = Annotated[
 ]
 
 
-def open_shown(
-    folder: Path, *, memory: str = NONE, use: Use | None = None, **options: Any
-) -> Opened:
+def open_shown(folder: Path, memory: str = NONE, use: Use | None = None, **options: Any) -> Opened:
     """Open a checkpoint with a bar on stderr.
 
     Args:

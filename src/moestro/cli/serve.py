@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -82,31 +82,24 @@ def serve(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
     from moestro.models.budget import Use
-    from moestro.plan.sizes import parse_bytes
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
     from moestro.serve.state import new_state
 
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
-    if cache_memory is not None:
-        limits["cache_bytes"] = 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+    limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
     keys, local = _keys(api_key_file), is_loopback(host)
     settings = ServeSettings(
         api_keys=keys,
         any_host=bool(keys) or not local,
         **{field: value for field, value in limits.items() if value is not None},
     )
-    amount = amount_of(memory)
-    if amount is not None and cache_memory is None:
-        kept = min(settings.cache_bytes, amount // 8)
-        settings = settings.model_copy(update={"cache_bytes": kept})
     use = Use(context, settings.max_live, settings.cache_bytes)
     bound = bind(host, port)
     with bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "weights": weights}
-        options |= {"packed": packed, "memory": memory, "use": use}
-        model = open_shown(folder, **options, accept_fields=accept_field).model
+        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+        model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
         served = serve_model(name or _name(path, folder), model, folder, context)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
         typer.echo(f"{_what(served)}, weights {weights}")
@@ -118,6 +111,17 @@ def serve(
             )
         typer.echo(_curl(served, address, api_key_file))
         run(new_state(served, settings), bound, lambda: typer.echo("ready; Ctrl-C ends it"))
+
+
+def _cache_bytes(cache_memory: str | None, memory: str) -> int | None:
+    """Memory for earlier texts; None: the settings' default."""
+    from moestro.plan.sizes import parse_bytes
+    from moestro.serve.settings import ServeSettings
+
+    if cache_memory is not None:
+        return 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+    amount = amount_of(memory)
+    return None if amount is None else min(ServeSettings().cache_bytes, amount // 8)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

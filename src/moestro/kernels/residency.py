@@ -15,7 +15,7 @@ from typing import NamedTuple
 from weakref import finalize
 
 from moestro.errors import CheckpointError
-from moestro.kernels.native_library import I32, I64, library
+from moestro.kernels.native_library import I32, I64, PTR, call, library
 
 READERS = 4
 _ENDS, _CHANGED = -1, -2
@@ -80,15 +80,15 @@ class Residency:
 
     def __init__(self, path: Path, mixtures: Sequence[Slabs], readers: int = READERS) -> None:
         self.path, self.mixtures = path, tuple(mixtures)
-        fd = open_direct(path)
-        native = library()
         slabs = (_Slabs * len(self.mixtures))(*(_Slabs(*each) for each in self.mixtures))
-        self.handle = native.moestro_residency_open(fd, slabs, len(slabs), readers)
-        if not self.handle:
+        self.handle, fd = PTR(), open_direct(path)
+        try:
+            made = ctypes.byref(self.handle)
+            call("residency_open", fd, slabs, len(slabs), readers, made, takes="experts in a file")
+        except BaseException:
             os.close(fd)
-            size = sum(each.kept * each.slab_bytes for each in self.mixtures)
-            raise MemoryError(f"there is no memory for {size} bytes of experts")
-        finalize(self, _close, native, self.handle, fd)
+            raise
+        finalize(self, _close, library(), self.handle, fd)
 
     def reads(self) -> Reads:
         """What was wanted until now."""
@@ -110,7 +110,7 @@ class Residency:
 
     def _counts(self) -> _Reads:
         counts = _Reads()
-        library().moestro_residency_counts(self.handle, ctypes.byref(counts))
+        call("residency_counts", self.handle, ctypes.byref(counts))
         return counts
 
 
@@ -135,6 +135,6 @@ def open_direct(path: Path) -> int:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _close(native: ctypes.CDLL, handle: int, fd: int) -> None:
+def _close(native: ctypes.CDLL, handle: ctypes.c_void_p, fd: int) -> None:
     native.moestro_residency_close(handle)
     os.close(fd)
