@@ -178,15 +178,14 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    packer = from_blocks if unread.of_gguf else None
-    taken = begin and begin(_blank_of(unread, format))
-    made = _pack_in_turn(model, unread.dtype, format, fill, packer, taken)
+    blocks, taken = from_blocks if unread.of_gguf else None, begin and begin(_blank(unread, format))
+    made = _pack_in_turn(model, unread.dtype, format, fill, blocks, taken)
     if (words := rounded.words()) is not None:
         warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
     return made
 
 
-def _blank_of(unread: Unread, format: Format) -> Model:
+def _blank(unread: Unread, format: Format) -> Model:
     """The packed model that an unread one will be, without memory."""
     model = unread.model
 

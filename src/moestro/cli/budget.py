@@ -176,5 +176,5 @@ def hits(folder: Path, budget: Budget) -> tuple[tuple[float, float], str]:
     experts = [each.experts for each in budget.needs.mixtures]
     if [trace.subject.num_experts] * len(trace.subject.moe_layers) != experts:
         return hit_bounds(budget), f"bounds; {TRACE} is of another model"
-    rate = mean_hit(budget, caching(trace, draws=1).lru.rate_LE.tolist())
+    rate = mean_hit(budget, caching(trace.end_to_end(), draws=1).lru.rate_LE.tolist())
     return (rate, rate), f"simulated on {TRACE}"

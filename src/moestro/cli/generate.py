@@ -28,6 +28,7 @@ from moestro.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from moestro.infer.sampling import SamplingConfig
     from moestro.infer.writing import Piece
+    from moestro.models.budget import Use
     from moestro.models.build import Model
     from moestro.text import Tokenizer
 
@@ -143,7 +144,6 @@ def generate(
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
-    from moestro.models.budget import Use
     from moestro.text import load_tokenizer
 
     given = given_sampling(
@@ -156,21 +156,35 @@ def generate(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    read = len(tokenizer.encode_prompt(start) if isinstance(start, str) else start)
-    model = open_shown(
-        folder, memory, Use(read + sampling.max_tokens), device=device, dtype=dtype,
-        weights=weights, packed=packed, accept_fields=accept_field,
-    ).model  # fmt: skip
+    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    use = _use(tokenizer, start, sampling)
+    model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
     choose, pieces = _answer if chat and not special else iter, telling(model, pieces)
     if as_json:
         typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
-    elif column is None:
-        _print_plain(choose(pieces))
     else:
-        _print_experts(choose(pieces), model, layers[column], column)
+        _print(choose(pieces), model, layers, column)
+
+
+def _print(
+    pieces: Iterator[Piece], model: Model, layers: tuple[int, ...], column: int | None
+) -> None:
+    """The text, with its experts where a column of them is chosen."""
+    if column is None:
+        _print_plain(pieces)
+    else:
+        _print_experts(pieces, model, layers[column], column)
+
+
+def _use(tokenizer: Tokenizer, start: str | list[int], sampling: SamplingConfig) -> Use:
+    """How much of a cache a text needs."""
+    from moestro.models.budget import Use
+
+    read = tokenizer.encode_prompt(start) if isinstance(start, str) else start
+    return Use(len(read) + sampling.max_tokens)
 
 
 def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat: bool) -> None:

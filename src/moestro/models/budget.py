@@ -231,3 +231,15 @@ def tokens_per_s(
     """
     reading_s = budget.read_bytes(hit) / disk_rate
     return 1 / (compute_s + reading_s), 1 / max(compute_s, reading_s)
+
+
+def expected_per_s(budget: Budget, hit: float, compute_s: float, disk_rate: float) -> float:
+    """Tokens per second of a single text, as the parts of a token overlap.
+
+    In each mixture the experts in memory are computed while the missing ones are read, and those
+    after that; all else waits for them.
+    """
+    needs = budget.needs
+    experts_s = compute_s * needs.cycle / max(1, needs.cycle + needs.dense)
+    reading_s = budget.read_bytes(hit) / disk_rate
+    return 1 / (compute_s - hit * experts_s + max(hit * experts_s, reading_s))
