@@ -72,7 +72,7 @@ def child(given: dict[str, Any]) -> None:
     if given["memory"] is None:
         model = packed_files.load(path)
     else:
-        use = Use(len(text))
+        use = Use(len(text), tokens=1)
         within = streamed.Within(given["memory"], use, lambda b, _: kept.extend(b.kept))
         model = streamed.load_within(path, within)
     opened_s = time.perf_counter() - start
@@ -140,14 +140,16 @@ def measure_file(path: Path, text: Path, trace: Path, length: int) -> list[dict[
     from moestro.probe.recording.tracefile import read_trace
 
     lru_LE = caching(read_trace(trace).end_to_end(), draws=1).lru.rate_LE.tolist()
-    needs = budget.needs(*streamed.sizes(path), budget.Use(length))
+    use = budget.Use(length, tokens=1)
+    needs = budget.needs(*streamed.sizes(path), use)
     slab, files = needs.mixtures[0].slab_bytes, {"file": str(path), "text": str(text)}
     whole = run_child(None, **files, memory=None)
     rows = []
     for share in SHARES:
         memory = needs.fixed + int(share * needs.all_experts)
         own = run_child(memory, **files, memory=memory)
-        mapped = run_child(memory, **files, memory=None)
+        # The same memory as was used: libraries' pages that others mapped before are not charged.
+        mapped = run_child(own.get("group_peak", memory), **files, memory=None)
         disk = streamed.read_rate(path, slab, seconds=1.0)
         got = budget.Budget(memory, needs, tuple(own["kept"]))
         hit, compute_s = budget.mean_hit(got, lru_LE), 1 / whole["tokens_per_s"]

@@ -135,7 +135,7 @@ def _whole(section: Section) -> int:
 
 def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Tensor]:
     """The tensors of some sections, side by side in memory of their own."""
-    memory, place, tensors = mmap.mmap(-1, sum(map(_whole, sections.values())) or PAGE), 0, {}
+    memory, place, tensors = _private(sum(map(_whole, sections.values())) or PAGE), 0, {}
     fd = open_direct(path)
     try:
         for name, section in sections.items():
@@ -147,6 +147,10 @@ def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Ten
     finally:
         os.close(fd)
     return tensors
+
+
+def _private(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _read_into(fd: int, path: Path, memory: mmap.mmap, to: int, place: int, size: int) -> None:
