@@ -26,45 +26,63 @@ void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const 
     team.wait();
 }
 
+bool usable(const moestro_experts &w) {
+    return valid(w) && (!w.residency || reinterpret_cast<const Residency *>(w.residency)->has(w));
+}
+
 void Mixture::plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count) {
     w_ = w, tokens_ = tokens, experts_ = experts, count_ = count;
-    std::vector<int64_t> next(size_t(w.experts));
-    for (int64_t a = 0; a < count; a++) next[size_t(experts[a])]++;
-    tasks_.clear();
+    file_ = reinterpret_cast<Residency *>(w.residency);
+    next_.assign(size_t(w.experts), 0);
+    wanted_.clear();
+    for (int64_t end = count, begin; end > 0; end = begin) {  // the last token's first choice was used last
+        for (begin = end; begin > 0 && tokens[begin - 1] == tokens[end - 1];) begin--;
+        for (int64_t a = begin; a < end; a++)
+            if (next_[size_t(experts[a])]++ == 0) wanted_.push_back(experts[a]);
+    }
+    if (file_) std::reverse(wanted_.begin(), wanted_.end());
+    else std::sort(wanted_.begin(), wanted_.end());
+    const auto all = int64_t(wanted_.size()), together = file_ ? file_->begin(w.mixture, wanted_) : all;
+    tasks_.clear(), rows_.clear(), waves_.assign(1, Wave{});
     int64_t row = 0;
-    for (int64_t &rows : next) {
-        const int64_t e = &rows - next.data(), first = row;
-        for (int64_t r = 0; r < rows; r += SLICE) tasks_.push_back({e, first + r, std::min(SLICE, rows - r)});
+    for (int64_t place = 0; place < all; place++) {
+        const int64_t e = wanted_[size_t(place)], first = row, rows = next_[size_t(e)];
+        for (int64_t r = 0; r < rows; r += SLICE) tasks_.push_back({e, place, first + r, std::min(SLICE, rows - r)});
+        for (int64_t r = 0; r < rows; r++) rows_.push_back(first + r);
         row += round_up(rows, TILE);
-        rows = first;
+        next_[size_t(e)] = first;
+        if (place >= together - 1) waves_.push_back({place + 1, int64_t(tasks_.size()), int64_t(rows_.size())});
     }
     row_.resize(size_t(count));
-    for (int64_t a = 0; a < count; a++) row_[size_t(a)] = next[size_t(experts[a])]++;
+    for (int64_t a = 0; a < count; a++) row_[size_t(a)] = next_[size_t(experts[a])]++;
     input_.shape(w.kind, w.group, row, w.dim);
     hidden_.shape(w.down_kind, w.group, row, w.hidden);
     up_ = up_buffer_.get<float>(row * hidden_.rows.k);
     down_ = down_buffer_.get<float>(row * blocks_of(w.dim) * COLUMNS);
 }
 
-Blocks Mixture::up_blocks(int64_t e, int64_t half) const {
+const uint8_t *Mixture::slab(const Task &task) const {
+    return file_ ? file_->slab(task.place) : static_cast<const uint8_t *>(w_.data) + task.expert * w_.slab_bytes;
+}
+
+Blocks Mixture::up_blocks(const Task &task, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
     if (plain(w_.kind)) {
         const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.data) + (e * halves + half) * matrix, w_.kind, w_.group, w_.hidden,
-                w_.dim};
+        return {static_cast<const uint8_t *>(w_.data) + (task.expert * halves + half) * matrix, w_.kind, w_.group,
+                w_.hidden, w_.dim};
     }
-    auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
-    return {slab + half * block_bytes(w_.kind, w_.group, w_.dim), w_.kind, w_.group, w_.hidden, w_.dim, halves};
+    const uint8_t *from = slab(task) + half * block_bytes(w_.kind, w_.group, w_.dim);
+    return {from, w_.kind, w_.group, w_.hidden, w_.dim, halves};
 }
 
-Blocks Mixture::down_blocks(int64_t e) const {
+Blocks Mixture::down_blocks(const Task &task) const {
     if (plain(w_.kind)) {
         const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.down) + e * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
+        return {static_cast<const uint8_t *>(w_.down) + task.expert * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
     }
     const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);
-    auto slab = static_cast<const uint8_t *>(w_.data) + e * w_.slab_bytes;
-    return {slab + up, w_.down_kind, w_.group, w_.dim, w_.hidden};
+    return {slab(task) + up, w_.down_kind, w_.group, w_.dim, w_.hidden};
 }
 
 void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {
@@ -72,7 +90,7 @@ void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {
     const int64_t n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
     const Rows rows = input_.part(task.first, task.rows);
     for (int64_t i = 0; i < halves; i++)
-        kernels().multiply(up_blocks(task.expert, i).at(b, transposed), rows, out + i * COLUMNS, width);
+        kernels().multiply(up_blocks(task, i).at(b, transposed), rows, out + i * COLUMNS, width);
     const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
     for (int64_t r = 0; r < task.rows; r++) {
         float *line = out + r * width;
@@ -83,28 +101,40 @@ void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {
     }
 }
 
-void Mixture::compute(Team &team) {
+bool Mixture::compute(Team &team) {
+    for (size_t wave = 1; wave < waves_.size(); wave++) {
+        const Wave &from = waves_[wave - 1], &to = waves_[wave];
+        for (int64_t place = from.places; file_ && place < to.places; place++)
+            if (!file_->wait(place)) return false;
+        compute(team, from, to);
+        for (int64_t place = from.places; file_ && place < to.places; place++) file_->done(place);
+    }
+    return true;
+}
+
+void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
     const int64_t up_count = blocks_of(w_.hidden), down_count = blocks_of(w_.dim), ld = down_count * COLUMNS,
-                  k = hidden_.rows.k;
-    const auto tasks = int64_t(tasks_.size());
+                  k = hidden_.rows.k, tasks = end.tasks - begin.tasks;
+    const Task *task = tasks_.data() + begin.tasks;
     std::vector<float> out(size_t(SLICE * COLUMNS * 2));
     Buffer &transposed = thread_buffer();
     int64_t from, to;
     while (team.take(tasks * up_count, STREAM, &from, &to))
-        for (; from < to; from++) up(tasks_[size_t(from / up_count)], from % up_count, out.data(), transposed);
+        for (; from < to; from++) up(task[from / up_count], from % up_count, out.data(), transposed);
     team.wait();
-    while (team.take(count_, 1, &from, &to)) {
-        float *row = up_ + row_[size_t(from)] * k;
+    while (team.take(end.rows - begin.rows, 1, &from, &to)) {
+        const int64_t at = rows_[size_t(begin.rows + from)];
+        float *row = up_ + at * k;
         std::fill(row + w_.hidden, row + k, 0.0f);
-        hidden_.set(row_[size_t(from)], row);
+        hidden_.set(at, row);
     }
     team.wait();
     while (team.take(tasks * down_count, STREAM, &from, &to))
         for (; from < to; from++) {
-            const Task &task = tasks_[size_t(from / down_count)];
+            const Task &each = task[from / down_count];
             const int64_t b = from % down_count;
-            kernels().multiply(down_blocks(task.expert).at(b, transposed), hidden_.part(task.first, task.rows),
-                               down_ + task.first * ld + b * COLUMNS, ld);
+            kernels().multiply(down_blocks(each).at(b, transposed), hidden_.part(each.first, each.rows),
+                               down_ + each.first * ld + b * COLUMNS, ld);
         }
     team.wait();
 }
@@ -156,7 +186,7 @@ int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, in
 
 int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, int64_t t, const int64_t *tokens,
                         const int64_t *experts, const float *weights, int64_t assignments, void *y) {
-    if (!w || !valid(*w) || !valid_rows(dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
+    if (!w || !usable(*w) || !valid_rows(dtype) || t < 0 || assignments < 0) return MOESTRO_EBAD;
     if ((t && (!x || !y)) || (assignments && (!tokens || !experts || !weights))) return MOESTRO_EBAD;
     for (int64_t a = 0; a < assignments; a++) {
         if (experts[a] < 0 || experts[a] >= w->experts || tokens[a] < 0 || tokens[a] >= t) return MOESTRO_EBAD;
@@ -166,6 +196,7 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
     Lock lock(one_at_a_time());
     static Mixture &mixture = *new Mixture;
     static Prepared &input = *new Prepared;
+    std::atomic<bool> whole{true};
     try {
         mixture.plan(*w, tokens, experts, assignments);
         input.shape(w->kind, w->group, t, w->dim);
@@ -181,7 +212,7 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
             while (team.take(assignments, 4, &from, &to))
                 for (; from < to; from++) mixture.set(from, input);
             team.wait();
-            mixture.compute(team);
+            if (!mixture.compute(team)) return whole.store(false);
             while (team.take(t, 4, &from, &to))
                 for (; from < to; from++) {
                     std::fill(row.begin(), row.end(), 0.0f);
@@ -192,7 +223,9 @@ int32_t moestro_mixture(const moestro_experts *w, int32_t dtype, const void *x, 
     } catch (const std::bad_alloc &) {
         return MOESTRO_EMEMORY;
     }
-    return 0;
+    if (whole) return 0;
+    mixture.give_up();
+    return MOESTRO_EREAD;
 }
 
 }  // extern "C"

@@ -40,7 +40,7 @@ enum {
 enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_BLOCKS = 256 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
-enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3 };
+enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3, MOESTRO_EREAD = -4 };
 
 /* A packed matrix: blocks of 32 output columns, each one stream of K inputs. */
 typedef struct {
@@ -50,15 +50,20 @@ typedef struct {
     int32_t group; /* Q: 32 or 64; ignored for fp32 and bf16 */
 } moestro_matrix;
 
+/* Experts that are read from a file as they are wanted; see moestro_residency_open. */
+typedef struct moestro_residency moestro_residency;
+
 /* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down, of a kind of its own. */
 typedef struct {
-    const void *data;
+    const void *data;   /* null: read from a file */
     const void *down;   /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
     int64_t slab_bytes; /* distance between packed experts */
     int64_t experts, dim, hidden;
     int32_t kind, group, activation, down_kind;
+    int32_t mixture;        /* data null: which of the file's */
     const float *up_bias;   /* [E, 2F] or [E, F]; null: none */
     const float *down_bias; /* [E, D]; null: none */
+    moestro_residency *residency;
 } moestro_experts;
 
 MOESTRO_API int32_t moestro_abi(void);
@@ -86,6 +91,25 @@ MOESTRO_API int32_t moestro_unpack(int32_t kind, int32_t group, const void *src,
 /* y [m, n] = x [m, k] · wᵀ + bias. x and y have the same dtype; bias fp32 or null. */
 MOESTRO_API int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const void *x, int64_t m, void *y,
                                    const float *bias);
+
+/* The packed experts of one mixture in a file, on whole pages: at most `slots` of them are in memory. */
+typedef struct {
+    int64_t offset, slab_bytes, experts, slots;
+} moestro_slabs;
+/* Experts wanted that were there or not, bytes read; and of the last read that failed the errno or MOESTRO_READ_… and
+ * its place in the file. */
+enum { MOESTRO_READ_ENDS = -1, MOESTRO_READ_CHANGED = -2 };
+typedef struct {
+    int64_t hits, misses, bytes, place;
+    int32_t error, reserved;
+} moestro_reads;
+/* Read the experts of `count` mixtures from a file in `readers` threads, directly if it was opened with O_DIRECT and
+ * its file system can. The file must stay open. A call that computes with them returns EREAD where one cannot be read;
+ * the next may try again. Close it when nothing computes with it. */
+MOESTRO_API int32_t moestro_residency_open(int32_t fd, const moestro_slabs *mixtures, int64_t count, int32_t readers,
+                                           moestro_residency **residency);
+MOESTRO_API int32_t moestro_residency_close(moestro_residency *residency);
+MOESTRO_API int32_t moestro_residency_counts(moestro_residency *residency, moestro_reads *counts);
 
 /* y [t, dim] = Σ over a token's assignments, in their order, of weight · expert(x[token]).
  * tokens must not fall; experts are in [0, E). A token without an assignment gets zero. */

@@ -33,8 +33,9 @@ inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) 
 inline bool valid(const moestro_experts &w) {
     const bool kinds = valid(w.kind, w.group) && valid(w.down_kind, w.group),
                alike = plain(w.kind) || plain(w.down_kind) ? w.kind == w.down_kind : true,
-               known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU;
-    return known && w.data && (w.down || !plain(w.kind)) && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
+               known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU,
+               there = w.data ? !w.residency && (w.down || !plain(w.kind)) : w.residency && !plain(w.kind);
+    return known && there && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
 }
 
 inline bool valid_rows(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16; }

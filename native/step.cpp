@@ -17,7 +17,9 @@ class Step {
 public:
     // Throws std::bad_alloc.
     void plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts);
-    void run(Team &team, float *logits, Memory &memory);
+    // False, to all threads alike: experts could not be read.
+    bool run(Team &team, float *logits, Memory &memory);
+    void give_up() { routed_.give_up(); }
 
     Batch batch;
     int64_t *experts;
@@ -25,10 +27,10 @@ public:
 
 private:
     void attention(Team &team, int64_t l, Memory &memory);
-    void feed_forward(Team &team, int64_t l, Memory &memory);
+    bool feed_forward(Team &team, int64_t l, Memory &memory);
     void route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given);
     void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const;
-    void mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
+    bool mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
     void predict(Team &team, float *logits, Memory &memory);
     void limit_groups(std::vector<float> &wanted) const;
 
@@ -126,7 +128,7 @@ void Step::route(Team &team, const moestro_layer &layer, int64_t *chosen, float 
 }
 
 // x += what the experts make of the normed rows.
-void Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given) {
+bool Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given) {
     const bool shared = layer.shared.data != nullptr;
     const std::vector<int64_t> &assigned = layer.router ? assigned_ : tokens_;
     int64_t from, to;
@@ -141,17 +143,18 @@ void Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, co
     while (shared && team.take(t_, 4, &from, &to))
         for (; from < to; from++) shared_.set(from, shared_rows_);
     team.wait();
-    routed_.compute(team);
-    if (shared) shared_.compute(team);
+    if (shared) shared_.compute(team);  // while experts that are not in memory are read
+    if (!routed_.compute(team)) return false;
     const float *ones = ones_.data(), *shares = layer.shared_gate ? shared_weights_.data() : ones;
     while (team.take(t_, 1, &from, &to)) {
         routed_.add(from, layer.router ? given : ones, batch.x.data() + from * d_.dim);
         if (shared) shared_.add(from, shares, batch.x.data() + from * d_.dim);
     }
     team.wait();
+    return true;
 }
 
-void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
+bool Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     const moestro_layer &layer = d_.layer[l];
     int64_t from, to, *chosen = experts + l * t_ * d_.top_k;
     float *given = weights + l * t_ * d_.top_k;
@@ -171,7 +174,7 @@ void Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     }
     team.wait();
     if (layer.router) route(team, layer, chosen, given);
-    mix(team, layer, layer.router ? chosen : zeros_.data(), given);
+    return mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }
 
 void Step::predict(Team &team, float *logits, Memory &memory) {
@@ -195,12 +198,13 @@ void Step::attention(Team &team, int64_t l, Memory &memory) {
     else grouped_.run(team, batch, l, memory);
 }
 
-void Step::run(Team &team, float *logits, Memory &memory) {
+bool Step::run(Team &team, float *logits, Memory &memory) {
     for (int64_t l = 0; l < d_.layers; l++) {
         attention(team, l, memory);
-        feed_forward(team, l, memory);
+        if (!feed_forward(team, l, memory)) return false;
     }
     predict(team, logits, memory);
+    return true;
 }
 
 // Whether a router can choose of so many experts.
@@ -222,7 +226,8 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
     const bool shared =
         !layer.shared.data || (valid(layer.shared) && layer.shared.experts == 1 && layer.shared.dim == d.dim);
     return layer.attention_norm && layer.ffn_norm && good_attention(layer, d) && layer.window >= 0 &&
-           valid(layer.experts) && layer.experts.dim == d.dim && (layer.router ? good(d, count) : count == 1) && shared;
+           usable(layer.experts) && layer.experts.dim == d.dim && (layer.router ? good(d, count) : count == 1) &&
+           shared;
 }
 
 bool good(const moestro_decoder *d, int64_t b) {
@@ -254,16 +259,19 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     Lock lock(one_at_a_time());
     // Never destroyed: a thread may still compute when the process ends.
     static Step &step = *new Step;
+    std::atomic<bool> whole{true};
     try {
         step.plan(*d, b, past);
         step.batch.cosines = cosines, step.batch.sines = sines, step.experts = experts, step.weights = weights;
         std::copy(x, x + int64_t(step.batch.x.size()), step.batch.x.begin());
         run(INT32_MAX, [&](Team &team, int) {
             static thread_local Memory memory;
-            step.run(team, logits, memory);
+            if (!step.run(team, logits, memory)) whole.store(false);
         });
     } catch (const std::bad_alloc &) {
         return MOESTRO_EMEMORY;
     }
-    return 0;
+    if (whole) return 0;
+    step.give_up();
+    return MOESTRO_EREAD;
 }

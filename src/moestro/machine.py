@@ -10,7 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+# What is left to the system of the memory that is free now.
+SPARED = 0.05
 _CLEAR_PEAK = "5"
 
 
@@ -30,8 +33,70 @@ def memory_bytes() -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-    text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    return min([total, *(limit for limit, _ in _limits())])
+
+
+def free_bytes() -> int | None:
+    """Memory that this process can have in all: what it has, and what is free in every limit.
+
+    5 % of that remain for the system. What a limited group has of files in memory counts as free.
+    """
+    there = _fields(Path("/proc/meminfo")).get("MemAvailable")
+    if there is None:
+        return None
+    room = [there * 1024, *(limit - used for limit, used in _limits())]
+    return resident_bytes() + int(max(0, min(room)) * (1 - SPARED))
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds now, files mapped included."""
+    return _fields(Path("/proc/self/status")).get("VmRSS", 0) * 1024 or peak_bytes()
+
+
+def _limits() -> list[tuple[int, int]]:
+    """(limit, bytes used but for files) of each control group that this process is in."""
+    found = []
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        root = CGROUPS / "memory" if "memory" in kinds.split(",") else CGROUPS
+        if kinds and root == CGROUPS:
+            continue  # another controller of version 1
+        # In a container the path may be that of the host; its own limit is at the root.
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root) and (limit := _limit(folder)) is not None:
+                found.append(limit)
+    return found
+
+
+def _limit(group: Path) -> tuple[int, int] | None:
+    """See `_limits`; of version 2 or 1. None: there is none."""
+    for most, now, files in (
+        ("memory.max", "memory.current", ("active_file", "inactive_file")),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_active_file", "total_inactive_file"),
+        ),
+    ):
+        with suppress(OSError, ValueError):
+            limit, used = int((group / most).read_text()), int((group / now).read_text())
+            fields = _fields(group / "memory.stat")
+            return limit, used - sum(fields.get(name, 0) for name in files)
+    return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Numbers by name, a line each; none of a file that cannot be read."""
+    found = {}
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            name, _, rest = line.replace(":", " ").partition(" ")
+            if (words := rest.split()) and words[0].isdecimal():
+                found[name] = int(words[0])
+    return found
 
 
 def forget_peak() -> None:
@@ -42,19 +107,8 @@ def forget_peak() -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has held, since `forget_peak` where the system can."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return _largest(resource.RUSAGE_SELF)
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
-    with suppress(OSError, ValueError, IndexError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    held = _fields(Path("/proc/self/status")).get("VmHWM", 0) * 1024
+    return held or _largest(resource.RUSAGE_SELF)
 
 
 def children_peak_bytes() -> int:

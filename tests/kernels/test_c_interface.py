@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.kernels import native_cpu, native_layers, native_library, native_step, packing
+from moestro.kernels import (
+    native_cpu,
+    native_layers,
+    native_library,
+    native_step,
+    packing,
+    residency,
+)
 from moestro.kernels.addresses import ROWS
 
 HEADER = (Path(__file__).parents[2] / "native" / "moestro.h").read_text()
@@ -16,6 +23,8 @@ STRUCTURES = {
     "moestro_matrix": native_library.CMatrix,
     "moestro_experts": native_library.CExperts,
     "moestro_groups": native_library.CGroups,
+    "moestro_slabs": residency._Slabs,
+    "moestro_reads": residency._Reads,
     "moestro_latent": native_layers.CLatent,
     "moestro_delta": native_layers.CDelta,
     "moestro_layer": native_layers.CLayer,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moestro.models import budget
 from moestro.models.count import count
 from moestro.plan.fit import fit
 from moestro.plan.memory import cache_bytes, weights
@@ -68,6 +69,24 @@ def test_each_change_makes_room(memory):
 )
 def test_what_would_have_to_give(memory, what):
     assert [change.what for change in ask(memory * GIB).changes] == what
+
+
+def test_experts_that_stay_in_a_file():
+    """What `plan` says of a budget is what a run of the same sizes is given."""
+    left = ask(20 * GIB, batch=1).streamed
+    again = budget.fit(left.needs, 20 * GIB)
+    assert again.kept == left.kept
+    assert 0 < min(left.kept) <= max(left.kept) < 8
+    assert left.needs.fixed + left.kept_bytes <= 20 * GIB
+    slab = left.needs.mixtures[0].slab_bytes
+    assert left.needs.fixed + left.kept_bytes + slab > 20 * GIB
+    assert left.needs.cycle == 32 * 2 * slab
+    low, high = budget.hit_bounds(left)
+    assert 0 < low < high < 1
+    assert left.read_bytes(1.0) == 0
+    slow, fast = budget.tokens_per_s(left, low, 0.1, 1e9)
+    assert slow < budget.expected_per_s(left, low, 0.1, 1e9) <= fast
+    assert ask(2 * GIB).streamed is None
 
 
 def test_a_dense_model_has_no_experts_to_narrow_or_to_move():

@@ -26,11 +26,14 @@ def test_a_measured_device():
 
 
 def test_the_container_limits_the_memory(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
-    limit.write_text("max\n")
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
     whole = measure(seconds=0.001, array_bytes=64, side=2).memory_bytes
-    limit.write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
     assert measure(seconds=0.001, array_bytes=64, side=2).memory_bytes == 1_000_000 < whole
 
 

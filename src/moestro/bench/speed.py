@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moestro.checkpoints.streamed import residency_of
 from moestro.infer.decoding import decoding_of
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.kernels import native_cpu
+from moestro.kernels.residency import Reads
 from moestro.machine import Energy, children_peak_bytes
 from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
@@ -34,12 +36,14 @@ class Round(NamedTuple):
         first_s: until the first token was chosen.
         decode_s: of the tokens after it.
         joules: of the decoding; None if the machine does not report them.
+        reads: of experts in a file during the decoding; None: all are in memory.
     """
 
     prefill_s: float
     first_s: float
     decode_s: float
     joules: float | None = None
+    reads: Reads | None = None
 
 
 class Speed(NamedTuple):
@@ -55,6 +59,9 @@ class Speed(NamedTuple):
         share: of it that decoding used, round by round.
         peak_bytes: the most memory that it held, without the others measured beside it.
         joules: per decoded token; None if the machine does not report them.
+        hit_rate: of the experts that decoding wanted, the share that was in memory; None where
+            all are.
+        file_bytes: read from the file per decoded token.
     """
 
     prefill_per_s: float
@@ -65,6 +72,8 @@ class Speed(NamedTuple):
     share: float | None
     peak_bytes: int
     joules: float | None
+    hit_rate: float | None = None
+    file_bytes: float | None = None
 
 
 class Variant(NamedTuple):
@@ -114,6 +123,7 @@ def _speed(
 ) -> Speed:
     pairs = zip(made, reads, strict=False)  # none read: no pairs
     shares = [variant.weight_bytes * tokens / each.decode_s / rate for each, rate in pairs]
+    reads_of = [each.reads for each in made if each.reads is not None]
     energies = [each.joules / tokens for each in made if each.joules is not None]
     return Speed(
         prefill_per_s=median(prompt / each.prefill_s for each in made),
@@ -124,6 +134,8 @@ def _speed(
         share=median(shares) if shares else None,
         peak_bytes=children_peak_bytes() if variant.peak is None else variant.peak,
         joules=median(energies) if energies else None,
+        hit_rate=median(each.hit_rate for each in reads_of) if reads_of else None,
+        file_bytes=median(each.bytes / tokens for each in reads_of) if reads_of else None,
     )
 
 
@@ -139,7 +151,7 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
         tokens: tokens decoded after it.
         seed: of the tokens.
     """
-    decoding, energy = decoding_of(model), Energy()
+    decoding, energy, residency = decoding_of(model), Energy(), residency_of(model)
     generator = torch.Generator().manual_seed(seed)
     length, vocab = (prompt + tokens,), model.cfg.vocab_size
     ids = torch.randint(0, vocab, length, generator=generator, device="cpu").tolist()
@@ -151,13 +163,14 @@ def rounds_of(model: Decoder, prompt: int, tokens: int, seed: int = 0) -> Callab
         prefilled = time.perf_counter()
         next_tokens(passed.logits_NV.float(), greedy, [new_generator(greedy)])
         first = time.perf_counter()
-        joules = energy.joules()
+        joules, read = energy.joules(), residency and residency.reads()
         begun = time.perf_counter()
         for token in ids[prompt:]:
             decoding.step([[token]], [past])
         decode_s = time.perf_counter() - begun
         used = energy.since(joules)
-        return Round(prefilled - start, first - start, decode_s, used)
+        reads = residency.reads().since(read) if residency and read else None
+        return Round(prefilled - start, first - start, decode_s, used, reads)
 
     return run
 

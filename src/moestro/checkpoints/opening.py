@@ -4,7 +4,8 @@
 
     plain    reading.read_model: settings, headers and fit are checked, then tensors are loaded
     packed   quantize.read_packed: the same, module by module
-    mapped   packed_files.load: a packed form that an earlier start kept
+    mapped   packed_files.load: a packed form that an earlier start kept; with a memory budget
+             streamed.load_within, which leaves experts in the file
 
 A format of files is a mapping key → `tensor_files.Source` (shape, dtype, load) and a `Family` whose
 rules say what its keys are of ours; `reading.open_unread` takes safetensors' or GGUF's.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moestro.checkpoints import packed_files
+from moestro.checkpoints import packed_files, streamed
 from moestro.checkpoints.adapters import PEFT_CONFIG, load_own, own_settings, read_peft
 from moestro.checkpoints.families import family_of, text_part
 from moestro.checkpoints.folders import read_json
@@ -27,6 +28,7 @@ from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model
+from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.transfer import Progress
 from moestro.checkpoints.writing import only_family
 from moestro.config import LoraConfig
@@ -77,6 +79,7 @@ def open_checkpoint(
     progress: Progress | None = None,
     verified: bool = False,
     adapter: str | Path | None = None,
+    within: Within | None = None,
 ) -> Opened:
     """Open a checkpoint of any layout.
 
@@ -94,6 +97,8 @@ def open_checkpoint(
         progress: called with (bytes read so far, bytes in all).
         verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
         adapter: see `use_adapter`. A run of adapters is opened as its base with its adapters.
+        within: the memory that the process may take; experts beyond it are read from the packed
+            file as they are wanted. None: all are mapped or read.
 
     Raises:
         ConfigError: options do not go together, or see `reading.read_settings`.
@@ -110,20 +115,34 @@ def open_checkpoint(
         return open_checkpoint(
             own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
             backend=backend, accept_fields=own.accept_fields, progress=progress, adapter=folder,
+            within=within,
         )._replace(folder=folder)  # fmt: skip
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
+    if within is not None:
+        _check_budget(format, adapter)
     told: Any = {"progress": progress, "accept_fields": accept_fields}
     if format is None:
         told |= {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
         model = read_model(folder, **told)
-    elif keep:
+    elif keep or within is not None:
         path = packed or packed_files.default_path(folder, format)
-        model = _mapped_or_packed(folder, format, path, **told)
+        model = _mapped_or_packed(folder, format, path, within, **told)
     else:
         model = read_packed(folder, format, **told)
     opened = Opened(model, folder, _came_with(folder))
     return opened if adapter is None else use_adapter(opened, adapter)
+
+
+def _check_budget(format: Format | None, adapter: str | Path | None) -> None:
+    """Refuse what cannot be read an expert at a time."""
+    if format is None:
+        raise ConfigError(
+            "a memory budget needs packed weights, which can be read an expert at a time; add "
+            "--weights int8 or --weights int4"
+        )
+    if adapter is not None:
+        raise ConfigError(f"adapters need all experts in memory: leave out --memory, or {adapter}")
 
 
 def _checked_format(
@@ -269,13 +288,25 @@ def _mapped_or_packed(
     folder: Path,
     format: Format,
     path: Path,
+    within: Within | None,
     progress: Progress | None,
     accept_fields: Collection[str],
 ) -> Model:
-    """Map the packed form at `path`, or make it and keep it there."""
+    """Map the packed form at `path`, or open it within a budget; make it and keep it there."""
     source = packed_files.fingerprint(folder)
+    if within is not None and not path.exists():
+        try:
+            packed_files.convert(folder, path, format, source, progress, accept_fields)
+        except OSError as error:
+            raise CheckpointError(
+                f"a memory budget needs the packed form in a file, and {path} cannot be written: "
+                f"{error.strerror or error}; give another --packed"
+            ) from None
     if path.exists():
-        model = packed_files.load(path, source)
+        if within is None:
+            model = packed_files.load(path, source)
+        else:
+            model = streamed.load_within(path, within, source)
         if packed_files.stored_format(path) != format:
             wanted = "as stored" if format == AS_STORED else f"{format.kind} of {format.group}"
             raise CheckpointError(

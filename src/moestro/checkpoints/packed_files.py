@@ -11,9 +11,10 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from moestro.checkpoints import packed_header
 from moestro.checkpoints.folders import CONFIG, MANIFEST
 from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.packed_header import Section
+from moestro.checkpoints.quantize import read_packed
+from moestro.checkpoints.transfer import Progress
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, whole_file
 from moestro.kernels.packing import QUANTISED, Format
@@ -73,14 +76,61 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
         ShapeError: its parameters have several dtypes.
         OSError: the disk is full or the place cannot be written.
     """
-    start, sections, length = packed_header.make(model, format, source)
+    layout = packed_header.make(model, format, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
+        Writer(file, *layout).put(packed_header.tensors(model))
+
+
+class Writer:
+    """Puts tensors where the header of their file says; see `packed_header.make`."""
+
+    def __init__(
+        self, file: IO[bytes], start: bytes, sections: dict[str, Section], length: int
+    ) -> None:
+        self._file, self._sections, self._begin = file, sections, len(start)
         file.write(start)
-        for tensor, offset in sections.values():
-            file.seek(len(start) + offset)
-            _write(file, tensor)
         file.truncate(len(start) + length)
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Write tensors of these names."""
+        for name, tensor in tensors.items():
+            self._file.seek(self._begin + self._sections[name].offset)
+            _write(self._file, tensor)
+
+
+def convert(
+    folder: Path,
+    path: Path,
+    format: Format,
+    source: dict[str, str],
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> None:
+    """Write a checkpoint's packed form, of which one module at a time is in memory.
+
+    Raises:
+        CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.
+        OSError: see `save`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        writer: Writer | None = None
+
+        def begin(blank: Model) -> Callable[[str, Packed], None]:
+            nonlocal writer
+            writer = Writer(file, *packed_header.make(blank, format, source))
+            return put
+
+        def put(name: str, module: Packed) -> None:
+            assert writer is not None
+            parts = module.parts()
+            writer.put({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            module.use({part: tensor.to("meta") for part, tensor in parts.items()})
+
+        model = read_packed(folder, format, progress, accept_fields, begin)
+        assert writer is not None
+        writer.put(dict((*model.named_parameters(), *model.named_buffers())))
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
@@ -94,12 +144,7 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
         CheckpointError: it is missing, truncated, not a packed model, or of a different version of
             this program or checkpoint.
     """
-    header, begin = packed_header.read(path)
-    if source is not None and header["source"] != source:
-        raise CheckpointError(
-            f"{path} is the packed form of a different checkpoint, or the one beside it "
-            "has changed; remove the file to pack it again"
-        )
+    header, begin = checked(path, source)
     try:
         with path.open("rb") as file:
             # Private: a write to a parameter stays in this process instead of ending it.
@@ -111,8 +156,19 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
     model, sections = packed_header.unfilled(path, header, len(memory) - begin)
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_WILLNEED)
-    _fill(model, {name: _mapped(memory, begin, each) for name, each in sections.items()})
+    fill(model, {name: at(memory, begin + each.offset, each) for name, each in sections.items()})
     return model
+
+
+def checked(path: Path, source: dict[str, str] | None) -> tuple[dict[str, Any], int]:
+    """A file's header, and where its tensors begin; raises as `load` does."""
+    header, begin = packed_header.read(path)
+    if source is not None and header["source"] != source:
+        raise CheckpointError(
+            f"{path} is the packed form of a different checkpoint, or the one beside it "
+            "has changed; remove the file to pack it again"
+        )
+    return header, begin
 
 
 def stored_format(path: Path) -> Format:
@@ -124,8 +180,8 @@ def stored_format(path: Path) -> Format:
     return packed_header.format_of(path, packed_header.read(path)[0])
 
 
-def _fill(model: Model, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors where the model has such without memory."""
+def fill(model: Model, tensors: dict[str, Tensor]) -> None:
+    """Put tensors where the model has such without memory."""
     made: dict[Tensor, Tensor] = {old: tensors[name] for name, old in model.named_buffers()}
     for name, parameter in model.named_parameters():
         made[parameter] = nn.Parameter(tensors[name], requires_grad=False)
@@ -137,9 +193,10 @@ def _fill(model: Model, tensors: dict[str, Tensor]) -> None:
             module.use({part: tensors[f"{path}.{part}"] for part in module.parts()})
 
 
-def _mapped(memory: mmap.mmap, begin: int, section: Section) -> Tensor:
-    like, at = section.tensor, begin + section.offset
-    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
+def at(memory: mmap.mmap, place: int, section: Section) -> Tensor:
+    """The tensor of a section whose bytes are at some place."""
+    like = section.tensor
+    flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=place)
     return flat.view(like.shape)
 
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moestro.checkpoints.quantize import AS_STORED, packable
+from moestro.checkpoints.quantize import AS_STORED, blank_model
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FLOATS
 from moestro.kernels.packing import PAGE, Format, check_format
-from moestro.models.build import Model, build_model
+from moestro.models.build import Model
 from moestro.models.count import count
-from moestro.models.materialize import without_memory
 from moestro.moe.packed import Packed
 
 MAGIC = b"moestro packed model\n"
@@ -168,14 +167,13 @@ def _model(settings: dict[str, Any], format: Format, packed: dict[str, Any], nby
     total = count(cfg).total
     if total > 2 * nbytes:
         raise ValueError(f"its settings have {total} parameters, which {nbytes} bytes do not hold")
-    with without_memory():
-        model = build_model(cfg)
-    for path, module in packable(model).items():
-        own = format
-        if format == AS_STORED:
-            own = Format(packed[path]["kind"], packed[path]["group"], packed[path].get("down"))
-        model.set_submodule(path, module.to_packed(own))
-    return model.eval()
+
+    def own(path: str) -> Format:
+        if format != AS_STORED:
+            return format
+        return Format(packed[path]["kind"], packed[path]["group"], packed[path].get("down"))
+
+    return blank_model(cfg, own)
 
 
 def _described(model: Model) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,9 @@ AS_IS = "as-is"
 # Each matrix in the form that keeps the numbers of its file, where those are quantised already.
 AS_STORED = Format("stored")
 
+Taken = Callable[[str, Packed], None]
+Begin = Callable[[Model], Taken]
+
 
 def format_of(name: str) -> Format | None:
     """The format that --weights names; None: weights stay as they are.
@@ -75,6 +78,15 @@ def packed(
         return module.to_packed(format, stored)
     except ShapeError as error:
         raise ShapeError(f"{path}: {error}") from None
+
+
+def blank_model(cfg: ModelConfig | EncDecConfig, format: Callable[[str], Format]) -> Model:
+    """A packed model without memory; `format` is that of the module of some name."""
+    with without_memory():
+        model = build_model(cfg)
+    for path, module in packable(model).items():
+        model.set_submodule(path, module.to_packed(format(path)))
+    return model.eval()
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -116,16 +128,20 @@ def read_packed(
     format: Format,
     progress: Progress | None = None,
     accept_fields: Collection[str] = (),
+    begin: Begin | None = None,
 ) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
-    Memory peaks at the packed model and one module.
+    Memory peaks at the packed model and one module; at what is not packed and one module, where
+    each is taken away.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
         format: of all packed weights.
         progress: called with (bytes read so far, bytes in all).
         accept_fields: see `reading.read_settings`.
+        begin: given the packed model without memory before anything is read, it returns what is
+            called with each packed module and its name, and may take its tensors away.
 
     Raises:
         CheckpointError, ConfigError: see `reading.open_unread`.
@@ -162,11 +178,27 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    packer = from_blocks if unread.of_gguf else None
-    made = _pack_in_turn(model, unread.dtype, format, fill, packer)
+    blocks, taken = from_blocks if unread.of_gguf else None, begin and begin(_blank(unread, format))
+    made = _pack_in_turn(model, unread.dtype, format, fill, blocks, taken)
     if (words := rounded.words()) is not None:
         warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
     return made
+
+
+def _blank(unread: Unread, format: Format) -> Model:
+    """The packed model that an unread one will be, without memory."""
+    model = unread.model
+
+    def own(path: str) -> Format:
+        if format != AS_STORED:
+            return format
+        name = "embed" if path == "head" and model.cfg.head.tied else path
+        names = {f"{name}.{each}" for each, _ in model.get_submodule(name).named_parameters()}
+        return stored_module(unread.part(names).sources, name, model.cfg)[0].format()
+
+    blank = blank_model(model.cfg, own)
+    materialize(blank, unread.dtype, "meta")
+    return blank
 
 
 def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:
@@ -218,6 +250,7 @@ def _pack_in_turn(
     format: Format,
     fill: Callable[[Iterable[str]], None],
     from_blocks: Callable[[str, Packable, Sequence[str]], Packed] | None = None,
+    taken: Taken | None = None,
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
 
@@ -228,6 +261,7 @@ def _pack_in_turn(
         fill: writes the tensors of some names.
         from_blocks: packs a module whose numbers need not be written before; given its path, the
             module and the full names of its tensors.
+        taken: is given each packed module.
     """
     alone: dict[str, Any] = packable(model)
     tied = model.cfg.head.tied
@@ -242,6 +276,8 @@ def _pack_in_turn(
             made[path] = packed(path, module, format)
         else:
             made[path] = from_blocks(path, module, own)
+        if taken is not None:
+            taken(path, made[path])
         names = {name: None for name in names if name not in own}
         module.to_empty(device="meta")
     materialize(model, dtype, "cpu", without=alone.values())
@@ -250,7 +286,10 @@ def _pack_in_turn(
         model.set_submodule(path, module)
     if tied:  # beside the embedding, which stays
         head = from_blocks("head", model.head, ["embed.weight"]) if from_blocks else None
-        model.set_submodule("head", head or packed("head", model.head, format))
+        head = head or packed("head", model.head, format)
+        if taken is not None:
+            taken("head", head)
+        model.set_submodule("head", head)
     model.requires_grad_(False)
     return model.eval()
 

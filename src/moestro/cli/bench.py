@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, within
 from moestro.cli.doctor import GIB
 from moestro.cli.opening import AcceptField
 from moestro.errors import ConfigError
@@ -80,6 +81,7 @@ class BenchPlan(NamedTuple):
     prompt: int
     tokens: int
     rounds: int
+    memory: str = NONE
 
 
 def bench(
@@ -89,6 +91,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; medians are shown.")] = 3,
+    memory: Memory = NONE,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     accept_field: AcceptField = None,
 ) -> None:
@@ -105,7 +108,14 @@ def bench(
     for kind in kinds:
         format_of(kind)
     peers = [_peer(each) for each in compare or ()]
-    plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)
+    plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)._replace(memory=memory)
+    if memory != NONE and plan.folder is None:
+        raise ConfigError(
+            f"--memory keeps experts in a checkpoint's packed file, and {model} has none; name a "
+            "checkpoint"
+        )
+    if memory != NONE and len(kinds) > 1:
+        raise ConfigError("--memory is what the process takes; measure one of --weights at a time")
     with ExitStack() as stack:
         rows = _rows(plan, [*_ours(plan, kinds), *_theirs(plan, kinds, peers, stack)])
     if as_json:
@@ -167,23 +177,26 @@ def _ours(plan: BenchPlan, kinds: list[str]) -> Iterator[Variant]:
     from moestro.bench.speed import Variant, rounds_of, weight_bytes
     from moestro.infer.native_decoder import supports
 
-    _check_memory(plan, kinds)
+    whole = plan.memory == NONE
+    if whole:
+        _check_memory(plan, kinds)
     for kind in kinds:
-        before = resident_bytes()
+        before = resident_bytes() if whole else 0  # a budget is of the whole process
         forget_peak()
         model = _open(plan, kind)
         run = rounds_of(model, plan.prompt, plan.tokens)
         run()
         peak = peak_bytes() - before
         how = "moestro" if supports(model) is None else "moestro in Python"
-        yield Variant(how, kind, run, weight_bytes(model), peak)
+        yield Variant(how, kind, run, weight_bytes(model), peak, reads=whole)
 
 
 def _rows(plan: BenchPlan, variants: list[Variant]) -> list[Timing]:
     """Measure them."""
     from moestro.bench.speed import ReadBandwidth, by_turns
 
-    read = ReadBandwidth()
+    # What measures the bandwidth takes memory of its own.
+    read = ReadBandwidth() if any(variant.reads for variant in variants) else float
     speeds = by_turns(variants, plan.prompt, plan.tokens, plan.rounds, read)
     pairs = zip(variants, speeds, strict=True)
     return [Timing(variant.name, variant.weights, speed) for variant, speed in pairs]
@@ -193,13 +206,13 @@ def _open(plan: BenchPlan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.checkpoints.quantize import format_of, random_model
+    from moestro.models.budget import Use
 
     if plan.folder is None:
         return random_model(plan.cfg, format_of(kind))
-    accepted = plan.accept_fields
-    return open_checkpoint(
-        plan.folder, weights=kind, keep=False, accept_fields=accepted, verified=True
-    ).model
+    options = within(plan.memory, plan.folder, Use(plan.prompt + plan.tokens))
+    options |= {"weights": kind, "keep": False, "accept_fields": plan.accept_fields}
+    return open_checkpoint(plan.folder, verified=True, **options).model
 
 
 def _check_memory(plan: BenchPlan, kinds: list[str]) -> None:
@@ -307,7 +320,9 @@ def _print(plan: BenchPlan, rows: list[Timing]) -> None:
     )
     titles = ["weights", "prompt/s", "decode/s", "first ms", "MB/token", "of read", "GiB"]
     energy = any(row.speed.joules is not None for row in rows)
-    table = new_table("", *titles, *(("J/token",) if energy else ()))
+    streamed = any(row.speed.hit_rate is not None for row in rows)
+    more = (*(("J/token",) if energy else ()), *(("hits", "MB read") if streamed else ()))
+    table = new_table("", *titles, *more)
     for column in table.columns[1:]:
         column.no_wrap = True
     for name, weights, speed in rows:
@@ -322,10 +337,13 @@ def _print(plan: BenchPlan, rows: list[Timing]) -> None:
         ]
         if energy:
             cells.append("" if speed.joules is None else f"{speed.joules:.2f}")
+        if speed.hit_rate is not None:
+            cells += [f"{speed.hit_rate:.1%}", f"{(speed.file_bytes or 0) / 1e6:.1f}"]
         table.add_row(name, *cells)
     console.print(table)
     console.print(
         "tokens per second of the prompt and after it; time to the first token; weights that a "
-        "token reads, and their share of plain reading in the same run; most memory held",
+        "token reads, and their share of plain reading in the same run; most memory held"
+        + ("; experts found in memory, and what a token reads of the file" if streamed else ""),
         soft_wrap=True,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.generate import (
     PICTURES,
     Frequency,
@@ -74,6 +75,7 @@ def chat(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Talk with a model, by its own chat template.
@@ -84,7 +86,8 @@ def chat(
     from moestro.chat import load_chat
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
-    from moestro.infer.conversation import Conversation
+    from moestro.infer.conversation import CACHE_BYTES, Conversation
+    from moestro.models.budget import Use, text_bytes
     from moestro.text import load_tokenizer
 
     given = given_sampling(
@@ -96,10 +99,13 @@ def chat(
     tokenizer, template = load_tokenizer(folder), load_chat(folder)
     sampling = stated_or_given(folder, {"max_tokens": 2048, **given})
     options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-    model = open_shown(folder, **options, accept_fields=accept_field).model
+    use = Use(texts=2)
+    model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
     if model.cfg.has_encoder:
         raise ConfigError("an encoder-decoder answers one text at a time: use `moestro generate`")
-    conversation = Conversation(model, tokenizer, template, sampling, system)
+    context, number = model.cfg.attention.context, model.embed.weight.element_size()
+    kept = CACHE_BYTES if memory == NONE else text_bytes(model.cfg, context, number)
+    conversation = Conversation(model, tokenizer, template, sampling, system, kept)
     _note(f"{folder.name}: /help lists the commands, Ctrl-D leaves")
     _Terminal(conversation, model).run()
 
@@ -145,7 +151,7 @@ class _Terminal:
         try:
             pieces = self._talk.ask(text)
             with closing(pieces):
-                for piece in pieces:
+                for piece in telling(self._model, pieces):
                     self._last.append(piece)
                     _print(piece)
         except KeyboardInterrupt:

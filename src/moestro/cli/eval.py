@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from moestro.cli.budget import NONE, Memory
 from moestro.cli.held_out import open_corpus
 from moestro.cli.opening import AcceptField, ModelName, open_shown
 from moestro.errors import ConfigError
@@ -53,6 +54,7 @@ def eval(
     weights: Kinds = None,
     tokens: Tokens = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Measure a model's bits per byte of held-out text.
@@ -63,6 +65,7 @@ def eval(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
     from moestro.checkpoints.reading import read_settings
+    from moestro.models.budget import Use
 
     kinds = list(dict.fromkeys(weights or DEFAULT))
     for kind in kinds:
@@ -72,7 +75,9 @@ def eval(
         cfg = read_settings(checkpoint, accept_field or ()).cfg
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
-    rows = [Score(kind, measure(checkpoint, kind, held_out, accept_field)) for kind in kinds]
+    use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
+    options = {"memory": memory, "use": use, "accept_fields": accept_field}
+    rows = [Score(kind, measure(checkpoint, kind, held_out, **options)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
@@ -97,12 +102,12 @@ def _text(
 
 
 def measure(
-    checkpoint: Path, kind: str, held_out: dict[str, HeldOut], accept_fields: list[str] | None
+    checkpoint: Path, kind: str, held_out: dict[str, HeldOut], **options: Any
 ) -> dict[str, float]:
     """Bits per byte in one weight format; the model is gone afterwards."""
     from moestro.train.evaluate import evaluate
 
-    model = open_shown(checkpoint, weights=kind, keep=False, accept_fields=accept_fields).model
+    model = open_shown(checkpoint, weights=kind, keep=False, **options).model
     bits = evaluate(model, held_out, BATCH)
     del model
     gc.collect()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.opening import (
     AcceptField,
     AdapterName,
@@ -28,6 +29,7 @@ from moestro.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from moestro.infer.sampling import SamplingConfig
     from moestro.infer.writing import Piece
+    from moestro.models.budget import Use
     from moestro.models.build import Model
     from moestro.text import Tokenizer
 
@@ -130,6 +132,7 @@ def generate(
     weights: Weights = "as-is",
     packed: PackedFile = None,
     adapter: AdapterName = None,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Continue a prompt with a trained model, or answer it with --chat.
@@ -156,16 +159,36 @@ def generate(
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
     options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-    model = open_shown(folder, **options, adapter=adapter, accept_fields=accept_field).model
-    column = column_of(chosen_layers(model), layer) if show_experts else None
-    layers, choose = chosen_layers(model), _answer if chat and not special else iter
+    use = _use(tokenizer, start, sampling)
+    model = open_shown(
+        folder, memory, use, **options, adapter=adapter, accept_fields=accept_field
+    ).model
+    layers = chosen_layers(model)
+    column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
+    choose, pieces = _answer if chat and not special else iter, telling(model, pieces)
     if as_json:
         typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
-    elif column is None:
-        _print_plain(choose(pieces))
     else:
-        _print_experts(choose(pieces), model, layers[column], column)
+        _print(choose(pieces), model, layers, column)
+
+
+def _print(
+    pieces: Iterator[Piece], model: Model, layers: tuple[int, ...], column: int | None
+) -> None:
+    """The text, with its experts where a column of them is chosen."""
+    if column is None:
+        _print_plain(pieces)
+    else:
+        _print_experts(pieces, model, layers[column], column)
+
+
+def _use(tokenizer: Tokenizer, start: str | list[int], sampling: SamplingConfig) -> Use:
+    """How much of a cache a text needs."""
+    from moestro.models.budget import Use
+
+    read = tokenizer.encode_prompt(start) if isinstance(start, str) else start
+    return Use(len(read) + sampling.max_tokens)
 
 
 def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat: bool) -> None:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moestro.cli.budget import NONE, within
+
 if TYPE_CHECKING:
     from moestro.checkpoints.opening import Opened
+    from moestro.models.budget import Use
 
 ModelName = Annotated[
     str,
@@ -59,15 +62,18 @@ PackedFile = Annotated[
 ]
 
 
-def open_shown(folder: Path, **options: Any) -> Opened:
+def open_shown(folder: Path, memory: str = NONE, use: Use | None = None, **options: Any) -> Opened:
     """Open a checkpoint with a bar on stderr.
 
     Args:
         folder: from `find_checkpoint`.
+        memory: what --memory says.
+        use: how the model will be used, for that.
         options: of `moestro.checkpoints.opening.open_checkpoint`.
     """
     from moestro.checkpoints.opening import open_checkpoint
 
+    options |= within(memory, folder, use)
     options["accept_fields"] = options.get("accept_fields") or ()
     with bar(f"reading {folder.name}", in_bytes=True) as progress:
         return open_checkpoint(folder, progress=progress, verified=True, **options)

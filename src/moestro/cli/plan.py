@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from moestro.models.budget import Budget
     from moestro.models.count import Embeddings
     from moestro.plan.devices import Device
     from moestro.plan.fit import Fit
@@ -279,6 +280,21 @@ def _print_costs(models: list[Report], question: Question, console: Console) -> 
         console.print(table)
 
 
+def _streamed(budget: Budget) -> str:
+    """What --memory of the verbs that run a model would give."""
+    from moestro.models.budget import hit_bounds
+
+    low, high = hit_bounds(budget)
+    most, least = (max(1.0, budget.read_bytes(hit) / 1e6) for hit in (low, high))
+    experts = budget.needs.mixtures[0].experts
+    return (
+        f"Within it --memory keeps {min(budget.kept)} of {experts} experts of each mixture; "
+        f"{low:.0%} to {high:.0%} of those wanted are there, and a token reads {least:,.0f} to "
+        f"{most:,.0f} MB: from a disk of 1 GB/s at most {1e3 / most:,.1f} to {1e3 / least:,.1f} "
+        "tokens/s."
+    )
+
+
 def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -> None:
     """What fits into the memory, and what would have to give."""
     from moestro.plan.sizes import bytes_text
@@ -295,6 +311,8 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
         name = row.dtype.replace("-", " ")
         table.add_row(name, bytes_text(row.need_bytes), "yes" if row.fits else "no", *cells)
     console.print(table)
+    if fit.streamed is not None:
+        say(_streamed(fit.streamed))
     if fit.changes:
         say(f"{question.dtype} does not fit; any one of these makes room:")
         for change in fit.changes:

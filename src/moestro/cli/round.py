@@ -69,7 +69,9 @@ def round(
             err=True,
         )
     kinds = (("bf16", layers.folder), (weights, layers.folder), (weights, target))
-    bits = [measure(where, kind, texts.held_out, accept_field) for kind, where in kinds]
+    bits = [
+        measure(where, kind, texts.held_out, accept_fields=accept_field) for kind, where in kinds
+    ]
     names = ("bf16", weights, f"{weights}, rounded")
     rows = [Score(name, each) for name, each in zip(names, bits, strict=True)]
     read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moestro.cli.budget import NONE, Memory, amount_of
 from moestro.cli.opening import (
     AcceptField,
     Device,
@@ -46,7 +47,7 @@ CacheMemory = Annotated[
     str | None,
     typer.Option(
         help="Memory for what earlier texts begin with, so that it is computed once, such as 4GiB; "
-        "0B: none; default 2GiB."
+        "0B: none; default 2GiB, and of --memory an eighth at most."
     ),
 ]
 
@@ -72,6 +73,7 @@ def serve(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
     """Serve a model over HTTP, in the shapes that OpenAI's clients speak.
@@ -86,14 +88,13 @@ def serve(
         ) from None
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
-    from moestro.plan.sizes import parse_bytes
+    from moestro.models.budget import Use
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
     from moestro.serve.state import new_state
 
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
-    if cache_memory is not None:
-        limits["cache_bytes"] = 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+    limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
     keys, local = _keys(api_key_file), is_loopback(host)
     page = None if report is None else _read(report, "--report")
     settings = ServeSettings(
@@ -101,11 +102,12 @@ def serve(
         any_host=bool(keys) or not local,
         **{field: value for field, value in limits.items() if value is not None},
     )
+    use = Use(context, settings.max_live, settings.cache_bytes)
     bound = bind(host, port)
     with bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-        model = open_shown(folder, **options, accept_fields=accept_field).model
+        model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
         served = serve_model(name or _name(path, folder), model, folder, context)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
         typer.echo(f"{_what(served)}, weights {weights}")
@@ -121,6 +123,17 @@ def serve(
 
 def _ready() -> None:
     typer.echo("ready; Ctrl-C ends it")
+
+
+def _cache_bytes(cache_memory: str | None, memory: str) -> int | None:
+    """Memory for earlier texts; None: the settings' default."""
+    from moestro.plan.sizes import parse_bytes
+    from moestro.serve.settings import ServeSettings
+
+    if cache_memory is not None:
+        return 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+    amount = amount_of(memory)
+    return None if amount is None else min(ServeSettings().cache_bytes, amount // 8)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

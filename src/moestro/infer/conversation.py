@@ -32,6 +32,7 @@ class Conversation:
         template: The model's chat template.
         sampling: How to choose tokens and when an answer stops.
         system: What the model is told before the first message.
+        cache_bytes: Memory for what was computed of earlier messages.
 
     Attributes:
         messages: As the template takes them: `role` and `content`.
@@ -46,13 +47,14 @@ class Conversation:
         template: ChatTemplate,
         sampling: SamplingConfig,
         system: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.messages: list[dict[str, str]] = []
         self.system, self.sampling = system, sampling
         self._tokenizer, self._template, self._context = (
             tokenizer, template, model.cfg.attention.context,
         )  # fmt: skip
-        self._session = Session(model, tokenizer, cache_bytes=CACHE_BYTES)
+        self._session = Session(model, tokenizer, cache_bytes=cache_bytes)
 
     def ask(self, text: str) -> Generator[Piece]:
         """Say something; the answer comes piece by piece.

@@ -7,12 +7,12 @@ rows of the batch and the threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from moestro.errors import ShapeError
+from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece
 from moestro.kernels.native_library import CExperts, CMatrix, call
 from moestro.kernels.native_library import available as available
@@ -65,6 +65,7 @@ def mixture(
 
     Raises:
         ShapeError: a shape or dtype does not fit, or an index is out of range.
+        CheckpointError: experts that are stored could not be read.
     """
     experts, (size,) = experts_of(packed), (tokens_A.numel(),)
     x_TD, x_at = piece(x_TD, "rows", (*x_TD.shape[:1], packed.dim), ROWS)
@@ -74,7 +75,7 @@ def mixture(
     y_TD = torch.empty_like(x_TD)
     call(
         "mixture", ctypes.byref(experts), ROWS[x_TD.dtype], x_at, len(x_TD), tokens_at, experts_at,
-        weights_at, size, y_TD.data_ptr(),
+        weights_at, size, y_TD.data_ptr(), failure=failure_of(packed),
         takes=lambda: f"{_range('tokens', tokens_A, len(x_TD))}, never falling; "
         f"{_range('experts', experts_A, packed.num_experts)}",
     )  # fmt: skip
@@ -160,7 +161,7 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
     Raises:
         ShapeError: the tensors are not what the experts say of them.
     """
-    data, num_experts, dim, hidden, activation, format, up_bias, down_bias, down = packed
+    data, num_experts, dim, hidden, activation, format, up_bias, down_bias, down, stored = packed
     if activation not in ACTIVATIONS or num_experts < 1:
         raise ShapeError(
             f"experts are at least one, of {', '.join(ACTIVATIONS)}; given {num_experts} of "
@@ -172,15 +173,22 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
         down_at = _plain_at(down, (num_experts, dim, hidden), (data.dtype,))
     else:
         slab = slab_bytes(dim, hidden, activation, format)
-        at = packed_at(data, num_experts * slab)
+        at = 0 if stored is not None else packed_at(data, num_experts * slab)
     biases = (
         None if bias is None else address(bias, "bias", (num_experts, size), FP32)
         for bias, size in ((up_bias, width), (down_bias, dim))
     )
     return CExperts(
         at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
-        ACTIVATIONS.index(activation), _kind(format.of_down, data), *biases,
+        ACTIVATIONS.index(activation), _kind(format.of_down, data),
+        0 if stored is None else stored.mixture, *biases,
+        None if stored is None else stored.residency.handle,
     )  # fmt: skip
+
+
+def failure_of(packed: ExpertSlabs) -> Callable[[], CheckpointError] | None:
+    """What says why experts that are stored could not be read; None: they are in memory."""
+    return None if packed.stored is None else packed.stored.residency.failure
 
 
 def _plain_at(

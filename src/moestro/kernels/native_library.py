@@ -24,7 +24,7 @@ THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
 ABI = 9
-_EMEMORY, _EPATH = -2, -3
+_EMEMORY, _EPATH, _EREAD = -2, -3, -4
 _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -41,7 +41,7 @@ class CExperts(ctypes.Structure):
     _fields_ = (
         ("data", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
         ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("down_kind", I32),
-        ("up_bias", PTR), ("down_bias", PTR),
+        ("mixture", I32), ("up_bias", PTR), ("down_bias", PTR), ("residency", PTR),
     )  # fmt: skip
 
 
@@ -62,6 +62,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_read_rows": (I32, (I32, PTR, I64, I64, PTR)),
     "moestro_unpack": (I32, (I32, I32, PTR, I64, I64, I64, PTR)),
     "moestro_linear": (I32, (PTR, I32, PTR, I64, PTR, PTR)),
+    "moestro_residency_open": (I32, (I32, PTR, I64, I32, PTR)),
+    "moestro_residency_close": (I32, (PTR,)),
+    "moestro_residency_counts": (I32, (PTR, PTR)),
     "moestro_mixture": (I32, (PTR, I32, PTR, I64, PTR, PTR, PTR, I64, PTR)),
     "moestro_step": (I32, (PTR, I64, *[PTR] * 7)),
     "moestro_trains": (I32, ()),
@@ -145,8 +148,19 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(name: str, *arguments: Any, takes: str | Callable[[], str] = _DOCUMENTED) -> None:
+def call(
+    name: str,
+    *arguments: Any,
+    takes: str | Callable[[], str] = _DOCUMENTED,
+    failure: Callable[[], Exception] | None = None,
+) -> None:
     """Call `moestro_{name}`, which returns a code.
+
+    Args:
+        name: of the function.
+        arguments: its own.
+        takes: what it takes, for a person.
+        failure: what is raised where a file could not be read.
 
     Raises:
         ShapeError: it refuses what it was given; says what it `takes`.
@@ -158,6 +172,8 @@ def call(name: str, *arguments: Any, takes: str | Callable[[], str] = _DOCUMENTE
         raise MemoryError("not enough memory for the native kernels' buffers")
     if code == _EPATH:
         raise BackendError("the native kernels' path changed to one without AMX tiles")
+    if code == _EREAD and failure is not None:
+        raise failure()
     if code:
         takes = takes if isinstance(takes, str) else takes()
         raise ShapeError(f"the native kernels take {takes}")

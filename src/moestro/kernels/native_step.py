@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, FP32, ROWS, Shape, address, check, piece
+from moestro.kernels.native_cpu import failure_of
 from moestro.kernels.native_layers import (
     CLayer,
     StepLayer,
@@ -150,6 +151,8 @@ class StepDecoder:
         self._alive = (list(layers), norm, head, head_bias, norm_bias, others)
         pairs = zip(layers, others, strict=True)
         self._layers = (CLayer * len(layers))(*(layer_of(*pair, shape) for pair in pairs))
+        failures = (failure_of(layer.experts) for layer in layers)
+        self._failure = next((each for each in failures if each is not None), None)
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
             turning_of(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
@@ -181,6 +184,7 @@ class StepDecoder:
 
         Raises:
             ShapeError: shapes do not fit.
+            CheckpointError: experts that are stored could not be read; the pasts are as before.
         """
         batch, half = len(pasts), turning_of(self.shape) // 2
         kinds = [past.kind for past in pasts]
@@ -203,6 +207,7 @@ class StepDecoder:
             "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_NV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),
             takes="pasts with every layer put, at places within their room",
+            failure=self._failure,
         )  # fmt: skip
         return logits_NV, experts_LTK, weights_LTK
 

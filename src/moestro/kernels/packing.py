@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
+from moestro.kernels.residency import Stored
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
 KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "plain")
@@ -87,9 +88,9 @@ class PackedMatrix(NamedTuple):
 class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
-    data: (
-        Tensor  # uint8 [E · slab_bytes]; of kind "plain" gate_up [E, 2F, D] or up [E, F, D] itself
-    )
+    # uint8 [E · slab_bytes], without memory where they are `stored`; of kind "plain" gate_up
+    # [E, 2F, D] or up [E, F, D] itself
+    data: Tensor
     num_experts: int  # E
     dim: int  # D
     hidden_dim: int  # F
@@ -98,6 +99,7 @@ class ExpertSlabs(NamedTuple):
     up_bias: Tensor | None = None  # fp32 [E, 2F] (gate first) or [E, F]
     down_bias: Tensor | None = None  # fp32 [E, D]
     down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
+    stored: Stored | None = None  # where they are read from as they are wanted
 
 
 class BlockRows(NamedTuple):
@@ -210,8 +212,8 @@ def blank_experts(
     size = num_experts * slab_bytes(dim, hidden, activation, format)
     data = torch.empty(size, dtype=torch.uint8, device="meta")
     pair = (up_bias_EH, down_bias_ED)
-    biases = (None if bias is None else bias.detach().float().clone() for bias in pair)
-    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, *biases)
+    up_bias, down_bias = (None if bias is None else bias.detach().float().clone() for bias in pair)
+    return ExpertSlabs(data, num_experts, dim, hidden, activation, format, up_bias, down_bias)
 
 
 def quantise(w_OI: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:

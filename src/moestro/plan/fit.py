@@ -7,8 +7,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from moestro.config import NetworkConfig
+from moestro.errors import ConfigError
+from moestro.kernels.packing import slab_bytes
+from moestro.models import budget
+from moestro.models.budget import Budget, Mixture, Use
 from moestro.models.count import Count
-from moestro.plan.memory import Training, cache_bytes, dtypes, number_bytes, weights
+from moestro.plan.memory import (
+    FORMATS,
+    Training,
+    WeightBytes,
+    cache_bytes,
+    dtypes,
+    number_bytes,
+    weights,
+)
 from moestro.plan.parallel import rank
 
 
@@ -41,6 +53,9 @@ class Fit(NamedTuple):
     # Fewest ranks of fully sharded training that hold it, checkpointed; None where the activations
     # of one rank alone are too many, or not known.
     fsdp_ranks: int | None
+    # What runs with experts left in a file (`--memory`), of the dtype asked for; None where all of
+    # it fits, where there are no experts, or where even one of each mixture is too much.
+    streamed: Budget | None = None
 
 
 def fit(
@@ -79,8 +94,11 @@ def fit(
     rows = {name: row(name) for name in dtypes(count)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
     changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
+    use, left = Use(context, batch), None
+    if not asked.fits and cfg is not None:
+        left = streamed(cfg, weights(count, asked.dtype), asked.dtype, use, memory_bytes)
     if training.activations is None or training.checkpointed is None:
-        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None)
+        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, left)
     sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
     room = memory_bytes - training.checkpointed - ((sharded.gathered if sharded else None) or 0)
     return Fit(
@@ -90,7 +108,31 @@ def fit(
         training.state + training.activations <= memory_bytes,
         training.state + training.checkpointed <= memory_bytes,
         math.ceil(training.state / room) if room > 0 else None,
+        left,
     )
+
+
+def streamed(
+    cfg: NetworkConfig, sizes: WeightBytes, dtype: str, use: Use, memory_bytes: int
+) -> Budget | None:
+    """The experts that stay in memory while the others are read as they are wanted.
+
+    None: there are no experts, or one of each mixture does not fit.
+    """
+    moe = cfg.moe
+    if moe is None:
+        return None
+    format = FORMATS[dtype]
+    slab = slab_bytes(cfg.dim, moe.hidden_dim, moe.activation, format)
+    layers = sum(layer.mixture for stack in cfg.stacks() for layer in stack.layers)
+    mixtures = [Mixture(slab, moe.num_experts, moe.top_k)] * layers
+    dense = sizes.total - sizes.experts
+    try:
+        return budget.fit(
+            budget.needs(cfg, number_bytes(dtype), dense, mixtures, use), memory_bytes
+        )
+    except ConfigError:
+        return None
 
 
 def _most(cost: Callable[[int], int], left: int, limit: int) -> int:

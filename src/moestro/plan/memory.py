@@ -1,6 +1,6 @@
 """Bytes of weights, of the key/value cache and of a training step's state, from settings alone.
 
-Letters: B sequences, S context, D width, L layers, G key/value heads, A head width, H heads.
+Letters: B sequences, S context.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import math
 from typing import NamedTuple
 
 from moestro.config import NetworkConfig
+from moestro.kernels.packing import Format
+from moestro.models import budget
 from moestro.models.count import Count
 
 # Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
@@ -35,6 +37,16 @@ DTYPES = {
     "int4": Bits(16, _grouped(4), _grouped(4)),
 }
 """From wide to narrow. Quantised models keep the embeddings, the head and the cache in bf16."""
+
+
+FORMATS = {
+    "fp32": Format("float32"),
+    "bf16": Format("bfloat16"),
+    "int8": Format("int8", GROUP),
+    "int4-experts": Format("int4", GROUP),
+    "int4": Format("int4", GROUP),
+}
+"""How packed experts of each dtype are stored."""
 
 
 class WeightBytes(NamedTuple):
@@ -69,31 +81,8 @@ def number_bytes(dtype: str) -> int:
 
 
 def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int:
-    """Keys and values of B sequences after S positions.
-
-    A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
-    window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
-    (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
-    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32 and the
-    last inputs of its convolution, however long the text.
-    """
-    positions = states = 0
-    for stack in cfg.stacks():
-        if stack.causal:
-            looking = [layer for layer in stack.layers if not layer.delta]
-            states += len(stack.layers) - len(looking)
-            positions += sum(min(context, layer.window or context) for layer in looking)
-        if stack.cross:
-            positions += context * len(stack.layers)
-    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
-    if latent is not None:
-        width = latent.kv_rank + latent.rope_dim
-    kept = positions * width * number_bytes(dtype)
-    delta = cfg.attention.delta
-    if delta is not None:
-        inputs = (delta.conv_width - 1) * delta.conv_channels
-        kept += states * (4 * delta.value_width * delta.key_dim + inputs * number_bytes(dtype))
-    return batch * kept
+    """Keys and values of B sequences after S positions; see `budget.cache_bytes`."""
+    return budget.cache_bytes(cfg, context, batch, number_bytes(dtype))
 
 
 class Training(NamedTuple):

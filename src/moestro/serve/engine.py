@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from moestro.checkpoints.streamed import residency_of
 from moestro.errors import MoestroError
 from moestro.infer.decoding import Routed
 from moestro.infer.engine import Session
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Constraint, Piece, Scored
+from moestro.kernels.residency import Reads
 from moestro.models.build import Model
 from moestro.serve import errors
 from moestro.serve.errors import ApiError
@@ -106,7 +108,7 @@ class EngineThread:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, settings: ServeSettings) -> None:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
-        self._session = self._new_session()
+        self._session, self._residency = self._new_session(), residency_of(model)
         self._texts: dict[int, tuple[Job, int]] = {}  # by their number in the session
         self._changed = threading.Condition()
         self._added: list[Job] = []
@@ -157,6 +159,11 @@ class EngineThread:
     def load_LE(self) -> Tensor | None:
         """How often each expert of each mixture was chosen so far; None before any was."""
         return self._session.load_LE
+
+    @property
+    def reads(self) -> Reads | None:
+        """What was read of experts that are in a file; None: all are in memory."""
+        return None if self._residency is None else self._residency.reads()
 
     @property
     def prefix_queries(self) -> int:

@@ -45,6 +45,15 @@ class Metrics:
         self._gauge("prefix_cache_queries", "Tokens looked up.", engine, "prefix_queries")
         self._gauge("prefix_cache_hits", "Tokens that were known.", engine, "prefix_hits")
         self._gauge("prefix_cache_bytes", "Memory of earlier texts.", engine, "cache_bytes")
+        if engine.reads is not None:
+            for field, what in (
+                ("hits", "Experts wanted that were in memory."),
+                ("misses", "Experts wanted that were not."),
+                ("bytes", "Read of the file of experts."),
+            ):
+                read = partial(_read, engine, field)
+                gauge = Gauge(f"{_PREFIX}expert_{field}", what, _LABELS, registry=self._registry)
+                gauge.labels(name).set_function(read)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._generated = self._counter("generation_tokens", "Tokens written.")
         self._first = self._histogram(
@@ -112,6 +121,11 @@ class Metrics:
     def response(self) -> Response:
         """All of it in Prometheus' format."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _read(engine: EngineThread, field: str) -> float:
+    """One of the counts of experts that are read from a file."""
+    return float(getattr(engine.reads, field))
 
 
 def _imbalance(engine: EngineThread, place: int) -> float:

@@ -105,6 +105,11 @@ class Trace(NamedTuple):
             counts.append(flat.reshape(groups, num_experts + 1)[:, :num_experts])
         return np.stack(counts)
 
+    def end_to_end(self) -> Trace:
+        """All sequences as a single one, as a cache meets them that is not emptied between."""
+        first = {n: value[:1] for n, value in self._asdict().items() if n.endswith(("_N", "_NLE"))}
+        return self._replace(**{**first, "length_N": self.length_N.sum(keepdims=True)})
+
     def choose(self, which_N: NDArray[np.bool_]) -> Trace:
         """The trace of some sequences only; documents and domains keep their numbers."""
         return self._at(which_N, np.repeat(which_N, self.length_N))

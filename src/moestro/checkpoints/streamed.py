@@ -1,0 +1,205 @@
+"""A packed file opened within a memory budget: experts stay in the file, all else is read.
+
+Nothing of the file is mapped, so that what the process holds is what the budget says.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from moestro.checkpoints import packed_header
+from moestro.checkpoints.packed_files import at, checked, fill
+from moestro.checkpoints.packed_header import Section
+from moestro.config import NetworkConfig
+from moestro.errors import CheckpointError
+from moestro.kernels.packing import PAGE
+from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
+from moestro.machine import resident_bytes
+from moestro.models.budget import Budget, Mixture, Use, fit, needs
+from moestro.models.build import Model
+from moestro.moe.layer import MoE
+from moestro.moe.packed import PackedExperts
+
+# Read at once: a file system may refuse more.
+_PIECE = 1 << 28
+
+
+def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
+    """What `budget.needs` takes first: settings, bytes of a plain number, dense bytes, experts.
+
+    Raises:
+        CheckpointError: see `packed_files.load`.
+    """
+    model, sections, _ = _opened(path, None)
+    experts = _experts(model)
+    dense = sum(_whole(each) for name, each in sections.items() if name not in experts)
+    mixtures = []
+    for name, moe in experts.items():
+        count = moe.cfg.num_experts
+        mixtures.append(Mixture(sections[name].tensor.numel() // count, count, moe.cfg.top_k))
+    return model.cfg, sections["embed.weight"].tensor.element_size(), dense, tuple(mixtures)
+
+
+class Within(NamedTuple):
+    """The memory that a process may take."""
+
+    memory: int  # bytes
+    use: Use
+    told: Callable[[Budget, Path], None] | None = None  # what the budget gives, before it is used
+
+
+def load_within(path: Path, within: Within, source: dict[str, str] | None = None) -> Model:
+    """`load` with as many experts as the memory holds.
+
+    Raises:
+        ConfigError: the memory is too small; see `budget.fit`.
+        CheckpointError, MemoryError: see `load`.
+    """
+    checked(path, source)
+    memory, use, told = within
+    budget = fit(needs(*sizes(path), use, resident_bytes()), memory)
+    if told is not None:
+        told(budget, path)
+    return load(path, budget.kept, source)
+
+
+def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) -> Model:
+    """Open a packed model, of which some experts of each mixture are in memory at a time.
+
+    Args:
+        path: from `packed_files.save`. It must not be written to while the model lives: reading
+            an expert afterwards is an error.
+        kept: how many experts of each mixture.
+        source: see `packed_files.load`.
+
+    Raises:
+        CheckpointError: see `packed_files.load`.
+        MemoryError: there is no memory for so many experts.
+    """
+    model, sections, begin = _opened(path, source)
+    experts = _experts(model)
+    tensors = _read(path, begin, {n: each for n, each in sections.items() if n not in experts})
+    tensors |= {name: sections[name].tensor for name in experts}
+    fill(model, tensors)
+    slabs = []
+    for (name, moe), most in zip(experts.items(), kept, strict=True):
+        count, section = moe.cfg.num_experts, sections[name]
+        size = section.tensor.numel() // count
+        slabs.append(Slabs(begin + section.offset, size, count, min(most, count)))
+    if slabs:
+        residency = Residency(path, slabs)
+        for number, moe in enumerate(experts.values()):
+            own: Any = moe.experts
+            own.weights = own.weights._replace(stored=Stored(residency, number))
+    return model
+
+
+def residency_of(model: Model) -> Residency | None:
+    """What reads a model's experts; None: they are in memory."""
+    for moe in model.mixtures():
+        stored = moe.experts.weights.stored if isinstance(moe.experts, PackedExperts) else None
+        if stored is not None:
+            return stored.residency
+    return None
+
+
+def _opened(path: Path, source: dict[str, str] | None) -> tuple[Model, dict[str, Section], int]:
+    header, begin = checked(path, source)
+    return *packed_header.unfilled(path, header, path.stat().st_size - begin), begin
+
+
+def _experts(model: Model) -> dict[str, MoE]:
+    """The mixtures by the names that their experts' tensors have in the file."""
+    return {
+        f"{path}.experts.packed": module
+        for path, module in model.named_modules()
+        if isinstance(module, MoE) and isinstance(module.experts, PackedExperts)
+    }
+
+
+def _whole(section: Section) -> int:
+    """Bytes of a section, to the end of its last page."""
+    return -(-section.tensor.nbytes // PAGE) * PAGE
+
+
+def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Tensor]:
+    """The tensors of some sections, side by side in memory of their own."""
+    memory, place, tensors = _private(sum(map(_whole, sections.values())) or PAGE), 0, {}
+    fd = open_direct(path)
+    try:
+        for name, section in sections.items():
+            _read_into(fd, path, memory, place, begin + section.offset, _whole(section))
+            tensors[name] = at(memory, place, section)
+            place += _whole(section)
+        if hasattr(os, "posix_fadvise"):  # what came through the page cache need not stay there
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return tensors
+
+
+def _private(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _read_into(fd: int, path: Path, memory: mmap.mmap, to: int, place: int, size: int) -> None:
+    with memoryview(memory) as view:
+        while size:
+            with view[to : to + min(size, _PIECE)] as piece:
+                got = _read_once(fd, path, piece, place)
+            to, place, size = to + got, place + got, size - got
+
+
+def _read_once(fd: int, path: Path, piece: memoryview, place: int) -> int:
+    """Bytes read at a place, at least one."""
+    try:
+        got = os.preadv(fd, [piece], place)
+    except OSError as error:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:  # only through the cache
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            return os.preadv(fd, [piece], place)
+        raise CheckpointError(f"cannot read {path} at byte {place}: {error.strerror}") from None
+    if not got:
+        raise CheckpointError(f"cannot read {path} at byte {place}: it ends there")
+    return got
+
+
+def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) -> float:
+    """Bytes per second of reading pieces at random places of a file, past the page cache.
+
+    Args:
+        path: of the file.
+        piece: bytes of each, rounded up to whole pages.
+        threads: that read at once.
+        seconds: how long.
+    """
+    piece = min(-(-piece // PAGE) * PAGE, path.stat().st_size // PAGE * PAGE)
+    places = range(0, path.stat().st_size - piece + 1, PAGE)
+    end, fd = time.perf_counter() + seconds, open_direct(path)
+
+    def read(seed: int) -> int:
+        random, done = Random(seed), 0
+        with mmap.mmap(-1, piece) as memory, memoryview(memory) as view:
+            while not done or time.perf_counter() < end:
+                done += _read_once(fd, path, view, random.choice(places))
+        return done
+
+    start = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            total = sum(pool.map(read, range(threads)))
+    finally:
+        os.close(fd)
+    return total / (time.perf_counter() - start)

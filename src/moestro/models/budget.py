@@ -1,0 +1,245 @@
+"""What runs in an amount of memory: experts kept in it, bytes read for a token, tokens per second.
+
+Plain arithmetic on sizes, for a plan and for a run alike.
+
+A token wants K of E experts in each mixture; all together are its cycle. Of these a share h, the
+hit rate, is in memory, and the rest is read: (1 - h) · cycle bytes a token.
+
+Letters: B sequences, S context, T tokens that pass together, D width, L layers, G key/value heads,
+A head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moestro.config import NetworkConfig
+from moestro.errors import ConfigError
+
+# What a process that has torch loaded takes before it opens a model, and what it grows by later:
+# code that is first used, threads, small objects.
+PROCESS, GROWTH = 260 << 20, 48 << 20
+_CHUNK = 512  # tokens of a prompt that pass together
+_TILE = 16  # rows to which each expert's are rounded up
+
+
+class Mixture(NamedTuple):
+    """The experts of one layer."""
+
+    slab_bytes: int  # of an expert
+    experts: int  # E
+    top_k: int  # K
+
+
+class Use(NamedTuple):
+    """How a model is used."""
+
+    context: int | None = None  # tokens of each text, its prompt included; None: the model's most
+    texts: int = 1  # at once
+    kept_bytes: int = 0  # for the caches of earlier texts
+    tokens: int = _CHUNK  # that pass together
+    scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
+
+
+class Needs(NamedTuple):
+    """Bytes of a running model by what they are for."""
+
+    process: int  # the program and its libraries
+    dense: int  # weights that every token needs
+    cache: int  # keys and values, or states
+    buffers: int  # what a step computes with
+    mixtures: tuple[Mixture, ...]
+
+    @property
+    def fixed(self) -> int:
+        """All but experts."""
+        return self.process + self.dense + self.cache + self.buffers
+
+    @property
+    def cycle(self) -> int:
+        """Bytes of the experts that a token wants."""
+        return sum(each.top_k * each.slab_bytes for each in self.mixtures)
+
+    @property
+    def all_experts(self) -> int:
+        """Bytes of all experts."""
+        return sum(each.experts * each.slab_bytes for each in self.mixtures)
+
+
+class Budget(NamedTuple):
+    """What an amount of memory holds."""
+
+    memory: int
+    needs: Needs
+    kept: tuple[int, ...]  # experts of each mixture
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the experts that are kept."""
+        pairs = zip(self.needs.mixtures, self.kept, strict=True)
+        return sum(each.slab_bytes * kept for each, kept in pairs)
+
+    @property
+    def share(self) -> float:
+        """The part of all experts that is kept, by bytes."""
+        return self.kept_bytes / max(1, self.needs.all_experts)
+
+    @property
+    def below_cycle(self) -> bool:
+        """Whether some mixture keeps fewer experts than one token wants."""
+        pairs = zip(self.needs.mixtures, self.kept, strict=True)
+        return any(kept < each.top_k for each, kept in pairs)
+
+    def read_bytes(self, hit: float) -> float:
+        """Bytes read for a token at a hit rate."""
+        return (1 - hit) * self.needs.cycle
+
+
+def fit(needs: Needs, memory: int) -> Budget:
+    """Keep as many experts as fit: of each mixture the same number, of the first ones one more.
+
+    Raises:
+        ConfigError: not even one expert of each mixture fits; says the smallest budget that works.
+    """
+    left, mixtures = memory - needs.fixed, needs.mixtures
+    least = sum(each.slab_bytes for each in mixtures)
+    if left < least:
+        parts = (needs.process, needs.dense, needs.cache, needs.buffers, least)
+        sizes = [f"{each / 2**20:,.0f} MiB" for each in parts]
+        raise ConfigError(
+            f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
+            f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
+            f"and one expert of each mixture {sizes[4]}; give at least "
+            f"{-(-(needs.fixed + least) // 2**20)}MiB, or use fewer or shorter texts"
+        )
+    kept = [0] * len(mixtures)
+    for number in range(max((each.experts for each in mixtures), default=0)):
+        for n, each in enumerate(mixtures):
+            if number < each.experts and each.slab_bytes <= left:
+                left -= each.slab_bytes
+                kept[n] += 1
+    return Budget(memory, needs, tuple(kept))
+
+
+def needs(
+    cfg: NetworkConfig,
+    number: int,
+    dense: int,
+    mixtures: Sequence[Mixture],
+    use: Use,
+    process: int = PROCESS,
+) -> Needs:
+    """What a model takes.
+
+    Args:
+        cfg: its settings.
+        number: bytes of one number of the cache and of weights that are not packed.
+        dense: bytes of all weights but those of the mixtures' experts.
+        mixtures: those.
+        use: how it is used.
+        process: bytes that the process has before the model is opened.
+    """
+    context = min(use.context or cfg.attention.context, cfg.attention.context)
+    cache = use.texts * text_bytes(cfg, context, number) + use.kept_bytes
+    use = use._replace(context=context)
+    return Needs(process + GROWTH, dense, cache, _buffers(cfg, use, number), tuple(mixtures))
+
+
+def text_bytes(cfg: NetworkConfig, context: int, number: int) -> int:
+    """The cache of one text; buffers grow by half, up to 9/8 of the most (`cache.LayerCache`)."""
+    most = min(context + context // 2, cfg.attention.context * 9 // 8) + 16
+    return cache_bytes(cfg, most, 1, number)
+
+
+def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
+    """What `native/step.cpp` computes with, in fp32: rows, those of experts, scores, logits."""
+    tokens, dim = use.tokens + use.texts, cfg.dim
+    heads = (cfg.attention.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    total = tokens * 4 * (6 * dim + 3 * heads)
+    moe = cfg.moe
+    if moe is not None:
+        rows = tokens * moe.top_k
+        rows += min(moe.num_experts, rows) * (_TILE - 1)
+        total += rows * 4 * (3 * dim + 3 * moe.hidden_dim) + tokens * 4 * moe.num_experts
+        if number < 4:  # routers and norms as fp32
+            total += 4 * dim * moe.num_experts * sum(len(each.layers) for each in cfg.stacks())
+        shared = 0 if moe.shared is None else moe.shared.hidden_dim
+        total += tokens * 4 * (2 * dim + 3 * shared)
+    logits = 3 * tokens if use.scored else 2 * use.texts
+    scores = 64 * (use.context or 0) * cfg.attention.num_heads
+    return total + 4 * (logits * cfg.vocab_size + scores)
+
+
+def cache_bytes(cfg: NetworkConfig, context: int, batch: int, number: int) -> int:
+    """Keys and values of B sequences after S positions, of `number` bytes each.
+
+    A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
+    window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
+    (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
+    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32 and the
+    last inputs of its convolution, however long the text.
+    """
+    positions = states = 0
+    for stack in cfg.stacks():
+        if stack.causal:
+            looking = [layer for layer in stack.layers if not layer.delta]
+            states += len(stack.layers) - len(looking)
+            positions += sum(min(context, layer.window or context) for layer in looking)
+        if stack.cross:
+            positions += context * len(stack.layers)
+    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
+    if latent is not None:
+        width = latent.kv_rank + latent.rope_dim
+    kept = positions * width * number
+    delta = cfg.attention.delta
+    if delta is not None:
+        inputs = (delta.conv_width - 1) * delta.conv_channels
+        kept += states * (4 * delta.value_width * delta.key_dim + inputs * number)
+    return batch * kept
+
+
+def hit_bounds(budget: Budget) -> tuple[float, float]:
+    """Hit rates between which trained routers lie, where none was measured.
+
+    Random routing finds exactly the share s that is kept. Published caches of trained models, each
+    layer's last used, lie below 1 - (1 - s)^9: 0.28 and 0.67 at s = 1/8, 0.81 at 1/4, 0.68 at 3/8,
+    0.90 to 0.95 at 0.4 (colibri's report on OLMoE; llama.cpp #27861; imp #1359 on Qwen3-30B-A3B).
+    """
+    share = budget.share
+    return share, 1 - (1 - share) ** 9
+
+
+def mean_hit(budget: Budget, rate_LE: Sequence[Sequence[float]]) -> float:
+    """The hit rate of the experts kept, from each mixture's rate at each size from 1."""
+    pairs = list(zip(rate_LE, budget.kept, strict=True))
+    return sum(float(rate[kept - 1]) for rate, kept in pairs) / max(1, len(pairs))
+
+
+def tokens_per_s(
+    budget: Budget, hit: float, compute_s: float, disk_rate: float
+) -> tuple[float, float]:
+    """The least and the most tokens per second of a single text.
+
+    What is missing is read, at worst before and at best while a token is computed.
+
+    Args:
+        budget: from `fit`.
+        hit: share of the wanted experts that is in memory.
+        compute_s: seconds of a token where all is in memory.
+        disk_rate: bytes per second of reading experts.
+    """
+    reading_s = budget.read_bytes(hit) / disk_rate
+    return 1 / (compute_s + reading_s), 1 / max(compute_s, reading_s)
+
+
+def expected_per_s(budget: Budget, hit: float, compute_s: float, disk_rate: float) -> float:
+    """Tokens per second of a single text, as the parts of a token overlap.
+
+    In each mixture the experts in memory are computed while the missing ones are read, and those
+    after that; all else waits for them.
+    """
+    needs = budget.needs
+    experts_s = compute_s * needs.cycle / max(1, needs.cycle + needs.dense)
+    reading_s = budget.read_bytes(hit) / disk_rate
+    return 1 / (compute_s - hit * experts_s + max(hit * experts_s, reading_s))
