@@ -95,7 +95,6 @@ class TrainConfig(Settings):
     keep: Positive = Field(2, description="Checkpoints kept; the newest good one always is.")
     seed: int = 0
     runtime: RuntimeConfig = RuntimeConfig()
-    parallel: ParallelConfig = ParallelConfig()
 
 
 def _kind(value: Any) -> str:
@@ -121,6 +120,7 @@ class RunConfig(Settings):
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

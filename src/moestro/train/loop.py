@@ -92,7 +92,7 @@ class Trainer:
         self.device = pick_device(cfg.train.runtime.device, ranks)
         self.dtype = pick_dtype(cfg.train.dtype, self.device)
         experts = cfg.model.moe.num_experts if cfg.model.moe else None
-        self.layout = cfg.train.parallel.layout(ranks.world, experts)
+        self.layout = cfg.parallel.layout(ranks.world, experts)
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
@@ -177,7 +177,7 @@ class Trainer:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         torch.manual_seed(cfg.train.seed)
         if self.layout.splits:
-            timeout_s = cfg.train.parallel.timeout_s
+            timeout_s = cfg.parallel.timeout_s
             runs = parallel.Runs(self.device, weights, timeout_s)
             return parallel.build(cfg.model, backend, checkpoint, self.layout, runs)
         if checkpoint is None:

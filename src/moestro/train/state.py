@@ -55,7 +55,7 @@ ORIGIN = "init"
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
 MAY_DIFFER = ("train.eval_every", "train.eval_tokens", "train.save_every", "train.keep")
-MAY_DIFFER_UNDER = ("train.runtime.", "train.parallel.")
+MAY_DIFFER_UNDER = ("train.runtime.", "parallel.")
 
 
 class Numbers(NamedTuple):
