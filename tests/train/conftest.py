@@ -69,7 +69,7 @@ def tiny_settings(tiny_text):
             },
         }
         for part, change in changes.items():
-            values[part] = {**values[part], **change}
+            values[part] = {**values.get(part, {}), **change}
         return RunConfig(**values)
 
     return make

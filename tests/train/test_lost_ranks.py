@@ -25,9 +25,9 @@ SETTINGS = {
     "train.save_every": 2,
     "train.dtype": "float32",
     "train.runtime.device": "cpu",
-    "train.parallel.expert": 2,
-    "train.parallel.shard": "auto",
-    "train.parallel.timeout_s": 60,
+    "parallel.expert": 2,
+    "parallel.shard": "auto",
+    "parallel.timeout_s": 60,
 }
 
 

@@ -54,8 +54,8 @@ def settings(tiny_settings):
                 "steps": steps, "batch_size": 8, "dtype": dtype, "accumulate": accumulate,
                 "eval_every": every, "eval_tokens": 16 * 7, "save_every": every, "keep": 9,
                 "runtime": {"device": "cpu", "checkpoint_activations": pieces > 1},
-                "parallel": parallel or {},
             },
+            parallel=parallel or {},
             balance={"scope": "micro" if pieces > 1 else "global", "switch": 0.1,
                      "bias_rate": 0.01},
             optim={"clip": 0.1},
@@ -218,7 +218,7 @@ def test_the_plan_says_what_is_held_and_sent(four, settings):
     cfg = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
     subject = from_settings("", cfg.model, "")
     training = training_step(subject, 16, 2, "fp32")
-    layout = cfg.train.parallel.layout(4, 4)
+    layout = cfg.parallel.layout(4, 4)
     plan = spread(cfg.model, subject.count, training, layout, tokens=32, number=4)
     ranks = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
     for weights, moments, _ in ranks:
@@ -233,7 +233,7 @@ def test_the_plan_says_what_is_held_and_sent(four, settings):
 
 def test_layouts_that_do_not_fit_are_refused_with_those_that_do():
     for parallel, ranks, experts, words in (
-        ({"expert": 4}, 6, 8, "train.parallel.expert = 2, or start 4 or 8 processes"),
+        ({"expert": 4}, 6, 8, "parallel.expert = 2, or start 4 or 8 processes"),
         ({"expert": 3}, 6, 8, "expert = 2"),
         ({"expert": 2}, 2, None, "a model without experts"),
         ({"expert": 2, "shard": 3}, 12, 8, "set it to 2 or 4"),

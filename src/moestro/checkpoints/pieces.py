@@ -1,8 +1,8 @@
-"""Tensors in pieces: each rank's rows in a safetensors file of its own.
+"""Tensors in pieces: each rank's blocks in a safetensors file of its own.
 
-    model-rank-00001-of-00004.safetensors     the first rank's rows of the model's tensors
+    model-rank-00001-of-00004.safetensors     the first rank's blocks of the model's tensors
 
-A piece is a range of the first axis. Where it begins stands in the file's header as
+A piece is a block of the first two axes. Where it begins stands in the file's header as
 torch.distributed.checkpoint's safetensors form has it (`DCP_SHARDING_INFO`), so its
 HuggingFaceStorageReader reads such a folder too. Here a tensor in pieces is one more source, so
 whatever reads a checkpoint reads these, and any rows of it, whoever wrote them.
@@ -11,6 +11,7 @@ whatever reads a checkpoint reads these, and any rows of it, whoever wrote them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,45 +32,62 @@ _NAME = re.compile(r"(?P<stem>[a-z]+)-rank-(?P<rank>\d{5})-of-(?P<ranks>\d{5})\.
 
 
 class Piece(NamedTuple):
-    """Rows of a tensor: those from `first` on; a scalar is one row."""
+    """A block of a tensor, and where it begins on the first axis and the second."""
 
     key: str
-    rows: Tensor
-    first: int
+    block: Tensor
+    first: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Pieced(Source):
-    """A tensor of several files; `parts` are (its first row, where the rows are), in order."""
+    """A tensor of several files; `parts` are (where the block begins, the block)."""
 
-    parts: tuple[tuple[int, Stored], ...]
+    parts: tuple[tuple[tuple[int, ...], Stored], ...]
 
     def entry(self, index: int) -> Source:
         """Entry `index` of the first axis, as a tensor of its own."""
-        first, part = next(p for p in reversed(self.parts) if p[0] <= index)
-        return part.entry(index - first)
-
-    def part(self, start: int, stop: int) -> Pieced:
-        """Rows [start, stop)."""
-        found = []
-        for first, part in self.parts:
-            low, high = max(start, first), min(stop, first + part.shape[0])
-            if low < high:
-                found.append((low - start, part.part(low - first, high - first)))
-        size = sum(part.bytes for _, part in found)
-        return replace(self, shape=(stop - start, *self.shape[1:]), bytes=size, parts=tuple(found))
+        inside = [
+            (at[1:], part.entry(index - at[0]))
+            for at, part in self.parts
+            if at[0] <= index < at[0] + part.shape[0]
+        ]
+        size = sum(part.bytes for _, part in inside)
+        return replace(self, shape=self.shape[1:], bytes=size, parts=tuple(inside))
 
     def load(self, dtype: torch.dtype) -> Tensor:
         """The tensor on the CPU as it is stored, whatever `dtype`."""
-        assert self.dtype is not None
         tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.load_into(tensor)
         return tensor
 
     def load_into(self, target: Tensor) -> None:
         """Fill a tensor of this shape, converted to its dtype."""
-        for first, part in self.parts:
-            part.load_into(target[first : first + part.shape[0]])
+        load_block(self, (0, 0), target)
+
+
+def load_block(source: Source, first: tuple[int, int], target: Tensor) -> None:
+    """Fill `target` with the block of a tensor that begins at `first` on its first two axes.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    parts = source.parts if isinstance(source, Pieced) else (((0,) * target.dim(), source),)
+    for at, part in parts:
+        assert isinstance(part, Stored)
+        sizes = zip(at[:2], part.shape, first, target.shape, strict=False)
+        # On each of the two axes: the overlap, from the start of the part and of the target.
+        spans = [(max(a, f), min(a + n, f + m), a, f) for a, n, f, m in sizes]
+        if any(low >= high for low, high, _, _ in spans):
+            continue
+        low, high, a, f = spans[0]
+        if len(spans) == 1 or part.shape[1:] == target.shape[1:]:
+            part.part(low - a, high - a).load_into(target[low - f : high - f])
+            continue
+        left, right, b, g = spans[1]
+        for row in range(low, high):
+            piece = part.entry(row - a).part(left - b, right - b)
+            piece.load_into(target[row - f, left - g : right - g])
 
 
 def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ranks: int) -> None:
@@ -79,12 +97,11 @@ def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ra
         OSError: the disk is full or the place cannot be written.
     """
     offsets = {
-        key: {_OFFSETS: [first, *[0] * (rows.dim() - 1)][: rows.dim()]}
-        for key, rows, first in pieces
+        key: {_OFFSETS: [*first, *[0] * block.dim()][: block.dim()]} for key, block, first in pieces
     }
     tensors = [
-        Written(key, rows.dtype, tuple(rows.shape), lambda rows=rows: rows)  # type: ignore[misc]
-        for key, rows, _ in pieces
+        Written(key, block.dtype, tuple(block.shape), lambda x=block: x)  # type: ignore[misc]
+        for key, block, _ in pieces
     ]
     path = folder / f"{stem}-rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
     write_file(path, tensors, {_INFO: json.dumps(offsets)})
@@ -99,7 +116,7 @@ def open_pieces(folder: Path, stem: str) -> dict[str, Source]:
     """Every tensor by key, from all ranks' files.
 
     Raises:
-        CheckpointError: a file or rows are missing, or pieces do not fit together; names them.
+        CheckpointError: a file or block is missing, or pieces do not fit together; names them.
     """
     files = _files(folder, stem)
     ranks = {int(match["ranks"]) for match in files.values()}
@@ -108,11 +125,11 @@ def open_pieces(folder: Path, stem: str) -> dict[str, Source]:
             f"{folder} holds {some(path.name for path in files)}, not one file of each rank; "
             "use another checkpoint"
         )
-    parts: dict[str, list[tuple[int, Stored]]] = {}
+    parts: dict[str, list[tuple[tuple[int, ...], Stored]]] = {}
     for path in files:
-        firsts = _first_rows(path)
+        starts = _starts(path)
         for key, stored in open_file(path).items():
-            parts.setdefault(key, []).append((firsts[key], stored))
+            parts.setdefault(key, []).append((starts[key], stored))
     return {key: _joined(folder, key, found) for key, found in parts.items()}
 
 
@@ -121,31 +138,29 @@ def _files(folder: Path, stem: str) -> dict[Path, re.Match[str]]:
     return {path: match for path, match in found.items() if match and match["stem"] == stem}
 
 
-def _first_rows(path: Path) -> dict[str, int]:
+def _starts(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, "pt") as file:
             info = parse((file.metadata() or {})[_INFO])
-        return {key: (value[_OFFSETS] or [0])[0] for key, value in info.items()}
+        return {key: tuple(value[_OFFSETS]) for key, value in info.items()}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} does not say which rows it holds ({error!r}); use another checkpoint"
+            f"{path} does not say which blocks it holds ({error!r}); use another checkpoint"
         ) from None
 
 
-def _joined(folder: Path, key: str, found: list[tuple[int, Stored]]) -> Source:
-    """One source of the pieces of a tensor."""
-    found.sort(key=lambda part: part[0])
+def _joined(folder: Path, key: str, found: list[tuple[tuple[int, ...], Stored]]) -> Source:
+    """One source of the blocks of a tensor."""
     stored = found[0][1]
-    if len(found) == 1 and found[0][0] == 0:
+    ends = [[a + n for a, n in zip(at, part.shape, strict=True)] for at, part in found]
+    shape = tuple(map(max, zip(*ends, strict=True)))
+    held = sum(math.prod(part.shape) for _, part in found)
+    if held != math.prod(shape) or any(part.dtype != stored.dtype for _, part in found):
+        raise CheckpointError(
+            f"{folder}: the blocks of {key} hold {held:,} numbers of {list(shape)}; use another "
+            "checkpoint"
+        )
+    if len(found) == 1:
         return stored
-    row = 0
-    for first, part in found:
-        if first != row or part.shape[1:] != stored.shape[1:] or part.dtype != stored.dtype:
-            raise CheckpointError(
-                f"{folder}: the pieces of {key} do not fit together at row {row}; use another "
-                "checkpoint"
-            )
-        row += part.shape[0]
     size = sum(part.bytes for _, part in found)
-    shape = (row, *stored.shape[1:])
     return Pieced(stored.file, key, stored.dtype, shape, size, tuple(found))

@@ -84,7 +84,7 @@ Ep = Annotated[
 Shard = Annotated[
     int | None,
     typer.Option(
-        min=1, max=MOST, help="Ranks to shard over, as train.parallel.shard; default all."
+        min=1, max=MOST, help="Ranks to shard over, as parallel.shard; default all."
     ),
 ]  # fmt: skip
 FigurePath = Annotated[Path | None, typer.Option(help="Draw sizes and cost into a .png file.")]

@@ -73,7 +73,7 @@ def train(
 
     Progress goes to stderr, the result to stdout. Ctrl-C finishes the step and saves; --resume
     continues from there. Under torchrun the batch is shared by all processes, and the model as
-    train.parallel says; what torchrun starts again resumes.
+    parallel says; what torchrun starts again resumes.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.config import RunConfig
@@ -102,7 +102,7 @@ def train(
     else:
         cfg = load_settings(RunConfig, config or DEMO, stated)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
-    with joined(device, timeout_s=cfg.train.parallel.timeout_s) as ranks:
+    with joined(device, timeout_s=cfg.parallel.timeout_s) as ranks:
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted)
         cfg, result = run_shown(cfg, folder, resume or begin is not None, ranks)

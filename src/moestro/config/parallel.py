@@ -73,14 +73,14 @@ class ParallelConfig(Settings):
             of = f"{experts} experts" if num_experts else "a model without experts"
             raise ConfigError(
                 f"{of} cannot be split {self.expert} ways over {ranks} processes; set "
-                f"train.parallel.expert = {_nearest(self.expert, fitting)}"
+                f"parallel.expert = {_nearest(self.expert, fitting)}"
                 f"{_nearest_ranks(self.expert, ranks, experts)}"
             )
         fitting = [s for s in _divisors(ranks) if s <= self.expert or s % self.expert == 0]
         shard = ranks if self.shard == "auto" else self.shard
         if shard not in fitting:
             raise ConfigError(
-                f"train.parallel.shard = {shard} does not fit {ranks} processes with experts "
+                f"parallel.shard = {shard} does not fit {ranks} processes with experts "
                 f"split {self.expert} ways; set it to {_nearest(shard, fitting)}"
             )
         return Layout(ranks, self.expert, shard)

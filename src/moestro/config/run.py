@@ -141,7 +141,6 @@ class TrainConfig(Settings):
     keep: Positive = Field(2, description="Checkpoints kept; the newest good one always is.")
     seed: int = 0
     runtime: RuntimeConfig = RuntimeConfig()
-    parallel: ParallelConfig = ParallelConfig()
 
 
 def _kind(value: Any) -> str:
@@ -168,6 +167,7 @@ class RunConfig(Settings):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = Field(None, description="Adapters; unset: all weights are trained.")
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

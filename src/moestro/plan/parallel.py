@@ -20,7 +20,7 @@ from moestro.plan.memory import Training, state_bytes
 # All of the model on each; parameters, gradients and moments fully sharded; experts split, all else
 # as with "data".
 KINDS = ("data", "fsdp", "expert")
-SPREAD = "spread"  # as `moestro train` with train.parallel: see `spread`
+SPREAD = "spread"  # as `moestro train` with parallel: see `spread`
 GRADIENT_BYTES = 4
 
 

@@ -93,7 +93,7 @@ class Trainer:
         self.device = pick_device(cfg.train.runtime.device, ranks)
         self.dtype = pick_dtype(cfg.train.dtype, self.device)
         experts = cfg.model.moe.num_experts if cfg.model.moe else None
-        self.layout = cfg.train.parallel.layout(ranks.world, experts)
+        self.layout = cfg.parallel.layout(ranks.world, experts)
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
@@ -184,10 +184,10 @@ class Trainer:
         if self.layout.splits:
             if cfg.lora is not None:
                 raise ConfigError(
-                    "adapters are trained on whole models: set train.parallel.expert and .shard to "
+                    "adapters are trained on whole models: set parallel.expert and .shard to "
                     "1, or leave --lora out"
                 )
-            timeout_s = cfg.train.parallel.timeout_s
+            timeout_s = cfg.parallel.timeout_s
             runs = parallel.Runs(self.device, weights, timeout_s)
             return parallel.build(cfg.model, backend, checkpoint, self.layout, runs)
         if checkpoint is None:

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from moestro.checkpoints.families.slices import TensorSlice
+from moestro.checkpoints.pieces import load_block
 from moestro.checkpoints.reading import open_unread
 from moestro.checkpoints.tensor_files import Source
 from moestro.config import EncDecConfig, Layout, ModelConfig
@@ -36,17 +37,17 @@ from moestro.moe.parallel import ParallelExperts
 
 
 class Place(NamedTuple):
-    """Which rows of a parameter this rank holds.
+    """Which block of a parameter this rank holds.
 
     Attributes:
-        first: number of the first.
-        total: rows of the whole parameter.
-        copies: ranks that hold these same rows.
+        first: where it begins, on the first axis and the second.
+        shape: of the whole parameter.
+        copies: ranks that hold this same block.
         saves: whether this rank is the one of them that saves.
     """
 
-    first: int
-    total: int
+    first: tuple[int, int]
+    shape: tuple[int, ...]
     copies: int
     saves: bool
 
@@ -101,11 +102,11 @@ def spread(model: Model, layout: Layout, runs: Runs) -> None:
         for mixture in model.mixtures():
             assert isinstance(mixture.experts, Experts)
             mixture.experts = ParallelExperts(mixture.experts, sparse.get_group("expert"))
-            fully_shard(mixture.experts, mesh=_sharding(sparse))
+            _shard(mixture.experts, sparse)
     for module in model.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=_sharding(dense))
-    fully_shard(model, mesh=_sharding(dense), reshard_after_forward=True)
+            _shard(module, dense)
+    _shard(model, dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -127,7 +128,7 @@ def draw(model: Model) -> None:
 
 
 def load(model: Model, sources: Sequence[tuple[TensorSlice, Source]], layout: Layout) -> None:
-    """Fill a spread model from a checkpoint in our own layout: each rank reads its own rows.
+    """Fill a spread model from a checkpoint in our own layout: each rank reads its own blocks.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -139,17 +140,11 @@ def load(model: Model, sources: Sequence[tuple[TensorSlice, Source]], layout: La
         if name in buffers:
             source.load_into(buffers[name])
         else:
-            load_rows(local(parameters[name]), places[name], source)
-
-
-def load_rows(mine: Tensor, place: Place, source: Source) -> None:
-    """Fill this rank's rows."""
-    if mine.numel():
-        source.part(place.first, place.first + len(mine)).load_into(mine)
+            load_block(source, places[name].first, local(parameters[name]))
 
 
 def places_of(model: nn.Module, layout: Layout, rank: int = 0) -> dict[str, Place]:
-    """Where each parameter's rows of this rank lie, by name; all of them where it is not spread."""
+    """Which block of each parameter is here, by name; all of it where the model is not spread."""
     found = {}
     for prefix, module in model.named_modules():
         split = module if isinstance(module, ParallelExperts) else None
@@ -159,24 +154,30 @@ def places_of(model: nn.Module, layout: Layout, rank: int = 0) -> dict[str, Plac
 
 
 def _place(parameter: Tensor, split: ParallelExperts | None, layout: Layout, rank: int) -> Place:
+    shape, first = list(parameter.shape), [0, 0]
     if not isinstance(parameter, DTensor):
-        return Place(0, len(parameter), layout.ranks, rank == 0)
-    mesh, rows = parameter.device_mesh, len(parameter)
-    shards = mesh.size(-1)
-    first = _first(parameter)
+        return Place((0, 0), tuple(shape), layout.ranks, rank == 0)
+    mesh, axis = parameter.device_mesh, _axis(parameter)
+    first[axis] = _start(parameter)
     saves = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-    if split is None:
-        return Place(first, rows, layout.ranks // shards, saves)
-    copies = layout.ranks // (shards * layout.expert)
-    return Place(split.first + first, split.num_experts, copies, saves)
+    copies = layout.ranks // mesh.size(-1)
+    if split is not None:
+        first[0] += split.first
+        shape[0], copies = split.num_experts, copies // layout.expert
+    return Place((first[0], first[1]), tuple(shape), copies, saves)
 
 
-def _first(parameter: Tensor) -> int:
-    """Number of a rank's first row of what FSDP2 shards: pieces of equal size, the last smaller."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    mesh, rows = parameter.device_mesh, len(parameter)
-    return min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // mesh.size(-1)))
+def _axis(parameter: DTensor) -> int:
+    """The axis that FSDP2 shards it along."""
+    placement = parameter.placements[-1]
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+def _start(parameter: DTensor) -> int:
+    """Where a rank's part begins on that axis: parts are of equal size, the last smaller."""
+    mesh, size = parameter.device_mesh, parameter.shape[_axis(parameter)]
+    return min(size, mesh.get_local_rank(mesh.ndim - 1) * -(-size // mesh.size(-1)))
 
 
 def square(gradients: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
@@ -224,30 +225,36 @@ def _mesh(runs: Runs, names: tuple[str, ...], *sizes: int) -> DeviceMesh:
     return DeviceMesh.from_group(groups, runs.device.type, mesh=grid, mesh_dim_names=names)
 
 
-def _sharding(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes that FSDP2 gets: without copies no axis of copies."""
-    return mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
+def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """By FSDP2; along the second axis what does not split evenly along the first, as one expert."""
+    shards = mesh["shard"].size()
+
+    def axis(parameter: nn.Parameter) -> Shard:
+        second = parameter.dim() > 1 and parameter.shape[1] % shards == 0
+        return Shard(1 if second and len(parameter) % shards else 0)
+
+    with_copies = mesh["replicate"].size() > 1  # else FSDP2 gets no axis of copies
+    fully_shard(
+        module,
+        mesh=mesh["replicate", "shard"] if with_copies else mesh["shard"],
+        reshard_after_forward=True,
+        shard_placement_fn=axis,
+    )
 
 
 @contextmanager
 def _on_cpu(module: nn.Module) -> Iterator[None]:
-    """Give a spread module plain fp32 parameters of its own to draw; keep its rows of them."""
-    spread_ = dict(module.named_parameters(recurse=False))
-    experts = module if isinstance(module, ParallelExperts) else None
-    share = experts.first if experts is not None else 0
-    for name, parameter in spread_.items():
-        rows = local(parameter) if experts is not None else parameter
-        drawn = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
+    """Give a module plain fp32 parameters of its own to draw; keep this rank's part of them."""
+    spread_over = dict(module.named_parameters(recurse=False))
+    for name, parameter in spread_over.items():
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         module._parameters[name] = nn.Parameter(drawn)
-    if experts is not None:
-        experts.first += _first(next(iter(spread_.values())))
     try:
         yield
     finally:
-        for name, parameter in spread_.items():
-            mine, drawn = local(parameter), getattr(module, name).detach()
-            first = 0 if experts is not None else _first(parameter)
-            mine.copy_(drawn[first : first + len(mine)])
+        for name, parameter in spread_over.items():
+            assert isinstance(parameter, DTensor)
+            mine, axis = local(parameter), _axis(parameter)
+            drawn = getattr(module, name).detach()
+            mine.copy_(drawn.narrow(axis, _start(parameter), mine.shape[axis]))
             module._parameters[name] = parameter
-        if experts is not None:
-            experts.first = share

@@ -4,7 +4,7 @@
         model-rank-00001-of-00004.safetensors       beside what one process writes (`train.state`),
         optimizer-rank-00001-of-00004.safetensors   in place of its two files
 
-Rows carry their place in the whole tensor, so any number of ranks with any layout goes on from
+Blocks carry their place in the whole tensor, so any number of ranks with any layout goes on from
 them, one process too, and so does a spread run from what one process wrote. All ranks need the
 folder: one disk, or one that they share.
 """
@@ -18,12 +18,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.pieces import WEIGHTS, Piece, in_pieces, open_pieces, write_pieces
+from moestro.checkpoints.pieces import (
+    WEIGHTS,
+    Piece,
+    in_pieces,
+    load_block,
+    open_pieces,
+    write_pieces,
+)
 from moestro.checkpoints.tensor_files import Source, open_file
 from moestro.errors import CheckpointError
 from moestro.models.build import Model
 from moestro.train.distributed import Ranks
-from moestro.train.parallel import Place, load_rows, local
+from moestro.train.parallel import Place, local
 
 OPTIMIZER = "optimizer"
 
@@ -72,16 +79,16 @@ class Share(NamedTuple):
             if not source.shape:
                 state[key] = source.load(torch.float32).to(parameters[name].device)
                 continue
-            if source.shape != (place.total, *parameters[name].shape[1:]):
+            if source.shape != place.shape:
                 raise misfit(full_name, source.shape)
             state[key] = torch.zeros_like(parameters[name], requires_grad=False)
-            load_rows(local(state[key]), place, source)
+            load_block(source, place.first, local(state[key]))
 
     def _weights(self) -> list[Piece]:
         pieces = self._rows(dict(self.model.named_parameters()))
         saved = self.model.state_dict().keys() if self.ranks.writes else ()
         buffers = ((n, b) for n, b in self.model.named_buffers() if n in saved)
-        return [*pieces, *(Piece(name, buffer, 0) for name, buffer in buffers)]
+        return [*pieces, *(Piece(name, buffer) for name, buffer in buffers)]
 
     def _moments(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -90,8 +97,8 @@ class Share(NamedTuple):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value.dim():
                     pieces += self._rows({name: value}, f".{key}")
-                elif place.saves and place.first == 0 and len(local(parameter)):
-                    pieces.append(Piece(f"{name}.{key}", value, 0))
+                elif place.saves and not any(place.first):
+                    pieces.append(Piece(f"{name}.{key}", value))
         return pieces
 
     def _rows(self, tensors: Mapping[str, Tensor], suffix: str = "") -> list[Piece]:
@@ -99,7 +106,7 @@ class Share(NamedTuple):
         return [
             Piece(name + suffix, local(tensor), self.places[name].first)
             for name, tensor in tensors.items()
-            if self.places[name].saves and len(local(tensor))
+            if self.places[name].saves and local(tensor).numel()
         ]
 
 

@@ -60,7 +60,7 @@ FORMAT = 1
 MAY_DIFFER = (
     "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep", "lora.base",
 )  # fmt: skip
-MAY_DIFFER_UNDER = ("train.runtime.", "train.parallel.")
+MAY_DIFFER_UNDER = ("train.runtime.", "parallel.")
 
 
 class Numbers(NamedTuple):
