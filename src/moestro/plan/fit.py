@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 from moestro.config import NetworkConfig
 from moestro.errors import ConfigError
-from moestro.kernels.packing import slab_bytes
 from moestro.models import budget
 from moestro.models.budget import Budget, Mixture, Use
 from moestro.models.count import Count
 from moestro.plan.memory import (
-    FORMATS,
     Training,
     WeightBytes,
     cache_bytes,
@@ -22,6 +20,9 @@ from moestro.plan.memory import (
     weights,
 )
 from moestro.plan.parallel import rank
+
+# Packed experts are on whole pages.
+_PAGE = 4096
 
 
 class Serving(NamedTuple):
@@ -96,7 +97,8 @@ def fit(
     changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
     use, left = Use(context, batch), None
     if not asked.fits and cfg is not None:
-        left = streamed(cfg, weights(count, asked.dtype), asked.dtype, use, memory_bytes)
+        sizes, number = weights(count, asked.dtype), number_bytes(asked.dtype)
+        left = streamed(cfg, sizes, number, use, memory_bytes)
     if training.activations is None or training.checkpointed is None:
         return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, left)
     sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
@@ -113,7 +115,7 @@ def fit(
 
 
 def streamed(
-    cfg: NetworkConfig, sizes: WeightBytes, dtype: str, use: Use, memory_bytes: int
+    cfg: NetworkConfig, sizes: WeightBytes, number: int, use: Use, memory_bytes: int
 ) -> Budget | None:
     """The experts that stay in memory while the others are read as they are wanted.
 
@@ -122,15 +124,12 @@ def streamed(
     moe = cfg.moe
     if moe is None:
         return None
-    format = FORMATS[dtype]
-    slab = slab_bytes(cfg.dim, moe.hidden_dim, moe.activation, format)
     layers = sum(layer.mixture for stack in cfg.stacks() for layer in stack.layers)
+    slab = -(-sizes.experts // (layers * moe.num_experts * _PAGE)) * _PAGE
     mixtures = [Mixture(slab, moe.num_experts, moe.top_k)] * layers
     dense = sizes.total - sizes.experts
     try:
-        return budget.fit(
-            budget.needs(cfg, number_bytes(dtype), dense, mixtures, use), memory_bytes
-        )
+        return budget.fit(budget.needs(cfg, number, dense, mixtures, use), memory_bytes)
     except ConfigError:
         return None
 

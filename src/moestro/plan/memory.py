@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 from moestro.config import NetworkConfig
-from moestro.kernels.packing import Format
 from moestro.models import budget
 from moestro.models.count import Count
 
@@ -37,16 +36,6 @@ DTYPES = {
     "int4": Bits(16, _grouped(4), _grouped(4)),
 }
 """From wide to narrow. Quantised models keep the embeddings, the head and the cache in bf16."""
-
-
-FORMATS = {
-    "fp32": Format("float32"),
-    "bf16": Format("bfloat16"),
-    "int8": Format("int8", GROUP),
-    "int4-experts": Format("int4", GROUP),
-    "int4": Format("int4", GROUP),
-}
-"""How packed experts of each dtype are stored."""
 
 
 class WeightBytes(NamedTuple):
