@@ -5,7 +5,7 @@
     report = check((layer, Description(...)))     # or an MoE, a model of transformers, "my:factory"
     assert report.ok, report.text()
 
-See docs/checking.md. Names are loaded when first used.
+docs/design/0006-check.md says how. Names are loaded when first used.
 """
 
 from __future__ import annotations
