@@ -179,8 +179,10 @@ def test_the_bias_moves_by_its_rate_each_step(tiny_settings, tiny_corpus, tmp_pa
     )
     model = open_checkpoint(Trainer(cfg, tmp_path / "run", tiny_corpus).train().checkpoint).model
     for mixture in model.mixtures():
-        assert set(mixture.router.bias.abs().tolist()) <= {0.0, 0.5}
-        assert mixture.router.bias.abs().sum() > 0
+        bias_E = mixture.router.bias  # 0.5 · (s - mean s), each s one of -1, 0, 1
+        assert bias_E.sum() == 0
+        assert set((bias_E - bias_E[0]).abs().tolist()) <= {0.0, 0.5, 1.0}
+        assert bias_E.abs().sum() > 0
 
 
 def test_every_balance_loss_is_logged(tiny_settings, tiny_corpus, tmp_path):
