@@ -36,7 +36,7 @@ def imbalance(routing):
 
 def train(bias_rate):
     """Train from the same start on the same text; returns the mean imbalance of the last steps."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     text = torch.tensor(list(Path(textwrap.__file__).read_bytes()))
     model = Decoder(CFG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

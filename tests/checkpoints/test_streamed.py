@@ -87,7 +87,7 @@ def test_the_same_bits_at_every_budget(file: Path, kept: int, threads: int) -> N
             [[9], [8], [7], [6]],
         ):
             ours, theirs = (d.step(tokens, past) for d, past in zip(decoders, pasts, strict=True))
-            assert torch.equal(ours.logits_BV, theirs.logits_BV)
+            assert torch.equal(ours.logits_NV, theirs.logits_NV)
             assert torch.equal(ours.experts_LTK, theirs.experts_LTK)
         settings = [SamplingConfig(seed=3, max_tokens=12)]
         prompts = ["def f(x):", "a", "", "0123456789"]

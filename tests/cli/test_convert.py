@@ -114,7 +114,10 @@ def listing(folder):
         (["{own}", "{own}/config.json/new", "--to", "moestro"], "is not a folder"),
         (["{own}", "", "--to", "moestro"], "an empty one was given"),
         (["{own}", "{new}", "--to", "gguf"], "no family can express"),
-        (["{own}", "{new}", "--to", "gguf", "--family", "phimoe"], "GGUF is written for"),
+        (
+            ["{own}", "{new}", "--to", "gguf", "--family", "switch_transformers"],
+            "GGUF is written for",
+        ),
         (["{own}", "{new}", "--to", "hf", "--kind", "q8_0"], "--kind q8_0 is for --to gguf"),
         (["{own}", "{new}", "--to", "onnx"], "'onnx'"),
         (["{own}", "{new}", "--to", "hf", "--dtype", "int3"], "choose fp32, bf16 or fp16"),

@@ -174,6 +174,9 @@ def test_an_expert_is_its_two_matrices(format, activation):
     data.fill_(77)
     native_cpu.pack_expert(up_HD, down_DF, activation, format, data[size:])
     assert (data[:size] == 77).all(), "the neighbour's slab was written to"
+    data[:size] = 78
+    native_cpu.pack_expert(up_HD, down_DF, activation, format, data[:size])
+    assert torch.equal(data[:size], data[size:]), "what memory held before is in it"
     packed = ExpertSlabs(data, 2, dim, hidden, activation, format)
     given = ((up_HD, format), (down_DF, format.of_down))
     for unpacked, (given_OI, own) in zip(native_cpu.unpack_expert(packed, 1), given, strict=True):

@@ -260,6 +260,7 @@ def test_the_untrained_model_knows_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype):
+    torch.manual_seed(1)  # no near tie, which rounding would decide another way
     model = model_of("shared and GQA", dtype)
     tokens_BS = torch.randint(0, 30, (2, 9))
     output = model(tokens_BS)

@@ -137,4 +137,4 @@ def test_a_bias_forces_and_forbids_tokens(address: str, served: Served) -> None:
     plain = post(address, "/v1/completions", **asked, seed=1).json()["choices"][0]["text"]
     first = served.tokenizer.encode(plain)[0]
     other = post(address, "/v1/completions", **asked, logit_bias={str(first): -100}).json()
-    assert other["choices"][0]["text"][:1] != plain[:1]
+    assert other["choices"][0]["text"] != plain

@@ -88,17 +88,15 @@ def open_checkpoint(
             checkpoint's, a GGUF file, or `org/model`.
         weights: as-is (of GGUF: packed so that its numbers are kept), or packed for the CPU
             kernels: fp32, bf16, int8, int8-64, int4 or int4-64.
-        packed: the file that keeps the packed form; None: see `packed_files.default_path`.
+        packed: where the packed form is kept; None: see `packed_files.default_path`.
         keep: map a packed form that was kept, or keep a new one for the next start.
         dtype: of weights that are not packed; None: that of the checkpoint's embedding.
-        device: auto, cpu, cuda or cuda:N.
-        backend: a kernel's name, or "auto".
+        device, backend: auto, cpu, cuda or cuda:N; a kernel's name, or "auto".
         accept_fields: see `reading.read_settings`.
         progress: called with (bytes read so far, bytes in all).
         verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
         adapter: see `use_adapter`. A run of adapters is opened as its base with its adapters.
-        within: the memory that the process may take; experts beyond it are read from the packed
-            file as they are wanted. None: all are mapped or read.
+        within: the memory that the process may take; other experts are read as they are wanted.
 
     Raises:
         ConfigError: options do not go together, or see `reading.read_settings`.
@@ -115,16 +113,14 @@ def open_checkpoint(
         return open_checkpoint(
             own.base, weights=weights, packed=packed, keep=keep, dtype=dtype, device=device,
             backend=backend, accept_fields=own.accept_fields, progress=progress, adapter=folder,
-            within=within,
-        )._replace(folder=folder)  # fmt: skip
+            within=within)._replace(folder=folder)  # fmt: skip
     if format is None and dtype is None and pick_device(device) == "cpu" and in_blocks(folder):
         format = AS_STORED
-    if within is not None:
-        _check_budget(format, adapter)
+    _check_budget(format, adapter, within)
     told: Any = {"progress": progress, "accept_fields": accept_fields}
     if format is None:
-        told |= {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
-        model = read_model(folder, **told)
+        how: Any = {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
+        model = read_model(folder, **told, **how)
     elif keep or within is not None:
         path = packed or packed_files.default_path(folder, format)
         model = _mapped_or_packed(folder, format, path, within, **told)
@@ -134,8 +130,10 @@ def open_checkpoint(
     return opened if adapter is None else use_adapter(opened, adapter)
 
 
-def _check_budget(format: Format | None, adapter: str | Path | None) -> None:
+def _check_budget(format: Format | None, adapter: str | Path | None, within: Within | None) -> None:
     """Refuse what cannot be read an expert at a time."""
+    if within is None:
+        return
     if format is None:
         raise ConfigError(
             "a memory budget needs packed weights, which can be read an expert at a time; add "

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.packed_files import at, checked, fill
@@ -105,10 +105,10 @@ def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) 
     return model
 
 
-def residency_of(model: Model) -> Residency | None:
+def residency_of(model: nn.Module) -> Residency | None:
     """What reads a model's experts; None: they are in memory."""
-    for moe in model.mixtures():
-        stored = moe.experts.weights.stored if isinstance(moe.experts, PackedExperts) else None
+    for module in model.modules():
+        stored = module.weights.stored if isinstance(module, PackedExperts) else None
         if stored is not None:
             return stored.residency
     return None

@@ -154,15 +154,12 @@ def generate(
         seed=seed, stop=tuple(stop) if stop else None,
     )  # fmt: skip
     _check_pairs(layer, show_experts, system, chat)
-    text = _read_prompt(prompt)
-    folder = find_checkpoint(path, kept_as(weights, packed))
+    text, folder = _read_prompt(prompt), find_checkpoint(path, kept_as(weights, packed))
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
-    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-    use = _use(tokenizer, start, sampling)
-    model = open_shown(
-        folder, memory, use, **options, adapter=adapter, accept_fields=accept_field
-    ).model
+    options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    options |= {"adapter": adapter, "accept_fields": accept_field}
+    model = open_shown(folder, memory, _use(tokenizer, start, sampling), **options).model
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)

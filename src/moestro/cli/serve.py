@@ -96,15 +96,13 @@ def serve(
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
     limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
     keys, local = _keys(api_key_file), is_loopback(host)
-    page = None if report is None else _read(report, "--report")
     settings = ServeSettings(
         api_keys=keys,
         any_host=bool(keys) or not local,
         **{field: value for field, value in limits.items() if value is not None},
     )
     use = Use(context, settings.max_live, settings.cache_bytes)
-    bound = bind(host, port)
-    with bound:
+    with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
         model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
@@ -118,6 +116,7 @@ def serve(
                 err=True,
             )
         typer.echo(_curl(served, address, api_key_file))
+        page = None if report is None else _read(report, "--report")
         run(new_state(served, settings, page), bound, _ready)
 
 

@@ -138,6 +138,7 @@ def _pack_slab(
     """Pack gate and up, or up alone, and the parts of down."""
     dim, hidden = sizes
     at = packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
+    slab[-PAGE:] = 0  # what follows the weights is written to files too
     places, step, down_at = _within(dim, hidden, activation, format)
     for offset, part in zip(places, ups, strict=True):
         _pack([part], (hidden, dim), format, at + offset, step, rounding)

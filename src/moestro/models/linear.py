@@ -146,7 +146,7 @@ class PackedLinear(Packed):
         """[..., I] → [..., O], in the dtype to compute in."""
         rows_TI = self.rows(x_TI).reshape(-1, x_TI.shape[-1])
         if self.unpacks:
-            all_rows = torch.tensor([len(rows_TI)])
+            all_rows = torch.tensor([len(rows_TI)], dtype=torch.int64, device=rows_TI.device)
             y_TO = unpacked_mm(rows_TI, lambda _: native_cpu.unpack_matrix(self.weights), all_rows)
             y_TO = y_TO if self.weights.bias is None else y_TO + self.weights.bias.to(y_TO.dtype)
         else:

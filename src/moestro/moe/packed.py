@@ -193,7 +193,8 @@ class PackedFeedForward(PackedStack):
     def forward(self, x_TD: Tensor) -> Tensor:
         """See `FeedForward.forward`."""
         if self.unpacks:
-            y_TD = self.ffn(self.rows(x_TD), torch.tensor([len(x_TD)]), None)
+            all_rows = torch.tensor([len(x_TD)], dtype=torch.int64, device=x_TD.device)
+            y_TD = self.ffn(self.rows(x_TD), all_rows, None)
             return y_TD.to(compute_dtype(x_TD))
         tokens_T = torch.arange(len(x_TD), device="cpu")
         ones_T = torch.ones_like(tokens_T, dtype=torch.float32)

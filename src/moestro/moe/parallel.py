@@ -59,6 +59,7 @@ class ParallelExperts(Experts):
         self.first = rank * share
         self.activation, self.dropout, self.backend = whole.activation, whole.dropout, whole.backend
         self.init_scale, self.out_scale = whole.init_scale, whole.out_scale
+        self.gate_up_adapter = self.down_adapter = None
         for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
             weight = getattr(whole, name)
             if weight is not None:

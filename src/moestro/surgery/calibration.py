@@ -81,8 +81,9 @@ class Watched(nn.Module):
 
     def _add_every(self, x_TD: Tensor, routing: Routing) -> None:
         number = routing.num_experts
-        for tokens_T in torch.split(torch.arange(len(x_TD)), max(1, _ROWS // number)):
-            experts_R = torch.arange(number).repeat(len(tokens_T))
+        all_T = torch.arange(len(x_TD), device=x_TD.device)
+        for tokens_T in torch.split(all_T, max(1, _ROWS // number)):
+            experts_R = torch.arange(number, device=x_TD.device).repeat(len(tokens_T))
             tokens_R = tokens_T.repeat_interleave(number)
             f_RD = unweighted(self.experts, x_TD, routing, tokens_R, experts_R)
             sums_ED = f_RD.view(-1, number, f_RD.shape[1]).double().sum(0)
@@ -105,7 +106,8 @@ def unweighted(
     says what it computes.
     """
     nothing_RE = routing.logits_TE.new_zeros(()).expand(len(tokens_R), routing.num_experts)
-    each_R, ones_R = torch.arange(len(tokens_R)), routing.weights_R.new_ones(len(tokens_R))
+    each_R = torch.arange(len(tokens_R), device=tokens_R.device)
+    ones_R = routing.weights_R.new_ones(len(tokens_R))
     alone = Routing(each_R, experts_R, ones_R, nothing_RE, nothing_RE, top_k=1)
     f_RD: Tensor = experts(x_TD[tokens_R], alone)
     return f_RD

@@ -130,7 +130,7 @@ def _aligned(expert: Tensors, like: Tensors, gated: bool) -> Tensors:
         return expert
     mine_FX, theirs_FX = _units(expert, gated), _units(like, gated)
     cost_FF = torch.cdist(theirs_FX, mine_FX, compute_mode=_EXACT) ** 2
-    order_F = torch.as_tensor(cheapest(cost_FF.numpy()))
+    order_F = torch.as_tensor(cheapest(cost_FF.numpy()), device="cpu")
     rows = torch.cat([order_F, order_F + len(order_F)]) if gated else order_F
     found = dict(expert)
     for name, tensor in expert.items():

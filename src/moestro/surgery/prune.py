@@ -76,7 +76,7 @@ def highest(scores_E: Tensor, number: int, groups: int = 1) -> Tensor:
     """The `number` experts of highest score, as many in each group; int64, ascending."""
     size = len(scores_E) // groups
     best_GN = scores_E.view(groups, size).topk(number // groups).indices
-    first_G1 = torch.arange(groups)[:, None] * size
+    first_G1 = torch.arange(groups, device="cpu")[:, None] * size
     return (best_GN + first_G1).flatten().sort().values
 
 
@@ -102,7 +102,7 @@ def at_random(cfg: ModelConfig, number: int, seed: int) -> dict[int, Tensor]:
     assert moe is not None
     draw = torch.Generator("cpu").manual_seed(seed)
     return {
-        layer: highest(torch.rand(moe.num_experts, generator=draw), number, moe.router.num_groups)
+        layer: highest(_drawn(moe.num_experts, draw), number, moe.router.num_groups)
         for layer in range(cfg.num_layers)
         if cfg.is_moe_layer(layer)
     }
@@ -134,3 +134,7 @@ def pruned(cfg: ModelConfig, keep: Mapping[int, Tensor]) -> Change:
 def per_expert(name: str) -> bool:
     """Whether the first axis of a mixture's tensor is its experts."""
     return name.startswith(("router.", "experts."))
+
+
+def _drawn(number: int, draw: torch.Generator) -> Tensor:
+    return torch.rand(number, generator=draw, dtype=torch.float32, device="cpu")

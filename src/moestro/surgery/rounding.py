@@ -32,7 +32,7 @@ from moestro.surgery.layers import Change, Layers, Tensors
 
 # Added to the diagonal of the second moments, as a share of its mean.
 DAMPING = 0.1
-_CLIPS = torch.linspace(1.0, 0.6, 17).tolist()
+_CLIPS = [1.0 - 0.025 * step for step in range(17)]
 
 
 class Moments:
@@ -167,11 +167,16 @@ def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
         group: Q.
     """
     left_OI, width = w_OI.float().clone(), w_OI.shape[1]
-    made_OI, factor_II = torch.empty_like(left_OI), torch.eye(width)
-    squares_I = torch.ones(width)
+    made_OI, factor_II = (
+        torch.empty_like(left_OI),
+        torch.eye(width, dtype=torch.float32, device="cpu"),
+    )
+    squares_I = torch.ones(width, dtype=torch.float32, device="cpu")
     if moments.rows >= LEAST_TOKENS and moments.sums_II.any():
         mean = moments.sums_II.diagonal().mean()
-        damped_II = moments.sums_II / mean + DAMPING * torch.eye(width)
+        damped_II = moments.sums_II / mean + DAMPING * torch.eye(
+            width, dtype=torch.float32, device="cpu"
+        )
         squares_I = damped_II.diagonal()
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
         factor_II = torch.linalg.cholesky(inverse_II, upper=True)

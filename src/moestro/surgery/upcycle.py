@@ -163,7 +163,9 @@ def _network(cfg: ModelConfig, recipe: Recipe, layer: int, tensors: Tensors) -> 
             _draw_again(up_HD, down_DF, len(halves), recipe.share, draw)
     gated_shared = moe.shared is not None and moe.shared.gate
     routed = slices * (0.5 if recipe.shared else 1.0)
-    rows_CD = torch.randn(copies, cfg.dim, generator=draw) * ROUTER_STD
+    rows_CD = (
+        torch.randn(copies, cfg.dim, generator=draw, dtype=torch.float32, device="cpu") * ROUTER_STD
+    )
     made = {
         "experts.gate_up": up_EHD,
         "experts.down": down_EDF * routed,
@@ -171,7 +173,7 @@ def _network(cfg: ModelConfig, recipe: Recipe, layer: int, tensors: Tensors) -> 
     }
     for name, wanted in (("bias", moe.router.selection_bias), ("logit_bias", moe.router.bias)):
         if wanted:
-            made[f"router.{name}"] = torch.zeros(recipe.experts)
+            made[f"router.{name}"] = torch.zeros(recipe.experts, dtype=torch.float32, device="cpu")
     if recipe.shared:
         made["shared.gate_up"] = tensors["gate_up"]
         made["shared.down"] = tensors["down"] * (1.0 if gated_shared else 0.5)
@@ -182,8 +184,8 @@ def _network(cfg: ModelConfig, recipe: Recipe, layer: int, tensors: Tensors) -> 
 
 def _noisy(weight: Tensor, share: float, draw: torch.Generator) -> Tensor:
     """The weight with noise on a share of its entries."""
-    some = torch.rand(weight.shape, generator=draw) < share
-    noise = torch.randn(weight.shape, generator=draw) * NOISE_STD
+    some = torch.rand(weight.shape, generator=draw, dtype=torch.float32, device="cpu") < share
+    noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32, device="cpu") * NOISE_STD
     return weight + (noise * some).to(weight.dtype)
 
 
@@ -192,9 +194,9 @@ def _draw_again(
 ) -> None:
     """Draw a share of the hidden units of one expert again, in place."""
     number = down_DF.shape[1]
-    units = torch.randperm(number, generator=draw)[: round(share * number)]
+    units = torch.randperm(number, generator=draw, device="cpu")[: round(share * number)]
     parts = [(part, 0) for part in up_HD.chunk(halves)] + [(down_DF, 1)]
     for part, axis in parts:
         old = part.index_select(axis, units).double()
-        new = torch.randn(old.shape, generator=draw, dtype=torch.float64)
+        new = torch.randn(old.shape, generator=draw, dtype=torch.float64, device="cpu")
         part.index_copy_(axis, units, (old.mean() + new * old.std()).to(part.dtype))
