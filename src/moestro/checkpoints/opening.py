@@ -86,17 +86,17 @@ def open_checkpoint(
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
             checkpoint's, a GGUF file, or `org/model`.
-        weights: as-is (of GGUF: packed so that its numbers are kept), or packed for the CPU
-            kernels: fp32, bf16, int8, int8-64, int4 or int4-64.
+        weights: as-is (GGUF: packed, numbers kept), fp32, bf16, int8, int8-64, int4, int4-64.
         packed: where the packed form is kept; None: see `packed_files.default_path`.
         keep: map a packed form that was kept, or keep a new one for the next start.
         dtype: of weights that are not packed; None: that of the checkpoint's embedding.
-        device, backend: auto, cpu, cuda or cuda:N; a kernel's name, or "auto".
+        device: auto, cpu, cuda or cuda:N.
+        backend: a kernel's name, or "auto".
         accept_fields: see `reading.read_settings`.
         progress: called with (bytes read so far, bytes in all).
         verified: `name` is a folder from `find_checkpoint`, whose files are not hashed again.
         adapter: see `use_adapter`. A run of adapters is opened as its base with its adapters.
-        within: the memory that the process may take; other experts are read as they are wanted.
+        within: the memory to take; other experts are read as they are wanted.
 
     Raises:
         ConfigError: options do not go together, or see `reading.read_settings`.
@@ -119,15 +119,13 @@ def open_checkpoint(
     _check_budget(format, adapter, within)
     told: Any = {"progress": progress, "accept_fields": accept_fields}
     if format is None:
-        how: Any = {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
-        model = read_model(folder, **told, **how)
+        told |= {"dtype": pick_dtype(dtype), "device": pick_device(device), "backend": backend}
+        model = read_model(folder, **told)
     elif keep or within is not None:
-        path = packed or packed_files.default_path(folder, format)
-        model = _mapped_or_packed(folder, format, path, within, **told)
+        model = _mapped_or_packed(folder, format, packed, within, **told)
     else:
         model = read_packed(folder, format, **told)
-    opened = Opened(model, folder, _came_with(folder))
-    return opened if adapter is None else use_adapter(opened, adapter)
+    return _with(Opened(model, folder, _came_with(folder)), adapter)
 
 
 def _check_budget(format: Format | None, adapter: str | Path | None, within: Within | None) -> None:
@@ -141,6 +139,10 @@ def _check_budget(format: Format | None, adapter: str | Path | None, within: Wit
         )
     if adapter is not None:
         raise ConfigError(f"adapters need all experts in memory: leave out --memory, or {adapter}")
+
+
+def _with(opened: Opened, adapter: str | Path | None) -> Opened:
+    return opened if adapter is None else use_adapter(opened, adapter)
 
 
 def _checked_format(
@@ -285,12 +287,13 @@ def pick_device(name: str) -> str:
 def _mapped_or_packed(
     folder: Path,
     format: Format,
-    path: Path,
+    packed: Path | None,
     within: Within | None,
     progress: Progress | None,
     accept_fields: Collection[str],
 ) -> Model:
-    """Map the packed form at `path`, or open it within a budget; make it and keep it there."""
+    """Map the packed form, or open it within a budget; make it and keep it there."""
+    path = packed or packed_files.default_path(folder, format)
     source = packed_files.fingerprint(folder)
     if within is not None and not path.exists():
         try:
