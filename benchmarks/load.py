@@ -23,12 +23,12 @@ from typing import Any
 
 import measure
 import torch
-from step_memory import resident
 
 from moestro import Decoder, ModelConfig
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.tensor_files import open_folder
 from moestro.checkpoints.writing import write_pretrained
+from moestro.machine import peak_bytes, resident_bytes
 from moestro.models.materialize import materialize, without_memory
 
 SHARDS = 4
@@ -140,11 +140,11 @@ def child(name: str, small: Path, folder: Path) -> None:
     load = loaders()[name]
     load(small)
     gc.collect()
-    before = resident("VmRSS")
+    before = resident_bytes()
     # Writing 5 there sets the peak back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     model = load(folder)
-    print(resident("VmHWM") - before)
+    print(peak_bytes() - before)
     del model
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import measure
 import torch
 import train_step
 
+from moestro.machine import peak_bytes, resident_bytes
 from moestro.models.count import count
 from moestro.models.twin import dense_twin
 from moestro.train.memory import keep_freed_memory
@@ -24,22 +24,16 @@ STEPS = 6
 BYTES_PER_PARAMETER = 4 + 4 + 8
 
 
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def child(variant: str) -> None:
     """Print this variant's peak bytes."""
     keep_freed_memory()
     cfg = train_step.CONFIG if variant == "moe" else dense_twin(train_step.CONFIG)
     torch.mm(torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16())
-    before = resident("VmRSS")
+    before = resident_bytes()
     step = train_step.step_of(*train_step.ours(cfg), torch.bfloat16)
     for _ in range(STEPS):
         step()
-    print(resident("VmHWM") - before)
+    print(peak_bytes() - before)
 
 
 def main() -> None:

@@ -11,13 +11,6 @@ namespace {
 int64_t channels(const moestro_delta &w) { return 2 * w.key_heads * w.key_dim + w.value_heads * w.value_dim; }
 int64_t projected(const moestro_delta &w) { return channels(w) + w.value_heads * w.value_dim; }
 
-// x → x · sigmoid(x), with memory for n numbers.
-void silu(float *x, int64_t n, float *memory) {
-    for (int64_t i = 0; i < n; i++) memory[i] = -x[i];
-    kernels().exponentials(memory, 0.0f, n);
-    for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + memory[i]);
-}
-
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 // To length `length`.
@@ -42,11 +35,10 @@ void DeltaNet::plan(const Batch &batch) {
     for (int64_t l = 0; l < batch.d.layers; l++) {
         if (!batch.d.layer[l].delta) continue;
         const moestro_delta &w = *batch.d.layer[l].delta;
-        const auto room = [&](std::vector<float> &of, int64_t width) {
-            of.resize(std::max(of.size(), size_t(batch.t * width)));
-        };
-        room(projected_, projected(w)), room(convolved_, channels(w)), room(ba_, 2 * w.value_heads);
-        room(mixed_, w.value_heads * w.value_dim);
+        grow(projected_, batch.t, projected(w));
+        grow(convolved_, batch.t, channels(w));
+        grow(ba_, batch.t, 2 * w.value_heads);
+        grow(mixed_, batch.t, w.value_heads * w.value_dim);
     }
 }
 
@@ -63,8 +55,7 @@ void DeltaNet::convolve(const Batch &batch, const moestro_delta &w, int64_t l, i
         const float *weights = w.conv + i * width;
         for (int64_t c = 0; c < width; c++) to[c] = to[c] + weights[c] * from[c];
     }
-    memory.row.resize(size_t(width));
-    silu(to, width, memory.row.data());
+    gate(to, to, width, memory);
     for (int64_t g = 0; g < w.key_heads; g++) {
         unit(to + g * w.key_dim, w.key_dim, w.length_eps, 1.0f / std::sqrt(float(w.key_dim)));
         unit(to + (w.key_heads + g) * w.key_dim, w.key_dim, w.length_eps, 1.0f);
@@ -77,8 +68,8 @@ void DeltaNet::carry(const Batch &batch, const moestro_delta &w, int64_t l, int6
     const int64_t a = w.key_dim, o = w.value_dim, width = channels(w), keys = w.key_heads * a;
     const int64_t g = h / (w.value_heads / w.key_heads);
     float *state = static_cast<float *>(batch.pasts[s].values[l]) + h * a * o;
-    memory.normed.resize(size_t(2 * o));
-    float *change = memory.normed.data(), *gates = change + o;
+    memory.normed.resize(size_t(o));
+    float *change = memory.normed.data();
     for (int64_t t = first_[size_t(s)]; t < first_[size_t(s) + 1]; t++) {
         const float *row = convolved_.data() + t * width, *key = row + keys + g * a, *value = row + 2 * keys + h * o;
         const float *ba = ba_.data() + t * 2 * w.value_heads;
@@ -93,9 +84,9 @@ void DeltaNet::carry(const Batch &batch, const moestro_delta &w, int64_t l, int6
         std::fill(out, out + o, 0.0f);
         kernels().mix(row + g * a, state, true, {1, a, o, o, a}, out);
         norm(out, w.gain, nullptr, o, w.eps, out);
-        std::copy_n(projected_.data() + t * projected(w) + width + h * o, o, gates);
-        silu(gates, o, change);
-        for (int64_t i = 0; i < o; i++) out[i] = out[i] * gates[i];
+        std::copy_n(projected_.data() + t * projected(w) + width + h * o, o, change);
+        gate(change, change, o, memory);
+        for (int64_t i = 0; i < o; i++) out[i] = out[i] * change[i];
     }
 }
 
@@ -136,9 +127,7 @@ void DeltaNet::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
         else remember(batch, w, l, from / tasks);
     }
     team.wait();
-    while (team.take(batch.t, 1, &from, &to)) set(out_rows_, from, mixed_.data() + from * values, values, memory);
-    team.wait();
-    multiply_all(team, layer.out, out_rows_, layer.out_bias, batch.added.data(), d.dim);
+    project(team, batch, layer, mixed_, values, out_rows_, memory);
 }
 
 }  // namespace moestro

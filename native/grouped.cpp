@@ -78,6 +78,25 @@ float sigmoid(float x) {
     return 1.0f / (1.0f + e);
 }
 
+void gate(float *x, const float *by, int64_t count, Memory &memory) {
+    memory.row.assign(by, by + count);
+    for (float &each : memory.row) each = -each;
+    kernels().exponentials(memory.row.data(), 0.0f, count);
+    for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1.0f + memory.row[size_t(i)]);
+}
+
+void grow(std::vector<float> &numbers, int64_t tokens, int64_t width) {
+    numbers.resize(std::max(numbers.size(), size_t(tokens * width)));
+}
+
+void project(Team &team, Batch &batch, const moestro_layer &layer, const std::vector<float> &mixed, int64_t width,
+             Prepared &rows, Memory &memory) {
+    int64_t from, to;
+    while (team.take(batch.t, 1, &from, &to)) set(rows, from, mixed.data() + from * width, width, memory);
+    team.wait();
+    multiply_all(team, layer.out, rows, layer.out_bias, batch.added.data(), batch.d.dim);
+}
+
 void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t count) {
     if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + count, static_cast<float *>(to) + at);
     else
@@ -147,21 +166,11 @@ void GroupedAttention::attend(const Batch &batch, int64_t l, const Part &part, i
                           batch.d.score_scale,
                           layer.sinks ? layer.sinks + g * heads : nullptr};
     moestro::attend(queries, seen, memory.mixed.data(), memory.attention);
-    for (int64_t r = 0; r < part.rows; r++)
-        std::copy(memory.mixed.begin() + r * size, memory.mixed.begin() + (r + 1) * size,
-                  mixed_.begin() + (part.first + r) * inner_ + g * size);
-}
-
-// Each head's output times the sigmoid of its gates, which lie behind its query.
-void GroupedAttention::gate(const Batch &batch, int64_t t, Memory &memory) {
-    if (!batch.d.gated) return;
-    for (int64_t h = 0; h < heads_; h++) {
-        const float *gates = qkv_.data() + t * wide_ + h * step_ + width_;
-        float *out = mixed_.data() + t * inner_ + h * width_;
-        memory.row.assign(gates, gates + width_);
-        for (float &each : memory.row) each = -each;
-        kernels().exponentials(memory.row.data(), 0.0f, width_);
-        for (int64_t i = 0; i < width_; i++) out[i] = out[i] / (1.0f + memory.row[size_t(i)]);
+    for (int64_t i = 0; i < part.rows * heads; i++) {
+        const int64_t t = part.first + i / heads, h = g * heads + i % heads;
+        float *to = mixed_.data() + t * inner_ + h * width_;
+        std::copy_n(memory.mixed.begin() + i * width_, width_, to);
+        if (batch.d.gated) gate(to, qkv_.data() + t * wide_ + h * step_ + width_, width_, memory);
     }
 }
 
@@ -182,12 +191,7 @@ void GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) 
     while (team.take(int64_t(parts_.size()) * groups_, 1, &from, &to))
         attend(batch, l, parts_[size_t(from / groups_)], from % groups_, memory);
     team.wait();
-    while (team.take(batch.t, 1, &from, &to)) {
-        gate(batch, from, memory);
-        set(inner_rows_, from, mixed_.data() + from * inner_, inner_, memory);
-    }
-    team.wait();
-    multiply_all(team, layer.out, inner_rows_, layer.out_bias, batch.added.data(), batch.d.dim);
+    project(team, batch, layer, mixed_, inner_, inner_rows_, memory);
 }
 
 }  // namespace moestro

@@ -29,12 +29,13 @@ void LatentAttention::plan(const Batch &batch) {
     for (int64_t l = 0; l < d.layers; l++) {
         if (!d.layer[l].latent) continue;
         const moestro_latent &w = *d.layer[l].latent;
-        const auto room = [&](std::vector<float> &of, int64_t width) {
-            of.resize(std::max(of.size(), size_t(batch.t * width)));
-        };
         parts_ = batch.parts(std::max(int64_t(1), QUERIES / std::min(HEADS, d.heads)));
-        room(low_, w.q_rank), room(queries_, d.heads * (w.nope + d.turning)), room(kept_, d.head_dim);
-        room(down_, d.heads * d.head_dim), room(mixed_, d.heads * w.kv_rank), room(values_, d.heads * w.value);
+        grow(low_, batch.t, w.q_rank);
+        grow(queries_, batch.t, d.heads * (w.nope + d.turning));
+        grow(kept_, batch.t, d.head_dim);
+        grow(down_, batch.t, d.heads * d.head_dim);
+        grow(mixed_, batch.t, d.heads * w.kv_rank);
+        grow(values_, batch.t, d.heads * w.value);
     }
 }
 
@@ -151,10 +152,7 @@ void LatentAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
         raise(batch, w, t, std::min(ROWS, batch.t - t), from % d.heads, memory);
     }
     team.wait();
-    while (team.take(batch.t, 1, &from, &to))
-        set(out_rows_, from, values_.data() + from * d.heads * w.value, d.heads * w.value, memory);
-    team.wait();
-    multiply_all(team, layer.out, out_rows_, layer.out_bias, batch.added.data(), d.dim);
+    project(team, batch, layer, values_, d.heads * w.value, out_rows_, memory);
 }
 
 }  // namespace moestro

@@ -47,6 +47,14 @@ void set(Prepared &to, int64_t row, const float *from, int64_t count, Memory &me
 // The normed residual of a token.
 const float *before_attention(const Batch &batch, const moestro_layer &layer, int64_t token, Memory &memory);
 float sigmoid(float x);
+// x · sigmoid(by), in place; `by` may be x.
+void gate(float *x, const float *by, int64_t count, Memory &memory);
+// Room for `width` numbers of each token, at least.
+void grow(std::vector<float> &numbers, int64_t tokens, int64_t width);
+// What is added to the residual: every token's `mixed` [width] through the layer's last matrix. All threads; ends
+// with a wait. `rows` has been shaped for it.
+void project(Team &team, Batch &batch, const moestro_layer &layer, const std::vector<float> &mixed, int64_t width,
+             Prepared &rows, Memory &memory);
 // Numbers into a cache, in its dtype.
 void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t count);
 
@@ -61,7 +69,6 @@ private:
     void place(const Batch &batch, int64_t l, int64_t t);
     void turn(const Batch &batch, float *head, const float *gain, int64_t t) const;
     void attend(const Batch &batch, int64_t l, const Part &part, int64_t g, Memory &memory);
-    void gate(const Batch &batch, int64_t t, Memory &memory);
 
     int64_t heads_ = 0, groups_ = 0, width_ = 0;  // H, G, A
     int64_t step_ = 0, inner_ = 0, wide_ = 0;     // from one query to the next; H·A; all that is projected

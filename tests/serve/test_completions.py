@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+import torch
 from openai import OpenAI
 
 from moestro.infer.engine import stream
@@ -134,7 +135,12 @@ def test_a_bias_forces_and_forbids_tokens(address: str, served: Served) -> None:
     asked: Any = {"prompt": "Once", "max_tokens": 5, "temperature": 0}
     told = post(address, "/v1/completions", **asked, logit_bias={str(forced): 100}).json()
     assert told["choices"][0]["text"] == "zzzzz"
-    plain = post(address, "/v1/completions", **asked).json()["choices"][0]["text"]
-    high = {str(token): -100 for token in range(128, 256)}
-    other = post(address, "/v1/completions", **asked, logit_bias=high).json()
-    assert other["choices"][0]["text"] != plain
+    tokens = torch.tensor([served.tokenizer.encode_prompt("Once")])
+    with torch.no_grad():
+        best = served.model(tokens).logits[0, -1].argsort(descending=True).tolist()
+    texts = [served.tokenizer.decode([token]) for token in best]
+    # The best token but the first that is a text of its own; those before it are forbidden.
+    place = next(n for n, text in enumerate(texts) if n and text.isascii() and text.isprintable())
+    forbidden = {str(token): -100 for token in best[:place]}
+    other = post(address, "/v1/completions", **asked | {"max_tokens": 1}, logit_bias=forbidden)
+    assert other.json()["choices"][0]["text"] == texts[place]

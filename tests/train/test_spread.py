@@ -3,9 +3,12 @@
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.reading import open_unread
@@ -253,3 +256,16 @@ def test_pieces_that_do_not_fit_are_refused(two, tmp_path):
     (tmp_path / "less" / "model-rank-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not one file of each rank"):
         open_unread(tmp_path / "less")
+
+
+def test_torchs_own_reader_reads_the_pieces(two):
+    checkpoint = two[0] / "expert 2 shard 2" / "checkpoints" / "step-000020"
+    model = open_checkpoint(checkpoint, verified=True).model
+    assert model.head.weight is model.embed.weight  # so it is stored once
+    wanted = {name: each for name, each in model.state_dict().items() if name != "head.weight"}
+    found = {name: torch.full_like(value, 7) for name, value in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

@@ -184,9 +184,9 @@ def _define(
             bias_E = next((getattr(core(tap.router), b) for b in routers.BIASES
                            if hasattr(core(tap.router), b)), None)  # fmt: skip
             experts_TK, weights_TK = definition.choose(rule, logits_TE, bias_E)[:2]
-        elif logits_TE is not None and _known(tap.router):
+        elif logits_TE is not None and tap.router is not None and _known(tap.router):
             zero_E = torch.zeros_like(logits_TE[0])
-            weights_TK, experts_TK = routers.choose(core(tap.router), logits_TE, zero_E)  # type: ignore[arg-type]
+            weights_TK, experts_TK = routers.choose(core(tap.router), logits_TE, zero_E)
         seen.append(Choice(experts_TK, weights_TK, logits_TE))
         return None if experts_TK is chosen.experts_TK else (experts_TK, weights_TK)
 

@@ -35,7 +35,7 @@ from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
-from moestro.models.adapters import attached, freeze, merge
+from moestro.models.adapters import freeze, merge
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
 
@@ -188,8 +188,6 @@ def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
             raise CheckpointError(f"{folder} holds a whole model and no adapter; open it by itself")
         load_own(model, settings, folder)
     freeze(model)
-    for each in attached(model).values():
-        each.to(model.embed.weight.device)
     model.eval()
     if not any(isinstance(module, Packed) for module in model.modules()):
         merge(model)
@@ -218,8 +216,6 @@ def open_adapted(
         device=device, backend=backend, accept_fields=lora.accept_fields,
     ).model  # fmt: skip
     load_own(model, lora, checkpoint)
-    for adapter in attached(model).values():
-        adapter.to(model.embed.weight.device)
     return model
 
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,11 +101,15 @@ def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ra
         key: {_OFFSETS: [*first, *[0] * block.dim()][: block.dim()]} for key, block, first in pieces
     }
     tensors = [
-        Written(key, block.dtype, tuple(block.shape), lambda x=block: x)  # type: ignore[misc]
+        Written(key, block.dtype, tuple(block.shape), partial(_same, block))
         for key, block, _ in pieces
     ]
     path = folder / f"{stem}-rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
     write_file(path, tensors, {_INFO: json.dumps(offsets)})
+
+
+def _same(block: Tensor) -> Tensor:
+    return block
 
 
 def in_pieces(folder: Path, stem: str) -> bool:

@@ -41,7 +41,11 @@ def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
     Raises:
         CheckpointError: see `packed_files.load`.
     """
-    model, sections, _ = _opened(path, None)
+    return _sizes(_opened(path, None))
+
+
+def _sizes(opened: _Opened) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
+    model, sections, _ = opened
     experts = _experts(model)
     dense = sum(_whole(each) for name, each in sections.items() if name not in experts)
     mixtures = []
@@ -66,12 +70,11 @@ def load_within(path: Path, within: Within, source: dict[str, str] | None = None
         ConfigError: the memory is too small; see `budget.fit`.
         CheckpointError, MemoryError: see `load`.
     """
-    checked(path, source)
-    memory, use, told = within
-    budget = fit(needs(*sizes(path), use, resident_bytes()), memory)
+    opened, (memory, use, told) = _opened(path, source), within
+    budget = fit(needs(*_sizes(opened), use, resident_bytes()), memory)
     if told is not None:
         told(budget, path)
-    return load(path, budget.kept, source)
+    return _filled(path, opened, budget.kept)
 
 
 def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) -> Model:
@@ -87,7 +90,11 @@ def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) 
         CheckpointError: see `packed_files.load`.
         MemoryError: there is no memory for so many experts.
     """
-    model, sections, begin = _opened(path, source)
+    return _filled(path, _opened(path, source), kept)
+
+
+def _filled(path: Path, opened: _Opened, kept: Sequence[int]) -> Model:
+    model, sections, begin = opened
     experts = _experts(model)
     tensors = _read(path, begin, {n: each for n, each in sections.items() if n not in experts})
     tensors |= {name: sections[name].tensor for name in experts}
@@ -114,9 +121,17 @@ def residency_of(model: nn.Module) -> Residency | None:
     return None
 
 
-def _opened(path: Path, source: dict[str, str] | None) -> tuple[Model, dict[str, Section], int]:
+class _Opened(NamedTuple):
+    """A packed file whose header is read: its model without memory, and where tensors lie."""
+
+    model: Model
+    sections: dict[str, Section]  # places from `begin` on
+    begin: int
+
+
+def _opened(path: Path, source: dict[str, str] | None) -> _Opened:
     header, begin = checked(path, source)
-    return *packed_header.unfilled(path, header, path.stat().st_size - begin), begin
+    return _Opened(*packed_header.unfilled(path, header, path.stat().st_size - begin), begin)
 
 
 def _experts(model: Model) -> dict[str, MoE]:

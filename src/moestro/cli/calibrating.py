@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from moestro.cli.convert import writing
 from moestro.cli.held_out import open_corpus
-from moestro.errors import CheckpointError, DataError
+from moestro.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,22 +133,6 @@ def measure(
 
     with bar("measuring, blocks") as progress:
         return costs(layers, held_out, changes, memory_bytes, progress)
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Say what is wrong with a place that cannot be written.
-
-    Raises:
-        CheckpointError: it is full or forbidden.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
-            "written and has room"
-        ) from None
 
 
 def conclude(

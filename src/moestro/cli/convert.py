@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -96,25 +98,32 @@ def convert(
     if dtype is None and in_blocks(folder):
         dtype = "bf16"
     opened = open_shown(folder, dtype=dtype, adapter=adapter, accept_fields=accept_field)
-    try:
+    with writing(target):
         if to == "gguf":
             notes = _write_gguf(opened, target, family, kind or "bf16")
         elif to == "hf":
             notes = _write_hf(opened, target, family, shard_bytes, fused_experts)
         else:
             notes = _write_own(opened, target)
-    except OSError as error:
-        raise _unwritable(target, error) from None
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
 
 
-def _unwritable(target: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {target}: {error.strerror or error}; choose a place that can be written "
-        "and has room"
-    )
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say what is wrong with a place that cannot be written.
+
+    Raises:
+        CheckpointError: it is full or forbidden.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; choose a place that can be "
+            "written and has room"
+        ) from None
 
 
 def check_new(target: Path) -> None:
@@ -167,10 +176,8 @@ def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool
     model = open_unread(base, accept_fields=settings.accept_fields).model
     load_own(model, settings, folder)
     name = family or described.fields.get("model_type") or only_family(model.cfg)
-    try:
+    with writing(target):
         write_peft(model, family_of(name, "--family"), target, settings.base, per_expert)
-    except OSError as error:
-        raise _unwritable(target, error) from None
     return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {settings.base}"
 
 

@@ -21,9 +21,8 @@ from moestro.cli.calibrating import (
     Text,
     Tokens,
     read_texts,
-    writing,
 )
-from moestro.cli.convert import check_new
+from moestro.cli.convert import check_new, writing
 from moestro.cli.opening import AcceptField, ModelName, bar
 
 Kind = Annotated[Literal["int4", "int4-64"], typer.Option("--weights", help="Whose grid.")]

@@ -17,6 +17,7 @@ from moestro.cli.train import (
     AsJson,
     Assignments,
     ConfigPath,
+    OutPath,
     exit_if_stopped,
     prepare_options,
     print_outcome,
@@ -47,9 +48,6 @@ Data = Annotated[
         "conversations, or text; repeat.",
     ),
 ]  # fmt: skip
-OutPath = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; default runs/DATE-TIME.")
-]
 Epochs = Annotated[
     float | None, typer.Option(help="Passes over the conversations; default 1, without --steps.")
 ]

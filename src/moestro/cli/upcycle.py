@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from moestro.cli.calibrating import AsJson, Family, Seed, Target, writing
-from moestro.cli.convert import check_new
+from moestro.cli.calibrating import AsJson, Family, Seed, Target
+from moestro.cli.convert import check_new, writing
 from moestro.cli.opening import AcceptField, ModelName
 
 Experts = Annotated[int, typer.Option(min=2, help="Experts in each layer, slices counted.")]

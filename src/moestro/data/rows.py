@@ -27,7 +27,7 @@ from moestro.config import DataConfig
 from moestro.data.chats import read_chats
 from moestro.data.documents import source_state, stable_hash
 from moestro.data.masks import Labelled, label
-from moestro.data.windows import HeldOut, permutation
+from moestro.data.windows import IGNORED, HeldOut, permutation
 from moestro.errors import DataError
 from moestro.files import whole_file
 from moestro.text import Tokenizer, build_tokenizer, utf8
@@ -35,7 +35,6 @@ from moestro.text import Tokenizer, build_tokenizer, utf8
 FILE = "chats.safetensors"
 FORMAT = 1
 DOMAIN = "chats"
-NO_LABEL = -100
 _SIDES = ("train", "held")
 
 
@@ -73,7 +72,7 @@ class Side(NamedTuple):
 
     def read(self, documents: Sequence[int], out: NDArray[np.int64]) -> None:
         """Fill a row [3, S] with documents."""
-        out[0], out[1], out[2] = 0, NO_LABEL, -1
+        out[0], out[1], out[2] = 0, IGNORED, -1
         at = 0
         for number, document in enumerate(documents):
             first = int(self.ends_D[document - 1]) if document else 0

@@ -39,6 +39,7 @@ from moestro.text import HF_FILE, Tokenizer, check_tokenizer, load_tokenizer
 
 FORMAT = 1
 META_FILE = "meta.json"
+IGNORED = -100  # a target that is no label: nothing of it is learned
 
 
 class HeldOut(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moestro.config import LoraConfig
 from moestro.errors import ConfigError
@@ -45,9 +45,12 @@ class Place(NamedTuple):
     def attach(
         self, rows: tuple[int, ...], rank: int, scale: float, dropout: float = 0.0
     ) -> Adapter:
-        """Put a new adapter there, on the device of the model."""
+        """Put a new adapter there, on the weight's device; on the CPU, where that has no memory."""
         experts, _, inputs = self.shape
         adapter = Adapter(experts, rows, inputs, rank, scale, dropout)
+        weight = getattr(self.owner, self.name, None)  # packed ones are on the CPU
+        if isinstance(weight, Tensor) and not weight.is_meta:
+            adapter.to(weight.device)
         setattr(self.owner, f"{self.name}_adapter", adapter)
         return adapter
 

@@ -7,7 +7,7 @@ where there are biases, `gate_up_bias [E, 2F]` or `[E, F]`, and `down_bias [E, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -77,10 +77,14 @@ class StackedWeights(nn.Module):
         One expert after the other, so that a rank can draw some of them (`moestro.moe.parallel`).
         """
         for weight, std in self.spreads():
-            for matrix in () if weight.is_meta else weight:
+            for matrix in () if weight.is_meta else self.in_turn(weight):
                 nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std)
         for bias in self.biases or ():
             nn.init.zeros_(bias)
+
+    def in_turn(self, weight: Tensor) -> Iterable[Tensor]:
+        """The experts' matrices in the order in which they are drawn."""
+        return weight
 
     def spreads(self) -> list[tuple[nn.Parameter, float]]:
         """The matrices, with the σ that each begins with."""

@@ -13,6 +13,7 @@ Letters: T tokens, D width, E experts, R rows, P ranks of the group, L experts o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,36 +48,30 @@ class ParallelExperts(Experts):
         Raises:
             ConfigError: the experts do not split evenly.
         """
-        nn.Module.__init__(self)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        self.group, self.num_experts = group, len(whole.down)
-        if self.num_experts % ranks:
+        count, dim, hidden_dim = whole.down.shape
+        if count % ranks:
             raise ConfigError(
-                f"{self.num_experts} experts do not split over {ranks} ranks; use a number of "
-                "ranks that divides them"
+                f"{count} experts do not split over {ranks} ranks; use a number of ranks that "
+                "divides them"
             )
-        share = self.num_experts // ranks
-        self.first = rank * share
-        self.activation, self.dropout, self.backend = whole.activation, whole.dropout, whole.backend
-        self.init_scale, self.out_scale = whole.init_scale, whole.out_scale
-        self.gate_up_adapter = self.down_adapter = None
-        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
-            weight = getattr(whole, name)
-            if weight is not None:
-                part = weight.detach()[self.first : self.first + share].clone()
-                weight = nn.Parameter(part, weight.requires_grad)
-            self.register_parameter(name, weight)
+        share = count // ranks
+        self.group, self.num_experts, self.first = group, count, rank * share
+        with torch.device("meta"):  # the weights are those of `whole`
+            super().__init__(
+                share, dim, hidden_dim, whole.activation, whole.dropout, whole.init_scale,
+                whole.backend, whole.biases is not None, whole.out_scale,
+            )  # fmt: skip
+        for name, weight in whole.named_parameters():
+            part = weight.detach()[self.first : self.first + share].clone()
+            self.register_parameter(name, nn.Parameter(part, weight.requires_grad))
 
-    def reset_parameters(self) -> None:
-        """Draw what one process draws for these experts: the others' numbers are let go."""
-        for weight, std in self.spreads():
-            of_other = weight.new_empty(weight.shape[1:])
-            for expert in range(self.num_experts):
-                own = 0 <= expert - self.first < len(weight)
-                matrix = weight[expert - self.first] if own else of_other
-                nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std)
-        for bias in self.biases or ():
-            nn.init.zeros_(bias)
+    def in_turn(self, weight: Tensor) -> Iterator[Tensor]:
+        """Those of all ranks, so that each draws what one process does; the others' are let go."""
+        of_other = weight.new_empty(weight.shape[1:])
+        for expert in range(self.num_experts):
+            own = 0 <= expert - self.first < len(weight)
+            yield weight[expert - self.first] if own else of_other
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See `Experts.forward`; `routing` names experts of all ranks."""

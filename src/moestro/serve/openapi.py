@@ -7,7 +7,7 @@ from html import escape
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from moestro.serve.page import read_page
 from moestro.serve.schema import Body
@@ -26,8 +26,10 @@ class Described(NamedTuple):
 def describe(routes: Iterable[Described]) -> dict[str, Any]:
     """The routes in OpenAPI's form; the schemas are those that requests are checked against."""
     routes = list(routes)
-    bodies = [(each.body, "validation") for each in routes if each.body is not None]
-    _, schemas = models_json_schema(bodies, ref_template=_PLACE + "{model}")  # type: ignore[arg-type]
+    bodies: list[tuple[type[Body], JsonSchemaMode]] = [
+        (each.body, "validation") for each in routes if each.body is not None
+    ]
+    _, schemas = models_json_schema(bodies, ref_template=_PLACE + "{model}")
     return {
         "openapi": "3.1.0",
         "info": {"title": "moestro", "version": version("moestro")},

@@ -50,8 +50,9 @@ class Change(NamedTuple):
         """A change of feed-forward networks alone, given their tensors by the names in them."""
 
         def block(layer: int, tensors: Tensors) -> Tensors:
-            inner = {name[4:]: one for name, one in tensors.items() if name.startswith(_NETWORK)}
-            rest = {name: one for name, one in tensors.items() if not name.startswith(_NETWORK)}
+            own = {name for name in tensors if name.startswith(_NETWORK)}
+            inner = {name.removeprefix(_NETWORK): tensors[name] for name in own}
+            rest = {name: one for name, one in tensors.items() if name not in own}
             return rest | {_NETWORK + name: one for name, one in network(layer, inner).items()}
 
         return cls(cfg, block)

@@ -167,16 +167,12 @@ def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
         group: Q.
     """
     left_OI, width = w_OI.float().clone(), w_OI.shape[1]
-    made_OI, factor_II = (
-        torch.empty_like(left_OI),
-        torch.eye(width, dtype=torch.float32, device="cpu"),
-    )
+    made_OI = torch.empty_like(left_OI)
+    factor_II = eye_II = torch.eye(width, dtype=torch.float32, device="cpu")
     squares_I = torch.ones(width, dtype=torch.float32, device="cpu")
     if moments.rows >= LEAST_TOKENS and moments.sums_II.any():
         mean = moments.sums_II.diagonal().mean()
-        damped_II = moments.sums_II / mean + DAMPING * torch.eye(
-            width, dtype=torch.float32, device="cpu"
-        )
+        damped_II = moments.sums_II / mean + DAMPING * eye_II
         squares_I = damped_II.diagonal()
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
         factor_II = torch.linalg.cholesky(inverse_II, upper=True)

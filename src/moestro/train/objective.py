@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moestro.config import BalanceConfig
+from moestro.data.windows import IGNORED
 from moestro.models.network import ModelOutput
 from moestro.moe import balance
 from moestro.moe.routing import Routing
 from moestro.train.distributed import ALONE, Ranks
 
 Term = Callable[[int, Routing], Tensor]
-
-
-IGNORED = -100  # a target that is no label: nothing of it is learned
 
 
 class Loss(NamedTuple):

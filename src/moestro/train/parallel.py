@@ -214,10 +214,8 @@ def synced(model: nn.Module, last: bool) -> Iterator[None]:
 
 def _mesh(runs: Runs, names: tuple[str, ...], *sizes: int) -> DeviceMesh:
     """All ranks as a grid; `init_device_mesh` would give its groups torch's timeout, not ours."""
-    grid, timeout = (
-        torch.arange(math.prod(sizes), device="cpu").view(sizes),
-        timedelta(seconds=runs.timeout_s),
-    )
+    grid = torch.arange(math.prod(sizes), device="cpu").view(sizes)
+    timeout = timedelta(seconds=runs.timeout_s)
     groups = []
     for dim, size in enumerate(sizes):
         lines = grid.movedim(dim, -1).reshape(-1, size).tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moestro.config import NetworkConfig
 from moestro.data.spans import corrupt, hidden
+from moestro.data.windows import IGNORED
 from moestro.errors import ConfigError
 from moestro.models.count import sides
 from moestro.models.encdec import START_TOKEN
@@ -92,7 +93,7 @@ class NextLabel:
 
     def predicted(self, rows_N3S: Tensor) -> int:
         """Labels: other targets are ignored."""
-        return int((rows_N3S[:, 1] >= 0).sum())
+        return int((rows_N3S[:, 1] != IGNORED).sum())
 
     def examples(self, rows_B3S: Tensor, places: Sequence[Place]) -> Example:
         """Rows of tokens, targets and documents [B, 3, S], whatever their places."""

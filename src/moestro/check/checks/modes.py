@@ -65,8 +65,8 @@ def bfloat16(trial: Trial) -> Finding:
         return skipped(f"it refuses bf16: {error}")
     if got.y.dtype != torch.bfloat16:
         return wrong(f"the output of a bf16 input is {got.y.dtype}")
-    same = exact.choice is not None and trial.exact.choice is not None
-    if same and not torch.equal(exact.choice.experts_TK, trial.exact.choice.experts_TK):  # type: ignore[union-attr]
+    own, plain = exact.choice, trial.exact.choice
+    if own is not None and plain is not None and not torch.equal(own.experts_TK, plain.experts_TK):
         return skipped("rounding the router to bf16 changes a choice of these tokens")
     return trial.compared(got, exact, trial.allowed(dtype=torch.bfloat16))
 
@@ -156,8 +156,8 @@ def micro_batches(trial: Trial) -> Finding:
         return skipped("with a capacity, tokens depend on each other")
     module = trial.subject.copied()
     parts = [trial.tested(trial.x[i : i + 1], trial.up[i : i + 1], module) for i in range(2)]
-    inputs = [part.grads["input"] for part in parts]
-    joined = None if None in inputs else torch.cat(inputs)  # type: ignore[arg-type]
+    inputs = [grad for part in parts if (grad := part.grads["input"]) is not None]
+    joined = torch.cat(inputs) if len(inputs) == len(parts) else None
     y = torch.cat([part.y for part in parts])
     return trial.compared(Result(y, {**parts[1].grads, "input": joined}), trial.expected)
 

@@ -174,11 +174,13 @@ def _counts(trial: Trial, x_TD: Tensor) -> Tensor:
 
 
 def _zero(trial: Trial, got: Result, names: list[str]) -> Finding:
-    missing = [name for name in names if got.grads[name] is None]
-    if missing:
-        return wrong(f"the gradient of {missing[0]} is None")
-    zeros = {name: torch.zeros_like(got.grads[name], dtype=torch.float64) for name in names}  # type: ignore[arg-type]
-    exact = Result(got.y.detach().double(), dict(zeros))
+    zeros: dict[str, Tensor | None] = {}
+    for name in names:
+        grad = got.grads[name]
+        if grad is None:
+            return wrong(f"the gradient of {name} is None")
+        zeros[name] = torch.zeros_like(grad, dtype=torch.float64)
+    exact = Result(got.y.detach().double(), zeros)
     return trial.verdict(differences(got, exact, names), 0.0)
 
 
