@@ -41,6 +41,26 @@ def test_compare_trains_both_and_says_what_it_measured(
     assert (out / "compare.png").is_file()
 
 
+def test_several_mixtures_share_a_twin_and_get_their_laws(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["compare", "--out", str(out), "--source", text, "--experts", "4,8", *TINY]
+    assert main([*words, "--granularity", "1, 2", "--set", "train.steps=2"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "compare.json").read_text())
+    kinds = [curve["kind"] for curve in result["curves"]]
+    assert kinds == [
+        "experts4", "experts4-granularity2", "experts8", "experts8-granularity2", "dense"
+    ]  # fmt: skip
+    axes = [(law["axis"], law["fixed"]) for law in result["laws"]]
+    assert axes == [("experts", 1), ("experts", 2), ("granularity", 4), ("granularity", 8)]
+    assert printed.count("law of ") == 4
+    assert (out / "scaling.png").is_file()
+    assert main(["compare", "--out", str(out), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
 def test_resume_reads_what_is_done_and_gives_the_same_result(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +82,11 @@ def test_resume_reads_what_is_done_and_gives_the_same_result(
         (["--out", "x", "--set", "model.moe.top_k=99"], "only 16 experts"),
         (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),
         (["--out", "x", "--seeds", "0"], "seeds"),
+        (["--out", "x", "--experts", "8,x"], "takes numbers above 0"),
+        (["--out", "x", "--granularity", "0"], "takes numbers above 0"),
+        (["--out", "x", "--budget", "0"], "a number of TFLOP above 0"),
+        (["--out", "x", "--budget", "1", "--minutes", "1"], "both choose the steps"),
+        (["--resume", "--out", "x", "--experts", "8"], "takes the saved settings"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(

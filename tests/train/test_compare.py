@@ -10,8 +10,8 @@ from moestro.config import RunConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.train import compare
-from moestro.train.compare import Curve, crossing, judge, plan, sentence
-from moestro.train.figures import comparison_figure
+from moestro.train.compare import Comparison, Curve, crossing, judge, plan, sentence
+from moestro.train.figures import comparison_figure, scaling_figure
 from moestro.train.metrics import Point
 
 
@@ -73,7 +73,7 @@ def mixture() -> RunConfig:
 
 
 def test_plan_gives_both_models_the_same_seed_text_and_cost(tmp_path: Path) -> None:
-    entries = plan(mixture(), tmp_path, seeds=2)
+    entries = plan(mixture(), tmp_path, Comparison(seeds=2))
     assert [(e.kind, e.seed) for e in entries] == [
         ("moe", 3), ("dense", 3), ("moe", 4), ("dense", 4)
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_plan_gives_both_models_the_same_seed_text_and_cost(tmp_path: Path) -> N
 
 def test_a_dense_model_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to compare"):
-        plan(RunConfig(), tmp_path, seeds=1)
+        plan(RunConfig(), tmp_path)
 
 
 def test_json_holds_every_point_and_the_counted_compute() -> None:
@@ -97,6 +97,55 @@ def test_json_holds_every_point_and_the_counted_compute() -> None:
     assert [len(curve["points"]) for curve in result["curves"]] == [2, 2]
     model = count(cfg.model)
     assert result["models"]["moe"]["train_flops_per_token"] == model.train_flops(16)
+
+
+def test_a_budget_gives_every_run_the_same_compute(tmp_path: Path) -> None:
+    asked = Comparison(experts=(4, 16), granularities=(1, 4), budget_tflop=0.002)
+    runs = [entry.cfg for entry in plan(mixture(), tmp_path, asked)]
+    step_tokens = [run.train.batch_size * run.data.seq_len for run in runs]
+    steps = [run.train.steps for run in runs]
+    cost = [
+        count(run.model).train_flops(run.data.seq_len) * n * tokens
+        for run, n, tokens in zip(runs, steps, step_tokens, strict=True)
+    ]
+    assert len(set(steps)) > 1
+    assert all(abs(c - 2e9) <= 0.5 * c / n for c, n in zip(cost, steps, strict=True))
+    assert all(-(-run.train.steps // run.train.eval_every) <= 20 for run in runs)
+
+
+def test_a_budget_too_small_names_the_least(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is the least, for 20 steps"):
+        plan(mixture(), tmp_path, Comparison(budget_tflop=1e-9))
+
+
+def test_each_of_several_mixtures_is_judged_beside_the_same_twin() -> None:
+    runs = [
+        Curve("experts4", 0, points(5.0, 3.0, 2.0)),
+        Curve("experts8", 0, points(4.0, 2.5, 1.5)),
+        Curve("dense", 0, points(5.0, 4.0, 3.0)),
+    ]
+    verdicts = judge(runs)
+    assert [(v.kind, v.compute) for v in verdicts] == [
+        ("experts4", pytest.approx(2 / 3)),
+        ("experts8", pytest.approx((1 + 1 / 1.5) / 3)),
+    ]
+    assert [line.split(":")[0] for line in sentence(verdicts).splitlines()] == [
+        "experts4", "experts8"
+    ]  # fmt: skip
+
+
+def test_scaling_figure_is_a_png(tmp_path: Path) -> None:
+    runs = [
+        Curve(kind, seed, points(*bits))
+        for seed in (0, 1)
+        for kind, bits in {
+            "experts4": (5.0, 3.0), "experts8": (4.0, 2.9), "experts16": (4.0, 3.9),
+            "dense": (5.0, 3.5),
+        }.items()
+    ]  # fmt: skip
+    path = tmp_path / "scaling.png"
+    scaling_figure(mixture(), Comparison(seeds=2, experts=(4, 8, 16)), runs, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_is_a_png(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`moestro compare`: train a mixture and its dense twin on the same text and report the result."""
+"""`moestro compare`: train mixtures and their dense twin on the same text and report the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moestro.cli.train import (
 if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.data.windows import Corpus
-    from moestro.train.compare import ComparedRun, Curve
+    from moestro.train.compare import ComparedRun, Comparison, Curve
 
 Minutes = Annotated[
     float | None,
@@ -36,6 +36,28 @@ Minutes = Annotated[
 ]
 Seeds = Annotated[
     int | None, typer.Option(min=1, help="Runs of each model, with seeds counted up; default 1.")
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="E,E,…",
+        help="A mixture for each number of experts, as 8,16,32,64; default: the settings'.",
+    ),
+]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="G,G,…",
+        help="A mixture for each number of parts that every expert is split into, as 1,2,4: G "
+        "times the experts, G times as many per token, 1/G as wide.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TFLOP",
+        help="Choose each run's steps so that it costs this training compute (10^12 operations).",
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Resume the comparison in --out, with its settings.")
@@ -50,20 +72,25 @@ def compare(
     assignments: Assignments = None,
     source: Sources = None,
     minutes: Minutes = None,
+    budget: Budget = None,
     seeds: Seeds = None,
+    experts: Experts = None,
+    granularity: Granularity = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a mixture and its dense twin on the same text, and report the compute saved.
 
-    The twin has the same active parameters per token, so both cost the same compute. Progress
-    goes to stderr, the result to stdout; the run folder gets compare.json and compare.png.
+    The twin has the same active parameters per token, so both cost the same compute. With
+    --experts or --granularity several mixtures are compared with it, and the published laws are
+    fitted to what they reached. Progress goes to stderr, the result to stdout; the run folder
+    gets compare.json and compare.png, and scaling.png of several mixtures.
     """
     from moestro.errors import ConfigError
     from moestro.files import write_json
     from moestro.train.compare import as_json as to_json
     from moestro.train.compare import plan
-    from moestro.train.figures import comparison_figure
+    from moestro.train.figures import comparison_figure, scaling_figure
     from moestro.train.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -73,24 +100,61 @@ def compare(
             raise ConfigError(
                 "--resume needs --out FOLDER, the folder of the comparison to go on with"
             )
-        if config or assignments or source or seeds or minutes:
+        if config or assignments or source or seeds or minutes or budget or experts or granularity:
             raise ConfigError("--resume takes the saved settings; leave the other options out")
-        cfg, corpus, seeds = _reopen(folder)
+        cfg, corpus, comparison = _reopen(folder)
     else:
-        seeds = seeds or 1
+        comparison = _asked(seeds, experts, granularity, budget, minutes)
         cfg, corpus = _open(folder, config, stated)
-        cfg = _settle(cfg, corpus, folder, seeds, minutes)
-        write_json(folder / SETTINGS_NAME, {"seeds": seeds, "run": cfg.model_dump(mode="json")})
-    curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, seeds)]
-    result = to_json(cfg, curves)
+        cfg = _settle(cfg, corpus, folder, comparison, minutes)
+        saved = {"comparison": comparison._asdict(), "run": cfg.model_dump(mode="json")}
+        write_json(folder / SETTINGS_NAME, saved)
+    curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, comparison)]
+    result = to_json(cfg, curves, comparison)
     write_json(folder / "compare.json", result)
     comparison_figure(curves, folder / "compare.png")
+    written = ["compare.json", "compare.png"]
+    if comparison.several:
+        scaling_figure(cfg, comparison, curves, folder / "scaling.png")
+        written.append("scaling.png")
     if as_json:
         typer.echo(json.dumps(result))
         return
-    _print(cfg, curves)
+    _print(cfg, curves, comparison)
     typer.echo(result["sentence"])
-    typer.echo(f"written: {folder / 'compare.json'}, {folder / 'compare.png'}")
+    typer.echo(f"written: {', '.join(str(folder / name) for name in written)}")
+
+
+def _asked(
+    seeds: int | None,
+    experts: str | None,
+    granularity: str | None,
+    budget: float | None,
+    minutes: float | None,
+) -> Comparison:
+    """What the options ask for."""
+    from moestro.errors import ConfigError
+    from moestro.train.compare import Comparison
+
+    if budget is not None and minutes is not None:
+        raise ConfigError("--budget and --minutes both choose the steps; give one of them")
+    if budget is not None and not 0 < budget < float("inf"):
+        raise ConfigError(f"--budget must be a number of TFLOP above 0, not {budget:g}")
+    return Comparison(
+        seeds or 1, _numbers("--experts", experts), _numbers("--granularity", granularity), budget
+    )
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...]:
+    """The numbers of an option like 8,16,32."""
+    from moestro.errors import ConfigError
+
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"{name} takes numbers above 0 with commas between, as 8,16; not {text}")
+    return tuple(map(int, words))
 
 
 def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConfig, Corpus]:
@@ -112,13 +176,13 @@ def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConf
     return cfg, prepare(cfg.data, folder / "data")
 
 
-def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
-    """Settings, text and seeds of a comparison to go on with."""
+def _reopen(folder: Path) -> tuple[RunConfig, Corpus, Comparison]:
+    """Settings and text of a comparison to go on with."""
     from moestro.checkpoints.folders import read_json
     from moestro.config import RunConfig
     from moestro.data.windows import Corpus
     from moestro.errors import CheckpointError, ConfigError
-    from moestro.train.compare import plan
+    from moestro.train.compare import Comparison, plan
     from moestro.train.state import corpus_of, newest_or_none
 
     saved = folder / SETTINGS_NAME
@@ -126,41 +190,48 @@ def _reopen(folder: Path) -> tuple[RunConfig, Corpus, int]:
         raise ConfigError(f"{folder} holds no comparison to go on with: no {SETTINGS_NAME}")
     try:
         values = read_json(saved)
-        cfg, seeds = RunConfig(**values["run"]), int(values["seeds"])
+        cfg, asked = RunConfig(**values["run"]), dict(values["comparison"])
+        for name in ("experts", "granularities"):
+            asked[name] = tuple(map(int, asked[name]))
+        comparison = Comparison(**asked)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved} was altered: {error}; start another comparison") from None
-    saves = [newest_or_none(entry.folder) for entry in plan(cfg, folder, seeds)]
+    saves = [newest_or_none(entry.folder) for entry in plan(cfg, folder, comparison)]
     checkpoint = next((save for save in saves if save is not None), None)
     corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     assert isinstance(corpus, Corpus)
-    return cfg, corpus, seeds
+    return cfg, corpus, comparison
 
 
 def _settle(
-    cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float | None
+    cfg: RunConfig, corpus: Corpus, folder: Path, comparison: Comparison, minutes: float | None
 ) -> RunConfig:
     """Fit the vocabulary to the tokenizer, and the steps to the minutes."""
     from moestro.train.compare import fit_to, plan
 
     cfg = fit_vocabulary(cfg, corpus)
-    plan(cfg, folder, seeds)  # refuses a dense model before anything is timed
+    entries = plan(cfg, folder, comparison)  # refuses a dense model before anything is timed
     for note in corpus.notes:
         typer.echo(note, err=True)
     if minutes is not None:
         typer.echo("timing a few steps of each model …", err=True)
-        cfg = fit_to(cfg, corpus, folder, seeds, minutes)
-    tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
-    typer.echo(
-        f"{cfg.train.steps} steps of {cfg.train.batch_size} × {cfg.data.seq_len} tokens for each "
-        f"run ({tokens:,} of {corpus.num_train_tokens:,} training tokens)",
-        err=True,
-    )
+        cfg = fit_to(cfg, corpus, folder, comparison, minutes)
+        entries = plan(cfg, folder, comparison)
+    step_tokens = cfg.train.batch_size * cfg.data.seq_len
+    for steps in sorted({entry.cfg.train.steps for entry in entries}):
+        kinds = dict.fromkeys(e.kind for e in entries if e.cfg.train.steps == steps)
+        whose = ", ".join(kinds) if comparison.budget_tflop else "each run"
+        typer.echo(
+            f"{steps} steps of {cfg.train.batch_size} × {cfg.data.seq_len} tokens for {whose} "
+            f"({steps * step_tokens:,} of {corpus.num_train_tokens:,} training tokens)",
+            err=True,
+        )
     return cfg
 
 
 def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
     """Train one run to its end, or read it where it has been trained already."""
-    from moestro.train.compare import Curve, done
+    from moestro.train.compare import MIXTURE, TWIN, Curve, done
     from moestro.train.loop import Trainer
     from moestro.train.metrics import METRICS_NAME, history, read_metrics
     from moestro.train.progress import ProgressDisplay
@@ -168,7 +239,7 @@ def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
 
     if done(entry):
         return Curve(entry.kind, entry.seed, history(read_metrics(entry.folder / METRICS_NAME)))
-    title = {"moe": "mixture of experts", "dense": "dense twin"}[entry.kind]
+    title = {MIXTURE: "mixture of experts", TWIN: "dense twin"}.get(entry.kind, entry.kind)
     with ProgressDisplay(f"{title}, seed {entry.seed}: {entry.folder}") as progress:
         trainer = Trainer(entry.cfg, entry.folder, corpus, progress)
         result = trainer.train(resume=newest_or_none(entry.folder) is not None)
@@ -176,21 +247,26 @@ def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
     return Curve(entry.kind, entry.seed, result.history)
 
 
-def _print(cfg: RunConfig, curves: list[Curve]) -> None:
-    """The table for people."""
+def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
+    """The table for people, and the laws of several mixtures."""
     from rich.console import Console
     from rich.table import Table
 
     from moestro.models.count import count
-    from moestro.train.compare import mean_and_spread, models
+    from moestro.train.compare import MIXTURE, TWIN, fitted, mean_and_spread, models
+    from moestro.train.scaling import told
 
-    table = Table("", "mixture", "dense twin", title="held-out bits per byte after the same tokens")
-    counts = [count(model) for model in models(cfg).values()]
+    alike = "compute" if comparison.budget_tflop else "tokens"
+    table = Table("", title=f"held-out bits per byte after the same {alike}")
+    made = models(cfg, comparison)
+    for kind in made:
+        table.add_column({MIXTURE: "mixture", TWIN: "dense twin"}.get(kind, kind))
+    counts = [count(model) for model in made.values()]
     table.add_row("parameters", *(f"{c.total:,}" for c in counts))
     table.add_row("active per token", *(f"{c.active:,}" for c in counts))
     flops = [c.train_flops(cfg.data.seq_len) / 1e6 for c in counts]
     table.add_row("training MFLOP per token", *(f"{f:.2f}" for f in flops))
-    finals = [[c.final for c in curves if c.kind == kind] for kind in models(cfg)]
+    finals = [[c.final for c in curves if c.kind == kind] for kind in made]
     speeds = [[p.tokens / p.seconds for p in points] for points in finals]
     table.add_row("tokens/s", *(f"{mean_and_spread(s)[0]:,.0f}" for s in speeds))
     for name in finals[0][0].bits_per_byte:
@@ -200,3 +276,5 @@ def _print(cfg: RunConfig, curves: list[Curve]) -> None:
             cells.append(f"{mean:.4f}" if len(points) == 1 else f"{mean:.4f} ± {spread:.4f}")
         table.add_row(name, *cells, style="bold" if name == "all" else "")
     Console().print(table)
+    for law in fitted(cfg, comparison, curves):
+        typer.echo(f"law of {told(law)}")

@@ -1,4 +1,4 @@
-"""A mixture against its dense twin: same text, same order, same tokens, same compute per token.
+"""Mixtures against their dense twin: same text, same order, same compute per token.
 
 Each run is an ordinary run folder below the comparison's; what was measured is in compare.json.
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
 from moestro.data.windows import Corpus
@@ -20,17 +20,45 @@ from moestro.train import state
 from moestro.train.evaluate import ALL
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point
+from moestro.train.scaling import Law, Mixture, law_json, laws, mixtures, remade
 
-Kind = Literal["moe", "dense"]
+# The kind of the only mixture of a comparison; several are called by their `Mixture.name`.
+MIXTURE, TWIN = "moe", "dense"
 CALIBRATION_STEPS = 8
+EVALUATIONS = 20
 # Share of the given minutes that is planned for: speed drifts, saving and figures take time.
 PLANNED_SHARE = 0.9
 
 
-class ComparedRun(NamedTuple):
-    """One run of the comparison: its kind, seed, folder and settings."""
+class Comparison(NamedTuple):
+    """What is compared, beside the settings of a run.
 
-    kind: Kind
+    Attributes:
+        seeds: Runs of each model.
+        experts: Numbers of experts E, a mixture for each; none: the settings' own.
+        granularities: Parts G that each expert is split into, a mixture for each.
+        budget_tflop: Training compute of every run; unset: train.steps for all.
+    """
+
+    seeds: int = 1
+    experts: tuple[int, ...] = ()
+    granularities: tuple[int, ...] = ()
+    budget_tflop: float | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether more is asked for than the settings' own mixture."""
+        return bool(self.experts or self.granularities)
+
+
+# The settings' own mixture, once.
+ONE = Comparison()
+
+
+class ComparedRun(NamedTuple):
+    """One run of the comparison: which model, its seed, folder and settings."""
+
+    kind: str
     seed: int
     folder: Path
     cfg: RunConfig
@@ -39,7 +67,7 @@ class ComparedRun(NamedTuple):
 class Curve(NamedTuple):
     """What one run measured: its evaluations, oldest first."""
 
-    kind: Kind
+    kind: str
     seed: int
     points: list[Point]
 
@@ -50,9 +78,10 @@ class Curve(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the mixture of one seed needed to reach its twin's final held-out loss.
+    """What a mixture of one seed needed to reach its twin's final held-out loss.
 
     Attributes:
+        kind: which mixture.
         seed: of both runs.
         moe_bpb: the mixture's final held-out bits per byte.
         dense_bpb: the twin's.
@@ -61,6 +90,7 @@ class Verdict(NamedTuple):
         time: the same for the seconds spent in training steps.
     """
 
+    kind: str
     seed: int
     moe_bpb: float
     dense_bpb: float
@@ -68,44 +98,72 @@ class Verdict(NamedTuple):
     time: float | None
 
 
-def models(cfg: RunConfig) -> dict[Kind, ModelConfig | EncDecConfig]:
-    """The two models that are compared."""
-    return {"moe": cfg.model, "dense": dense_twin(cfg.model)}
+def models(cfg: RunConfig, comparison: Comparison = ONE) -> dict[str, ModelConfig | EncDecConfig]:
+    """The models that are compared, by kind; the dense twin comes last."""
+    if comparison.several:
+        made = {m.name: remade(cfg, m) for m in _mixtures(cfg, comparison)}
+    else:
+        made = {MIXTURE: cfg.model}
+    return made | {TWIN: dense_twin(cfg.model)}
 
 
-def plan(cfg: RunConfig, folder: Path, seeds: int) -> list[ComparedRun]:
+def plan(cfg: RunConfig, folder: Path, comparison: Comparison = ONE) -> list[ComparedRun]:
     """The runs of a comparison, in the order in which they are trained."""
     if cfg.model.moe is None:
         raise ConfigError(
             "nothing to compare: the settings have no mixture; set model.moe.hidden_dim, for one"
         )
     entries = []
-    for seed in range(cfg.train.seed, cfg.train.seed + seeds):
-        train = cfg.train.model_copy(update={"seed": seed})
-        for kind, model in models(cfg).items():
-            name = kind if seeds == 1 else f"{kind}-seed{seed}"
-            run = cfg.model_copy(update={"model": model, "train": train})
+    for seed in range(cfg.train.seed, cfg.train.seed + comparison.seeds):
+        for kind, model in models(cfg, comparison).items():
+            name = kind if comparison.seeds == 1 else f"{kind}-seed{seed}"
+            run = cfg.model_copy(update={"model": model})
+            chosen = {"seed": seed} | _steps(run, comparison.budget_tflop)
+            run = run.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
             entries.append(ComparedRun(kind, seed, folder / name, run))
     return entries
 
 
-def fit_to(cfg: RunConfig, corpus: Corpus, folder: Path, seeds: int, minutes: float) -> RunConfig:
+def _mixtures(cfg: RunConfig, comparison: Comparison) -> list[Mixture]:
+    return mixtures(cfg, comparison.experts, comparison.granularities)
+
+
+def _steps(cfg: RunConfig, budget_tflop: float | None) -> dict[str, int]:
+    """Steps, and how often to evaluate and save, for a run of this compute."""
+    if budget_tflop is None:
+        return {}
+    per_token = count(cfg.model).train_flops(cfg.data.seq_len)
+    step_flops = per_token * cfg.train.batch_size * cfg.data.seq_len
+    steps = round(budget_tflop * 1e12 / step_flops)
+    if steps < EVALUATIONS:
+        least = EVALUATIONS * step_flops / 1e12
+        raise ConfigError(
+            f"--budget {budget_tflop:g} TFLOP is {steps} steps of this model; "
+            f"{least:.3g} is the least, for {EVALUATIONS} steps"
+        )
+    every = math.ceil(steps / EVALUATIONS)
+    return {"steps": steps, "eval_every": every, "save_every": 5 * every}
+
+
+def fit_to(
+    cfg: RunConfig, corpus: Corpus, folder: Path, comparison: Comparison, minutes: float
+) -> RunConfig:
     """Set `train.steps` (and how often to evaluate) so that all runs together take `minutes`.
 
     A few steps of each model are timed on this machine, so the number of steps, and with it the
     result, depends on its speed.
     """
     long = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": 10**6})})
-    trainers = (Trainer(entry.cfg, entry.folder, corpus) for entry in plan(long, folder, 1))
+    entries = plan(long, folder, comparison._replace(seeds=1))
+    trainers = (Trainer(entry.cfg, entry.folder, corpus) for entry in entries)
     seconds = sum(trainer.time_steps(CALIBRATION_STEPS) for trainer in trainers)
-    evaluations = 20
     step_tokens = cfg.train.batch_size * cfg.data.seq_len
     # An evaluation runs forward only: a third of a step's work for each of its tokens.
-    evaluation_steps = evaluations * cfg.train.eval_tokens / step_tokens / 3
-    budget_s = PLANNED_SHARE * 60 * minutes / seeds
+    evaluation_steps = EVALUATIONS * cfg.train.eval_tokens / step_tokens / 3
+    budget_s = PLANNED_SHARE * 60 * minutes / comparison.seeds
     steps = int(budget_s / seconds - evaluation_steps)
-    steps = max(evaluations, steps - steps % evaluations)
-    every = steps // evaluations
+    steps = max(EVALUATIONS, steps - steps % EVALUATIONS)
+    every = steps // EVALUATIONS
     chosen = {"steps": steps, "eval_every": every, "save_every": 5 * every}
     return cfg.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
 
@@ -117,11 +175,11 @@ def done(entry: ComparedRun) -> bool:
 
 
 def judge(curves: list[Curve]) -> list[Verdict]:
-    """Compare the two curves of each seed."""
-    twins = {curve.seed: curve.final for curve in curves if curve.kind == "dense"}
+    """Compare every mixture with the twin of its seed."""
+    twins = {curve.seed: curve.final for curve in curves if curve.kind == TWIN}
     verdicts = []
     for moe in curves:
-        if moe.kind != "moe" or moe.seed not in twins:
+        if moe.kind == TWIN or moe.seed not in twins:
             continue
         twin = twins[moe.seed]
         goal = twin.bits_per_byte[ALL]
@@ -129,7 +187,8 @@ def judge(curves: list[Curve]) -> list[Verdict]:
         seconds = crossing(moe.points, goal, lambda point: point.seconds)
         compute = None if flops is None else flops / twin.train_flops
         time = None if seconds is None else seconds / twin.seconds
-        verdicts.append(Verdict(moe.seed, moe.final.bits_per_byte[ALL], goal, compute, time))
+        final = moe.final.bits_per_byte[ALL]
+        verdicts.append(Verdict(moe.kind, moe.seed, final, goal, compute, time))
     return verdicts
 
 
@@ -152,7 +211,16 @@ def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float
 
 
 def sentence(verdicts: list[Verdict]) -> str:
-    """The result in one sentence, whichever side won."""
+    """The result in one sentence for each mixture, whichever side won."""
+    kinds = list(dict.fromkeys(verdict.kind for verdict in verdicts))
+    if len(kinds) == 1:
+        return _sentence(verdicts)
+    told = {kind: _sentence([v for v in verdicts if v.kind == kind]) for kind in kinds}
+    return "\n".join(f"{kind}: {text}" for kind, text in told.items())
+
+
+def _sentence(verdicts: list[Verdict]) -> str:
+    """The result of one mixture."""
     reached = [v.compute for v in verdicts if v.compute is not None]
     moe = statistics.fmean(v.moe_bpb for v in verdicts)
     dense = statistics.fmean(v.dense_bpb for v in verdicts)
@@ -176,10 +244,23 @@ def sentence(verdicts: list[Verdict]) -> str:
     )
 
 
-def as_json(cfg: RunConfig, curves: list[Curve]) -> dict[str, Any]:
+def fitted(cfg: RunConfig, comparison: Comparison, curves: list[Curve]) -> list[Law]:
+    """The laws of experts and granularity through the final losses; none of a single mixture."""
+    if not comparison.several or cfg.model.moe is None:
+        return []
+    losses = {m: mean_loss(curves, m.name) for m in _mixtures(cfg, comparison)}
+    return laws(losses, mean_loss(curves, TWIN), cfg.model.moe.top_k)
+
+
+def mean_loss(curves: list[Curve], kind: str) -> float:
+    """Final held-out bits per byte of a model, mean over seeds."""
+    return statistics.fmean(c.final.bits_per_byte[ALL] for c in curves if c.kind == kind)
+
+
+def as_json(cfg: RunConfig, curves: list[Curve], comparison: Comparison = ONE) -> dict[str, Any]:
     """Everything that was measured, for compare.json and --json."""
     verdicts = judge(curves)
-    counts = {kind: count(model) for kind, model in models(cfg).items()}
+    counts = {kind: count(model) for kind, model in models(cfg, comparison).items()}
     seq_len = cfg.data.seq_len
     return {
         "sentence": sentence(verdicts),
@@ -188,10 +269,12 @@ def as_json(cfg: RunConfig, curves: list[Curve]) -> dict[str, Any]:
             kind: {**counted._asdict(), "train_flops_per_token": counted.train_flops(seq_len)}
             for kind, counted in counts.items()
         },
+        "laws": [law_json(law) for law in fitted(cfg, comparison, curves)],
         "curves": [
             {**curve._asdict(), "points": [point._asdict() for point in curve.points]}
             for curve in curves
         ],
+        "comparison": comparison._asdict(),
         "settings": cfg.model_dump(mode="json"),
     }
 

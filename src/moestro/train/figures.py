@@ -1,4 +1,4 @@
-"""Figures of a comparison: held-out bits per byte against compute and against wall time."""
+"""Figures of a comparison: held-out bits per byte against compute and time, and its scaling."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moestro.train.compare import Curve
+from moestro.config import RunConfig
+from moestro.train.compare import TWIN, Comparison, Curve, Verdict, fitted, judge, mean_loss
 from moestro.train.evaluate import ALL
+from moestro.train.scaling import Axis, Law, Mixture, mixtures, predict
 
 # Okabe and Ito's blue and vermilion: apart for every kind of colour vision.
+BLUE, VERMILION = "#0072B2", "#D55E00"
 STYLES: dict[str, dict[str, Any]] = {
-    "moe": {"color": "#0072B2", "marker": "o", "label": "mixture of experts"},
-    "dense": {"color": "#D55E00", "marker": "s", "label": "dense twin"},
+    "moe": {"color": BLUE, "marker": "o", "label": "mixture of experts"},
+    "dense": {"color": VERMILION, "marker": "s", "label": "dense twin"},
 }
 
 
@@ -26,12 +29,11 @@ def comparison_figure(curves: list[Curve], path: Path) -> None:
         bits = [point.bits_per_byte[ALL] for point in curve.points]
         _line(left, curve, [point.train_flops / 1e12 for point in curve.points], bits)
         _line(right, curve, [point.seconds / 60 for point in curve.points], bits)
-    goals = [curve.final.bits_per_byte[ALL] for curve in curves if curve.kind == "dense"]
+    goals = [curve.final.bits_per_byte[ALL] for curve in curves if curve.kind == TWIN]
     for axes in (left, right):
         for goal in goals:
-            axes.axhline(goal, color=STYLES["dense"]["color"], lw=0.8, ls=":")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+            axes.axhline(goal, color=VERMILION, lw=0.8, ls=":")
+        _plain(axes)
     left.set_xlabel("training compute (TFLOP, counted)")
     right.set_xlabel("time in training steps (minutes)")
     left.set_ylabel("held-out bits per byte")
@@ -42,7 +44,7 @@ def comparison_figure(curves: list[Curve], path: Path) -> None:
 
 
 def _line(axes: Axes, curve: Curve, cost: list[float], bits: list[float]) -> None:
-    style = dict(STYLES[curve.kind])
+    style = dict(STYLES.get(curve.kind) or {"marker": ".", "label": curve.kind})
     if axes.lines and any(line.get_label() == style["label"] for line in axes.lines):
         style["label"] = "_again"
     axes.plot(cost, bits, ms=3.5, lw=1.6, **style)
@@ -54,3 +56,78 @@ def _zoom(axes: Axes, curves: list[Curve]) -> None:
     seen = [point.bits_per_byte[ALL] for c in curves for point in c.points[len(c.points) // 5 :]]
     margin = 0.05 * (max(seen) - min(finals)) or 0.01
     axes.set_ylim(min(finals) - margin, max(seen) + margin)
+
+
+def scaling_figure(cfg: RunConfig, comparison: Comparison, curves: list[Curve], path: Path) -> None:
+    """Compute and time saved, and final loss with the fitted laws, against experts; write a PNG.
+
+    Against granularity where only that varies.
+    """
+    assert cfg.model.moe is not None
+    made = mixtures(cfg, comparison.experts, comparison.granularities)
+    axis: Axis = "experts" if len({m.experts for m in made}) > 1 else "granularity"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    verdicts = judge(curves)
+    groups = sorted({m.granularity if axis == "experts" else m.experts for m in made})
+    for number, fixed in enumerate(groups):
+        row = [m for m in made if fixed == (m.granularity if axis == "experts" else m.experts)]
+        color = f"C{number}" if len(groups) > 1 else BLUE
+        _shares(left, axis, row, verdicts, color, _label(axis, fixed))
+        at = [_place(axis, m) for m in row]
+        right.plot(at, [mean_loss(curves, m.name) for m in row], "o", color=color)
+        for law in fitted(cfg, comparison, curves):
+            if (law.axis, law.fixed) == (axis, fixed):
+                _law_line(right, law, at, cfg.model.moe.top_k, color)
+    right.axhline(mean_loss(curves, TWIN), color=VERMILION, lw=0.8, ls=":", label="dense twin")
+    left.axhline(1, color=VERMILION, lw=0.8, ls=":")
+    for axes in (left, right):
+        _plain(axes)
+        axes.set_xscale("log", base=2)
+        places = sorted({_place(axis, m) for m in made})
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.set_xlabel("experts" if axis == "experts" else "granularity")
+        axes.legend(frameon=False)
+    left.set_ylabel("share of the dense twin's cost for its loss")
+    right.set_ylabel("held-out bits per byte at the end")
+    figure.suptitle("More and finer experts beside the same dense twin")
+    figure.savefig(path, dpi=150)
+
+
+def _place(axis: Axis, mixture: Mixture) -> int:
+    return mixture.experts if axis == "experts" else mixture.granularity
+
+
+def _label(axis: Axis, fixed: int) -> str:
+    return f"granularity {fixed}" if axis == "experts" else f"{fixed} experts"
+
+
+def _shares(
+    axes: Axes, axis: Axis, row: list[Mixture], verdicts: list[Verdict], color: str, label: str
+) -> None:
+    """Compute (solid) and time (dashed) that each mixture needed; gaps where it never got there."""
+    for cost, style in (("compute", "-o"), ("time", "--s")):
+        at, shares = [], []
+        for mixture in row:
+            values = [getattr(v, cost) for v in verdicts if v.kind == mixture.name]
+            if None not in values:
+                at.append(_place(axis, mixture))
+                shares.append(sum(values) / len(values))
+        axes.plot(at, shares, style, color=color, ms=4, lw=1.4, label=f"{cost}, {label}")
+
+
+def _law_line(axes: Axes, law: Law, at: list[int], top_k: int, color: str) -> None:
+    """The fitted law, between the points and twice as far."""
+    low, high = min(at), 2 * max(at)
+    places = [low * (high / low) ** (step / 40) for step in range(41)]
+    losses = [predict(law, place, top_k) for place in places]
+    axes.plot(
+        places, losses, color=color, lw=1, alpha=0.6, label=f"law, {_label(law.axis, law.fixed)}"
+    )
+    if law.largest is not None and law.predicted is not None:
+        axes.plot([law.largest], [law.predicted], "x", color=color, label="predicted from the rest")
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
