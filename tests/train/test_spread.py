@@ -30,6 +30,7 @@ MIXTURE = {
     "router": {"selection_bias": True},
     "shared": {"hidden_dim": 8, "gate": True},
 }
+NOISE = {"router": {"selection_bias": True, "jitter": 0.1}, "experts": {"dropout": 0.2}}
 LAYOUTS = {
     2: {
         "expert 2": {"expert": 2},
@@ -48,12 +49,12 @@ LAYOUTS = {
 def settings(tiny_settings):
     """A function: how a run is spread, cut and rounded → its settings."""
 
-    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=2):
+    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=2, noise=False):
         """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
         accumulate = pieces // (2 if parallel else 1) or 1
         capacity = {"capacity": {"factor": 0.75}} if pieces > 1 else {}
         return tiny_settings(
-            {**MIXTURE, **capacity},
+            {**MIXTURE, **capacity, **(NOISE if noise else {})},
             train={
                 "steps": steps, "batch_size": 8, "dtype": dtype, "accumulate": accumulate,
                 "eval_every": every, "eval_tokens": 16 * 7, "save_every": every, "keep": 9,
@@ -119,6 +120,7 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
         "float32": settings(both, "float32"),
         "bfloat16": settings({"expert": 2}, "bfloat16"),
         "pieces": settings(both, pieces=4, steps=2, every=1),
+        "noise": settings(both, pieces=4, steps=2, noise=True),
     }
     buggy = {
         "two steps": settings({"expert": 2}, steps=2, every=1),
@@ -183,6 +185,12 @@ def test_drops_are_those_of_as_many_micro_batches(two, alone):
     one = alone(pieces=4, steps=2, every=1)
     assert any(layer["dropped"] for layer in read_metrics(one / METRICS_NAME)[0]["layers"])
     assert gap(two[0] / "pieces", one) <= 1e-12
+
+
+def test_dropout_and_jitter_are_those_of_one_process(two, alone):
+    one = alone(pieces=4, steps=2, noise=True)
+    assert gap(two[0] / "noise", one) <= 1e-12
+    assert gap(one, alone(pieces=4, steps=2)) > 1e-3
 
 
 def test_single_precision(two, alone):

@@ -138,6 +138,12 @@ class MoEConfig(Settings):
         return self
 
     @property
+    def noisy(self) -> bool:
+        """Whether training draws random numbers."""
+        drawn = self.router.jitter > 0 or self.router.kind == "noisy_top_k"
+        return drawn or self.experts.dropout > 0
+
+    @property
     def renormalizes(self) -> bool:
         """Whether the K weights are divided by their sum: `router.renormalize`, or its default."""
         chosen = self.router.renormalize

@@ -21,6 +21,7 @@ from moestro.kernels.reference import Biases
 from moestro.moe import mixing
 from moestro.moe.lora import Adapter, Adapters
 from moestro.moe.mixing import ExpertWeights, compute_dtype
+from moestro.moe.noise import Drop
 from moestro.moe.packed import PackedExperts, PackedFeedForward, PackedStack
 from moestro.moe.routing import Routing
 
@@ -129,9 +130,16 @@ class Experts(StackedWeights):
     """E feed-forward networks, whose `forward` is the mixing."""
 
     packed = PackedExperts
+    first = 0  # the number of the expert in row 0 of the weights
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, noise_T: Tensor | None = None) -> Tensor:
         """Each token through its experts, and the weighted sum of what they return.
+
+        Args:
+            x_TD: tokens.
+            routing: who goes where.
+            noise_T: int64 keys of the tokens, of which dropout is a function
+                (`moestro.moe.noise`); None: it is drawn by torch's generator.
 
         Raises:
             ShapeError: the tokens are not of the weights' dtype, and autocast is off.
@@ -143,7 +151,10 @@ class Experts(StackedWeights):
             )
         weights = self.values()
         if self.training and self.dropout:
-            weights = weights._replace(activation=self._activate_and_drop)
+            if noise_T is None:
+                weights = weights._replace(activation=self._activate_and_drop)
+            else:
+                weights = weights._replace(drop=Drop(self.dropout, noise_T, self.first))
         return hidden_from_compiler(mixing.mix)(
             x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend
         )

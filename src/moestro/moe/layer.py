@@ -50,7 +50,12 @@ class MoE(nn.Module):
                 self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
 
     def forward(
-        self, x: Tensor, *, token_ids: Tensor | None = None, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Send each token to its experts and add up what they return.
 
@@ -60,6 +65,8 @@ class MoE(nn.Module):
             token_ids: int64 [...], only for the hash router.
             valid: bool [...], False for padding: whatever x holds there, even NaN, y is 0, and
                 nothing else sees or counts it.
+            noise: int64 [...], keys of which what is random in training is a function
+                (`moestro.moe.noise`); None: it is drawn by torch's generator.
 
         Returns:
             (y like x, the Routing of the T tokens).
@@ -67,17 +74,18 @@ class MoE(nn.Module):
         Raises:
             ShapeError: a shape or dtype does not fit.
         """
-        self._check(x, token_ids, valid)
+        self._check(x, token_ids=token_ids, valid=valid, noise=noise)
         x_TD = x.reshape(-1, self.cfg.dim)
         valid_T = None if valid is None else valid.reshape(-1)
         ids_T = None if token_ids is None else token_ids.reshape(-1)
+        keys = () if noise is None else (noise.reshape(-1),)
 
         if valid_T is not None:
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
 
         num_sequences = len(x) if x.dim() > 2 else 1
-        routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
-        y_TD = self.experts(x_TD, routing)
+        routing = self._limit(self.router(x_TD, ids_T, valid_T, *keys), num_sequences)
+        y_TD = self.experts(x_TD, routing, *keys)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
         if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
@@ -109,16 +117,17 @@ class MoE(nn.Module):
             y_TD = y_TD * torch.sigmoid(gate_T1).to(y_TD.dtype)
         return y_TD
 
-    def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
+    def _check(self, x: Tensor, **others: Tensor | None) -> None:
         if x.shape[-1:] != (self.cfg.dim,):
             raise ShapeError(
                 f"the layer takes [..., {self.cfg.dim}]; given {list(x.shape)}. "
                 "Set MoEConfig.dim to the width of your tokens"
             )
-        for name, value in (("token_ids", token_ids), ("valid", valid)):
+        for name, value in others.items():
             if value is not None and value.shape != x.shape[:-1]:
                 raise ShapeError(
                     f"{name} has shape {list(value.shape)}; x needs {list(x.shape[:-1])}"
                 )
+        valid = others["valid"]
         if valid is not None and valid.dtype != torch.bool:
             raise ShapeError(f"valid is {valid.dtype}; it must be bool, False for padding")

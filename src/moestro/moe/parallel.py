@@ -73,16 +73,19 @@ class ParallelExperts(Experts):
             own = 0 <= expert - self.first < len(weight)
             yield weight[expert - self.first] if own else of_other
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, noise_T: Tensor | None = None) -> Tensor:
         """See `Experts.forward`; `routing` names experts of all ranks."""
-        return hidden_from_compiler(self._across)(x_TD.to(compute_dtype(x_TD)), routing)
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        return hidden_from_compiler(self._across)(x_TD, routing, noise_T)
 
-    def _across(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _across(self, x_TD: Tensor, routing: Routing, noise_T: Tensor | None) -> Tensor:
         plan = dispatch.make_plan(routing)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         way, local = meet(plan.counts_E, dtype, self.group)
         rows_RD = _Swap.apply(dispatch.dispatch(x_TD, plan), way)
-        done_RD = super().forward(rows_RD, local)
+        if noise_T is not None and self.dropout:
+            noise_T = _exchange(noise_T[plan.tokens_R, None], way).squeeze(1)
+        done_RD = super().forward(rows_RD, local, noise_T)
         return dispatch.combine(_Swap.apply(done_RD, way.back()), routing.weights_R, plan)
 
 
