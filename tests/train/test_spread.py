@@ -49,9 +49,9 @@ LAYOUTS = {
 def settings(tiny_settings):
     """A function: how a run is spread, cut and rounded → its settings."""
 
-    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=2, noise=False):
+    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=2, noise=False, ranks=2):
         """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
-        accumulate = pieces // (2 if parallel else 1) or 1
+        accumulate = pieces // (ranks if parallel else 1) or 1
         capacity = {"capacity": {"factor": 0.75}} if pieces > 1 else {}
         return tiny_settings(
             {**MIXTURE, **capacity, **(NOISE if noise else {})},
@@ -211,7 +211,7 @@ def test_twenty_steps(number, settings, alone, tiny_data_folder, tmp_path):
     """Every layout; in pieces, with drops and recomputation; fp32; bf16."""
     last = list(LAYOUTS[number].values())[-1]
     runs = {
-        "pieces": settings(last, pieces=8, **LONG),
+        "pieces": settings(last, pieces=8, ranks=number, **LONG),
         "float32": settings(last, "float32", **LONG),
         "bfloat16": settings(last, "bfloat16", **LONG),
     }
@@ -236,6 +236,29 @@ def test_another_number_of_processes_goes_on(two, four, alone, settings, tiny_co
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     Trainer(settings(), tmp_path / "run", tiny_corpus).train(resume=True)
     assert gap(tmp_path / "run", alone()) <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_four_then_two_then_one_then_four(
+    dtype, most, settings, alone, tiny_data_folder, tiny_corpus, tmp_path
+):
+    """Eight steps, with another number of processes after every second one; with noise."""
+    how = {"dtype": dtype, "steps": 8, "every": 2, "noise": True}
+    layouts = {"four": {"expert": 2, "shard": 4}, "two": {"expert": 2}, "back": {"expert": 4}}
+    found = {name: settings(layout, **how) for name, layout in layouts.items()}
+    run_cases(tmp_path, 4, found, [case("four", "four")], tiny_data_folder)
+    run_cases(tmp_path, 2, found, [case("two", "two", None, "four", 2)], tiny_data_folder)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step-00000{step}")
+    Trainer(settings(**how), tmp_path / "one", tiny_corpus).train(resume=True)
+    cases = [case("back", "back", None, "one", 6), case("again", "four", None, "four", 4)]
+    run_cases(tmp_path, 4, found, cases, tiny_data_folder)
+    for name in ("four", "two", "one", "back"):
+        assert gap(tmp_path / name, alone(**how)) <= most
+    again, whole = weights_of(tmp_path / "again"), weights_of(tmp_path / "four")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("bug", BUGS)
