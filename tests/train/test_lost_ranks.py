@@ -1,9 +1,14 @@
 """Processes that die, or are asked to stop: the others end soon, and the run goes on."""
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -95,10 +100,67 @@ def test_kills_at_any_moment_lose_nothing(start, tmp_path):
     run, reached, moments = tmp_path / "run", 0, random.Random(0)
     for number in range(int(os.environ.get("MOESTRO_KILLS", "10"))):
         ranks = start(restarts=number)
-        reached = wait_for(run, reached + 2)
-        time.sleep(moments.uniform(0, 0.3))
-        ranks.send(moments.randrange(2), signal.SIGKILL)
-        assert sorted(ranks.ended(60)) == [-signal.SIGKILL, 1]
+        if number and moments.random() < 0.3:  # the whole machine, even while they start
+            time.sleep(moments.uniform(0, 2))
+            for rank in (0, 1):
+                ranks.send(rank, signal.SIGKILL)
+            assert ranks.ended(60) == [-signal.SIGKILL] * 2
+        else:
+            reached = wait_for(run, reached + 2)
+            time.sleep(moments.uniform(0, 0.3))
+            ranks.send(moments.randrange(2), signal.SIGKILL)
+            assert sorted(ranks.ended(60)) == [-signal.SIGKILL, 1]
         newest = newest_checkpoint(run)
         verify_folder(newest)
         assert int(newest.name.removeprefix("step-")) >= reached
+
+
+@pytest.fixture
+def torchrun(words, tmp_path):
+    """A function: torchrun's options, more of ours → its process, of a session of its own."""
+    begun = []
+
+    def launch(*options, more=()):
+        command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
+        command += ["--nproc-per-node", "2", *options, "-m", "moestro", *words, *more]
+        begun.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return begun[-1]
+
+    yield launch
+    for child in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+def test_torchrun_trains_to_the_end(torchrun, tmp_path):
+    printed, errors = (child := torchrun(more=("--json", "--set", "train.steps=4"))).communicate()
+    assert child.returncode == 0, errors
+    assert json.loads(printed)["step"] == 4  # printed once
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest.name == "step-000004"
+    assert len(list(newest.glob("model-rank-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed_and_ctrl_c_saves(torchrun, tmp_path):
+    run, child = tmp_path / "run", torchrun("--max-restarts", "1")
+    reached = wait_for(run, 4)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    wait_for(run, reached + 6)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to torchrun and to the workers
+    _, errors = child.communicate(timeout=60)
+    assert "stopped by SIGINT after step" in errors
+    newest = newest_checkpoint(run)
+    step = int(newest.name.removeprefix("step-"))
+    assert f"after step {step};" in errors
