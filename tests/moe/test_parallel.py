@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from moestro import MoE, MoEConfig
+from moestro.moe import parallel
 from moestro.moe.parallel import ParallelExperts
 
 warnings.filterwarnings("error", module="moestro")
@@ -73,7 +74,7 @@ def check(**how):
 
 check()
 check(shared={"hidden_dim": 24, "gate": True}, experts={"bias": True})
-check(lengths=(13, 0))
+check(shared={"hidden_dim": 24}, lengths=(13, 0), recompute=True)
 check(lengths=(1, 7))
 check(pull=slice(0, 2))                         # the other rank's experts idle
 check(pull=slice(0, 2), lengths=(0, 5))
@@ -111,11 +112,24 @@ def counted(out, x, *rest, **named):
     return exchange(out, x, *rest, **named)
 
 dist.all_to_all_single = counted
-x_TD = torch.randn(20, 16)
+x_TD = torch.randn(20, 16, requires_grad=True)
 with torch.autocast("cpu", torch.bfloat16):
     y_TD, wanted_TD = mine(x_TD)[0], whole(x_TD)[0]
 assert y_TD.dtype == wanted_TD.dtype and sent == [torch.int64, torch.bfloat16, torch.bfloat16]
 torch.testing.assert_close(y_TD, wanted_TD, rtol=2e-2, atol=2e-2)
+y_TD.float().sin().sum().backward()
+assert sent == [torch.int64] + [torch.bfloat16] * 4, sent
+
+# A shared expert is computed while rows travel, forward and backward.
+_, mine = layers_of(torch.float32, shared={"hidden_dim": 24})
+events, begin, end = [], parallel._Trip.begin, parallel._Trip.end
+parallel._Trip.begin = lambda *given, **how: (events.append("begin"), begin(*given, **how))[1]
+parallel._Trip.end = lambda trip: (events.append("end"), end(trip))[1]
+mine.shared.register_forward_hook(lambda *_: events.append("shared"))
+mine.shared.register_full_backward_hook(lambda *_: events.append("shared"))
+y_TD, _ = mine(x_TD)
+y_TD.sum().backward()
+assert events == ["begin", "shared", "end"] * 2, events
 dist.destroy_process_group()
 """
 

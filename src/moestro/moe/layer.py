@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.moe import dispatch
 from moestro.moe.experts import Experts, FeedForward
+from moestro.moe.parallel import ParallelExperts
 from moestro.moe.routers import build_router
 from moestro.moe.routing import Routing
 
@@ -85,9 +88,13 @@ class MoE(nn.Module):
 
         num_sequences = len(x) if x.dim() > 2 else 1
         routing = self._limit(self.router(x_TD, ids_T, valid_T, *keys), num_sequences)
-        y_TD = self.experts(x_TD, routing, *keys)
-        if self.shared is not None:
-            y_TD = y_TD + self._shared(x_TD)
+        if self.shared is not None and isinstance(self.experts, ParallelExperts):
+            meanwhile = partial(self._shared, x_TD)
+            y_TD = self.experts(x_TD, routing, *keys, meanwhile=meanwhile)
+        else:
+            y_TD = self.experts(x_TD, routing, *keys)
+            if self.shared is not None:
+                y_TD = y_TD + self._shared(x_TD)
         if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
             y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
         # No view, which FSDP2 warns of: whoever changed it in place would bypass the hooks on it.
