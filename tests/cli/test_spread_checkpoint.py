@@ -29,10 +29,10 @@ with joined(torch.device("cpu")) as ranks:
 """
 SETTINGS = {
     "model": {
-        "dim": 16, "num_layers": 2, "attention": {"num_heads": 2, "context": 32},
+        "dim": 16, "num_layers": 2, "attention": {"num_heads": 2, "context": 16},
         "moe": {"hidden_dim": 16, "num_experts": 4}, "vocab_size": 257, "head": {"tied": False},
     },
-    "data": {"seq_len": 16, "held_out": 0.2},
+    "data": {"seq_len": 16},
     "train": {
         "steps": 2, "batch_size": 4, "dtype": "float32", "eval_every": 2, "eval_tokens": 64,
         "save_every": 2, "runtime": {"device": "cpu"},
@@ -78,14 +78,26 @@ def test_convert_to_hugging_faces_layout(root, whole, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_eval_generate_and_probe_say_the_same(root, whole, tmp_path, capsys):
-    for words in (
-        ["eval", "{}", "--json"],
-        ["generate", "{}", "text", "--max-tokens", "6", "--temperature", "0"],
-        ["probe", "{}", "--json", "--out", str(tmp_path / "probe")],
-    ):
-        said = []
-        for source in (root / "run", whole):
-            assert main([word.format(source) for word in words]) == 0
-            said.append(capsys.readouterr().out.replace(str(source), "HERE"))
-        assert said[0] == said[1] and said[0].strip()
+TEXT = ["--source", "TEXT", "--tokens", "64", "--json"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "MODEL", "--weights", "fp32", *TEXT],
+        ["generate", "MODEL", "text", "--max-tokens", "6", "--temperature", "0"],
+        pytest.param(["probe", "MODEL", "--out", "OUT", *TEXT], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_say_the_same_of_pieces_and_whole(words, root, whole, tmp_path, capsys):
+    said = []
+    for place in (root / "run", whole):
+        names = {"MODEL": place, "TEXT": root / "text", "OUT": tmp_path / place.name}
+        assert main([str(names.get(word, word)) for word in words]) == 0
+        printed = capsys.readouterr().out
+        newest = next(iter((root / "run" / "checkpoints").iterdir()))
+        for path in (newest, *names.values()):
+            printed = printed.replace(str(path), "HERE")
+        said.append(printed)
+    assert said[0].strip() and said[0] == said[1]
