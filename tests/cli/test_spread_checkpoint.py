@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.cli.main import main
+
 from ..ranks import run_two_ranks
 
 RANK_OF_TWO = """
@@ -75,7 +76,8 @@ def test_convert_to_hugging_faces_layout(root, whole, tmp_path):
         assert main([*words, "--family", "mixtral"]) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in one
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 TEXT = ["--source", "TEXT", "--tokens", "64", "--json"]
@@ -100,4 +102,5 @@ def test_commands_say_the_same_of_pieces_and_whole(words, root, whole, tmp_path,
         for path in (newest, *names.values()):
             printed = printed.replace(str(path), "HERE")
         said.append(printed)
-    assert said[0].strip() and said[0] == said[1]
+    assert said[0].strip()
+    assert said[0] == said[1]

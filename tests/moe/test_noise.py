@@ -1,4 +1,4 @@
-"""Noise that is a function of keys: the published hash, its distributions, and any cut of a batch."""
+"""Noise that is a function of keys: the published hash, its distributions, any cut of a batch."""
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ def test_distributions(dtype):
     keys_N = of_tokens(of_rows(7, torch.arange(40)), 50).flatten()
     u_NW, z_NW = noise.uniform(keys_N, 60, dtype), noise.normal(keys_N, 60, dtype)
     assert u_NW.dtype == z_NW.dtype == dtype
-    assert 0 <= u_NW.min() < 1e-3 and 0.999 < u_NW.max() < 1
+    assert 0 <= u_NW.min() < 1e-3
+    assert 0.999 < u_NW.max() < 1
     for x_NW, mean, std in ((u_NW, 0.5, 12**-0.5), (z_NW, 0.0, 1.0)):
         assert x_NW.mean().item() == pytest.approx(mean, abs=0.01)
         assert x_NW.std().item() == pytest.approx(std, abs=0.01)

@@ -86,6 +86,36 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is not causal
     check(router={"kind": "expert_choice"})
 
+def drops(lengths, valid=None, **capacity):
+    '''Those of a capacity of all ranks are those of one process with the tokens of all.'''
+    cfg = {**BASE, "capacity": {"factor": 0.5, **capacity}}
+    torch.manual_seed(0)
+    one = MoE(MoEConfig(**cfg))
+    mine = MoE(MoEConfig(**{**cfg, "capacity": {**cfg["capacity"], "scope": "global"}}))
+    mine.load_state_dict(one.state_dict())
+    x_TD = torch.randn(sum(lengths), 16)
+    mask_T = None if valid is None else torch.arange(len(x_TD)) % valid > 0
+    _, wanted = one(x_TD, valid=mask_T)
+    own = slice(sum(lengths[:rank]), sum(lengths[:rank + 1]))
+    y_TD, routing = mine(x_TD[own], valid=None if valid is None else mask_T[own])
+    rows = slice(own.start * 2, own.stop * 2)
+    assert torch.equal(routing.kept_R, wanted.kept_R[rows]), (lengths, capacity)
+    assert not wanted.kept_R.all() and wanted.dropped() > 0
+    alone = MoE.forward(one, x_TD[own], valid=None if valid is None else mask_T[own])[1]
+    return not torch.equal(alone.kept_R, routing.kept_R)
+
+found = []
+for priority in ("arrival", "router"):
+    found.append(drops((13, 13), priority=priority))
+    drops((13, 0), priority=priority)
+    drops((3, 11), valid=3, priority=priority)
+differs = torch.tensor([float(any(found))])
+dist.all_reduce(differs)
+assert differs > 0  # a rank's own capacity drops others
+mine = MoE(MoEConfig(**BASE, capacity={"factor": 0.5, "scope": "global"})).eval()
+if rank == 0:
+    mine(torch.randn(3, 16))  # a call's own outside training: nothing is exchanged
+
 # Only a share is ever held, and drawn as one process draws it.
 torch.manual_seed(1)
 whole = MoE(MoEConfig(**BASE)).experts

@@ -31,6 +31,7 @@ MIXTURE = {
     "router": {"selection_bias": True},
     "shared": {"hidden_dim": 8, "gate": True},
 }
+GLOBAL = {"factor": 0.75, "scope": "global"}
 NOISE = {"router": {"selection_bias": True, "jitter": 0.1}, "experts": {"dropout": 0.2}}
 LAYOUTS = {
     2: {
@@ -50,10 +51,20 @@ LAYOUTS = {
 def settings(tiny_settings):
     """A function: how a run is spread, cut and rounded → its settings."""
 
-    def make(parallel=None, dtype="float64", pieces=1, steps=STEPS, every=2, noise=False, ranks=2):
+    def make(
+        parallel=None,
+        dtype="float64",
+        pieces=1,
+        steps=STEPS,
+        every=2,
+        noise=False,
+        ranks=2,
+        drop=None,
+    ):
         """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
         accumulate = pieces // (ranks if parallel else 1) or 1
-        capacity = {"capacity": {"factor": 0.75}} if pieces > 1 else {}
+        drop = drop or ({"factor": 0.75} if pieces > 1 else None)
+        capacity = {"capacity": drop} if drop else {}
         return tiny_settings(
             {**MIXTURE, **capacity, **(NOISE if noise else {})},
             train={
@@ -121,6 +132,7 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
         "float32": settings(both, "float32"),
         "bfloat16": settings({"expert": 2}, "bfloat16"),
         "pieces": settings(both, pieces=4, steps=2, every=1),
+        "global capacity": settings({"expert": 2}, steps=2, drop=GLOBAL),
         "noise": settings(both, pieces=4, steps=2, noise=True),
     }
     buggy = {
@@ -186,6 +198,12 @@ def test_drops_are_those_of_as_many_micro_batches(two, alone):
     one = alone(pieces=4, steps=2, every=1)
     assert any(layer["dropped"] for layer in read_metrics(one / METRICS_NAME)[0]["layers"])
     assert gap(two[0] / "pieces", one) <= 1e-12
+
+
+def test_drops_of_a_global_capacity_are_those_of_one_batch(two, alone):
+    one = alone(steps=2, drop=GLOBAL)
+    assert any(layer["dropped"] for layer in read_metrics(one / METRICS_NAME)[0]["layers"])
+    assert gap(two[0] / "global capacity", one) <= 1e-12
 
 
 def test_dropout_and_jitter_are_those_of_one_process(two, alone):

@@ -135,7 +135,12 @@ class EncDec(Network):
                 "each source"
             )
         x_BTD, routings = self.decoder.run(
-            self.embedded(target_BT), target_BT, valid_BT, cache, source, self.recomputes(),
+            self.embedded(target_BT),
+            target_BT,
+            valid_BT,
+            cache,
+            source,
+            self.recomputes(),
             noise_B=noise_B,
         )
         return ModelOutput(self.logits(x_BTD), routings)

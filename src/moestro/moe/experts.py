@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from moestro.moe.mixing import ExpertWeights, compute_dtype
 from moestro.moe.noise import Drop
 from moestro.moe.packed import PackedExperts, PackedFeedForward, PackedStack
 from moestro.moe.routing import Routing
+
+P = ParamSpec("P")
+Y = TypeVar("Y")
 
 
 class StackedWeights(nn.Module):
@@ -188,6 +192,6 @@ class FeedForward(StackedWeights):
         )
 
 
-def hidden_from_compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def hidden_from_compiler(function: Callable[P, Y]) -> Callable[P, Y]:
     """The function, kept out of what is being compiled; see `moestro.moe.mixing`."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
-from moestro.moe import dispatch
-from moestro.moe.experts import Experts, FeedForward
+from moestro.moe import dispatch, parallel
+from moestro.moe.experts import Experts, FeedForward, hidden_from_compiler
 from moestro.moe.parallel import ParallelExperts
 from moestro.moe.routers import build_router
 from moestro.moe.routing import Routing
@@ -108,6 +108,8 @@ class MoE(nn.Module):
         if cfg.per_sequence is not None:
             return dispatch.limit(routing, cfg.per_sequence, cfg.priority, max(num_sequences, 1))
         factor = cfg.factor if self.training else cfg.eval_factor
+        if cfg.scope == "global" and self.training and parallel.several():
+            return hidden_from_compiler(parallel.limit_together)(routing, factor, cfg.priority)
         tokens = routing.num_tokens
         if routing.valid_T is not None:
             tokens = int(routing.valid_T.sum())

@@ -231,3 +231,55 @@ def _begin(rows_RD: Tensor, way: Way) -> tuple[Tensor, Tensor, Any]:
     sent_RD = rows_RD.contiguous()
     work = dist.all_to_all_single(came_RD, sent_RD, way.by, way.to, way.group, async_op=True)
     return came_RD, sent_RD, work
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def limit_together(routing: Routing, factor: float, priority: str, group: Group = None) -> Routing:
+    """Drop what exceeds the capacity of all ranks' tokens, as `dispatch.limit` does of one's.
+
+    Every rank calls it together and gets the assignments of all, the tokens of the first rank
+    first; what it keeps of its own are the definition's drops.
+
+    Args:
+        routing: token choice, of this rank's tokens; of none on some.
+        factor: of the capacity, whose tokens are the valid ones of all ranks.
+        priority: see `dispatch.limit`.
+        group: the ranks.
+    """
+    top_k, experts = routing.top_k, routing.num_experts
+    valid_T = routing.valid_T
+    if valid_T is None:
+        valid_T = torch.ones(routing.num_tokens, dtype=torch.bool, device=routing.experts_R.device)
+    own = routing.experts_R.new_tensor([routing.num_tokens])
+    lengths = [
+        int(each) for each in torch.cat(_gathered(own, [1] * dist.get_world_size(group), group))
+    ]
+    experts_R = torch.cat(_gathered(routing.experts_R, [n * top_k for n in lengths], group))
+    all_valid_T = torch.cat(_gathered(valid_T.byte(), lengths, group)).bool()
+    weights_R = routing.weights_R.detach()
+    if priority == "router":
+        weights_R = torch.cat(_gathered(weights_R, [n * top_k for n in lengths], group))
+    tokens = len(all_valid_T)
+    tokens_R = torch.arange(tokens, device=experts_R.device).repeat_interleave(top_k)
+    logits_TE = experts_R.new_zeros(1).expand(tokens, experts)  # only its shape is looked at
+    joined = Routing(
+        tokens_R, experts_R, weights_R, logits_TE, logits_TE, top_k, valid_T=all_valid_T
+    )
+    rows = dispatch.capacity(factor, int(all_valid_T.sum()), top_k, experts)
+    kept_R = dispatch.limit(joined, rows, priority).kept_R
+    assert kept_R is not None
+    first = sum(lengths[: dist.get_rank(group)]) * top_k
+    return routing._replace(kept_R=kept_R[first : first + len(routing.experts_R)])
+
+
+def _gathered(x: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """The tensors of all ranks, of these lengths; each sends the longest."""
+    padded = x.new_zeros(max(lengths))
+    padded[: len(x)] = x
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded, group=group)
+    return [each[:length] for each, length in zip(found, lengths, strict=True)]
