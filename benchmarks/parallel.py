@@ -1,29 +1,37 @@
 """Tokens per second of two processes with one thread each over one process with two threads.
 
-    .venv/bin/python benchmarks/parallel.py --steps 10
-
-The same model and batch, experts split over both processes; the difference is the exchange on
-loopback, and what two processes gain by having no common memory. Run it on a quiet machine.
+The same model and batch, its text this project's docs. Experts split over both processes: the
+difference is the exchange on loopback, and what two processes gain by having no common memory. Each
+turn starts the processes anew and takes the median of its steps; turns alternate. Run it on a quiet
+machine: two busy cores are all it has.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 
 from moestro.config import RunConfig
 from moestro.data.windows import prepare
 from moestro.train.distributed import joined
 from moestro.train.loop import Trainer
+
+DOCS = Path(__file__).parents[1] / "docs"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "expert 2": {"expert": 2},
+    "expert 2, shard 2": {"expert": 2, "shard": 2},
+    "data parallel": {},
+}
 
 
 def settings(parallel: dict[str, Any]) -> RunConfig:
@@ -33,7 +41,7 @@ def settings(parallel: dict[str, Any]) -> RunConfig:
             "dim": 256, "num_layers": 4, "attention": {"num_heads": 4, "context": 256},
             "moe": {"hidden_dim": 256, "num_experts": 16, "top_k": 2},
         },
-        data={"seq_len": 256},
+        data={"seq_len": 256, "sources": (str(DOCS),)},
         train={
             "batch_size": 16, "dtype": "float32", "runtime": {"device": "cpu"},
         },
@@ -54,7 +62,7 @@ def rank_main(folder: Path, steps: int, parallel: dict[str, Any]) -> None:
             print(cfg.train.batch_size * cfg.data.seq_len / seconds)
 
 
-def measure(folder: Path, ranks: int, steps: int, parallel: dict[str, Any]) -> float:
+def started(folder: Path, ranks: int, steps: int, parallel: dict[str, Any]) -> float:
     """Tokens per second with two threads in all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -72,8 +80,8 @@ def measure(folder: Path, ranks: int, steps: int, parallel: dict[str, Any]) -> f
 
 
 def main() -> None:
-    """Print both rates and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print all rates and their ratios."""
+    parser = measure.arguments(__doc__ or "", repeats=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rank", type=Path)
     parser.add_argument("--parallel", default="{}")
@@ -81,12 +89,26 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given.rank, given.steps, json.loads(given.parallel))
         return
+    found: dict[str, list[float]] = {name: [] for name in ("one process", *LAYOUTS)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        one = measure(folder, 1, given.steps, {})
-        for parallel in ({"expert": 2}, {"expert": 2, "shard": 2}, {}):
-            two = measure(folder, 2, given.steps, parallel)
-            print(json.dumps({"two": parallel, "tokens_per_s": two, "over one": two / one}))
+        for _ in range(given.repeats):
+            for layout, rates in found.items():
+                ranks = 1 if layout == "one process" else 2
+                rates.append(started(folder, ranks, given.steps, LAYOUTS.get(layout, {})))
+    one = statistics.median(found["one process"])
+    rows = [
+        {
+            "layout": layout,
+            "tokens/s": statistics.median(rates),
+            "least": min(rates),
+            "most": max(rates),
+            "over one process": statistics.median(rates) / one,
+        }
+        for layout, rates in found.items()
+    ]
+    claims = {f"{row['layout']} over one process": row["over one process"] for row in rows[1:]}
+    measure.report(f"parallel{given.name}", rows, claims)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from moestro import MoE, MoEConfig
+from moestro.moe import parallel
 from moestro.moe.parallel import ParallelExperts
 
 warnings.filterwarnings("error", module="moestro")
@@ -73,7 +74,7 @@ def check(**how):
 
 check()
 check(shared={"hidden_dim": 24, "gate": True}, experts={"bias": True})
-check(lengths=(13, 0))
+check(shared={"hidden_dim": 24}, lengths=(13, 0), recompute=True)
 check(lengths=(1, 7))
 check(pull=slice(0, 2))                         # the other rank's experts idle
 check(pull=slice(0, 2), lengths=(0, 5))
@@ -84,6 +85,36 @@ check(recompute=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is not causal
     check(router={"kind": "expert_choice"})
+
+def drops(lengths, valid=None, **capacity):
+    '''Those of a capacity of all ranks are those of one process with the tokens of all.'''
+    cfg = {**BASE, "capacity": {"factor": 0.5, **capacity}}
+    torch.manual_seed(0)
+    one = MoE(MoEConfig(**cfg))
+    mine = MoE(MoEConfig(**{**cfg, "capacity": {**cfg["capacity"], "scope": "global"}}))
+    mine.load_state_dict(one.state_dict())
+    x_TD = torch.randn(sum(lengths), 16)
+    mask_T = None if valid is None else torch.arange(len(x_TD)) % valid > 0
+    _, wanted = one(x_TD, valid=mask_T)
+    own = slice(sum(lengths[:rank]), sum(lengths[:rank + 1]))
+    y_TD, routing = mine(x_TD[own], valid=None if valid is None else mask_T[own])
+    rows = slice(own.start * 2, own.stop * 2)
+    assert torch.equal(routing.kept_R, wanted.kept_R[rows]), (lengths, capacity)
+    assert not wanted.kept_R.all() and wanted.dropped() > 0
+    alone = MoE.forward(one, x_TD[own], valid=None if valid is None else mask_T[own])[1]
+    return not torch.equal(alone.kept_R, routing.kept_R)
+
+found = []
+for priority in ("arrival", "router"):
+    found.append(drops((13, 13), priority=priority))
+    drops((13, 0), priority=priority)
+    drops((3, 11), valid=3, priority=priority)
+differs = torch.tensor([float(any(found))])
+dist.all_reduce(differs)
+assert differs > 0  # a rank's own capacity drops others
+mine = MoE(MoEConfig(**BASE, capacity={"factor": 0.5, "scope": "global"})).eval()
+if rank == 0:
+    mine(torch.randn(3, 16))  # a call's own outside training: nothing is exchanged
 
 # Only a share is ever held, and drawn as one process draws it.
 torch.manual_seed(1)
@@ -111,11 +142,24 @@ def counted(out, x, *rest, **named):
     return exchange(out, x, *rest, **named)
 
 dist.all_to_all_single = counted
-x_TD = torch.randn(20, 16)
+x_TD = torch.randn(20, 16, requires_grad=True)
 with torch.autocast("cpu", torch.bfloat16):
     y_TD, wanted_TD = mine(x_TD)[0], whole(x_TD)[0]
 assert y_TD.dtype == wanted_TD.dtype and sent == [torch.int64, torch.bfloat16, torch.bfloat16]
 torch.testing.assert_close(y_TD, wanted_TD, rtol=2e-2, atol=2e-2)
+y_TD.float().sin().sum().backward()
+assert sent == [torch.int64] + [torch.bfloat16] * 4, sent
+
+# A shared expert is computed while rows travel, forward and backward.
+_, mine = layers_of(torch.float32, shared={"hidden_dim": 24})
+events, begin, end = [], parallel._Trip.begin, parallel._Trip.end
+parallel._Trip.begin = lambda *given, **how: (events.append("begin"), begin(*given, **how))[1]
+parallel._Trip.end = lambda trip: (events.append("end"), end(trip))[1]
+mine.shared.register_forward_hook(lambda *_: events.append("shared"))
+mine.shared.register_full_backward_hook(lambda *_: events.append("shared"))
+y_TD, _ = mine(x_TD)
+y_TD.sum().backward()
+assert events == ["begin", "shared", "end"] * 2, events
 dist.destroy_process_group()
 """
 

@@ -60,8 +60,8 @@ def _square_without_experts(gradients, places, square=spreading.square):
     return square({n: g for n, g in gradients.items() if ".experts." not in n}, places)
 
 
-def _nan_on_one_rank(self, x_TD, routing, forward=parallel.ParallelExperts.forward):
-    y_TD = forward(self, x_TD, routing)
+def _nan_on_one_rank(self, *given, forward=parallel.ParallelExperts.forward, **named):
+    y_TD = forward(self, *given, **named)
     return y_TD * (1 if dist.get_rank() == 0 else torch.nan)
 
 

@@ -1,15 +1,20 @@
 """Processes that die, or are asked to stop: the others end soon, and the run goes on."""
 
+import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from moestro.checkpoints.folders import newest_checkpoint, verify_folder
+
+from ..ranks import start_ranks
 
 SETTINGS = {
     "model.dim": 16,
@@ -31,41 +36,32 @@ SETTINGS = {
 }
 
 
+RANK = "import sys; from moestro.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
 @pytest.fixture
-def start(tmp_path):
-    """A function: torchrun's restart count → two processes of one run, killed in the end."""
+def words(tmp_path):
+    """The command line of a run, after `moestro`."""
     (tmp_path / "text").mkdir()
     for number in range(12):
         (tmp_path / "text" / f"{number}.txt").write_text(f"text number {number} " * 60)
     words = ["train", "--out", tmp_path / "run", "--source", tmp_path / "text"]
-    words += [w for name, value in SETTINGS.items() for w in ("--set", f"{name}={value}")]
-    children = []
+    return words + [w for name, value in SETTINGS.items() for w in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture
+def start(words, tmp_path):
+    """A function: torchrun's restart count → two processes of one run, killed in the end."""
+    begun = []
 
     def launch(restarts=0):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {
-            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "TORCHELASTIC_RESTART_COUNT": str(restarts), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        pair = [
-            subprocess.Popen(
-                [sys.executable, "-m", "moestro", *map(str, words)],
-                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in ("0", "1")
-        ]
-        children.extend(pair)
-        return pair
+        folder = tmp_path / f"printed {restarts}"
+        begun.append(start_ranks(2, RANK, folder, *words, restarts=restarts))
+        return begun[-1]
 
     yield launch
-    for child in children:
-        child.kill()
-        child.communicate()
+    for ranks in begun:
+        ranks.ended(0)
 
 
 def wait_for(run, steps):
@@ -81,34 +77,90 @@ def wait_for(run, steps):
 
 def test_a_killed_process_ends_the_run_and_a_restart_resumes(start, tmp_path):
     run = tmp_path / "run"
-    first, second = start()
+    ranks = start()
     reached = wait_for(run, 4)
-    second.kill()
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 1
+    ranks.send(1, signal.SIGKILL)
+    assert ranks.ended(60) == [1, -signal.SIGKILL]
+    errors = ranks.printed(0, "err")
     assert "another process of the run ended" in errors
     assert "Traceback" not in errors
     verify_folder(newest_checkpoint(run))
 
-    first, second = start(restarts=1)
+    ranks = start(restarts=1)
     wait_for(run, reached + 6)
-    second.send_signal(signal.SIGINT)  # to one only
-    outputs = [child.communicate(timeout=60)[1] for child in (first, second)]
-    assert (first.returncode, second.returncode) == (128 + 15, 128 + 2), outputs
-    assert "stopped by SIGTERM after step" in outputs[0]
+    ranks.send(1, signal.SIGINT)  # to one only
+    assert ranks.ended(60) == [128 + 15, 128 + 2]
+    assert "stopped by SIGTERM after step" in ranks.printed(0, "err")
     verify_folder(newest_checkpoint(run))
 
 
 @pytest.mark.slow
 def test_kills_at_any_moment_lose_nothing(start, tmp_path):
     """As often as MOESTRO_KILLS says: the newest checkpoint stays whole, and the run moves on."""
-    run, reached = tmp_path / "run", 0
-    for number in range(int(os.environ.get("MOESTRO_KILLS", "5"))):
-        pair = start(restarts=number)
-        reached = wait_for(run, reached + 2)
-        time.sleep(0.013 * (number % 23))
-        pair[number % 2].kill()
-        for child in pair:
-            child.communicate(timeout=60)
+    run, reached, moments = tmp_path / "run", 0, random.Random(0)
+    for number in range(int(os.environ.get("MOESTRO_KILLS", "10"))):
+        ranks = start(restarts=number)
+        if number and moments.random() < 0.3:  # the whole machine, even while they start
+            time.sleep(moments.uniform(0, 2))
+            for rank in (0, 1):
+                ranks.send(rank, signal.SIGKILL)
+            assert ranks.ended(60) == [-signal.SIGKILL] * 2
+        else:
+            reached = wait_for(run, reached + 2)
+            time.sleep(moments.uniform(0, 0.3))
+            ranks.send(moments.randrange(2), signal.SIGKILL)
+            assert sorted(ranks.ended(60)) == [-signal.SIGKILL, 1]
         newest = newest_checkpoint(run)
+        verify_folder(newest)
         assert int(newest.name.removeprefix("step-")) >= reached
+
+
+@pytest.fixture
+def torchrun(words, tmp_path):
+    """A function: torchrun's options, more of ours → its process, of a session of its own."""
+    begun = []
+
+    def launch(*options, more=()):
+        command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
+        command += ["--nproc-per-node", "2", *options, "-m", "moestro", *words, *more]
+        begun.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return begun[-1]
+
+    yield launch
+    for child in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+def test_torchrun_trains_to_the_end(torchrun, tmp_path):
+    printed, errors = (child := torchrun(more=("--json", "--set", "train.steps=4"))).communicate()
+    assert child.returncode == 0, errors
+    assert json.loads(printed)["step"] == 4  # printed once
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest.name == "step-000004"
+    assert len(list(newest.glob("model-rank-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed_and_ctrl_c_saves(torchrun, tmp_path):
+    run, child = tmp_path / "run", torchrun("--max-restarts", "1")
+    reached = wait_for(run, 4)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    wait_for(run, reached + 6)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to torchrun and to the workers
+    _, errors = child.communicate(timeout=60)
+    assert "stopped by SIGINT after step" in errors
+    newest = newest_checkpoint(run)
+    step = int(newest.name.removeprefix("step-"))
+    assert f"after step {step};" in errors

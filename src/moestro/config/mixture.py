@@ -71,11 +71,24 @@ class CapacityConfig(Settings):
     factor: PositiveFloat = 1.25
     eval_factor: PositiveFloat = 2.0
     priority: Literal["arrival", "router"] = "arrival"
+    scope: Literal["rank", "global"] = Field(
+        "rank",
+        description="Whose tokens share the capacity in training: those of each rank's "
+        "micro-batch, or those of all ranks', the first rank's first. Otherwise a call's own.",
+    )
     per_sequence: Positive | None = Field(
         None,
         description="C itself, counted in each sequence alone, whatever the factors (the Switch "
         "Transformer checkpoints in transformers).",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.per_sequence is not None and self.scope == "global":
+            raise ValueError(
+                "per_sequence counts in each sequence alone, wherever it is; leave scope = 'rank'"
+            )
+        return self
 
 
 class ExpertsConfig(Settings):
@@ -136,6 +149,12 @@ class MoEConfig(Settings):
         if router.kind == "expert_choice" and self.capacity is not None:
             raise ValueError("expert_choice fills every expert exactly; leave capacity unset")
         return self
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training draws random numbers."""
+        drawn = self.router.jitter > 0 or self.router.kind == "noisy_top_k"
+        return drawn or self.experts.dropout > 0
 
     @property
     def renormalizes(self) -> bool:

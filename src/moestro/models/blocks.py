@@ -26,6 +26,7 @@ from moestro.models.rotary import (
     rotary,
     turning_width,
 )
+from moestro.moe import noise
 from moestro.moe.experts import FeedForward
 from moestro.moe.layer import MoE
 from moestro.moe.mixing import compute_dtype
@@ -42,6 +43,7 @@ class Shared(NamedTuple):
         angles: of rotary positions.
         bias_HSP: of relative positions that the layers share.
         source_valid_BP: `valid_BS` of the text that cross attention sees.
+        noise_BS: int64, of which the noise of this block is a function; see `moestro.moe.noise`.
     """
 
     tokens_BS: Tensor
@@ -50,6 +52,7 @@ class Shared(NamedTuple):
     angles: Rotary | None
     bias_HSP: Tensor | None
     source_valid_BP: Tensor | None
+    noise_BS: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -102,7 +105,12 @@ class Block(nn.Module):
             x_BSD = self._added(x_BSD, y_BSD)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, routing = self.ffn(normed_BSD, token_ids=shared.tokens_BS, valid=shared.valid_BS)
+            y_BSD, routing = self.ffn(
+                normed_BSD,
+                token_ids=shared.tokens_BS,
+                valid=shared.valid_BS,
+                noise=shared.noise_BS,
+            )
             return self._added(x_BSD, y_BSD), routing
         return self._added(x_BSD, self.ffn(normed_BSD.flatten(0, 1)).view_as(x_BSD)), None
 
@@ -161,6 +169,7 @@ class Stack(nn.Module):
         source: CrossSource | None = None,
         recompute: bool = False,
         documents_BS: Tensor | None = None,
+        noise_B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Pass all blocks. [B, S, D] → ([B, S, D] normalised, the mixtures' Routings).
 
@@ -173,12 +182,17 @@ class Stack(nn.Module):
             recompute: keep no activations for the backward. Routings are returned values, so
                 nothing is counted twice.
             documents_BS: the document of each token; not together with a cache.
+            noise_B: int64 keys of the sequences, of which what is random in training is a
+                function (`moestro.moe.noise`); None: it is drawn by torch's generator.
         """
+        noise_BS = None if noise_B is None else noise.of_tokens(noise_B, tokens_BS.shape[1])
         shared = self.shared(x_BSD, tokens_BS, valid_BS, cache, source, documents_BS)
         routings = []
         for n, block in enumerate(self.blocks):
             layer_cache = cache.layers[n] if cache is not None else None
             cross = source.cross[n] if source is not None else None
+            if noise_BS is not None:
+                shared = shared._replace(noise_BS=noise.mixed(noise_BS, n))
             if recompute:
                 x_BSD, routing = checkpoint(
                     block, x_BSD, shared, layer_cache, cross, use_reentrant=False

@@ -36,6 +36,7 @@ class Decoder(Network, Stack):
         *,
         valid_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        noise_B: Tensor | None = None,
     ) -> ModelOutput:
         """Predict each next token.
 
@@ -45,6 +46,7 @@ class Decoder(Network, Stack):
                 number are a text of their own, which sees no other and begins at position 0.
             valid_BS: bool, False for padding.
             cache: of the positions before these; extended in place.
+            noise_B: see `Stack.run`.
 
         Raises:
             ShapeError: ids are not [B, S] integers, a mask or documents come with a cache, the
@@ -57,7 +59,7 @@ class Decoder(Network, Stack):
             raise ShapeError("a cache holds no padding mask; pass valid_BS or cache, not both")
         x_BSD, routings = self.run(
             self.embedded(tokens_BS), tokens_BS, valid_BS, cache,
-            recompute=self.recomputes(), documents_BS=documents_BS,
+            recompute=self.recomputes(), documents_BS=documents_BS, noise_B=noise_B,
         )  # fmt: skip
         return ModelOutput(self.logits(x_BSD), routings)
 

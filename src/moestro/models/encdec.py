@@ -19,6 +19,7 @@ from moestro.models.attention import CrossAttention
 from moestro.models.blocks import Stack
 from moestro.models.cache import CrossSource, KVCache
 from moestro.models.network import ModelOutput, Network, check_tokens
+from moestro.moe import noise
 from moestro.moe.routing import Routing
 
 # What the decoder reads before its first token: T5's padding.
@@ -60,6 +61,7 @@ class EncDec(Network):
         *,
         valid_BS: Tensor | None = None,
         valid_BT: Tensor | None = None,
+        noise_B: Tensor | None = None,
     ) -> ModelOutput:
         """Predict the token after each one of the target; Routings of both stacks.
 
@@ -68,19 +70,29 @@ class EncDec(Network):
             target_BT: int64 ids that the decoder reads; the first is `START_TOKEN`.
             valid_BS: bool, False for padding in the source.
             valid_BT: bool, False for padding in the target.
+            noise_B: see `Stack.run`.
 
         Raises:
             ShapeError: ids are not [B, S] and [B, T] integers, or a mask does not fit.
         """
-        memory_BSD, routings = self.encode(source_BS, valid_BS)
-        output = self._decode(target_BT, self.look(memory_BSD, valid_BS), valid_BT=valid_BT)
+        memory_BSD, routings = self.encode(source_BS, valid_BS, noise_B)
+        source = self.look(memory_BSD, valid_BS)
+        noise_B = None if noise_B is None else noise.mixed(noise_B, 0)  # other than the source's
+        output = self._decode(target_BT, source, valid_BT=valid_BT, noise_B=noise_B)
         return ModelOutput(output.logits, routings + output.routings)
 
-    def encode(self, source_BS: Tensor, valid_BS: Tensor | None = None) -> Encoded:
+    def encode(
+        self,
+        source_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        noise_B: Tensor | None = None,
+    ) -> Encoded:
         """Read the source; arguments and errors as of `forward`."""
         check_tokens("source", source_BS, valid_BS)
         x_BSD = self.embedded(source_BS)
-        return Encoded(*self.encoder.run(x_BSD, source_BS, valid_BS, recompute=self.recomputes()))
+        recompute = self.recomputes()
+        found = self.encoder.run(x_BSD, source_BS, valid_BS, recompute=recompute, noise_B=noise_B)
+        return Encoded(*found)
 
     def look(self, memory_BSD: Tensor, valid_BS: Tensor | None = None) -> CrossSource:
         """What the decoder sees of what `encode` returned; it serves every step of a generation."""
@@ -113,6 +125,7 @@ class EncDec(Network):
         source: CrossSource,
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
+        noise_B: Tensor | None = None,
     ) -> ModelOutput:
         check_tokens("target", target_BT, valid_BT)
         rows = len(source.cross[0].keys_BGPA)
@@ -122,6 +135,12 @@ class EncDec(Network):
                 "each source"
             )
         x_BTD, routings = self.decoder.run(
-            self.embedded(target_BT), target_BT, valid_BT, cache, source, self.recomputes()
+            self.embedded(target_BT),
+            target_BT,
+            valid_BT,
+            cache,
+            source,
+            self.recomputes(),
+            noise_B=noise_B,
         )
         return ModelOutput(self.logits(x_BTD), routings)

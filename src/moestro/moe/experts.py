@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ from moestro.kernels.reference import Biases
 from moestro.moe import mixing
 from moestro.moe.lora import Adapter, Adapters
 from moestro.moe.mixing import ExpertWeights, compute_dtype
+from moestro.moe.noise import Drop
 from moestro.moe.packed import PackedExperts, PackedFeedForward, PackedStack
 from moestro.moe.routing import Routing
+
+P = ParamSpec("P")
+Y = TypeVar("Y")
 
 
 class StackedWeights(nn.Module):
@@ -129,9 +134,16 @@ class Experts(StackedWeights):
     """E feed-forward networks, whose `forward` is the mixing."""
 
     packed = PackedExperts
+    first = 0  # the number of the expert in row 0 of the weights
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, noise_T: Tensor | None = None) -> Tensor:
         """Each token through its experts, and the weighted sum of what they return.
+
+        Args:
+            x_TD: tokens.
+            routing: who goes where.
+            noise_T: int64 keys of the tokens, of which dropout is a function
+                (`moestro.moe.noise`); None: it is drawn by torch's generator.
 
         Raises:
             ShapeError: the tokens are not of the weights' dtype, and autocast is off.
@@ -143,7 +155,10 @@ class Experts(StackedWeights):
             )
         weights = self.values()
         if self.training and self.dropout:
-            weights = weights._replace(activation=self._activate_and_drop)
+            if noise_T is None:
+                weights = weights._replace(activation=self._activate_and_drop)
+            else:
+                weights = weights._replace(drop=Drop(self.dropout, noise_T, self.first))
         return hidden_from_compiler(mixing.mix)(
             x_TD.to(compute_dtype(x_TD)), routing, weights, self.backend
         )
@@ -177,6 +192,6 @@ class FeedForward(StackedWeights):
         )
 
 
-def hidden_from_compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def hidden_from_compiler(function: Callable[P, Y]) -> Callable[P, Y]:
     """The function, kept out of what is being compiled; see `moestro.moe.mixing`."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

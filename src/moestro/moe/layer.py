@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
-from moestro.moe import dispatch
-from moestro.moe.experts import Experts, FeedForward
+from moestro.moe import dispatch, parallel
+from moestro.moe.experts import Experts, FeedForward, hidden_from_compiler
+from moestro.moe.parallel import ParallelExperts
 from moestro.moe.routers import build_router
 from moestro.moe.routing import Routing
 
@@ -50,7 +53,12 @@ class MoE(nn.Module):
                 self.shared_gate = nn.Linear(cfg.dim, 1, bias=False)
 
     def forward(
-        self, x: Tensor, *, token_ids: Tensor | None = None, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Send each token to its experts and add up what they return.
 
@@ -60,6 +68,8 @@ class MoE(nn.Module):
             token_ids: int64 [...], only for the hash router.
             valid: bool [...], False for padding: whatever x holds there, even NaN, y is 0, and
                 nothing else sees or counts it.
+            noise: int64 [...], keys of which what is random in training is a function
+                (`moestro.moe.noise`); None: it is drawn by torch's generator.
 
         Returns:
             (y like x, the Routing of the T tokens).
@@ -67,19 +77,24 @@ class MoE(nn.Module):
         Raises:
             ShapeError: a shape or dtype does not fit.
         """
-        self._check(x, token_ids, valid)
+        self._check(x, token_ids=token_ids, valid=valid, noise=noise)
         x_TD = x.reshape(-1, self.cfg.dim)
         valid_T = None if valid is None else valid.reshape(-1)
         ids_T = None if token_ids is None else token_ids.reshape(-1)
+        keys = () if noise is None else (noise.reshape(-1),)
 
         if valid_T is not None:
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
 
         num_sequences = len(x) if x.dim() > 2 else 1
-        routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
-        y_TD = self.experts(x_TD, routing)
-        if self.shared is not None:
-            y_TD = y_TD + self._shared(x_TD)
+        routing = self._limit(self.router(x_TD, ids_T, valid_T, *keys), num_sequences)
+        if self.shared is not None and isinstance(self.experts, ParallelExperts):
+            meanwhile = partial(self._shared, x_TD)
+            y_TD = self.experts(x_TD, routing, *keys, meanwhile=meanwhile)
+        else:
+            y_TD = self.experts(x_TD, routing, *keys)
+            if self.shared is not None:
+                y_TD = y_TD + self._shared(x_TD)
         if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
             y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
         # No view, which FSDP2 warns of: whoever changed it in place would bypass the hooks on it.
@@ -93,6 +108,8 @@ class MoE(nn.Module):
         if cfg.per_sequence is not None:
             return dispatch.limit(routing, cfg.per_sequence, cfg.priority, max(num_sequences, 1))
         factor = cfg.factor if self.training else cfg.eval_factor
+        if cfg.scope == "global" and self.training and parallel.several():
+            return hidden_from_compiler(parallel.limit_together)(routing, factor, cfg.priority)
         tokens = routing.num_tokens
         if routing.valid_T is not None:
             tokens = int(routing.valid_T.sum())
@@ -109,16 +126,17 @@ class MoE(nn.Module):
             y_TD = y_TD * torch.sigmoid(gate_T1).to(y_TD.dtype)
         return y_TD
 
-    def _check(self, x: Tensor, token_ids: Tensor | None, valid: Tensor | None) -> None:
+    def _check(self, x: Tensor, **others: Tensor | None) -> None:
         if x.shape[-1:] != (self.cfg.dim,):
             raise ShapeError(
                 f"the layer takes [..., {self.cfg.dim}]; given {list(x.shape)}. "
                 "Set MoEConfig.dim to the width of your tokens"
             )
-        for name, value in (("token_ids", token_ids), ("valid", valid)):
+        for name, value in others.items():
             if value is not None and value.shape != x.shape[:-1]:
                 raise ShapeError(
                     f"{name} has shape {list(value.shape)}; x needs {list(x.shape[:-1])}"
                 )
+        valid = others["valid"]
         if valid is not None and valid.dtype != torch.bool:
             raise ShapeError(f"valid is {valid.dtype}; it must be bool, False for padding")

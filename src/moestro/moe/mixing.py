@@ -20,6 +20,7 @@ from moestro.kernels.backends import Backend, Work
 from moestro.kernels.reference import Activation, Biases
 from moestro.moe import dispatch
 from moestro.moe.lora import Adapters
+from moestro.moe.noise import Drop
 from moestro.moe.routing import Routing
 
 # Most rows that are multiplied expert by expert instead of being grouped, without gradients.
@@ -39,6 +40,7 @@ class ExpertWeights(NamedTuple):
     biases: Biases | None = None
     norm: Callable[[Tensor], Tensor] | None = None  # of each row after the second product
     adapters: Adapters | None = None
+    drop: Drop | None = None
 
     def differentiated(self, *others: Tensor) -> bool:
         """Whether derivatives with respect to any weight, or to the others, are wanted."""
@@ -48,7 +50,7 @@ class ExpertWeights(NamedTuple):
 
     def work(self, x_TD: Tensor, use: str, lacks: str | None = None) -> Work:
         """What is to be computed with them; see `backends.Work`."""
-        if callable(self.activation):
+        if callable(self.activation) or self.drop is not None:
             lacks = lacks or "the experts have an activation or gate of their own"
         elif self.adapters is not None:
             lacks = lacks or "the experts have adapters"
@@ -96,7 +98,7 @@ def mix(
         training = weights.differentiated(x_TD, routing.weights_R)
     lacks = None if routing.top_k else "tokens have varying numbers of experts"
     kernel = backends.choose(backend, weights.work(x_TD, "train" if training else "infer", lacks))
-    if kernel.mixture is not None and weights.norm is None:
+    if kernel.mixture is not None and weights.norm is None and weights.drop is None:
         rows = (routing.tokens_R, routing.experts_R, routing.weights_R)
         if weights.adapters is not None:
             up_EHD, down_EDF = weights.adapters.merged(*weights[:2])
@@ -108,6 +110,8 @@ def mix(
         return dispatch.mix_few(x_TD, routing, single)
     plan = dispatch.make_plan(routing, lambda counts_E: kernel.padded_counts(counts_E, x_TD.dtype))
     rows_RD = dispatch.dispatch(x_TD, plan)
+    if weights.drop is not None:
+        weights = weights._replace(activation=weights.drop.after(weights.activation, plan))
     rows_RD = _ffn(kernel, rows_RD, weights, plan.offsets_E, plan.experts_E)
     if weights.norm is not None:
         rows_RD = weights.norm(rows_RD)
@@ -131,7 +135,7 @@ def _single(kernel: Backend, weights: ExpertWeights) -> Callable[[Tensor, int], 
     For generating text, where so few rows are multiplied that grouping them costs more. None where
     grouping is better or needed: a kernel without such a function, no named activation, a norm.
     """
-    up_EHD, down_EDF, activation, biases, norm, adapters = weights
+    up_EHD, down_EDF, activation, biases, norm, adapters, _ = weights
     single_ffn = kernel.single_ffn
     if single_ffn is None or callable(activation) or norm or adapters:
         return None
@@ -146,7 +150,7 @@ def _ffn(
     experts_E: Tensor | None,
 ) -> Tensor:
     """Each row through its expert; rows past the last offset give zero."""
-    up_EHD, down_EDF, activation, biases, _, adapters = weights
+    up_EHD, down_EDF, activation, biases, _, adapters, _ = weights
     if adapters is not None:
         up, down = (
             partial(_product, kernel, w_EOI, bias_EO, offsets_E, experts_E)

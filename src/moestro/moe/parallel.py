@@ -3,7 +3,8 @@
 Rank r of a group of N holds experts [r · E / N, (r + 1) · E / N). Rows are sorted by expert, so
 what goes to one rank is one slice; counts are exchanged first, then rows. What came is a batch of
 its own, one expert a row, which this rank's experts mix as any other. Back the same way; weights
-never travel, and drops stay home.
+never travel, and drops stay home. What else is to be computed of the tokens, as a shared expert, is
+computed while the rows are on their way, forward and backward.
 
 Nothing is averaged: a loss that is a sum over the tokens of all ranks gives an expert the gradient
 of one process, since the exchange has brought it the tokens of all.
@@ -13,7 +14,7 @@ Letters: T tokens, D width, E experts, R rows, P ranks of the group, L experts o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,17 +74,44 @@ class ParallelExperts(Experts):
             own = 0 <= expert - self.first < len(weight)
             yield weight[expert - self.first] if own else of_other
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """See `Experts.forward`; `routing` names experts of all ranks."""
-        return hidden_from_compiler(self._across)(x_TD.to(compute_dtype(x_TD)), routing)
+    def forward(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        noise_T: Tensor | None = None,
+        meanwhile: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """See `Experts.forward`; `routing` names experts of all ranks.
 
-    def _across(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        Args:
+            x_TD: tokens.
+            routing: who goes where.
+            noise_T: keys of the tokens.
+            meanwhile: computes something to be added, [T, D], while rows travel.
+        """
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        return hidden_from_compiler(self._across)(x_TD, routing, noise_T, meanwhile)
+
+    def _across(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        noise_T: Tensor | None,
+        meanwhile: Callable[[], Tensor] | None,
+    ) -> Tensor:
         plan = dispatch.make_plan(routing)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         way, local = meet(plan.counts_E, dtype, self.group)
-        rows_RD = _Swap.apply(dispatch.dispatch(x_TD, plan), way)
-        done_RD = super().forward(rows_RD, local)
-        return dispatch.combine(_Swap.apply(done_RD, way.back()), routing.weights_R, plan)
+        trip, beside_TD = _Trip(way), None
+        rows_RD = _Depart.apply(dispatch.dispatch(x_TD, plan), trip)
+        if meanwhile is not None:
+            beside_TD = meanwhile()
+        rows_RD = _Arrive.apply(rows_RD, trip)
+        if noise_T is not None and self.dropout:
+            noise_T = _exchange(noise_T[plan.tokens_R, None], way).squeeze(1)
+        done_RD = super().forward(rows_RD, local, noise_T)
+        y_TD = dispatch.combine(_Swap.apply(done_RD, way.back()), routing.weights_R, plan)
+        return y_TD if beside_TD is None else y_TD + beside_TD
 
 
 class Way(NamedTuple):
@@ -118,6 +146,64 @@ def meet(counts_E: Tensor, dtype: torch.dtype, group: Group) -> tuple[Way, Routi
     return Way(to, by, group), local
 
 
+class _Trip:
+    """Rows on their way: `there` in the forward, their gradients back in the backward."""
+
+    def __init__(self, way: Way) -> None:
+        self._way = way
+        self._work: Any = None
+        self._rows: tuple[Tensor, Tensor] | None = None  # that come, and that go: both must stay
+
+    def begin(self, rows_RD: Tensor, back: bool = False) -> Tensor:
+        """Send rows; returns what those of the others will be in, once `end` has returned."""
+        came_RD, sent_RD, self._work = _begin(rows_RD, self._way.back() if back else self._way)
+        self._rows = came_RD, sent_RD
+        return came_RD
+
+    def end(self) -> Tensor:
+        """Wait until all have come; returns them."""
+        assert self._rows is not None
+        self._work.wait()
+        came_RD = self._rows[0]
+        self._work = self._rows = None
+        return came_RD
+
+
+class _Depart(torch.autograd.Function):
+    """Begin a trip; the backward ends the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.begin(rows_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.end(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """End a trip; the backward begins the way back.
+
+    What runs between the two in the forward does so in the backward: autograd takes what was made
+    last first. The gradient handed on is not looked at: a gradient must have the shape of its rows
+    here, which is another at home.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, came_RD: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.end()
+        return came_RD.view_as(came_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.begin(grad_RD, back=True)
+        return grad_RD, None
+
+
 class _Swap(torch.autograd.Function):
     """Send rows along a Way and get those of the others; the backward sends gradients back."""
 
@@ -133,7 +219,67 @@ class _Swap(torch.autograd.Function):
 
 
 def _exchange(rows_RD: Tensor, way: Way) -> Tensor:
+    came_RD, _, work = _begin(rows_RD, way)
+    work.wait()
+    return came_RD
+
+
+def _begin(rows_RD: Tensor, way: Way) -> tuple[Tensor, Tensor, Any]:
+    """What comes, what is sent, and what to wait for."""
     came_RD = rows_RD.new_empty(sum(way.by), rows_RD.shape[1])
     # A rank without rows would enter with any layout, one with rows only with this.
-    dist.all_to_all_single(came_RD, rows_RD.contiguous(), way.by, way.to, way.group)
-    return came_RD
+    sent_RD = rows_RD.contiguous()
+    work = dist.all_to_all_single(came_RD, sent_RD, way.by, way.to, way.group, async_op=True)
+    return came_RD, sent_RD, work
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def limit_together(routing: Routing, factor: float, priority: str, group: Group = None) -> Routing:
+    """Drop what exceeds the capacity of all ranks' tokens, as `dispatch.limit` does of one's.
+
+    Every rank calls it together and gets the assignments of all, the tokens of the first rank
+    first; what it keeps of its own are the definition's drops.
+
+    Args:
+        routing: token choice, of this rank's tokens; of none on some.
+        factor: of the capacity, whose tokens are the valid ones of all ranks.
+        priority: see `dispatch.limit`.
+        group: the ranks.
+    """
+    top_k, experts = routing.top_k, routing.num_experts
+    valid_T = routing.valid_T
+    if valid_T is None:
+        valid_T = torch.ones(routing.num_tokens, dtype=torch.bool, device=routing.experts_R.device)
+    own = routing.experts_R.new_tensor([routing.num_tokens])
+    lengths = [
+        int(each) for each in torch.cat(_gathered(own, [1] * dist.get_world_size(group), group))
+    ]
+    experts_R = torch.cat(_gathered(routing.experts_R, [n * top_k for n in lengths], group))
+    all_valid_T = torch.cat(_gathered(valid_T.byte(), lengths, group)).bool()
+    weights_R = routing.weights_R.detach()
+    if priority == "router":
+        weights_R = torch.cat(_gathered(weights_R, [n * top_k for n in lengths], group))
+    tokens = len(all_valid_T)
+    tokens_R = torch.arange(tokens, device=experts_R.device).repeat_interleave(top_k)
+    logits_TE = experts_R.new_zeros(1).expand(tokens, experts)  # only its shape is looked at
+    joined = Routing(
+        tokens_R, experts_R, weights_R, logits_TE, logits_TE, top_k, valid_T=all_valid_T
+    )
+    rows = dispatch.capacity(factor, int(all_valid_T.sum()), top_k, experts)
+    kept_R = dispatch.limit(joined, rows, priority).kept_R
+    assert kept_R is not None
+    first = sum(lengths[: dist.get_rank(group)]) * top_k
+    return routing._replace(kept_R=kept_R[first : first + len(routing.experts_R)])
+
+
+def _gathered(x: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """The tensors of all ranks, of these lengths; each sends the longest."""
+    padded = x.new_zeros(max(lengths))
+    padded[: len(x)] = x
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded, group=group)
+    return [each[:length] for each, length in zip(found, lengths, strict=True)]

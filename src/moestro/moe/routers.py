@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moestro.config import MoEConfig
 from moestro.errors import ShapeError
 from moestro.kernels import pointwise
+from moestro.moe import noise
 from moestro.moe.dispatch import capacity
 from moestro.moe.lora import Adapter
 from moestro.moe.routing import Routing
@@ -64,7 +65,7 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias = self.bias.float()
 
-    def logits(self, x_TD: Tensor, jitter: float) -> Tensor:
+    def logits(self, x_TD: Tensor, jitter: float, noise_T: Tensor | None = None) -> Tensor:
         """fp32 logits [T, E] of the tokens, in training of jittered ones.
 
         Jitter ε multiplies the input by U(1-ε, 1+ε) (Fedus et al. 2021, Table 11).
@@ -72,7 +73,13 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and jitter:
                 x_TD = x_TD.to(_router_dtype(x_TD))
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+                if noise_T is None:
+                    factor_TD = torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+                else:
+                    keys_T = noise.mixed(noise_T, noise.JITTER)
+                    spread_TD = noise.uniform(keys_T, x_TD.shape[1], x_TD.dtype)
+                    factor_TD = 1 + jitter * (2 * spread_TD - 1)
+                x_TD = x_TD * factor_TD
             logits_TE = pointwise.fp32_linear(x_TD, self.weight)
             if self.weight_adapter is not None:
                 logits_TE = logits_TE + self.weight_adapter(x_TD.to(logits_TE.dtype))
@@ -81,7 +88,11 @@ class Router(nn.Module):
             return logits_TE
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """Route T tokens; see each router.
 
@@ -89,6 +100,8 @@ class Router(nn.Module):
             x_TD: tokens.
             token_ids_T: int64 ids of the tokens; only the hash router needs them.
             valid_T: bool, False for padding; None where all are real.
+            noise_T: int64 keys of the tokens, of which noise is a function (`moestro.moe.noise`);
+                None: it is drawn by torch's generator.
         """
         raise NotImplementedError  # every router in ROUTERS has its own
 
@@ -103,11 +116,15 @@ class TopKRouter(Router):
     """
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """See `Router.forward`."""
         router = self.cfg.router
-        logits_TE = self.logits(x_TD, router.jitter)
+        logits_TE = self.logits(x_TD, router.jitter, noise_T)
         # A softmax of logarithms divides scores by their sum without an epsilon, which a router
         # could learn to exploit by pushing all its scores towards zero.
         if router.kind == "sigmoid":
@@ -164,16 +181,20 @@ class NoisyTopKRouter(Router):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """See `Router.forward`."""
-        logits_TE = self.logits(x_TD, self.cfg.router.jitter)
+        logits_TE = self.logits(x_TD, self.cfg.router.jitter, noise_T)
         noisy_TE, load_TE = logits_TE, None
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training:
                 x32_TD = x_TD.to(logits_TE.dtype)
                 std_TE = F.softplus(F.linear(x32_TD, self.noise.to(x32_TD.dtype))) + 1e-9
-                noisy_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
+                noisy_TE = logits_TE + self._drawn(logits_TE, noise_T) * std_TE
                 load_TE = _chance_of_choice(logits_TE, noisy_TE, std_TE, self.cfg.top_k)
             probs_TE = noisy_TE.softmax(-1)
             weights_TK, experts_TK = probs_TE.topk(self.cfg.top_k, dim=-1)
@@ -183,6 +204,12 @@ class NoisyTopKRouter(Router):
             experts_TK, weights_TK, logits_TE, probs_TE, valid_T, self.cfg.router.scale
         )
         return routing._replace(load_TE=load_TE)
+
+    def _drawn(self, logits_TE: Tensor, noise_T: Tensor | None) -> Tensor:
+        if noise_T is None:
+            return torch.randn_like(logits_TE)
+        keys_T = noise.mixed(noise_T, noise.ROUTER)
+        return noise.normal(keys_T, logits_TE.shape[1], logits_TE.dtype)
 
 
 class SparseMixerRouter(Router):
@@ -198,7 +225,11 @@ class SparseMixerRouter(Router):
     """
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """See `Router.forward`."""
         logits_TE = self.logits(x_TD, jitter=0.0)
@@ -242,10 +273,14 @@ class ExpertChoiceRouter(Router):
         )
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """See `Router.forward`. Padding tokens are never chosen."""
-        logits_TE = self.logits(x_TD, self.cfg.router.jitter)
+        logits_TE = self.logits(x_TD, self.cfg.router.jitter, noise_T)
         probs_TE = logits_TE.softmax(-1)
         bids_TE, num_tokens = probs_TE, len(x_TD)
         if valid_T is not None:
@@ -271,7 +306,11 @@ class HashRouter(nn.Module):
         self.cfg = cfg
 
     def forward(
-        self, x_TD: Tensor, token_ids_T: Tensor | None = None, valid_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_ids_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+        noise_T: Tensor | None = None,
     ) -> Routing:
         """See `Router.forward`.
 

@@ -58,6 +58,7 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks()
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 # What torch's errors say where another process is to blame: gloo's, nccl's, the store's.
 _OF_OTHERS = ("gloo", "NCCL", "Connection closed", "Connection reset", "wait timeout", "Timed out")
 
@@ -80,7 +81,17 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 
 def restarted(environment: Mapping[str, str]) -> bool:
     """Whether torchrun has started this process again after one of the run's had failed."""
-    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return environment.get(RESTARTS, "0") != "0"
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other.
+
+    torchrun keeps its store over a restart, and with it the addresses of those that were killed,
+    which gloo would try; so each start has names of its own.
+    """
+    found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    return dist.PrefixStore(f"start {os.environ.get(RESTARTS, '0')}", found)
 
 
 @contextmanager
@@ -100,11 +111,13 @@ def joined(
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=_store(ranks, timeout),
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     try:
         yield ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
@@ -11,6 +12,8 @@ from typing import Any, Self
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 READER_LEFT = getattr(signal, "SIGPIPE", signal.SIGTERM)
 STOPPING = (signal.SIGINT, signal.SIGTERM, HANGUP)
+# A Ctrl-C comes twice to what torchrun started: from the terminal, and then from torchrun.
+ONE_CTRL_C_S = 1.0
 
 
 class StopRequest:
@@ -24,6 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._asked_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -36,6 +40,10 @@ class StopRequest:
             signal.signal(which, handler)
 
     def _ask(self, which: int, frame: FrameType | None) -> None:
-        if self.signal and which == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = self.signal or which
+        now_s = time.monotonic()
+        if not self.signal:
+            self.signal, self._asked_s = which, now_s
+        elif which == signal.SIGINT:
+            same = self.signal == which and now_s - self._asked_s < ONE_CTRL_C_S
+            if not same:
+                raise KeyboardInterrupt

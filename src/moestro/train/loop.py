@@ -26,6 +26,7 @@ from moestro.data.windows import Corpus, HeldOut
 from moestro.errors import ConfigError, TrainingError
 from moestro.models.build import Model, new_model
 from moestro.models.network import ModelOutput
+from moestro.moe import noise
 from moestro.moe.balance import update_bias
 from moestro.train import parallel, state
 from moestro.train.diagnose import first_bad_gradient, first_bad_output, first_bad_parameter
@@ -286,7 +287,7 @@ class Trainer:
 
     def _predict(self, micro: Example) -> ModelOutput:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: ModelOutput = self._forward(*micro.inputs)
+            output: ModelOutput = self._forward(*micro.inputs, **micro.noise)
         return output
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
@@ -298,7 +299,7 @@ class Trainer:
         return cast(AbstractContextManager[None], self._forward.no_sync())
 
     def _seed_noise(self, step: int) -> None:
-        """Make dropout and jitter a function of seed, step and rank: nothing to save."""
+        """Make adapters' dropout a function of seed, step and rank: nothing to save."""
         place = step * self.ranks.world + self.ranks.rank
         torch.manual_seed((self.cfg.train.seed * 1_000_000_007 + place + 1) % 2**63)
 
@@ -307,7 +308,11 @@ class Trainer:
         windows_BS = self.corpus.batch(step, size, rank, world)
         first = step * size + rank * len(windows_BS)
         places = [(self.cfg.train.seed, first + row) for row in range(len(windows_BS))]
-        return self._task.examples(windows_BS, places).to(self.device)
+        example, moe = self._task.examples(windows_BS, places), self.cfg.model.moe
+        if moe is not None and moe.noisy:
+            rows_B = torch.arange(first, first + len(windows_BS), device="cpu")
+            example = example._replace(noise_B=noise.of_rows(self.cfg.train.seed, rows_B))
+        return example.to(self.device)
 
     def _not_finite(self, step: int, batch: Example, parts: dict[str, float]) -> TrainingError:
         """The error for a step whose loss or gradient is NaN or infinite; names the tensor."""
@@ -317,8 +322,10 @@ class Trainer:
             value = self.ranks.first(first_bad_parameter(self.model))
             if value is None:
                 self._seed_noise(step)
-                inputs = batch.chunk(self.cfg.train.accumulate)[0].inputs
-                output = first_bad_output(self.model, lambda: self.model(*inputs))
+                micro = batch.chunk(self.cfg.train.accumulate)[0]
+                output = first_bad_output(
+                    self.model, lambda: self.model(*micro.inputs, **micro.noise)
+                )
                 value = self.ranks.first(output)
             found = value or f"the {'loss' if bad[0] == 'loss' else f'{bad[0]} balance loss'}"
         return self._stopped(step + 1, found)

@@ -10,8 +10,9 @@
         trainer.safetensors, trainer.json  step, seconds, the routing watch, the text's fingerprint
         manifest.json                      size and sha256 of every file
 
-Noise (dropout, jitter) needs no saved generator: its seed is a function of the run's seed, the
-step and the rank.
+Noise (dropout, jitter) needs no saved generator: it is a function of the run's seed and of the
+sequence's place in all that the run reads (`moestro.moe.noise`); that of adapters, of the step and
+the rank.
 """
 
 from __future__ import annotations

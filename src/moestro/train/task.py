@@ -26,21 +26,30 @@ class Example(NamedTuple):
     Attributes:
         inputs: What its `forward` is called with, int64 [B, ·] each.
         targets: int64 [B, T], what its logits [B, T, V] are to predict.
+        noise_B: int64 keys of the rows, where the model draws random numbers in training.
     """
 
     inputs: tuple[Tensor, ...]
     targets: Tensor
+    noise_B: Tensor | None = None
+
+    @property
+    def noise(self) -> dict[str, Tensor]:
+        """What `forward` is given by name in training."""
+        return {} if self.noise_B is None else {"noise_B": self.noise_B}
 
     def to(self, device: torch.device) -> Example:
         """The same on another device."""
         inputs = tuple(tensor.to(device, non_blocking=True) for tensor in self.inputs)
-        return Example(inputs, self.targets.to(device, non_blocking=True))
+        noise_B = None if self.noise_B is None else self.noise_B.to(device, non_blocking=True)
+        return Example(inputs, self.targets.to(device, non_blocking=True), noise_B)
 
     def chunk(self, pieces: int) -> list[Example]:
         """Cut into micro-batches of B / pieces rows."""
         columns = zip(*(tensor.chunk(pieces) for tensor in self.inputs), strict=True)
         targets = self.targets.chunk(pieces)
-        return [Example(*both) for both in zip(columns, targets, strict=True)]
+        noise = [None] * len(targets) if self.noise_B is None else self.noise_B.chunk(pieces)
+        return [Example(*each) for each in zip(columns, targets, noise, strict=True)]
 
 
 class NextToken:
