@@ -52,6 +52,16 @@ class ExpertNames(Settings):
         return self
 
 
+class AdapterNames(Settings):
+    """Low-rank pairs of one weight of the experts: W_e + scale · B_e A_e (Hu et al. 2021)."""
+
+    weight: str = Field(description="As named in ExpertNames.")
+    a: str = Field(description="[E, N, I]; I is the weight's input.")
+    b: str = Field(description="[E, O, N].")
+    scale: PositiveFloat = 1.0
+    flat: bool = Field(False, description="Stored as PEFT does: a [E · N, I], b [O, N · E].")
+
+
 class SharedNames(Settings):
     """An expert that every token passes."""
 
@@ -95,3 +105,16 @@ class Description(Settings):
         "by balance_at_even.",
     )
     balance_at_even: PositiveFloat = Field(1.0, description="Its value at even use: 1, K, c · K, …")
+    z: Callable[..., Any] | None = Field(
+        None,
+        description="(module, what call returned) → z-loss: mean of logsumexp(logits)².",
+    )
+    adapters: tuple[AdapterNames, ...] = ()
+    merge: Callable[..., Any] | None = Field(
+        None,
+        description="(module): adds the adapters to the weights, in place; None: the check does.",
+    )
+    spread: Callable[..., Any] | None = Field(
+        None,
+        description="(module) → the same, each rank with its share of the experts in order.",
+    )

@@ -27,12 +27,14 @@ class Result(NamedTuple):
         grads: of the input, under the name "input", and of every parameter.
         balance: balance loss, 1 at even use.
         choice: of the definition.
+        z: z-loss.
     """
 
     y: Tensor
     grads: dict[str, Tensor | None]
     balance: Tensor | None = None
     choice: Choice | None = None
+    z: Tensor | None = None
 
 
 class Trial:
@@ -176,11 +178,11 @@ def differentiate(
     x = x.detach().clone().requires_grad_()
     ran = run(module, x, valid)
     if ran.y.requires_grad:
-        kept = ran.balance is not None
+        kept = ran.balance is not None or ran.z is not None
         torch.autograd.backward(ran.y, up.to(ran.y.dtype), retain_graph=kept)
     grads: dict[str, Tensor | None] = {"input": x.grad}
     grads |= {name: each.grad for name, each in module.named_parameters() if each.requires_grad}
-    return Result(ran.y, grads, ran.balance, ran.choice)
+    return Result(ran.y, grads, ran.balance, ran.choice, ran.z)
 
 
 def differences(got: Result, exact: Result, names: Iterable[str] | None = None) -> list[Difference]:
