@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -36,8 +37,8 @@ WIDTHS: dict[str, int | None] = {
 # Of a whole model, so that nothing of it is large; its experts, K and rules stay.
 NARROW: dict[str, int | None] = {
     "vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
-    "num_hidden_layers": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": None, "first_k_dense_replace": 1, "num_dense_layers": 1, "sliding_window": None,
+    "num_hidden_layers": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None, "first_k_dense_replace": 1, "num_dense_layers": 1, "sliding_window": 16,
 }  # fmt: skip
 # Families whose layouts differ, for an implementation alone.
 LAYOUTS = ("mixtral", "gpt_oss", "deepseek_v3", "nemotron_h")
@@ -197,6 +198,7 @@ def _narrowed(settings: Any, widths: dict[str, int | None]) -> Any:
             setattr(settings, name, width)
     layers = getattr(settings, "layer_types", None)
     if isinstance(layers, list) and "num_hidden_layers" in widths:
-        settings.layer_types = layers[: settings.num_hidden_layers]
+        with contextlib.suppress(AttributeError):  # some settings derive it
+            settings.layer_types = layers[: settings.num_hidden_layers]
     settings._experts_implementation = "eager"
     return settings
