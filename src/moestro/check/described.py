@@ -23,7 +23,7 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
     weight = _named(tensors, about.router.weight)
     if weight.dim() != 2:
         raise ConfigError(f"{about.router.weight} is {list(weight.shape)}; a router is [E, D]")
-    num_experts, dim = weight.shape
+    num_experts, dim = weight.t().shape if about.router.transposed else weight.shape
     weights = _experts(tensors, about, num_experts)
     hidden_dim = weights.down_EDF.shape[2]
     height = hidden_dim * (2 if about.experts.activation in GATED else 1)
@@ -196,7 +196,8 @@ def _run(about: Description, module: nn.Module, x: Tensor, valid: Tensor | None)
 def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) -> Ran:
     tensors, rule = _tensors(module), about.router
     x_TD = x.reshape(-1, x.shape[-1])
-    logits_TE = x_TD @ tensors[rule.weight].t()
+    weight_ED = tensors[rule.weight].t() if rule.transposed else tensors[rule.weight]
+    logits_TE = x_TD @ weight_ED.t()
     if rule.logit_bias:
         logits_TE = logits_TE + tensors[rule.logit_bias]
     bias_E = tensors[rule.choice_bias].double() if rule.choice_bias else None
@@ -217,7 +218,7 @@ def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) 
 def _relabel(about: Description, module: nn.Module, order: list[int]) -> None:
     tensors, names = _tensors(module), about.experts
     router = about.router
-    given = (router.weight, router.logit_bias, router.choice_bias, names.gate_up, names.gate,
+    given = (None if router.transposed else router.weight, router.logit_bias, router.choice_bias, names.gate_up, names.gate,
              names.up, names.down, names.up_bias, names.down_bias)  # fmt: skip
     with torch.no_grad():
         for name in filter(None, given):
@@ -226,3 +227,5 @@ def _relabel(about: Description, module: nn.Module, order: list[int]) -> None:
                 tensors[name.format(e=e)].copy_(stacked[e])
             if "{e}" not in name:
                 tensors[name].copy_(stacked)
+        if router.transposed:
+            tensors[router.weight].copy_(tensors[router.weight][:, order].clone())

@@ -21,6 +21,7 @@ class RouterRule(Settings):
 
     top_k: Positive
     weight: str = Field("router.weight", description="[E, D]; logits are x · Wᵀ.")
+    transposed: bool = Field(False, description="weight is [D, E].")
     logit_bias: str | None = Field(None, description="[E], learned, part of the logits.")
     choice_bias: str | None = Field(None, description="[E], added to the scores to choose only.")
     score: Literal["softmax", "sigmoid"] = "softmax"
