@@ -173,20 +173,19 @@ def peft() -> tuple[nn.Module, Description]:
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )  # fmt: skip
     layer = peft.inject_adapter_in_model(lora, block)
-    names = [name for name, _ in layer.named_parameters()]
-    found = []
-    for weight in ("gate_up_proj", "down_proj"):
-        (own,) = [name for name in names if name.endswith(f".{weight}")]
-        rows = layer.get_parameter(own).shape[1]
-        (b,) = [n for n in names if "lora_B" in n and layer.get_parameter(n).shape[0] == rows]
+    layer.requires_grad_(True)
+    found = []  # weight, A, B; the wrapper of the second weight is around that of the first
+    for weight, at in (("gate_up_proj", "base_layer."), ("down_proj", "")):
+        a, b = (f"experts.{at}lora_{each}.default.weight" for each in "AB")
         nn.init.normal_(layer.get_parameter(b), 0, 0.3)
-        found.append((own, b.replace("lora_B", "lora_A"), b))
+        found.append((f"experts.base_layer.base_layer.{weight}", a, b))
     return layer, Description(
         router=RouterRule(top_k=2, weight="gate.weight"),
         experts=ExpertNames(gate_up=found[0][0], down=found[1][0]),
         adapters=tuple(
             AdapterNames(weight=own, a=a, b=b, scale=1.5, flat=True) for own, a, b in found
         ),
+        merge=lambda module: (module.experts.base_layer.merge(), module.experts.merge()),
     )
 
 

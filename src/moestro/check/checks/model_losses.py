@@ -89,8 +89,8 @@ def added(trial: Trial) -> Finding:
     if coefficient is None:
         return skipped("its settings name no coefficient")
     with torch.no_grad():
-        plain = model(ids, labels=ids, output_router_logits=False).loss.double()
-        output = model(ids, labels=ids, output_router_logits=True)
+        plain = _run(model, ids, asked=False).loss.double()
+        output = _run(model, ids)
     exact = plain + coefficient * output.aux_loss.double()
     return trial.verdict([difference("the loss", output.loss, exact)])
 
@@ -137,8 +137,18 @@ def _pass(model: Any, ids: Tensor, **more: Any) -> Passed:
         choices.append(choice)
 
     with tapped(found, see):
-        output = model(ids, labels=ids, output_router_logits=True, **more)
+        output = _run(model, ids, **more)
+    shown = getattr(output, "router_logits", None)
+    if shown is not None and len(shown) != len(found):
+        raise MoestroError(
+            f"its aux_loss is of {len(shown)} routers, of which {len(found)} are known: those of "
+            "attention, or that hash, are not"
+        )
     return Passed(output, choices, found)
+
+
+def _run(model: Any, ids: Tensor, *, asked: bool = True, **more: Any) -> Any:
+    return model(ids, labels=ids, output_router_logits=asked, use_cache=False, **more)
 
 
 def _formula(
