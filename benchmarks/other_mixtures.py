@@ -27,9 +27,7 @@ def mixture_of_experts() -> tuple[nn.Module, Description]:
     )  # fmt: skip
     return layer, Description(
         router=RouterRule(top_k=2, weight="gate.w_gating", transposed=True),
-        experts=ExpertNames(
-            up="experts.w1", down="experts.w2", activation="relu", transposed=True
-        ),
+        experts=ExpertNames(up="experts.w1", down="experts.w2", activation="relu", transposed=True),
         training=False,
     )
 

@@ -66,7 +66,9 @@ def test_bad_use_is_one_sentence(pytester):
     )
     done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     done.assert_outcomes(errors=2)
-    done.stdout.fnmatch_lines(["*raises raised KeyError: 'experts'*", "*needs @pytest.mark.moestro*"])
+    done.stdout.fnmatch_lines(
+        ["*raises raised KeyError: 'experts'*", "*needs @pytest.mark.moestro*"]
+    )
 
 
 def test_the_plugin_alone_imports_nothing_heavy_and_changes_no_other_suite(pytester):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.check import definition
-from moestro.check.definition import Weights
+from moestro.check.definition import Choice, Weights
 from moestro.check.description import AdapterNames, Description, ExpertNames
 from moestro.check.subject import Adapters, Ran, Subject
 from moestro.errors import ConfigError
@@ -55,6 +55,7 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
         lambda module, x, valid: _run(about, module, x, valid),
         lambda module, x: _define(about, num_experts, module, x),
         part,
+        lambda module, x_TD: _choose(about, _tensors(module), x_TD),
         None if pairs else lambda module, order: _relabel(about, module, order),
         lambda module: _experts(_tensors(module), about, num_experts),
         rule, about.training, about.takes_mask, about.capacity is not None,
@@ -193,15 +194,20 @@ def _run(about: Description, module: nn.Module, x: Tensor, valid: Tensor | None)
     return Ran(about.output(output), balance, z=z)
 
 
-def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) -> Ran:
-    tensors, rule = _tensors(module), about.router
-    x_TD = x.reshape(-1, x.shape[-1])
+def _choose(about: Description, tensors: dict[str, Tensor], x_TD: Tensor) -> Choice:
+    rule = about.router
     weight_ED = tensors[rule.weight].t() if rule.transposed else tensors[rule.weight]
     logits_TE = x_TD @ weight_ED.t()
     if rule.logit_bias:
         logits_TE = logits_TE + tensors[rule.logit_bias]
     bias_E = tensors[rule.choice_bias].double() if rule.choice_bias else None
-    choice = definition.choose(rule, logits_TE, bias_E)
+    return definition.choose(rule, logits_TE, bias_E)
+
+
+def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) -> Ran:
+    tensors = _tensors(module)
+    x_TD = x.reshape(-1, x.shape[-1])
+    choice = _choose(about, tensors, x_TD)
     capacity = about.capacity
     kept_TK = definition.kept(capacity, choice, num_experts) if capacity else None
     experts = _experts(tensors, about, num_experts)

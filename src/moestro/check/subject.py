@@ -57,6 +57,8 @@ class Subject:
         run: the module's own forward.
         define: the definition, of a float64 copy of the module: a function of its parameters.
         part: name of a parameter → router, experts, shared, adapters or other.
+        choose: what the definition chooses, of a float64 copy and tokens [T, D], without computing
+            the rest; None: `define` says it.
         relabel: put expert order[e] in the place of expert e, in place; None: not known how.
         experts: of a float64 copy, all in one form; None: not known.
         rule: of the router; None: the definition takes the module's own choice.
@@ -79,6 +81,7 @@ class Subject:
     run: Run
     define: Define
     part: Callable[[str], str]
+    choose: Callable[[nn.Module, Tensor], Choice] | None = None
     relabel: Callable[[nn.Module, list[int]], None] | None = None
     experts: Callable[[nn.Module], Weights] | None = None
     rule: RouterRule | None = None

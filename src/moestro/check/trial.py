@@ -84,9 +84,9 @@ class Trial:
         if "the output" in self.broken:
             y = self.ran.y.detach().double()
         for name in grads:
-            own = self.ran.grads[name]
-            if f"the gradient of {name}" in self.broken and own is not None:
-                grads[name] = own.double()
+            if f"the gradient of {name}" in self.broken:
+                own = self.ran.grads[name]
+                grads[name] = None if own is None else own.double()
         return self.exact._replace(y=y, grads=grads)
 
     def normal(self, *shape: int) -> Tensor:
@@ -119,6 +119,8 @@ class Trial:
 
     def choice(self, exact: nn.Module, x_TD: Tensor) -> Choice:
         """What the definition chooses."""
+        if self.subject.choose is not None:
+            return self.subject.choose(exact, x_TD)
         choice = self.subject.define(exact, x_TD[None]).choice
         assert choice is not None
         return choice
