@@ -1,8 +1,12 @@
 """Factories that the command line is given by name, one of them with a defect."""
 
+from dataclasses import replace
+
 import torch
 
 from moestro import MoE, MoEConfig
+from moestro.check.targets import of_moe
+from moestro.moe.lora import Adapter
 
 from .defects.computing import EarlyReturn, GradientsDoubled
 from .plain_layer import SHAPES, factory
@@ -21,3 +25,58 @@ def ours():
 def raises():
     """A factory with a mistake."""
     raise KeyError("experts")
+
+
+def spread(wrong):
+    """A layer of this project whose experts are spread over the ranks by a function of its own."""
+    subject = of_moe(ours())
+
+    def changed(module):
+        module = subject.spread(module)
+        wrong(module)
+        return module
+
+    return replace(subject, spread=changed)
+
+
+def gradients_times_ranks():
+    """Expert gradients times the ranks (pytorch#160285)."""
+
+    def wrong(module):
+        for each in module.experts.parameters():
+            each.register_hook(lambda grad: grad * 2)
+
+    return spread(wrong)
+
+
+def router_cut_off():
+    """A router that the exchange cuts off (Automodel#2995)."""
+
+    def wrong(module):
+        inner = module.experts.forward
+        module.experts.forward = lambda x, routing: inner(
+            x, routing._replace(weights_R=routing.weights_R.detach())
+        )
+
+    return spread(wrong)
+
+
+def experts_of_another_rank():
+    """Each rank holds the experts of its neighbour (Megatron-Bridge#1716)."""
+
+    def wrong(module):
+        others = [each.detach().flip(0) for each in module.experts.parameters()]
+        for each, other in zip(module.experts.parameters(), others, strict=True):
+            each.data.copy_(other)
+
+    return spread(wrong)
+
+
+def adapted():
+    """A layer of this project with adapters on its experts."""
+    layer = ours()
+    for name, rows, inputs in (("gate_up", 16, 16), ("down", 16, 8)):
+        adapter = Adapter(4, (rows,), inputs, rank=2, scale=1.5)
+        torch.nn.init.normal_(adapter.b, 0, 0.3)
+        setattr(layer.experts, f"{name}_adapter", adapter)
+    return layer

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moestro.check import Capacity, Description, ExpertNames, RouterRule, SharedNames
+from moestro.check import (
+    AdapterNames,
+    Capacity,
+    Description,
+    ExpertNames,
+    RouterRule,
+    SharedNames,
+)
+
+SCALE = 1.5  # of adapters
 
 
 class Shape(NamedTuple):
@@ -28,6 +37,7 @@ class Shape(NamedTuple):
     transposed: bool = False
     shared: bool = False
     capacity: float | None = None
+    rank: int = 0  # of low-rank adapters on the experts
 
 
 SHAPES = {
@@ -38,11 +48,12 @@ SHAPES = {
     "gpt_oss": Shape(num_experts=6, activation="geglu", biases=True, interleaved=True,
                      transposed=True),
     "gshard": Shape(num_experts=4, top_k=2, capacity=0.75, listed=True),
+    "tuned": Shape(rank=2),
 }  # fmt: skip
 
 
 class PlainLayer(nn.Module):
-    """[B, S, D] → [B, S, D] and its balance loss."""
+    """[B, S, D] → [B, S, D], its balance loss and its z-loss."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -62,9 +73,19 @@ class PlainLayer(nn.Module):
             self.up_bias = nn.Parameter(torch.randn(shape.num_experts, width) / 2)
             self.down_bias = nn.Parameter(torch.randn(shape.num_experts, shape.dim) / 2)
         self.make_bias()
+        if shape.rank:
+            self.add_adapters(up, down)
         if shape.shared:
             self.shared = nn.Sequential(nn.Linear(shape.dim, 6), nn.GELU(), nn.Linear(6, shape.dim))
             self.shared_gate = nn.Parameter(torch.randn(1, shape.dim) / 2)
+
+    def add_adapters(self, up, down):
+        for name, weight in (("up", up), ("down", down)):
+            count, rows, inputs = weight.shape
+            a = torch.randn(count, self.shape.rank, inputs) / inputs**0.5
+            b = torch.randn(count, rows, self.shape.rank) / 4
+            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_b", nn.Parameter(b))
 
     def make_bias(self):
         if self.shape.bias:
@@ -84,7 +105,8 @@ class PlainLayer(nn.Module):
         y_TD = self.mix(x_TD, experts_TK, weights_TK.to(x_TD.dtype), kept_TK)
         if self.shape.shared:
             y_TD = y_TD + self.shared_output(x_TD)
-        return y_TD.view(x.shape), self.balance(scores_TE, experts_TK, valid_T)
+        losses = self.balance(scores_TE, experts_TK, valid_T), self.z(logits_TE, valid_T)
+        return y_TD.view(x.shape), *losses
 
     def clean(self, x_TD, valid_T):
         return x_TD.masked_fill(~valid_T[:, None], 0)
@@ -163,10 +185,26 @@ class PlainLayer(nn.Module):
     def expert(self, expert, x_RD):
         up, down = self.matrices(expert)
         hidden_RH = F.linear(x_RD, up, self.up_bias[expert] if self.shape.biases else None)
+        if self.shape.rank:
+            hidden_RH = hidden_RH + self.low(x_RD, self.up_a, self.up_b, expert)
         return self.project(self.activate(hidden_RH), down, expert)
 
     def project(self, hidden_RF, down, expert):
-        return F.linear(hidden_RF, down, self.down_bias[expert] if self.shape.biases else None)
+        y_RD = F.linear(hidden_RF, down, self.down_bias[expert] if self.shape.biases else None)
+        if self.shape.rank:
+            y_RD = y_RD + self.low(hidden_RF, self.down_a, self.down_b, expert)
+        return y_RD
+
+    def merge(self):
+        for weight, a, b in (
+            (self.ups, self.up_a, self.up_b),
+            (self.downs, self.down_a, self.down_b),
+        ):
+            weight.data += SCALE * b @ a
+            b.data.zero_()
+
+    def low(self, x_RI, a, b, expert):
+        return SCALE * F.linear(F.linear(x_RI, a[expert]), b[expert])
 
     def activate(self, hidden_RH):
         if self.shape.activation == "relu":
@@ -190,6 +228,9 @@ class PlainLayer(nn.Module):
         probs_TE = scores_TE / scores_TE.sum(1, keepdim=True)
         return num_experts * (share_E * probs_TE[valid_T].mean(0)).sum()
 
+    def z(self, logits_TE, valid_T):
+        return logits_TE[valid_T].logsumexp(-1).square().mean()
+
 
 def describe(shape: Shape) -> Description:
     """What its clean form is."""
@@ -209,7 +250,12 @@ def describe(shape: Shape) -> Description:
         shared=SharedNames(module="shared", gate="shared_gate") if shape.shared else None,
         capacity=Capacity(factor=shape.capacity) if shape.capacity else None,
         call=lambda module, x, valid=None: module(x, valid), takes_mask=True,
-        balance=lambda module, output: output[1],
+        balance=lambda module, output: output[1], z=lambda module, output: output[2],
+        adapters=tuple(
+            AdapterNames(weight=f"{name}s", a=f"{name}_a", b=f"{name}_b", scale=SCALE)
+            for name in (("up", "down") if shape.rank else ())
+        ),
+        merge=(lambda module: module.merge()) if shape.rank else None,
     )  # fmt: skip
 
 

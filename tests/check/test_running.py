@@ -9,8 +9,7 @@ from moestro.check import Description, ExpertNames, RouterRule, check
 from moestro.cli.main import main
 from moestro.errors import ConfigError, MoestroError
 
-from ..ranks import run_two_ranks
-from .made import doubled, ours
+from .made import adapted, doubled, ours
 from .plain_layer import SHAPES, factory
 
 MADE = "tests.check.made"
@@ -22,6 +21,13 @@ def test_our_own_backends_are_not_accused(backend):
     layer.experts.backend = backend
     report = check(layer)
     assert report.exit_code == 0, report.text()
+
+
+def test_adapters_of_our_own_are_not_accused():
+    report = check(adapted())
+    assert report.exit_code == 0, report.text()
+    done = {each.check for each in report.found if each.finding.outcome == "ok"}
+    assert done >= {"adapter-outputs", "adapter-gradients", "adapter-merge", "adapter-frozen"}
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "moestro"])
@@ -77,25 +83,6 @@ def test_a_description_that_does_not_fit_is_refused():
         Description(router=RouterRule(top_k=2), experts=ExpertNames(down="downs"))
     with pytest.raises(MoestroError, match="cannot check a int"):
         check(3)
-
-
-PARALLEL = """
-import gc, sys, torch.distributed as dist
-from datetime import timedelta
-from moestro.check import check
-from tests.check import made
-dist.init_process_group("gloo", timeout=timedelta(seconds=5))
-names = ["data-parallel", "sharded", "idle-rank"]
-print([each.finding.outcome for each in check(getattr(made, sys.argv[1]), only=names).found])
-gc.collect()
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_equal_one():
-    for output in run_two_ranks(PARALLEL, "ours"):
-        assert output.strip() == "['ok', 'ok', 'ok']"
 
 
 def test_a_defect_is_told_from_what_follows_of_it():

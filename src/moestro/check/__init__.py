@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moestro.check.description import (
+        AdapterNames,
         Capacity,
         Description,
         ExpertNames,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moestro.check.running import check
 
 _HOMES = {
+    "AdapterNames": "description",
     "Capacity": "description",
     "Description": "description",
     "ExpertNames": "description",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterNames",
     "Capacity",
     "Description",
     "ExpertNames",

@@ -119,3 +119,9 @@ def switch_loss(choice: Choice) -> Tensor:
     counts_E = torch.bincount(choice.experts_TK.flatten(), minlength=num_experts)
     shares_E = counts_E / counts_E.sum().double()
     return num_experts * (shares_E * choice.probs_TE.mean(0)).sum()
+
+
+def z_loss(choice: Choice) -> Tensor:
+    """mean_t logsumexp_e(logits)² (Zoph et al. 2022, eq. 5)."""
+    assert choice.logits_TE is not None
+    return choice.logits_TE.logsumexp(-1).square().mean()

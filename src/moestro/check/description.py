@@ -21,6 +21,7 @@ class RouterRule(Settings):
 
     top_k: Positive
     weight: str = Field("router.weight", description="[E, D]; logits are x · Wᵀ.")
+    transposed: bool = Field(False, description="weight is [D, E].")
     logit_bias: str | None = Field(None, description="[E], learned, part of the logits.")
     choice_bias: str | None = Field(None, description="[E], added to the scores to choose only.")
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -50,6 +51,16 @@ class ExpertNames(Settings):
         if (self.gate_up is None) == (self.up is None) or (self.gate and not self.up):
             raise ValueError("give gate_up, or gate and up, or up alone")
         return self
+
+
+class AdapterNames(Settings):
+    """Low-rank pairs of one weight of the experts: W_e + scale · B_e A_e (Hu et al. 2021)."""
+
+    weight: str = Field(description="As named in ExpertNames.")
+    a: str = Field(description="[E, N, I]; I is the weight's input.")
+    b: str = Field(description="[E, O, N].")
+    scale: PositiveFloat = 1.0
+    flat: bool = Field(False, description="Stored as PEFT does: a [E · N, I], b [O, N · E].")
 
 
 class SharedNames(Settings):
@@ -95,3 +106,16 @@ class Description(Settings):
         "by balance_at_even.",
     )
     balance_at_even: PositiveFloat = Field(1.0, description="Its value at even use: 1, K, c · K, …")
+    z: Callable[..., Any] | None = Field(
+        None,
+        description="(module, what call returned) → z-loss: mean of logsumexp(logits)².",
+    )
+    adapters: tuple[AdapterNames, ...] = ()
+    merge: Callable[..., Any] | None = Field(
+        None,
+        description="(module): adds the adapters to the weights, in place; None: the check does.",
+    )
+    spread: Callable[..., Any] | None = Field(
+        None,
+        description="(module) → the same, each rank with its share of the experts in order.",
+    )

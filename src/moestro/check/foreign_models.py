@@ -1,4 +1,4 @@
-"""Mixtures of transformers as subjects: each kind of block in a model, or made tiny from settings.
+"""Mixtures of transformers as subjects: each kind of block in a model.
 
 The definition of a block is a float64 copy of it in which the experts are replaced by the
 definition's loop and, where the router's rule is known, its choice by the rule's. What is neither
@@ -7,37 +7,28 @@ definition's loop and, where the router's rule is known, its choice by the rule'
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
+import inspect
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.check import definition
 from moestro.check.definition import Choice, Weights
 from moestro.check.description import RouterRule
 from moestro.check.subject import Ran, Subject
-from moestro.errors import CheckpointError, MoestroError
+from moestro.errors import ConfigError, MoestroError
 from moestro.foreign import layouts, routers
 from moestro.foreign.classes import core, kind
 from moestro.foreign.taps import RawChoice, Tap, tapped, taps
 from moestro.hf.compute import fused, gate_of
 from moestro.hf.plug import NAME, install
 from moestro.kernels.reference import Biases
-
-# Widths that a block's settings may have, and what they are made.
-WIDTHS = {
-    "hidden_size": 40, "d_model": 40, "intermediate_size": 20, "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 10, "shared_intermediate_size": 10, "ffn_hidden_size": 12,
-    "expert_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 10, "moe_hidden_size": 16,
-    "router_hidden_size": 12, "share_expert_dim": 10,
-}  # fmt: skip
 
 
 def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -> list[Subject]:
@@ -50,9 +41,16 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
 
     Raises:
         MoestroError: it has no mixture, or one that cannot be looked into.
+        ConfigError: there is no such implementation.
     """
     if implementation == NAME:
         install()
+    if implementation != "eager" and implementation not in ALL_EXPERTS_FUNCTIONS:
+        raise ConfigError(
+            f"transformers knows no experts_implementation {implementation!r}; it has eager, "
+            f"{', '.join(sorted(ALL_EXPERTS_FUNCTIONS))}; register yours before, in a module that "
+            "a factory of yours imports"
+        )
     modules = dict(model.named_modules())
     found: dict[tuple[str, str], tuple[nn.Module, Tap]] = {}
     for tap in taps(model):
@@ -65,78 +63,19 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
     if not found:
         raise MoestroError(f"the mixtures of {type(model).__name__} are part of a larger layer")
     name = title or type(model).__name__
-    return [
+    made = [
         _subject(block, tap, implementation, f"{name}: {kind(block)}, {implementation}")
         for block, tap in found.values()
     ]
+    if has_loss(model):
+        made[0] = replace(made[0], whole=model)
+    return made
 
 
-def from_settings(path: Path, implementation: str = "eager", seed: int = 0) -> list[Subject]:
-    """Those of the model that a config.json describes: tiny widths, random weights.
-
-    Experts, choices and rules are as the settings say; nothing of the model is read.
-
-    Raises:
-        CheckpointError: transformers does not know the settings.
-        MoestroError: see `subjects`; or a block cannot be built alone.
-    """
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            settings = transformers.AutoConfig.for_model(**fields)
-            settings = settings.get_text_config()
-            with torch.device("meta"):
-                auto: Any = transformers.AutoModel
-                model = auto.from_config(settings)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first = str(error).split("\n")[0]
-            raise CheckpointError(f"transformers cannot build {path}: {first}") from error
-        return [_tiny(each) for each in subjects(model, implementation, fields["model_type"])]
-
-
-def randomise(module: nn.Module) -> None:
-    """Weights and biases that tell tokens and experts apart."""
-    with torch.no_grad():
-        for name, each in module.named_parameters():
-            fan_in = each.shape[-1] if each.dim() > 1 else 1
-            each.normal_(0, 2 * fan_in**-0.5 if each.dim() > 1 else 0.3)
-            if each.dim() == 1 and "norm" in name:
-                each.add_(1.0)
-        for name, buffer in module.named_buffers():
-            if name.split(".")[-1] in routers.BIASES:
-                buffer.normal_(0, 0.1)
-
-
-def _tiny(subject: Subject) -> Subject:
-    """The same block, built from narrow settings."""
-    block = subject.module
-    holders = (
-        each for each in block.modules() if hasattr(getattr(each, "config", None), "to_dict")
-    )
-    config = getattr(next(holders, None), "config", None)
-    if config is None:
-        raise MoestroError(f"{kind(block)} holds no settings to build it from")
-    config = copy.deepcopy(config)
-    for name, width in WIDTHS.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, width)
-    config._experts_implementation = "eager"
-    try:
-        with torch.device("cpu"):
-            made = type(block)(config)
-    except Exception as error:
-        raise MoestroError(
-            f"{kind(block)} cannot be built from its settings alone ({error}); build a tiny model "
-            "and call moestro.check.check(model)"
-        ) from error
-    made = made.float().eval()
-    randomise(made)
-    holder = nn.Module()
-    holder.layer = made
-    implementation = subject.title.rpartition(", ")[2]
-    return subjects(holder, implementation, subject.title.partition(":")[0])[0]
+def has_loss(model: nn.Module) -> bool:
+    """Whether a model adds a balance loss to its own when asked for router logits."""
+    takes = "labels" in inspect.signature(type(model).forward).parameters
+    return takes and hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
 
 
 def _subject(block: nn.Module, tap: Tap, implementation: str, title: str) -> Subject:
@@ -152,8 +91,17 @@ def _subject(block: nn.Module, tap: Tap, implementation: str, title: str) -> Sub
         partial(_run, implementation=implementation),
         partial(_define, find=find, rule=rule, loop=loop),
         partial(_part, experts=tap.name, router=_name_of(block, tap.router)),
-        training=False,
+        training=False, unreached=_unreached(experts, implementation),
     )  # fmt: skip
+
+
+def _unreached(experts: nn.Module, implementation: str) -> str:
+    if implementation == "eager" or hasattr(experts, "is_transposed"):
+        return ""
+    return (
+        f"{kind(experts)} has no experts interface: {implementation} was asked for, and its own "
+        "code ran"
+    )
 
 
 def _run(module: nn.Module, x: Tensor, valid: Tensor | None, *, implementation: str) -> Ran:

@@ -74,7 +74,7 @@ class Report(NamedTuple):
     def text(self) -> str:
         """One line for what is wrong, or that nothing is."""
         lines = [
-            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: {each.looks_like}"
+            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: {each.looks_like}."
             for each in self.found
             if each.finding.outcome == "wrong"
         ]
@@ -91,6 +91,18 @@ class Report(NamedTuple):
                 {"check": each.check, **row, "meaning": each.meaning, "looks_like": each.looks_like}
             )
         return {"title": self.title, "seed": self.seed, "ok": self.ok, "checks": rows}
+
+
+def joined(reports: list[Report]) -> Report:
+    """One report of several subjects; what is found in each is said with its title."""
+    if len(reports) == 1:
+        return reports[0]
+    found = [
+        each._replace(finding=each.finding._replace(words=f"{report.title}: {each.finding.words}"))
+        for report in reports
+        for each in report.found
+    ]
+    return Report("; ".join(each.title for each in reports), tuple(found), reports[0].seed)
 
 
 def junit(reports: list[Report]) -> str:

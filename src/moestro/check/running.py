@@ -8,8 +8,9 @@ from typing import Any
 
 from moestro.check.checks.check import Check
 from moestro.check.checks.table import chosen
-from moestro.check.report import Explained, Finding, Report
-from moestro.check.subject import of_anything
+from moestro.check.report import Explained, Finding, Report, joined
+from moestro.check.subject import Subject
+from moestro.check.targets import of_anything
 from moestro.check.trial import Trial
 from moestro.errors import MoestroError
 
@@ -22,23 +23,36 @@ def check(
     seed: int = 0,
     slow: bool = False,
     title: str = "",
+    implementation: str = "",
 ) -> Report:
     """Compare a mixture with its definition, in every way the table of checks lists.
 
     Args:
         target: (module, Description), a function that returns them or its name as
-            "module:factory", a `moestro.MoE`, or a `Subject`.
+            "module:factory", a `moestro.MoE`; a model of transformers, its settings, the path of
+            their config.json or the name of a model on the hub; or a `Subject`. The findings in
+            a model's several kinds of blocks are one report.
         only: names of checks; empty: all but the slow ones.
         skip: names of checks to leave out.
         seed: of inputs.
         slow: the slow ones too (torch.compile).
         title: of the report.
+        implementation: experts_implementation of a model of transformers; empty: its own.
 
     Raises:
         MoestroError: the target cannot be checked at all, or a name is unknown.
     """
     checks = chosen(only, skip, slow)
-    subject = of_anything(target, title)
+    trials = [begun(each, seed) for each in of_anything(target, title, implementation)]
+    return joined([found(trial, checks) for trial in trials])
+
+
+def begun(subject: Subject, seed: int = 0) -> Trial:
+    """The subject beside its definition, which has run once.
+
+    Raises:
+        MoestroError: it cannot.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -50,20 +64,28 @@ def check(
                 f"{subject.title}: its definition cannot run ({first}); a layer takes "
                 "[B, S, D], and its float64 copy computes in float64"
             ) from error
-        if not trial.x.shape[1]:
-            raise MoestroError(f"{subject.title}: no token has a clear choice of experts")
+    if not trial.x.shape[1]:
+        raise MoestroError(f"{subject.title}: no token has a clear choice of experts")
+    return trial
+
+
+def found(trial: Trial, checks: Collection[Check]) -> Report:
+    """What these checks find in one subject; one finding where its plain run raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         failed = _failure(lambda: trial.ran)
-        found = [
-            Explained(
-                c.name, _done(c, trial) if failed is None else failed, c.meaning, c.looks_like
-            )
-            for c in checks[: None if failed is None else 1]
+        if failed is not None:
+            checks = list(checks)[:1]
+        findings = [
+            Explained(c.name, failed or _done(c, trial), c.meaning, c.looks_like) for c in checks
         ]
-    return Report(subject.title, tuple(found), seed)
+    return Report(trial.subject.title, tuple(findings), trial.seed)
 
 
 def _done(check: Check, trial: Trial) -> Finding:
     """What a check finds; a layer that raises where it should compute is wrong."""
+    if trial.subject.unreached:
+        return Finding("unchecked", trial.subject.unreached)
     found: list[Finding] = []
     failed = _failure(lambda: found.append(check.function(trial)))
     return failed or found[0]

@@ -17,6 +17,8 @@ from moestro.check.subject import Ran, Subject
 
 # How much a token is moved to see whether rounding could change its experts: more than bf16's eps.
 NUDGE = 2.0**-6
+# How often: a token close to a change passes one time in two, whatever the size.
+NUDGES = 6
 
 
 class Result(NamedTuple):
@@ -27,12 +29,14 @@ class Result(NamedTuple):
         grads: of the input, under the name "input", and of every parameter.
         balance: balance loss, 1 at even use.
         choice: of the definition.
+        z: z-loss.
     """
 
     y: Tensor
     grads: dict[str, Tensor | None]
     balance: Tensor | None = None
     choice: Choice | None = None
+    z: Tensor | None = None
 
 
 class Trial:
@@ -80,9 +84,9 @@ class Trial:
         if "the output" in self.broken:
             y = self.ran.y.detach().double()
         for name in grads:
-            own = self.ran.grads[name]
-            if f"the gradient of {name}" in self.broken and own is not None:
-                grads[name] = own.double()
+            if f"the gradient of {name}" in self.broken:
+                own = self.ran.grads[name]
+                grads[name] = None if own is None else own.double()
         return self.exact._replace(y=y, grads=grads)
 
     def normal(self, *shape: int) -> Tensor:
@@ -99,22 +103,24 @@ class Trial:
         found: list[Tensor] = []
         for _ in range(8):
             x_TD = self.normal(4 * count, dim)
-            choices = []
             with torch.no_grad():
-                for nudge in (0, NUDGE, -NUDGE):
-                    moved_TD = x_TD * (1 + nudge * self.normal(*x_TD.shape).sign())
-                    choices.append(self.choice(exact, moved_TD))
-            first_TK = choices[0].experts_TK
-            same_T = torch.stack([(each.experts_TK == first_TK).all(1) for each in choices]).all(0)
-            if wanted is not None:
-                same_T &= wanted(choices[0])
-            found.append(x_TD[same_T])
+                first = self.choice(exact, x_TD)
+                experts_TK = first.experts_TK
+                if wanted is not None:
+                    x_TD, experts_TK = x_TD[wanted(first)], experts_TK[wanted(first)]
+                for _ in range(NUDGES):
+                    moved_TD = x_TD * (1 + NUDGE * self.normal(*x_TD.shape).sign())
+                    same_T = (self.choice(exact, moved_TD).experts_TK == experts_TK).all(1)
+                    x_TD, experts_TK = x_TD[same_T], experts_TK[same_T]
+            found.append(x_TD)
             if sum(map(len, found)) >= count:
                 break
         return torch.cat(found)[:count]
 
     def choice(self, exact: nn.Module, x_TD: Tensor) -> Choice:
         """What the definition chooses."""
+        if self.subject.choose is not None:
+            return self.subject.choose(exact, x_TD)
         choice = self.subject.define(exact, x_TD[None]).choice
         assert choice is not None
         return choice
@@ -176,11 +182,11 @@ def differentiate(
     x = x.detach().clone().requires_grad_()
     ran = run(module, x, valid)
     if ran.y.requires_grad:
-        kept = ran.balance is not None
+        kept = ran.balance is not None or ran.z is not None
         torch.autograd.backward(ran.y, up.to(ran.y.dtype), retain_graph=kept)
     grads: dict[str, Tensor | None] = {"input": x.grad}
     grads |= {name: each.grad for name, each in module.named_parameters() if each.requires_grad}
-    return Result(ran.y, grads, ran.balance, ran.choice)
+    return Result(ran.y, grads, ran.balance, ran.choice, ran.z)
 
 
 def differences(got: Result, exact: Result, names: Iterable[str] | None = None) -> list[Difference]:

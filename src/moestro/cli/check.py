@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moestro.check.report import Report
+    from moestro.check.subject import Subject
 
 HANGS_S = 20  # what a rank waits for another
 
@@ -31,7 +32,11 @@ Targets = Annotated[
 Only = Annotated[list[str] | None, typer.Option(help="A check to do, no other; may be repeated.")]
 Skip = Annotated[list[str] | None, typer.Option(help="A check to leave out; may be repeated.")]
 Implementation = Annotated[
-    str, typer.Option(help="experts_implementation of models of transformers.")
+    str,
+    typer.Option(
+        help="experts_implementation of models of transformers (default: eager). Without a "
+        "target, families with all layouts of experts are checked."
+    ),
 ]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
 
@@ -40,7 +45,7 @@ def check(
     targets: Targets = None,
     only: Only = None,
     skip: Skip = None,
-    implementation: Implementation = "eager",
+    implementation: Implementation = "",
     seed: Annotated[int, typer.Option(min=0, help="Of inputs and random weights.")] = 0,
     slow: Annotated[bool, typer.Option("--slow", help="torch.compile too.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Explain every check.")] = False,
@@ -56,24 +61,26 @@ def check(
     Exit code: 0 all right, 1 something is wrong, 2 nothing could be made of the arguments,
     3 something could not be checked.
     """
-    from moestro.check.checks.table import CHECKS
-    from moestro.check.running import check as checked
+    from moestro.check.checks.table import CHECKS, chosen
+    from moestro.check.running import begun, found
     from moestro.errors import ConfigError
 
     if listing:
         for each in CHECKS.values():
             typer.echo(f"{each.name}: {each.meaning} Broken by: {each.looks_like}.")
         return
-    if not targets:
+    if not (targets or implementation):
         raise ConfigError("give what to check: a model, a config.json or module:factory")
+    checks = chosen(only or (), skip or (), slow)
     if "" not in sys.path:
         sys.path.insert(0, "")  # factories of the working directory, as `python -m` finds them
     with _ranks():
-        reports = [
-            checked(subject, only=only or (), skip=skip or (), seed=seed, slow=slow)
-            for target in targets
+        subjects = [
+            subject
+            for target in targets or ()
             for subject in _subjects(target, implementation, seed)
-        ]
+        ] or _layouts(implementation, seed)
+        reports = [found(begun(subject, seed), checks) for subject in subjects]
     if int(os.environ.get("RANK", "0")) > 0:
         return  # the first reports for all; torchrun would end it if another failed before
     _show(reports, as_json, junit)
@@ -96,34 +103,23 @@ def _ranks() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _settings(name: str) -> Path:
-    """A config.json: a file, in a folder, or of a model on the hub."""
-    from moestro.checkpoints.hub import find_settings
-    from moestro.errors import ConfigError
-
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.exists() and "/" in name and path.suffix != ".json":
-        return find_settings(name)
-    if not path.is_file():
-        raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
-    return path
-
-
-def _subjects(target: str, implementation: str, seed: int) -> list[object]:
+def _subjects(target: str, implementation: str, seed: int) -> list[Subject]:
     """What a name on the command line stands for; a model can have several kinds of mixtures."""
     import torch
 
-    from moestro.check.subject import of_factory
+    from moestro.check.targets import of_anything
 
     torch.manual_seed(seed)
-    path = Path(target)
-    if ":" in target and not path.exists():
-        return [of_factory(target)]
-    from moestro.check.foreign_models import from_settings
+    return of_anything(target, implementation=implementation)
 
-    return list(from_settings(_settings(target), implementation, seed))
+
+def _layouts(implementation: str, seed: int) -> list[Subject]:
+    import torch
+
+    from moestro.check.foreign_settings import of_layouts
+
+    torch.manual_seed(seed)
+    return of_layouts(implementation)
 
 
 def _show(reports: list[Report], as_json: bool, file: Path | None) -> None:

@@ -1,6 +1,6 @@
 """The catalogue of seeded defects."""
 
-from . import computing, routing, running
+from . import adapting, computing, routing, running
 from .catalogue import CATALOGUE
 
-__all__ = ["CATALOGUE", "computing", "routing", "running"]
+__all__ = ["CATALOGUE", "adapting", "computing", "routing", "running"]

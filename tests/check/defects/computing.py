@@ -161,7 +161,9 @@ class BufferTooSmall:
 @defect("early return without tokens (torchtitan#3686, Megatron-LM#4851)", "zero-tokens")
 class EarlyReturn:
     def forward(self, x, valid=None):
-        return super().forward(x, valid) if x.numel() else (x.detach().clone(), x.new_zeros(()))
+        if x.numel():
+            return super().forward(x, valid)
+        return x.detach().clone(), x.new_zeros(()), x.new_zeros(())
 
 
 @defect("a path for single tokens with one expert", "one-token", "mixtral deepseek gpt_oss gshard")

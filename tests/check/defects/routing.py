@@ -179,3 +179,35 @@ class BalanceKept:
         kept = getattr(self, "losses", 0.0)
         self.losses = kept + float(loss.detach())
         return loss + kept
+
+
+@defect("z-loss of probabilities: logsumexp after a softmax", "z-loss")
+class ZOfProbabilities:
+    def z(self, logits_TE, valid_T):
+        return super().z(logits_TE.softmax(-1), valid_T)
+
+
+@defect("z-loss a sum over tokens (Automodel#1408's factor N)", "z-loss")
+class ZSummed:
+    def z(self, logits_TE, valid_T):
+        return super().z(logits_TE, valid_T) * valid_T.sum()
+
+
+@defect("z-loss detached (Automodel#1408)", "z-gradient")
+class ZDetached:
+    def z(self, logits_TE, valid_T):
+        return super().z(logits_TE.detach(), valid_T)
+
+
+@defect("padding counted in the z-loss (Megatron-LM#1617 class)", "z-mask")
+class ZOfPadding:
+    def z(self, logits_TE, valid_T):
+        return super().z(logits_TE, torch.ones_like(valid_T))
+
+
+@defect("z-losses of earlier batches added up (MegaBlocks' global list)", "z-state")
+class ZKept:
+    def z(self, *args):
+        loss, kept = super().z(*args), getattr(self, "z_kept", 0.0)
+        self.z_kept = kept + float(loss.detach())
+        return loss + kept

@@ -39,8 +39,8 @@ class OtherInference:
 @defect("output in fp32 whatever comes in", "bf16 float64")
 class AlwaysFp32:
     def forward(self, x, valid=None):
-        y, balance = super().forward(x, valid)
-        return y.float(), balance
+        y, *losses = super().forward(x, valid)
+        return y.float(), *losses
 
 
 @defect("sums of experts in fp16", "outputs float64")
@@ -114,8 +114,8 @@ class _Contiguous(torch.autograd.Function):
 @defect("upstream gradient of other strides misread (pytorch#172440 class)", "strides")
 class Strides:
     def forward(self, x, valid=None):
-        y, balance = super().forward(x, valid)
-        return _Contiguous.apply(y), balance
+        y, *losses = super().forward(x, valid)
+        return _Contiguous.apply(y), *losses
 
 
 @defect("hidden widths cut to multiples of 8 (grouped kernels)", "odd-widths")

@@ -1,7 +1,7 @@
-"""Checks of several processes: data parallel and fully sharded training give what one process does.
+"""Checks of several processes: data, fully sharded and expert parallel training give what one does.
 
-Each rank takes its share of the batch, and gradients are averages over ranks: times their number
-they are the whole batch's. Skipped where no process group with several ranks is initialised.
+Each rank takes its share of the batch. DDP's and FSDP2's gradients are averages over ranks: times
+their number they are the whole batch's. Skipped where no group of several ranks is initialised.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moestro.check.checks.check import Check
 from moestro.check.compare import difference
 from moestro.check.report import Finding, skipped
+from moestro.check.subject import Run
 from moestro.check.trial import Trial
 
 
@@ -37,22 +38,90 @@ def idle(trial: Trial) -> Finding:
     return _compared(trial, DistributedDataParallel, idle=True)
 
 
-def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: bool) -> Finding:
+def spread(trial: Trial) -> Finding:
+    """Experts spread over the ranks: the output, every gradient and their norm."""
+    return _spread(trial, idle=False)
+
+
+def spread_idle(trial: Trial) -> Finding:
+    """The same, where all ranks but the first have no token."""
+    return _spread(trial, idle=True)
+
+
+def balanced(trial: Trial) -> Finding:
+    """Losses of the ranks' own tokens, under DDP: the mean of their gradients."""
+    alone = _alone(trial)
+    if alone is not None:
+        return alone
+    if trial.ran.balance is None or not trial.ran.balance.requires_grad:
+        return skipped("no balance loss with a gradient is described")
+    subject, world = trial.subject, dist.get_world_size()
+    x_TD = trial.x.flatten(0, 1)
+    losses = _Losses(subject.run)
+    module = DistributedDataParallel(_Calling(subject.copied(), losses))
+    torch.autograd.backward(module(x_TD[_share(False)][None].float()))
+    exact, defined = subject.copied(torch.float64), _Losses(lambda m, x, _: subject.define(m, x))
+    for rank in range(world):
+        torch.autograd.backward(defined(exact, x_TD[rank::world][None]) / world)
+    floor = 0.1 * float(trial.x.norm()) / len(x_TD)
+    return trial.verdict(
+        difference(f"the gradient of {name}", got.grad, meant.grad, floor)
+        for (name, meant), got in zip(exact.named_parameters(), module.parameters(), strict=True)
+        if meant.grad is not None and name in trial.names("router")
+    )
+
+
+class _Losses:
+    """What a pass of a module says its balance and z-losses are, together."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        ran = self.run(module, x, None)
+        assert ran.balance is not None
+        loss = ran.balance if ran.z is None else ran.balance + ran.z
+        return loss + 0 * ran.y.sum()  # DDP waits for the gradient of every parameter
+
+
+class _Calling(nn.Module):
+    """A module whose forward is a function of another: what DDP wants to be called itself."""
+
+    def __init__(self, inner: nn.Module, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the function gives."""
+        return self.function(self.inner, x)
+
+
+def _alone(trial: Trial) -> Finding | None:
+    """Why there is nothing to compare; None: there is."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return skipped("needs several processes: torchrun --nproc-per-node 2 -m moestro check …")
-    if trial.subject.drops:
-        return skipped("with a capacity, tokens depend on each other")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    x_TD, up_TD = trial.x.flatten(0, 1), trial.up.flatten(0, 1)
-    share = slice(rank, None, world)
+    return skipped("with a capacity, tokens depend on each other") if trial.subject.drops else None
+
+
+def _share(idle: bool) -> slice:
+    """This rank's tokens."""
     if idle:
-        share = slice(None) if rank == 0 else slice(0, 0)
-    module = wrap(trial.subject.copied())
-    y = trial.subject.run(module, x_TD[share][None].float(), None).y
+        return slice(None) if dist.get_rank() == 0 else slice(0, 0)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: bool) -> Finding:
+    alone = _alone(trial)
+    if alone is not None:
+        return alone
+    world, share = dist.get_world_size(), _share(idle)
+    x_TD, up_TD = trial.x.flatten(0, 1), trial.up.flatten(0, 1)
+    inner = _Calling(trial.subject.copied(), lambda m, x: trial.subject.run(m, x, None).y)
+    module = wrap(inner)  # kept: with it go the hooks that reduce gradients
+    y = module(x_TD[share][None].float())
     torch.autograd.backward(y, up_TD[share][None].float())
     found, squares = [], 0.0
-    for name, each in module.named_parameters():
-        name = name.removeprefix("module.")
+    for name, each in inner.inner.named_parameters():
         exact = trial.expected.grads.get(name)
         if exact is not None:
             got = _whole(each.grad)
@@ -60,11 +129,39 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
             squares += 0.0 if got is None else float(got.double().square().sum())
             floor = 0.1 * float(trial.exact.y.norm())
             found.append(difference(f"the gradient of {name}", got, exact, floor))
-    total = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    total = nn.utils.get_total_norm([p.grad for p in inner.parameters() if p.grad is not None])
     norm = _whole(total)
     assert norm is not None
     exact_norm = trial.x.new_tensor(math.sqrt(squares))
     found.append(difference("the norm of all gradients", norm * world, exact_norm))
+    return trial.verdict(found)
+
+
+def _spread(trial: Trial, *, idle: bool) -> Finding:
+    alone, subject = _alone(trial), trial.subject
+    if alone is not None:
+        return alone
+    if subject.spread is None:
+        return skipped("it is not described how its experts are spread over ranks")
+    rank, world, share = dist.get_rank(), dist.get_world_size(), _share(idle)
+    if subject.num_experts % world:
+        return skipped(f"{subject.num_experts} experts do not split over {world} ranks")
+    x_TD, up_TD = trial.x.flatten(0, 1), trial.up.flatten(0, 1)
+    module = subject.spread(subject.copied())
+    got = trial.tested(x_TD[share][None], up_TD[share][None], module)
+    exact_TD = trial.expected.y.flatten(0, 1)[share]
+    floor = 0.1 * float(trial.exact.y.norm())
+    found = [difference("the output", got.y[0], exact_TD, floor)]
+    for name, grad in got.grads.items():
+        exact = trial.expected.grads.get(name)
+        if exact is None or name == "input" or subject.part(name) == "other":
+            continue
+        if subject.part(name) == "experts":  # the exchange has brought the tokens of all ranks
+            count = len(exact) // world
+            exact = exact[rank * count : (rank + 1) * count]
+        elif grad is not None:
+            dist.all_reduce(grad)
+        found.append(difference(f"the gradient of {name}", grad, exact, floor))
     return trial.verdict(found)
 
 
@@ -82,6 +179,13 @@ CHECKS = (
           "gradients doubled or divided twice (pytorch#160285, Megatron-LM#7452)", replicated),
     Check("sharded", "Fully sharded parameters (FSDP2) get the whole batch's gradients and norm.",
           "norms that omit experts (Megatron-LM#5916, torchtitan#649)", sharded),
+    Check("expert-parallel", "Experts spread over ranks give what one process does.",
+          "gradients times the ranks (pytorch#160285); a router cut off (Automodel#2995)",
+          spread),
+    Check("expert-parallel-idle", "The same, where a rank has no token of its own.",
+          "an exchange that a rank without tokens skips (Megatron-LM#4851)", spread_idle),
+    Check("parallel-balance", "Balance losses of ranks' own tokens: their gradients' mean (DDP).",
+          "auxiliary losses times or over the ranks (Megatron-LM#3769, Automodel#1408)", balanced),
     Check("idle-rank", "A rank without tokens takes part: nothing hangs, gradients are right.",
           "a rank without tokens that hangs (DeepSpeed#4808, Megatron-LM#4851)", idle),
 )  # fmt: skip

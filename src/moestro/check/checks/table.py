@@ -5,13 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-from moestro.check.checks import losses, modes, parallel, tokens, values
+from moestro.check.checks import adapters, losses, model_losses, modes, parallel, tokens, values
 from moestro.check.checks.check import Check
 from moestro.errors import ConfigError
 
 CHECKS = {
     each.name: each
-    for each in (*values.CHECKS, *tokens.CHECKS, *losses.CHECKS, *modes.CHECKS, *parallel.CHECKS)
+    for each in (
+        *values.CHECKS,
+        *tokens.CHECKS,
+        *losses.CHECKS,
+        *model_losses.CHECKS,
+        *adapters.CHECKS,
+        *modes.CHECKS,
+        *parallel.CHECKS,
+    )
 }
 
 

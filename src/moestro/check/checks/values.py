@@ -80,7 +80,9 @@ def choice(trial: Trial) -> Finding:
 def _found_weights(trial: Trial) -> tuple[Tensor, Tensor] | Finding:
     """Weights [T, E], of which tokens, or why not: Σ_e w_e · expert_e(x) + rest = y, for w."""
     subject = trial.subject
-    if subject.experts is None or subject.num_experts > subject.dim or subject.drops:
+    if subject.experts is None:
+        return skipped("its experts are not described one by one")
+    if subject.num_experts > subject.dim or subject.drops:
         return skipped("weights cannot be told from outputs: capacity, or more experts than D")
     exact = subject.copied(torch.float64)
     experts = subject.experts(exact)

@@ -1,0 +1,178 @@
+"""What people give to be checked: layers, factories, their names, models; and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moestro.check.described import described
+from moestro.check.description import (
+    AdapterNames,
+    Description,
+    ExpertNames,
+    RouterRule,
+    SharedNames,
+)
+from moestro.check.subject import Subject
+from moestro.config import MoEConfig
+from moestro.errors import ConfigError, MoestroError
+from moestro.kernels.reference import GATED
+from moestro.moe.balance import switch_loss, z_loss
+from moestro.moe.layer import MoE
+from moestro.moe.parallel import ParallelExperts
+
+
+def of_moe(layer: MoE, title: str = "") -> Subject:
+    """A layer of this project.
+
+    Raises:
+        MoestroError: its router is not token choice by scores, or is adapted.
+    """
+    cfg, router = layer.cfg, layer.cfg.router
+    if router.kind not in ("softmax", "sigmoid"):
+        raise MoestroError(f"the {router.kind} router is not checked; softmax and sigmoid are")
+    if getattr(layer.router, "weight_adapter", None) is not None:
+        raise MoestroError("the router has an adapter; merge it, then check the layer")
+    order = "weights" if cfg.capacity and cfg.capacity.priority == "router" else "choices"
+    bias = cfg.experts.bias
+    about = Description(
+        router=RouterRule(
+            top_k=cfg.top_k, logit_bias="router.logit_bias" if router.bias else None,
+            choice_bias="router.bias" if router.selection_bias else None, score=router.kind,
+            normalise=cfg.renormalizes, scale=router.scale, num_groups=router.num_groups,
+            top_groups=router.top_groups, group_score=router.group_score,
+        ),
+        experts=ExpertNames(
+            **{"gate_up" if cfg.activation in GATED else "up": "experts.gate_up"},
+            down="experts.down", activation=cfg.activation,
+            up_bias="experts.gate_up_bias" if bias else None,
+            down_bias="experts.down_bias" if bias else None,
+        ),
+        shared=cfg.shared and SharedNames(
+            module="shared", gate="shared_gate.weight" if cfg.shared.gate else None
+        ),
+        capacity=cfg.capacity and {"factor": cfg.capacity.factor, "order": order},
+        training=not router.jitter and not cfg.experts.dropout,
+        call=lambda module, x, valid=None: module(x, valid=valid), takes_mask=True,
+        balance=lambda module, output: switch_loss(output[1]),
+        z=lambda module, output: z_loss(output[1]), adapters=_adapters(layer), spread=_spread,
+    )  # fmt: skip
+
+    def resized(**sizes: int) -> Subject:
+        values = {**cfg.model_dump(), **sizes}
+        if values["top_k"] == values["num_experts"]:  # a group cannot hold them all
+            values["router"] = {**values["router"], "num_groups": 1, "top_groups": 1}
+        return of_moe(MoE(MoEConfig(**values), str(layer.experts.backend)), title)
+
+    made = described(layer, about, title or f"MoE, {layer.experts.backend}")
+    return made if about.adapters else replace(made, resized=resized)
+
+
+def _adapters(layer: MoE) -> tuple[AdapterNames, ...]:
+    found = ((name, getattr(layer.experts, f"{name}_adapter")) for name in ("gate_up", "down"))
+    return tuple(
+        AdapterNames(
+            weight=f"experts.{name}", a=f"experts.{name}_adapter.a", b=f"experts.{name}_adapter.b",
+            scale=each.scale,
+        )
+        for name, each in found if each is not None
+    )  # fmt: skip
+
+
+def _spread(layer: Any) -> MoE:
+    made: MoE = layer
+    made.experts = ParallelExperts(layer.experts)
+    return made
+
+
+def of_factory(words: str) -> Subject:
+    """What `module:factory` returns: a layer and its description, an MoE, or a Subject.
+
+    Raises:
+        ConfigError: there is no such function, it raises, or returns something else.
+    """
+    place, _, name = words.partition(":")
+    try:
+        factory = getattr(import_module(place), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import {words}: {error}") from error
+    return made_by(factory, words)
+
+
+def made_by(factory: Callable[..., Any], title: str = "", **sizes: int) -> Subject:
+    """A factory's subject; it can be resized if the factory takes the names of sizes.
+
+    Raises:
+        ConfigError: it raises, or returns something else.
+    """
+    title = title or getattr(factory, "__name__", "factory")
+    try:
+        made = factory(**sizes)
+    except MoestroError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{title} raised {type(error).__name__}: {error}") from error
+    if isinstance(made, Subject):
+        return made
+    if isinstance(made, MoE):
+        return of_moe(made, title)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Description)):
+        raise ConfigError(
+            f"{title} returned {type(made).__name__}; it must return (module, Description)"
+        )
+    takes = set(inspect.signature(factory).parameters)
+    names = {"dim", "hidden_dim", "num_experts", "top_k"}
+    again = (lambda **sizes: made_by(factory, title, **sizes)) if names <= takes else None
+    return replace(described(*made, title), resized=again)
+
+
+def of_anything(target: Any, title: str = "", implementation: str = "") -> list[Subject]:
+    """A Subject, an MoE, (module, Description), a factory, its name, or a model or its settings.
+
+    A model has a subject for each of its kinds of blocks.
+
+    Args:
+        target: one of these.
+        title: of the report.
+        implementation: experts_implementation of a model of transformers; empty: its own.
+
+    Raises:
+        MoestroError: it is none of these.
+    """
+    if isinstance(target, Subject):
+        return [target]
+    if isinstance(target, MoE):
+        return [of_moe(target, title)]
+    if isinstance(target, str) and ":" in target and not Path(target).exists():
+        return [of_factory(target)]
+    if _foreign(target):
+        models = import_module("moestro.check.foreign_settings")
+        found: list[Subject] = models.of_foreign(target, implementation, title)
+        return found
+    if isinstance(target, tuple) or (callable(target) and not isinstance(target, nn.Module)):
+        return [made_by(target if callable(target) else lambda: target, title)]
+    raise ConfigError(
+        f"cannot check a {type(target).__name__}; give (module, Description), a factory that "
+        "returns them, its name as module:factory, an MoE, or a model of transformers"
+    )
+
+
+def _foreign(target: Any) -> bool:
+    """A path, or a model or settings of transformers, which such an object has imported already."""
+    if isinstance(target, str | Path):
+        return True
+    if "transformers" not in sys.modules:
+        return False
+    library = sys.modules["transformers"]
+    if isinstance(target, library.PretrainedConfig):
+        return True
+    return isinstance(target, nn.Module) and any(
+        isinstance(each, library.PreTrainedModel) for each in target.modules()
+    )

@@ -1,0 +1,79 @@
+"""The checks as tests of another project."""
+
+import subprocess
+import sys
+
+# Before pytester restores sys.modules: what torch.distributed registers, it registers once.
+import moestro.check.running  # noqa: F401
+
+pytest_plugins = ["pytester"]
+
+CONFTEST = 'pytest_plugins = "moestro.check.pytest_plugin"'
+SUITE = """
+import pytest
+from tests.check.made import clean, doubled
+
+CHECKS = ["outputs", "expert-gradients", "odd-widths", "adapter-merge"]
+
+@pytest.mark.moestro(clean, only=CHECKS)
+def test_clean(moestro_finding):
+    pass
+
+@pytest.mark.moestro(doubled, only=CHECKS, skip=["adapter-merge"])
+def test_doubled(moestro_finding):
+    pass
+
+def test_fixture(moestro_check):
+    assert moestro_check(clean, only=["outputs"]).ok
+
+def test_fixture_fails(moestro_check):
+    moestro_check(doubled, only=["expert-gradients"])
+"""
+
+
+def test_each_check_is_a_test_of_the_other_project(pytester, monkeypatch):
+    monkeypatch.syspath_prepend(str(pytester.path))
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(SUITE)
+    done = pytester.runpytest_inprocess("-rA", "--strict-markers", "-p", "no:cacheprovider")
+    done.assert_outcomes(passed=6, failed=2, skipped=1)
+    done.stdout.fnmatch_lines(
+        [
+            "*expert-gradients: the gradient of * differs *(all of it is 2 times).*",
+            "PASSED *::test_clean[[]outputs[]]",
+            "SKIPPED *no adapters are described",
+            "FAILED *::test_doubled[[]expert-gradients[]]*",
+        ]
+    )
+
+
+def test_bad_use_is_one_sentence(pytester):
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def raises():
+            raise KeyError("experts")
+
+        @pytest.mark.moestro(raises, only=["outputs"])
+        def test_raises(moestro_finding):
+            pass
+
+        def test_unmarked(moestro_finding):
+            pass
+        """
+    )
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    done.assert_outcomes(errors=2)
+    done.stdout.fnmatch_lines(
+        ["*raises raised KeyError: 'experts'*", "*needs @pytest.mark.moestro*"]
+    )
+
+
+def test_the_plugin_alone_imports_nothing_heavy_and_changes_no_other_suite(pytester):
+    code = "import sys, moestro.check.pytest_plugin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    pytester.makepyfile("def test_other():\n    import sys\n    assert True\n")
+    done = pytester.runpytest_inprocess("-p", "moestro.check.pytest_plugin", "--strict-markers")
+    done.assert_outcomes(passed=1)
