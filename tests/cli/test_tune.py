@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 
 import pytest
 import safetensors.torch
@@ -7,7 +8,9 @@ import torch
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.cli.main import main
+from moestro.cli.probe_model import open_probed
 from moestro.kernels import native_cpu
+from moestro.text import load_tokenizer
 from moestro.train.metrics import read_metrics
 
 SMALL = [
@@ -117,7 +120,8 @@ def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats,
 
 @pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
 def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, chats, tmp_path):
-    options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--qlora", "int8"]
+    base = shutil.copytree(published, tmp_path / "base")  # beside which the packed form is kept
+    options = [str(base), "--data", str(chats), *SETS, "--lora", "3", "--qlora", "int8"]
     assert main(["tune", *options, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
     assert (
         main(["generate", str(tmp_path / "run"), "a", "--weights", "int8", "--max-tokens", "2"])
@@ -166,3 +170,61 @@ def test_the_preview_marks_what_is_learned(published, chats, capsys):
     )
     assert text in shown
     assert "line 2" in shown
+
+
+@pytest.fixture(scope="module")
+def tuned(published, chats, tmp_path_factory):
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    options = ["--data", str(chats), *SETS, "--steps", "2", "--out", str(run)]
+    assert main(["tune", str(published), *options]) == 0
+    return run
+
+
+def json_of(capsys, *words):
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def bits_of(capsys, *words):
+    (row,) = json_of(capsys, "eval", *words, "--weights", "as-is")["rows"]
+    return row["bits_per_byte"]["all"]
+
+
+def test_eval_reads_the_conversations_that_a_run_held_out(tuned, chats, tmp_path, capsys):
+    (trained,) = [point["bits_per_byte"]["all"] for point in read_metrics(tuned / "metrics.jsonl")
+                  if "bits_per_byte" in point]  # fmt: skip
+    same = pytest.approx(trained, abs=1e-5)  # computed one row at a time there
+    assert bits_of(capsys, tuned, "--tokens", "96") == same
+    # The same ones after the prepared data is gone; text and other conversations on request.
+    moved = shutil.copytree(tuned, tmp_path / "moved")
+    shutil.rmtree(moved / "data")
+    assert bits_of(capsys, moved, "--tokens", "96") == same
+    others = bits_of(capsys, tuned, "--chats", chats)
+    as_text = bits_of(capsys, tuned, "--source", __file__)
+    assert len({trained, others, as_text}) == 3
+    assert main(["eval", str(tuned), "--source", "a", "--chats", "b"]) == 2
+    assert "--source, text, or --chats, conversations" in capsys.readouterr().err
+
+
+def test_probe_reads_each_conversation_for_itself(tuned, chats):
+    passages = open_probed(tuned).passages((), 96)
+    texts = set()
+    for line in chats.read_text().splitlines():
+        turns = json.loads(line)["messages"]
+        texts.add("<s>" + "".join(
+            f"<|{'user' if turn['role'] == 'user' else 'reply'}|>{turn['content']}" for turn in turns
+        ))  # fmt: skip
+    tokenizer = load_tokenizer(tuned / "init")
+    read = [tokenizer.decode(passage.tokens.tolist()) for passage in passages]
+    spelled = {text.translate({}) for text in texts}
+    assert len(passages) == len({passage.document for passage in passages}) > 4
+    print(read[:3], list(spelled)[:3])
+    assert {passage.domain for passage in passages} == {"chats"}
+
+
+def test_experts_are_not_judged_on_conversations(tuned, tmp_path, capsys):
+    assert main(["prune", str(tuned), str(tmp_path / "less"), "--keep", "0.75"]) == 2
+    assert "give some with --text" in capsys.readouterr().err
+    assert not (tmp_path / "less").exists()

@@ -72,6 +72,7 @@ def read_texts(
     Raises:
         DataError: there is none, or it is of another vocabulary.
     """
+    from moestro.data.rows import ChatCorpus
     from moestro.infer.prompts import check_known
 
     checkpoint, cfg = layers.folder, layers.cfg
@@ -80,7 +81,13 @@ def read_texts(
 
         def corpus_of(sources: list[str] | None) -> Corpus:
             context = cfg.attention.context
-            return open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+            found = open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+            if isinstance(found, ChatCorpus):
+                raise DataError(
+                    f"{checkpoint} learned conversations, and experts are judged on text; give "
+                    "some with --text"
+                )
+            return found
 
         corpus = corpus_of(text)
         windows = min(calibration // corpus.seq_len, corpus.windows_per_epoch)
