@@ -3,8 +3,7 @@
 Made from the docstrings that every Python brings along: the same on every machine with the same
 Python. Modules are held out, not questions, so that no answer has been seen next to its like.
 
-    python examples/library_chats.py FOLDER             # FOLDER/train.jsonl and FOLDER/held.jsonl
-    python examples/library_chats.py FOLDER --plain     # for models without a chat template
+    python examples/library_chats.py FOLDER [--plain]   # train.jsonl and held.jsonl there
 """
 
 import argparse
@@ -45,17 +44,17 @@ def documented(path: Path) -> Iterator[tuple[str, str]]:
             answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             if not SHORTEST <= len(answer) <= LONGEST or ">>>" in answer:
                 continue
-            name = f"{inside}{node.name}"
+            name, module = f"{inside}{node.name}", module_of(path)
             if isinstance(node, ast.ClassDef):
-                yield f"What is the class {name} of {module_of(path)}?", answer
+                yield f"What is the class {name} of {module}?", answer
             else:
-                yield f"What does {name}({ast.unparse(node.args)}) of {module_of(path)} do?", answer
+                yield f"What does {name}({ast.unparse(node.args)}) of {module} do?", answer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--plain", action="store_true", help="prompt and completion, as text")
+    parser.add_argument("--plain", action="store_true", help="without chat template")
     parser.add_argument("--most", type=int, default=10_000, help="conversations")
     args = parser.parse_args()
     sides: dict[str, list[str]] = {"train": [], "held": []}
@@ -63,7 +62,10 @@ def main() -> None:
     for path in sorted(files, key=lambda path: (number_of(path), path.as_posix())):
         side = sides["train" if number_of(path) % HELD_OUT else "held"]
         for question, answer in documented(path):
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             plain = {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
             side.append(json.dumps(plain if args.plain else {"messages": turns}))
         if sum(map(len, sides.values())) >= args.most and all(sides.values()):

@@ -210,17 +210,11 @@ def test_eval_reads_the_conversations_that_a_run_held_out(tuned, chats, tmp_path
 
 def test_probe_reads_each_conversation_for_itself(tuned, chats):
     passages = open_probed(tuned).passages((), 96)
-    texts = set()
-    for line in chats.read_text().splitlines():
-        turns = json.loads(line)["messages"]
-        texts.add("<s>" + "".join(
-            f"<|{'user' if turn['role'] == 'user' else 'reply'}|>{turn['content']}" for turn in turns
-        ))  # fmt: skip
     tokenizer = load_tokenizer(tuned / "init")
-    read = [tokenizer.decode(passage.tokens.tolist()) for passage in passages]
-    spelled = {text.translate({}) for text in texts}
+    read = [tokenizer.decode(passage.tokens.tolist()) for passage in passages]  # without marks
+    lines = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    assert set(read) < {"".join(turn["content"] for turn in turns) for turns in lines}
     assert len(passages) == len({passage.document for passage in passages}) > 4
-    print(read[:3], list(spelled)[:3])
     assert {passage.domain for passage in passages} == {"chats"}
 
 

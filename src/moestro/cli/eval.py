@@ -50,6 +50,7 @@ Tokens = Annotated[
 ]
 DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
+_WIDTH = 34  # of the table without domains
 
 
 class Score(NamedTuple):
@@ -92,8 +93,8 @@ def eval(
     held_out, seq_len, task = text
     read = sum(task.predicted(each.tokens_NS) for each in held_out.values())
     use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
-    options = {"memory": memory, "use": use, "accept_fields": accept_field, "task": task}
-    rows = [Score(kind, measure(checkpoint, kind, held_out, **options)) for kind in kinds]
+    options = {"memory": memory, "use": use, "accept_fields": accept_field}
+    rows = [Score(kind, measure(checkpoint, kind, held_out, task, **options)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
@@ -173,7 +174,7 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 
-    from moestro.cli.tables import new_table
+    from moestro.cli.tables import new_table, that_fit
     from moestro.train.evaluate import ALL
 
     console = Console(highlight=False)
@@ -181,11 +182,12 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
         f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
     )
     domains = [name for name in rows[0].bits if name != ALL]
-    if len(domains) == 1:
-        domains = []
-    table = new_table("weights", ALL, "change", *domains)
+    shown = that_fit(domains, console.width - _WIDTH) if len(domains) > 1 else []
+    table = new_table("weights", ALL, "change", *shown)
     for row in rows:
-        each = [f"{row.bits[name]:.4f}" for name in domains]
+        each = [f"{row.bits[name]:.4f}" for name in shown]
         change = "" if row is rows[0] else f"{_over(row, rows[0]):+.2%}"
         table.add_row(row.weights, f"{row.bits[ALL]:.4f}", change, *each)
     console.print(table)
+    if 1 < len(domains) > len(shown):
+        console.print(f"{len(domains) - len(shown)} more domains with --json")
