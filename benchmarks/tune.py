@@ -1,9 +1,10 @@
-"""What tuning gains and what it takes: all weights and adapters, a dense model and a mixture of it.
+"""What tuning gains and takes: all weights or adapters, of a dense model and a mixture of it.
 
-The conversations are examples/library_chats.py's, and what is measured is the assistant's text about
-modules of which nothing was learned: bits per byte before and after, and a sample. Each tuning is a
-process of its own, with its peak resident set and, counted from its last checkpoint, the bytes that
-are trained, with their optimizer state.
+The conversations are examples/library_chats.py's, and what is measured is the assistant's text
+about modules of which nothing was learned: bits per byte before and after, and a sample. Each
+tuning is a process of its own. Its memory is the peak resident set less that of a process which
+only reads the conversations: weights, adapters, gradients, optimizer state and activations. From
+its last checkpoint come the bytes that are trained, and those of their optimizer state.
 
     .venv/bin/python benchmarks/tune.py --quick
     MOESTRO_SMOLLM2=SmolLM2-135M-Instruct.Q4_1.gguf .venv/bin/python benchmarks/tune.py
@@ -40,10 +41,9 @@ TINY_WAYS = {
 
 
 class Done(NamedTuple):
-    """What a command printed, the seconds it took, and its peak resident set in bytes."""
+    """What a command printed, and its peak resident set."""
 
     text: str
-    seconds: float
     peak_bytes: int
 
 
@@ -57,7 +57,7 @@ def moestro(*words: object) -> Done:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return Done(text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    return Done(text, used.ru_maxrss * 1024)
 
 
 def dense_model(out: Path, quick: bool) -> tuple[str, str, bool]:
@@ -73,9 +73,9 @@ def dense_model(out: Path, quick: bool) -> tuple[str, str, bool]:
     return str(out / "pretrained"), "tiny", False
 
 
-def held_out(model: object, chats: Path) -> float:
+def held_out(model: object, chats: Path, tokens: int) -> float:
     """Bits per byte of the assistant's text about modules that nothing was learned of."""
-    words = ("--chats", chats / "held.jsonl", "--tokens", 65_536, "--weights", "as-is", "--json")
+    words = ("--chats", chats / "held.jsonl", "--tokens", tokens, "--weights", "bf16", "--json")
     (row,) = json.loads(moestro("eval", model, *words).text)["rows"]
     return float(row["bits_per_byte"]["all"])
 
@@ -104,15 +104,16 @@ def tuned(name: str, base: str, way: str, options: list[str], args: argparse.Nam
         "--set", "train.eval_every=1000000", "--set", "train.eval_tokens=4096",
         "--set", "train.save_every=1000000",
     ]  # fmt: skip
+    idle = moestro("tune", base, *words, *options, "--show", 1)
     done = moestro("tune", base, *words, *options)
     last = run / "checkpoints" / f"step-{args.steps:06d}"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = stored(last / "adapter.safetensors") or stored(last / "model.safetensors")
     row = {
-        "model": name, "trained": way, "before": held_out(base, chats),
-        "after": held_out(run, chats), "s / step": lines[-1]["seconds"] / args.steps,
+        "model": name, "trained": way, "before": held_out(base, chats, args.tokens),
+        "after": held_out(run, chats, args.tokens), "s / step": lines[-1]["seconds"] / args.steps,
         "trained MB": trained / 1e6, "optimizer MB": stored(last / "optimizer.safetensors") / 1e6,
-        "peak MB": done.peak_bytes / 1e6, "sample": sample(run, chat),
+        "peak MB": (done.peak_bytes - idle.peak_bytes) / 1e6, "sample": sample(run, chat),
     }  # fmt: skip
     print(f"{name}, {way}: {row['before']:.4f} → {row['after']:.4f}", flush=True)
     return row
@@ -124,11 +125,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=32_768, help="held out")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tune")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.batch = min(args.steps, 10), min(args.batch, 2)
+        args.steps, args.batch, args.tokens = min(args.steps, 10), min(args.batch, 2), 4096
     if args.out.exists():
         raise SystemExit(f"{args.out} exists already; remove it, or give another --out")
     dense, name, chat = dense_model(args.out, args.quick)
