@@ -21,12 +21,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import measure
+from measure import ROOT, moestro
 from safetensors import safe_open
 
-ROOT = Path(__file__).parent.parent
 QUESTION = "What does wrap(text, width=70, **kwargs) of textwrap do?"
 WAYS = {
     "all weights": ["--set", "optim.lr=2e-5"],
@@ -38,26 +38,6 @@ TINY_WAYS = {
     "lora": ["--lora", "8", "--set", "optim.lr=3e-3"],
     "qlora int8": ["--lora", "8", "--qlora", "int8", "--set", "optim.lr=3e-3"],
 }
-
-
-class Done(NamedTuple):
-    """What a command printed, and its peak resident set."""
-
-    text: str
-    peak_bytes: int
-
-
-def moestro(*words: object) -> Done:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "moestro", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        text = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return Done(text, used.ru_maxrss * 1024)
 
 
 def dense_model(out: Path, quick: bool) -> tuple[str, str, bool]:
@@ -129,6 +109,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tune")
     args = parser.parse_args()
+    args.out = args.out.absolute()
     if args.quick:
         args.steps, args.batch, args.tokens = min(args.steps, 10), min(args.batch, 2), 4096
     if args.out.exists():
