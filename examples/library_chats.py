@@ -62,12 +62,10 @@ def main() -> None:
     for path in sorted(files, key=lambda path: (number_of(path), path.as_posix())):
         side = sides["train" if number_of(path) % HELD_OUT else "held"]
         for question, answer in documented(path):
-            turns = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
+            said = {"user": question, "assistant": answer}
+            chat = [{"role": role, "content": text} for role, text in said.items()]
             plain = {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
-            side.append(json.dumps(plain if args.plain else {"messages": turns}))
+            side.append(json.dumps(plain if args.plain else {"messages": chat}))
         if sum(map(len, sides.values())) >= args.most and all(sides.values()):
             break
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,8 @@ def test_a_published_checkpoint_is_tuned_resumed_bitwise_and_written_back(
         assert torch.equal(tensor, second[name]), name
         assert torch.equal(tensor, before[name]) == ("router" in name), name
     assert main(["convert", str(whole), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    written = tensors(tmp_path / "hf")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in first.items())
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "hf"), "a", "--chat", "--max-tokens", "3"]) == 0
 
@@ -137,6 +139,7 @@ def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, ch
         (["--set", "data.chat.turns=some"], "data.chat.turns"),
         (["--lora", "2", "--set", 'lora.targets=["dense"]'], "nothing of the kind"),
         (["--set", "model.dim=8"], "model.dim"),
+        (["--show", "-1"], "--show"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
@@ -158,6 +161,9 @@ def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, caps
     assert not out.exists()
     assert main(["tune", str(published)]) == 2
     assert main(["tune", str(published), "--data", str(path), "--resume"]) == 2
+    capsys.readouterr()
+    assert main(["tune", "--resume", "--out", str(out)]) == 2
+    assert "holds no run to go on with" in capsys.readouterr().err
 
 
 def test_the_preview_marks_what_is_learned(published, chats, capsys):
