@@ -1,22 +1,25 @@
-"""How every benchmark measures: variants interleaved in one process, medians, a table and JSON."""
+"""How benchmarks measure: variants interleaved, commands in their processes, a table and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moestro.machine import cpu_name
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def interleave(
@@ -46,6 +49,26 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(slow) / statistics.median(fast)
 
 
+class Done(NamedTuple):
+    """What a command printed, and its peak resident set."""
+
+    text: str
+    peak_bytes: int
+
+
+def moestro(*words: object) -> Done:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "moestro", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return Done(text, used.ru_maxrss * 1024)
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     commit = _git("rev-parse", "--short", "HEAD")
@@ -64,8 +87,7 @@ def machine() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str:
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), *words]
+    command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
@@ -83,7 +105,7 @@ def report(name: str, rows: list[dict[str, Any]], claims: dict[str, Any]) -> Non
     path = RESULTS / f"{name}.json"
     result = {"benchmark": name, "machine": machine(), "claims": claims, "rows": rows}
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
+    print(f"written to {path.relative_to(ROOT)}")
 
 
 def _cell(value: Any) -> str:

@@ -1,10 +1,17 @@
 """Each example runs as written, and prints what it promises."""
 
+import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from moestro.kernels import native_cpu
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,6 +39,7 @@ def numbers_after(word: str, text: str) -> list[float]:
 def test_every_example_is_run_here():
     tested = set(re.findall(r'output_of\("([\w.]+)"\)', Path(__file__).read_text()))
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}
+    assert [path.name for path in EXAMPLES.glob("*.sh")] == ["lifecycle.sh"]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -74,3 +82,42 @@ def test_custom_loop(output_of):
     without, moved = map(float, re.search(r"(\S+) without, (\S+) with the bias", text).groups())
     assert 1 <= moved < without <= 4
     assert moved < 1.7, "the bias evens out the load within these steps"
+
+
+def test_library_chats(output_of, tmp_path, monkeypatch):
+    for form, field in (([], "messages"), (["--plain"], "completion")):
+        words = ["library_chats.py", str(tmp_path / field), "--most", "150", *form]
+        monkeypatch.setattr(sys, "argv", words)
+        numbers = re.findall(r"([\d,]+) conversations", output_of("library_chats.py"))
+        lines = {
+            side: (tmp_path / field / f"{side}.jsonl").read_text().splitlines()
+            for side in ("train", "held")
+        }
+        assert [int(each) for each in numbers] == [len(each) for each in lines.values()]
+        assert all(field in json.loads(line) for each in lines.values() for line in each)
+    modules = {
+        side: {re.search(r" of (\w+)(?: do)?\?", line)[1] for line in each}
+        for side, each in lines.items()
+    }
+    assert not modules["train"] & modules["held"], "modules are held out whole"
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available()))
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_lifecycle(tmp_path):
+    env = {**os.environ, "QUICK": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [EXAMPLES / "lifecycle.sh", tmp_path / "out"], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    for each in ("6 of 8 experts in each mixture", "trained 20 of 20 steps", "ready; Ctrl-C"):
+        assert each in done.stdout
+    bits = [float(number) for number in re.findall(r"^ *bf16 +(\S+)", done.stdout, re.MULTILINE)]
+    assert len(bits) == 2
+    assert bits[1] < bits[0], "tuning helped"
+    assert re.search(r"^[1-9]\d* tokens in", done.stdout, re.MULTILINE)
+    again = subprocess.run(
+        [EXAMPLES / "lifecycle.sh", tmp_path / "out"], capture_output=True, text=True, env=env
+    )
+    assert again.returncode == 2
+    assert "exists already" in again.stderr

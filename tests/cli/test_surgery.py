@@ -9,6 +9,7 @@ import torch
 from moestro.checkpoints.reading import read_model
 from moestro.checkpoints.writing import write_pretrained
 from moestro.cli.main import main
+from moestro.cli.tables import that_fit
 from moestro.config import ModelConfig
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
@@ -151,3 +152,8 @@ def test_an_existing_target_is_left_alone(
     words = ["prune", str(published), str(published), "--text", text, "--keep", "0.75"]
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_domains_that_do_not_fit_are_left_to_json() -> None:
+    assert that_fit(["first", "second", "a longer one"], 20) == ["first", "second"]
+    assert that_fit(["first"], 8) == []

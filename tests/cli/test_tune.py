@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 
 import pytest
 import safetensors.torch
@@ -7,7 +8,9 @@ import torch
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.cli.main import main
+from moestro.cli.probe_model import open_probed
 from moestro.kernels import native_cpu
+from moestro.text import load_tokenizer
 from moestro.train.metrics import read_metrics
 
 SMALL = [
@@ -70,6 +73,8 @@ def test_a_published_checkpoint_is_tuned_resumed_bitwise_and_written_back(
         assert torch.equal(tensor, second[name]), name
         assert torch.equal(tensor, before[name]) == ("router" in name), name
     assert main(["convert", str(whole), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    written = tensors(tmp_path / "hf")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in first.items())
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "hf"), "a", "--chat", "--max-tokens", "3"]) == 0
 
@@ -117,7 +122,8 @@ def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats,
 
 @pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
 def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, chats, tmp_path):
-    options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--qlora", "int8"]
+    base = shutil.copytree(published, tmp_path / "base")  # beside which the packed form is kept
+    options = [str(base), "--data", str(chats), *SETS, "--lora", "3", "--qlora", "int8"]
     assert main(["tune", *options, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
     assert (
         main(["generate", str(tmp_path / "run"), "a", "--weights", "int8", "--max-tokens", "2"])
@@ -133,6 +139,7 @@ def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, ch
         (["--set", "data.chat.turns=some"], "data.chat.turns"),
         (["--lora", "2", "--set", 'lora.targets=["dense"]'], "nothing of the kind"),
         (["--set", "model.dim=8"], "model.dim"),
+        (["--show", "-1"], "--show"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
@@ -154,6 +161,9 @@ def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, caps
     assert not out.exists()
     assert main(["tune", str(published)]) == 2
     assert main(["tune", str(published), "--data", str(path), "--resume"]) == 2
+    capsys.readouterr()
+    assert main(["tune", "--resume", "--out", str(out)]) == 2
+    assert "holds no run to go on with" in capsys.readouterr().err
 
 
 def test_the_preview_marks_what_is_learned(published, chats, capsys):
@@ -166,3 +176,55 @@ def test_the_preview_marks_what_is_learned(published, chats, capsys):
     )
     assert text in shown
     assert "line 2" in shown
+
+
+@pytest.fixture(scope="module")
+def tuned(published, chats, tmp_path_factory):
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    options = ["--data", str(chats), *SETS, "--steps", "2", "--out", str(run)]
+    assert main(["tune", str(published), *options]) == 0
+    return run
+
+
+def json_of(capsys, *words):
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def bits_of(capsys, *words):
+    (row,) = json_of(capsys, "eval", *words, "--weights", "as-is")["rows"]
+    return row["bits_per_byte"]["all"]
+
+
+def test_eval_reads_the_conversations_that_a_run_held_out(tuned, chats, tmp_path, capsys):
+    (trained,) = [point["bits_per_byte"]["all"] for point in read_metrics(tuned / "metrics.jsonl")
+                  if "bits_per_byte" in point]  # fmt: skip
+    same = pytest.approx(trained, abs=1e-5)  # computed one row at a time there
+    assert bits_of(capsys, tuned, "--tokens", "96") == same
+    # The same ones after the prepared data is gone; text and other conversations on request.
+    moved = shutil.copytree(tuned, tmp_path / "moved")
+    shutil.rmtree(moved / "data")
+    assert bits_of(capsys, moved, "--tokens", "96") == same
+    others = bits_of(capsys, tuned, "--chats", chats)
+    as_text = bits_of(capsys, tuned, "--source", __file__)
+    assert len({trained, others, as_text}) == 3
+    assert main(["eval", str(tuned), "--source", "a", "--chats", "b"]) == 2
+    assert "--source, text, or --chats, conversations" in capsys.readouterr().err
+
+
+def test_probe_reads_each_conversation_for_itself(tuned, chats):
+    passages = open_probed(tuned).passages((), 96)
+    tokenizer = load_tokenizer(tuned / "init")
+    read = [tokenizer.decode(passage.tokens.tolist()) for passage in passages]  # without marks
+    lines = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    assert set(read) < {"".join(turn["content"] for turn in turns) for turns in lines}
+    assert len(passages) == len({passage.document for passage in passages}) > 4
+    assert {passage.domain for passage in passages} == {"chats"}
+
+
+def test_experts_are_not_judged_on_conversations(tuned, tmp_path, capsys):
+    assert main(["prune", str(tuned), str(tmp_path / "less"), "--keep", "0.75"]) == 2
+    assert "give some with --text" in capsys.readouterr().err
+    assert not (tmp_path / "less").exists()

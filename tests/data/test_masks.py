@@ -183,6 +183,7 @@ def test_every_shape_becomes_the_same_conversation(tmp_path):
         ({"messages": [ASK]}, "no turn of the assistant"),
         ({"messages": [ASK, {"role": "robot", "content": "x"}]}, "role 'robot'; known are system"),
         ({"messages": [ASK, {"role": "assistant"}]}, "neither content nor tool_calls"),
+        ({"messages": [ASK, {"role": "assistant", "content": 4}]}, "content 4; it is a text"),
         ({"messages": []}, "not a list of at least one"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
         ({"question": "x"}, "its fields are 'question'; expected messages"),

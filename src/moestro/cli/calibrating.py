@@ -55,6 +55,7 @@ Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 CALIBRATION, TOKENS, MEMORY = 65_536, 65_536, "4GB"
 DRAWS = 3
+_WIDTH = 50  # of the report's table without domains
 
 
 class Texts(NamedTuple):
@@ -72,6 +73,7 @@ def read_texts(
     Raises:
         DataError: there is none, or it is of another vocabulary.
     """
+    from moestro.data.rows import ChatCorpus
     from moestro.infer.prompts import check_known
 
     checkpoint, cfg = layers.folder, layers.cfg
@@ -80,7 +82,13 @@ def read_texts(
 
         def corpus_of(sources: list[str] | None) -> Corpus:
             context = cfg.attention.context
-            return open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+            found = open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+            if isinstance(found, ChatCorpus):
+                raise DataError(
+                    f"{checkpoint} learned conversations, and experts are judged on text; give "
+                    "some with --text"
+                )
+            return found
 
         corpus = corpus_of(text)
         windows = min(calibration // corpus.seq_len, corpus.windows_per_epoch)
@@ -191,17 +199,19 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
         return
     from rich.console import Console
 
-    from moestro.cli.tables import new_table
+    from moestro.cli.tables import new_table, that_fit
     from moestro.surgery.cost import ALL, WHOLE
 
     console = Console(highlight=False)
     console.print(heading, markup=False, soft_wrap=True)
     domains = [name for name in rows[WHOLE].bits if name != ALL]
-    domains = domains if len(domains) > 1 else []
-    table = new_table("model", ALL, "change", "±", "relative", *domains)
+    shown = that_fit(domains, console.width - _WIDTH) if len(domains) > 1 else []
+    table = new_table("model", ALL, "change", "±", "relative", *shown)
     for name, cost in rows.items():
         change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
         change = change if name != WHOLE else [""] * 3
-        each_domain = [f"{cost.bits[domain]:.4f}" for domain in domains]
+        each_domain = [f"{cost.bits[domain]:.4f}" for domain in shown]
         table.add_row(name, f"{cost.bits[ALL]:.4f}", *change, *each_domain)
     console.print(table)
+    if 1 < len(domains) > len(shown):
+        console.print(f"{len(domains) - len(shown)} more domains with --json")

@@ -11,19 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moestro.cli.budget import NONE, Memory
-from moestro.cli.held_out import open_corpus
+from moestro.cli.held_out import open_chats, open_corpus
 from moestro.cli.opening import AcceptField, ModelName, open_shown
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moestro.checkpoints.families.table import Config
-    from moestro.data.windows import HeldOut
+    from moestro.data.rows import ChatCorpus
+    from moestro.data.windows import Corpus, HeldOut
+    from moestro.train.task import Task
 
 Source = Annotated[
     list[str] | None,
     typer.Option(
         help="Other text than the run's: file, folder, glob or 'builtin'; may be repeated. "
         "Domains are the sub-folders, or the files' names."
+    ),
+]
+Chats = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Other conversations than the run's, .jsonl as for `moestro tune`; half of them are "
+        "read, and only what the assistant says is predicted; may be repeated."
     ),
 ]
 Kinds = Annotated[
@@ -39,6 +50,7 @@ Tokens = Annotated[
 ]
 DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
+_WIDTH = 34  # of the table without domains
 
 
 class Score(NamedTuple):
@@ -51,6 +63,7 @@ class Score(NamedTuple):
 def eval(
     path: ModelName,
     source: Source = None,
+    chats: Chats = None,
     weights: Kinds = None,
     tokens: Tokens = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -60,24 +73,28 @@ def eval(
     """Measure a model's bits per byte of held-out text.
 
     Once for each weight format, of the same model on the same text: the quality cost of packing.
-    The text is what the run held out, or other text with --source.
+    The text is what the run held out, or other text with --source; of a run of `moestro tune`, what
+    the assistant says in the conversations that it held out, or in others with --chats.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
     from moestro.checkpoints.reading import read_settings
     from moestro.models.budget import Use
 
+    if source and chats:
+        raise ConfigError("give --source, text, or --chats, conversations")
     kinds = list(dict.fromkeys(weights or DEFAULT))
     for kind in kinds:
         format_of(kind)
     checkpoint = find_checkpoint(path)
     with ExitStack() as stack:
         cfg = read_settings(checkpoint, accept_field or ()).cfg
-        held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
-    read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
+        text = _text(checkpoint, cfg, source or (), chats or (), tokens, stack)
+    held_out, seq_len, task = text
+    read = sum(task.predicted(each.tokens_NS) for each in held_out.values())
     use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
     options = {"memory": memory, "use": use, "accept_fields": accept_field}
-    rows = [Score(kind, measure(checkpoint, kind, held_out, **options)) for kind in kinds]
+    rows = [Score(kind, measure(checkpoint, kind, held_out, task, **options)) for kind in kinds]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
@@ -85,30 +102,50 @@ def eval(
 
 
 def _text(
-    checkpoint: Path, cfg: Config, sources: tuple[str, ...], tokens: int, stack: ExitStack
-) -> tuple[dict[str, HeldOut], int]:
-    """Held-out windows by domain, and their length."""
+    checkpoint: Path,
+    cfg: Config,
+    sources: Sequence[str],
+    chats: Sequence[str],
+    tokens: int,
+    stack: ExitStack,
+) -> tuple[dict[str, HeldOut], int, Task]:
+    """Held-out windows by domain, their length, and what is predicted of them."""
+    from moestro.config import ModelConfig
+    from moestro.data.rows import ChatCorpus
     from moestro.infer.prompts import check_known
+    from moestro.train.task import task_of
 
-    if cfg.has_encoder:
+    if not isinstance(cfg, ModelConfig):
         raise ConfigError(f"{checkpoint} is an encoder-decoder; eval reads decoders only")
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    corpus = open_corpus(checkpoint, home / "data", sources, cfg.attention.context, stack)
+    corpus: Corpus | ChatCorpus
+    if chats:
+        corpus = open_chats(checkpoint, tuple(chats), cfg, stack)
+    else:
+        data, context = home / "data", cfg.attention.context
+        corpus = open_corpus(checkpoint, data, tuple(sources), context, stack)
+    conversations = isinstance(corpus, ChatCorpus)
     held_out = corpus.held_out(tokens)
     for domain, (tokens_NS, _) in held_out.items():
+        read = tokens_NS[:, 0] if conversations else tokens_NS
         what = f"the text of {domain}"
-        check_known(tokens_NS.flatten().tolist(), cfg.vocab_size, corpus.tokenizer, what)
-    return held_out, corpus.seq_len
+        check_known(read.flatten().tolist(), cfg.vocab_size, corpus.tokenizer, what)
+    return held_out, corpus.seq_len, task_of(cfg, corpus.tokenizer.end_of_text, conversations)
 
 
 def measure(
-    checkpoint: Path, kind: str, held_out: dict[str, HeldOut], **options: Any
+    checkpoint: Path,
+    kind: str,
+    held_out: dict[str, HeldOut],
+    task: Task | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Bits per byte in one weight format; the model is gone afterwards."""
     from moestro.train.evaluate import evaluate
+    from moestro.train.task import NEXT_TOKEN
 
     model = open_shown(checkpoint, weights=kind, keep=False, **options).model
-    bits = evaluate(model, held_out, BATCH)
+    bits = evaluate(model, held_out, BATCH, task=task or NEXT_TOKEN)
     del model
     gc.collect()
     return bits
@@ -137,7 +174,7 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 
-    from moestro.cli.tables import new_table
+    from moestro.cli.tables import new_table, that_fit
     from moestro.train.evaluate import ALL
 
     console = Console(highlight=False)
@@ -145,11 +182,12 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
         f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
     )
     domains = [name for name in rows[0].bits if name != ALL]
-    if len(domains) == 1:
-        domains = []
-    table = new_table("weights", ALL, "change", *domains)
+    shown = that_fit(domains, console.width - _WIDTH) if len(domains) > 1 else []
+    table = new_table("weights", ALL, "change", *shown)
     for row in rows:
-        each = [f"{row.bits[name]:.4f}" for name in domains]
+        each = [f"{row.bits[name]:.4f}" for name in shown]
         change = "" if row is rows[0] else f"{_over(row, rows[0]):+.2%}"
         table.add_row(row.weights, f"{row.bits[ALL]:.4f}", change, *each)
     console.print(table)
+    if 1 < len(domains) > len(shown):
+        console.print(f"{len(domains) - len(shown)} more domains with --json")

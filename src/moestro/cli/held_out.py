@@ -1,4 +1,4 @@
-"""The text to measure a checkpoint on: what its run held out, or other sources."""
+"""What to measure a checkpoint on: text or conversations that its run held out, or others."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 from moestro.errors import DataError
 
 if TYPE_CHECKING:
+    from moestro.config import DataConfig, ModelConfig
+    from moestro.data.rows import ChatCorpus
     from moestro.data.windows import Corpus
 
 
 def open_corpus(
     checkpoint: Path, data: Path, sources: tuple[str, ...], context: int, stack: ExitStack
-) -> Corpus:
-    """The text that the run held out, or other `sources` split as the run split its own.
+) -> Corpus | ChatCorpus:
+    """What the run held out, or other `sources`: text, split as the run split its own.
 
     Args:
         checkpoint: its folder.
         data: the run's folder of tokens, which may not exist.
-        sources: files, folders or globs; none: the run's own.
+        sources: files, folders or globs; none: the run's own, which may be conversations.
         context: of the model.
         stack: what is made for the time of a call is removed with it.
 
@@ -29,23 +31,71 @@ def open_corpus(
         DataError: there is no text.
     """
     from moestro.config import DataConfig
-    from moestro.data.windows import Corpus, prepare
-    from moestro.train.state import corpus_fingerprint, read_run_settings
+    from moestro.data.rows import prepare_chats
+    from moestro.data.windows import prepare
+    from moestro.train.state import read_run_settings
 
-    if not sources:
-        with suppress(DataError):
-            corpus = Corpus(data)  # as the run left it, whatever became of its sources since
-            if corpus_fingerprint(checkpoint) in (None, corpus.fingerprint):
-                return corpus
     own = str(checkpoint)  # its tokenizer is the one it was trained with, not a new one
+    cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
     if (checkpoint / "run.json").exists():
         cfg = read_run_settings(checkpoint).data
         cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})
-    else:
-        cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
+    if not sources:
+        with suppress(DataError):
+            return _as_left(checkpoint, data, cfg)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
     if sources:
         by = "field" if cfg.domains == "field" else "folder"
         # The run did not train on it as far as can be known: half of it is plenty to choose from.
-        cfg = cfg.model_copy(update={"sources": sources, "domains": by, "held_out": 0.5})
+        cfg = cfg.model_copy(
+            update={"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
+        )
+    return prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
+
+
+def open_chats(
+    checkpoint: Path, sources: tuple[str, ...], model: ModelConfig, stack: ExitStack
+) -> ChatCorpus:
+    """Other conversations than the run's, half of them held out, read as `moestro tune` does.
+
+    Args:
+        checkpoint: its folder, with tokenizer and chat template.
+        sources: .jsonl files.
+        model: its settings.
+        stack: what is made for the time of a call is removed with it.
+
+    Raises:
+        DataError: see `moestro.data.rows.prepare_chats`.
+    """
+    from moestro.config import ChatConfig, DataConfig
+    from moestro.data.rows import prepare_chats
+    from moestro.models.decoder import cannot_pack
+
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
-    return prepare(cfg, folder)
+    cfg = DataConfig(
+        sources=sources, held_out=0.5, tokenizer=str(checkpoint),
+        seq_len=min(1024, model.attention.context),
+        chat=ChatConfig(pack=cannot_pack(model) is None),
+    )  # fmt: skip
+    return prepare_chats(cfg, folder)
+
+
+def _as_left(checkpoint: Path, data: Path, cfg: DataConfig) -> Corpus | ChatCorpus:
+    """What the run prepared, whatever became of its sources since.
+
+    Raises:
+        DataError: it is gone, or not what the checkpoint was trained on.
+    """
+    from moestro.data.rows import ChatCorpus
+    from moestro.data.windows import Corpus
+    from moestro.text import load_tokenizer
+    from moestro.train.state import corpus_fingerprint
+
+    corpus: Corpus | ChatCorpus
+    if cfg.chat is None:
+        corpus = Corpus(data)
+    else:
+        corpus = ChatCorpus(data, load_tokenizer(checkpoint), None)
+    if corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
+        raise DataError(f"{data} is not what {checkpoint} was trained on")
+    return corpus

@@ -5,7 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
+
+
+# Between two columns, and the narrowest column of numbers.
+_GAP, _NARROWEST = 2, 7
+
+
+def that_fit(names: Sequence[str], room: int) -> list[str]:
+    """The first columns of these names that fit into so many characters."""
+    shown: list[str] = []
+    for name in names:
+        room -= max(len(name), _NARROWEST) + _GAP
+        if room < 0:
+            break
+        shown.append(name)
+    return shown
 
 
 def new_table(*headings: str) -> Table:

@@ -64,7 +64,9 @@ Qlora = Annotated[
 Freeze = Annotated[str | None, typer.Option(metavar="router", help="What is not trained: router.")]
 Show = Annotated[
     int | None,
-    typer.Option(help="Print so many conversations, what is learned marked, and do nothing else."),
+    typer.Option(
+        min=1, help="Print so many conversations, what is learned marked, and do nothing else."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 
@@ -95,7 +97,7 @@ def tune(
     from moestro.settings import load_settings
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import SETTINGS_NAME, read_run_settings
+    from moestro.train.state import SETTINGS_NAME, claim_folder, read_run_settings
 
     keep_freed_memory()
     _check_options(path, data, out, resume, epochs, steps, lora, qlora)
@@ -103,6 +105,8 @@ def tune(
     stated += _assignments(steps, lora, qlora, freeze)
     if show is not None:
         return _show(path, folder, config, stated, show, accept_field or ())
+    if resume:
+        claim_folder(folder, resume)
     cfg = load_settings(RunConfig, folder / SETTINGS_NAME, stated) if resume else None
     wish = "auto" if cfg is None else cfg.train.runtime.device
     with joined(pick_device(wish, ranks_from(os.environ))) as ranks:

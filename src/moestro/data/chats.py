@@ -114,6 +114,11 @@ def _messages(given: Any) -> tuple[Mapping[str, Any], ...]:
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             raise DataError(f"message {number} ({role}) has neither content nor tool_calls")
+        if not isinstance(content, str | list | None):
+            raise DataError(
+                f"message {number} ({role}) has the content {content!r}; it is a text, or a list "
+                "of parts"
+            )
         _text(content if isinstance(content, str) else "")
     return tuple(messages)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moestro.config import DataConfig
 from moestro.data.documents import Document, read_documents
+from moestro.data.rows import DOMAIN, ChatCorpus
 from moestro.data.windows import Corpus
 from moestro.errors import DataError
 from moestro.probe.recording.passages import Encodes, Passage
@@ -26,13 +27,21 @@ MOST_DOCUMENTS = 512
 MOST_CHARACTERS = 200_000
 
 
-def held_out_passages(corpus: Corpus, tokens: int) -> list[Passage]:
+def held_out_passages(corpus: Corpus | ChatCorpus, tokens: int) -> list[Passage]:
     """Held-out windows of a run's text, at most so many tokens in all, evenly from all domains.
+
+    Of a run that learned conversations, each is a passage.
 
     Raises:
         DataError: there is no text.
     """
     passages = []
+    if isinstance(corpus, ChatCorpus):
+        for row, (tokens_S, _, numbers_S) in enumerate(corpus.held_out(tokens)[DOMAIN].tokens_NS):
+            for number in range(int(numbers_S.max()) + 1):
+                own_S = tokens_S[numbers_S == number]
+                passages.append(Passage(own_S, DOMAIN, f"{DOMAIN}/{row}.{number}"))
+        return passages
     pool = corpus.held_out(POOL * tokens)
     wanted = max(1, tokens // len(pool) // corpus.seq_len)
     for domain, (tokens_NS, _) in pool.items():
