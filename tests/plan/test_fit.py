@@ -84,8 +84,6 @@ def test_experts_that_stay_in_a_file():
     low, high = budget.hit_bounds(left)
     assert 0 < low < high < 1
     assert left.read_bytes(1.0) == 0
-    slow, fast = budget.tokens_per_s(left, low, 0.1, 1e9)
-    assert slow < budget.expected_per_s(left, low, 0.1, 1e9) <= fast
     assert ask(2 * GIB).streamed is None
 
 
