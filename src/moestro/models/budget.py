@@ -20,6 +20,7 @@ from moestro.errors import ConfigError
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
 PROCESS, GROWTH = 260 << 20, 48 << 20
+_SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
 
@@ -111,7 +112,7 @@ def fit(needs: Needs, memory: int) -> Budget:
             f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
             f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
             f"and one expert of each mixture {sizes[4]}; give at least "
-            f"{-(-(needs.fixed + least) // 2**20)}MiB, or use fewer or shorter texts"
+            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts"
         )
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
@@ -120,6 +121,12 @@ def fit(needs: Needs, memory: int) -> Budget:
                 left -= each.slab_bytes
                 kept[n] += 1
     return Budget(memory, needs, tuple(kept))
+
+
+def smallest(needs: Needs) -> int:
+    """A budget that works, in whole 16 MiB: another process may hold a little more than this."""
+    least = needs.fixed + sum(each.slab_bytes for each in needs.mixtures)
+    return -(-(least + _SLACK) // (2 * _SLACK)) * (2 * _SLACK)
 
 
 def needs(
