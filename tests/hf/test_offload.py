@@ -97,7 +97,7 @@ def test_what_cannot_be_offloaded(tmp_path, tight):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         hf.offload(tmp_path)
     os.truncate(tmp_path / "packed", (tmp_path / "packed").stat().st_size // 2)
-    with torch.no_grad(), pytest.raises(CheckpointError, match="it ends there"):
+    with torch.no_grad(), pytest.raises(CheckpointError, match=r"ends there|written to while"):
         model.eval()(tokens())
 
 
