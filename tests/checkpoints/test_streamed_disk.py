@@ -1,4 +1,4 @@
-"""A disk that fails or is slow, put under a process of its own: errors with a name, never wrong text.
+"""A disk that fails or is slow, below a process of its own: errors with a name, never wrong text.
 
 `pread` is replaced in front of the C library, so that what the native readers meet is a real EIO.
 """
@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest

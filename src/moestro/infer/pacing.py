@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from random import Random
-from statistics import fmean, median
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from moestro.moe.packed import PackedExperts
 SECONDS = 0.5
 # Tokens and calls that are measured however long they take; the first ones warm up.
 _LEAST_TOKENS, _WARMING, _LEAST_CALLS = 4, 2, 3
+# How many times as much, or as little, misses may add to a token as to a mixture by itself.
+_MOST_APART = 3.0
 
 
 def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS) -> Pace:
@@ -39,27 +42,49 @@ def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS)
     """
     with torch.inference_mode():
         missed_M = _missed(model, residency, seconds / 2)
-        return Pace(_compute_s(model, residency, seconds / 2), missed_M)
+        steps = _steps(model, residency, seconds / 2)
+    short = sum(slabs.kept < slabs.experts for slabs in residency.mixtures)
+    return Pace(fmean(each.compute_s for each in steps), _as_in_steps(missed_M, steps, short))
 
 
-def _compute_s(model: Decoder, residency: Residency, seconds: float) -> float:
-    """Seconds of a token whose experts are in memory: each passes twice, in two equal texts.
+def _as_in_steps(
+    missed_M: tuple[float, ...], steps: Sequence[_Step], mixtures: int
+) -> tuple[float, ...]:
+    """What misses add where all else of a token comes between: what they added to whole tokens."""
+    each_M = [step.misses / max(1, mixtures) for step in steps]
+    alone_s = mixtures * float(np.interp(each_M, range(len(missed_M)), missed_M).sum())
+    factor = sum(step.missed_s for step in steps) / alone_s if alone_s > 0 else 1.0
+    return tuple(cost * min(max(factor, 1 / _MOST_APART), _MOST_APART) for cost in missed_M)
+
+
+class _Step(NamedTuple):
+    """A token that passed twice, at last with all of its experts in memory."""
+
+    compute_s: float
+    missed_s: float  # how much longer it took the first time
+    misses: int  # then, in all mixtures
+
+
+def _steps(model: Decoder, residency: Residency, seconds: float) -> list[_Step]:
+    """Tokens that pass twice, in two equal texts.
 
     The text is what the model writes by itself, since random tokens are routed as no text is.
     """
     step, generator = _stepper(model), torch.Generator().manual_seed(0)
-    pasts, token, times = [model.new_cache(1), model.new_cache(1)], 0, list[float]()
+    pasts, token, made = [model.new_cache(1), model.new_cache(1)], 0, list[_Step]()
     end = time.perf_counter() + seconds
-    while len(times) < _LEAST_TOKENS or time.perf_counter() < end:
+    while len(made) < _LEAST_TOKENS or time.perf_counter() < end:
         if pasts[0].position >= model.cfg.attention.context:
             pasts = [model.new_cache(1), model.new_cache(1)]
+        before, start = residency.reads(), time.perf_counter()
         step(token, pasts[0])
-        waited_s, start = residency.reads().waited_s, time.perf_counter()
+        first, middle = residency.reads(), time.perf_counter()
         logits_V = step(token, pasts[1])
-        took_s = time.perf_counter() - start
-        times.append(took_s - (residency.reads().waited_s - waited_s))
+        compute_s = time.perf_counter() - middle - residency.reads().since(first).waited_s
+        missed_s = middle - start - compute_s
+        made.append(_Step(compute_s, missed_s, first.since(before).misses))
         token = int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
-    return median(times[_WARMING:])
+    return made[_WARMING:]
 
 
 def _stepper(model: Decoder) -> Callable[[int, KVCache], Tensor]:
