@@ -4,6 +4,7 @@ import pytest
 
 from moestro.models.budget import Budget, Mixture, Needs
 from moestro.models.pace import (
+    OUTSIDE_S,
     Pace,
     Rates,
     estimate,
@@ -38,8 +39,8 @@ def test_an_estimate_is_a_range_around_what_overlaps():
     rates = Rates(memory=1e6, call_s=1e-4, alone=2e5, together=4e5)
     slow, fast = estimate(BUDGET, rates)
     # 4000 + 8000 bytes at half and all of the rate, 5 calls or one a layer.
-    assert slow.compute_s == pytest.approx(0.024 + 1e-3)
-    assert fast.compute_s == pytest.approx(0.012 + 2e-4)
+    assert slow.compute_s == pytest.approx(0.024 + 1e-3 + OUTSIDE_S[1])
+    assert fast.compute_s == pytest.approx(0.012 + 2e-4 + OUTSIDE_S[0])
     assert slow.missed_M == pytest.approx((0, 0.01, 0.02))  # mean slab 2000 bytes
     assert fast.missed_M == pytest.approx((0, 0.005 - 0.002, 0.010))
     shares = independent(BUDGET, 0.5)

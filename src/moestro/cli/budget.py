@@ -135,12 +135,15 @@ class Teller:
         if self._known is None or residency is None or not isinstance(model, Decoder):
             return
         budget, shares, whence = self._known
-        pace = measure_pace(model, residency)
+        pace, missing = measure_pace(model, residency), ""
+        if any(pace.missed_M):
+            missing = (
+                f", {pace.missed_M[1] * 1e3:,.2f} ms more where one expert of a mixture is missing"
+            )
         rates = _range([tokens_per_s(budget, pace, each) for each in shares], "{:,.1f}")
         self._console.print(
-            f"moestro: measured on this model: {pace.compute_s * 1e3:,.2f} ms compute a token, "
-            f"{pace.missed_M[1] * 1e3:,.2f} ms more where one expert of a mixture is missing; "
-            f"{rates} tokens/s expected ({whence})",
+            f"moestro: measured on this model: {pace.compute_s * 1e3:,.2f} ms for a token"
+            f"{missing}; {rates} tokens/s expected ({whence})",
             soft_wrap=True,
         )
 
@@ -207,6 +210,8 @@ def expected_misses(folder: Path, budget: Budget) -> tuple[list[Shares], str]:
     from moestro.probe.measures.misses import misses
     from moestro.probe.recording.tracefile import read_trace
 
+    if all(kept == m.experts for kept, m in zip(budget.kept, budget.needs.mixtures, strict=True)):
+        return [independent(budget, 1.0)], "all are kept"
     bounds: list[Shares] = [independent(budget, hit) for hit in hit_bounds(budget)]
     path = folder / TRACE
     if not path.is_file():

@@ -80,10 +80,10 @@ def _steps(model: Decoder, residency: Residency, seconds: float) -> list[_Step]:
         step(token, pasts[0])
         first, middle = residency.reads(), time.perf_counter()
         logits_V = step(token, pasts[1])
-        compute_s = time.perf_counter() - middle - residency.reads().since(first).waited_s
-        missed_s = middle - start - compute_s
-        made.append(_Step(compute_s, missed_s, first.since(before).misses))
+        again_s = time.perf_counter() - middle - residency.reads().since(first).waited_s
         token = int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
+        compute_s = time.perf_counter() - middle - residency.reads().since(first).waited_s
+        made.append(_Step(compute_s, middle - start - again_s, first.since(before).misses))
     return made[_WARMING:]
 
 

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from moestro.models.budget import Budget
 
+# Seconds of a token outside of native code: from a step alone to text that is written.
+OUTSIDE_S = (0.2e-3, 2e-3)
+
 
 class Pace(NamedTuple):
     """Seconds of a token, for a text of its own."""
@@ -92,6 +95,6 @@ def estimate(budget: Budget, rates: Rates) -> tuple[Pace, Pace]:
         for m in range(top_k + 1)
     )
     return (
-        Pace(2 * plain_s + 5 * layers * rates.call_s, slow),
-        Pace(plain_s + layers * rates.call_s, fast),
+        Pace(2 * plain_s + 5 * layers * rates.call_s + OUTSIDE_S[1], slow),
+        Pace(plain_s + layers * rates.call_s + OUTSIDE_S[0], fast),
     )
