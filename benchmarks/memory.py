@@ -1,12 +1,20 @@
 """A mixture in less memory than it takes: tokens per second, peak use and what was foretold.
 
 A trained checkpoint gives the routing. Its experts are widened with hidden units of zeros, so that
-the model computes what it did and its experts are as large as wanted. Each variant runs in a
-process of its own, in a control group of the budget's size where the system allows (cgroup v1,
-root): all in memory, the file mapped, and the budget. They decode the same held-out text.
+the model computes what it did, routes as it was trained to, and its experts are as large as wanted.
+Each variant runs in a process of its own, in a control group of the budget's size where the system
+allows (cgroup v1, root): all in memory, the file mapped, and the budget. They decode the same
+held-out text, then eight conversations together. What is foretold comes from half a second of
+measuring in that process, and from the routing of other text than is decoded.
 
     .venv/bin/moestro train --out runs/memory --set model.attention.context=4096
-    .venv/bin/python benchmarks/memory.py --run runs/memory --tokens 2000
+    .venv/bin/python benchmarks/memory.py --run runs/memory
+    .venv/bin/python benchmarks/memory.py --run runs/memory --quick --name quick  # 5 minutes
+    .venv/bin/python benchmarks/memory.py --run runs/memory \
+        --compare "llama.cpp=build/bin/llama-bench -mmp 1"
+
+The last one runs a llama-bench over the same weights in Q8_0 in the same group, and beside it this
+project; both decode random tokens there, as that program does. Draws docs/figures/memory.png.
 """
 
 from __future__ import annotations
@@ -15,31 +23,39 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 GROUPS = Path("/sys/fs/cgroup/memory")
+FIGURE = Path(__file__).parent.parent / "docs/figures/memory.png"
 SHARES = (0.25, 0.5, 0.75)
+CONVERSATIONS = 8
+# The file mapped in little memory is slow: some steps of seconds, and never another answer.
+MAPPED_TOKENS = 200
 
 
 def widen(run: Path, factor: int, to: Path) -> None:
-    """The packed file of a checkpoint whose experts have `factor` times as many hidden units."""
+    """A checkpoint whose experts have `factor` times as many hidden units: packed, and as GGUF."""
     import torch
 
     from moestro.checkpoints import packed_files
+    from moestro.checkpoints.gguf.writing import write_gguf
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.checkpoints.quantize import WEIGHTS, pack
+    from moestro.errors import MoestroError
     from moestro.models.decoder import Decoder
 
-    model = open_checkpoint(run).model
-    moe = model.cfg.moe
-    moe = moe.model_copy(update={"hidden_dim": moe.hidden_dim * factor})
-    cfg = model.cfg.model_copy(update={"moe": moe})
-    wide, small = Decoder(cfg).eval(), model.state_dict()
+    opened = open_checkpoint(run)
+    model = opened.model
+    moe = model.cfg.moe.model_copy(update={"hidden_dim": model.cfg.moe.hidden_dim * factor})
+    wide = Decoder(model.cfg.model_copy(update={"moe": moe})).eval()
+    small = model.state_dict()
     with torch.no_grad():
         for name, tensor in wide.state_dict().items():
             if tensor.shape == small[name].shape:
@@ -53,155 +69,235 @@ def widen(run: Path, factor: int, to: Path) -> None:
                     tensor[:, place : place + width] = small[name][:, half * width :][:, :width]
             else:  # down [E, D, F]
                 tensor[..., : small[name].shape[-1]] = small[name]
+    with suppress(MoestroError):  # a network that llama.cpp does not have is compared with nothing
+        write_gguf(
+            wide, to.with_suffix(".gguf"), family="mixtral", kind="q8_0", tokenizer=opened.folder
+        )
     pack(wide, WEIGHTS["int8"])
     packed_files.save(wide, to, WEIGHTS["int8"], {})
 
 
+class Decoding:
+    """Decodes texts with an open model, keeping time."""
+
+    def __init__(self, model: Any) -> None:
+        from moestro.checkpoints import streamed
+        from moestro.infer.native_decoder import NativeDecoder
+
+        self.model, self._decoder = model, NativeDecoder(model)
+        self._residency = streamed.residency_of(model)
+        self._digest = hashlib.sha256()
+
+    def texts(self, tokens_BS: Any) -> dict[str, float]:
+        """Rates of the second half, when the caches are full, and the worst step."""
+        half, times, before = tokens_BS.shape[1] // 2, [], self._reads()
+        pasts = [self.model.new_cache(1) for _ in tokens_BS]
+        for place in range(tokens_BS.shape[1]):
+            if place == half:
+                before = self._reads()
+            begun = time.perf_counter()
+            made = self._decoder.step([[int(token)] for token in tokens_BS[:, place]], pasts)
+            times.append(time.perf_counter() - begun)
+            self._digest.update(made.logits_NV.numpy().tobytes())
+        steady, count = times[half:], len(tokens_BS) * (len(times) - half)
+        facts = {"tokens_per_s": count / sum(steady), "worst_s": max(steady)}
+        if before is not None:
+            reads = self._reads().since(before)
+            facts |= {
+                "hit_rate": reads.hit_rate, "read_bytes": reads.bytes / count,
+                "waited": reads.waited_s / sum(steady),
+            }  # fmt: skip
+        return facts
+
+    def logits(self) -> str:
+        """A sum of all logits' bits until now."""
+        return self._digest.hexdigest()
+
+    def _reads(self) -> Any:
+        return None if self._residency is None else self._residency.reads()
+
+
 def child(given: dict[str, Any]) -> None:
-    """One variant: open the file, decode the text, say how it went."""
+    """One variant: open the file, measure, decode, say how it went."""
     import numpy as np
 
     from moestro.checkpoints import packed_files, streamed
-    from moestro.infer.native_decoder import NativeDecoder
-    from moestro.machine import peak_bytes
+    from moestro.infer.pacing import measure_pace
+    from moestro.machine import peak_bytes, resident_bytes
     from moestro.models.budget import Use
 
-    path, kept = Path(given["file"]), []
-    text = np.load(given["text"])
+    path, kept, facts = Path(given["file"]), [], {"process": resident_bytes()}
+    tokens = np.load(given["text"])[: given["tokens"]]
+    together = tokens[: len(tokens) // CONVERSATIONS * CONVERSATIONS].reshape(CONVERSATIONS, -1)
     start = time.perf_counter()
     if given["memory"] is None:
         model = packed_files.load(path)
     else:
-        use = Use(len(text), tokens=1)
+        use = Use(len(tokens), texts=CONVERSATIONS, tokens=CONVERSATIONS)
         within = streamed.Within(given["memory"], use, lambda b, _: kept.extend(b.kept))
         model = streamed.load_within(path, within)
-    opened_s = time.perf_counter() - start
-    decoder, past = NativeDecoder(model), model.new_cache(1)
-    half, times, digest = len(text) // 2, [], hashlib.sha256()
+    facts |= {"opened_s": time.perf_counter() - start, "kept": kept}
     residency = streamed.residency_of(model)
-    before = None
-    for place in range(len(text)):
-        if place == half and residency is not None:
-            before = residency.reads()
-        if past.position == model.cfg.attention.context:
-            past = model.new_cache(1)
-        begun = time.perf_counter()
-        made = decoder.step([[int(text[place])]], [past])
-        times.append(time.perf_counter() - begun)
-        digest.update(made.logits_BV.numpy().tobytes())
-    steady = times[half:]  # the caches are full
-    facts = {
-        "opened_s": opened_s, "tokens_per_s": len(steady) / sum(steady),
-        "first_half_per_s": half / sum(times[:half]), "worst_s": max(steady),
-        "peak_bytes": peak_bytes(), "kept": kept, "logits": digest.hexdigest(),
-    }  # fmt: skip
-    if residency is not None and before is not None:
-        reads = residency.reads().since(before)
-        facts |= {"hit_rate": reads.hit_rate, "read_bytes": reads.bytes / len(steady)}
+    if residency is not None:
+        pace = measure_pace(model, residency)
+        facts |= {"compute_s": pace.compute_s, "missed_M": pace.missed_M}
+    decoding = Decoding(model)
+    facts["one"] = decoding.texts(tokens[None])
+    if given["eight"]:
+        facts["eight"] = decoding.texts(together)
+    facts |= {"logits": decoding.logits(), "peak_bytes": peak_bytes()}
+    if given.get("random"):
+        random_BS = np.random.default_rng(0).integers(model.cfg.vocab_size, size=(1, 256))
+        facts["random"] = decoding.texts(random_BS)
     print(json.dumps(facts))
 
 
-def run_child(limit: int | None, **given: Any) -> dict[str, Any]:
-    """A variant in a process of its own, at most `limit` bytes of memory where that can be held."""
-    fd = os.open(given["file"], os.O_RDONLY)
+def in_group(limit: int | None, file: Path, command: list[str]) -> tuple[str | None, int | None]:
+    """What a program prints within at most `limit` bytes, where that can be held; and its peak.
+
+    None: it was killed or failed. The file is not in memory when it starts.
+    """
+    fd = os.open(file, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    group = GROUPS / f"moestro-{os.getpid()}"
+    group, join = GROUPS / f"moestro-{os.getpid()}", None
     if limit is not None:
-        try:
+        with suppress(OSError):
             group.mkdir()
             (group / "memory.limit_in_bytes").write_text(str(limit))
-        except OSError:
-            group = None
-    join = (lambda: (group / "cgroup.procs").write_text("0")) if limit and group else None
+            join = lambda: (group / "cgroup.procs").write_text("0")  # noqa: E731
     try:
-        made = subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps(given)],
-            stdout=subprocess.PIPE, preexec_fn=join, text=True,
-        )  # fmt: skip
-        if made.returncode:
-            return {"failed": made.returncode}
-        found = json.loads(made.stdout.splitlines()[-1])
-        if join is not None:
-            found["group_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
-            found["limit_hit"] = int((group / "memory.failcnt").read_text())
-        return found
+        made = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=join, text=True)
+        peak = join and int((group / "memory.max_usage_in_bytes").read_text())
+        return (None if made.returncode else made.stdout), peak
     finally:
-        if limit is not None and group is not None:
-            with suppress(OSError):
-                group.rmdir()
+        with suppress(OSError):
+            group.rmdir()
 
 
-def measure_file(path: Path, text: Path, trace: Path, length: int) -> list[dict[str, Any]]:
+def run_child(limit: int | None, **given: Any) -> dict[str, Any]:
+    """A variant in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(given)]
+    printed, peak = in_group(limit, Path(given["file"]), command)
+    if printed is None:
+        raise SystemExit(f"a variant failed or was killed: {given}")
+    return {**json.loads(printed.splitlines()[-1]), "group_peak": peak}
+
+
+def peer(words: list[str], limit: int, gguf: Path, threads: int) -> float:
+    """Tokens per second of a llama-bench in the same group; 0: it was killed."""
+    command = [*words, "-m", str(gguf), "-p", "0", "-n", "128", "-r", "2", "-t", str(threads)]
+    printed, _ = in_group(limit, gguf, [*command, "-o", "json"])
+    if printed is None:
+        return 0.0
+    (row,) = (each for each in json.loads(printed) if each.get("n_gen"))
+    return float(min(row["samples_ts"][1:] or row["samples_ts"]))
+
+
+def measure_file(
+    path: Path, text: Path, foretell: Callable[[list[int]], Any], peers: dict[str, list[str]]
+) -> list[dict[str, Any]]:
     """All variants of one file, a row for each budget, beside what was foretold of it."""
-    from moestro.checkpoints import streamed
-    from moestro.models import budget
-    from moestro.probe.measures.caching import caching
-    from moestro.probe.recording.tracefile import read_trace
+    import numpy as np
+    import torch
 
-    lru_LE = caching(read_trace(trace).end_to_end(), draws=1).lru.rate_LE.tolist()
-    use = budget.Use(length, tokens=1)
-    needs = budget.needs(*streamed.sizes(path), use)
-    slab, files = needs.mixtures[0].slab_bytes, {"file": str(path), "text": str(text)}
+    from moestro.checkpoints import streamed
+    from moestro.kernels.residency import READERS
+    from moestro.models import budget, pace
+
+    tokens = len(np.load(text))
+    files = {"file": str(path), "text": str(text), "tokens": tokens, "eight": True}
     whole = run_child(None, **files, memory=None)
+    use = budget.Use(tokens, texts=CONVERSATIONS, tokens=CONVERSATIONS)
+    needs = budget.needs(*streamed.sizes(path), use, whole["process"])
+    slab = needs.mixtures[0].slab_bytes
     rows = []
     for share in SHARES:
         memory = needs.fixed + int(share * needs.all_experts)
-        own = run_child(memory, **files, memory=memory)
+        disk = max(streamed.read_rate(path, slab, threads, 0.5) for threads in (1, READERS))
+        own = run_child(memory, **files, memory=memory, random=bool(peers))
         # The same memory as was used: libraries' pages that others mapped before are not charged.
-        mapped = run_child(own.get("group_peak", memory), **files, memory=None)
-        disk = streamed.read_rate(path, slab, seconds=1.0)
-        got = budget.Budget(memory, needs, tuple(own["kept"]))
-        hit, compute_s = budget.mean_hit(got, lru_LE), 1 / whole["tokens_per_s"]
-        least, most = budget.tokens_per_s(got, hit, compute_s, disk)
-        expected = budget.expected_per_s(got, hit, compute_s, disk)
-        peak = own.get("group_peak", own["peak_bytes"])
-        rows.append({
+        fewer = {**files, "tokens": min(tokens, MAPPED_TOKENS), "eight": False}
+        mapped = run_child(own["group_peak"] or memory, **fewer, memory=None)
+        got, found = budget.Budget(memory, needs, tuple(own["kept"])), own["one"]
+        share_LM = foretell(own["kept"])
+        expected = pace.tokens_per_s(got, pace.Pace(own["compute_s"], own["missed_M"]), share_LM)
+        bound = min(whole["one"]["tokens_per_s"], disk / max(1.0, found["read_bytes"]))
+        row = {
             "model": path.stem, "experts MB": needs.all_experts / 1e6, "slab MB": slab / 1e6,
-            "share": share, "kept": min(own["kept"]), "hits": own["hit_rate"], "foretold hits": hit,
-            "MB/token": own["read_bytes"] / 1e6, "disk MB/s": disk / 1e6,
-            "tokens/s": own["tokens_per_s"], "expected": expected, "least": least, "most": most,
-            "in memory": whole["tokens_per_s"], "mapped": mapped.get("tokens_per_s", 0.0),
-            "of bound": own["tokens_per_s"]
-            / min(whole["tokens_per_s"], disk / max(1.0, own["read_bytes"])),
-            "worst s": own["worst_s"], "opened s": own["opened_s"], "peak": peak / memory,
+            "share": share, "experts": needs.mixtures[0].experts, "kept": min(own["kept"]),
+            "hits": found["hit_rate"],
+            "foretold hits": pace.hit_rate(share_LM), "MB/token": found["read_bytes"] / 1e6,
+            "disk MB/s": disk / 1e6, "tokens/s": found["tokens_per_s"], "expected": expected,
+            "in memory": whole["one"]["tokens_per_s"], "mapped": mapped["one"]["tokens_per_s"],
+            "bound": bound, "of bound": found["tokens_per_s"] / bound, "waited": found["waited"],
+            "compute ms": 1e3 * own["compute_s"], "miss ms": 1e3 * own["missed_M"][1],
+            "worst s": found["worst_s"], "opened s": own["opened_s"],
+            "eight/s": own["eight"]["tokens_per_s"],
+            "eight in memory": whole["eight"]["tokens_per_s"],
+            "peak": own["peak_bytes"] / memory, "limited": own["group_peak"] is not None,
             "same bits": own["logits"] == whole["logits"],
-        })  # fmt: skip
+        }  # fmt: skip
+        for name, words in peers.items():
+            limit = own["group_peak"] or memory
+            row["random tokens/s"] = own["random"]["tokens_per_s"]
+            gguf = path.with_suffix(".gguf")
+            row[name] = peer(words, limit, gguf, torch.get_num_threads())
+        rows.append(row)
     return rows
 
 
-def main() -> None:
-    """See the top."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="a trained mixture, whose text is bytes")
-    parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--factors", type=int, nargs="+", default=[32, 96])
-    parser.add_argument("--work", type=Path, default=Path("runs/memory-work"))
-    parser.add_argument("--name", default="", help="suffix of the result file")
-    parser.add_argument("--child")
-    args = parser.parse_args()
-    if args.child:
-        child(json.loads(args.child))
-        return
-    import measure
+def draw(rows: list[dict[str, Any]], to: Path) -> None:
+    """Tokens per second against the budget, a panel for each model."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(models), 3.2), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        shares = [100 * row["kept"] / row["experts"] for row in own]
+        lines = (
+            ("bound", "--", "#8a8a8a", "bound: in memory, or the disk"),
+            ("tokens/s", "o-", "#0072b2", "measured"),
+            ("expected", "x", "#d55e00", "foretold"),
+            ("mapped", "s:", "#009e73", "file mapped"),
+        )
+        for key, style, colour, label in lines:
+            axes.plot(shares, [row[key] for row in own], style, color=colour, label=label)
+        size = f"{own[0]['experts MB']:,.0f} MB of experts, {own[0]['slab MB']:.1f} MB each"
+        axes.set(title=size, xlabel="experts kept in memory, %", ylabel="tokens per second")
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    figure.savefig(to, dpi=90)
+
+
+def prepared(args: argparse.Namespace) -> tuple[Path, Callable[[list[int]], Any]]:
+    """The text to decode, and what says of caches how many experts tokens of other text miss."""
     import numpy as np
 
+    from moestro.probe.measures.misses import misses
     from moestro.probe.recording.tracefile import read_trace
 
     args.work.mkdir(parents=True, exist_ok=True)
-    trace, text = args.work / "trace.npz", args.work / "text.npy"
-    if not trace.exists():
+    path, text = args.work / "trace.npz", args.work / "text.npy"
+    if not path.exists():
         moestro = Path(sys.executable).parent / "moestro"
-        command = [moestro, "probe", args.run, "--trace", trace]
+        command = [moestro, "probe", args.run, "--trace", path]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    tokens = read_trace(trace).tokens_T
-    np.save(text, tokens[: args.tokens])
-    rows = []
-    for factor in args.factors:
-        path = args.work / f"wide-{factor}.moestro"
-        if not path.exists():
-            widen(args.run, factor, path)
-        rows += measure_file(path, text, trace, args.tokens)
+    trace = read_trace(path)
+    order_T = (
+        np.random.default_rng(0)
+        .permutation(len(trace.length_N))[trace.sequence_T]
+        .argsort(kind="stable")
+    )  # sequences in random order, so that both parts are of every domain
+    np.save(text, trace.tokens_T[order_T[: args.tokens]])
+    other = trace._replace(experts_TLK=trace.experts_TLK[order_T[args.tokens :]])
+    return text, lambda kept: misses(other, kept).tolist()
+
+
+def claims_of(rows: list[dict[str, Any]], peers: dict[str, list[str]]) -> dict[str, Any]:
+    """What the aims are about."""
+    least = [row for row in rows if row["share"] == SHARES[0]]
     claims = {
         "same bits at every budget": all(row["same bits"] for row in rows),
         "largest peak / budget": max(row["peak"] for row in rows),
@@ -210,10 +306,47 @@ def main() -> None:
         ),
         "least of bound": min(row["of bound"] for row in rows),
         "least times the mapped file, at 25 %": min(
-            row["tokens/s"] / max(row["mapped"], 1e-9) for row in rows if row["share"] == SHARES[0]
+            row["tokens/s"] / row["mapped"] for row in least
         ),
     }
-    measure.report("memory" + (f"-{args.name}" if args.name else ""), rows, claims)
+    for name in peers:
+        claims[f"least times {name}"] = min(
+            row["random tokens/s"] / max(row[name], 1e-9) for row in rows
+        )
+    return claims
+
+
+def main() -> None:
+    """See the top."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="a trained mixture, whose text is bytes")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--factors", type=int, nargs="+", help="times as many hidden units")
+    parser.add_argument("--quick", action="store_true", help="600 tokens instead of 2000")
+    parser.add_argument("--work", type=Path, default=Path("runs/memory-work"))
+    parser.add_argument("--compare", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--name", default="", help="suffix of the result file")
+    parser.add_argument("--child")
+    args = parser.parse_args()
+    if args.child:
+        child(json.loads(args.child))
+        return
+    import measure
+
+    args.tokens = args.tokens or (600 if args.quick else 2000)
+    pairs = (each.partition("=") for each in args.compare)
+    peers = {name: shlex.split(command) for name, _, command in pairs}
+    text, foretell = prepared(args)
+    rows = []
+    for factor in args.factors or (32, 96):
+        path = args.work / f"wide-{factor}.moestro"
+        if not path.exists():
+            widen(args.run, factor, path)
+        rows += measure_file(path, text, foretell, peers)
+    draw(rows, args.figure)
+    name = "memory" + (f"-{args.name}" if args.name else "")
+    measure.report(name, rows, claims_of(rows, peers))
 
 
 if __name__ == "__main__":

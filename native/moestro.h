@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 9
+#define MOESTRO_ABI 10
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
@@ -96,11 +96,11 @@ MOESTRO_API int32_t moestro_linear(const moestro_matrix *w, int32_t dtype, const
 typedef struct {
     int64_t offset, slab_bytes, experts, slots;
 } moestro_slabs;
-/* Experts wanted that were there or not, bytes read; and of the last read that failed the errno or MOESTRO_READ_… and
- * its place in the file. */
+/* Experts wanted that were there or not, bytes read, nanoseconds that computing stood still for them; and of the last
+ * read that failed the errno or MOESTRO_READ_… and its place in the file. */
 enum { MOESTRO_READ_ENDS = -1, MOESTRO_READ_CHANGED = -2 };
 typedef struct {
-    int64_t hits, misses, bytes, place;
+    int64_t hits, misses, bytes, waited_ns, place;
     int32_t error, reserved;
 } moestro_reads;
 /* Read the experts of `count` mixtures from a file in `readers` threads, directly if it was opened with O_DIRECT and

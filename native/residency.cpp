@@ -60,7 +60,7 @@ int64_t Residency::begin(int64_t mixture, std::vector<int64_t> &experts) {
     std::lock_guard<std::mutex> lock(mutex_);
     shelf_ = &shelves_[size_t(mixture)];
     wanted_.clear();
-    for (int64_t e : experts) wanted_.push_back({e, ++clock_, shelf_->of[size_t(e)], State::WAITS});
+    for (int64_t e : experts) wanted_.push_back({e, ++clock_, shelf_->of[size_t(e)]});
     const auto missing =
         std::stable_partition(wanted_.begin(), wanted_.end(), [](const Wanted &each) { return each.slot; });
     for (auto each = wanted_.begin(); each != missing; ++each) {
@@ -97,9 +97,15 @@ void Residency::fetch(size_t i) {
         queue_.push_back(i);
         return asked_.notify_one();
     }
+    const auto since = std::chrono::steady_clock::now();
     int64_t place = 0;
     const int32_t error = read(wanted_[i], &place);
     settle(i, error, place);
+    waited(since);
+}
+
+void Residency::waited(std::chrono::steady_clock::time_point since) {
+    counts_.waited_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - since).count();
 }
 
 void Residency::work() {
@@ -159,8 +165,12 @@ void Residency::settle(size_t i, int32_t error, int64_t place) {
 
 bool Residency::wait(int64_t i) {
     std::unique_lock<std::mutex> lock(mutex_);
-    const Wanted &wanted = wanted_[size_t(i)];
+    Wanted &wanted = wanted_[size_t(i)];
+    const bool first = wanted.state <= State::READS && !wanted.missed;
+    const auto since = std::chrono::steady_clock::now();
+    wanted.missed = true;
     settled_.wait(lock, [&] { return wanted.state > State::READS; });
+    if (first) waited(since);
     return wanted.state != State::FAILED;
 }
 

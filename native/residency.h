@@ -2,6 +2,7 @@
 #pragma once
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -55,6 +56,7 @@ private:
         uint64_t used = 0;
         Slot *slot = nullptr;
         State state = State::WAITS;
+        bool missed = false;  // a thread waits for it, and measures how long
     };
 
     void work();
@@ -62,6 +64,7 @@ private:
     void fetch(size_t i);
     int32_t read(const Wanted &wanted, int64_t *place);
     void settle(size_t i, int32_t error, int64_t place);
+    void waited(std::chrono::steady_clock::time_point since);
 
     const int fd_;
     const pid_t owner_;

@@ -289,27 +289,14 @@ def _mapped_or_packed(
     accept_fields: Collection[str],
 ) -> Model:
     """Map the packed form, or open it within a budget; make it and keep it there."""
+    if within is not None:
+        path, source = packed_files.converted(folder, format, packed, progress, accept_fields)
+        return streamed.load_within(path, within, source)
     path = packed or packed_files.default_path(folder, format)
     source = packed_files.fingerprint(folder)
-    if within is not None and not path.exists():
-        try:
-            packed_files.convert(folder, path, format, source, progress, accept_fields)
-        except OSError as error:
-            raise CheckpointError(
-                f"a memory budget needs the packed form in a file, and {path} cannot be written: "
-                f"{error.strerror or error}; give another --packed"
-            ) from None
     if path.exists():
-        if within is None:
-            model = packed_files.load(path, source)
-        else:
-            model = streamed.load_within(path, within, source)
-        if packed_files.stored_format(path) != format:
-            wanted = "as stored" if format == AS_STORED else f"{format.kind} of {format.group}"
-            raise CheckpointError(
-                f"{path} holds weights that are packed in another form than {wanted}; give "
-                "another --packed, or remove the file"
-            )
+        model = packed_files.load(path, source)
+        packed_files.check_stored(path, format)
         return model
     model = read_packed(folder, format, progress, accept_fields)
     try:

@@ -23,7 +23,7 @@ from moestro.checkpoints import packed_header
 from moestro.checkpoints.folders import CONFIG, MANIFEST
 from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.packed_header import Section
-from moestro.checkpoints.quantize import read_packed
+from moestro.checkpoints.quantize import AS_STORED, read_packed
 from moestro.checkpoints.transfer import Progress
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, whole_file
@@ -131,6 +131,41 @@ def convert(
         model = read_packed(folder, format, progress, accept_fields, begin)
         assert writer is not None
         writer.put(dict((*model.named_parameters(), *model.named_buffers())))
+
+
+def converted(
+    folder: Path,
+    format: Format,
+    packed: Path | None = None,
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> tuple[Path, dict[str, str]]:
+    """The file of a checkpoint's packed form, written if it is missing, and its fingerprint.
+
+    Raises:
+        CheckpointError: the place cannot be written, or holds another form; see also `convert`.
+    """
+    path, source = packed or default_path(folder, format), fingerprint(folder)
+    if not path.exists():
+        try:
+            convert(folder, path, format, source, progress, accept_fields)
+        except OSError as error:
+            raise CheckpointError(
+                f"a memory budget needs the packed form in a file, and {path} cannot be written: "
+                f"{error.strerror or error}; give another --packed"
+            ) from None
+    check_stored(path, format)
+    return path, source
+
+
+def check_stored(path: Path, format: Format) -> None:
+    """Refuse a file whose weights are packed in another form."""
+    if stored_format(path) != format:
+        wanted = "as stored" if format == AS_STORED else f"{format.kind} of {format.group}"
+        raise CheckpointError(
+            f"{path} holds weights that are packed in another form than {wanted}; give "
+            "another --packed, or remove the file"
+        )
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:

@@ -23,7 +23,7 @@ from moestro.checkpoints.packed_files import at, checked, fill
 from moestro.checkpoints.packed_header import Section
 from moestro.config import NetworkConfig
 from moestro.errors import CheckpointError
-from moestro.kernels.packing import PAGE
+from moestro.kernels.packing import PAGE, ExpertSlabs
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
 from moestro.machine import resident_bytes
 from moestro.models.budget import Budget, Mixture, Use, fit, needs
@@ -93,13 +93,40 @@ def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) 
     return _filled(path, _opened(path, source), kept)
 
 
+def stored_experts(
+    path: Path, kept: Sequence[int], source: dict[str, str] | None = None
+) -> tuple[ExpertSlabs, ...]:
+    """The experts of each mixture alone; raises as `load` does. Their biases are read."""
+    opened = _opened(path, source)
+    model, sections, begin = opened
+    prefixes = {name.removesuffix("packed"): moe for name, moe in _experts(model).items()}
+    own = {n: each for n, each in sections.items() if n.startswith(tuple(prefixes))}
+    biases = _read(path, begin, {n: each for n, each in own.items() if not n.endswith(".packed")})
+    for prefix, moe in prefixes.items():
+        experts: Any = moe.experts
+        names = {f"{prefix}{part}": part for part in experts.parts() if part != "packed"}
+        given = {part: biases[name] for name, part in names.items()}
+        experts.use({"packed": own[f"{prefix}packed"].tensor, **given})
+    _keep(path, opened, kept)
+    return tuple(
+        moe.experts.weights for moe in prefixes.values() if isinstance(moe.experts, PackedExperts)
+    )
+
+
 def _filled(path: Path, opened: _Opened, kept: Sequence[int]) -> Model:
     model, sections, begin = opened
     experts = _experts(model)
     tensors = _read(path, begin, {n: each for n, each in sections.items() if n not in experts})
     tensors |= {name: sections[name].tensor for name in experts}
     fill(model, tensors)
-    slabs = []
+    _keep(path, opened, kept)
+    return model
+
+
+def _keep(path: Path, opened: _Opened, kept: Sequence[int]) -> None:
+    """Let experts be read as they are wanted, of each mixture so many in memory."""
+    model, sections, begin = opened
+    experts, slabs = _experts(model), []
     for (name, moe), most in zip(experts.items(), kept, strict=True):
         count, section = moe.cfg.num_experts, sections[name]
         size = section.tensor.numel() // count
@@ -109,7 +136,6 @@ def _filled(path: Path, opened: _Opened, kept: Sequence[int]) -> Model:
         for number, moe in enumerate(experts.values()):
             own: Any = moe.experts
             own.weights = own.weights._replace(stored=Stored(residency, number))
-    return model
 
 
 def residency_of(model: nn.Module) -> Residency | None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.infer.writing import Piece
     from moestro.kernels.residency import Reads
     from moestro.models.budget import Budget, Use
     from moestro.models.build import Model
+    from moestro.models.pace import Rates
+
+    Shares = Sequence[Sequence[float]]
 
 Memory = Annotated[
     str,
@@ -28,10 +28,10 @@ Memory = Annotated[
         "file is mapped.",
     ),
 ]
-NONE, AUTO = "none", "auto"
+NONE = "none"
 # What `moestro probe --trace` of this model wrote, if it lies beside the checkpoint.
 TRACE = "trace.npz"
-_READ_BYTES = 1 << 27
+_READ_BYTES = 1 << 25
 
 
 def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
@@ -51,24 +51,14 @@ def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
     amount = amount_of(memory)
     if amount is None:
         return {}
-    return {"within": Within(amount, use or Use(), partial(_tell, folder))}
+    return {"within": Within(amount, use or Use(), Teller(folder))}
 
 
 def amount_of(memory: str) -> int | None:
-    """Bytes that --memory says; None: no limit.
+    """Bytes that --memory says; None: no limit. Raises as `plan.sizes.memory_of` does."""
+    from moestro.plan.sizes import memory_of
 
-    Raises:
-        ConfigError: it cannot be read, or the system does not say what is free.
-    """
-    from moestro.machine import free_bytes
-    from moestro.plan.sizes import parse_bytes
-
-    if memory == NONE:
-        return None
-    amount = free_bytes() if memory == AUTO else parse_bytes(memory)
-    if amount is None:
-        raise ConfigError("this system does not say how much memory is free; give --memory 6GiB")
-    return amount
+    return memory_of(memory)
 
 
 def reads_of(model: Model) -> Reads | None:
@@ -93,88 +83,143 @@ def telling(model: Model, pieces: Iterable[Piece]) -> Iterator[Piece]:
             typer.echo(
                 f"moestro: {count} tokens, {count / seconds:.1f} tokens/s with the prompt; "
                 f"{reads.hit_rate:.1%} of the experts wanted were in memory, "
-                f"{reads.bytes / 1e6:,.1f} MB were read",
+                f"{reads.bytes / 1e6:,.1f} MB were read, {reads.waited_s:.2f} of {seconds:.2f} s "
+                "were spent waiting for them",
                 err=True,
             )
 
 
-def _tell(folder: Path, budget: Budget, path: Path) -> None:
-    """The table, on stderr, before anything is loaded."""
-    from rich.console import Console
+class Teller:
+    """Says on stderr what a budget gives: before anything is loaded, and measured after that."""
 
-    from moestro.cli.tables import new_table
-    from moestro.plan.sizes import bytes_text
+    def __init__(self, folder: Path) -> None:
+        from rich.console import Console
 
-    needs, console = budget.needs, Console(stderr=True, highlight=False)
-    table = new_table("memory", bytes_text(budget.memory))
-    for name in ("process", "dense", "cache", "buffers"):
-        label = "weights of every token" if name == "dense" else name
-        table.add_row(label, bytes_text(getattr(needs, name)))
-    if needs.mixtures:
-        least, most = min(budget.kept), max(budget.kept)
-        kept = f"{least}" if least == most else f"{least} to {most}"
-        kept += f" of {needs.mixtures[0].experts} of each of {len(needs.mixtures)} mixtures"
-        table.add_row("experts", f"{bytes_text(budget.kept_bytes)}, {kept}")
-        for row in _speed(folder, budget, path):
-            table.add_row(*row)
-    console.print(table)
-    if needs.mixtures and budget.below_cycle:
-        console.print(
-            "moestro: a mixture keeps fewer experts than one token wants, so most of "
-            f"{needs.cycle / 1e6:,.0f} MB are read for every token"
+        self._folder, self._console = folder, Console(stderr=True, highlight=False)
+        self._known: tuple[Budget, list[Shares], str] | None = None
+
+    def __call__(self, budget: Budget, path: Path) -> None:
+        """The table, before anything is loaded."""
+        from moestro.cli.tables import new_table
+        from moestro.plan.sizes import bytes_text
+
+        needs = budget.needs
+        table = new_table("memory", bytes_text(budget.memory))
+        for name in ("process", "dense", "cache", "buffers"):
+            label = "weights of every token" if name == "dense" else name
+            table.add_row(label, bytes_text(getattr(needs, name)))
+        if needs.mixtures:
+            least, most = min(budget.kept), max(budget.kept)
+            kept = f"{least}" if least == most else f"{least} to {most}"
+            kept += f" of {needs.mixtures[0].experts} of each of {len(needs.mixtures)} mixtures"
+            table.add_row("experts", f"{bytes_text(budget.kept_bytes)}, {kept}")
+            shares, whence = expected_misses(self._folder, budget)
+            self._known = budget, shares, whence
+            for row in _speed(budget, shares, whence, path):
+                table.add_row(*row)
+        self._console.print(table)
+        if needs.mixtures and budget.below_cycle:
+            self._console.print(
+                "moestro: a mixture keeps fewer experts than one token wants, so most of "
+                f"{needs.cycle / 1e6:,.0f} MB are read for every token"
+            )
+
+    def measure(self, model: Model) -> None:
+        """One line, after a few tokens that are not shown: what may be expected now."""
+        from moestro.checkpoints.streamed import residency_of
+        from moestro.infer.pacing import measure_pace
+        from moestro.models.decoder import Decoder
+        from moestro.models.pace import tokens_per_s
+
+        residency = residency_of(model)
+        if self._known is None or residency is None or not isinstance(model, Decoder):
+            return
+        budget, shares, whence = self._known
+        pace, missing = measure_pace(model, residency), ""
+        if any(pace.missed_M):
+            missing = (
+                f", {pace.missed_M[1] * 1e3:,.2f} ms more where one expert of a mixture is missing"
+            )
+        rates = _range([tokens_per_s(budget, pace, each) for each in shares], "{:,.1f}")
+        self._console.print(
+            f"moestro: measured on this model: {pace.compute_s * 1e3:,.2f} ms for a token"
+            f"{missing}; {rates} tokens/s expected ({whence})",
+            soft_wrap=True,
         )
 
 
-def _speed(folder: Path, budget: Budget, path: Path) -> list[tuple[str, str]]:
-    """What will be read for a token, and how long that takes."""
-    from moestro.checkpoints.streamed import read_rate
-    from moestro.kernels import native_cpu
-    from moestro.models.budget import tokens_per_s
+def _speed(budget: Budget, shares: list[Shares], whence: str, path: Path) -> list[tuple[str, str]]:
+    """What will be read for a token, and about how long that takes."""
+    from moestro.models.pace import estimate, hit_rate, missed_bytes, tokens_per_s
 
-    (low, high), whence = hits(folder, budget)
-    cycle, reads = budget.needs.cycle, [budget.read_bytes(hit) / 1e6 for hit in (high, low)]
-    buffer = native_cpu.aligned(_READ_BYTES).fill_(1)
-    compute_s = (budget.needs.dense + cycle) / _fastest(lambda: native_cpu.read(buffer))
-    wanted = [each.slab_bytes for each in budget.needs.mixtures]
-    disk = read_rate(path, max(wanted))
-    # Weights pass at half to all of the rate of plain reading: the share that bench shows.
-    slowest = tokens_per_s(budget, low, 2 * compute_s, disk)[0]
-    fastest = tokens_per_s(budget, high, compute_s, disk)[1]
-    rates = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
+    rates, cycle = _rates(budget, path), budget.needs.cycle
+    slow, fast = estimate(budget, rates)
+    speeds = (tokens_per_s(budget, slow, shares[0]), tokens_per_s(budget, fast, shares[-1]))
+    missed = sorted(missed_bytes(budget, each) / 1e6 for each in shares)
+    disk = sorted({round(rates.alone / 1e6), round(rates.together / 1e6)})
     return [
-        ("in memory when wanted", f"{rates} ({whence})"),
-        ("read for a token", f"{reads[0]:,.1f} to {reads[1]:,.1f} of {cycle / 1e6:,.1f} MB"),
-        ("the disk reads", f"{disk / 1e6:,.0f} MB/s, measured on this file"),
-        ("tokens/s expected", f"{slowest:.1f} to {fastest:.1f}"),
+        ("in memory when wanted", f"{_range(map(hit_rate, shares), '{:.0%}')} ({whence})"),
+        ("read for a token", f"{_range(missed, '{:,.1f}')} of {cycle / 1e6:,.1f} MB"),
+        ("the disk reads", f"{_range(disk, '{:,}')} MB/s, measured on this file"),
+        ("tokens/s, about", f"{speeds[0]:,.1f} to {speeds[1]:,.1f}"),
     ]
 
 
-def _fastest(read: Callable[[], object]) -> float:
-    """Bytes per second of reading memory, the best of three."""
+def _range(values: Iterable[float], form: str) -> str:
+    """A number, or the least and the most of several."""
+    texts = list(dict.fromkeys(form.format(value) for value in values))
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+
+
+def _rates(budget: Budget, path: Path) -> Rates:
+    """What this machine does."""
+    from moestro.checkpoints.streamed import read_rate
+    from moestro.kernels import native_cpu
+    from moestro.kernels.packing import PAGE
+    from moestro.kernels.residency import READERS
+    from moestro.models.pace import Rates
+
+    many, few = (native_cpu.aligned(size).fill_(1) for size in (_READ_BYTES, PAGE))
+    slab = max(each.slab_bytes for each in budget.needs.mixtures)
+    return Rates(
+        memory=_READ_BYTES / _fastest_s(lambda: native_cpu.read(many)),
+        call_s=_fastest_s(lambda: native_cpu.read(few)),
+        alone=read_rate(path, slab, seconds=0.15),
+        together=read_rate(path, slab, READERS, seconds=0.15),
+    )
+
+
+def _fastest_s(read: Callable[[], object]) -> float:
+    """Seconds, the best of three."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         read()
         best = min(best, time.perf_counter() - start)
-    return _READ_BYTES / best
+    return best
 
 
-def hits(folder: Path, budget: Budget) -> tuple[tuple[float, float], str]:
-    """The least and the most that is found in memory, and how that is known.
+def expected_misses(folder: Path, budget: Budget) -> tuple[list[Shares], str]:
+    """How many experts of each mixture tokens miss [L, M], at least hits first; how that is known.
 
     Raises:
         DataError: there is a trace that cannot be read.
     """
-    from moestro.models.budget import hit_bounds, mean_hit
-    from moestro.probe.measures.caching import caching
+    from moestro.models.budget import hit_bounds
+    from moestro.models.pace import independent
+    from moestro.probe.measures.misses import misses
     from moestro.probe.recording.tracefile import read_trace
 
+    if all(kept == m.experts for kept, m in zip(budget.kept, budget.needs.mixtures, strict=True)):
+        return [independent(budget, 1.0)], "all are kept"
+    bounds: list[Shares] = [independent(budget, hit) for hit in hit_bounds(budget)]
     path = folder / TRACE
     if not path.is_file():
-        return hit_bounds(budget), "random routing, best published"
-    trace = read_trace(path)
-    experts = [each.experts for each in budget.needs.mixtures]
-    if [trace.subject.num_experts] * len(trace.subject.moe_layers) != experts:
-        return hit_bounds(budget), f"bounds; {TRACE} is of another model"
-    rate = mean_hit(budget, caching(trace.end_to_end(), draws=1).lru.rate_LE.tolist())
-    return (rate, rate), f"simulated on {TRACE}"
+        return bounds, "random routing, best published"
+    trace, mixtures = read_trace(path), budget.needs.mixtures
+    wanted = [(each.experts, each.top_k) for each in mixtures]
+    top_k = trace.experts_TLK.shape[2]
+    if [(trace.subject.num_experts, top_k)] * len(trace.subject.moe_layers) != wanted:
+        return bounds, f"bounds; {TRACE} is of another model"
+    shares: Shares = misses(trace, budget.kept).tolist()
+    return [shares], f"simulated on {TRACE}"

@@ -76,7 +76,10 @@ def open_shown(folder: Path, memory: str = NONE, use: Use | None = None, **optio
     options |= within(memory, folder, use)
     options["accept_fields"] = options.get("accept_fields") or ()
     with bar(f"reading {folder.name}", in_bytes=True) as progress:
-        return open_checkpoint(folder, progress=progress, verified=True, **options)
+        opened = open_checkpoint(folder, progress=progress, verified=True, **options)
+    if "within" in options and not options["within"].use.scored:
+        options["within"].told.measure(opened.model)
+    return opened
 
 
 @contextmanager

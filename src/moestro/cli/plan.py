@@ -313,6 +313,9 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
     console.print(table)
     if fit.streamed is not None:
         say(_streamed(fit.streamed))
+    elif fit.streamed_least is not None:
+        least = fit.streamed_least >> 20
+        say(f"With its experts in a file it runs from --memory {least}MiB on.")
     if fit.changes:
         say(f"{question.dtype} does not fit; any one of these makes room:")
         for change in fit.changes:

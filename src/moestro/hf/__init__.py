@@ -5,6 +5,7 @@
     moestro.hf.install()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moestro")
     moestro.hf.quantize(model.eval(), "int4")   # if wanted: experts packed in place
+    model = moestro.hf.offload(path, memory="6GiB")   # or: experts packed in a file
     moestro.hf.check(model, inputs)             # every mixture really ran here, or an error
 
     balancer = moestro.hf.balance(model, switch=0.01)   # in training: even use of the experts
@@ -32,6 +33,7 @@ if not {"experts_interface", "is_concatenated"} <= set(
 
 from moestro.hf.balance import Balance, balance  # noqa: E402
 from moestro.hf.balance_callback import BalanceCallback  # noqa: E402
+from moestro.hf.offload import offload, reads  # noqa: E402
 from moestro.hf.packed import PackedModel, quantize  # noqa: E402
 from moestro.hf.plug import NAME, Checked, Installed, check, install  # noqa: E402
 from moestro.moe.balance import converted  # noqa: E402
@@ -47,5 +49,7 @@ __all__ = [
     "check",
     "converted",
     "install",
+    "offload",
     "quantize",
+    "reads",
 ]

@@ -54,6 +54,11 @@ def mixture(
                 "moestro.hf.quantize; to run the model, call model.eval() and use torch.no_grad()"
             )
         if through_ops(hidden_states):
+            if packed.stored is not None:
+                raise BackendError(
+                    "experts that are read from a file are part of no graph; call the model "
+                    "without torch.compile and torch.export"
+                )
             return ops.traced_packed(packed, *inputs)
         y_TD = compute.by_packed(packed, *inputs)
         _note(self, None, packed.format.kind)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moestro.errors import BackendError, ShapeError
 from moestro.foreign import classes, layouts
+from moestro.foreign.layouts import ForeignWeights
 from moestro.hf import ops
 from moestro.hf.forward import PACKED, through_ops
 from moestro.hf.plug import use
@@ -41,7 +42,7 @@ class PackedProjection(PackedLinear):
         return super().product(rows_TI)
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        _refuse_saving(self)
+        refuse_saving(self)
 
 
 def quantize(
@@ -105,13 +106,18 @@ def _check(name: str, module: nn.Module) -> None:
     if PACKED in vars(module):
         raise BackendError(f"{name} is packed already; load the model again to pack it otherwise")
     weights = layouts.read(module)
+    refuse_odd(module, weights)
+    _check_weights(name, weights.tensors)
+
+
+def refuse_odd(module: nn.Module, weights: ForeignWeights) -> None:
+    """Refuse experts that have no packed form."""
     odd = weights.odd()
     if odd is not None:
         raise BackendError(
             f"the experts of {type(module).__name__} have {odd}, which the native kernels lack; "
             "they cannot be packed"
         )
-    _check_weights(name, weights.tensors)
 
 
 def _check_weights(name: str, tensors: list[Tensor]) -> None:
@@ -153,7 +159,7 @@ def _pack_module(name: str, module: Any, format: Format) -> tuple[int, int]:
         if parameter.endswith(("_proj", "_proj_bias")):
             del module._parameters[parameter]
     setattr(module, PACKED, packed)
-    module.register_state_dict_pre_hook(_refuse_saving)
+    module.register_state_dict_pre_hook(refuse_saving)
     return sum(map(_bytes, weights.tensors)), packed.data.numel()
 
 
@@ -161,7 +167,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _refuse_saving(module: nn.Module, *_: Any) -> None:
+def refuse_saving(module: nn.Module, *_: Any) -> None:
+    """A hook of state dicts that hold no experts."""
     raise BackendError(
         f"{type(module).__name__} holds packed weights, which transformers cannot save; save the "
         "model before moestro.hf.quantize"

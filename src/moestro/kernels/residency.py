@@ -36,6 +36,7 @@ class Reads(NamedTuple):
     hits: int  # experts that were in memory
     misses: int  # that were not
     bytes: int  # read from the file
+    waited_s: float  # that computing stood still until they were there
 
     @property
     def hit_rate(self) -> float:
@@ -44,7 +45,12 @@ class Reads(NamedTuple):
 
     def since(self, before: Reads) -> Reads:
         """What came after `before`."""
-        return Reads(*(now - then for now, then in zip(self, before, strict=True)))
+        return Reads(
+            self.hits - before.hits,
+            self.misses - before.misses,
+            self.bytes - before.bytes,
+            self.waited_s - before.waited_s,
+        )
 
 
 class _Slabs(ctypes.Structure):
@@ -57,8 +63,8 @@ class _Reads(ctypes.Structure):
     """`moestro_reads`."""
 
     _fields_ = (
-        ("hits", I64), ("misses", I64), ("bytes", I64), ("place", I64), ("error", I32),
-        ("reserved", I32),
+        ("hits", I64), ("misses", I64), ("bytes", I64), ("waited_ns", I64), ("place", I64),
+        ("error", I32), ("reserved", I32),
     )  # fmt: skip
 
 
@@ -93,7 +99,7 @@ class Residency:
     def reads(self) -> Reads:
         """What was wanted until now."""
         found = self._counts()
-        return Reads(found.hits, found.misses, found.bytes)
+        return Reads(found.hits, found.misses, found.bytes, found.waited_ns / 1e9)
 
     def failure(self) -> CheckpointError:
         """Why the last read failed."""

@@ -1,6 +1,6 @@
-"""What runs in an amount of memory: experts kept in it, bytes read for a token, tokens per second.
+"""What runs in an amount of memory: experts kept in it, bytes read for a token.
 
-Plain arithmetic on sizes, for a plan and for a run alike.
+Plain arithmetic on sizes, for a plan and for a run alike; how fast that is: `models.pace`.
 
 A token wants K of E experts in each mixture; all together are its cycle. Of these a share h, the
 hit rate, is in memory, and the rest is read: (1 - h) · cycle bytes a token.
@@ -20,6 +20,7 @@ from moestro.errors import ConfigError
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
 PROCESS, GROWTH = 260 << 20, 48 << 20
+_SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
 
@@ -111,7 +112,7 @@ def fit(needs: Needs, memory: int) -> Budget:
             f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
             f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
             f"and one expert of each mixture {sizes[4]}; give at least "
-            f"{-(-(needs.fixed + least) // 2**20)}MiB, or use fewer or shorter texts"
+            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts"
         )
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
@@ -120,6 +121,12 @@ def fit(needs: Needs, memory: int) -> Budget:
                 left -= each.slab_bytes
                 kept[n] += 1
     return Budget(memory, needs, tuple(kept))
+
+
+def smallest(needs: Needs) -> int:
+    """A budget that works, in whole 16 MiB: another process may hold a little more than this."""
+    least = needs.fixed + sum(each.slab_bytes for each in needs.mixtures)
+    return -(-(least + _SLACK) // (2 * _SLACK)) * (2 * _SLACK)
 
 
 def needs(
@@ -208,38 +215,3 @@ def hit_bounds(budget: Budget) -> tuple[float, float]:
     """
     share = budget.share
     return share, 1 - (1 - share) ** 9
-
-
-def mean_hit(budget: Budget, rate_LE: Sequence[Sequence[float]]) -> float:
-    """The hit rate of the experts kept, from each mixture's rate at each size from 1."""
-    pairs = list(zip(rate_LE, budget.kept, strict=True))
-    return sum(float(rate[kept - 1]) for rate, kept in pairs) / max(1, len(pairs))
-
-
-def tokens_per_s(
-    budget: Budget, hit: float, compute_s: float, disk_rate: float
-) -> tuple[float, float]:
-    """The least and the most tokens per second of a single text.
-
-    What is missing is read, at worst before and at best while a token is computed.
-
-    Args:
-        budget: from `fit`.
-        hit: share of the wanted experts that is in memory.
-        compute_s: seconds of a token where all is in memory.
-        disk_rate: bytes per second of reading experts.
-    """
-    reading_s = budget.read_bytes(hit) / disk_rate
-    return 1 / (compute_s + reading_s), 1 / max(compute_s, reading_s)
-
-
-def expected_per_s(budget: Budget, hit: float, compute_s: float, disk_rate: float) -> float:
-    """Tokens per second of a single text, as the parts of a token overlap.
-
-    In each mixture the experts in memory are computed while the missing ones are read, and those
-    after that; all else waits for them.
-    """
-    needs = budget.needs
-    experts_s = compute_s * needs.cycle / max(1, needs.cycle + needs.dense)
-    reading_s = budget.read_bytes(hit) / disk_rate
-    return 1 / (compute_s - hit * experts_s + max(hit * experts_s, reading_s))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moestro.config import NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models import budget
-from moestro.models.budget import Budget, Mixture, Use
+from moestro.models.budget import Budget, Mixture, Needs, Use
 from moestro.models.count import Count
 from moestro.plan.memory import (
     Training,
@@ -57,6 +57,7 @@ class Fit(NamedTuple):
     # What runs with experts left in a file (`--memory`), of the dtype asked for; None where all of
     # it fits, where there are no experts, or where even one of each mixture is too much.
     streamed: Budget | None = None
+    streamed_least: int | None = None  # the smallest amount that `--memory` takes of it
 
 
 def fit(
@@ -95,12 +96,14 @@ def fit(
     rows = {name: row(name) for name in dtypes(count)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
     changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
-    use, left = Use(context, batch), None
+    use, left, least = Use(context, batch), None, None
     if not asked.fits and cfg is not None:
         sizes, number = weights(count, asked.dtype), number_bytes(asked.dtype)
-        left = streamed(cfg, sizes, number, use, memory_bytes)
+        wanted = streamed_needs(cfg, sizes, number, use)
+        left = None if wanted is None else _streamed(wanted, memory_bytes)
+        least = None if wanted is None else budget.smallest(wanted)
     if training.activations is None or training.checkpointed is None:
-        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, left)
+        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, left, least)
     sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
     room = memory_bytes - training.checkpointed - ((sharded.gathered if sharded else None) or 0)
     return Fit(
@@ -111,25 +114,25 @@ def fit(
         training.state + training.checkpointed <= memory_bytes,
         math.ceil(training.state / room) if room > 0 else None,
         left,
+        least,
     )
 
 
-def streamed(
-    cfg: NetworkConfig, sizes: WeightBytes, number: int, use: Use, memory_bytes: int
-) -> Budget | None:
-    """The experts that stay in memory while the others are read as they are wanted.
-
-    None: there are no experts, or one of each mixture does not fit.
-    """
+def streamed_needs(cfg: NetworkConfig, sizes: WeightBytes, number: int, use: Use) -> Needs | None:
+    """What runs while experts are read as they are wanted; None: there are no experts."""
     moe = cfg.moe
     if moe is None:
         return None
     layers = sum(layer.mixture for stack in cfg.stacks() for layer in stack.layers)
     slab = -(-sizes.experts // (layers * moe.num_experts * _PAGE)) * _PAGE
     mixtures = [Mixture(slab, moe.num_experts, moe.top_k)] * layers
-    dense = sizes.total - sizes.experts
+    return budget.needs(cfg, number, sizes.total - sizes.experts, mixtures, use)
+
+
+def _streamed(needs: Needs, memory_bytes: int) -> Budget | None:
+    """The experts that stay in memory; None: not even one of each mixture."""
     try:
-        return budget.fit(budget.needs(cfg, number, dense, mixtures, use), memory_bytes)
+        return budget.fit(needs, memory_bytes)
     except ConfigError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from moestro.errors import ConfigError
+from moestro.machine import free_bytes
 
 _UNITS = {"B": 1} | {
     f"{letter}{suffix}": base**power
@@ -35,6 +36,28 @@ def parse_bytes(text: str) -> int:
         raise ConfigError(
             f"{text!r} is not a number of bytes; write a number and a unit such as 24GiB or 80GB"
         )
+    return amount
+
+
+NO_LIMIT, FREE = "none", "auto"
+
+
+def memory_of(text: str) -> int | None:
+    """Bytes that a process may take: an amount, `auto` for what is free; `none` gives None.
+
+    Raises:
+        ConfigError: it cannot be read, or the system does not say what is free.
+    """
+    if text == NO_LIMIT:
+        return None
+    if text != FREE:
+        try:
+            return parse_bytes(text)
+        except ConfigError as error:
+            raise ConfigError(f"--memory {text}: {error}, auto or none") from None
+    amount = free_bytes()
+    if amount is None:
+        raise ConfigError("this system does not say how much memory is free; give --memory 6GiB")
     return amount
 
 

@@ -1,0 +1,145 @@
+"""--memory: the same text in less memory, said beforehand and afterwards, or refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moestro.checkpoints import streamed
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.gguf.writing import write_gguf
+from moestro.checkpoints.writing import save_model
+from moestro.cli.main import main
+from moestro.config import ModelConfig
+from moestro.kernels import native_cpu
+from moestro.models import budget
+from moestro.models.decoder import Decoder
+from moestro.probe.recording.tracefile import write_parts
+from moestro.text import ByteTokenizer, train_bpe
+
+from ..probe.traces import make_trace
+
+pytestmark = pytest.mark.skipif(
+    native_cpu.available() is not None, reason=str(native_cpu.available())
+)
+SIZES = {
+    "dim": 32,
+    "num_layers": 2,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "context": 128},
+    "moe": {"hidden_dim": 32, "num_experts": 4, "top_k": 2},
+}
+GENERATE = ["--max-tokens", "12", "--seed", "1"]
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts of the first mixture and one of the second, whatever is asked for."""
+
+    def fit(needs: budget.Needs, memory: int) -> budget.Budget:
+        budget.fit(needs, memory)
+        return budget.fit(needs, needs.fixed + 3 * max(m.slab_bytes for m in needs.mixtures))
+
+    monkeypatch.setattr(streamed, "fit", fit)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder."""
+    torch.manual_seed(0)
+    with atomic_folder(tmp_path / "run/checkpoints/step-000001") as folder:
+        save_model(Decoder(ModelConfig(vocab_size=257, **SIZES)).eval(), folder)
+        ByteTokenizer().save(folder)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A GGUF file."""
+    torch.manual_seed(0)
+    tokenizer, place = train_bpe(["words to cut into tokens"] * 4, 280), tmp_path / "tokenizer"
+    place.mkdir()
+    tokenizer.save(place)
+    cfg = ModelConfig(vocab_size=tokenizer.vocab_size, head={"tied": False}, **SIZES)
+    write_gguf(Decoder(cfg), tmp_path / "a.gguf", family="mixtral", kind="q8_0", tokenizer=place)
+    return tmp_path / "a.gguf"
+
+
+def test_a_gguf_file_gives_the_text_that_it_gives_in_memory(
+    gguf: Path, tight: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(gguf), "words", *GENERATE]) == 0
+    whole = capsys.readouterr()
+    assert main(["generate", str(gguf), "words", *GENERATE, "--memory", "64GiB"]) == 0
+    small = capsys.readouterr()
+    assert small.out == whole.out
+    said = " ".join(small.err.split())
+    assert "1 to 2 of 4 of each of 2 mixtures" in said
+    assert "fewer experts than one token wants" in said
+    assert re.search(r"measured on this model: .* tokens/s expected \(random routing", said)
+    found = re.search(r"12 tokens, .*; ([\d.]+)% of the experts wanted .* waiting for them", said)
+    assert found is not None
+    assert float(found[1]) < 100
+
+
+def test_a_trace_beside_the_checkpoint_says_what_is_hit(
+    run: Path, tight: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run / "checkpoints/step-000001"
+    words = ["generate", str(run), "words", *GENERATE, "--weights", "int8", "--memory", "64GiB"]
+    trace = folder / "trace.npz"
+    write_parts(trace, [make_trace(experts=4, top_k=2, layers=2, lengths=(60,))])
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"in memory when wanted \d+% \(simulated on trace.npz\)", said)
+    assert re.search(r"[\d.,]+ tokens/s expected \(simulated on trace.npz\)", said)
+    trace.unlink()
+    write_parts(trace, [make_trace(experts=8, top_k=2, layers=2, lengths=(60,))])
+    assert main(words) == 0
+    assert "trace.npz is of another model" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ("1MiB", r"1 MiB is too small: the process takes [\d,]+ MiB.*give at least \d+MiB"),
+        ("much", r"'much' is not a number of bytes.*24GiB.*auto or none"),
+        ("-3GiB", "is not a number of bytes"),
+        ("0GiB", "is not a number of bytes"),
+    ],
+)
+def test_what_is_refused(
+    run: Path, memory: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(run), "a", "--weights", "int8", f"--memory={memory}"]) == 2
+    told = capsys.readouterr()
+    assert re.search(said, " ".join(told.err.split()))
+    assert not told.out
+
+
+def test_weights_as_they_are_cannot_be_read_an_expert_at_a_time(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(run), "a", "--memory", "64GiB"]) == 2
+    assert "add --weights int8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_smallest_budget_that_is_named_works(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(run), "a", *GENERATE, "--weights", "int8", "--memory"]
+    assert main([*words, "1MiB"]) == 2
+    least = re.search(r"give at least (\d+MiB)", " ".join(capsys.readouterr().err.split()))
+    assert least is not None
+    assert main([*words, least[1]]) == 0
+
+
+def test_bench_says_what_was_hit_and_read(
+    run: Path, tight: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", str(run), "--prompt", "8", "--tokens", "4", "--rounds", "1", "--json"]
+    assert main([*words, "--weights", "int8", "--memory", "64GiB"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["hit_rate"] < 1
+    assert row["file_bytes"] > 0

@@ -1,0 +1,61 @@
+"""What a token takes is measured on the model, and changes nothing of what it computes."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from moestro.checkpoints import packed_files, streamed
+from moestro.checkpoints.quantize import WEIGHTS, pack
+from moestro.config import ModelConfig
+from moestro.infer.native_decoder import NativeDecoder
+from moestro.infer.pacing import measure_pace
+from moestro.kernels import native_cpu
+from moestro.models.decoder import Decoder
+
+pytestmark = pytest.mark.skipif(
+    native_cpu.available() is not None, reason=str(native_cpu.available())
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model whose experts are large beside what a call takes."""
+    torch.manual_seed(0)
+    moe = {"hidden_dim": 1024, "num_experts": 8, "top_k": 3}
+    cfg = ModelConfig(vocab_size=64, dim=256, num_layers=2, moe=moe)
+    model, path = Decoder(cfg).eval(), tmp_path_factory.mktemp("model") / "packed"
+    pack(model, WEIGHTS["int8"])
+    packed_files.save(model, path, WEIGHTS["int8"], {})
+    return path
+
+
+@pytest.mark.parametrize("kept", [1, 4, 8])
+def test_what_misses_add(file: Path, kept: int) -> None:
+    model = streamed.load(file, [kept, kept])
+    residency = streamed.residency_of(model)
+    pace = measure_pace(model, residency, 0.2)
+    assert pace.compute_s > 0
+    assert len(pace.missed_M) == 4
+    assert pace.missed_M[0] == 0
+    if kept == 8:
+        assert pace.missed_M == (0, 0, 0, 0)
+    else:
+        assert residency.reads().waited_s > 0
+        assert pace.missed_M[3] > 0
+    mapped, tokens = packed_files.load(file), [[*range(20)], [3]]
+    decoders = [NativeDecoder(each) for each in (model, mapped)]
+    pasts = [[each.model.new_cache(1), each.model.new_cache(1)] for each in decoders]
+    ours, theirs = (d.step(tokens, p).logits_NV for d, p in zip(decoders, pasts, strict=True))
+    assert torch.equal(ours, theirs)
+
+
+def test_waiting_is_a_part_of_the_time_and_grows(file: Path) -> None:
+    model = streamed.load(file, [1, 1])
+    decoder, past, found = NativeDecoder(model), model.new_cache(1), []
+    for token in range(5):
+        decoder.step([[token]], [past])
+        found.append(streamed.residency_of(model).reads())
+    assert all(now.waited_s > then.waited_s for then, now in pairwise(found))
+    assert found[-1].since(found[0]).misses == 4 * 2 * 3 - found[-1].since(found[0]).hits
