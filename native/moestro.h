@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 9
+#define MOESTRO_ABI 10
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
@@ -36,8 +36,8 @@ enum {
     MOESTRO_PLAIN_F32 = 6
 };
 /* Dtypes of rows: numbers, or blocks of a GGUF file (MOESTRO_ROWS_BLOCKS + ggml's number of their kind), which are
- * only packed and read. */
-enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_BLOCKS = 256 };
+ * only packed and read. INT8, of a cache alone: bytes in [-127, 127], with an fp32 scale for each row of them. */
+enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_INT8 = 2, MOESTRO_ROWS_BLOCKS = 256 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3, MOESTRO_EREAD = -4 };
@@ -179,11 +179,13 @@ typedef struct {
 } moestro_decoder;
 
 /* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
- * by side: `kept` of them before `place`, where the first of `rows` new ones is written. Logits are wanted after the
- * last `told` of these, at least one. */
+ * by side: `kept` of them before `place`, where the first of `rows` new ones is written. A cache of INT8 has scales
+ * [G, room] beside both. Logits are wanted after the last `told` of these, at least one. */
 typedef struct {
     void *const *keys;
     void *const *values;
+    float *const *key_scales;
+    float *const *value_scales;
     const int64_t *room, *place, *kept;
     int64_t rows, told;
 } moestro_past;

@@ -230,11 +230,15 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
            shared;
 }
 
+bool good_cache(const moestro_decoder &d) {
+    return valid_rows(d.cache_dtype) || (d.cache_dtype == MOESTRO_ROWS_INT8 && d.head_dim <= WIDEST_WHOLE);
+}
+
 bool good(const moestro_decoder *d, int64_t b) {
     if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
         return false;
     if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm ||
-        !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype))
+        !is(d->head, d->vocab, d->dim) || !good_cache(*d))
         return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
@@ -251,6 +255,7 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     for (int64_t s = 0; s < b; s++) {
         if (past[s].rows < 1 || past[s].rows > INT32_MAX || past[s].told < 1 || past[s].told > past[s].rows)
             return MOESTRO_EBAD;
+        if (d->cache_dtype == MOESTRO_ROWS_INT8 && (!past[s].key_scales || !past[s].value_scales)) return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
             if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
                 past[s].place[l] > past[s].room[l] - past[s].rows)
