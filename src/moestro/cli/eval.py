@@ -12,12 +12,13 @@ import typer
 
 from moestro.cli.budget import NONE, Memory
 from moestro.cli.held_out import open_corpus
-from moestro.cli.opening import AcceptField, ModelName, open_shown
+from moestro.cli.opening import AcceptField, CacheName, ModelName, open_shown
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.checkpoints.families.table import Config
     from moestro.data.windows import HeldOut
+    from moestro.models.cache import CacheKind
 
 Source = Annotated[
     list[str] | None,
@@ -52,6 +53,7 @@ def eval(
     path: ModelName,
     source: Source = None,
     weights: Kinds = None,
+    cache: CacheName = "as-is",
     tokens: Tokens = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     memory: Memory = NONE,
@@ -60,7 +62,8 @@ def eval(
     """Measure a model's bits per byte of held-out text.
 
     Once for each weight format, of the same model on the same text: the quality cost of packing.
-    The text is what the run held out, or other text with --source.
+    The text is what the run held out, or other text with --source. With --cache int8 each format
+    has a second line, whose tokens look at keys and values as that cache keeps them.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
@@ -76,8 +79,14 @@ def eval(
         held_out, seq_len = _text(checkpoint, cfg, tuple(source or ()), tokens, stack)
     read = sum(each.tokens_NS.shape[0] * seq_len for each in held_out.values())
     use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
-    options = {"memory": memory, "use": use, "accept_fields": accept_field}
-    rows = [Score(kind, measure(checkpoint, kind, held_out, **options)) for kind in kinds]
+    options: Any = {"memory": memory, "use": use, "accept_fields": accept_field}
+    pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
+    if cache != "as-is":
+        pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
+    rows = [
+        Score(_named(*pair), measure(checkpoint, pair[0], held_out, pair[1], **options))
+        for pair in pairs
+    ]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
@@ -101,14 +110,24 @@ def _text(
     return held_out, corpus.seq_len
 
 
+def _named(kind: str, cache: CacheKind) -> str:
+    return kind if cache == "as-is" else f"{kind}, {cache} cache"
+
+
 def measure(
-    checkpoint: Path, kind: str, held_out: dict[str, HeldOut], **options: Any
+    checkpoint: Path,
+    kind: str,
+    held_out: dict[str, HeldOut],
+    cache: CacheKind = "as-is",
+    **options: Any,
 ) -> dict[str, float]:
-    """Bits per byte in one weight format; the model is gone afterwards."""
+    """Bits per byte in one weight format and kind of cache; the model is gone afterwards."""
+    from moestro.models.decoder import Cached
     from moestro.train.evaluate import evaluate
 
-    model = open_shown(checkpoint, weights=kind, keep=False, **options).model
-    bits = evaluate(model, held_out, BATCH)
+    options |= {"weights": kind, "cache": cache}
+    model: Any = open_shown(checkpoint, keep=False, **options).model
+    bits = evaluate(model if cache == "as-is" else Cached(model), held_out, BATCH)
     del model
     gc.collect()
     return bits

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
-from moestro.kernels.addresses import Shape
 from moestro.kernels.backends import Work
-from moestro.kernels.native_layers import StepDelta, StepLatent, StepLayer, StepShape
+from moestro.kernels.native_layers import Kept, StepDelta, StepLatent, StepLayer, StepShape
 from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.models.blocks import Block
 from moestro.models.cache import KVCache, LayerCache
@@ -108,12 +107,10 @@ class NativeDecoder:
             _gain(model.norm),
             head,
             head.bias,
-            model.embed.weight.dtype,
+            torch.int8 if model.cache_kind == "int8" else model.embed.weight.dtype,
             _shift(model.norm),
         )
-        self._like = [
-            _empty(each, self._step.past_kind.dtype) for each in self._step.past_kind.shapes
-        ]
+        self._like = [_empty(each) for each in self._step.past_kind.layers]
 
     @torch.inference_mode()
     def step(
@@ -162,10 +159,11 @@ class NativeDecoder:
         return past
 
 
-def _empty(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Tensors of a layer's buffers without positions; a state is fp32."""
-    kind = dtype if None in shapes[0] else torch.float32
-    return tuple(torch.empty([n or 0 for n in each], dtype=kind, device="cpu") for each in shapes)
+def _empty(kinds: Sequence[Kept]) -> tuple[Tensor, ...]:
+    """Tensors of a layer's buffers without positions."""
+    sizes = ([n or 0 for n in each.shape] for each in kinds)
+    pairs = zip(sizes, kinds, strict=True)
+    return tuple(torch.empty(size, dtype=kind.dtype, device="cpu") for size, kind in pairs)
 
 
 def _shape(model: Decoder) -> StepShape:

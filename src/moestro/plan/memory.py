@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from moestro.config import NetworkConfig
 from moestro.models import budget
+from moestro.models.cache import CacheKind
 from moestro.models.count import Count
 
 # Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
@@ -69,9 +70,11 @@ def number_bytes(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int:
+def cache_bytes(
+    cfg: NetworkConfig, context: int, batch: int, dtype: str, cache: CacheKind = "as-is"
+) -> int:
     """Keys and values of B sequences after S positions; see `budget.cache_bytes`."""
-    return budget.cache_bytes(cfg, context, batch, number_bytes(dtype))
+    return budget.cache_bytes(cfg, context, batch, number_bytes(dtype), cache)
 
 
 class Training(NamedTuple):
