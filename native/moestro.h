@@ -160,7 +160,8 @@ typedef struct {
     const float *shared_gate; /* [D] */
 } moestro_layer;
 
-/* A decoder: grouped-query or latent attention with rotary positions, RMSNorm, softmax or sigmoid router. */
+/* A decoder: grouped-query or latent attention with rotary positions, RMSNorm, softmax, sigmoid or sparsemixer
+ * router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
     int64_t turning;                                  /* A', the first numbers of a head, which turn */
@@ -171,6 +172,9 @@ typedef struct {
     /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
      * its best `group_best` experts. */
     int32_t expert_groups, top_groups, group_best;
+    /* Above 0: each choice's weight is its share of a softmax over the rivals left, whose logits are no further below
+     * than this times the larger of it and their size (sparsemixer). */
+    float rivals;
     float router_scale, eps, score_scale, head_scale;
     const moestro_layer *layer;
     const float *norm, *norm_bias; /* as a layer's */

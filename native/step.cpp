@@ -33,6 +33,8 @@ private:
     bool mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
     void predict(Team &team, float *logits, Memory &memory);
     void limit_groups(std::vector<float> &wanted) const;
+    void choose_among_rivals(const float *logits, int64_t count, int64_t *to, float *weight) const;
+    void scale_weights(float *weight) const;
 
     moestro_decoder d_{};
     int64_t t_ = 0;  // tokens
@@ -81,9 +83,33 @@ void Step::limit_groups(std::vector<float> &wanted) const {
         if (!kept[e / size_t(size)]) wanted[e] = -INFINITY;
 }
 
+// sparsemixer: an expert's weight is its share of a softmax over those that are near it and not chosen before.
+void Step::choose_among_rivals(const float *logits, int64_t count, int64_t *to, float *weight) const {
+    std::vector<float> open(logits, logits + count), near(static_cast<size_t>(count));
+    for (int64_t k = 0; k < d_.top_k; k++) {
+        const auto best = std::max_element(open.begin(), open.end());
+        const float most = *best;
+        for (int64_t e = 0; e < count; e++) {
+            const float reach = d_.rivals * std::max(std::fabs(logits[e]), most);
+            near[size_t(e)] = most - logits[e] > reach ? -INFINITY : open[size_t(e)];
+        }
+        to[k] = best - open.begin();
+        weight[k] = 1.0f / kernels().exponentials(near.data(), most, count);
+        *best = -INFINITY;
+    }
+    scale_weights(weight);
+}
+
+void Step::scale_weights(float *weight) const {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < d_.top_k; k++) sum = sum + weight[k];
+    for (int64_t k = 0; k < d_.top_k; k++) weight[k] = (d_.renormalize ? weight[k] / sum : weight[k]) * d_.router_scale;
+}
+
 // Choose a token's experts: best first; equal scores, lower number first.
 void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
     const int64_t count = layer.experts.experts;
+    if (d_.rivals > 0.0f) return choose_among_rivals(scores_.data() + t * count, count, to, weight);
     std::vector<float> scores(scores_.begin() + t * count, scores_.begin() + (t + 1) * count);
     const float most = *std::max_element(scores.begin(), scores.end());
     if (d_.sigmoid)
@@ -95,15 +121,13 @@ void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *wei
     std::vector<float> wanted = scores;
     for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
     if (d_.expert_groups > 1) limit_groups(wanted);
-    float sum = 0.0f;
     for (int64_t k = 0; k < d_.top_k; k++) {
         const auto best = std::max_element(wanted.begin(), wanted.end());
         to[k] = best - wanted.begin();
         weight[k] = scores[size_t(to[k])];
-        sum = sum + weight[k];
         *best = -INFINITY;
     }
-    for (int64_t k = 0; k < d_.top_k; k++) weight[k] = (d_.renormalize ? weight[k] / sum : weight[k]) * d_.router_scale;
+    scale_weights(weight);
 }
 
 // Every token's experts and their weights.

@@ -28,7 +28,9 @@ from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
-from moestro.moe.routers import TopKRouter
+from moestro.moe.routers import SparseMixerRouter, TopKRouter
+
+_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Stepped(NamedTuple):
@@ -44,7 +46,7 @@ def supports(model: nn.Module) -> str | None:
 
     Packed and plain weights both can: grouped-query attention with rotary positions of whole heads
     or a part, windows, sinks, biases, gates, norms of queries and keys; latent attention; gated
-    DeltaNets; RMSNorm and layer norm; softmax and sigmoid routers.
+    DeltaNets; RMSNorm and layer norm; softmax, sigmoid and sparsemixer routers.
     """
     if not isinstance(model, Decoder):
         return f"only decoders of this project decode natively, not {type(model).__name__}"
@@ -66,7 +68,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
     if moe is not None:
         router = moe.router
         lacking["a capacity"] = moe.capacity is not None
-        lacking[f"the {router.kind} router"] = router.kind not in ("softmax", "sigmoid")
+        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
     return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
 
 
@@ -191,6 +193,7 @@ def _shape(model: Decoder) -> StepShape:
     return shape._replace(
         top_k=moe.top_k,
         sigmoid=router.kind == "sigmoid",
+        rivals=2 * router.jitter if router.kind == "sparsemixer" else 0.0,
         renormalize=moe.renormalizes,
         router_scale=router.scale,
         expert_groups=router.num_groups,
@@ -230,7 +233,7 @@ def _layer(block: Block) -> StepLayer:
         )
     if not isinstance(ffn, MoE):
         return layer
-    assert isinstance(ffn.router, TopKRouter)
+    assert isinstance(ffn.router, TopKRouter | SparseMixerRouter)
     shared: Any = ffn.shared
     return layer._replace(
         router=_fp32(ffn.router.weight),

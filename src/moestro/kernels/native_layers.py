@@ -108,6 +108,7 @@ class StepShape(NamedTuple):
     top_groups: int = 1  # how many those are
     group_best: int = 1  # a group counts as much as its best ones
     sigmoid: bool = False  # scores are sigmoids instead of a softmax
+    rivals: float = 0.0  # of sparsemixer 2 · jitter, else 0
     renormalize: bool = True  # the K weights are divided by their sum
     router_scale: float = 1.0  # every weight is multiplied by it
     eps: float = 1e-6  # of the norms
