@@ -26,8 +26,7 @@ from moestro.machine import (
 
 if TYPE_CHECKING:
     from moestro.bench.speed import Speed, Variant
-    from moestro.config import ModelConfig
-    from moestro.models.cache import CacheKind
+    from moestro.config import CacheKind, ModelConfig
 
 ModelName = Annotated[
     str,

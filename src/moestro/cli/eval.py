@@ -17,8 +17,8 @@ from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.checkpoints.families.table import Config
+    from moestro.config import CacheKind
     from moestro.data.windows import HeldOut
-    from moestro.models.cache import CacheKind
 
 Source = Annotated[
     list[str] | None,

@@ -14,8 +14,8 @@ from moestro.cli.budget import NONE, within
 
 if TYPE_CHECKING:
     from moestro.checkpoints.opening import Opened
+    from moestro.config import CacheKind
     from moestro.models.budget import Use
-    from moestro.models.cache import CacheKind
 
 ModelName = Annotated[
     str,

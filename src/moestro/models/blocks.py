@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
+from moestro.config import CacheKind, NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
-from moestro.models.cache import CacheKind, CrossSource, KeysValues, KVCache, LayerCache, StateCache
+from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache, StateCache
 from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of

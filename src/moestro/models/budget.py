@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.errors import ConfigError
-from moestro.models.cache import CacheKind
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.

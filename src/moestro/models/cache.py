@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moestro.config import CacheKind
 from moestro.errors import ShapeError
 from moestro.kernels.whole import from_whole, to_whole
 from moestro.models.rotary import RotaryTable
-
-# How keys and values are kept: in the dtype that they come in, or as bytes with a scale a row.
-CacheKind = Literal["as-is", "int8"]
 
 
 class LayerCache:

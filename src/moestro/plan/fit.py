@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models import budget
 from moestro.models.budget import Budget, Mixture, Use
-from moestro.models.cache import CacheKind
 from moestro.models.count import Count
 from moestro.plan.memory import (
     Training,

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.models import budget
-from moestro.models.cache import CacheKind
 from moestro.models.count import Count
 
 # Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moestro.config import ParallelConfig
-from moestro.models.cache import CacheKind
+from moestro.config import CacheKind, ParallelConfig
 from moestro.models.count import Embeddings
 from moestro.plan.activations import activation_bytes
 from moestro.plan.bounds import Bound, bound

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
-from moestro.models.cache import CacheKind
+from moestro.config import CacheKind, NetworkConfig
 from moestro.models.count import Count, sides
 from moestro.plan.memory import DTYPES, cache_bytes
 
