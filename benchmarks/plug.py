@@ -1,12 +1,13 @@
 """transformers with `experts_implementation="moestro"` against its own, on the CPU in bfloat16.
 
 A Mixtral with random weights, the 1.7B shape of decode.py. All implementations take turns on one
-model and its plain weights; then experts are packed to int8 and to int4, and the plug runs again
-beside nothing else, since packing replaces the weights.
+model and its plain weights. Then copies of it are packed whole, experts, projections and head, and
+take turns with transformers' best: a row's rate and its ratio are of the same rounds.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import warnings
 from collections.abc import Callable
@@ -20,15 +21,16 @@ import moestro.hf
 from moestro.bench.peers import cache_of
 
 PROMPT, TOKENS = 512, 12
+PACKED = ("int8", "int4")
+OVER = "over its best"
 OWN = ("eager", "grouped_mm", "batched_mm")
-SIZE = decode.SIZES["1.7B"]
 
 
 def decoding(model: Any, kind: str | None) -> Callable[[], None]:
     """Some tokens through the cache."""
     if kind is not None:
         model.set_experts_implementation(kind)
-    first = model(torch.randint(0, SIZE["vocab"], (1, 32)), use_cache=True)
+    first = model(torch.randint(0, model.config.vocab_size, (1, 32)), use_cache=True)
     tokens, cache = first.logits[:, -1:].argmax(-1), cache_of(first)
 
     def run() -> None:
@@ -44,7 +46,7 @@ def decoding(model: Any, kind: str | None) -> Callable[[], None]:
 
 def prefill(model: Any, kind: str | None) -> Callable[[], None]:
     """A prompt, whose last logits alone are asked for, as in generation."""
-    prompt = torch.randint(0, SIZE["vocab"], (1, PROMPT))
+    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT))
 
     def run() -> None:
         if kind is not None:
@@ -55,9 +57,11 @@ def prefill(model: Any, kind: str | None) -> Callable[[], None]:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__ or "", repeats=5).parse_args()
+    parser = measure.arguments(__doc__ or "", repeats=5)
+    parser.add_argument("--size", choices=decode.SIZES, default="1.7B")
+    args = parser.parse_args()
     torch.manual_seed(0)
-    model = decode.theirs(SIZE, torch.bfloat16)
+    model = decode.theirs(decode.SIZES[args.size], torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         moestro.hf.install()
@@ -66,25 +70,36 @@ def main() -> None:
     prompts = [kind for kind in kinds if kind != "batched_mm"]
     rows: list[dict[str, Any]] = []
     claims: dict[str, float] = {}
+    best: dict[str, str] = {}
     for what, make, names, tokens in (
         ("decode", decoding, kinds, TOKENS),
         ("prefill", prefill, prompts, PROMPT),
     ):
         variants = {kind: make(model, kind) for kind in names}
         seconds = measure.interleave(variants, args.repeats, args.warmup)
-        best = min((k for k in names if k in OWN), key=lambda k: statistics.median(seconds[k]))
+        fastest = min((k for k in names if k in OWN), key=lambda k: statistics.median(seconds[k]))
+        best[what] = fastest
         for kind, times in seconds.items():
             rate = tokens / statistics.median(times)
-            over = measure.ratio(seconds[best], times)
-            rows.append({"what": what, "experts": kind, "tokens/s": rate, "over its best": over})
-        claims[f"{what} over transformers' best ({best})"] = measure.ratio(
-            seconds[best], seconds["moestro"]
+            over = measure.ratio(seconds[fastest], times)
+            rows.append({"what": what, "experts": kind, "tokens/s": rate, OVER: over})
+        claims[f"{what} over transformers' best ({fastest})"] = measure.ratio(
+            seconds[fastest], seconds["moestro"]
         )
-    moestro.hf.quantize(model, "int8", group=64)
-    for what, make, tokens in (("decode", decoding, TOKENS), ("prefill", prefill, PROMPT)):
-        seconds = measure.interleave({"int8": make(model, None)}, args.repeats, args.warmup)
-        rate = tokens / statistics.median(seconds["int8"])
-        rows.append({"what": what, "experts": "moestro int8", "tokens/s": rate})
+    for kind in PACKED:
+        packed = copy.deepcopy(model)
+        moestro.hf.quantize(packed, kind, linears=True)
+        for what, make, tokens in (("decode", decoding, TOKENS), ("prefill", prefill, PROMPT)):
+            variants = {best[what]: make(model, best[what]), kind: make(packed, None)}
+            seconds = measure.interleave(variants, args.repeats, args.warmup)
+            for name, times in seconds.items():
+                named = f"moestro, all {kind}" if name == kind else name
+                over = measure.ratio(seconds[best[what]], times)
+                rate = tokens / statistics.median(times)
+                rows.append({"what": what, "experts": named, "tokens/s": rate, OVER: over})
+            claim = measure.ratio(seconds[best[what]], seconds[kind])
+            claims[f"{what}, all packed to {kind}, over transformers' best"] = claim
+        del packed
     measure.report(f"plug{args.name}", rows, claims)
 
 

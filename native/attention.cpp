@@ -33,7 +33,7 @@ struct ValueBlock {
     // Positions [begin, end) of `count` queries that all see them.
     void mix(int64_t query, int64_t count, int64_t begin, int64_t end) const {
         if (begin >= end) return;
-        kernels().mix(weights + query * stride + begin - first, past.value(begin), past.is_fp32,
+        kernels().mix(weights + query * stride + begin - first, past.value(begin), past.dtype,
                       {count, end - begin, q.value_width, past.values_stride, stride}, out + query * q.value_width);
     }
 
@@ -49,17 +49,55 @@ struct ValueBlock {
     }
 };
 
+// A query as integers of 16 bits, in the order that `whole_scores` takes; returns their scale.
+float make_whole(const float *query, int64_t width, int32_t *words) {
+    const int64_t numbers = whole_words(width) * 2;
+    float most = 0.0f;
+    bool finite = true;
+    for (int64_t a = 0; a < width; a++) {
+        const float size = std::fabs(query[a]);
+        finite = finite && size <= 3.4e38f, most = std::max(most, size);
+    }
+    const float inverse = finite && most > 1e-30f ? float(MOST_WHOLE) / most : 0.0f;
+    int32_t whole[4];
+    for (int64_t a = 0; a < numbers; a += 4) {
+        for (int64_t i = 0; i < 4; i++) {
+            const float x = a + i < width && finite ? query[a + i] * inverse : 0.0f;
+            whole[i] = int32_t((x + 12582912.0f) - 12582912.0f);  // to the nearest, ties to even
+        }
+        for (int64_t i = 0; i < 2; i++)
+            words[a / 2 + i] = int32_t((uint32_t(whole[i]) & 0xffffu) | uint32_t(whole[i + 2]) << 16);
+    }
+    return finite ? most / float(MOST_WHOLE) : from_bits(0x7fc00000u);  // NaN stays visible
+}
+
+void whole_scores(const Queries &q, const Past &past, const ScoreShape &s, float *scores, AttentionMemory &memory) {
+    const int64_t first = q.begin(0), words = whole_words(q.width), count = q.count();
+    auto data = memory.queries.get<int32_t>(count * (words + 1));
+    auto scales = reinterpret_cast<float *>(data + count * words);
+    for (int64_t i = 0; i < count; i++) scales[i] = make_whole(q.data + i * q.width, q.width, data + i * words);
+    const WholeKeys keys{static_cast<const int8_t *>(past.key(first)), past.key_scales + first};
+    kernels().whole_scores({data, scales}, keys, s, scores, memory.columns.get<uint32_t>(words * COLUMNS));
+}
+
 }  // namespace
 
 void attend(const Queries &q, const Past &past, float *out, AttentionMemory &memory) {
     const int64_t count = q.count(), first = q.begin(0), end = q.end(count - 1), seen = end - first,
                   width = q.value_width;
     float *scores = memory.scores.get<float>(count * (seen + 1)), *sums = scores + count * seen;
-    kernels().scores(q.data, past.key(first), past.is_fp32, {count, seen, q.width, past.keys_stride, seen, q.scale},
-                     scores, memory.columns.get<uint32_t>(q.width * COLUMNS));
-    for (int64_t i = 0; i < count; i++)
-        sums[i] = soften(scores + i * seen + q.begin(i) - first, q.end(i) - q.begin(i),
-                         q.sinks ? q.sinks + i % q.heads : nullptr);
+    const ScoreShape shape{count, seen, q.width, past.keys_stride, seen, q.scale};
+    const bool whole = past.dtype == MOESTRO_ROWS_INT8;
+    if (whole) whole_scores(q, past, shape, scores, memory);
+    else
+        kernels().scores(q.data, past.key(first), past.dtype == MOESTRO_ROWS_F32, shape, scores,
+                         memory.columns.get<uint32_t>(q.width * COLUMNS));
+    for (int64_t i = 0; i < count; i++) {
+        float *weights = scores + i * seen + q.begin(i) - first;
+        const int64_t positions = q.end(i) - q.begin(i);
+        sums[i] = soften(weights, positions, q.sinks ? q.sinks + i % q.heads : nullptr);
+        if (whole) kernels().times(past.value_scales + q.begin(i), weights, positions);
+    }
     std::fill(out, out + count * width, 0.0f);
     for (int64_t from = first; from < end; from += POSITIONS) {
         const ValueBlock block{q, past, scores, first, seen, from, std::min(from + POSITIONS, end), out};

@@ -21,24 +21,25 @@ struct Queries {
     }
 };
 
-// Keys and values of a group of heads, fp32 (`is_fp32`) or bf16.
+// Keys and values of a group of heads, of a dtype MOESTRO_ROWS_…; of INT8 with a scale for each position.
 struct Past {
     const void *keys, *values;
     int64_t keys_stride, values_stride;
-    bool is_fp32;
+    int32_t dtype;
+    const float *key_scales, *value_scales;
 
     const void *key(int64_t position) const { return at(keys, position * keys_stride); }
     const void *value(int64_t position) const { return at(values, position * values_stride); }
 
 private:
     const void *at(const void *data, int64_t numbers) const {
-        return static_cast<const char *>(data) + numbers * (is_fp32 ? 4 : 2);
+        return static_cast<const char *>(data) + numbers * cache_bytes(dtype);
     }
 };
 
 // Memory of one thread.
 struct AttentionMemory {
-    Buffer scores, columns;
+    Buffer scores, columns, queries;
 };
 
 // out [rows · heads, value_width]. What a query gets depends on no other query.

@@ -76,13 +76,13 @@ void DeltaNet::carry(const Batch &batch, const moestro_delta &w, int64_t l, int6
         const float beta = sigmoid(ba[h]);
         const float decay = std::exp(-(w.rate[h] * softplus(ba[w.value_heads + h] + w.time_bias[h])));
         std::fill(change, change + o, 0.0f);
-        kernels().mix(key, state, true, {1, a, o, o, a}, change);
+        kernels().mix(key, state, MOESTRO_ROWS_F32, {1, a, o, o, a}, change);
         for (int64_t i = 0; i < o; i++) change[i] = beta * (value[i] - decay * change[i]);
         for (int64_t i = 0; i < a; i++)
             for (int64_t j = 0; j < o; j++) state[i * o + j] = decay * state[i * o + j] + key[i] * change[j];
         float *out = mixed_.data() + (t * w.value_heads + h) * o;
         std::fill(out, out + o, 0.0f);
-        kernels().mix(row + g * a, state, true, {1, a, o, o, a}, out);
+        kernels().mix(row + g * a, state, MOESTRO_ROWS_F32, {1, a, o, o, a}, out);
         norm(out, w.gain, nullptr, o, w.eps, out);
         std::copy_n(projected_.data() + t * projected(w) + width + h * o, o, change);
         gate(change, change, o, memory);

@@ -97,10 +97,14 @@ void project(Team &team, Batch &batch, const moestro_layer &layer, const std::ve
     multiply_all(team, layer.out, rows, layer.out_bias, batch.added.data(), batch.d.dim);
 }
 
-void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t count) {
-    if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + count, static_cast<float *>(to) + at);
+void keep(const float *from, int32_t dtype, void *to, float *scales, int64_t row, int64_t width) {
+    const int64_t at = row * width;
+    int32_t sum;
+    if (dtype == MOESTRO_ROWS_F32) std::copy(from, from + width, static_cast<float *>(to) + at);
+    else if (dtype == MOESTRO_ROWS_INT8)
+        kernels().quantise(from, width, width, static_cast<int8_t *>(to) + at, scales + row, &sum);
     else
-        for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
+        for (int64_t i = 0; i < width; i++) static_cast<uint16_t *>(to)[at + i] = to_bf16(from[i]);
 }
 
 bool GroupedAttention::good(const moestro_layer &layer, const moestro_decoder &d) {
@@ -136,25 +140,33 @@ void GroupedAttention::place(const Batch &batch, int64_t l, int64_t t) {
     for (int64_t h = 0; h < heads_; h++) turn(batch, query + h * step_, layer.q_norm, t);
     for (int64_t g = 0; g < groups_; g++) {
         turn(batch, key + g * width_, layer.k_norm, t);
-        const int64_t at = (g * past.room[l] + batch.position(t, l)) * width_;
-        keep(key + g * width_, d.cache_dtype, past.keys[l], at, width_);
-        keep(value + g * width_, d.cache_dtype, past.values[l], at, width_);
+        const int64_t row = g * past.room[l] + batch.position(t, l);
+        const bool whole = d.cache_dtype == MOESTRO_ROWS_INT8;
+        keep(key + g * width_, d.cache_dtype, past.keys[l], whole ? past.key_scales[l] : nullptr, row, width_);
+        keep(value + g * width_, d.cache_dtype, past.values[l], whole ? past.value_scales[l] : nullptr, row, width_);
     }
 }
 
 void GroupedAttention::attend(const Batch &batch, int64_t l, const Part &part, int64_t g, Memory &memory) {
     const moestro_layer &layer = batch.d.layer[l];
     const moestro_past &past = batch.pasts[part.sequence];
-    const int64_t heads = heads_ / groups_, size = heads * width_, group = g * past.room[l] * width_;
+    const int64_t heads = heads_ / groups_, size = heads * width_, first = g * past.room[l];
     const int64_t place = past.place[l];
     memory.queries.resize(size_t(part.rows * size)), memory.mixed.resize(size_t(part.rows * size));
     for (int64_t i = 0; i < part.rows * heads; i++) {
         const float *from = qkv_.data() + (part.first + i / heads) * wide_ + (g * heads + i % heads) * step_;
         std::copy(from, from + width_, memory.queries.begin() + i * width_);
     }
-    const bool fp32 = batch.d.cache_dtype == MOESTRO_ROWS_F32;
-    const Past seen{static_cast<char *>(past.keys[l]) + group * (fp32 ? 4 : 2),
-                    static_cast<char *>(past.values[l]) + group * (fp32 ? 4 : 2), width_, width_, fp32};
+    const int32_t dtype = batch.d.cache_dtype;
+    const int64_t before = first * width_ * cache_bytes(dtype);
+    const bool whole = dtype == MOESTRO_ROWS_INT8;
+    const Past seen{static_cast<char *>(past.keys[l]) + before,
+                    static_cast<char *>(past.values[l]) + before,
+                    width_,
+                    width_,
+                    dtype,
+                    whole ? past.key_scales[l] + first : nullptr,
+                    whole ? past.value_scales[l] + first : nullptr};
     const Queries queries{memory.queries.data(),
                           part.rows,
                           heads,

@@ -9,7 +9,7 @@ namespace moestro {
 constexpr int64_t COLUMNS = 32;  // output columns of a block
 constexpr int64_t PAIRS = 32;    // inputs after which bf16 sums are folded, as an AMX tile does
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 constexpr int64_t TILE = 16;  // rows of an AMX tile
 
@@ -65,11 +65,30 @@ struct ScoreShape {
 // Keys are fp32 or bf16; `columns` is memory for 32 of them, width · 32 words.
 using Scores = void (*)(const float *queries, const void *keys, bool is_fp32, const ScoreShape &s, float *scores,
                         uint32_t *columns);
-// out [queries, width] += weights [queries, values] · values.
+// The same of keys that are bytes with a scale each, and of queries that are integers of 16 bits, |q| ≤ MOST_WHOLE,
+// with a scale each: exact whole numbers times both scales times s.scale. Keys lie `width` apart, queries
+// whole_words(width) words: for each four numbers first and third, then second and fourth; zeros at the end.
+constexpr int32_t MOST_WHOLE = 16383;
+constexpr int64_t WIDEST_WHOLE = 1024;  // 127 · MOST_WHOLE · WIDEST_WHOLE < 2^31
+constexpr int64_t whole_words(int64_t width) { return round_up(width, 64) / 2; }
+struct WholeQueries {
+    const int32_t *data;
+    const float *scales;
+};
+struct WholeKeys {
+    const int8_t *data;
+    const float *scales;
+};
+// `columns` is memory for whole_words(width) · 32 words.
+using WholeScores = void (*)(const WholeQueries &queries, const WholeKeys &keys, const ScoreShape &s, float *scores,
+                             uint32_t *columns);
+// out [queries, width] += weights [queries, values] · values, which are of a dtype MOESTRO_ROWS_….
 struct MixShape {
     int64_t queries, values, width, values_stride, weights_stride;
 };
-using Mix = void (*)(const float *weights, const void *values, bool is_fp32, const MixShape &s, float *out);
+using Mix = void (*)(const float *weights, const void *values, int32_t dtype, const MixShape &s, float *out);
+// y = x · y, number by number.
+using Times = void (*)(const float *x, float *y, int64_t n);
 // The largest of n ≥ 1 numbers.
 using Largest = float (*)(const float *x, int64_t n);
 // x → e^(x - max); returns the sum.
@@ -87,7 +106,9 @@ struct Kernels {
     Add add;
     Dot dot;
     Scores scores;
+    WholeScores whole_scores;
     Mix mix;
+    Times times;
     Largest largest;
     Exponentials exponentials;
     Transpose transpose;

@@ -11,6 +11,10 @@ namespace {
 constexpr int64_t HEADS = 8, QUERIES = 32;  // heads of a task; about as many queries attend together
 constexpr int64_t ROWS = 32;                // tokens whose queries go down, or results up, together
 
+float *scales(const moestro_decoder &d, const moestro_past &past, int64_t l) {
+    return d.cache_dtype == MOESTRO_ROWS_INT8 ? past.key_scales[l] : nullptr;
+}
+
 }  // namespace
 
 bool LatentAttention::good(const moestro_layer &layer, const moestro_decoder &d) {
@@ -46,7 +50,7 @@ void LatentAttention::place(const Batch &batch, const moestro_latent &w, int64_t
     float *kept = kept_.data() + t * d.head_dim;
     norm(kept, w.kv_norm, nullptr, w.kv_rank, w.eps, kept);
     batch.turn(kept + w.kv_rank, t);
-    keep(kept, d.cache_dtype, past.keys[l], batch.position(t, l) * d.head_dim, d.head_dim);
+    keep(kept, d.cache_dtype, past.keys[l], scales(d, past, l), batch.position(t, l), d.head_dim);
     const int64_t width = w.nope + d.turning;
     for (int64_t h = 0; h < d.heads; h++) batch.turn(queries_.data() + (t * d.heads + h) * width + w.nope, t);
 }
@@ -59,7 +63,7 @@ void LatentAttention::lower(const Batch &batch, const moestro_latent &w, int64_t
     const int64_t width = w.nope + d.turning, apart = d.heads * width;
     const float *queries = queries_.data() + t * apart + h * width;
     memory.mixed.assign(size_t(count * w.kv_rank), 0.0f);
-    kernels().mix(queries, up(w, h * (w.nope + w.value)), w.kv_up_dtype == MOESTRO_ROWS_F32,
+    kernels().mix(queries, up(w, h * (w.nope + w.value)), w.kv_up_dtype,
                   {count, w.nope, w.kv_rank, w.kv_rank, apart}, memory.mixed.data());
     for (int64_t i = 0; i < count; i++) {
         float *to = down_.data() + ((t + i) * d.heads + h) * d.head_dim;
@@ -94,8 +98,8 @@ void LatentAttention::attend(const Batch &batch, const moestro_latent &w, int64_
         const float *from = down_.data() + ((part.first + r) * d.heads + first) * d.head_dim;
         std::copy(from, from + size, memory.queries.begin() + r * size);
     }
-    const bool fp32 = d.cache_dtype == MOESTRO_ROWS_F32;
-    const Past seen{past.keys[l], past.keys[l], d.head_dim, d.head_dim, fp32};
+    const float *theirs = scales(d, past, l);
+    const Past seen{past.keys[l], past.keys[l], d.head_dim, d.head_dim, d.cache_dtype, theirs, theirs};
     const int64_t place = past.place[l];
     const Queries queries{
         memory.queries.data(), part.rows,         heads,         d.head_dim, w.kv_rank, place - past.kept[l],

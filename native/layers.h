@@ -55,8 +55,8 @@ void grow(std::vector<float> &numbers, int64_t tokens, int64_t width);
 // with a wait. `rows` has been shaped for it.
 void project(Team &team, Batch &batch, const moestro_layer &layer, const std::vector<float> &mixed, int64_t width,
              Prepared &rows, Memory &memory);
-// Numbers into a cache, in its dtype.
-void keep(const float *from, int32_t dtype, void *to, int64_t at, int64_t count);
+// A row of numbers into a cache of rows, in its dtype.
+void keep(const float *from, int32_t dtype, void *to, float *scales, int64_t row, int64_t width);
 
 // Keys and values of groups of heads.
 class GroupedAttention {

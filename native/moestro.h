@@ -36,8 +36,8 @@ enum {
     MOESTRO_PLAIN_F32 = 6
 };
 /* Dtypes of rows: numbers, or blocks of a GGUF file (MOESTRO_ROWS_BLOCKS + ggml's number of their kind), which are
- * only packed and read. */
-enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_BLOCKS = 256 };
+ * only packed and read. INT8, of a cache alone: bytes in [-127, 127], with an fp32 scale for each row of them. */
+enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_INT8 = 2, MOESTRO_ROWS_BLOCKS = 256 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3, MOESTRO_EREAD = -4 };
@@ -160,7 +160,8 @@ typedef struct {
     const float *shared_gate; /* [D] */
 } moestro_layer;
 
-/* A decoder: grouped-query or latent attention with rotary positions, RMSNorm, softmax or sigmoid router. */
+/* A decoder: grouped-query or latent attention with rotary positions, RMSNorm, softmax, sigmoid or sparsemixer
+ * router. */
 typedef struct {
     int64_t layers, dim, heads, groups, head_dim, vocab;
     int64_t turning;                                  /* A', the first numbers of a head, which turn */
@@ -171,6 +172,9 @@ typedef struct {
     /* Experts are chosen in the best `top_groups` of `expert_groups` (1: no groups), of which each counts as much as
      * its best `group_best` experts. */
     int32_t expert_groups, top_groups, group_best;
+    /* Above 0: each choice's weight is its share of a softmax over the rivals left, whose logits are no further below
+     * than this times the larger of it and their size (sparsemixer). */
+    float rivals;
     float router_scale, eps, score_scale, head_scale;
     const moestro_layer *layer;
     const float *norm, *norm_bias; /* as a layer's */
@@ -179,11 +183,13 @@ typedef struct {
 } moestro_decoder;
 
 /* The past of one sequence: for each layer keys and values [G, room, A], consecutive positions side
- * by side: `kept` of them before `place`, where the first of `rows` new ones is written. Logits are wanted after the
- * last `told` of these, at least one. */
+ * by side: `kept` of them before `place`, where the first of `rows` new ones is written. A cache of INT8 has scales
+ * [G, room] beside both. Logits are wanted after the last `told` of these, at least one. */
 typedef struct {
     void *const *keys;
     void *const *values;
+    float *const *key_scales;
+    float *const *value_scales;
     const int64_t *room, *place, *kept;
     int64_t rows, told;
 } moestro_past;

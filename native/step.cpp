@@ -33,6 +33,8 @@ private:
     bool mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
     void predict(Team &team, float *logits, Memory &memory);
     void limit_groups(std::vector<float> &wanted) const;
+    void choose_among_rivals(const float *logits, int64_t count, int64_t *to, float *weight) const;
+    void scale_weights(float *weight) const;
 
     moestro_decoder d_{};
     int64_t t_ = 0;  // tokens
@@ -81,9 +83,33 @@ void Step::limit_groups(std::vector<float> &wanted) const {
         if (!kept[e / size_t(size)]) wanted[e] = -INFINITY;
 }
 
+// sparsemixer: an expert's weight is its share of a softmax over those that are near it and not chosen before.
+void Step::choose_among_rivals(const float *logits, int64_t count, int64_t *to, float *weight) const {
+    std::vector<float> open(logits, logits + count), near(static_cast<size_t>(count));
+    for (int64_t k = 0; k < d_.top_k; k++) {
+        const auto best = std::max_element(open.begin(), open.end());
+        const float most = *best;
+        for (int64_t e = 0; e < count; e++) {
+            const float reach = d_.rivals * std::max(std::fabs(logits[e]), most);
+            near[size_t(e)] = most - logits[e] > reach ? -INFINITY : open[size_t(e)];
+        }
+        to[k] = best - open.begin();
+        weight[k] = 1.0f / kernels().exponentials(near.data(), most, count);
+        *best = -INFINITY;
+    }
+    scale_weights(weight);
+}
+
+void Step::scale_weights(float *weight) const {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < d_.top_k; k++) sum = sum + weight[k];
+    for (int64_t k = 0; k < d_.top_k; k++) weight[k] = (d_.renormalize ? weight[k] / sum : weight[k]) * d_.router_scale;
+}
+
 // Choose a token's experts: best first; equal scores, lower number first.
 void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const {
     const int64_t count = layer.experts.experts;
+    if (d_.rivals > 0.0f) return choose_among_rivals(scores_.data() + t * count, count, to, weight);
     std::vector<float> scores(scores_.begin() + t * count, scores_.begin() + (t + 1) * count);
     const float most = *std::max_element(scores.begin(), scores.end());
     if (d_.sigmoid)
@@ -95,15 +121,13 @@ void Step::choose(const moestro_layer &layer, int64_t t, int64_t *to, float *wei
     std::vector<float> wanted = scores;
     for (int64_t e = 0; layer.selection_bias && e < count; e++) wanted[size_t(e)] += layer.selection_bias[e];
     if (d_.expert_groups > 1) limit_groups(wanted);
-    float sum = 0.0f;
     for (int64_t k = 0; k < d_.top_k; k++) {
         const auto best = std::max_element(wanted.begin(), wanted.end());
         to[k] = best - wanted.begin();
         weight[k] = scores[size_t(to[k])];
-        sum = sum + weight[k];
         *best = -INFINITY;
     }
-    for (int64_t k = 0; k < d_.top_k; k++) weight[k] = (d_.renormalize ? weight[k] / sum : weight[k]) * d_.router_scale;
+    scale_weights(weight);
 }
 
 // Every token's experts and their weights.
@@ -230,11 +254,15 @@ bool good(const moestro_layer &layer, const moestro_decoder &d) {
            shared;
 }
 
+bool good_cache(const moestro_decoder &d) {
+    return valid_rows(d.cache_dtype) || (d.cache_dtype == MOESTRO_ROWS_INT8 && d.head_dim <= WIDEST_WHOLE);
+}
+
 bool good(const moestro_decoder *d, int64_t b) {
     if (!d || !d->layer || d->layers < 1 || b < 1 || d->groups < 1 || d->heads < 1 || d->heads % d->groups)
         return false;
     if (d->turning < 2 || d->turning % 2 || d->turning > d->head_dim || d->top_k < 0 || !d->norm ||
-        !is(d->head, d->vocab, d->dim) || !valid_rows(d->cache_dtype))
+        !is(d->head, d->vocab, d->dim) || !good_cache(*d))
         return false;
     return std::all_of(d->layer, d->layer + d->layers, [d](const moestro_layer &layer) { return good(layer, *d); });
 }
@@ -251,6 +279,7 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     for (int64_t s = 0; s < b; s++) {
         if (past[s].rows < 1 || past[s].rows > INT32_MAX || past[s].told < 1 || past[s].told > past[s].rows)
             return MOESTRO_EBAD;
+        if (d->cache_dtype == MOESTRO_ROWS_INT8 && (!past[s].key_scales || !past[s].value_scales)) return MOESTRO_EBAD;
         for (int64_t l = 0; l < d->layers; l++)
             if (past[s].kept[l] < 0 || past[s].place[l] < past[s].kept[l] ||
                 past[s].place[l] > past[s].room[l] - past[s].rows)

@@ -46,6 +46,11 @@ def measured(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return facts
 
 
+def test_the_kind_of_cache_is_said(settings: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measured(capsys, settings, "--cache", "int8")["cache"] == "int8"
+    assert measured(capsys, settings)["cache"] == "as-is"
+
+
 @NEEDS_NATIVE
 def test_random_weights_of_a_file_of_settings(
     settings: str, capsys: pytest.CaptureFixture[str]

@@ -60,6 +60,18 @@ def test_as_is_needs_no_native_library(
     assert torch.tensor(bits).isfinite()
 
 
+def test_a_cache_of_bytes_has_a_line_of_its_own(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(published), "--source", text, "--tokens", "500", "--weights", "as-is"]
+    assert main([*words, "--cache", "int8", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["weights"] for row in rows] == ["as-is", "as-is, int8 cache"]
+    assert 0 < abs(rows[1]["over_first"]) < 0.01
+    assert main([*words, "--cache", "int4"]) == 2
+    assert "--cache" in capsys.readouterr().err
+
+
 def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
     larger: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,3 +238,20 @@ def test_ctrl_c_ends_the_line(checkpoint: Path) -> None:
         assert process.wait(timeout=30) == 130
     assert rest.endswith(b"\n")
     assert err == b""
+
+
+def test_keys_and_values_may_be_bytes(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+    new = Decoder.new_cache
+    monkeypatch.setattr(
+        Decoder,
+        "new_cache",
+        lambda self, batch=1: kinds.append(self.cache_kind) or new(self, batch),
+    )
+    words = ["generate", str(checkpoint), "a", "--max-tokens", "3", "--temperature", "0"]
+    for cache in ("as-is", "int8"):
+        assert main([*words, "--cache", cache]) == 0
+    assert kinds == ["as-is", "int8"]
+    assert len(capsys.readouterr().out) > 0

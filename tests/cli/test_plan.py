@@ -298,3 +298,10 @@ def test_a_preset_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_of_bytes_takes_a_byte_a_number_and_four_a_row(capsys):
+    for words, row in (([], 2 * 128), (["--cache", "int8"], 128 + 4)):
+        assert main(["plan", "mixtral-8x7b", "--context", "1000", *words, "--json"]) == 0
+        (model,) = json.loads(capsys.readouterr().out)["models"]
+        assert model["cache_bytes"] == 1000 * 32 * 2 * 8 * row

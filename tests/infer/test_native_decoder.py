@@ -73,6 +73,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": {**MOE, "shared": {"hidden_dim": 24}},
         "attention": {**HEADS, "qk_norm": "rotated"},
     },
+    "phi": {
+        "moe": {**MOE, "router": {"kind": "sparsemixer", "jitter": 0.4, "renormalize": False}},
+        "norm": {"kind": "layer"},
+    },
     "ernie": {"moe": {**MOE, "router": {"selection_bias": True}}},
     "granite": {
         "moe": {**MOE, "shared": {"hidden_dim": 20}},
@@ -268,6 +272,7 @@ def native():
         "glm",
         "hunyuan",
         "layer norm",
+        "phi",
         "best two of groups",
         "latent",
         "deepseek-v3",

@@ -288,9 +288,9 @@ def decoder_lies() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def new_past(decoder: StepDecoder) -> StepPast:
     """Three positions of keys and values in room for eight."""
-    past, (shapes, dtype) = StepPast(decoder), decoder.past_kind
-    for layer, sizes in enumerate(shapes):
-        buffers = [torch.ones([n or 8 for n in size], dtype=dtype, device="cpu") for size in sizes]
+    past, layers = StepPast(decoder), decoder.past_kind.layers
+    for layer, kinds in enumerate(layers):
+        buffers = [torch.ones([n or 8 for n in size], dtype=dtype) for size, dtype in kinds]
         past.put(layer, tuple(buffers), 3, 3)
     return past
 
@@ -305,7 +305,7 @@ def step_calls() -> Iterator[Case]:
         yield from each(decoder.step, f"step {at}", lies, *rest, at=at)
     others = {
         "of more layers": new_decoder([new_layer()] * 2),
-        "of 16 bits": new_decoder(cache_dtype=BF16),
+        "of bytes": new_decoder(cache_dtype=torch.int8),
         "of fewer groups": new_decoder(
             [new_layer(qkv=native_cpu.pack_matrix(torch.randn(96, 64), INT8), qkv_bias=None)],
             SHAPE._replace(groups=1),

@@ -184,6 +184,14 @@ def test_an_expert_is_its_two_matrices(format, activation):
         assert torch.equal(unpacked, alone)
 
 
+def test_experts_are_packed_in_inference_mode():
+    up_EHD, down_EDF = torch.randn(3, 64, 32), torch.randn(3, 32, 32)
+    want = native_cpu.pack_experts(up_EHD, down_EDF, "swiglu", Format("int8"))
+    with torch.inference_mode():
+        got = native_cpu.pack_experts(up_EHD, down_EDF, "swiglu", Format("int8"))
+    assert torch.equal(got.data, want.data)
+
+
 def test_an_expert_that_does_not_fit_is_refused():
     format = Format("int8")
     slab = native_cpu.aligned(native_cpu.slab_bytes(64, 32, "swiglu", format))

@@ -14,7 +14,7 @@ import typer
 
 from moestro.cli.budget import NONE, Memory, within
 from moestro.cli.doctor import GIB
-from moestro.cli.opening import AcceptField
+from moestro.cli.opening import AcceptField, CacheName
 from moestro.errors import ConfigError
 from moestro.machine import (
     cpu_name,
@@ -26,7 +26,7 @@ from moestro.machine import (
 
 if TYPE_CHECKING:
     from moestro.bench.speed import Speed, Variant
-    from moestro.config import ModelConfig
+    from moestro.config import CacheKind, ModelConfig
 
 ModelName = Annotated[
     str,
@@ -82,11 +82,13 @@ class BenchPlan(NamedTuple):
     tokens: int
     rounds: int
     memory: str = NONE
+    cache: CacheKind = "as-is"
 
 
 def bench(
     model: ModelName,
     weights: Kinds = None,
+    cache: CacheName = "as-is",
     compare: Compare = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
@@ -108,7 +110,8 @@ def bench(
     for kind in kinds:
         format_of(kind)
     peers = [_peer(each) for each in compare or ()]
-    plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)._replace(memory=memory)
+    plan = _plan(model, tuple(accept_field or ()), prompt, tokens, rounds)
+    plan = plan._replace(memory=memory, cache=cache)
     if memory != NONE and plan.folder is None:
         raise ConfigError(
             f"--memory keeps experts in a checkpoint's packed file, and {model} has none; name a "
@@ -206,13 +209,18 @@ def _open(plan: BenchPlan, kind: str) -> Any:
     """The model with its weights, or with random ones."""
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.checkpoints.quantize import format_of, random_model
+    from moestro.models.blocks import cache_as
     from moestro.models.budget import Use
 
     if plan.folder is None:
-        return random_model(plan.cfg, format_of(kind))
-    options = within(plan.memory, plan.folder, Use(plan.prompt + plan.tokens))
-    options |= {"weights": kind, "keep": False, "accept_fields": plan.accept_fields}
-    return open_checkpoint(plan.folder, verified=True, **options).model
+        model: Any = random_model(plan.cfg, format_of(kind))
+    else:
+        use = Use(plan.prompt + plan.tokens, cache=plan.cache)
+        options = within(plan.memory, plan.folder, use)
+        options |= {"weights": kind, "keep": False, "accept_fields": plan.accept_fields}
+        model = open_checkpoint(plan.folder, verified=True, **options).model
+    cache_as(model, plan.cache)
+    return model
 
 
 def _check_memory(plan: BenchPlan, kinds: list[str]) -> None:
@@ -292,6 +300,7 @@ def _facts(plan: BenchPlan, rows: list[Timing]) -> dict[str, Any]:
         "prompt": plan.prompt,
         "tokens": plan.tokens,
         "rounds": plan.rounds,
+        "cache": plan.cache,
         "machine": {
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
@@ -313,7 +322,8 @@ def _print(plan: BenchPlan, rows: list[Timing]) -> None:
     console = Console(highlight=False)
     console.print(
         f"{plan.name}: {size['total'] / 1e6:,.1f}M parameters, {size['active'] / 1e6:,.1f}M "
-        f"active; {random}{plan.tokens} tokens after a prompt of {plan.prompt}\n{machine['cpu']}, "
+        f"active; {random}{plan.tokens} tokens after a prompt of {plan.prompt}, "
+        f"cache {plan.cache}\n{machine['cpu']}, "
         f"{machine['threads']} threads, native path: {machine['native_path'] or 'none'}",
         markup=False,
         soft_wrap=True,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -33,6 +33,7 @@ from moestro.cli.generate import (
 )
 from moestro.cli.opening import (
     AcceptField,
+    CacheName,
     Device,
     Dtype,
     ModelName,
@@ -75,6 +76,7 @@ def chat(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    cache: CacheName = "as-is",
     memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
@@ -98,13 +100,14 @@ def chat(
     folder = find_checkpoint(path, kept_as(weights, packed))
     tokenizer, template = load_tokenizer(folder), load_chat(folder)
     sampling = stated_or_given(folder, {"max_tokens": 2048, **given})
-    options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+    options |= {"cache": cache, "accept_fields": accept_field}
     use = Use(texts=2)
-    model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
+    model = open_shown(folder, memory, use, **options).model
     if model.cfg.has_encoder:
         raise ConfigError("an encoder-decoder answers one text at a time: use `moestro generate`")
     context, number = model.cfg.attention.context, model.embed.weight.element_size()
-    kept = CACHE_BYTES if memory == NONE else text_bytes(model.cfg, context, number)
+    kept = CACHE_BYTES if memory == NONE else text_bytes(model.cfg, context, number, cache)
     conversation = Conversation(model, tokenizer, template, sampling, system, kept)
     _note(f"{folder.name}: /help lists the commands, Ctrl-D leaves")
     _Terminal(conversation, model).run()

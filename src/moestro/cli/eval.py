@@ -12,13 +12,14 @@ import typer
 
 from moestro.cli.budget import NONE, Memory
 from moestro.cli.held_out import open_chats, open_corpus
-from moestro.cli.opening import AcceptField, ModelName, open_shown
+from moestro.cli.opening import AcceptField, CacheName, ModelName, open_shown
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moestro.checkpoints.families.table import Config
+    from moestro.config import CacheKind
     from moestro.data.rows import ChatCorpus
     from moestro.data.windows import Corpus, HeldOut
     from moestro.train.task import Task
@@ -65,6 +66,7 @@ def eval(
     source: Source = None,
     chats: Chats = None,
     weights: Kinds = None,
+    cache: CacheName = "as-is",
     tokens: Tokens = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     memory: Memory = NONE,
@@ -74,7 +76,9 @@ def eval(
 
     Once for each weight format, of the same model on the same text: the quality cost of packing.
     The text is what the run held out, or other text with --source; of a run of `moestro tune`, what
-    the assistant says in the conversations that it held out, or in others with --chats.
+    the assistant says in the conversations that it held out, or in others with --chats. With
+    --cache int8 each format has a second line, whose tokens look at keys and values as that cache
+    keeps them.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
@@ -93,8 +97,14 @@ def eval(
     held_out, seq_len, task = text
     read = sum(task.predicted(each.tokens_NS) for each in held_out.values())
     use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
-    options = {"memory": memory, "use": use, "accept_fields": accept_field}
-    rows = [Score(kind, measure(checkpoint, kind, held_out, task, **options)) for kind in kinds]
+    options: Any = {"memory": memory, "use": use, "accept_fields": accept_field}
+    pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
+    if cache != "as-is":
+        pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
+    rows = [
+        Score(_named(*pair), measure(checkpoint, pair[0], held_out, task, pair[1], **options))
+        for pair in pairs
+    ]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
     else:
@@ -133,19 +143,27 @@ def _text(
     return held_out, corpus.seq_len, task_of(cfg, corpus.tokenizer.end_of_text, conversations)
 
 
+def _named(kind: str, cache: CacheKind) -> str:
+    return kind if cache == "as-is" else f"{kind}, {cache} cache"
+
+
 def measure(
     checkpoint: Path,
     kind: str,
     held_out: dict[str, HeldOut],
     task: Task | None = None,
+    cache: CacheKind = "as-is",
     **options: Any,
 ) -> dict[str, float]:
-    """Bits per byte in one weight format; the model is gone afterwards."""
+    """Bits per byte in one weight format and kind of cache; the model is gone afterwards."""
+    from moestro.models.decoder import Cached
     from moestro.train.evaluate import evaluate
     from moestro.train.task import NEXT_TOKEN
 
-    model = open_shown(checkpoint, weights=kind, keep=False, **options).model
-    bits = evaluate(model, held_out, BATCH, task=task or NEXT_TOKEN)
+    options |= {"weights": kind, "cache": cache}
+    model: Any = open_shown(checkpoint, keep=False, **options).model
+    read = model if cache == "as-is" else Cached(model)
+    bits = evaluate(read, held_out, BATCH, task=task or NEXT_TOKEN)
     del model
     gc.collect()
     return bits

@@ -16,6 +16,7 @@ from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.opening import (
     AcceptField,
     AdapterName,
+    CacheName,
     Device,
     Dtype,
     ModelName,
@@ -131,6 +132,7 @@ def generate(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    cache: CacheName = "as-is",
     adapter: AdapterName = None,
     memory: Memory = NONE,
     accept_field: AcceptField = None,
@@ -158,7 +160,7 @@ def generate(
     tokenizer, sampling = load_tokenizer(folder), stated_or_given(folder, given)
     start = _conversation(folder, tokenizer, text, system) if chat else text
     options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-    options |= {"adapter": adapter, "accept_fields": accept_field}
+    options |= {"cache": cache, "adapter": adapter, "accept_fields": accept_field}
     model = open_shown(folder, memory, _use(tokenizer, start, sampling), **options).model
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None

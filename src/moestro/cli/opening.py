@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from moestro.cli.budget import NONE, within
 
 if TYPE_CHECKING:
     from moestro.checkpoints.opening import Opened
+    from moestro.config import CacheKind
     from moestro.models.budget import Use
 
 ModelName = Annotated[
@@ -52,6 +53,14 @@ AcceptField = Annotated[
         "may be repeated.",
     ),
 ]
+CacheName = Annotated[
+    Literal["as-is", "int8"],
+    typer.Option(
+        "--cache",
+        help="How keys and values are kept: as-is, in the weights' dtype, or as int8, each head's "
+        "with a scale: half of bf16's memory and of what long contexts read.",
+    ),
+]
 PackedFile = Annotated[
     Path | None,
     typer.Option(
@@ -62,21 +71,31 @@ PackedFile = Annotated[
 ]
 
 
-def open_shown(folder: Path, memory: str = NONE, use: Use | None = None, **options: Any) -> Opened:
+def open_shown(
+    folder: Path,
+    memory: str = NONE,
+    use: Use | None = None,
+    cache: CacheKind = "as-is",
+    **options: Any,
+) -> Opened:
     """Open a checkpoint with a bar on stderr.
 
     Args:
         folder: from `find_checkpoint`.
         memory: what --memory says.
         use: how the model will be used, for that.
+        cache: what --cache says.
         options: of `moestro.checkpoints.opening.open_checkpoint`.
     """
     from moestro.checkpoints.opening import open_checkpoint
+    from moestro.models.blocks import cache_as
+    from moestro.models.budget import Use
 
-    options |= within(memory, folder, use)
+    options |= within(memory, folder, (use or Use())._replace(cache=cache))
     options["accept_fields"] = options.get("accept_fields") or ()
     with bar(f"reading {folder.name}", in_bytes=True) as progress:
         opened = open_checkpoint(folder, progress=progress, verified=True, **options)
+    cache_as(opened.model, cache)
     if "within" in options and not options["within"].use.scored:
         options["within"].told.measure(opened.model)
     return opened

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import AcceptField
+from moestro.cli.opening import AcceptField, CacheName
 from moestro.cli.subjects import open_subjects
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def plan(
     context: Context = None,
     batch: Batch = 1,
     dtype: Dtype = "bf16",
+    cache: CacheName = "as-is",
     convention: Convention = "all",
     memory: Memory = None,
     device: DeviceName = None,
@@ -135,7 +136,7 @@ def plan(
     kind = "spread" if spreads else parallel or "data"
     _check(subjects, device, price_per_hour, ranks, parallel, spreads)
     question = Question(
-        context=context, batch=batch, dtype=dtype, embeddings=CONVENTIONS[convention],
+        context=context, batch=batch, dtype=dtype, cache=cache, embeddings=CONVENTIONS[convention],
         memory_bytes=None if memory is None else parse_bytes(memory),
         device=None if device is None else _device(device),
         usd_per_hour=price_per_hour, ranks=ranks, parallel=kind,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moestro.cli.budget import NONE, Memory, amount_of
 from moestro.cli.opening import (
     AcceptField,
+    CacheName,
     Device,
     Dtype,
     ModelName,
@@ -73,6 +74,7 @@ def serve(
     dtype: Dtype = None,
     weights: Weights = "as-is",
     packed: PackedFile = None,
+    cache: CacheName = "as-is",
     memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:
@@ -104,8 +106,9 @@ def serve(
     use = Use(context, settings.max_live, settings.cache_bytes)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
-        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-        model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
+        options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+        options |= {"cache": cache, "accept_fields": accept_field}
+        model = open_shown(folder, memory, use, **options).model
         served = serve_model(name or _name(path, folder), model, folder, context)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
         typer.echo(f"{_what(served)}, weights {weights}")

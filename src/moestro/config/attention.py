@@ -9,6 +9,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from moestro.config.number import MOST, Natural, Positive, PositiveFloat, Share
 from moestro.settings import Settings
 
+# How keys and values are kept: in the weights' dtype, or as bytes with a scale a row.
+CacheKind = Literal["as-is", "int8"]
+
 
 class LinearScaling(Settings):
     """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from moestro.config import ModelConfig, RopeConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
-from moestro.kernels.addresses import Shape
 from moestro.kernels.backends import Work
-from moestro.kernels.native_layers import StepDelta, StepLatent, StepLayer, StepShape
+from moestro.kernels.native_layers import Kept, StepDelta, StepLatent, StepLayer, StepShape
 from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.models.blocks import Block
 from moestro.models.cache import KVCache, LayerCache
@@ -29,7 +28,9 @@ from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
-from moestro.moe.routers import TopKRouter
+from moestro.moe.routers import SparseMixerRouter, TopKRouter
+
+_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Stepped(NamedTuple):
@@ -45,7 +46,7 @@ def supports(model: nn.Module) -> str | None:
 
     Packed and plain weights both can: grouped-query attention with rotary positions of whole heads
     or a part, windows, sinks, biases, gates, norms of queries and keys; latent attention; gated
-    DeltaNets; RMSNorm and layer norm; softmax and sigmoid routers.
+    DeltaNets; RMSNorm and layer norm; softmax, sigmoid and sparsemixer routers.
     """
     if not isinstance(model, Decoder):
         return f"only decoders of this project decode natively, not {type(model).__name__}"
@@ -67,7 +68,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
     if moe is not None:
         router = moe.router
         lacking["a capacity"] = moe.capacity is not None
-        lacking[f"the {router.kind} router"] = router.kind not in ("softmax", "sigmoid")
+        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
     return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
 
 
@@ -108,12 +109,10 @@ class NativeDecoder:
             _gain(model.norm),
             head,
             head.bias,
-            model.embed.weight.dtype,
+            torch.int8 if model.cache_kind == "int8" else model.embed.weight.dtype,
             _shift(model.norm),
         )
-        self._like = [
-            _empty(each, self._step.past_kind.dtype) for each in self._step.past_kind.shapes
-        ]
+        self._like = [_empty(each) for each in self._step.past_kind.layers]
 
     @torch.inference_mode()
     def step(
@@ -162,10 +161,11 @@ class NativeDecoder:
         return past
 
 
-def _empty(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Tensors of a layer's buffers without positions; a state is fp32."""
-    kind = dtype if None in shapes[0] else torch.float32
-    return tuple(torch.empty([n or 0 for n in each], dtype=kind, device="cpu") for each in shapes)
+def _empty(kinds: Sequence[Kept]) -> tuple[Tensor, ...]:
+    """Tensors of a layer's buffers without positions."""
+    sizes = ([n or 0 for n in each.shape] for each in kinds)
+    pairs = zip(sizes, kinds, strict=True)
+    return tuple(torch.empty(size, dtype=kind.dtype, device="cpu") for size, kind in pairs)
 
 
 def _shape(model: Decoder) -> StepShape:
@@ -193,6 +193,7 @@ def _shape(model: Decoder) -> StepShape:
     return shape._replace(
         top_k=moe.top_k,
         sigmoid=router.kind == "sigmoid",
+        rivals=2 * router.jitter if router.kind == "sparsemixer" else 0.0,
         renormalize=moe.renormalizes,
         router_scale=router.scale,
         expert_groups=router.num_groups,
@@ -232,7 +233,7 @@ def _layer(block: Block) -> StepLayer:
         )
     if not isinstance(ffn, MoE):
         return layer
-    assert isinstance(ffn.router, TopKRouter)
+    assert isinstance(ffn.router, TopKRouter | SparseMixerRouter)
     shared: Any = ffn.shared
     return layer._replace(
         router=_fp32(ffn.router.weight),

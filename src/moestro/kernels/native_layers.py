@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
@@ -21,6 +22,13 @@ from moestro.kernels.native_library import I32, I64, PTR, CExperts, CMatrix
 from moestro.kernels.packing import ExpertSlabs, PackedMatrix
 
 _FLOAT = ctypes.c_float
+
+
+class Kept(NamedTuple):
+    """A buffer of what is kept of a sequence; None in the shape: as many positions."""
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 class StepLatent(NamedTuple):
@@ -100,6 +108,7 @@ class StepShape(NamedTuple):
     top_groups: int = 1  # how many those are
     group_best: int = 1  # a group counts as much as its best ones
     sigmoid: bool = False  # scores are sigmoids instead of a softmax
+    rivals: float = 0.0  # of sparsemixer 2 · jitter, else 0
     renormalize: bool = True  # the K weights are divided by their sum
     router_scale: float = 1.0  # every weight is multiplied by it
     eps: float = 1e-6  # of the norms
@@ -161,15 +170,18 @@ def _routes(shape: StepShape, count: int) -> bool:
     return 1 <= shape.group_best <= size and 1 <= shape.top_k <= size * best
 
 
-def kept_by(layer: StepLayer, shape: StepShape) -> tuple[Shape, ...]:
-    """The shapes of what is kept of a sequence."""
+def kept_by(layer: StepLayer, shape: StepShape, dtype: torch.dtype) -> tuple[Kept, ...]:
+    """What is kept of a sequence: keys and values, or both in one; of int8 also their scales."""
     delta = layer.delta
     if delta is not None:
         inputs = (1, len(delta.conv) - 1, delta.conv.shape[-1])
-        return (inputs, (1, delta.value_heads, delta.key_dim, delta.value_dim))
-    if layer.latent is not None:
-        return ((1, None, shape.head_dim),)
-    return ((1, shape.groups, None, shape.head_dim),) * 2
+        state = (1, delta.value_heads, delta.key_dim, delta.value_dim)
+        return Kept(inputs, torch.float32), Kept(state, torch.float32)
+    positions: Shape = (1, None) if layer.latent is not None else (1, shape.groups, None)
+    count = 1 if layer.latent is not None else 2
+    numbers = (Kept((*positions, shape.head_dim), dtype),) * count
+    scales = (Kept((*positions, 1), torch.float32),) * count
+    return numbers + scales if dtype == torch.int8 else numbers
 
 
 def attention_of(layer: StepLayer, shape: StepShape) -> CLatent | CDelta | None:

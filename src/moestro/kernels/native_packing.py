@@ -93,6 +93,7 @@ def pack_experts(
     data = aligned(blank.data.numel())
     slabs = data.view(blank.num_experts, -1)
 
+    @torch.inference_mode(data.is_inference())  # a thread does not have the caller's mode
     def pack(expert: int) -> None:
         try:
             if stored is not None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from moestro.errors import ShapeError
-from moestro.kernels.addresses import CPU, FP32, ROWS, Shape, address, check, piece
+from moestro.kernels.addresses import CPU, FP32, ROWS, address, check, piece
 from moestro.kernels.native_cpu import failure_of
 from moestro.kernels.native_layers import (
     CLayer,
+    Kept,
     StepLayer,
     StepShape,
     attention_of,
@@ -34,6 +35,8 @@ from moestro.kernels.packing import PackedMatrix
 
 _FLOAT = ctypes.c_float
 _ENDLESS = 2**31  # positions that a state may see
+CACHES = {**ROWS, torch.int8: 2}  # dtypes of keys and values, as native/moestro.h numbers them
+_WIDEST = 1024  # numbers of a head in int8
 
 
 class _Decoder(ctypes.Structure):
@@ -43,7 +46,7 @@ class _Decoder(ctypes.Structure):
         ("layers", I64), ("dim", I64), ("heads", I64), ("groups", I64), ("head_dim", I64),
         ("vocab", I64), ("turning", I64), ("top_k", I32), ("sigmoid", I32), ("renormalize", I32),
         ("cache_dtype", I32), ("norm_all", I32), ("norm_rotated", I32), ("gated", I32),
-        ("expert_groups", I32), ("top_groups", I32), ("group_best", I32),
+        ("expert_groups", I32), ("top_groups", I32), ("group_best", I32), ("rivals", _FLOAT),
         ("router_scale", _FLOAT), ("eps", _FLOAT), ("score_scale", _FLOAT),
         ("head_scale", _FLOAT), ("layer", PTR), ("norm", PTR), ("norm_bias", PTR),
         ("head", CMatrix), ("head_bias", PTR),
@@ -54,16 +57,15 @@ class _Past(ctypes.Structure):
     """`moestro_past`."""
 
     _fields_ = (
-        ("keys", PTR), ("values", PTR), ("room", PTR), ("place", PTR), ("kept", PTR), ("rows", I64),
-        ("told", I64),
+        ("keys", PTR), ("values", PTR), ("key_scales", PTR), ("value_scales", PTR), ("room", PTR),
+        ("place", PTR), ("kept", PTR), ("rows", I64), ("told", I64),
     )  # fmt: skip
 
 
 class PastKind(NamedTuple):
     """What a decoder keeps of a sequence."""
 
-    shapes: tuple[tuple[Shape, ...], ...]  # of each layer's buffers; None: as many positions
-    dtype: torch.dtype  # of what has positions; a state is fp32
+    layers: tuple[tuple[Kept, ...], ...]  # each layer's buffers
 
 
 class StepPast:
@@ -82,9 +84,11 @@ class StepPast:
         self.kind = decoder.past_kind
         self.buffers: list[tuple[Tensor, ...] | None] = [None] * count
         self._keys, self._values = (PTR * count)(), (PTR * count)()
+        self._key_scales, self._value_scales = (PTR * count)(), (PTR * count)()
         self._rooms, self._places = (I64 * count)(), (I64 * count)()
         self._kept = (I64 * count)()
-        arrays = (self._keys, self._values, self._rooms, self._places, self._kept)
+        scales = (self._key_scales, self._value_scales)
+        arrays = (self._keys, self._values, *scales, self._rooms, self._places, self._kept)
         self._pointers = [ctypes.cast(array, PTR) for array in arrays]
         self.rows = self.told = 1
 
@@ -100,7 +104,8 @@ class StepPast:
             layer: its number.
             buffers: keys and values [1, G, P, A]; of latent attention what is kept, [1, P, R + A'];
                 of a DeltaNet fp32 the convolution's last inputs [1, W - 1, I] and the state
-                [1, H, A, O]. Consecutive positions lie side by side.
+                [1, H, A, O]. Consecutive positions lie side by side. Of int8 the scales follow,
+                fp32 [1, G, P, 1] or [1, P, 1].
             place: of the first new token in P.
             kept: positions before it that it may see.
 
@@ -111,17 +116,27 @@ class StepPast:
         if not 0 <= layer < len(self.buffers):
             raise ShapeError(f"layers are 0 to {len(self.buffers) - 1}; given {layer}")
         if buffers is not self.buffers[layer]:
-            shapes, dtypes, room = self.kind.shapes[layer], FP32, _ENDLESS
-            if None in shapes[0]:
-                dtypes = (self.kind.dtype,)
-                room = check(buffers[0], "keys", shapes[0], dtypes).shape[-2]
-            sizes = [tuple(room if size is None else size for size in shape) for shape in shapes]
-            named = zip(buffers, ("keys", "values"), sizes, strict=False)
-            places = [address(tensor, name, size, dtypes) for tensor, name, size in named]
-            self._keys[layer], self._values[layer] = places[0], places[-1]
-            self._rooms[layer] = room
-            self.buffers[layer] = buffers
+            self._point(layer, buffers)
         self._places[layer], self._kept[layer] = place, kept
+
+    def _point(self, layer: int, buffers: tuple[Tensor, ...]) -> None:
+        kinds, room = self.kind.layers[layer], _ENDLESS
+        if len(buffers) != len(kinds):
+            raise ShapeError(f"layer {layer} keeps {len(kinds)} buffers; given {len(buffers)}")
+        if None in kinds[0].shape:
+            shape, dtype = kinds[0]
+            room = check(buffers[0], "part 0 of keys and values", shape, (dtype,)).shape[-2]
+        places = []
+        for number, (tensor, kind) in enumerate(zip(buffers, kinds, strict=True)):
+            size = tuple(room if each is None else each for each in kind.shape)
+            name = f"part {number} of keys and values"
+            places.append(address(tensor, name, size, (kind.dtype,)))
+        count = len(places) // 2 if kinds[0].dtype == torch.int8 else len(places)
+        self._keys[layer], self._values[layer] = places[0], places[count - 1]
+        if count < len(places):
+            self._key_scales[layer], self._value_scales[layer] = places[count], places[-1]
+        self._rooms[layer] = room
+        self.buffers[layer] = buffers
 
 
 class StepDecoder:
@@ -141,13 +156,13 @@ class StepDecoder:
 
         Raises:
             ShapeError: a tensor is not what the shape needs, or not fp32 and contiguous on CPU; or
-                keys and values (`cache_dtype`) are neither fp32 nor bf16.
+                keys and values (`cache_dtype`) are not fp32, bf16 or int8.
         """
         _check_shape(shape, len(layers), cache_dtype)
         self.shape, self.num_layers = shape, len(layers)
         others = [attention_of(layer, shape) for layer in layers]
         # What its pasts have in common with it.
-        self.past_kind = PastKind(tuple(kept_by(layer, shape) for layer in layers), cache_dtype)
+        self.past_kind = PastKind(tuple(kept_by(layer, shape, cache_dtype) for layer in layers))
         self._alive = (list(layers), norm, head, head_bias, norm_bias, others)
         pairs = zip(layers, others, strict=True)
         self._layers = (CLayer * len(layers))(*(layer_of(*pair, shape) for pair in pairs))
@@ -155,9 +170,9 @@ class StepDecoder:
         self._failure = next((each for each in failures if each is not None), None)
         self._decoder = _Decoder(
             len(layers), shape.dim, shape.heads, shape.groups, shape.head_dim, shape.vocab,
-            turning_of(shape), shape.top_k, shape.sigmoid, shape.renormalize, ROWS[cache_dtype],
+            turning_of(shape), shape.top_k, shape.sigmoid, shape.renormalize, CACHES[cache_dtype],
             shape.norm_all, shape.norm_rotated, shape.gated,
-            shape.expert_groups, shape.top_groups, shape.group_best,
+            shape.expert_groups, shape.top_groups, shape.group_best, shape.rivals,
             shape.router_scale, shape.eps, shape.score_scale, shape.head_scale,
             ctypes.cast(self._layers, PTR), address(norm, "norm", (shape.dim,), FP32),
             None if norm_bias is None else address(norm_bias, "norm_bias", (shape.dim,), FP32),
@@ -222,5 +237,8 @@ def _check_shape(shape: StepShape, num_layers: int, cache_dtype: torch.dtype) ->
             f"a decoder has layers, a multiple of groups as heads, and an even number of a head's "
             f"numbers that turn; given {num_layers} layers and {shape}"
         )
-    if cache_dtype not in ROWS:
-        raise ShapeError(f"keys and values are float32 or bfloat16; given {cache_dtype}")
+    if cache_dtype not in CACHES or (cache_dtype == torch.int8 and shape.head_dim > _WIDEST):
+        raise ShapeError(
+            f"keys and values are float32 or bfloat16, or int8 of heads no wider than {_WIDEST}; "
+            f"given {cache_dtype}, {shape.head_dim} wide"
+        )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
+from moestro.config import CacheKind, NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
 from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache, StateCache
 from moestro.models.delta import DeltaNet
@@ -131,9 +131,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, the relative positions that they share, and a last norm."""
+    """Blocks one after the other, the relative positions that they share, and a last norm.
+
+    Attributes:
+        cache_kind: how new caches keep keys and values; see `cache_as`.
+    """
 
     cfg: Any
+    cache_kind: CacheKind = "as-is"
     relative: RelativeBias | None
     blocks: nn.ModuleList
 
@@ -158,7 +163,7 @@ class Stack(nn.Module):
         limits = [
             None if layer.delta else layer.window or sys.maxsize for layer in self.spec.layers
         ]
-        return KVCache(limits, RotaryTable(self.cfg) if rope else None)
+        return KVCache(limits, RotaryTable(self.cfg) if rope else None, self.cache_kind)
 
     def run(
         self,
@@ -237,3 +242,10 @@ class Stack(nn.Module):
             limits = (each.limit for each in cache.layers if isinstance(each, LayerCache))
             span += min(cache.position, max(limits) - 1)
         return None, self.relative(range(span - length, span), range(span))
+
+
+def cache_as(model: nn.Module, kind: CacheKind) -> None:
+    """Let a model's new caches keep keys and values another way; before it is decoded with."""
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.cache_kind = kind

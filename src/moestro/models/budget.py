@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.errors import ConfigError
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
@@ -41,6 +41,7 @@ class Use(NamedTuple):
     kept_bytes: int = 0  # for the caches of earlier texts
     tokens: int = _CHUNK  # that pass together
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
+    cache: CacheKind = "as-is"  # how keys and values are kept
 
 
 class Needs(NamedTuple):
@@ -148,15 +149,15 @@ def needs(
         process: bytes that the process has before the model is opened.
     """
     context = min(use.context or cfg.attention.context, cfg.attention.context)
-    cache = use.texts * text_bytes(cfg, context, number) + use.kept_bytes
+    cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes
     use = use._replace(context=context)
     return Needs(process + GROWTH, dense, cache, _buffers(cfg, use, number), tuple(mixtures))
 
 
-def text_bytes(cfg: NetworkConfig, context: int, number: int) -> int:
+def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:
     """The cache of one text; buffers grow by half, up to 9/8 of the most (`cache.LayerCache`)."""
     most = min(context + context // 2, cfg.attention.context * 9 // 8) + 16
-    return cache_bytes(cfg, most, 1, number)
+    return cache_bytes(cfg, most, 1, number, cache)
 
 
 def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
@@ -178,7 +179,9 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
     return total + 4 * (logits * cfg.vocab_size + scores)
 
 
-def cache_bytes(cfg: NetworkConfig, context: int, batch: int, number: int) -> int:
+def cache_bytes(
+    cfg: NetworkConfig, context: int, batch: int, number: int, cache: CacheKind = "as-is"
+) -> int:
     """Keys and values of B sequences after S positions, of `number` bytes each.
 
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
@@ -186,19 +189,23 @@ def cache_bytes(cfg: NetworkConfig, context: int, batch: int, number: int) -> in
     (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
     layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32 and the
     last inputs of its convolution, however long the text.
+
+    A cache of int8 keeps one byte a number, and four for the scale of each head's keys and of its
+    values, or of each latent vector; what cross attention sees stays as it is.
     """
-    positions = states = 0
+    positions = states = crossed = 0
     for stack in cfg.stacks():
         if stack.causal:
             looking = [layer for layer in stack.layers if not layer.delta]
             states += len(stack.layers) - len(looking)
             positions += sum(min(context, layer.window or context) for layer in looking)
         if stack.cross:
-            positions += context * len(stack.layers)
-    latent, width = cfg.attention.latent, 2 * cfg.num_kv_heads * cfg.head_dim
+            crossed += context * len(stack.layers)
+    latent, rows, width = cfg.attention.latent, 2 * cfg.num_kv_heads, cfg.head_dim
     if latent is not None:
-        width = latent.kv_rank + latent.rope_dim
-    kept = positions * width * number
+        rows, width = 1, latent.kv_rank + latent.rope_dim
+    row = width + 4 if cache == "int8" else width * number
+    kept = rows * (positions * row + crossed * width * number)
     delta = cfg.attention.delta
     if delta is not None:
         inputs = (delta.conv_width - 1) * delta.conv_channels

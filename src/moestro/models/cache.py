@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moestro.config import CacheKind
 from moestro.errors import ShapeError
+from moestro.kernels.whole import from_whole, to_whole
 from moestro.models.rotary import RotaryTable
 
 
@@ -68,7 +70,15 @@ class LayerCache:
             added: positions that will be written; more than `limit` make the buffers longer, until
                 the next call.
             like: tensors [..., 0, A] of the buffers' shapes and dtypes.
+
+        Raises:
+            ShapeError: it is filled with another number of tensors, as one of another kind is.
         """
+        if self._buffers and len(self._buffers) != len(like):
+            raise ShapeError(
+                f"the cache keeps {len(self._buffers)} tensors; given {len(like)}: it is of "
+                "another kind, so use a new one"
+            )
         kept = self._forget()
         if not self._fits(kept + added):
             self._move(like, kept, kept + added)
@@ -76,7 +86,7 @@ class LayerCache:
 
     def fork(self, dropped: int = 0) -> LayerCache:
         """The same positions but for the last `dropped`, in memory of their own."""
-        twin = LayerCache(self.limit)
+        twin = type(self)(self.limit)
         twin.length = self.length - dropped
         buffers = (buffer.narrow(-2, self._start, twin.length) for buffer in self._buffers)
         twin._buffers = tuple(each.clone() for each in buffers)
@@ -132,6 +142,29 @@ class LayerCache:
         self._buffers = tuple(tensor[..., -self.limit :, :].clone() for tensor in whole)
         self._start, self.length = 0, self._buffers[0].shape[-2]
         return whole
+
+
+class WholeCache(LayerCache):
+    """The same as int8 with one fp32 scale for each row of each position: the last dimension.
+
+    What new positions look at, their own rows included, is what was rounded. The buffers are all
+    tensors of bytes, then their scales. Gradients do not pass.
+    """
+
+    def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """See `LayerCache.extend`; what it returns is in the dtype of the new ones."""
+        pairs = [to_whole(tensor) for tensor in new]
+        whole, scales = zip(*pairs, strict=True)
+        return self._numbers(super().extend(*whole, *scales), new[0].dtype)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """See `LayerCache.held`; in fp32."""
+        return self._numbers(super().held(), torch.float32)
+
+    def _numbers(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        half = len(kept) // 2
+        pairs = zip(kept[:half], kept[half:], strict=True)
+        return tuple(from_whole(whole, scales, dtype) for whole, scales in pairs)
 
 
 class StateCache:
@@ -227,14 +260,21 @@ class KVCache:
     Args:
         limits: most positions that each layer looks back on; None: it keeps a state instead.
         rotary: angles, for models with rotary positions.
+        kind: how keys and values are kept; states stay as they are.
 
     Attributes:
         source: what cross attention sees, once it is read.
     """
 
-    def __init__(self, limits: Sequence[int | None], rotary: RotaryTable | None = None) -> None:
+    def __init__(
+        self,
+        limits: Sequence[int | None],
+        rotary: RotaryTable | None = None,
+        kind: CacheKind = "as-is",
+    ) -> None:
+        looking = WholeCache if kind == "int8" else LayerCache
         self.layers: list[LayerCache | StateCache] = [
-            StateCache() if limit is None else LayerCache(limit) for limit in limits
+            StateCache() if limit is None else looking(limit) for limit in limits
         ]
         self.rotary = rotary
         self.source: CrossSource | None = None

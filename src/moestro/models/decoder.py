@@ -5,7 +5,7 @@ Letters: B batch, S sequence.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.config import ModelConfig
 from moestro.errors import ShapeError
@@ -76,6 +76,22 @@ class Decoder(Network, Stack):
         if why is not None and several.any():
             raise ShapeError(f"{why}; give each document a row of its own")
         return valid_BS
+
+
+class Cached(nn.Module):
+    """A decoder whose every token looks at keys and values as a new cache keeps them.
+
+    What a kind of cache costs in quality is the difference to the decoder itself.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BS: Tensor) -> ModelOutput:
+        """See `Decoder.forward`."""
+        output: ModelOutput = self.model(tokens_BS, cache=self.model.new_cache(len(tokens_BS)))
+        return output
 
 
 def cannot_pack(cfg: ModelConfig) -> str | None:

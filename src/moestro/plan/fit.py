@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models import budget
 from moestro.models.budget import Budget, Mixture, Needs, Use
@@ -68,6 +68,7 @@ def fit(
     batch: int,
     dtype: str,
     memory_bytes: int,
+    cache: CacheKind = "as-is",
 ) -> Fit:
     """Compare a model's needs with an amount of memory.
 
@@ -79,6 +80,7 @@ def fit(
         batch: sequences.
         dtype: of the weights asked for, one of `DTYPES`.
         memory_bytes: what is there for weights, cache and activations.
+        cache: how keys and values are kept.
     """
 
     def row(name: str) -> Serving:
@@ -86,17 +88,19 @@ def fit(
         if cfg is None:
             return Serving(name, need, need <= memory_bytes, None, None)
         left = memory_bytes - need
-        need += cache_bytes(cfg, context, batch, name)
+        need += cache_bytes(cfg, context, batch, name, cache)
         longest = _most(
-            lambda tokens: cache_bytes(cfg, tokens, batch, name), left, cfg.attention.context
+            lambda tokens: cache_bytes(cfg, tokens, batch, name, cache),
+            left,
+            cfg.attention.context,
         )
-        most = max(0, left) // cache_bytes(cfg, context, 1, name)
+        most = max(0, left) // cache_bytes(cfg, context, 1, name, cache)
         return Serving(name, need, need <= memory_bytes, longest, most)
 
     rows = {name: row(name) for name in dtypes(count)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
     changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
-    use, left, least = Use(context, batch), None, None
+    use, left, least = Use(context, batch, cache=cache), None, None
     if not asked.fits and cfg is not None:
         sizes, number = weights(count, asked.dtype), number_bytes(asked.dtype)
         wanted = streamed_needs(cfg, sizes, number, use)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.models import budget
 from moestro.models.count import Count
 
@@ -69,9 +69,11 @@ def number_bytes(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def cache_bytes(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> int:
+def cache_bytes(
+    cfg: NetworkConfig, context: int, batch: int, dtype: str, cache: CacheKind = "as-is"
+) -> int:
     """Keys and values of B sequences after S positions; see `budget.cache_bytes`."""
-    return budget.cache_bytes(cfg, context, batch, number_bytes(dtype))
+    return budget.cache_bytes(cfg, context, batch, number_bytes(dtype), cache)
 
 
 class Training(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moestro.config import ParallelConfig
+from moestro.config import CacheKind, ParallelConfig
 from moestro.models.count import Embeddings
 from moestro.plan.activations import activation_bytes
 from moestro.plan.bounds import Bound, bound
@@ -31,6 +31,7 @@ class Question(NamedTuple):
     context: int | None = None  # None: 4096, or the model's context where that is less
     batch: int = 1  # sequences per batch, on each device
     dtype: str = "bf16"  # of the weights in use, one of `DTYPES`; training keeps fp32 weights
+    cache: CacheKind = "as-is"  # how keys and values are kept
     embeddings: Embeddings = "all"  # which the parameters count; see `Count.parameters`
     device: Device | None = None  # to bound the speed on; None leaves speed out
     usd_per_hour: float | None = None  # price of that device
@@ -81,6 +82,7 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
     cfg, counted = subject.cfg, subject.count
     context = context_of(subject, question.context)
     batch, dtype = question.batch, question.dtype
+    sizes = (context, batch, dtype)
     total, active = counted.parameters(question.embeddings)
     training = training_step(subject, context, batch, dtype)
     shared = None
@@ -97,11 +99,14 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
             shared = spread(cfg, counted, training, layout, tokens, number)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
-        works = (work(cfg, context, batch, dtype) for work in (prefill, decode))
+        works = (
+            prefill(cfg, context, batch, dtype),
+            decode(cfg, context, batch, dtype, question.cache),
+        )
         reading, writing = (bound(one, question.device, question.usd_per_hour) for one in works)
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
-        fitting = fit(cfg, counted, training, context, batch, dtype, memory)
+        fitting = fit(cfg, counted, training, context, batch, dtype, memory, question.cache)
     notes = [subject.note] if subject.note else []
     if question.context is not None and context < question.context:
         notes.append(f"Planned for {context:,} tokens, the most that it looks back on.")
@@ -117,7 +122,7 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
         forward_flops=counted.forward_flops(context),
         train_flops=counted.train_flops(context),
         weights_bytes={name: weights(counted, name).total for name in dtypes(counted)},
-        cache_bytes=None if cfg is None else cache_bytes(cfg, context, batch, dtype),
+        cache_bytes=None if cfg is None else cache_bytes(cfg, *sizes, question.cache),
         training=training,
         rank=shared,
         prefill=reading,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moestro.config import NetworkConfig
+from moestro.config import CacheKind, NetworkConfig
 from moestro.models.count import Count, sides
 from moestro.plan.memory import DTYPES, cache_bytes
 
@@ -45,7 +45,9 @@ def prefill(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> StepWor
     return StepWork(tokens, flops, _bytes(cfg, counted, dtype, tokens, tables=head))
 
 
-def decode(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> StepWork:
+def decode(
+    cfg: NetworkConfig, context: int, batch: int, dtype: str, cache: CacheKind = "as-is"
+) -> StepWork:
     """One more token for each of B sequences that have S behind them.
 
     Latent attention multiplies with the cached vector itself, its matrices absorbed into those of
@@ -59,7 +61,7 @@ def decode(cfg: NetworkConfig, context: int, batch: int, dtype: str) -> StepWork
         attention = 2.0 * cfg.attention.num_heads * width * layers * context
     flops = batch * (2 * counted.matmul + attention)
     read_bytes = _bytes(cfg, counted, dtype, batch, tables=cfg.vocab_size * cfg.dim)
-    return StepWork(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype))
+    return StepWork(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype, cache))
 
 
 def _bytes(cfg: NetworkConfig, counted: Count, dtype: str, tokens: int, tables: int) -> float:
