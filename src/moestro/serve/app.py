@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -42,6 +43,8 @@ from moestro.strictjson import parse
 
 LOG = logging.getLogger(__name__)
 AnyBody = TypeVar("AnyBody", bound=Body)
+# Bytes of a body that takes longer to read than a thread to begin.
+_LARGE = 1 << 14
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -124,8 +127,15 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
     Raises:
         ApiError: it is no JSON, or not what this route takes.
     """
+    body = await request.body()
+    if len(body) > _LARGE:  # so that others' streams go on
+        return await asyncio.to_thread(_checked, body, kind)
+    return _checked(body, kind)
+
+
+def _checked(body: bytes, kind: type[AnyBody]) -> AnyBody:
     try:
-        values = parse(await request.body())
+        values = parse(body)
     except ValueError as error:
         raise errors.refused(f"the body is not the JSON that is read here: {error}") from None
     if not isinstance(values, dict):
