@@ -126,6 +126,7 @@ def test_the_report_of_the_probe(served: Served, address: str) -> None:
             f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
             in (response.headers["content-security-policy"])
         )
+        assert response.headers["content-security-policy"].endswith("; sandbox allow-scripts")
         assert response.text == page
 
 

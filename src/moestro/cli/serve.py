@@ -54,8 +54,20 @@ CacheMemory = Annotated[
 
 Report = Annotated[
     Path | None,
-    typer.Option(help="A page that `moestro probe --report` wrote; the playground links it."),
+    typer.Option(
+        help="A page that `moestro probe --report` wrote, which the playground links; default: "
+        "report.html in the model's folder or in its folder probe."
+    ),
 ]
+AdapterNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=PATH",
+        help="A run of `moestro tune --lora`, or a folder of PEFT's, for requests that call the "
+        "model NAME; may be repeated.",
+    ),
+]  # fmt: skip
+REPORT = "report.html"
 
 
 def serve(
@@ -69,6 +81,7 @@ def serve(
     context: Context = None,
     cache_memory: CacheMemory = None,
     report: Report = None,
+    adapter: AdapterNames = None,
     device: Device = "auto",
     dtype: Dtype = None,
     weights: Weights = "as-is",
@@ -87,7 +100,7 @@ def serve(
             "serving needs packages that are not installed: pip install 'moestro[serve]'"
         ) from None
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.checkpoints.opening import kept_as
+    from moestro.checkpoints.opening import adapted, kept_as
     from moestro.models.budget import Use
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
@@ -96,6 +109,7 @@ def serve(
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
     limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
     keys, local = _keys(api_key_file), is_loopback(host)
+    paths = _paths(adapter, memory)
     settings = ServeSettings(
         api_keys=keys,
         any_host=bool(keys) or not local,
@@ -105,10 +119,14 @@ def serve(
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-        model = open_shown(folder, memory, use, **options, accept_fields=accept_field).model
-        served = serve_model(name or _name(path, folder), model, folder, context)
+        opened = open_shown(folder, memory, use, **options, accept_fields=accept_field)
+        name = name or _name(path, folder)
+        if name in paths:
+            raise ConfigError(f"--adapter {name}= is the model's own name; choose another")
+        models = {each: adapted(opened, place) for each, place in paths.items()}
+        served = serve_model(name, opened.model, folder, context, models)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
-        typer.echo(f"{_what(served)}, weights {weights}")
+        typer.echo(f"{_what(served)}, weights {weights}{_with(paths)}")
         typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
         if not keys and not local:
             typer.echo(
@@ -116,12 +134,40 @@ def serve(
                 err=True,
             )
         typer.echo(_curl(served, address, api_key_file))
+        report = report or _report(path, folder)
         page = None if report is None else _read(report, "--report")
+        if page is not None:
+            typer.echo(f"the report of `moestro probe` is at {address}/report")
         run(new_state(served, settings, page), bound, _ready)
 
 
 def _ready() -> None:
     typer.echo("ready; Ctrl-C ends it")
+
+
+def _paths(adapter: list[str] | None, memory: str) -> dict[str, str]:
+    """Where adapters are, by what requests call them."""
+    paths: dict[str, str] = {}
+    for given in adapter or ():
+        name, _, place = given.partition("=")
+        if not name.strip() or not place or name in paths:
+            raise ConfigError(f"--adapter {given}: give NAME=PATH, each name once")
+        paths[name] = place
+    if paths and memory != NONE:
+        raise ConfigError("adapters need all experts in memory: leave out --memory, or --adapter")
+    return paths
+
+
+def _with(paths: dict[str, str]) -> str:
+    return f", adapters {', '.join(paths)}" if paths else ""
+
+
+def _report(path: str, folder: Path) -> Path | None:
+    """The page that `moestro probe` wrote of this model, where it would be looked for."""
+    given = Path(path)
+    bases = [base for base in (given, folder) if base.is_dir()]
+    places = [base / inner / REPORT for base in bases for inner in ("", "probe")]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _cache_bytes(cache_memory: str | None, memory: str) -> int | None:

@@ -173,22 +173,23 @@ async def routing(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The one model that there is."""
-    return JSONResponse({"object": "list", "data": [_model(request)]})
+    """The one model that there is, and it with each of its adapters."""
+    names = request.app.state.moestro.served.names
+    return JSONResponse({"object": "list", "data": [_model(request, name) for name in names]})
 
 
 async def one_model(request: Request) -> Response:
     """What `models` says of one."""
     state: State = request.app.state.moestro
-    state.served.check_name(request.path_params["name"])
-    return JSONResponse(_model(request))
+    return JSONResponse(_model(request, state.served.check_name(request.path_params["name"])))
 
 
-def _model(request: Request) -> dict[str, object]:
+def _model(request: Request, name: str) -> dict[str, object]:
     served: Served = request.app.state.moestro.served
     moe = served.model.cfg.moe
     return {
-        "id": served.name,
+        "id": name,
+        "parent": None if name == served.name else served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "moestro",
@@ -202,7 +203,7 @@ def _model(request: Request) -> dict[str, object]:
 
 
 _GETS = (
-    ("/v1/models", models, "The model that is served"),
+    ("/v1/models", models, "The model that is served, and it with each adapter"),
     ("/v1/models/{name}", one_model, "The same, by its name"),
     ("/v1/routing", routing, "How often each expert was chosen since the server began"),
     ("/health", health, "Whether the engine is at work"),

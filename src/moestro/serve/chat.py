@@ -26,7 +26,7 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
     turn = await prepare(state, wanted)
     job = state.submit(turn.asks)
     kind = "chat.completion.chunk" if wanted.stream else "chat.completion"
-    start = head("chatcmpl", kind, state.served.name)
+    start = head("chatcmpl", kind, state.served.check_name(wanted.model))
     if wanted.stream:
         return EventStream(job, _stream(job, state, wanted, start, turn))
     with job:

@@ -30,7 +30,7 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
     most = 16 if wanted.max_tokens is None else wanted.max_tokens
     most = 1 if most == 0 and wanted.echo else most  # the text is left out later
     job = state.submit(served.asks(wanted, prompts, most))
-    start = head("cmpl", "text_completion", served.name)
+    start = head("cmpl", "text_completion", served.check_name(wanted.model))
     texts = [_Text(job, index, served, wanted) for index in range(len(job.asks))]
     if wanted.stream:
         return EventStream(job, _stream(job, state, wanted, start, texts))
