@@ -68,6 +68,8 @@ AdapterNames = Annotated[
     ),
 ]  # fmt: skip
 REPORT = "report.html"
+# For sed: the first line with a key, without the space around it, such as a carriage return.
+_FIRST_KEY = "s/^[[:space:]]*//;s/[[:space:]]*$//;/./{p;q;}"
 
 
 def serve(
@@ -230,5 +232,6 @@ def _curl(served: Served, address: str, key_file: Path | None) -> str:
         route, body = "chat/completions", {"messages": messages, "max_tokens": 64}
     words = f"curl {address}/v1/{route} -H 'content-type: application/json'"
     if key_file is not None:
-        words += f' -H "authorization: Bearer $(grep -m 1 . {shlex.quote(str(key_file))})"'
+        first = f"sed -n '{_FIRST_KEY}' {shlex.quote(str(key_file))}"
+        words += f' -H "authorization: Bearer $({first})"'
     return f"{words} -d {shlex.quote(json.dumps(body))}"
