@@ -15,6 +15,22 @@ import typer
 from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.generate import (
     PICTURES,
+    chosen_layers,
+    column_of,
+    given_sampling,
+    lined,
+    stated_or_given,
+)
+from moestro.cli.opening import (
+    AcceptField,
+    Device,
+    Dtype,
+    ModelName,
+    PackedFile,
+    Weights,
+    open_shown,
+)
+from moestro.cli.options import (
     Frequency,
     MaxTokens,
     MinP,
@@ -26,19 +42,6 @@ from moestro.cli.generate import (
     Temperature,
     TopK,
     TopP,
-    chosen_layers,
-    column_of,
-    given_sampling,
-    stated_or_given,
-)
-from moestro.cli.opening import (
-    AcceptField,
-    Device,
-    Dtype,
-    ModelName,
-    PackedFile,
-    Weights,
-    open_shown,
 )
 from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, MoestroError
@@ -151,15 +154,11 @@ class _Terminal:
         try:
             pieces = self._talk.ask(text)
             with closing(pieces):
-                for piece in telling(self._model, pieces):
+                for piece in telling(self._model, lined(pieces)):
                     self._last.append(piece)
                     _print(piece)
         except KeyboardInterrupt:
             stopped = ", stopped"
-        finally:
-            if self._last:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
         seconds = time.perf_counter() - start
         if self._last and self._last[-1].finish == "length":
             stopped = ", cut at --max-tokens"

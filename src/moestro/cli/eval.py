@@ -13,19 +13,13 @@ import typer
 from moestro.cli.budget import NONE, Memory
 from moestro.cli.held_out import open_corpus
 from moestro.cli.opening import AcceptField, ModelName, open_shown
+from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.checkpoints.families.table import Config
     from moestro.data.windows import HeldOut
 
-Source = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Other text than the run's: file, folder, glob or 'builtin'; may be repeated. "
-        "Domains are the sub-folders, or the files' names."
-    ),
-]
 Kinds = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,9 +27,6 @@ Kinds = Annotated[
         help="as-is, fp32, bf16, int8, int8-64, int4 or int4-64; may be repeated; default bf16, "
         "int8 and int4. Others are compared with the first.",
     ),
-]
-Tokens = Annotated[
-    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
 ]
 DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
@@ -50,10 +41,10 @@ class Score(NamedTuple):
 
 def eval(
     path: ModelName,
-    source: Source = None,
+    source: HeldOutSource = None,
     weights: Kinds = None,
-    tokens: Tokens = 65_536,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tokens: HeldOutTokens = 65_536,
+    as_json: AsJson = False,
     memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:

@@ -120,26 +120,20 @@ def serve(
     use = Use(context, settings.max_live, settings.cache_bytes)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
-        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-        opened = open_shown(folder, memory, use, **options, accept_fields=accept_field)
         name = name or _name(path, folder)
         if name in paths:
             raise ConfigError(f"--adapter {name}= is the model's own name; choose another")
+        options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
+        opened = open_shown(folder, memory, use, **options, accept_fields=accept_field)
         models = {each: adapted(opened, place) for each, place in paths.items()}
         served = serve_model(name, opened.model, folder, context, models)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
-        typer.echo(f"{_what(served)}, weights {weights}{_with(paths)}")
+        typer.echo(f"{_what(served)}, weights {weights}")
         typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
         if not keys and not local:
-            typer.echo(
-                "moestro: anybody who reaches this port may use it; --api-key-file asks for a key",
-                err=True,
-            )
+            _warn_of_all()
         typer.echo(_curl(served, address, api_key_file))
-        report = report or _report(path, folder)
-        page = None if report is None else _read(report, "--report")
-        if page is not None:
-            typer.echo(f"the report of `moestro probe` is at {address}/report")
+        page = _page(report or _report(path, folder), address)
         run(new_state(served, settings, page), bound, _ready)
 
 
@@ -160,8 +154,19 @@ def _paths(adapter: list[str] | None, memory: str) -> dict[str, str]:
     return paths
 
 
-def _with(paths: dict[str, str]) -> str:
-    return f", adapters {', '.join(paths)}" if paths else ""
+def _warn_of_all() -> None:
+    typer.echo(
+        "moestro: anybody who reaches this port may use it; --api-key-file asks for a key", err=True
+    )
+
+
+def _page(report: Path | None, address: str) -> str | None:
+    """The report's text, after a word on where it will be."""
+    if report is None:
+        return None
+    page = _read(report, "--report")
+    typer.echo(f"the report of `moestro probe` at {address}/report")
+    return page
 
 
 def _report(path: str, folder: Path) -> Path | None:
@@ -221,7 +226,8 @@ def _what(served: Served) -> str:
     kind = "dense"
     if moe is not None:
         kind = f"{len(served.moe_layers)} mixtures of {moe.num_experts} experts"
-    return f"{served.name}: {kind}, context {served.context}"
+    adapters = f", adapters {', '.join(served.adapted)}" if served.adapted else ""
+    return f"{served.name}: {kind}, context {served.context}{adapters}"
 
 
 def _curl(served: Served, address: str, key_file: Path | None) -> str:
