@@ -251,12 +251,12 @@ def chosen_layers(model: Model) -> tuple[int, ...]:
 def column_of(moe_layers: tuple[int, ...], layer: int | None) -> int:
     """Which entry of `Piece.experts` belongs to the chosen layer."""
     if not moe_layers:
-        raise ConfigError("--show-experts: this model is dense, it has no experts to show")
+        raise ConfigError("this model is dense, it has no experts to show")
     if layer is None:
         return len(moe_layers) // 2
     if layer not in moe_layers:
         known = ", ".join(map(str, moe_layers))
-        raise ConfigError(f"--layer {layer} is not a mixture; this model's mixtures are {known}")
+        raise ConfigError(f"layer {layer} is not a mixture; this model's mixtures are {known}")
     return moe_layers.index(layer)
 
 

@@ -17,6 +17,7 @@ from moestro.cli.opening import (
     ModelName,
     PackedFile,
     Weights,
+    name_of,
     open_shown,
 )
 from moestro.errors import ConfigError
@@ -120,9 +121,7 @@ def serve(
     use = Use(context, settings.max_live, settings.cache_bytes)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
-        name = name or _name(path, folder)
-        if name in paths:
-            raise ConfigError(f"--adapter {name}= is the model's own name; choose another")
+        name = _other_than(paths, name or name_of(path, folder))
         options = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
         opened = open_shown(folder, memory, use, **options, accept_fields=accept_field)
         models = {each: adapted(opened, place) for each, place in paths.items()}
@@ -130,8 +129,7 @@ def serve(
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
         typer.echo(f"{_what(served)}, weights {weights}")
         typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
-        if not keys and not local:
-            _warn_of_all()
+        _warn(keys, local)
         typer.echo(_curl(served, address, api_key_file))
         page = _page(report or _report(path, folder), address)
         run(new_state(served, settings, page), bound, _ready)
@@ -154,10 +152,17 @@ def _paths(adapter: list[str] | None, memory: str) -> dict[str, str]:
     return paths
 
 
-def _warn_of_all() -> None:
-    typer.echo(
-        "moestro: anybody who reaches this port may use it; --api-key-file asks for a key", err=True
-    )
+def _other_than(paths: dict[str, str], name: str) -> str:
+    """The model's name, which no adapter may have."""
+    if name in paths:
+        raise ConfigError(f"--adapter {name}= is the model's own name; choose another")
+    return name
+
+
+def _warn(keys: tuple[str, ...], local: bool) -> None:
+    if not keys and not local:
+        told = "anybody who reaches this port may use it; --api-key-file asks for a key"
+        typer.echo(f"moestro: {told}", err=True)
 
 
 def _page(report: Path | None, address: str) -> str | None:
@@ -204,15 +209,6 @@ def _read(path: Path, option: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option} {path} cannot be read: {error}") from None
-
-
-def _name(path: str, folder: Path) -> str:
-    """What a model is called, which never says where it lies."""
-    given = Path(path)
-    if given.exists() or given.is_absolute():
-        resolved = given.resolve()
-        return resolved.stem if resolved.is_file() else resolved.name
-    return path.strip("/") or folder.name
 
 
 def _shown(host: str) -> str:
