@@ -48,7 +48,10 @@ def address_in(lines: list[str]) -> str:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_line_with_curl_works_and_a_signal_ends_it(folder: Path, tmp_path: Path) -> None:
     keys = tmp_path / "a file of keys"
-    keys.write_text("\nfirst\nsecond\n")
+    keys.write_bytes(b"\r\nfirst\r\nsecond\r\n")
+    folder = Path(shutil.copytree(folder, tmp_path / "tiny"))
+    (folder / "probe").mkdir()
+    (folder / "probe" / "report.html").write_text("<p>what the probe wrote")
     with command(str(folder), "--api-key-file", str(keys)) as (process, lines):
         assert len(lines) <= 5
         assert lines[-1].startswith("ready")
@@ -60,6 +63,8 @@ def test_the_line_with_curl_works_and_a_signal_ends_it(folder: Path, tmp_path: P
         assert httpx.get(f"{address_in(lines)}/v1/models").status_code == 401
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400}
         headers = {"authorization": "Bearer second"}
+        report = httpx.get(f"{address_in(lines)}/report", headers=headers)
+        assert report.text == "<p>what the probe wrote"
         with httpx.stream(
             "POST",
             f"{address_in(lines)}/v1/chat/completions",

@@ -73,6 +73,13 @@ document.getElementById("f").addEventListener("load", async () => {
   await until(() => page.querySelector(".bad"));
   seen.bad = page.querySelector(".bad").textContent;
   seen.after = root.scrollWidth - root.clientWidth;
+  $("temperature").value = "1"; $("max_tokens").value = "300"; $("text").value = "a long one";
+  key($("text"), "Enter");
+  $("reset").click();
+  await until(() => $("go").textContent === "Send");
+  $("max_tokens").value = "2"; $("text").value = "anew"; key($("text"), "Enter");
+  await until(() => page.querySelector(".theirs .foot"));
+  seen.anew = [...page.querySelectorAll(".turn")].length;
   tell();
 });
 </script>"""
@@ -119,6 +126,7 @@ def test_the_report_of_the_probe(served: Served, address: str) -> None:
             f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
             in (response.headers["content-security-policy"])
         )
+        assert response.headers["content-security-policy"].endswith("; sandbox allow-scripts")
         assert response.text == page
 
 
@@ -151,6 +159,7 @@ def test_the_page_works_at_the_width_of_a_telephone(served: Served, tmp_path: Pa
         assert ready.wait(30)
         done = subprocess.run(
             [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             "--enable-logging=stderr",
              "--window-size=1000,1000", f"--user-data-dir={tmp_path / 'profile'}",
              "--virtual-time-budget=60000", "--dump-dom",
              f"http://127.0.0.1:{bound.getsockname()[1]}/frame"],
@@ -178,3 +187,7 @@ def test_the_page_works_at_the_width_of_a_telephone(served: Served, tmp_path: Pa
     assert sorted(seen["theme"]) == ["dark", "light"]
     assert "layer 0 · " in seen["again"]
     assert "temperature = -1 is not allowed" in seen["bad"]
+    assert seen["anew"] == 2
+    told = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    # Advice on forms and the answer that was asked for above are no errors of the page.
+    assert not [line for line in told if "[DOM]" not in line and "400 (Bad" not in line]

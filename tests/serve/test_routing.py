@@ -1,6 +1,7 @@
 """Which experts took each token, beside a forward of the model itself."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -8,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from moestro.cli.main import main
+from moestro.errors import DataError
+from moestro.probe.recording.answers import Answered, trace_of_answers
+from moestro.probe.recording.replay import agreement, replay
+from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.serve.served import Served
 
 from .test_chat import HELLO, events, post
@@ -83,3 +89,55 @@ def test_the_load_since_the_beginning(serving) -> None:
     for layer in range(2):
         chosen = [expert for token in experts for expert in token[layer]]
         assert after[layer] == [chosen.count(expert) for expert in range(4)]
+
+
+def answered(address: str, text: str) -> tuple[Answered, list[int]]:
+    """An answer with its routing, and its tokens."""
+    body = post(address, **{**ASKED, "messages": [{"role": "user", "content": text}]}, stream=True,
+                temperature=0, stream_options={"include_experts": True})  # fmt: skip
+    chunks = events(body)
+    last = chunks[-1]
+    (own,) = last["choices"]
+    prompt = last["prompt_routed_experts"]
+    messages = [{"role": "user", "content": text}]
+    read = post(address, "/tokenize", messages=messages).json()["tokens"]
+    written = [
+        c["choices"][0]["token"]["id"] for c in chunks if "token" in c.get("choices", [{}])[0]
+    ]
+    passed = [*read, *written][: len(prompt) + len(own["routed_experts"])]
+    weights = last["prompt_routed_weights"] + own["routed_weights"]
+    experts = prompt + own["routed_experts"]
+    return Answered(passed, len(read), experts, weights), written
+
+
+def test_an_answer_is_a_trace_that_replays(address: str, served: Served, tmp_path) -> None:
+    told = httpx.get(f"{address}/v1/models").json()["data"][0]
+    answers = [answered(address, text) for text in ("Hello", "another one")]
+    trace = trace_of_answers(
+        served.model, told["moe_layers"], told["num_experts"], [each for each, _ in answers]
+    )
+    write_parts(tmp_path / "answers.npz", [trace])
+    trace = read_trace(tmp_path / "answers.npz")
+    assert agreement(served.model, trace).tolist() == [1, 1]
+    logits = [each for part in replay(served.model, trace) for each in part.logits]
+    for (answer, written), logits_SV in zip(answers, logits, strict=True):
+        # The recorded routing, forced on the model, writes the same text.
+        chosen = logits_SV[answer.prompt - 1 :].argmax(-1)[: len(written)]
+        assert chosen.tolist() == written
+    with pytest.raises(DataError, match=r"\[token, mixture, choice\]"):
+        trace_of_answers(served.model, (0, 1), 4, [answers[0][0]._replace(tokens=[1])])
+
+
+def test_transformers_routes_alike_on_the_converted_folder(
+    address: str, folder: Path, tmp_path: Path
+) -> None:
+    """What vLLM and SGLang are given to serve routes as this server does."""
+    transformers = pytest.importorskip("transformers")
+    assert main(["convert", str(folder), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    answer, _ = answered(address, "Hello")
+    with torch.no_grad():
+        found = model(torch.tensor([answer.tokens]), output_router_logits=True).router_logits
+    for layer, logits_TE in enumerate(found):
+        best_TK = logits_TE.topk(2, -1).indices.sort(-1).values
+        assert best_TK.tolist() == [sorted(token[layer]) for token in answer.experts_TLK]

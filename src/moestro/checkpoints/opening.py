@@ -35,7 +35,7 @@ from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
-from moestro.models.adapters import freeze, merge
+from moestro.models.adapters import freeze, merge, shared
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
 
@@ -177,7 +177,27 @@ def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
         CheckpointError: they belong to another model, or cannot be read.
         ConfigError: they are of a kind that is not read.
     """
-    model, folder = opened.model, Path(adapter)
+    model = opened.model
+    _read_adapter(model, opened, adapter)
+    if not any(isinstance(module, Packed) for module in model.modules()):
+        merge(model)
+    return opened
+
+
+def adapted(opened: Opened, adapter: str | Path) -> Model:
+    """The model with adapters beside its weights, which both share; the model stays as it is.
+
+    Args:
+        opened: The model, with plain weights or packed ones, all of them in memory.
+        adapter: As for `use_adapter`, which says what is raised.
+    """
+    model = shared(opened.model)
+    _read_adapter(model, opened, adapter)
+    return model
+
+
+def _read_adapter(model: Model, opened: Opened, adapter: str | Path) -> None:
+    folder = Path(adapter)
     if (folder / PEFT_CONFIG).is_file():
         name = opened.family or only_family(model.cfg)
         read_peft(model, family_of(name, str(folder)), folder)
@@ -189,9 +209,6 @@ def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
         load_own(model, settings, folder)
     freeze(model)
     model.eval()
-    if not any(isinstance(module, Packed) for module in model.modules()):
-        merge(model)
-    return opened
 
 
 def open_adapted(

@@ -15,6 +15,7 @@ import typer
 from moestro.cli.budget import NONE, Memory, within
 from moestro.cli.doctor import GIB
 from moestro.cli.opening import AcceptField, CacheName
+from moestro.cli.options import AsJson
 from moestro.errors import ConfigError
 from moestro.machine import (
     cpu_name,
@@ -94,7 +95,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; medians are shown.")] = 3,
     memory: Memory = NONE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     accept_field: AcceptField = None,
 ) -> None:
     """Measure how fast a model runs on this machine's processor.

@@ -38,9 +38,6 @@ Source = Annotated[
 Calibration = Annotated[
     int, typer.Option("--calibration", min=1, help="Tokens to calibrate on, at most.")
 ]
-Tokens = Annotated[
-    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
-]
 Family = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +49,6 @@ Memory = Annotated[
     str, typer.Option(help="Most memory for hidden states, as in 4GB; beside it is one layer.")
 ]
 Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 CALIBRATION, TOKENS, MEMORY = 65_536, 65_536, "4GB"
 DRAWS = 3
 _WIDTH = 50  # of the report's table without domains

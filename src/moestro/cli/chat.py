@@ -15,6 +15,24 @@ import typer
 from moestro.cli.budget import NONE, Memory, telling
 from moestro.cli.generate import (
     PICTURES,
+    chosen_layers,
+    column_of,
+    given_sampling,
+    lined,
+    stated_or_given,
+)
+from moestro.cli.opening import (
+    AcceptField,
+    CacheName,
+    Device,
+    Dtype,
+    ModelName,
+    PackedFile,
+    Weights,
+    name_of,
+    open_shown,
+)
+from moestro.cli.options import (
     Frequency,
     MaxTokens,
     MinP,
@@ -26,20 +44,6 @@ from moestro.cli.generate import (
     Temperature,
     TopK,
     TopP,
-    chosen_layers,
-    column_of,
-    given_sampling,
-    stated_or_given,
-)
-from moestro.cli.opening import (
-    AcceptField,
-    CacheName,
-    Device,
-    Dtype,
-    ModelName,
-    PackedFile,
-    Weights,
-    open_shown,
 )
 from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, MoestroError
@@ -109,7 +113,7 @@ def chat(
     context, number = model.cfg.attention.context, model.embed.weight.element_size()
     kept = CACHE_BYTES if memory == NONE else text_bytes(model.cfg, context, number, cache)
     conversation = Conversation(model, tokenizer, template, sampling, system, kept)
-    _note(f"{folder.name}: /help lists the commands, Ctrl-D leaves")
+    _note(f"{name_of(path, folder)}: /help lists the commands, Ctrl-D leaves")
     _Terminal(conversation, model).run()
 
 
@@ -130,8 +134,6 @@ class _Terminal:
                     self._answer(line)
             except MoestroError as error:
                 _note(str(error))
-            except OSError as error:
-                _note(f"{error.filename or 'that'} cannot be written: {error.strerror}")
 
     def _command(self, name: str = "", rest: str = "") -> bool:
         """Do what a line says; False to leave."""
@@ -140,7 +142,7 @@ class _Terminal:
         commands: dict[str, Callable[[str], None]] = {
             "experts": self._experts,
             "system": self._system,
-            "reset": lambda _: self._talk.reset(),
+            "reset": self._reset,
             "save": self._save,
             "help": lambda _: _note(HELP),
         }
@@ -154,15 +156,11 @@ class _Terminal:
         try:
             pieces = self._talk.ask(text)
             with closing(pieces):
-                for piece in telling(self._model, pieces):
+                for piece in telling(self._model, lined(pieces)):
                     self._last.append(piece)
                     _print(piece)
         except KeyboardInterrupt:
             stopped = ", stopped"
-        finally:
-            if self._last:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
         seconds = time.perf_counter() - start
         if self._last and self._last[-1].finish == "length":
             stopped = ", cut at --max-tokens"
@@ -190,13 +188,22 @@ class _Terminal:
         paint.console.print()
         paint.legend(layers[column], counts)
 
+    def _reset(self, _: str) -> None:
+        self._talk.reset()
+        self._last = []
+        _note("a new conversation")
+
     def _system(self, rest: str) -> None:
         self._talk.system = rest or None
+        _note("the model is told this from now on" if rest else "the model is told nothing before")
 
     def _save(self, rest: str) -> None:
         if not rest:
             raise ConfigError("/save needs the name of a file")
-        self._talk.save(Path(rest).expanduser())
+        try:
+            self._talk.save(Path(rest).expanduser())
+        except OSError as error:
+            raise ConfigError(f"{rest} cannot be written: {error.strerror or error}") from None
         _note(f"written to {rest}")
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moestro.cli.options import AsJson
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -49,7 +51,7 @@ def check(
     seed: Annotated[int, typer.Option(min=0, help="Of inputs and random weights.")] = 0,
     slow: Annotated[bool, typer.Option("--slow", help="torch.compile too.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Explain every check.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     junit: Junit = None,
 ) -> None:
     """Check mixtures against a float64 per-token definition, forward and backward.

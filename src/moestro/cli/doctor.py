@@ -7,10 +7,11 @@ import os
 import platform
 import sys
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from moestro.cli.options import AsJson
 from moestro.machine import cpu_name, memory_bytes
 
 EXTRAS = {
@@ -33,7 +34,7 @@ _NATIVE_NEEDS = {
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what this machine can run, and why.
 

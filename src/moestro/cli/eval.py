@@ -13,6 +13,7 @@ import typer
 from moestro.cli.budget import NONE, Memory
 from moestro.cli.held_out import open_chats, open_corpus
 from moestro.cli.opening import AcceptField, CacheName, ModelName, open_shown
+from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from moestro.data.windows import Corpus, HeldOut
     from moestro.train.task import Task
 
-Source = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Other text than the run's: file, folder, glob or 'builtin'; may be repeated. "
-        "Domains are the sub-folders, or the files' names."
-    ),
-]
 Chats = Annotated[
     list[str] | None,
     typer.Option(
@@ -46,9 +40,6 @@ Kinds = Annotated[
         "int8 and int4. Others are compared with the first.",
     ),
 ]
-Tokens = Annotated[
-    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
-]
 DEFAULT = ("bf16", "int8", "int4")
 BATCH = 8
 _WIDTH = 34  # of the table without domains
@@ -63,12 +54,12 @@ class Score(NamedTuple):
 
 def eval(
     path: ModelName,
-    source: Source = None,
+    source: HeldOutSource = None,
     chats: Chats = None,
     weights: Kinds = None,
     cache: CacheName = "as-is",
-    tokens: Tokens = 65_536,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tokens: HeldOutTokens = 65_536,
+    as_json: AsJson = False,
     memory: Memory = NONE,
     accept_field: AcceptField = None,
 ) -> None:

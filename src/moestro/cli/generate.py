@@ -24,6 +24,20 @@ from moestro.cli.opening import (
     Weights,
     open_shown,
 )
+from moestro.cli.options import (
+    AsJson,
+    Frequency,
+    MaxTokens,
+    MinP,
+    Presence,
+    Repetition,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from moestro.cli.painting import Paint
 from moestro.errors import ConfigError, DataError
 
@@ -45,48 +59,6 @@ Chat = Annotated[
     bool,
     typer.Option("--chat", help="The prompt is a message; write it in the model's chat template."),
 ]
-System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default 256.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="0: always the most likely token; 1: the model's own distribution; default 0.8."
-    ),
-]
-TopK = Annotated[int | None, typer.Option(help="Only the K most likely tokens; default all.")]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Only the most likely tokens whose probabilities sum to this; default 1.0."),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        help="Only tokens at least this many times as likely as the most likely one; default 0.0."
-    ),
-]
-Repetition = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        help="Above 1, tokens of the prompt and the text so far become less likely; default 1.0.",
-    ),
-]
-Presence = Annotated[
-    float | None,
-    typer.Option(
-        "--presence-penalty",
-        help="Subtracted from the logit of each token generated before; default 0.0.",
-    ),
-]
-Frequency = Annotated[
-    float | None,
-    typer.Option(
-        "--frequency-penalty",
-        help="Subtracted from a token's logit each time it was generated; default 0.0.",
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text; default 0.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
 Special = Annotated[
     bool,
     typer.Option(
@@ -103,9 +75,6 @@ Layer = Annotated[
     typer.Option(
         help="The layer, from 0, whose experts --show-experts shows; default the middle mixture."
     ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")
 ]
 
 
@@ -165,11 +134,11 @@ def generate(
     layers = chosen_layers(model)
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
-    choose, pieces = _answer if chat and not special else iter, telling(model, pieces)
+    choose = _answer if chat and not special else iter
     if as_json:
-        typer.echo(json.dumps(_collect(pieces, layers, dropped, choose)))
+        typer.echo(json.dumps(_collect(telling(model, pieces), layers, dropped, choose)))
     else:
-        _print(choose(pieces), model, layers, column)
+        _print(choose(telling(model, lined(pieces))), model, layers, column)
 
 
 def _print(
@@ -284,12 +253,12 @@ def chosen_layers(model: Model) -> tuple[int, ...]:
 def column_of(moe_layers: tuple[int, ...], layer: int | None) -> int:
     """Which entry of `Piece.experts` belongs to the chosen layer."""
     if not moe_layers:
-        raise ConfigError("--show-experts: this model is dense, it has no experts to show")
+        raise ConfigError("this model is dense, it has no experts to show")
     if layer is None:
         return len(moe_layers) // 2
     if layer not in moe_layers:
         known = ", ".join(map(str, moe_layers))
-        raise ConfigError(f"--layer {layer} is not a mixture; this model's mixtures are {known}")
+        raise ConfigError(f"layer {layer} is not a mixture; this model's mixtures are {known}")
     return moe_layers.index(layer)
 
 
@@ -341,16 +310,28 @@ def _collect(
     }
 
 
+def lined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces; where they end, by themselves or by Ctrl-C, so does the line on stdout.
+
+    It lies inside of whatever says something about the text when it is done.
+    """
+    begun = False
+    try:
+        for piece in pieces:
+            begun = True
+            yield piece
+    finally:
+        if begun:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
 def _print_plain(pieces: Iterator[Piece]) -> None:
     """Text as it is generated; escaped for a terminal, exact in a pipe."""
     terminal = sys.stdout.isatty()
-    try:
-        for piece in pieces:
-            text = piece.text.translate(PICTURES) if terminal else piece.text
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
+    for piece in pieces:
+        text = piece.text.translate(PICTURES) if terminal else piece.text
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 
@@ -371,5 +352,4 @@ def _print_experts(pieces: Iterator[Piece], model: Model, layer: int, column: in
                 paint.token(piece.text.translate(PICTURES), expert, changed=expert != last)
                 last = expert
     finally:
-        console.print()
         paint.legend(layer, counts)

@@ -10,7 +10,6 @@ from moestro.cli.calibrating import (
     CALIBRATION,
     MEMORY,
     TOKENS,
-    AsJson,
     Calibration,
     Family,
     Memory,
@@ -18,13 +17,13 @@ from moestro.cli.calibrating import (
     Source,
     Target,
     Text,
-    Tokens,
     conclude,
     read_texts,
     statistics_of,
 )
 from moestro.cli.convert import check_new
 from moestro.cli.opening import AcceptField, ModelName
+from moestro.cli.options import AsJson, HeldOutTokens
 
 Number = Annotated[int, typer.Option("--groups", min=1, help="Experts to be left in each layer.")]
 Method = Annotated[
@@ -45,7 +44,7 @@ def merge(
     align: Align = False,
     source: Source = None,
     calibration: Calibration = CALIBRATION,
-    tokens: Tokens = TOKENS,
+    tokens: HeldOutTokens = TOKENS,
     family: Family = None,
     memory: Memory = MEMORY,
     seed: Seed = 0,

@@ -71,6 +71,20 @@ PackedFile = Annotated[
 ]
 
 
+def name_of(path: str, folder: Path) -> str:
+    """What a model is called, which never says where it lies.
+
+    Args:
+        path: as it was given.
+        folder: from `find_checkpoint`.
+    """
+    given = Path(path)
+    if given.exists() or given.is_absolute():
+        resolved = given.resolve()
+        return resolved.stem if resolved.is_file() else resolved.name
+    return path.strip("/") or folder.name
+
+
 def open_shown(
     folder: Path,
     memory: str = NONE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moestro.cli.opening import AcceptField, CacheName
+from moestro.cli.options import AsJson
 from moestro.cli.subjects import open_subjects
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def plan(
     ep: Ep = None,
     shard: Shard = None,
     figure: FigurePath = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     accept_field: AcceptField = None,
 ) -> None:

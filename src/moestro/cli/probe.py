@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
+from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
@@ -28,16 +29,6 @@ Out = Annotated[
         "here for a published model or a trace."
     ),
 ]
-Tokens = Annotated[
-    int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
-]
-Source = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Other text than the run's: file, folder, glob or 'builtin'; may be repeated. "
-        "Domains are the sub-folders, or the files' names."
-    ),
-]
 Layer = Annotated[
     int | None,
     typer.Option(help="Layer, from 0, whose experts to show by domain; default the last mixture."),
@@ -49,9 +40,6 @@ By = Annotated[
         help="Also group the domains by what the regex's only group matches in their names, as in "
         "'language=-(..)$'; may be repeated.",
     ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, the content of probe.json.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws behind the sampling noise.")]
 TraceFile = Annotated[
@@ -104,8 +92,8 @@ class Recording(NamedTuple):
 def probe(
     path: ModelName,
     out: Out = None,
-    tokens: Tokens = 65_536,
-    source: Source = None,
+    tokens: HeldOutTokens = 65_536,
+    source: HeldOutSource = None,
     layer: Layer = None,
     by: By = None,
     report: Report = None,

@@ -10,7 +10,6 @@ from moestro.cli.calibrating import (
     CALIBRATION,
     MEMORY,
     TOKENS,
-    AsJson,
     Calibration,
     Family,
     Memory,
@@ -19,7 +18,6 @@ from moestro.cli.calibrating import (
     Target,
     Text,
     Texts,
-    Tokens,
     conclude,
     measure,
     read_texts,
@@ -27,6 +25,7 @@ from moestro.cli.calibrating import (
 )
 from moestro.cli.convert import check_new
 from moestro.cli.opening import AcceptField, ModelName
+from moestro.cli.options import AsJson, HeldOutTokens
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def prune(
     method: Method = "reap",
     source: Source = None,
     calibration: Calibration = CALIBRATION,
-    tokens: Tokens = TOKENS,
+    tokens: HeldOutTokens = TOKENS,
     family: Family = None,
     memory: Memory = MEMORY,
     seed: Seed = 0,

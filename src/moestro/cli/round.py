@@ -13,17 +13,16 @@ import typer
 from moestro.cli.calibrating import (
     CALIBRATION,
     TOKENS,
-    AsJson,
     Calibration,
     Family,
     Source,
     Target,
     Text,
-    Tokens,
     read_texts,
 )
 from moestro.cli.convert import check_new, writing
 from moestro.cli.opening import AcceptField, ModelName, bar
+from moestro.cli.options import AsJson, HeldOutTokens
 
 Kind = Annotated[Literal["int4", "int4-64"], typer.Option("--weights", help="Whose grid.")]
 
@@ -35,7 +34,7 @@ def round(
     weights: Kind = "int4",
     source: Source = None,
     calibration: Calibration = CALIBRATION,
-    tokens: Tokens = TOKENS,
+    tokens: HeldOutTokens = TOKENS,
     family: Family = None,
     as_json: AsJson = False,
     accept_field: AcceptField = None,

@@ -18,6 +18,7 @@ from moestro.cli.opening import (
     ModelName,
     PackedFile,
     Weights,
+    name_of,
     open_shown,
 )
 from moestro.errors import ConfigError
@@ -55,8 +56,22 @@ CacheMemory = Annotated[
 
 Report = Annotated[
     Path | None,
-    typer.Option(help="A page that `moestro probe --report` wrote; the playground links it."),
+    typer.Option(
+        help="A page that `moestro probe --report` wrote, which the playground links; default: "
+        "report.html in the model's folder or in its folder probe."
+    ),
 ]
+AdapterNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=PATH",
+        help="A run of `moestro tune --lora`, or a folder of PEFT's, for requests that call the "
+        "model NAME; may be repeated.",
+    ),
+]  # fmt: skip
+REPORT = "report.html"
+# For sed: the first line with a key, without the space around it, such as a carriage return.
+_FIRST_KEY = "s/^[[:space:]]*//;s/[[:space:]]*$//;/./{p;q;}"
 
 
 def serve(
@@ -70,6 +85,7 @@ def serve(
     context: Context = None,
     cache_memory: CacheMemory = None,
     report: Report = None,
+    adapter: AdapterNames = None,
     device: Device = "auto",
     dtype: Dtype = None,
     weights: Weights = "as-is",
@@ -89,7 +105,7 @@ def serve(
             "serving needs packages that are not installed: pip install 'moestro[serve]'"
         ) from None
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.checkpoints.opening import kept_as
+    from moestro.checkpoints.opening import adapted, kept_as
     from moestro.models.budget import Use
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
@@ -98,6 +114,7 @@ def serve(
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
     limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
     keys, local = _keys(api_key_file), is_loopback(host)
+    paths = _paths(adapter, memory)
     settings = ServeSettings(
         api_keys=keys,
         any_host=bool(keys) or not local,
@@ -106,25 +123,66 @@ def serve(
     use = Use(context, settings.max_live, settings.cache_bytes)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
+        name = _other_than(paths, name or name_of(path, folder))
         options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
         options |= {"cache": cache, "accept_fields": accept_field}
-        model = open_shown(folder, memory, use, **options).model
-        served = serve_model(name or _name(path, folder), model, folder, context)
+        opened = open_shown(folder, memory, use, **options)
+        models = {each: adapted(opened, place) for each, place in paths.items()}
+        served = serve_model(name, opened.model, folder, context, models)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
         typer.echo(f"{_what(served)}, weights {weights}")
         typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
-        if not keys and not local:
-            typer.echo(
-                "moestro: anybody who reaches this port may use it; --api-key-file asks for a key",
-                err=True,
-            )
+        _warn(keys, local)
         typer.echo(_curl(served, address, api_key_file))
-        page = None if report is None else _read(report, "--report")
+        page = _page(report or _report(path, folder), address)
         run(new_state(served, settings, page), bound, _ready)
 
 
 def _ready() -> None:
     typer.echo("ready; Ctrl-C ends it")
+
+
+def _paths(adapter: list[str] | None, memory: str) -> dict[str, str]:
+    """Where adapters are, by what requests call them."""
+    paths: dict[str, str] = {}
+    for given in adapter or ():
+        name, _, place = given.partition("=")
+        if not name.strip() or not place or name in paths:
+            raise ConfigError(f"--adapter {given}: give NAME=PATH, each name once")
+        paths[name] = place
+    if paths and memory != NONE:
+        raise ConfigError("adapters need all experts in memory: leave out --memory, or --adapter")
+    return paths
+
+
+def _other_than(paths: dict[str, str], name: str) -> str:
+    """The model's name, which no adapter may have."""
+    if name in paths:
+        raise ConfigError(f"--adapter {name}= is the model's own name; choose another")
+    return name
+
+
+def _warn(keys: tuple[str, ...], local: bool) -> None:
+    if not keys and not local:
+        told = "anybody who reaches this port may use it; --api-key-file asks for a key"
+        typer.echo(f"moestro: {told}", err=True)
+
+
+def _page(report: Path | None, address: str) -> str | None:
+    """The report's text, after a word on where it will be."""
+    if report is None:
+        return None
+    page = _read(report, "--report")
+    typer.echo(f"the report of `moestro probe` at {address}/report")
+    return page
+
+
+def _report(path: str, folder: Path) -> Path | None:
+    """The page that `moestro probe` wrote of this model, where it would be looked for."""
+    given = Path(path)
+    bases = [base for base in (given, folder) if base.is_dir()]
+    places = [base / inner / REPORT for base in bases for inner in ("", "probe")]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _cache_bytes(cache_memory: str | None, memory: str) -> int | None:
@@ -156,15 +214,6 @@ def _read(path: Path, option: str) -> str:
         raise ConfigError(f"{option} {path} cannot be read: {error}") from None
 
 
-def _name(path: str, folder: Path) -> str:
-    """What a model is called, which never says where it lies."""
-    given = Path(path)
-    if given.exists() or given.is_absolute():
-        resolved = given.resolve()
-        return resolved.stem if resolved.is_file() else resolved.name
-    return path.strip("/") or folder.name
-
-
 def _shown(host: str) -> str:
     """An address that reaches a host from this machine."""
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -176,7 +225,8 @@ def _what(served: Served) -> str:
     kind = "dense"
     if moe is not None:
         kind = f"{len(served.moe_layers)} mixtures of {moe.num_experts} experts"
-    return f"{served.name}: {kind}, context {served.context}"
+    adapters = f", adapters {', '.join(served.adapted)}" if served.adapted else ""
+    return f"{served.name}: {kind}, context {served.context}{adapters}"
 
 
 def _curl(served: Served, address: str, key_file: Path | None) -> str:
@@ -187,5 +237,6 @@ def _curl(served: Served, address: str, key_file: Path | None) -> str:
         route, body = "chat/completions", {"messages": messages, "max_tokens": 64}
     words = f"curl {address}/v1/{route} -H 'content-type: application/json'"
     if key_file is not None:
-        words += f' -H "authorization: Bearer $(grep -m 1 . {shlex.quote(str(key_file))})"'
+        first = f"sed -n '{_FIRST_KEY}' {shlex.quote(str(key_file))}"
+        words += f' -H "authorization: Bearer $({first})"'
     return f"{words} -d {shlex.quote(json.dumps(body))}"

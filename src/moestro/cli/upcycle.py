@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from moestro.cli.calibrating import AsJson, Family, Seed, Target
+from moestro.cli.calibrating import Family, Seed, Target
 from moestro.cli.convert import check_new, writing
 from moestro.cli.opening import AcceptField, ModelName
+from moestro.cli.options import AsJson
 
 Experts = Annotated[int, typer.Option(min=2, help="Experts in each layer, slices counted.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts that each token goes to.")]

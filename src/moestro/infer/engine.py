@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moestro.errors import MoestroError
@@ -106,6 +107,7 @@ class _Live:
 
     number: int
     writer: Writer
+    decoding: Decoding
     past: KVCache | None  # None while it waits
     prompt: list[int]  # what is not read yet
     passed: list[int]  # what is
@@ -132,7 +134,12 @@ class Session:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, most: int = MOST_LIVE, cache_bytes: int = 0
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        most: int = MOST_LIVE,
+        cache_bytes: int = 0,
+        adapted: Mapping[str, Model] | None = None,
     ) -> None:
         """Open a session.
 
@@ -143,6 +150,7 @@ class Session:
             cache_bytes: Memory for the pasts of earlier texts: what a prompt shares with one of
                 them is not computed again, which changes no bit; 0: no memory. A model without
                 native steps keeps none, since there its numbers would change.
+            adapted: The model with adapters, by what `add` calls them; in eval mode.
 
         Raises:
             MoestroError: the model is in training mode.
@@ -150,7 +158,8 @@ class Session:
         if model.training:
             raise MoestroError("the model is in training mode; call model.eval() before generating")
         self._tokenizer, self._cfg = tokenizer, model.cfg
-        self._decoding: Decoding = decoding_of(model)
+        self._decoding = decoding_of(model)
+        self._adapted = {name: decoding_of(each) for name, each in (adapted or {}).items()}
         self._most = most
         self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
@@ -171,7 +180,9 @@ class Session:
     @property
     def load_LE(self) -> Tensor | None:
         """How often each expert of each mixture was chosen so far; None before any was."""
-        return self._decoding.load_LE
+        decodings = (self._decoding, *self._adapted.values())
+        loads = [each.load_LE for each in decodings if each.load_LE is not None]
+        return torch.stack(loads).sum(0) if loads else None
 
     def add(
         self,
@@ -182,6 +193,7 @@ class Session:
         routed: bool = False,
         top: int | None = None,
         prompt_scored: bool = False,
+        adapter: str | None = None,
     ) -> int:
         """Take a request, which begins with a later `step`; returns its number, from 0.
 
@@ -193,6 +205,7 @@ class Session:
             routed: Keep the experts of its tokens, prompt and text, for the attribute `routed`.
             top: Say in each Piece how likely its token was, beside so many others; None: do not.
             prompt_scored: The same of the prompt's tokens, for the attribute `scored`.
+            adapter: The adapters that the session was opened with; None: the model as it is.
 
         Raises:
             DataError: the prompt has a token that the model does not know.
@@ -211,7 +224,8 @@ class Session:
             gaps = gap_tokens(tokenizer, self._cfg.vocab_size)
             start, marks = [START_TOKEN], {token: name for name, token in gaps.items()} | marks
         writer = Writer(tokenizer, sampling, marks, start, constraint, top)
-        live = _Live(number, writer, None, tokens, [], [] if routed else None)
+        decoding = self._decoding if adapter is None else self._adapted[adapter]
+        live = _Live(number, writer, decoding, None, tokens, [], [] if routed else None)
         live.scored, live.top = [] if prompt_scored else None, top or 0
         self._waiting.append(live)
         return number
@@ -253,12 +267,17 @@ class Session:
     def _begin(self, new: _Live) -> None:
         """Give a request its past: that of what it shares with a text before, if there is one."""
         found, known = None, 0
-        if self.prefixes is not None and new.routed is None and new.scored is None:
-            running = [(each.passed, each.past) for each in self._running if each.past is not None]
-            found = self.prefixes.find(new.prompt, running)
+        prefixes = self._prefixes_of(new)
+        if prefixes is not None and new.routed is None and new.scored is None:
+            running = [
+                (each.passed, each.past)
+                for each in self._running
+                if each.past is not None and each.decoding is self._decoding
+            ]
+            found = prefixes.find(new.prompt, running)
         if found is not None:
             known = found.position
-        new.past = found or self._decoding.new()
+        new.past = found or new.decoding.new()
         new.passed, new.prompt = new.prompt[:known], new.prompt[known:]
         self.cached[new.number] = known
         self._running.append(new)
@@ -268,16 +287,22 @@ class Session:
         return any(each.prompt for each in self._running)
 
     def _pass(self) -> list[tuple[int, Piece]]:
-        """What was chosen, and a chunk of a prompt, through the model."""
+        """What was chosen, and a chunk of a prompt, through the model, and with each adapter."""
         made: list[tuple[int, Piece]] = []
-        live = self._running
+        for decoding in (self._decoding, *self._adapted.values()):
+            live = [each for each in self._running if each.decoding is decoding]
+            made += self._pass_through(decoding, live) if live else []
+        return made
+
+    def _pass_through(self, decoding: Decoding, live: Sequence[_Live]) -> list[tuple[int, Piece]]:
+        made: list[tuple[int, Piece]] = []
         tokens = [self._chunk(each) or [each.writer.token] for each in live]
         pasts = [each.past for each in live if each.past is not None]
         told = [
             len(new) if each.prompt and each.scored is not None else 1
             for each, new in zip(live, tokens, strict=True)
         ]
-        outputs = self._decoding.step(tokens, pasts, told)
+        outputs = decoding.step(tokens, pasts, told)
         for each, new, passed in zip(live, tokens, outputs, strict=True):
             each.passed += new
             if each.prompt:
@@ -293,7 +318,7 @@ class Session:
 
     def _chunk(self, each: _Live) -> list[int]:
         """What passes next of a prompt; nothing once it is read."""
-        return each.prompt[: self._decoding.chunk(each.prompt, told=each.scored is not None)]
+        return each.prompt[: each.decoding.chunk(each.prompt, told=each.scored is not None)]
 
     def _score(self, each: _Live, new: Sequence[int], logits_NV: Tensor) -> None:
         """How likely the tokens of a prompt were that come after the new ones."""
@@ -318,5 +343,10 @@ class Session:
 
     def _keep(self, each: _Live) -> None:
         """Keep the past of a text that is done."""
-        if self.prefixes is not None and each.past is not None and each.number not in self.failed:
-            self.prefixes.keep(each.passed, each.past)
+        prefixes = self._prefixes_of(each)
+        if prefixes is not None and each.past is not None and each.number not in self.failed:
+            prefixes.keep(each.passed, each.past)
+
+    def _prefixes_of(self, each: _Live) -> Prefixes | None:
+        """What is known of earlier texts; nothing with adapters, which compute other pasts."""
+        return self.prefixes if each.decoding is self._decoding else None

@@ -168,10 +168,11 @@ class Writer:
 def _masked(logits_1V: Tensor, allowed_N: Tensor) -> Tensor:
     """The logits, -inf where a token is not allowed."""
     size = min(logits_1V.shape[1], len(allowed_N))
-    masked_1V = torch.full_like(logits_1V, -torch.inf)
     allowed_N = allowed_N[:size].to(logits_1V.device)
-    masked_1V[:, :size] = logits_1V[:, :size].masked_fill(~allowed_N, -torch.inf)
-    return masked_1V
+    masked_1N = torch.where(allowed_N, logits_1V[:, :size], -torch.inf)
+    if size == logits_1V.shape[1]:
+        return masked_1N
+    return torch.nn.functional.pad(masked_1N, (0, logits_1V.shape[1] - size), value=-torch.inf)
 
 
 class _StopGate:

@@ -5,8 +5,9 @@ The embedding, the head, norms, DeltaNet layers and latent attention's `kv_up` t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
 from moestro.moe.packed import Packed
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 _LATENT = ("q", "q_down", "q_up", "kv_down", "out")
 
 
@@ -132,6 +134,15 @@ def attach(model: nn.Module, cfg: LoraConfig) -> None:
         raise ConfigError(f"lora.targets = {list(cfg.targets)}: the model has nothing of the kind")
     for place in found:
         place.attach(place.rows, cfg.rank, cfg.scale, cfg.dropout)
+
+
+def shared(model: AnyModule) -> AnyModule:
+    """The same model in modules of its own: both have the same tensors, each its own adapters."""
+    memo: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if isinstance(module, Packed):
+            memo[id(module.weights)] = module.weights
+    return copy.deepcopy(model, memo)
 
 
 def freeze(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -42,6 +43,8 @@ from moestro.strictjson import parse
 
 LOG = logging.getLogger(__name__)
 AnyBody = TypeVar("AnyBody", bound=Body)
+# Bytes of a body that takes longer to read than a thread to begin.
+_LARGE = 1 << 14
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -124,8 +127,15 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
     Raises:
         ApiError: it is no JSON, or not what this route takes.
     """
+    body = await request.body()
+    if len(body) > _LARGE:  # so that others' streams go on
+        return await asyncio.to_thread(_checked, body, kind)
+    return _checked(body, kind)
+
+
+def _checked(body: bytes, kind: type[AnyBody]) -> AnyBody:
     try:
-        values = parse(await request.body())
+        values = parse(body)
     except ValueError as error:
         raise errors.refused(f"the body is not the JSON that is read here: {error}") from None
     if not isinstance(values, dict):
@@ -163,22 +173,23 @@ async def routing(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The one model that there is."""
-    return JSONResponse({"object": "list", "data": [_model(request)]})
+    """The one model that there is, and it with each of its adapters."""
+    names = request.app.state.moestro.served.names
+    return JSONResponse({"object": "list", "data": [_model(request, name) for name in names]})
 
 
 async def one_model(request: Request) -> Response:
     """What `models` says of one."""
     state: State = request.app.state.moestro
-    state.served.check_name(request.path_params["name"])
-    return JSONResponse(_model(request))
+    return JSONResponse(_model(request, state.served.check_name(request.path_params["name"])))
 
 
-def _model(request: Request) -> dict[str, object]:
+def _model(request: Request, name: str) -> dict[str, object]:
     served: Served = request.app.state.moestro.served
     moe = served.model.cfg.moe
     return {
-        "id": served.name,
+        "id": name,
+        "parent": None if name == served.name else served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "moestro",
@@ -192,7 +203,7 @@ def _model(request: Request) -> dict[str, object]:
 
 
 _GETS = (
-    ("/v1/models", models, "The model that is served"),
+    ("/v1/models", models, "The model that is served, and it with each adapter"),
     ("/v1/models/{name}", one_model, "The same, by its name"),
     ("/v1/routing", routing, "How often each expert was chosen since the server began"),
     ("/health", health, "Whether the engine is at work"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moestro.infer.writing import Piece
 from moestro.serve.engine import Job
-from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
+from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected, whole
 from moestro.serve.logprobs import of_chat
 from moestro.serve.replies import Delta, Reply, gather, head, usage
 from moestro.serve.routing import routed_fields, token_of
@@ -25,11 +26,18 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
     turn = await prepare(state, wanted)
     job = state.submit(turn.asks)
     kind = "chat.completion.chunk" if wanted.stream else "chat.completion"
-    start = head("chatcmpl", kind, state.served.name)
+    start = head("chatcmpl", kind, state.served.check_name(wanted.model))
     if wanted.stream:
         return EventStream(job, _stream(job, state, wanted, start, turn))
     with job:
         replies = await while_connected(request, gather(job, turn.new_reply))
+    return await whole(lambda: {**start, **_answer(job, state, wanted, turn, replies)})
+
+
+def _answer(
+    job: Job, state: State, wanted: ChatRequest, turn: Turn, replies: Sequence[Reply]
+) -> dict[str, Any]:
+    """All that an answer has beside its head."""
     choices = [
         {
             "index": index,
@@ -44,7 +52,7 @@ async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
     for choice, own in zip(choices, routing.choices, strict=True):
         choice |= own
     counted = usage(turn.read, sum(reply.tokens for reply in replies), job.cached.get(0, 0))
-    return JSONResponse({**start, "choices": choices, "usage": counted, **routing.prompt})
+    return {"choices": choices, "usage": counted, **routing.prompt}
 
 
 def _logprobs(state: State, wanted: ChatRequest, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -83,7 +91,7 @@ async def _stream(
         if finish and wanted.routed:
             own = routed_fields(job, wanted, index)
             choice, more = {**choice, **own.choices[0]}, own.prompt
-        return sse({**start, "choices": [choice], **silent, **more})
+        return sse({**start, "choices": [choice], **silent, **more}, long=bool(more or finish))
 
     for index in range(len(replies)):
         yield chunk(index, {"role": "assistant", "content": None})
@@ -104,7 +112,7 @@ async def _stream(
             yield chunk(index, delta, **fields)
             fields = {}
         if reply.finish:
-            yield chunk(index, {}, reply.finish, stop_reason=reply.stop)
+            yield await asyncio.to_thread(chunk, index, {}, reply.finish, stop_reason=reply.stop)
     if wanted.tells_usage:
         counted = usage(turn.read, sum(reply.tokens for reply in replies), job.cached.get(0, 0))
         yield sse({**start, "choices": [], "usage": counted})

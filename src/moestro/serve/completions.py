@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moestro.infer.writing import Piece, Scored
 from moestro.serve import errors
 from moestro.serve.engine import Job
-from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected
+from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected, whole
 from moestro.serve.logprobs import of_completion
 from moestro.serve.replies import Reply, gather, head, usage
 from moestro.serve.routing import routed_fields, token_of
@@ -29,20 +30,26 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
     most = 16 if wanted.max_tokens is None else wanted.max_tokens
     most = 1 if most == 0 and wanted.echo else most  # the text is left out later
     job = state.submit(served.asks(wanted, prompts, most))
-    start = head("cmpl", "text_completion", served.name)
+    start = head("cmpl", "text_completion", served.check_name(wanted.model))
     texts = [_Text(job, index, served, wanted) for index in range(len(job.asks))]
     if wanted.stream:
         return EventStream(job, _stream(job, state, wanted, start, texts))
     with job:
         replies = await while_connected(request, gather(job))
+    return await whole(lambda: {**start, **_answer(job, wanted, texts, replies)})
+
+
+def _answer(
+    job: Job, wanted: CompletionRequest, texts: Sequence[_Text], replies: Sequence[Reply]
+) -> dict[str, Any]:
+    """All that an answer has beside its head."""
     choices = []
     for text, reply in zip(texts, replies, strict=True):
         choices.append(text.choice([*text.prompt(), *map(text.part, reply.pieces)], reply))
     routing = routed_fields(job, wanted)
     for choice, own in zip(choices, routing.choices, strict=True):
         choice |= own
-    whole = {"choices": choices, "usage": _usage(job, texts, wanted), **routing.prompt}
-    return JSONResponse({**start, **whole})
+    return {"choices": choices, "usage": _usage(job, texts, wanted), **routing.prompt}
 
 
 class _Part(NamedTuple):
@@ -128,15 +135,10 @@ async def _stream(
 ) -> AsyncIterator[bytes]:
     replies = [Reply() for _ in job.asks]
     silent = {"usage": None} if wanted.tells_usage else {}
-    async for found in pieces_of(job, state.settings.ping_s):
-        if found is None:
-            yield PING
-            continue
-        index, piece = found
+
+    def chunk(index: int, piece: Piece, *, first: bool = False, long: bool = False) -> bytes:
         text, reply = texts[index], replies[index]
-        echoed = text.prompt() if not reply.pieces else []
-        reply.push(piece)
-        parts = [*echoed, text.part(piece)]
+        parts = [*(text.prompt() if first else ()), text.part(piece)]
         choice, more = text.choice(parts, reply), dict[str, Any]()
         if wanted.tells_experts:
             choice["token"] = token_of(piece)
@@ -144,7 +146,22 @@ async def _stream(
             own = routed_fields(job, wanted, index)
             choice, more = {**choice, **own.choices[0]}, own.prompt
         if choice["text"] or reply.finish or wanted.tells_experts or wanted.top is not None:
-            yield sse({**start, "choices": [choice], **silent, **more})
+            return sse({**start, "choices": [choice], **silent, **more}, long=long)
+        return b""
+
+    async for found in pieces_of(job, state.settings.ping_s):
+        if found is None:
+            yield PING
+            continue
+        index, piece = found
+        reply, first = replies[index], not replies[index].pieces
+        reply.push(piece)
+        if (first and wanted.echo) or reply.finish:  # which may be long
+            event = await asyncio.to_thread(chunk, index, piece, first=first, long=True)
+        else:
+            event = chunk(index, piece)
+        if event:
+            yield event
     if wanted.tells_usage:
         yield sse({**start, "choices": [], "usage": _usage(job, texts, wanted)})
     yield DONE

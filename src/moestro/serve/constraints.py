@@ -21,6 +21,11 @@ from moestro.text import HF_FILE, ByteTokenizer, Tokenizer
 
 # Some space between JSON's parts, as models write it, but not without end.
 _SPACE = {"whitespace_pattern": r"[\x20\x0A]{1,16}"}
+# The bits of every byte, the lowest first, packed into one number so that a look-up copies it.
+_BITS = (
+    (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1)
+    .to(torch.uint8).view(torch.float64)[:, 0]
+)  # fmt: skip
 _ANYTHING = "/(.|\\n)*/"
 
 
@@ -84,10 +89,9 @@ class _Matched:
         self._matcher = matcher
 
     def allowed(self) -> Tensor:
-        bits_N = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        places_8 = torch.arange(8, dtype=torch.uint8, device="cpu")
+        bytes_N = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
-        return (bits_N[:, None] >> places_8 & 1).flatten().bool()
+        return _BITS.index_select(0, bytes_N.int()).view(torch.bool)
 
     def push(self, token: int) -> None:
         self._matcher.consume_token(token)

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +38,7 @@ class Ask(NamedTuple):
     routed: bool = False
     top: int | None = None
     prompt_scored: bool = False
+    adapter: str | None = None
 
 
 class Event(NamedTuple):
@@ -106,8 +107,15 @@ class Job:
 class EngineThread:
     """Answers requests of many, a step of all at a time."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        settings: ServeSettings,
+        adapted: Mapping[str, Model] | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._adapted = adapted
         self._session, self._residency = self._new_session(), residency_of(model)
         self._texts: dict[int, tuple[Job, int]] = {}  # by their number in the session
         self._changed = threading.Condition()
@@ -121,7 +129,7 @@ class EngineThread:
 
     def _new_session(self) -> Session:
         most, memory = self._settings.max_live, self._settings.cache_bytes
-        return Session(self._model, self._tokenizer, most, memory)
+        return Session(self._model, self._tokenizer, most, memory, self._adapted)
 
     def start(self) -> None:
         """Begin to answer."""

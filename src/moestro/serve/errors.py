@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,11 +71,11 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def unknown_model(name: str, served: str) -> ApiError:
+def unknown_model(name: str, served: Sequence[str]) -> ApiError:
     """A request for a model that is not served here."""
     return ApiError(
         404,
-        f"there is no model {name[:200]!r} here; this server has {served!r}",
+        f"there is no model {name[:200]!r} here; this server has {' and '.join(map(repr, served))}",
         param="model",
         code="model_not_found",
     )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moestro.infer.writing import Piece
@@ -22,15 +22,36 @@ DONE = b"data: [DONE]\n\n"
 PING = b": still at work\n\n"
 # No proxy may keep what should be seen as it is written.
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+# Entries of a list that are written one by one.
+_LONG = 64
 # As nginx has it: the client left before its answer.
 CLIENT_LEFT = 499
 
 T = TypeVar("T")
 
 
-def sse(data: Any, name: str | None = None) -> bytes:
-    """One event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+def json_text(data: Any) -> str:
+    """JSON, written in parts that are short enough for other threads to go on between them."""
+    if isinstance(data, dict):
+        pairs = (f"{json.dumps(str(name))}:{json_text(value)}" for name, value in data.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(data, list) and len(data) > _LONG:
+        return "[" + ",".join(map(json_text, data)) + "]"
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+async def whole(make: Callable[[], dict[str, Any]]) -> Response:
+    """An answer that is made and written in a thread, since it may be long."""
+
+    def written() -> bytes:
+        return json_text(make()).encode()
+
+    return Response(await asyncio.to_thread(written), media_type="application/json")
+
+
+def sse(data: Any, name: str | None = None, *, long: bool = False) -> bytes:
+    """One event; a `long` one is made in a thread."""
+    text = json_text(data) if long else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"{f'event: {name}' if name else ''}{chr(10) if name else ''}data: {text}\n\n".encode()
 
 

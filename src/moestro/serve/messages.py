@@ -34,7 +34,7 @@ async def message(request: Request, state: State, wanted: MessagesRequest) -> Re
         "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",
         "role": "assistant",
-        "model": state.served.name,
+        "model": state.served.check_name(wanted.model),
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,

@@ -21,7 +21,8 @@ def headers_of(page: str, *, styled: bool = False) -> dict[str, str]:
 
     Args:
         page: all of it; its own scripts and styles may run, and no others.
-        styled: allow elements with a style of their own, too.
+        styled: allow elements with a style of their own, too; such a page is of somebody else's
+            making, and its scripts reach neither this server nor what the browser keeps of it.
     """
     scripts = _hashes(page, "script")
     styles = "'unsafe-inline'" if styled else _hashes(page, "style")
@@ -30,7 +31,7 @@ def headers_of(page: str, *, styled: bool = False) -> dict[str, str]:
             f"default-src 'none'; script-src {scripts}; "
             f"style-src {styles}; "
             "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'self'"
+            "frame-ancestors 'self'" + ("; sandbox allow-scripts" if styled else "")
         ),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",

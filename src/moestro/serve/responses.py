@@ -29,7 +29,7 @@ async def respond(request: Request, state: State, wanted: ResponsesRequest) -> R
         asked = wanted.as_chat()
     turn = await prepare(state, asked)
     job = state.submit(turn.asks)
-    start = _start(wanted, state.served.name)
+    start = _start(wanted, state.served.check_name(wanted.model))
     if wanted.stream:
         stream = _Events(start)
         return EventStream(job, _stream(job, state, stream, turn), stream.failed)

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moestro.chat import ChatTemplate, load_chat
@@ -36,6 +37,7 @@ class Served(NamedTuple):
         defaults: Sampling settings that its makers state.
         context: Most tokens of a prompt and its answer.
         created: When it was opened, in seconds since 1970.
+        adapted: The model with adapters, by what requests call it.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Served(NamedTuple):
     defaults: Mapping[str, Any]
     context: int
     created: int
+    adapted: Mapping[str, Model] = MappingProxyType({})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may call for: the model, and it with each of its adapters."""
+        return (self.name, *self.adapted)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -52,10 +60,11 @@ class Served(NamedTuple):
         encoder_layers = sum(len(stack.layers) for stack in self.model.cfg.stacks()[:-1])
         return tuple(n for n in self.model.moe_layers if n >= encoder_layers)
 
-    def check_name(self, name: str | None) -> None:
+    def check_name(self, name: str | None) -> str:
         """Refuse a request for another model; one that names none is for this one."""
-        if name not in (None, self.name):
-            raise errors.unknown_model(name or "", self.name)
+        if name is not None and name not in self.names:
+            raise errors.unknown_model(name, self.names)
+        return name or self.name
 
     def chat(self) -> ChatTemplate:
         """The template of conversations.
@@ -154,13 +163,20 @@ class Served(NamedTuple):
                     routed=wanted.routed,
                     top=wanted.top,
                     prompt_scored=wanted.prompt_scored,
+                    adapter=wanted.model if wanted.model in self.adapted else None,
                 )
                 for i in range(wanted.count)
             ]
         return found
 
 
-def serve_model(name: str, model: Model, folder: Path, context: int | None = None) -> Served:
+def serve_model(
+    name: str,
+    model: Model,
+    folder: Path,
+    context: int | None = None,
+    adapted: Mapping[str, Model] = MappingProxyType({}),
+) -> Served:
     """What a checkpoint's folder says of its model.
 
     Raises:
@@ -175,7 +191,7 @@ def serve_model(name: str, model: Model, folder: Path, context: int | None = Non
         template = None
     return Served(
         name, model, load_tokenizer(folder), template, stated_sampling(folder),
-        context or most, int(time.time()),
+        context or most, int(time.time()), adapted,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 def new_state(served: Served, settings: ServeSettings, report: str | None = None) -> State:
     """A server of a model that has not begun."""
-    engine = EngineThread(served.model, served.tokenizer, settings)
+    engine = EngineThread(served.model, served.tokenizer, settings, served.adapted)
     return State(
         served,
         engine,

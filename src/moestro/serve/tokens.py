@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moestro.errors import DataError
 from moestro.serve import errors
+from moestro.serve.events import whole
 from moestro.serve.schema import DetokenizeRequest, TokenizeRequest
 from moestro.serve.served import Served
 from moestro.serve.state import State
@@ -25,10 +27,12 @@ async def tokenize(_: Request, state: State, wanted: TokenizeRequest) -> Respons
         text, templated = await rendered(
             served, wanted.messages, variables, wanted.tools, reply=wanted.add_generation_prompt
         ), True  # fmt: skip
-    tokens = await asyncio.to_thread(
-        _encode, served, text or "", templated, wanted.add_special_tokens
-    )
-    return JSONResponse({"count": len(tokens), "max_model_len": served.context, "tokens": tokens})
+
+    def found() -> dict[str, Any]:
+        tokens = _encode(served, text or "", templated, wanted.add_special_tokens)
+        return {"count": len(tokens), "max_model_len": served.context, "tokens": tokens}
+
+    return await whole(found)
 
 
 def _encode(served: Served, text: str, templated: bool, specials: bool) -> list[int]:
