@@ -72,6 +72,16 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
     return F.linear(mixed, module.out.weight, module.out.bias)
 
 
+def plain_conv(module, x_SD):
+    """LFM2's gated convolution, token by token."""
+    b, c, x = F.linear(x_SD, module.inputs.weight).chunk(3, dim=-1)
+    weight, outputs = module.conv_weight[:, 0], []
+    for t in range(len(x_SD)):
+        past = [(t - n, weight[:, -1 - n]) for n in range(weight.shape[1]) if t >= n]
+        outputs.append(c[t] * sum(b[n] * x[n] * w for n, w in past))
+    return F.linear(torch.stack(outputs), module.out.weight)
+
+
 def plain_ffn(weights, x_TD, activation):
     hidden = reference.activate(x_TD @ weights.gate_up[0].T, activation)
     return hidden @ weights.down[0].T
@@ -87,6 +97,8 @@ def plain_decoder(model, tokens_BS):
             x = x + block.attention(h, rotary(0, x.shape[1], cfg, x.device, x.dtype))
         elif cfg.is_delta_layer(n):
             x = x + torch.stack([plain_delta(block.delta, cfg, h_SD) for h_SD in h])
+        elif cfg.is_conv_layer(n):
+            x = x + torch.stack([plain_conv(block.conv, h_SD) for h_SD in h])
         else:
             x = x + added * plain_attention(block.attention, cfg, h, n, model.relative)
         h_TD = plain_norm(x, block.ffn_norm, eps).flatten(0, 1)

@@ -71,7 +71,8 @@ def attentions(draw):
     relative = {"kind": "relative", "buckets": 8, "shared": draw(st.booleans())}
     window = {"size": draw(st.integers(1, 9)), "full_every": draw(st.integers(0, 3))}
     positions = draw(st.sampled_from([{"kind": "rope"}, relative]))
-    mixes = [None, window] if positions is relative else [None, window, draw(deltas())]
+    conv = {"kind": "conv", "width": draw(st.integers(1, 5)), "attention_layers": [0, 2]}
+    mixes = [None, window] if positions is relative else [None, window, conv, draw(deltas())]
     return {
         "num_heads": heads,
         "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
@@ -200,7 +201,7 @@ def test_flops(cfg, seq_len):
     count. Delta layers have a test of their own.
     """
     latent = cfg.attention.latent
-    assume(cfg.attention.delta is None)
+    assume(cfg.attention.delta is None and cfg.attention.conv is None)
     assume(latent is None or latent.value_dim == latent.nope_dim + latent.rope_dim)
     model = build(cfg, backend="reference")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})

@@ -85,6 +85,10 @@ VARIANTS = {
         "attention": {**HEADS, "positions": {"score_scale": 0.8}},
     },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
+    "short convolutions beside attention": {
+        "moe": MOE,
+        "attention": {**HEADS, "window": {"kind": "conv", "attention_layers": [1]}},
+    },
     "delta beside gated attention": {
         "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
         "norm": {"zero_centred": True, "eps": 1e-3},

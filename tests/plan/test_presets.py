@@ -62,6 +62,8 @@ def test_a_published_model_can_be_written_as_its_family(name):
         ("hunyuan-a13b", "Hunyuan-A13B-Instruct"),
         ("ling-mini-2.0", "Ling-mini-2.0"),
         ("dots.llm1", "dots.llm1.inst"),
+        ("lfm2-8b-a1b", "LFM2-8B-A1B"),
+        ("lfm2-1.2b", "LFM2-1.2B"),
     ],
 )
 def test_newer_models_are_what_their_config_says(name, published):

@@ -2,6 +2,7 @@
 
 from moestro.config.attention import (
     AttentionConfig,
+    ConvConfig,
     DeltaConfig,
     LatentConfig,
     LinearScaling,
@@ -42,8 +43,8 @@ from moestro.config.run import (
 )
 
 __all__ = [
-    "AttentionConfig", "BalanceConfig", "CapacityConfig", "ChatConfig", "DataConfig", "DeltaConfig",
-    "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
+    "AttentionConfig", "BalanceConfig", "CapacityConfig", "ChatConfig", "ConvConfig", "DataConfig",
+    "DeltaConfig", "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
     "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig", "MoEConfig",
     "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig", "RelativeConfig",
     "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec",

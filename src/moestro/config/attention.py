@@ -175,8 +175,20 @@ class DeltaConfig(Settings):
         return 2 * self.key_width + self.value_width
 
 
+class ConvConfig(Settings):
+    """Gated short convolutions (LFM2, Liquid AI 2025) beside layers with attention."""
+
+    kind: Literal["conv"] = "conv"
+    width: Positive = Field(3, description="Tokens that a convolution sees.")
+    attention_layers: tuple[Natural, ...] = Field(
+        (), description="Numbers, from 0, of the layers that have attention instead."
+    )
+
+
 Mix = Annotated[
-    Annotated[WindowConfig, Tag("window")] | Annotated[DeltaConfig, Tag("delta")],
+    Annotated[WindowConfig, Tag("window")]
+    | Annotated[DeltaConfig, Tag("delta")]
+    | Annotated[ConvConfig, Tag("conv")],
     _kind_or("window"),
 ]
 
@@ -212,7 +224,7 @@ class AttentionConfig(Settings):
         "none", description="Which projections have a bias."
     )
     window: Mix | None = Field(
-        None, description="Layers that see only a window, or keep only a state."
+        None, description="Layers that see only a window, keep only a state, or convolve."
     )
     sinks: bool = Field(
         False, description="A learned score per head that takes attention from all keys (gpt-oss)."
@@ -235,8 +247,11 @@ class AttentionConfig(Settings):
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if self.qk_norm == "rotated" and not rope:
             raise ValueError("qk_norm is rotated, but positions are not rotary; choose head")
-        if self.delta is not None and not rope:
-            raise ValueError("a model with delta layers has rotary positions; leave positions out")
+        for name, found in (("delta", self.delta), ("conv", self.conv)):
+            if found is not None and not rope:
+                raise ValueError(
+                    f"a model with {name} layers has rotary positions; leave positions out"
+                )
         if self.latent is not None:
             self._check_latent()
         return self
@@ -245,6 +260,11 @@ class AttentionConfig(Settings):
     def delta(self) -> DeltaConfig | None:
         """The delta layers beside those with attention, where there are any."""
         return self.window if isinstance(self.window, DeltaConfig) else None
+
+    @property
+    def conv(self) -> ConvConfig | None:
+        """The convolutions beside layers with attention, where there are any."""
+        return self.window if isinstance(self.window, ConvConfig) else None
 
     def _check_latent(self) -> None:
         for name in ("num_kv_heads", "head_dim", "window"):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.attention import (
     AttentionConfig,
+    ConvConfig,
     RelativeConfig,
     RopeConfig,
     WindowConfig,
@@ -58,12 +59,12 @@ class LayerSpec(NamedTuple):
     Attributes:
         mixture: whether its feed-forward network is a mixture.
         window: most positions that its attention looks back on, its own included; None: no limit.
-        delta: it is a gated DeltaNet, without attention.
+        state: what it is in place of attention: a gated DeltaNet or a short convolution.
     """
 
     mixture: bool
     window: int | None = None
-    delta: bool = False
+    state: Literal["delta", "conv"] | None = None
 
 
 class StackSpec(NamedTuple):
@@ -178,7 +179,10 @@ class ModelConfig(NetworkConfig):
     def _layer(self, layer: int) -> LayerSpec:
         context = self.attention.context
         window = min(self.window(layer) or context, context)
-        return LayerSpec(self.is_moe_layer(layer), window, self.is_delta_layer(layer))
+        state: Literal["delta", "conv"] | None = "delta" if self.is_delta_layer(layer) else None
+        return LayerSpec(
+            self.is_moe_layer(layer), window, "conv" if self.is_conv_layer(layer) else state
+        )
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
@@ -189,9 +193,15 @@ class ModelConfig(NetworkConfig):
         """Whether layer number `layer` (from 0) is a gated DeltaNet."""
         return self.attention.delta is not None and self._mixed(layer)
 
+    def is_conv_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) is a short convolution."""
+        return self.attention.conv is not None and self._mixed(layer)
+
     def _mixed(self, layer: int) -> bool:
         """Whether a layer is of the kind in `attention.window`."""
         mix = self.attention.window
+        if isinstance(mix, ConvConfig):
+            return layer not in mix.attention_layers
         return mix is not None and not (mix.full_every and (layer + 1) % mix.full_every == 0)
 
 

@@ -61,6 +61,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
     attention, moe = cfg.attention, cfg.moe
     lacking = {
         "relative positions": not isinstance(attention.positions, RopeConfig),
+        "short convolutions": attention.conv is not None,
         "a scaled residual with normed queries": cfg.norm.residual_scale != 1
         and attention.qk_norm != "none",
     }

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
 from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache, StateCache
+from moestro.models.conv import ShortConv
 from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
@@ -56,7 +57,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x)).
 
     What is added is multiplied by `norm.residual_scale`.
-    A block without attention has a gated DeltaNet in its place.
+    A block without attention has a gated DeltaNet or a short convolution in its place.
     """
 
     def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
@@ -67,8 +68,11 @@ class Block(nn.Module):
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
         self.attention: Attention | LatentAttention | None = None
         self.delta: DeltaNet | None = None
-        if stack.layers[layer].delta:
+        self.conv: ShortConv | None = None
+        if stack.layers[layer].state == "delta":
             self.delta = DeltaNet(cfg, scale)
+        elif stack.layers[layer].state == "conv":
+            self.conv = ShortConv(cfg, scale)
         elif cfg.attention.latent is None:
             self.attention = Attention(cfg, stack, layer, scale)
         else:
@@ -113,9 +117,10 @@ class Block(nn.Module):
         self, normed_BSD: Tensor, shared: Shared, cache: LayerCache | StateCache | None
     ) -> Tensor:
         """What the block takes from the positions before."""
-        if self.delta is not None:
-            y_BSD: Tensor = self.delta(normed_BSD, shared.valid_BS, cache)
-            return y_BSD
+        for state in (self.delta, self.conv):
+            if state is not None:
+                y_BSD: Tensor = state(normed_BSD, shared.valid_BS, cache)
+                return y_BSD
         assert self.attention is not None
         valid_BS = shared.valid_BS if shared.documents_BS is None else shared.documents_BS
         y_BSD = self.attention(normed_BSD, shared.angles, valid_BS, cache, shared.bias_HSP)
@@ -148,7 +153,7 @@ class Stack(nn.Module):
         """An empty cache: each layer keeps the positions of its window, or its state."""
         rope = isinstance(self.cfg.attention.positions, RopeConfig)
         limits = [
-            None if layer.delta else layer.window or sys.maxsize for layer in self.spec.layers
+            None if layer.state else layer.window or sys.maxsize for layer in self.spec.layers
         ]
         return KVCache(limits, RotaryTable(self.cfg) if rope else None)
 

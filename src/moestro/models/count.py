@@ -177,7 +177,7 @@ def _blocks(cfg: NetworkConfig, stack: StackSpec) -> list[_Part]:
     cross = _always(2 * cfg.dim * cfg.attention.num_heads * cfg.head_dim, _norm(cfg))
     parts = [_always(0, _norm(cfg) + _table(cfg, shared=True))]
     for layer in stack.layers:
-        looking = _delta(cfg) if layer.delta else _attention(cfg)
+        looking = {"delta": _delta, "conv": _conv, None: _attention}[layer.state](cfg)
         parts += [looking, _ffn(cfg, layer.mixture), _always(0, 2 * _norm(cfg))]
         parts += [cross] if stack.cross else []
     return parts
@@ -227,6 +227,13 @@ def _delta(cfg: NetworkConfig) -> _Part:
     return _always(cfg.dim * (made + delta.value_width), other)
 
 
+def _conv(cfg: NetworkConfig) -> _Part:
+    """A gated short convolution, which multiplies a token itself, but is no matrix product."""
+    conv = cfg.attention.conv
+    assert conv is not None
+    return _always(4 * cfg.dim * cfg.dim, cfg.dim * conv.width)
+
+
 def _latent(dim: int, heads: int, cfg: LatentConfig) -> _Part:
     """Multi-head latent attention, its matrices as they stand (none absorbed into another)."""
     queries = heads * (cfg.nope_dim + cfg.rope_dim)
@@ -266,12 +273,12 @@ def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
     layers: Counter[tuple[int | None, bool]] = Counter()
     for stack in stacks:
-        layers.update((layer.window, stack.causal) for layer in stack.layers if not layer.delta)
+        layers.update((layer.window, stack.causal) for layer in stack.layers if not layer.state)
         if stack.cross:
             layers[None, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
     spans = tuple(Span(flops * number, *kind) for kind, number in layers.items())
-    deltas = sum(layer.delta for stack in stacks for layer in stack.layers)
+    deltas = sum(layer.state == "delta" for stack in stacks for layer in stack.layers)
     return (*spans, Span(deltas * _state_flops(attention), 1, True)) if deltas else spans
 
 

@@ -80,4 +80,6 @@ def cannot_pack(cfg: ModelConfig) -> str | None:
     """Why a model of these settings cannot keep documents of one row apart; None: it can."""
     if cfg.attention.delta is not None:
         return "the state of gated DeltaNet layers runs on from one document of a row to the next"
+    if cfg.attention.conv is not None:
+        return "short convolutions run on from one document of a row to the next"
     return None

@@ -31,8 +31,46 @@ ERNIE = {
     "moe_intermediate_size": 14,
     "num_nextn_predict_layers": 0,
 }
+# In place of a setting of BODY that a class does not have.
+LEFT_OUT = "left out"
+CONV = {"num_hidden_layers": 4, "norm_eps": 1e-4, "rms_norm_eps": LEFT_OUT}
 # name → (class of the settings in transformers, settings beside BODY).
 NEWER = {
+    "lfm2": (
+        "Lfm2",
+        {
+            **CONV,
+            "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+            "block_multiple_of": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            **CONV,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 14,
+        },
+    ),
+    "lfm2_moe_plain": (
+        "Lfm2Moe",
+        {
+            **CONV,
+            "layer_types": ["full_attention", "conv", "conv", "conv"],
+            "num_dense_layers": 0,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 14,
+            "conv_L_cache": 5,
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {

@@ -14,6 +14,7 @@ from moestro.checkpoints.families import (
     gpt_oss,
     granite,
     hunyuan,
+    lfm2,
     llama,
     minimax,
     mixtral,
@@ -53,6 +54,8 @@ FAMILIES: Mapping[str, Family] = {
         gpt_oss.GPT_OSS,
         granite.GRANITE_MOE,
         hunyuan.HUNYUAN_V1_MOE,
+        lfm2.LFM2,
+        lfm2.LFM2_MOE,
         phimoe.PHIMOE,
         switch.SWITCH,
     )
