@@ -90,6 +90,6 @@ def test_what_is_refused():
         module_of()(torch.randn(1, 1, 8).double(), cache=cache)
     with pytest.raises(ShapeError, match="short convolutions run on"):
         decoder()(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[0, 0, 1, 1]]))
+    attention = {"window": {"kind": "conv"}, "positions": {"kind": "relative"}}
     with pytest.raises(ConfigError, match="conv layers has rotary positions"):
-        attention = {"window": {"kind": "conv"}, "positions": {"kind": "relative"}}
         ModelConfig(dim=16, attention=attention)

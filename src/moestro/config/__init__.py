@@ -44,9 +44,9 @@ from moestro.config.run import (
 
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CapacityConfig", "ChatConfig", "ConvConfig", "DataConfig",
-    "DeltaConfig", "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig", "LayerSpec",
-    "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig", "MoEConfig",
-    "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig", "RelativeConfig",
-    "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec",
+    "DeltaConfig", "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig",
+    "LayerSpec", "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig",
+    "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig",
+    "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec",
     "TrainConfig", "WindowConfig", "YarnScaling",
 ]  # fmt: skip

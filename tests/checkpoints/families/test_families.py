@@ -111,7 +111,6 @@ def test_layers_of_ernie_that_are_mixtures(start, end, every, mixtures):
         ({"block_ff_dim": 10240}, 6912),
         ({"block_ff_dim": "left out", "intermediate_size": 6656}, 4608),
         ({"block_ffn_dim_multiplier": 1.5, "block_multiple_of": 100}, 12300),
-        ({"block_ffn_dim_multiplier": None, "block_ff_dim": 100}, 66),
         ({"block_auto_adjust_ff_dim": False}, 12288),
     ],
 )

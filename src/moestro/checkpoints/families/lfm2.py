@@ -70,10 +70,8 @@ def _width() -> Entry:
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         width = hf.get("block_ff_dim", hf.get("intermediate_size", 12288))
         if hf.get(adjust[0], True):
-            width = int(2 * width / 3)
             factor, multiple = hf.get(adjust[1], 1.0), hf.get(adjust[2], 256)
-            if factor is not None:
-                width = -(-int(factor * width) // multiple) * multiple
+            width = -(-int(factor * int(2 * width / 3)) // multiple) * multiple
         return {"dense.hidden_dim": width}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
