@@ -10,6 +10,7 @@ from moestro.config.attention import (
     LongRopeScaling,
     RelativeConfig,
     RopeConfig,
+    TemperatureConfig,
     WindowConfig,
     YarnScaling,
 )
@@ -47,6 +48,6 @@ __all__ = [
     "DeltaConfig", "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig", "LatentConfig",
     "LayerSpec", "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling", "LoraConfig",
     "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig", "ParallelConfig",
-    "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig", "StackSpec",
-    "TrainConfig", "WindowConfig", "YarnScaling",
+    "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig", "SharedConfig",
+    "StackSpec", "TemperatureConfig", "TrainConfig", "WindowConfig", "YarnScaling",
 ]  # fmt: skip

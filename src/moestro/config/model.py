@@ -59,11 +59,15 @@ class LayerSpec(NamedTuple):
     Attributes:
         mixture: whether its feed-forward network is a mixture.
         window: most positions that its attention looks back on, its own included; None: no limit.
+        chunk: tokens of the pieces that the text is cut into; attention stays within one.
+        rotary: its queries and keys turn, where those of any layer do.
         state: what it is in place of attention: a gated DeltaNet or a short convolution.
     """
 
     mixture: bool
     window: int | None = None
+    chunk: int | None = None
+    rotary: bool = True
     state: Literal["delta", "conv"] | None = None
 
 
@@ -180,14 +184,24 @@ class ModelConfig(NetworkConfig):
         context = self.attention.context
         window = min(self.window(layer) or context, context)
         state: Literal["delta", "conv"] | None = "delta" if self.is_delta_layer(layer) else None
-        return LayerSpec(
-            self.is_moe_layer(layer), window, "conv" if self.is_conv_layer(layer) else state
-        )
+        if self.is_conv_layer(layer):
+            state = "conv"
+        mix = self.attention.window
+        chunked = isinstance(mix, WindowConfig) and mix.chunked
+        chunk = self.window(layer) if chunked else None
+        return LayerSpec(self.is_moe_layer(layer), window, chunk, self.is_rotary(layer), state)
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
         window = self.attention.window
         return window.size if isinstance(window, WindowConfig) and self._mixed(layer) else None
+
+    def is_rotary(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has rotary positions."""
+        positions = self.attention.positions
+        if not isinstance(positions, RopeConfig):
+            return False
+        return not (positions.skipped_every and (layer + 1) % positions.skipped_every == 0)
 
     def is_delta_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) is a gated DeltaNet."""

@@ -43,6 +43,7 @@ class Shared(NamedTuple):
         angles: of rotary positions.
         bias_HSP: of relative positions that the layers share.
         source_valid_BP: `valid_BS` of the text that cross attention sees.
+        start: position of the first of them.
     """
 
     tokens_BS: Tensor
@@ -51,6 +52,7 @@ class Shared(NamedTuple):
     angles: Rotary | None
     bias_HSP: Tensor | None
     source_valid_BP: Tensor | None
+    start: int = 0
 
 
 class Block(nn.Module):
@@ -123,7 +125,11 @@ class Block(nn.Module):
                 return y_BSD
         assert self.attention is not None
         valid_BS = shared.valid_BS if shared.documents_BS is None else shared.documents_BS
-        y_BSD = self.attention(normed_BSD, shared.angles, valid_BS, cache, shared.bias_HSP)
+        seen = (shared.angles, valid_BS, cache, shared.bias_HSP)
+        if isinstance(self.attention, Attention):
+            y_BSD = self.attention(normed_BSD, *seen, shared.start)
+        else:
+            y_BSD = self.attention(normed_BSD, *seen)
         return y_BSD
 
 
@@ -208,7 +214,8 @@ class Stack(nn.Module):
         """What every block is called with beside x; arguments as of `run`."""
         source_valid_BP = None if source is None else source.valid_BP
         positions = self._positions(x_BSD, cache, documents_BS)
-        return Shared(tokens_BS, valid_BS, documents_BS, *positions, source_valid_BP)
+        start = 0 if cache is None else cache.position
+        return Shared(tokens_BS, valid_BS, documents_BS, *positions, source_valid_BP, start)
 
     def _positions(
         self, x_BSD: Tensor, cache: KVCache | None, documents_BS: Tensor | None

@@ -29,11 +29,13 @@ class Span(NamedTuple):
         flops: 2 for each multiplication of scores and sums, per token and position attended to.
         window: most positions that a token attends to, itself included; None: no limit.
         causal: positions up to the token's own, or (an encoder, cross attention) all S.
+        chunked: the text is cut into pieces as long as the window, and a token attends within its.
     """
 
     flops: int
     window: int | None
     causal: bool
+    chunked: bool = False
 
     def positions(self, seq_len: int, source: int | None = None) -> float:
         """Positions attended to, averaged over the tokens of a sequence of `seq_len`.
@@ -45,6 +47,9 @@ class Span(NamedTuple):
         if not self.causal:
             return float(source or seq_len)
         reach = min(seq_len, self.window or seq_len)
+        if self.chunked:
+            whole, rest = divmod(seq_len, reach)
+            return (whole * reach * (reach + 1) + rest * (rest + 1)) / 2 / seq_len
         return ((reach + 1) / 2 * reach + reach * (seq_len - reach)) / seq_len
 
 
@@ -211,7 +216,7 @@ def _attention(cfg: NetworkConfig) -> _Part:
     other = _table(cfg, shared=False) + attention.sinks * attention.num_heads
     other += (attention.bias != "none") * (queries + 2 * keys) + (attention.bias == "all") * cfg.dim
     each = 2 * cfg.head_dim
-    norms = {"none": 0, "head": each, "rotated": each, "full": queries + keys}
+    norms = {"none": 0, "unit": 0, "head": each, "rotated": each, "full": queries + keys}
     other += norms[attention.qk_norm]
     gates = queries if attention.delta is not None and attention.delta.gated_attention else 0
     other += (attention.bias != "none") * gates
@@ -271,11 +276,15 @@ def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
     if attention.latent is not None:
         latent = attention.latent
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
-    layers: Counter[tuple[int | None, bool]] = Counter()
+    layers: Counter[tuple[int | None, bool, bool]] = Counter()
     for stack in stacks:
-        layers.update((layer.window, stack.causal) for layer in stack.layers if not layer.state)
+        layers.update(
+            (layer.window, stack.causal, layer.chunk is not None)
+            for layer in stack.layers
+            if not layer.state
+        )
         if stack.cross:
-            layers[None, False] += len(stack.layers)
+            layers[None, False, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
     spans = tuple(Span(flops * number, *kind) for kind, number in layers.items())
     deltas = sum(layer.state == "delta" for stack in stacks for layer in stack.layers)

@@ -77,7 +77,7 @@ class MoE(nn.Module):
 
         num_sequences = len(x) if x.dim() > 2 else 1
         routing = self._limit(self.router(x_TD, ids_T, valid_T), num_sequences)
-        y_TD = self.experts(x_TD, routing)
+        y_TD = self._mixed(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)
         if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
@@ -98,6 +98,14 @@ class MoE(nn.Module):
             tokens = int(routing.valid_T.sum())
         rows = dispatch.capacity(factor, tokens, self.cfg.top_k, self.cfg.num_experts)
         return dispatch.limit(routing, rows, cfg.priority)
+
+    def _mixed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The experts' outputs by their weights, which may multiply their input instead."""
+        if self.cfg.router.weighs == "input":  # each token has one expert
+            x_TD = (x_TD * routing.weights_R[:, None]).to(x_TD.dtype)
+            routing = routing._replace(weights_R=torch.ones_like(routing.weights_R))
+        y_TD: Tensor = self.experts(x_TD, routing)
+        return y_TD
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         """The shared expert's output, scaled by its gate where it has one."""

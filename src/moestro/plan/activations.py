@@ -119,7 +119,7 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
     normed = 0
     if attention.qk_norm != "none":
         scales = 2 if attention.qk_norm == "full" else heads + groups
-        values = 0 if attention.qk_norm == "rotated" else keys
+        values = 0 if attention.qk_norm in ("rotated", "unit") else keys
         normed = number * (queries + keys + values) + FP32 * scales
     if attention.delta is not None and attention.delta.gated_attention:
         normed += number * 3 * queries

@@ -130,6 +130,35 @@ NEWER = {
             "head_dim": 10,
         },
     ),
+    "llama4": (
+        "Llama4Text",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size_mlp": 26,
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 7,
+            "no_rope_layer_interval": 3,
+            "floor_scale": 4,
+            "attn_scale": 0.7,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "llama4_plain": (
+        "Llama4Text",
+        {
+            "intermediate_size_mlp": 26,
+            "head_dim": 10,
+            "num_local_experts": 4,
+            "attention_chunk_size": None,
+            "no_rope_layer_interval": 2,
+            "attn_temperature_tuning": False,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "dots1": (
         "Dots1",
         {

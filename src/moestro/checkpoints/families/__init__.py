@@ -16,6 +16,7 @@ from moestro.checkpoints.families import (
     hunyuan,
     lfm2,
     llama,
+    llama4,
     minimax,
     mixtral,
     olmoe,
@@ -34,6 +35,7 @@ FAMILIES: Mapping[str, Family] = {
         llama.LLAMA,
         llama.MISTRAL,
         llama.QWEN3,
+        llama4.LLAMA4,
         mixtral.MIXTRAL,
         olmoe.OLMOE,
         qwen_moe.QWEN2,
@@ -61,7 +63,10 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 # A model_type of text and images → that of its text part, which config.json holds in `text_config`.
-TEXT_PARTS: Mapping[str, str] = {"qwen3_5_moe": qwen_next.QWEN3_5_MOE.model_type}
+TEXT_PARTS: Mapping[str, str] = {
+    "llama4": llama4.LLAMA4.model_type,
+    "qwen3_5_moe": qwen_next.QWEN3_5_MOE.model_type,
+}
 # What such a config.json says beside it of the files and the head.
 _BESIDE_TEXT = (*QUANTISATION, "dtype", "torch_dtype", "tie_word_embeddings")
 # This project's own layout: every tensor under its own name.
