@@ -58,13 +58,23 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
             pairs = pairs * turns[:, None]
             return torch.cat([pairs.real, pairs.imag, x[..., width:]], -1)
 
-        q, k = turn(q), turn(k)
+        if cfg.is_rotary(layer):
+            q, k = turn(q), turn(k)
+        growth = settings.positions.temperature
+        if settings.qk_norm == "unit" and cfg.is_rotary(layer):
+            q, k = (x / (x.square().mean(-1, keepdim=True) + cfg.norm.eps).sqrt() for x in (q, k))
+        if growth is not None and not cfg.is_rotary(layer):
+            passed = torch.arange(1, length + 1).div(growth.length, rounding_mode="floor").double()
+            q = q * (1 + growth.scale * (1 + passed).log())[:, None, None]
         if settings.qk_norm == "rotated":
             norms = ((q, module.q_norm), (k, module.k_norm))
             q, k = (plain_norm(x, norm, cfg.norm.eps) for x, norm in norms)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
     seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))
+    if cfg.window(layer) and settings.window.chunked:
+        pieces = torch.arange(length) // cfg.window(layer)
+        seen = (distance >= 0) & (pieces[:, None] == pieces)
     scores = scores.masked_fill(~seen, -torch.inf)
     sinks = module.sinks[:, None, None] if settings.sinks else torch.tensor(-torch.inf)
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
@@ -106,11 +116,14 @@ def plain_decoder(model, tokens_BS):
             x = x + added * plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
             continue
         _, routing = block.ffn(h_TD, token_ids=tokens_BS.flatten())
+        rows_TD, weights_R = h_TD, routing.weights_R
+        if cfg.moe.router.weighs == "input":
+            rows_TD, weights_R = h_TD * weights_R[:, None], torch.ones_like(weights_R)
         y_TD = reference.mixture(
-            h_TD,
+            rows_TD,
             routing.tokens_R,
             routing.experts_R,
-            routing.weights_R,
+            weights_R,
             block.ffn.experts.gate_up,
             block.ffn.experts.down,
             cfg.moe.activation,

@@ -105,7 +105,8 @@ class Attention(nn.Module):
         if self.norm_rotated and self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
         if self.temperature is not None:
-            q_BSHA = q_BSHA * _growth(self.temperature, start, q_BSHA)
+            places_BS = _places(range(start, start + length), x_BSD, valid_BS)
+            q_BSHA = q_BSHA * _growth(self.temperature, places_BS, q_BSHA.dtype)
         q_BHSA, k_BGPA, v_BGPA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         if cache is not None:
             k_BGPA, v_BGPA = cache.extend(k_BGPA, v_BGPA)
@@ -115,9 +116,9 @@ class Attention(nn.Module):
         elif bias_HSP is not None:
             bias_HSP = bias_HSP[:, :, -span:]
         if self.chunk is not None and start + length > self.chunk:
-            valid_BS = _chunks(
-                self.chunk, range(start + length - span, start + length), x_BSD, valid_BS
-            )
+            places_BP = _places(range(start + length - span, start + length), x_BSD, valid_BS)
+            pieces_BP = (places_BP // self.chunk).expand(batch, -1)
+            valid_BS = pieces_BP if valid_BS is None else pieces_BP.masked_fill(~valid_BS, -1)
         y_BHSA = attention.attend(
             q_BHSA,
             k_BGPA,
@@ -164,19 +165,17 @@ def unit(x_BSHA: Tensor, eps: float) -> Tensor:
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x_BSHA.dtype)
 
 
-def _growth(temperature: TemperatureConfig, start: int, q_BSHA: Tensor) -> Tensor:
-    """What queries from `start` on are multiplied by, [S, 1, 1]."""
-    ends_S = torch.arange(start, start + q_BSHA.shape[1], device=q_BSHA.device) + 1
-    passed_S = (ends_S // temperature.length).to(torch.float32)
-    growth_S = 1 + temperature.scale * passed_S.log1p()
-    return growth_S.to(q_BSHA.dtype)[:, None, None]
+def _places(positions: range, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """Positions [B or 1, P], from the first token of each text that is not padding."""
+    places_1P = torch.arange(positions.start, positions.stop, device=x_BSD.device)[None]
+    return places_1P if valid_BS is None else places_1P - valid_BS.int().argmax(1, keepdim=True)
 
 
-def _chunks(size: int, positions: range, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """The piece of the text that each key lies in, int64 [B, P]; -1 for padding."""
-    pieces_P = torch.arange(positions.start, positions.stop, device=x_BSD.device) // size
-    pieces_BP = pieces_P.expand(len(x_BSD), -1)
-    return pieces_BP if valid_BS is None else pieces_BP.masked_fill(~valid_BS, -1)
+def _growth(temperature: TemperatureConfig, places_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What queries at these positions are multiplied by, [B or 1, S, 1, 1]."""
+    passed_BS = (places_BS + 1).clamp(min=0) // temperature.length
+    growth_BS = 1 + temperature.scale * passed_BS.to(torch.float32).log1p()
+    return growth_BS.to(dtype)[..., None, None]
 
 
 class CrossAttention(nn.Module):
