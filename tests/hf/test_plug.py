@@ -13,6 +13,7 @@ from moestro.errors import BackendError
 from moestro.foreign import layouts
 from moestro.kernels import native_cpu
 
+from ..checkpoints.families.tiny import BODY
 from .zoo import build, tokens
 
 transformers = pytest.importorskip("transformers")
