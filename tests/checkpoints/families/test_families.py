@@ -1,6 +1,7 @@
 """What the tables of the families refuse, and what they make of fields said in several ways."""
 
 import pytest
+import torch
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields, to_settings
@@ -121,7 +122,8 @@ def test_width_of_lfm2(changes, width):
     assert to_settings(FAMILIES["lfm2"], to_fields(FAMILIES["lfm2"], cfg, {})) == cfg
     fields = {key: value for key, value in changes.items() if value != "left out"}
     theirs = tiny.transformers.Lfm2Config(**{"intermediate_size": 12288, **fields})
-    assert tuple(Lfm2MLP(theirs).w1.weight.shape) == (width, 2560)
+    with torch.device("meta"):
+        assert tuple(Lfm2MLP(theirs).w1.weight.shape) == (width, 2560)
 
 
 def test_alpha_of_hunyuan_stretches_the_base():
