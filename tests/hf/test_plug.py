@@ -13,54 +13,16 @@ from moestro.errors import BackendError
 from moestro.foreign import layouts
 from moestro.kernels import native_cpu
 
-from ..checkpoints.families.tiny import BODY, build_switch
+from ..checkpoints.families.tiny import BODY
 from .zoo import build, tokens
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {"vocab_size": 61, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA4 = {
-    **BODY, "intermediate_size_mlp": 20, "num_local_experts": 4, "num_experts_per_tok": 1,
-    "head_dim": 8, "interleave_moe_layer_step": 1, "num_hidden_layers": 1,
-}  # fmt: skip
 
 
 def quietly(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
-
-
-def llama4(**changes):
-    config = transformers.Llama4TextConfig(**{**LLAMA4, **changes})
-    return transformers.Llama4ForCausalLM(config).eval()
-
-
-def dbrx():
-    config = transformers.DbrxConfig(
-        **SMALL, d_model=32, n_heads=4, n_layers=1, max_seq_len=32,
-        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )  # fmt: skip
-    config.attn_config.rope_theta = 1e4
-    return transformers.DbrxForCausalLM(config).eval()
-
-
-def jetmoe():
-    config = transformers.JetMoeConfig(
-        **SMALL, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
-        intermediate_size=16, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    return transformers.JetMoeForCausalLM(config).eval()
-
-
-UNDECORATED = [
-    (llama4, "Llama4TextExperts"),
-    (dbrx, "DbrxExperts"),
-    (jetmoe, "JetMoe"),
-    (build_switch, "SwitchTransformersExperts"),
-]
 
 
 def test_install_says_what_it_did():
@@ -80,34 +42,12 @@ def test_install_twice_wraps_once():
     assert transformers.PreTrainedModel.post_init is before
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"), UNDECORATED, ids=lambda each: getattr(each, "__name__", each)
-)
-def test_undecorated_experts_are_refused(make, kind):
-    hf.install()
-    model = quietly(make)
-    for act in (
-        lambda: model.set_experts_implementation("moestro"),
-        lambda: hf.quantize(model, "int8"),
-        lambda: hf.check(model, tokens()),
-    ):
-        with pytest.raises(BackendError, match=kind):
-            act()
-
-
 def test_an_older_transformers_is_refused(monkeypatch):
     from transformers.integrations import moe
 
     monkeypatch.setattr(moe, "use_experts_implementation", lambda kind, is_transposed=False: kind)
     with pytest.raises(ImportError, match=r"pip install --upgrade"):
         runpy.run_path(hf.__file__)
-
-
-def test_undecorated_experts_are_refused_while_the_model_is_made():
-    hf.install()
-    with pytest.raises(BackendError, match="Llama4TextExperts"):
-        quietly(lambda: llama4(experts_implementation="moestro"))
-    quietly(llama4)
 
 
 def test_a_model_that_came_with_its_own_code(monkeypatch):

@@ -58,18 +58,38 @@ def plain_attention(module, cfg, x_BSD, layer, shared):
             pairs = pairs * turns[:, None]
             return torch.cat([pairs.real, pairs.imag, x[..., width:]], -1)
 
-        q, k = turn(q), turn(k)
+        if cfg.is_rotary(layer):
+            q, k = turn(q), turn(k)
+        growth = settings.positions.temperature
+        if settings.qk_norm == "unit" and cfg.is_rotary(layer):
+            q, k = (x / (x.square().mean(-1, keepdim=True) + cfg.norm.eps).sqrt() for x in (q, k))
+        if growth is not None and not cfg.is_rotary(layer):
+            passed = torch.arange(1, length + 1).div(growth.length, rounding_mode="floor").double()
+            q = q * (1 + growth.scale * (1 + passed).log())[:, None, None]
         if settings.qk_norm == "rotated":
             norms = ((q, module.q_norm), (k, module.k_norm))
             q, k = (plain_norm(x, norm, cfg.norm.eps) for x, norm in norms)
     k, v = (t.repeat_interleave(settings.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bphd->bhsp", q, k) * scale + bias
     seen = (distance >= 0) & (distance < min(settings.context, cfg.window(layer) or 99))
+    if cfg.window(layer) and settings.window.chunked:
+        pieces = torch.arange(length) // cfg.window(layer)
+        seen = (distance >= 0) & (pieces[:, None] == pieces)
     scores = scores.masked_fill(~seen, -torch.inf)
     sinks = module.sinks[:, None, None] if settings.sinks else torch.tensor(-torch.inf)
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
     mixed = torch.einsum("bhsp,bphd->bshd", (scores - total).exp(), v).flatten(2) * gates
     return F.linear(mixed, module.out.weight, module.out.bias)
+
+
+def plain_conv(module, x_SD):
+    """LFM2's gated convolution, token by token."""
+    b, c, x = F.linear(x_SD, module.inputs.weight).chunk(3, dim=-1)
+    weight, outputs = module.conv_weight[:, 0], []
+    for t in range(len(x_SD)):
+        past = [(t - n, weight[:, -1 - n]) for n in range(weight.shape[1]) if t >= n]
+        outputs.append(c[t] * sum(b[n] * x[n] * w for n, w in past))
+    return F.linear(torch.stack(outputs), module.out.weight)
 
 
 def plain_ffn(weights, x_TD, activation):
@@ -87,6 +107,8 @@ def plain_decoder(model, tokens_BS):
             x = x + block.attention(h, rotary(0, x.shape[1], cfg, x.device, x.dtype))
         elif cfg.is_delta_layer(n):
             x = x + torch.stack([plain_delta(block.delta, cfg, h_SD) for h_SD in h])
+        elif cfg.is_conv_layer(n):
+            x = x + torch.stack([plain_conv(block.conv, h_SD) for h_SD in h])
         else:
             x = x + added * plain_attention(block.attention, cfg, h, n, model.relative)
         h_TD = plain_norm(x, block.ffn_norm, eps).flatten(0, 1)
@@ -94,11 +116,14 @@ def plain_decoder(model, tokens_BS):
             x = x + added * plain_ffn(block.ffn, h_TD, cfg.dense.activation).view_as(x)
             continue
         _, routing = block.ffn(h_TD, token_ids=tokens_BS.flatten())
+        rows_TD, weights_R = h_TD, routing.weights_R
+        if cfg.moe.router.weighs == "input":
+            rows_TD, weights_R = h_TD * weights_R[:, None], torch.ones_like(weights_R)
         y_TD = reference.mixture(
-            h_TD,
+            rows_TD,
             routing.tokens_R,
             routing.experts_R,
-            routing.weights_R,
+            weights_R,
             block.ffn.experts.gate_up,
             block.ffn.experts.down,
             cfg.moe.activation,

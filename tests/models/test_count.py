@@ -69,14 +69,20 @@ def attentions(draw):
         dims = {"nope_dim": draw(st.integers(1, 2)), "value_dim": draw(st.integers(5, 6))}
         return {"num_heads": heads, "latent": {**ranks, **dims, "rope_dim": 4}}
     relative = {"kind": "relative", "buckets": 8, "shared": draw(st.booleans())}
-    window = {"size": draw(st.integers(1, 9)), "full_every": draw(st.integers(0, 3))}
-    positions = draw(st.sampled_from([{"kind": "rope"}, relative]))
-    mixes = [None, window] if positions is relative else [None, window, draw(deltas())]
+    window = {
+        "size": draw(st.integers(1, 9)),
+        "full_every": draw(st.integers(0, 3)),
+        "chunked": draw(st.booleans()),
+    }
+    positions = draw(st.sampled_from([{"kind": "rope", "skipped_every": 2}, relative]))
+    norms = ["none", "head", "full"] + ([] if positions is relative else ["unit"])
+    conv = {"kind": "conv", "width": draw(st.integers(1, 5)), "attention_layers": [0, 2]}
+    mixes = [None, window] if positions is relative else [None, window, conv, draw(deltas())]
     return {
         "num_heads": heads,
         "num_kv_heads": draw(st.sampled_from([None, 1, heads])),
         "head_dim": draw(st.sampled_from([None, 6])),
-        "qk_norm": draw(st.sampled_from(["none", "head", "full"])),
+        "qk_norm": draw(st.sampled_from(norms)),
         "bias": draw(st.sampled_from(["none", "qkv", "all"])),
         "sinks": draw(st.booleans()),
         "positions": positions,
@@ -200,7 +206,7 @@ def test_flops(cfg, seq_len):
     count. Delta layers have a test of their own.
     """
     latent = cfg.attention.latent
-    assume(cfg.attention.delta is None)
+    assume(cfg.attention.delta is None and cfg.attention.conv is None)
     assume(latent is None or latent.value_dim == latent.nope_dim + latent.rope_dim)
     model = build(cfg, backend="reference")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})
@@ -217,6 +223,9 @@ def test_positions_attended_to(seq_len, window):
     causal = Span(1, window, causal=True)
     assert causal.positions(seq_len) == pytest.approx(sum(seen) / seq_len)
     assert Span(1, None, causal=False).positions(seq_len) == seq_len
+    seen = [p % (window or seq_len) + 1 for p in range(seq_len)]
+    chunked = Span(1, window, causal=True, chunked=True)
+    assert chunked.positions(seq_len) == pytest.approx(sum(seen) / seq_len)
 
 
 def test_latent_attention_scores_by_keys_and_sums_values():

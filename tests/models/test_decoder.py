@@ -85,6 +85,19 @@ VARIANTS = {
         "attention": {**HEADS, "positions": {"score_scale": 0.8}},
     },
     "latent": {"moe": MOE, "attention": {**HEADS, "context": 6, "latent": LATENT}},
+    "pieces of a text, layers without positions": {
+        "moe": {**MOE, "top_k": 1, "router": {"kind": "sigmoid", "weighs": "input"}},
+        "attention": {
+            **HEADS,
+            "qk_norm": "unit",
+            "window": {"size": 4, "full_every": 2, "chunked": True},
+            "positions": {"skipped_every": 3, "temperature": {"scale": 0.8, "length": 3}},
+        },
+    },
+    "short convolutions beside attention": {
+        "moe": MOE,
+        "attention": {**HEADS, "window": {"kind": "conv", "attention_layers": [1]}},
+    },
     "delta beside gated attention": {
         "moe": {**MOE, "shared": {"hidden_dim": 6, "gate": True}},
         "norm": {"zero_centred": True, "eps": 1e-3},

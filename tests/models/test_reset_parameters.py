@@ -57,6 +57,10 @@ DECODERS = {
         "norm": {"zero_centred": True},
         "attention": {"num_heads": 4, "qk_norm": "head", "window": DELTA},
     },
+    "short convolutions": {
+        "moe": MOE,
+        "attention": {"num_heads": 4, "window": {"kind": "conv", "attention_layers": [1]}},
+    },
     "expert choice": {"moe": {**MOE, "router": {"kind": "expert_choice"}}},
 }
 ENCDEC = {

@@ -29,6 +29,7 @@ ROUTERS = {
     },
     "gpt-oss": {"top_k": 3, "router": {"bias": True}},
     "phi": {"router": {"kind": "sparsemixer", "jitter": 0.6}},
+    "llama-4": {"top_k": 1, "router": {"kind": "sigmoid", "weighs": "input"}},
     "noisy": {"router": {"kind": "noisy_top_k", "bias": True}},
     "expert choice": {"router": {"kind": "expert_choice"}},
     "hash": {"router": {"kind": "hash"}},
@@ -61,11 +62,14 @@ def mixture_by_definition(layer, x_TD, routing):
     """The reference mixture over the kept assignments, plus the shared expert."""
     cfg = layer.cfg
     keep_R = torch.ones_like(routing.tokens_R) > 0 if routing.kept_R is None else routing.kept_R
+    rows_TD, weights_R = x_TD, routing.weights_R
+    if cfg.router.weighs == "input":
+        rows_TD, weights_R = x_TD * weights_R[:, None], torch.ones_like(weights_R)
     y_TD = reference.mixture(
-        x_TD,
+        rows_TD,
         routing.tokens_R[keep_R],
         routing.experts_R[keep_R],
-        routing.weights_R[keep_R],
+        weights_R[keep_R],
         layer.experts.gate_up,
         layer.experts.down,
         cfg.activation,

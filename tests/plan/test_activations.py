@@ -53,6 +53,14 @@ KINDS = {
     "delta beside gated attention": decoder(
         MOE, window={**DELTA, "full_every": 2}, positions={"fraction": 0.5}, qk_norm="head"
     ),
+    "pieces of a text": decoder(
+        qk_norm="unit",
+        window={"size": 100, "full_every": 2, "chunked": True},
+        positions={"skipped_every": 2, "temperature": {}},
+    ),
+    "short convolutions": decoder(
+        MOE, window={"kind": "conv", "attention_layers": [1]}, qk_norm="head"
+    ),
     "latent": decoder(latent={"q_rank": 24, **LATENT}),
     "latent, no q_rank": decoder(MOE, latent=LATENT),
     "encoder-decoder": encdec(),

@@ -14,6 +14,14 @@ from moestro.train.optim import make_optimizer
 MOE = {"hidden_dim": 48, "num_experts": 8, "top_k": 2}
 LATENT = {"kv_rank": 24, "nope_dim": 16, "rope_dim": 8, "value_dim": 12}
 RELATIVE = {"kind": "relative", "shared": True}
+DELTA = {
+    "kind": "delta",
+    "key_heads": 2,
+    "value_heads": 4,
+    "key_dim": 6,
+    "value_dim": 5,
+    "full_every": 3,
+}
 
 
 def decoder(**attention) -> ModelConfig:
@@ -85,10 +93,10 @@ def test_cache_of_a_decoder(attention):
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "int4")])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_cache_of_delta_layers(dtype, name, tokens):
+@pytest.mark.parametrize("window", [DELTA, {"kind": "conv", "attention_layers": [2]}], ids=str)
+def test_cache_of_layers_without_attention(dtype, name, tokens, window):
     """States in fp32 whatever the weights; keys and values only where there is attention."""
-    delta = {"key_heads": 2, "value_heads": 4, "key_dim": 6, "value_dim": 5, "full_every": 3}
-    cfg = decoder(window={"kind": "delta", **delta})
+    cfg = decoder(window=window)
     model = Decoder(cfg).to(dtype).eval()
     cache = model.new_cache(2)
     with torch.no_grad():

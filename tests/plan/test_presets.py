@@ -62,6 +62,10 @@ def test_a_published_model_can_be_written_as_its_family(name):
         ("hunyuan-a13b", "Hunyuan-A13B-Instruct"),
         ("ling-mini-2.0", "Ling-mini-2.0"),
         ("dots.llm1", "dots.llm1.inst"),
+        ("llama-4-scout", "Llama-4-Scout-17B-16E"),
+        ("llama-4-maverick", "Llama-4-Maverick-17B-128E"),
+        ("lfm2-8b-a1b", "LFM2-8B-A1B"),
+        ("lfm2-1.2b", "LFM2-1.2B"),
     ],
 )
 def test_newer_models_are_what_their_config_says(name, published):

@@ -74,6 +74,13 @@ RopeScaling = Annotated[
 ]
 
 
+class TemperatureConfig(Settings):
+    """Queries grow with their position p by 1 + scale · ln(1 + ⌊(p + 1) / length⌋) (Llama-4)."""
+
+    scale: PositiveFloat = Field(0.1, description="How fast they grow.")
+    length: Positive = Field(8192, description="Positions up to which they do not.")
+
+
 class RopeConfig(Settings):
     """Rotary positions (Su et al. 2021)."""
 
@@ -88,6 +95,12 @@ class RopeConfig(Settings):
     )
     score_scale: PositiveFloat | None = Field(
         None, description="Of attention scores (Granite); unset: 1 / sqrt(head_dim)."
+    )
+    skipped_every: Natural = Field(
+        0, description="Every n-th layer has no positions (Llama-4); 0: all have."
+    )
+    temperature: TemperatureConfig | None = Field(
+        None, description="Of the queries of layers without positions."
     )
 
 
@@ -128,6 +141,9 @@ class WindowConfig(Settings):
     size: Positive = Field(description="Tokens a position attends to, itself included.")
     full_every: Natural = Field(
         0, description="Every n-th layer still has full attention; 0: none."
+    )
+    chunked: bool = Field(
+        False, description="Texts are cut into pieces of `size`; a token sees its own (Llama-4)."
     )
 
 
@@ -178,8 +194,20 @@ class DeltaConfig(Settings):
         return 2 * self.key_width + self.value_width
 
 
+class ConvConfig(Settings):
+    """Gated short convolutions (LFM2, Liquid AI 2025) beside layers with attention."""
+
+    kind: Literal["conv"] = "conv"
+    width: Positive = Field(3, description="Tokens that a convolution sees.")
+    attention_layers: tuple[Natural, ...] = Field(
+        (), description="Numbers, from 0, of the layers that have attention instead."
+    )
+
+
 Mix = Annotated[
-    Annotated[WindowConfig, Tag("window")] | Annotated[DeltaConfig, Tag("delta")],
+    Annotated[WindowConfig, Tag("window")]
+    | Annotated[DeltaConfig, Tag("delta")]
+    | Annotated[ConvConfig, Tag("conv")],
     _kind_or("window"),
 ]
 
@@ -206,16 +234,17 @@ class AttentionConfig(Settings):
     num_heads: Positive = Field(4, description="H, query heads.")
     num_kv_heads: Positive | None = Field(None, description="G; unset: as many as num_heads.")
     head_dim: Positive | None = Field(None, description="A; unset: dim / num_heads.")
-    qk_norm: Literal["none", "head", "full", "rotated"] = Field(
+    qk_norm: Literal["none", "head", "full", "rotated", "unit"] = Field(
         "none",
         description="RMSNorm of queries and keys: of each head, of all together (OLMoE), or of "
-        "each head after its rotation (Hunyuan).",
+        "each head after its rotation, with gains (rotated: Hunyuan) or without and only in "
+        "layers with positions (unit: Llama-4).",
     )
     bias: Literal["none", "qkv", "all"] = Field(
         "none", description="Which projections have a bias."
     )
     window: Mix | None = Field(
-        None, description="Layers that see only a window, or keep only a state."
+        None, description="Layers that see only a window, keep only a state, or convolve."
     )
     sinks: bool = Field(
         False, description="A learned score per head that takes attention from all keys (gpt-oss)."
@@ -236,10 +265,15 @@ class AttentionConfig(Settings):
         rope = isinstance(self.positions, RopeConfig)
         if self.head_dim is not None and self.head_dim % 2 and rope:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
-        if self.qk_norm == "rotated" and not rope:
-            raise ValueError("qk_norm is rotated, but positions are not rotary; choose head")
-        if self.delta is not None and not rope:
-            raise ValueError("a model with delta layers has rotary positions; leave positions out")
+        if self.qk_norm in ("rotated", "unit") and not rope:
+            raise ValueError(
+                f"qk_norm is {self.qk_norm}, but positions are not rotary; choose head"
+            )
+        for name, found in (("delta", self.delta), ("conv", self.conv)):
+            if found is not None and not rope:
+                raise ValueError(
+                    f"a model with {name} layers has rotary positions; leave positions out"
+                )
         if self.latent is not None:
             self._check_latent()
         return self
@@ -248,6 +282,11 @@ class AttentionConfig(Settings):
     def delta(self) -> DeltaConfig | None:
         """The delta layers beside those with attention, where there are any."""
         return self.window if isinstance(self.window, DeltaConfig) else None
+
+    @property
+    def conv(self) -> ConvConfig | None:
+        """The convolutions beside layers with attention, where there are any."""
+        return self.window if isinstance(self.window, ConvConfig) else None
 
     def _check_latent(self) -> None:
         for name in ("num_kv_heads", "head_dim", "window"):
@@ -263,7 +302,8 @@ class AttentionConfig(Settings):
             raise ValueError(
                 "latent attention scales its scores itself; leave positions.score_scale out"
             )
-        if self.positions.fraction != 1:
+        if self.positions.fraction != 1 or self.positions.skipped_every:
             raise ValueError(
-                "of a latent head, rope_dim numbers turn; leave positions.fraction out"
+                "of a latent head, rope_dim numbers turn, in every layer; leave "
+                "positions.fraction and positions.skipped_every out"
             )

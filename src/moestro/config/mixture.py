@@ -34,6 +34,10 @@ class RouterConfig(Settings):
     top_groups: Positive = 1
     group_score: Literal["max", "top2"] = "top2"
     scale: PositiveFloat = 1.0
+    weighs: Literal["output", "input"] = Field(
+        "output",
+        description="What an expert's weight multiplies: its output, or (Llama-4) its input.",
+    )
     jitter: Fraction = 0.0
 
     @model_validator(mode="after")
@@ -130,6 +134,13 @@ class MoEConfig(Settings):
             raise ValueError(
                 "sparsemixer compares logits within 2 · jitter; with jitter = 0 every weight is 1 "
                 "and the router learns nothing; set jitter, as to 0.01"
+            )
+        if router.weighs == "input" and (
+            self.top_k != 1 or router.kind not in ("softmax", "sigmoid")
+        ):
+            raise ValueError(
+                f"weighs = input is for the kinds softmax and sigmoid with top_k = 1; kind is "
+                f"{router.kind} and top_k {self.top_k}"
             )
         if router.renormalize and self.top_k == 1 and router.kind in ("softmax", "noisy_top_k"):
             raise ValueError(

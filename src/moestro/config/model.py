@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from moestro.config.attention import (
     AttentionConfig,
+    ConvConfig,
     RelativeConfig,
     RopeConfig,
     WindowConfig,
@@ -58,12 +59,16 @@ class LayerSpec(NamedTuple):
     Attributes:
         mixture: whether its feed-forward network is a mixture.
         window: most positions that its attention looks back on, its own included; None: no limit.
-        delta: it is a gated DeltaNet, without attention.
+        chunk: tokens of the pieces that the text is cut into; attention stays within one.
+        rotary: its queries and keys turn, where those of any layer do.
+        state: what it is in place of attention: a gated DeltaNet or a short convolution.
     """
 
     mixture: bool
     window: int | None = None
-    delta: bool = False
+    chunk: int | None = None
+    rotary: bool = True
+    state: Literal["delta", "conv"] | None = None
 
 
 class StackSpec(NamedTuple):
@@ -178,20 +183,39 @@ class ModelConfig(NetworkConfig):
     def _layer(self, layer: int) -> LayerSpec:
         context = self.attention.context
         window = min(self.window(layer) or context, context)
-        return LayerSpec(self.is_moe_layer(layer), window, self.is_delta_layer(layer))
+        state: Literal["delta", "conv"] | None = "delta" if self.is_delta_layer(layer) else None
+        if self.is_conv_layer(layer):
+            state = "conv"
+        mix = self.attention.window
+        chunked = isinstance(mix, WindowConfig) and mix.chunked
+        chunk = self.window(layer) if chunked else None
+        return LayerSpec(self.is_moe_layer(layer), window, chunk, self.is_rotary(layer), state)
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer number `layer` (from 0) looks back on; None: the whole context."""
         window = self.attention.window
         return window.size if isinstance(window, WindowConfig) and self._mixed(layer) else None
 
+    def is_rotary(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has rotary positions."""
+        positions = self.attention.positions
+        if not isinstance(positions, RopeConfig):
+            return False
+        return not (positions.skipped_every and (layer + 1) % positions.skipped_every == 0)
+
     def is_delta_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) is a gated DeltaNet."""
         return self.attention.delta is not None and self._mixed(layer)
 
+    def is_conv_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) is a short convolution."""
+        return self.attention.conv is not None and self._mixed(layer)
+
     def _mixed(self, layer: int) -> bool:
         """Whether a layer is of the kind in `attention.window`."""
         mix = self.attention.window
+        if isinstance(mix, ConvConfig):
+            return layer not in mix.attention_layers
         return mix is not None and not (mix.full_every and (layer + 1) % mix.full_every == 0)
 
 

@@ -8,6 +8,7 @@ Letters as in docs/shapes.md; H = 2F (gated) or F (plain), O/I out and in of a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moestro.errors import BackendError, ShapeError
+from moestro.foreign import undecorated
 from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
+from moestro.foreign.undecorated import Undecorated
 from moestro.kernels.reference import CLAMP, STEEPNESS
 
 
@@ -65,6 +68,9 @@ def read(experts: Any) -> ForeignWeights:
     Raises:
         ShapeError: they are not laid out as the module's flags say.
     """
+    found = undecorated.layout(experts)
+    if found is not None:
+        return _undecorated(experts, found)
     gated, transposed = bool(experts.has_gate), bool(experts.is_transposed)
     name = "gate_up_proj" if gated else "up_proj"
     try:
@@ -89,6 +95,17 @@ def read(experts: Any) -> ForeignWeights:
     )
 
 
+def _undecorated(experts: Any, found: Undecorated) -> ForeignWeights:
+    up, down = (undecorated.tensor(experts, name) for name in found[:2])
+    up, down = (x.transpose(1, 2) for x in (up, down)) if found.transposed else (up, down)
+    clamped = math.isfinite(getattr(experts, "limit", math.inf))
+    name = _activation_name(getattr(experts, found.act))
+    activation = None if clamped else {"silu": "swiglu", "gelu": "geglu"}.get(name)
+    return ForeignWeights(
+        up[: len(down)], down, None, None, True, False, found.transposed, activation, False
+    )
+
+
 def find(model: nn.Module) -> dict[str, nn.Module]:
     """The experts modules of a model, by name.
 
@@ -103,9 +120,10 @@ def find(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def reachable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Decorated experts modules and their names."""
+    """Experts modules that are decorated, or known without, and their names."""
     for name, module in model.named_modules():
-        if _interface(module) is ALL_EXPERTS_FUNCTIONS:
+        known = undecorated.layout(module) is not None
+        if known or _interface(module) is ALL_EXPERTS_FUNCTIONS:
             yield name, module
 
 
@@ -124,7 +142,14 @@ def refuse_unreachable(model: nn.Module) -> None:
                 f"{type(modules[name]).__name__} takes its kernels from a registry of its own (FP8 "
                 "weights), which moestro does not reach; load the model with dequantised weights"
             )
-    others = unaccounted(modules, decorated, beside=False)
+    known = [name for name, each in modules.items() if undecorated.layout(each) is not None]
+    others = unaccounted(modules, [*decorated, *known], beside=False)
+    for other in others:
+        if other in undecorated.UNREADABLE:
+            raise BackendError(
+                f"{other} cannot run on moestro: {undecorated.UNREADABLE[other]}. Use "
+                'experts_implementation="eager" for this model'
+            )
     if others:
         raise BackendError(
             f"{', '.join(others)} do not use transformers' experts interface: their experts would "

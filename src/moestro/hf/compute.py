@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.foreign import undecorated
 from moestro.foreign.layouts import ForeignWeights
 from moestro.kernels import backends, native_cpu
 from moestro.kernels.backends import Work
@@ -141,8 +142,17 @@ def fused(weights: ForeignWeights) -> str | None:
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """What a module of transformers does between its two products."""
-    gate: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    found = undecorated.layout(experts)
+    if found is not None and not hasattr(experts, "_apply_gate"):
+        return lambda hidden_AH: _gated(hidden_AH, getattr(experts, found.act))
+    own = found is not None or experts.has_gate
+    gate: Callable[[Tensor], Tensor] = experts._apply_gate if own else experts.act_fn
     return gate
+
+
+def _gated(hidden_AH: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    gate_AF, up_AF = hidden_AH.chunk(2, dim=-1)
+    return act(gate_AF) * up_AF
 
 
 def product(x_AI: Tensor, experts_A: Tensor, w_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:

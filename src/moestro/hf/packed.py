@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.errors import BackendError, ShapeError
-from moestro.foreign import classes, layouts
+from moestro.foreign import classes, layouts, undecorated
 from moestro.foreign.layouts import ForeignWeights
 from moestro.hf import ops
 from moestro.hf.forward import PACKED, through_ops
@@ -155,9 +155,11 @@ def _pack_module(name: str, module: Any, format: Format) -> tuple[int, int]:
         )
     except ShapeError as error:
         raise ShapeError(f"{name}, {error}") from error
-    for parameter in list(module._parameters):
-        if parameter.endswith(("_proj", "_proj_bias")):
-            del module._parameters[parameter]
+    known = undecorated.layout(module)
+    for parameter in list(dict(module.named_parameters())):
+        if parameter in (known or ())[:2] or parameter.endswith(("_proj", "_proj_bias")):
+            owner, _, own = parameter.rpartition(".")
+            del module.get_submodule(owner)._parameters[own]
     setattr(module, PACKED, packed)
     module.register_state_dict_pre_hook(refuse_saving)
     return sum(map(_bytes, weights.tensors)), packed.data.numel()

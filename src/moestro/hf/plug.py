@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moestro.errors import BackendError
-from moestro.foreign import classes, layouts
+from moestro.foreign import classes, layouts, undecorated
 from moestro.hf.forward import mixture, watching
+from moestro.hf.undecorated import host, release
 from moestro.kernels import native_cpu
 
 NAME = "moestro"
@@ -106,7 +107,7 @@ def _missed(name: str, module: nn.Module, reached: int, ours: int) -> str:
             f"{name} ({kind}) was not reached: these inputs pass it by, or a kernel from the hub "
             "stands in for its block; give inputs that use it, load without use_kernels"
         )
-    asked = getattr(module.config, "_experts_implementation", None)
+    asked = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return (
         f"{name} ({kind}) ran {reached} times and {ours} times by moestro; its implementation is "
         f'{asked!r}. Call model.set_experts_implementation("{NAME}")'
@@ -119,6 +120,7 @@ def _guarded_construction(post_init: Any) -> Any:
         post_init(self)
         if getattr(self.config, "_experts_implementation", None) == NAME:
             layouts.refuse_unreachable(self)
+            host(self)
 
     return guarded
 
@@ -129,9 +131,13 @@ def _guarded_setting(setter: Any) -> Any:
         if experts_implementation == NAME:
             layouts.refuse_unreachable(self)
         setter(self, experts_implementation)
+        release(self)
         if experts_implementation != NAME:
             return
+        host(self)
         for name, module in layouts.reachable(self):
+            if undecorated.layout(module) is not None:
+                continue
             # transformers passes over models whose source it cannot read, without a word.
             if getattr(module.config, "_experts_implementation", None) != NAME:
                 raise BackendError(

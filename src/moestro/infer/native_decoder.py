@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, RopeConfig
+from moestro.config import ModelConfig, RopeConfig, WindowConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
 from moestro.kernels.backends import Work
@@ -62,12 +62,19 @@ def _lacks(cfg: ModelConfig) -> str | None:
     attention, moe = cfg.attention, cfg.moe
     lacking = {
         "relative positions": not isinstance(attention.positions, RopeConfig),
+        "layers without positions": isinstance(attention.positions, RopeConfig)
+        and attention.positions.skipped_every > 0,
+        "chunked attention": isinstance(attention.window, WindowConfig)
+        and attention.window.chunked,
+        "normed queries without gains": attention.qk_norm == "unit",
+        "short convolutions": attention.conv is not None,
         "a scaled residual with normed queries": cfg.norm.residual_scale != 1
         and attention.qk_norm != "none",
     }
     if moe is not None:
         router = moe.router
         lacking["a capacity"] = moe.capacity is not None
+        lacking["weights of the experts' inputs"] = router.weighs == "input"
         lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
     return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
 

@@ -1,6 +1,7 @@
 """Where a decoder takes adapters, and how they are attached, merged and taken off.
 
-The embedding, the head, norms, DeltaNet layers and latent attention's `kv_up` take none.
+The embedding, the head, norms, DeltaNet layers, convolutions and latent attention's `kv_up` take
+none.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec
+from moestro.config import NetworkConfig, RelativeConfig, RopeConfig, StackSpec, TemperatureConfig
 from moestro.kernels import attention
 from moestro.models.cache import KeysValues, LayerCache
 from moestro.models.linear import QKV, Linear
@@ -35,7 +36,8 @@ class Attention(nn.Module):
         settings, positions = cfg.attention, cfg.attention.positions
         self.num_heads, self.num_kv_heads = settings.num_heads, cfg.num_kv_heads
         self.head_dim = cfg.head_dim
-        self.window, self.bidirectional = stack.layers[layer].window, not stack.causal
+        spec, self.bidirectional = stack.layers[layer], not stack.causal
+        self.window, self.chunk, self.rotary = spec.window, spec.chunk, spec.rotary
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         relative = isinstance(positions, RelativeConfig)
         # T5 has the scale of the scores in the initial queries instead.
@@ -43,6 +45,9 @@ class Attention(nn.Module):
         self.scale, query_scale = 1.0 if relative else root, root if relative else 1.0
         if isinstance(positions, RopeConfig) and positions.score_scale is not None:
             self.scale = positions.score_scale
+        self.temperature = None
+        if isinstance(positions, RopeConfig) and not self.rotary:
+            self.temperature = positions.temperature
         # Behind each head's queries stand its gates, where it has some.
         self.gated = settings.delta is not None and settings.delta.gated_attention
         queries = wide * (1 + self.gated)
@@ -50,7 +55,8 @@ class Attention(nn.Module):
         self.out = Linear(wide, cfg.dim, settings.bias == "all", out_scale)
         self.q_norm = self.k_norm = None
         self.norm_all, self.norm_rotated = (settings.qk_norm == x for x in ("full", "rotated"))
-        if settings.qk_norm != "none":
+        self.unit_eps = cfg.norm.eps if settings.qk_norm == "unit" and self.rotary else None
+        if settings.qk_norm not in ("none", "unit"):
             self.q_norm = rms_norm_of(cfg.norm, wide if self.norm_all else self.head_dim)
             self.k_norm = rms_norm_of(cfg.norm, narrow if self.norm_all else self.head_dim)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if settings.sinks else None
@@ -73,6 +79,7 @@ class Attention(nn.Module):
         valid_BS: Tensor | None = None,
         cache: LayerCache | None = None,
         bias_HSP: Tensor | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Attend. [B, S, D] → [B, S, D].
 
@@ -83,17 +90,23 @@ class Attention(nn.Module):
                 together with a cache.
             cache: keys and values of earlier positions; extended in place.
             bias_HSP: of relative positions that layers share, for at least the last P keys.
+            start: position of the first of the new ones.
         """
         batch, length, _ = x_BSD.shape
         heads, groups = self.num_heads, self.num_kv_heads
         qkv_BSO, gates_BSO = self._projected(x_BSD)
         qkv = self._normed(qkv_BSO).view(batch, length, heads + 2 * groups, self.head_dim)
         qk, v_BSGA = qkv.split_with_sizes([heads + groups, groups], dim=2)
-        if angles is not None:
+        if angles is not None and self.rotary:
             qk = turn(qk, angles)
+        if self.unit_eps is not None:
+            qk = unit(qk, self.unit_eps)
         q_BSHA, k_BSGA = qk.split_with_sizes([heads, groups], dim=2)
         if self.norm_rotated and self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
+        if self.temperature is not None:
+            places_BS = _places(range(start, start + length), x_BSD, valid_BS)
+            q_BSHA = q_BSHA * _growth(self.temperature, places_BS, q_BSHA.dtype)
         q_BHSA, k_BGPA, v_BGPA = (x.transpose(1, 2) for x in (q_BSHA, k_BSGA, v_BSGA))
         if cache is not None:
             k_BGPA, v_BGPA = cache.extend(k_BGPA, v_BGPA)
@@ -102,6 +115,10 @@ class Attention(nn.Module):
             bias_HSP = self.relative(range(span - length, span), range(span))
         elif bias_HSP is not None:
             bias_HSP = bias_HSP[:, :, -span:]
+        if self.chunk is not None and start + length > self.chunk:
+            places_BP = _places(range(start + length - span, start + length), x_BSD, valid_BS)
+            pieces_BP = (places_BP // self.chunk).expand(batch, -1)
+            valid_BS = pieces_BP if valid_BS is None else pieces_BP.masked_fill(~valid_BS, -1)
         y_BHSA = attention.attend(
             q_BHSA,
             k_BGPA,
@@ -140,6 +157,25 @@ class Attention(nn.Module):
             q_BSO, k_BSO = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q_BSO, k_BSO))
         q_BSO, k_BSO = self.q_norm(q_BSO), self.k_norm(k_BSO)
         return torch.cat([q_BSO.flatten(2), k_BSO.flatten(2), v_BSO], dim=-1)
+
+
+def unit(x_BSHA: Tensor, eps: float) -> Tensor:
+    """Each head over its root mean square, in at least fp32 (Llama-4's norm without gains)."""
+    wide = x_BSHA.to(torch.promote_types(x_BSHA.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x_BSHA.dtype)
+
+
+def _places(positions: range, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """Positions [B or 1, P], from the first token of each text that is not padding."""
+    places_1P = torch.arange(positions.start, positions.stop, device=x_BSD.device)[None]
+    return places_1P if valid_BS is None else places_1P - valid_BS.int().argmax(1, keepdim=True)
+
+
+def _growth(temperature: TemperatureConfig, places_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What queries at these positions are multiplied by, [B or 1, S, 1, 1]."""
+    passed_BS = (places_BS + 1).clamp(min=0) // temperature.length
+    growth_BS = 1 + temperature.scale * passed_BS.to(torch.float32).log1p()
+    return growth_BS.to(dtype)[..., None, None]
 
 
 class CrossAttention(nn.Module):

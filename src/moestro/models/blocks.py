@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moestro.config import CacheKind, NetworkConfig, RelativeConfig, RopeConfig, StackSpec
 from moestro.models.attention import Attention, CrossAttention
 from moestro.models.cache import CrossSource, KeysValues, KVCache, LayerCache, StateCache
+from moestro.models.conv import ShortConv
 from moestro.models.delta import DeltaNet
 from moestro.models.latent import LatentAttention
 from moestro.models.norms import norm_of
@@ -44,6 +45,7 @@ class Shared(NamedTuple):
         bias_HSP: of relative positions that the layers share.
         source_valid_BP: `valid_BS` of the text that cross attention sees.
         noise_BS: int64, of which the noise of this block is a function; see `moestro.moe.noise`.
+        start: position of the first of them.
     """
 
     tokens_BS: Tensor
@@ -53,13 +55,14 @@ class Shared(NamedTuple):
     bias_HSP: Tensor | None
     source_valid_BP: Tensor | None
     noise_BS: Tensor | None = None
+    start: int = 0
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), + cross(norm(x)) where there is a source, + feed-forward(norm(x)).
 
     What is added is multiplied by `norm.residual_scale`.
-    A block without attention has a gated DeltaNet in its place.
+    A block without attention has a gated DeltaNet or a short convolution in its place.
     """
 
     def __init__(self, cfg: NetworkConfig, stack: StackSpec, layer: int, backend: str) -> None:
@@ -70,8 +73,11 @@ class Block(nn.Module):
         self.attention_norm = norm_of(cfg.norm, cfg.dim)
         self.attention: Attention | LatentAttention | None = None
         self.delta: DeltaNet | None = None
-        if stack.layers[layer].delta:
+        self.conv: ShortConv | None = None
+        if stack.layers[layer].state == "delta":
             self.delta = DeltaNet(cfg, scale)
+        elif stack.layers[layer].state == "conv":
+            self.conv = ShortConv(cfg, scale)
         elif cfg.attention.latent is None:
             self.attention = Attention(cfg, stack, layer, scale)
         else:
@@ -121,12 +127,17 @@ class Block(nn.Module):
         self, normed_BSD: Tensor, shared: Shared, cache: LayerCache | StateCache | None
     ) -> Tensor:
         """What the block takes from the positions before."""
-        if self.delta is not None:
-            y_BSD: Tensor = self.delta(normed_BSD, shared.valid_BS, cache)
-            return y_BSD
+        for state in (self.delta, self.conv):
+            if state is not None:
+                y_BSD: Tensor = state(normed_BSD, shared.valid_BS, cache)
+                return y_BSD
         assert self.attention is not None
         valid_BS = shared.valid_BS if shared.documents_BS is None else shared.documents_BS
-        y_BSD = self.attention(normed_BSD, shared.angles, valid_BS, cache, shared.bias_HSP)
+        seen = (shared.angles, valid_BS, cache, shared.bias_HSP)
+        if isinstance(self.attention, Attention):
+            y_BSD = self.attention(normed_BSD, *seen, shared.start)
+        else:
+            y_BSD = self.attention(normed_BSD, *seen)
         return y_BSD
 
 
@@ -161,7 +172,7 @@ class Stack(nn.Module):
         """An empty cache: each layer keeps the positions of its window, or its state."""
         rope = isinstance(self.cfg.attention.positions, RopeConfig)
         limits = [
-            None if layer.delta else layer.window or sys.maxsize for layer in self.spec.layers
+            None if layer.state else layer.window or sys.maxsize for layer in self.spec.layers
         ]
         return KVCache(limits, RotaryTable(self.cfg) if rope else None, self.cache_kind)
 
@@ -222,7 +233,8 @@ class Stack(nn.Module):
         """What every block is called with beside x; arguments as of `run`."""
         source_valid_BP = None if source is None else source.valid_BP
         positions = self._positions(x_BSD, cache, documents_BS)
-        return Shared(tokens_BS, valid_BS, documents_BS, *positions, source_valid_BP)
+        start = 0 if cache is None else cache.position
+        return Shared(tokens_BS, valid_BS, documents_BS, *positions, source_valid_BP, start=start)
 
     def _positions(
         self, x_BSD: Tensor, cache: KVCache | None, documents_BS: Tensor | None

@@ -187,8 +187,8 @@ def cache_bytes(
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
     window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
     (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
-    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32 and the
-    last inputs of its convolution, however long the text.
+    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32, and like
+    a short convolution its last inputs, however long the text.
 
     A cache of int8 keeps one byte a number, and four for the scale of each head's keys and of its
     values, or of each latent vector; what cross attention sees stays as it is.
@@ -196,7 +196,7 @@ def cache_bytes(
     positions = states = crossed = 0
     for stack in cfg.stacks():
         if stack.causal:
-            looking = [layer for layer in stack.layers if not layer.delta]
+            looking = [layer for layer in stack.layers if not layer.state]
             states += len(stack.layers) - len(looking)
             positions += sum(min(context, layer.window or context) for layer in looking)
         if stack.cross:
@@ -210,6 +210,9 @@ def cache_bytes(
     if delta is not None:
         inputs = (delta.conv_width - 1) * delta.conv_channels
         kept += states * (4 * delta.value_width * delta.key_dim + inputs * number)
+    conv = cfg.attention.conv
+    if conv is not None:
+        kept += states * (conv.width - 1) * cfg.dim * number
     return batch * kept
 
 

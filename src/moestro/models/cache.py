@@ -168,45 +168,47 @@ class WholeCache(LayerCache):
 
 
 class StateCache:
-    """What a delta layer keeps of a text, however long: its state, and its convolution's inputs."""
+    """What a layer without attention keeps of a text, however long.
+
+    That is the last inputs of its convolution and, of a delta layer, its state.
+    """
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, ...] = ()
         self._shared = False  # with a fork
 
-    def held(self, batch: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The last W - 1 inputs [B, W - 1, I] and the state [B, H, A, O]; None for a new text.
+    def held(self, batch: int) -> tuple[Tensor, ...]:
+        """The last W - 1 inputs [B, W - 1, I], and a state [B, H, A, O]; nothing for a new text.
 
         Raises:
             ShapeError: the cache was filled with another batch than this.
         """
-        if self._kept is None:
-            return None, None
+        if not self._kept:
+            return ()
         _check_batch(len(self._kept[0]), batch)
         if self._kept[0].is_inference() and not torch.is_inference_mode_enabled():
             # Autograd does not take tensors of inference mode.
-            return self._kept[0].clone(), self._kept[1].clone()
+            return tuple(each.clone() for each in self._kept)
         return self._kept
 
-    def keep(self, inputs_BWI: Tensor, state_BHAO: Tensor) -> None:
-        """Replace both; they are copied where they would keep the whole text alive."""
-        self._kept, self._shared = (inputs_BWI.clone(), state_BHAO), False
+    def keep(self, inputs_BWI: Tensor, *state_BHAO: Tensor) -> None:
+        """Replace all; inputs are copied where they would keep the whole text alive."""
+        self._kept, self._shared = (inputs_BWI.clone(), *state_BHAO), False
 
     def room(self, *like: Tensor) -> tuple[Tensor, ...]:
-        """Both, fp32 and nobody else's, for who writes there; zeros for a new text.
+        """All of it, fp32 and nobody else's, for who writes there; zeros for a new text.
 
         Args:
             like: tensors of their shapes.
         """
         kept = self._kept
-        if kept is None:
-            self._kept = torch.zeros_like(like[0]), torch.zeros_like(like[1])
+        if not kept:
+            self._kept = tuple(torch.zeros_like(each) for each in like)
         elif self._shared or any(each.dtype != torch.float32 for each in kept):
-            self._kept = kept[0].float().clone(), kept[1].float().clone()
+            self._kept = tuple(each.float().clone() for each in kept)
         elif not all(each.is_contiguous() for each in kept):
-            self._kept = kept[0].contiguous(), kept[1].contiguous()
+            self._kept = tuple(each.contiguous() for each in kept)
         self._shared = False
-        assert self._kept is not None
         return self._kept
 
     def fork(self, dropped: int = 0) -> StateCache:
@@ -229,7 +231,7 @@ class StateCache:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return sum(each.nbytes for each in self._kept or ())
+        return sum(each.nbytes for each in self._kept)
 
 
 def _check_batch(held: int, given: int) -> None:

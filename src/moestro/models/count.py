@@ -29,11 +29,13 @@ class Span(NamedTuple):
         flops: 2 for each multiplication of scores and sums, per token and position attended to.
         window: most positions that a token attends to, itself included; None: no limit.
         causal: positions up to the token's own, or (an encoder, cross attention) all S.
+        chunked: the text is cut into pieces as long as the window, and a token attends within its.
     """
 
     flops: int
     window: int | None
     causal: bool
+    chunked: bool = False
 
     def positions(self, seq_len: int, source: int | None = None) -> float:
         """Positions attended to, averaged over the tokens of a sequence of `seq_len`.
@@ -45,6 +47,9 @@ class Span(NamedTuple):
         if not self.causal:
             return float(source or seq_len)
         reach = min(seq_len, self.window or seq_len)
+        if self.chunked:
+            whole, rest = divmod(seq_len, reach)
+            return (whole * reach * (reach + 1) + rest * (rest + 1)) / 2 / seq_len
         return ((reach + 1) / 2 * reach + reach * (seq_len - reach)) / seq_len
 
 
@@ -177,7 +182,7 @@ def _blocks(cfg: NetworkConfig, stack: StackSpec) -> list[_Part]:
     cross = _always(2 * cfg.dim * cfg.attention.num_heads * cfg.head_dim, _norm(cfg))
     parts = [_always(0, _norm(cfg) + _table(cfg, shared=True))]
     for layer in stack.layers:
-        looking = _delta(cfg) if layer.delta else _attention(cfg)
+        looking = {"delta": _delta, "conv": _conv, None: _attention}[layer.state](cfg)
         parts += [looking, _ffn(cfg, layer.mixture), _always(0, 2 * _norm(cfg))]
         parts += [cross] if stack.cross else []
     return parts
@@ -211,7 +216,7 @@ def _attention(cfg: NetworkConfig) -> _Part:
     other = _table(cfg, shared=False) + attention.sinks * attention.num_heads
     other += (attention.bias != "none") * (queries + 2 * keys) + (attention.bias == "all") * cfg.dim
     each = 2 * cfg.head_dim
-    norms = {"none": 0, "head": each, "rotated": each, "full": queries + keys}
+    norms = {"none": 0, "unit": 0, "head": each, "rotated": each, "full": queries + keys}
     other += norms[attention.qk_norm]
     gates = queries if attention.delta is not None and attention.delta.gated_attention else 0
     other += (attention.bias != "none") * gates
@@ -225,6 +230,13 @@ def _delta(cfg: NetworkConfig) -> _Part:
     made = delta.conv_channels + delta.value_width + 2 * delta.value_heads
     other = delta.conv_channels * delta.conv_width + 2 * delta.value_heads + delta.value_dim
     return _always(cfg.dim * (made + delta.value_width), other)
+
+
+def _conv(cfg: NetworkConfig) -> _Part:
+    """A gated short convolution, which multiplies a token itself, but is no matrix product."""
+    conv = cfg.attention.conv
+    assert conv is not None
+    return _always(4 * cfg.dim * cfg.dim, cfg.dim * conv.width)
 
 
 def _latent(dim: int, heads: int, cfg: LatentConfig) -> _Part:
@@ -264,14 +276,18 @@ def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
     if attention.latent is not None:
         latent = attention.latent
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
-    layers: Counter[tuple[int | None, bool]] = Counter()
+    layers: Counter[tuple[int | None, bool, bool]] = Counter()
     for stack in stacks:
-        layers.update((layer.window, stack.causal) for layer in stack.layers if not layer.delta)
+        layers.update(
+            (layer.window, stack.causal, layer.chunk is not None)
+            for layer in stack.layers
+            if not layer.state
+        )
         if stack.cross:
-            layers[None, False] += len(stack.layers)
+            layers[None, False, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
     spans = tuple(Span(flops * number, *kind) for kind, number in layers.items())
-    deltas = sum(layer.delta for stack in stacks for layer in stack.layers)
+    deltas = sum(layer.state == "delta" for stack in stacks for layer in stack.layers)
     return (*spans, Span(deltas * _state_flops(attention), 1, True)) if deltas else spans
 
 

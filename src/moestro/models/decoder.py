@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig
+from moestro.config import ModelConfig, RopeConfig, WindowConfig
 from moestro.errors import ShapeError
 from moestro.models.blocks import Stack
 from moestro.models.cache import KVCache
@@ -98,4 +98,11 @@ def cannot_pack(cfg: ModelConfig) -> str | None:
     """Why a model of these settings cannot keep documents of one row apart; None: it can."""
     if cfg.attention.delta is not None:
         return "the state of gated DeltaNet layers runs on from one document of a row to the next"
+    if cfg.attention.conv is not None:
+        return "short convolutions run on from one document of a row to the next"
+    positions, mix = cfg.attention.positions, cfg.attention.window
+    if isinstance(mix, WindowConfig) and mix.chunked:
+        return "the pieces of chunked attention are counted from the begin of a row"
+    if isinstance(positions, RopeConfig) and positions.temperature is not None:
+        return "the temperature of queries depends on their place in the row"
     return None

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moestro.config import NetworkConfig
 from moestro.kernels import delta
 from moestro.models.cache import StateCache
+from moestro.models.conv import causal_convolution
 from moestro.models.linear import Linear, PlainLinear
 from moestro.models.norms import RMSNorm
 
@@ -79,32 +80,21 @@ class DeltaNet(nn.Module):
         qkv_BSI, z_BSO = self.qkvz(x_BSD).split_with_sizes(
             [settings.conv_channels, settings.value_width], dim=-1
         )
-        before_BWI, state_BHAO = (None, None) if cache is None else cache.held(len(x_BSD))
-        joined_BPI = self._joined(qkv_BSI, before_BWI)
-        q_BSGA, k_BSGA, v_BSHO = self._heads(self._convolved(joined_BPI))
+        held = () if cache is None else cache.held(len(x_BSD))
+        before_BWI, state_BHAO = held or (None, None)
+        convolved_BSI, last_BWI = causal_convolution(qkv_BSI, self.conv_weight, before_BWI)
+        q_BSGA, k_BSGA, v_BSHO = self._heads(F.silu(convolved_BSI))
         log_decay_BSH, beta_BSH = self._rates(x_BSD, valid_BS)
         with torch.autocast(x_BSD.device.type, enabled=False):  # a state adds up its rounding
             y_BSHO, state_BHAO = delta.gated_delta(
                 q_BSGA, k_BSGA, v_BSHO, log_decay_BSH, beta_BSH, state_BHAO
             )
         if cache is not None:
-            cache.keep(joined_BPI[:, joined_BPI.shape[1] - settings.conv_width + 1 :], state_BHAO)
+            cache.keep(last_BWI, state_BHAO)
         z_BSHO = z_BSO.view(y_BSHO.shape)
         gated_BSHO = self.norm(y_BSHO.to(z_BSHO.dtype)) * F.silu(z_BSHO)
         out: Tensor = self.out(gated_BSHO.flatten(2))
         return out
-
-    def _joined(self, qkv_BSI: Tensor, before_BWI: Tensor | None) -> Tensor:
-        """The new positions after the W - 1 before them; zeros before the first of a text."""
-        if before_BWI is None:
-            return F.pad(qkv_BSI, (0, 0, self.settings.conv_width - 1, 0))
-        return torch.cat([before_BWI.to(qkv_BSI.dtype), qkv_BSI], dim=1)
-
-    def _convolved(self, joined_BPI: Tensor) -> Tensor:
-        """Each channel's sum of its last W numbers by their weights, then SiLU: [B, S, I]."""
-        weight_I1W = self.conv_weight.to(joined_BPI.dtype)
-        y_BIS = F.conv1d(joined_BPI.transpose(1, 2), weight_I1W, groups=len(weight_I1W))
-        return F.silu(y_BIS.transpose(1, 2))
 
     def _heads(self, qkv_BSI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of length 1 / sqrt(A), keys of length 1, and values."""

@@ -88,13 +88,7 @@ class MoE(nn.Module):
 
         num_sequences = len(x) if x.dim() > 2 else 1
         routing = self._limit(self.router(x_TD, ids_T, valid_T, *keys), num_sequences)
-        if self.shared is not None and isinstance(self.experts, ParallelExperts):
-            meanwhile = partial(self._shared, x_TD)
-            y_TD = self.experts(x_TD, routing, *keys, meanwhile=meanwhile)
-        else:
-            y_TD = self.experts(x_TD, routing, *keys)
-            if self.shared is not None:
-                y_TD = y_TD + self._shared(x_TD)
+        y_TD = self._mixed(x_TD, routing, *keys)
         if valid_T is not None:  # Experts with biases turn zeros into non-zeros.
             y_TD = y_TD.masked_fill(~valid_T[:, None], 0)
         # No view, which FSDP2 warns of: whoever changed it in place would bypass the hooks on it.
@@ -115,6 +109,20 @@ class MoE(nn.Module):
             tokens = int(routing.valid_T.sum())
         rows = dispatch.capacity(factor, tokens, self.cfg.top_k, self.cfg.num_experts)
         return dispatch.limit(routing, rows, cfg.priority)
+
+    def _mixed(self, x_TD: Tensor, routing: Routing, *keys: Tensor) -> Tensor:
+        """The outputs of the token's experts by their weights, and of the shared expert."""
+        rows_TD = x_TD
+        if self.cfg.router.weighs == "input":  # each token has one expert
+            rows_TD = (x_TD * routing.weights_R[:, None]).to(x_TD.dtype)
+            routing = routing._replace(weights_R=torch.ones_like(routing.weights_R))
+        y_TD: Tensor
+        if self.shared is not None and isinstance(self.experts, ParallelExperts):
+            meanwhile = partial(self._shared, x_TD)
+            y_TD = self.experts(rows_TD, routing, *keys, meanwhile=meanwhile)
+            return y_TD
+        y_TD = self.experts(rows_TD, routing, *keys)
+        return y_TD if self.shared is None else y_TD + self._shared(x_TD)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         """The shared expert's output, scaled by its gate where it has one."""

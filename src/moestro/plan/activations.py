@@ -16,6 +16,8 @@ those marked c are in the dtype computed in, the others in fp32.
                        4H · (A + Q) + 2G·Q          heads, and Q × Q matrices of chunks of Q tokens
                        H · A·O / Q                  the state before each chunk
                        (2 + 10c) · H · O            values and gates of width O
+    short convolution  D · (1 + c)                  the norm's input and output
+                       c · 6D                       b, c, x; b ⊙ x; its convolution; times c
     dense network      D · (1 + c) + c · n · F      n = 3: gate, up, activated gate; not gated: 2
     mixture            D · (1 + c) + 2E             logits and probabilities of the router
       each of K rows   c · (2D + n · F)             the token's copy, hidden units, the output
@@ -84,11 +86,12 @@ def _layers(cfg: NetworkConfig, context: int, number: int) -> list[float]:
         for layer in stack.layers:
             seen = _seen(context, layer.window) if stack.causal else Seen(context, 1)
             network = _network(cfg, layer.mixture, number)
-            looking = (
-                _delta(cfg.attention, context, number)
-                if layer.delta
-                else _attention(cfg, number, seen)
-            )
+            if layer.state == "delta":
+                looking = _delta(cfg.attention, context, number)
+            elif layer.state == "conv":
+                looking = number * 6 * cfg.dim
+            else:
+                looking = _attention(cfg, number, seen)
             found.append(other + looking + network)
     return found
 
@@ -116,7 +119,7 @@ def _attention(cfg: NetworkConfig, number: int, seen: Seen) -> float:
     normed = 0
     if attention.qk_norm != "none":
         scales = 2 if attention.qk_norm == "full" else heads + groups
-        values = 0 if attention.qk_norm == "rotated" else keys
+        values = 0 if attention.qk_norm in ("rotated", "unit") else keys
         normed = number * (queries + keys + values) + FP32 * scales
     if attention.delta is not None and attention.delta.gated_attention:
         normed += number * 3 * queries
@@ -180,10 +183,11 @@ def _projections(cfg: NetworkConfig) -> int:
         one = cfg.dim * queries if rank is None else rank * (cfg.dim + queries)
         one += cfg.dim * (latent.kv_rank + latent.rope_dim + heads * latent.value_dim)
         one += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
-    delta, deltas = attention.delta, 0
+    delta = attention.delta
     layers = sum((1 + stack.cross) * len(stack.layers) for stack in cfg.stacks())
+    others = sum(layer.state is not None for stack in cfg.stacks() for layer in stack.layers)
+    made = 4 * cfg.dim  # by each of the others: a short convolution
     if delta is not None:
-        deltas = sum(layer.delta for stack in cfg.stacks() for layer in stack.layers)
         one += cfg.dim * cfg.head_dim * heads * delta.gated_attention
-    made = 0 if delta is None else delta.conv_channels + 2 * delta.value_width
-    return cfg.vocab_size * cfg.dim + (layers - deltas) * one + deltas * cfg.dim * made
+        made = delta.conv_channels + 2 * delta.value_width
+    return cfg.vocab_size * cfg.dim + (layers - others) * one + others * cfg.dim * made

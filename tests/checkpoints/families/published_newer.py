@@ -1,5 +1,7 @@
 """config.json of mixtures of 2025 and 2026, as their folders on the Hugging Face hub have them."""
 
+from .published_conv import CONV_MODELS
+from .published_llama4 import LLAMA4_MODELS
 from .published_mixed import MIXED
 
 FP8 = {
@@ -280,4 +282,6 @@ NEWER = {
         142_774_381_696,
     ),
     **MIXED,
+    **CONV_MODELS,
+    **LLAMA4_MODELS,
 }

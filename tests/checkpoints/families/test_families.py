@@ -1,13 +1,17 @@
 """What the tables of the families refuse, and what they make of fields said in several ways."""
 
 import pytest
+import torch
 
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields, to_settings
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 
+from . import tiny
 from .published import PUBLISHED
+
+Lfm2MLP = pytest.importorskip("transformers.models.lfm2.modeling_lfm2").Lfm2MLP
 
 
 def settings(name, **changes):
@@ -64,6 +68,12 @@ def test_an_unknown_field_is_refused(name):
         ("dots.llm1.inst", {"scoring_func": "softmax"}, "'noaux_tc' or 'sigmoid'"),
         ("dots.llm1.inst", {"use_sliding_window": True}, "layers that look back on a few"),
         ("dots.llm1.inst", {"sliding_window": 64, "max_window_layers": 9}, "no other pattern"),
+        ("LFM2-8B-A1B", {"layer_types": "left out"}, "layer_types is missing"),
+        ("LFM2-8B-A1B", {"layer_types": ["conv"] * 23}, "23 entries for 24 layers"),
+        ("LFM2-8B-A1B", {"layer_types": ["mamba"] * 24}, "has 'mamba'; known: conv and full"),
+        ("LFM2-8B-A1B", {"conv_bias": True}, "conv_bias is True"),
+        ("LFM2-1.2B", {"use_pos_enc": False}, "would mean no positions"),
+        ("LFM2-1.2B", {"conv_dim": 1024}, "conv_dim is 1024.* make it 2048"),
         ("gpt-oss-20b", {"swiglu_limit": 9.0}, "swiglu_limit is 9.0"),
         ("gpt-oss-20b", {"experts_per_token": 8}, "experts_per_token is 8.* make it 4"),
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window is not set"),
@@ -93,6 +103,27 @@ def test_layers_of_ernie_that_are_mixtures(start, end, every, mixtures):
     indices = {"moe_layer_start_index": start, "moe_layer_end_index": end}
     cfg = settings("ERNIE-4.5-21B-A3B-PT", **indices, moe_layer_interval=every)
     assert [n for n in range(28) if cfg.is_moe_layer(n)] == list(mixtures)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({}, 8192),
+        ({"block_ff_dim": 10240}, 6912),
+        ({"block_ff_dim": "left out", "intermediate_size": 6656}, 4608),
+        ({"block_ffn_dim_multiplier": 1.5, "block_multiple_of": 100}, 12300),
+        ({"block_auto_adjust_ff_dim": False}, 12288),
+    ],
+)
+def test_width_of_lfm2(changes, width):
+    """As the module of transformers has it."""
+    cfg = settings("LFM2-1.2B", **changes)
+    assert cfg.dense.hidden_dim == width
+    assert to_settings(FAMILIES["lfm2"], to_fields(FAMILIES["lfm2"], cfg, {})) == cfg
+    fields = {key: value for key, value in changes.items() if value != "left out"}
+    theirs = tiny.transformers.Lfm2Config(**{"intermediate_size": 12288, **fields})
+    with torch.device("meta"):
+        assert tuple(Lfm2MLP(theirs).w1.weight.shape) == (width, 2560)
 
 
 def test_alpha_of_hunyuan_stretches_the_base():

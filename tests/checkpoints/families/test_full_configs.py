@@ -45,9 +45,9 @@ def settings_of(fields, accepted=()):
 
 
 def config_of(name):
-    kind, body = ("SwitchTransformers", tiny.SWITCH) if name == "switch" else tiny.TINY[name]
-    changes = body if name == "switch" else {**tiny.BODY, **body}
-    return getattr(tiny.transformers, f"{kind}Config")(**changes)
+    if name == "switch":
+        return tiny.transformers.SwitchTransformersConfig(**tiny.SWITCH)
+    return tiny.config_of(name)
 
 
 @pytest.mark.parametrize("name", [*tiny.TINY, "switch"])

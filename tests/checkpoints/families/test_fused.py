@@ -15,7 +15,7 @@ from . import tiny
 NAMES = [
     name
     for name, (kind, _) in tiny.TINY.items()
-    if kind not in ("Llama", "Mistral", "Qwen2", "Qwen3", "GptOss")
+    if kind not in ("Llama", "Mistral", "Qwen2", "Qwen3", "Lfm2", "GptOss")
 ]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from moestro.checkpoints.families.translate import to_fields
+from moestro.checkpoints.families.translate import canonical, to_fields
 from moestro.checkpoints.reading import read_settings
 from moestro.checkpoints.transfer import unique_tensors
 from moestro.config import EncDecConfig
@@ -56,11 +56,4 @@ def test_written_from_our_settings_alone_they_mean_the_same(name, tmp_path):
     path.write_text(json.dumps(PUBLISHED[name][0]))
     described = read_settings(path)
     path.write_text(json.dumps(to_fields(described.family, described.cfg, {})))
-    again = read_settings(path)
-    with torch.device("meta"):
-        kind = EncDec if isinstance(again.cfg, EncDecConfig) else Decoder
-        shapes = [
-            {key: tensor.shape for key, tensor in kind(one.cfg).state_dict().items()}
-            for one in (described, again)
-        ]
-    assert shapes[0] == shapes[1]
+    assert canonical(read_settings(path).cfg) == canonical(described.cfg)

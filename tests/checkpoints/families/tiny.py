@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from .tiny_newer import LATENT, NEWER, PLAIN_ROPE, YARN
+from .tiny_newer import LATENT, LEFT_OUT, NEWER, PLAIN_ROPE, YARN
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -272,7 +272,7 @@ def randomise(model, seed: int = 0):
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.copy_(0.3 * noise)
             elif name not in dict(model.named_parameters()):
                 continue
@@ -295,12 +295,19 @@ def randomise(model, seed: int = 0):
     return model.eval()
 
 
+def config_of(name: str):
+    """The settings, in transformers, of the model of `TINY` of that name."""
+    kind, changes = TINY[name]
+    given = {key: value for key, value in {**BODY, **changes}.items() if value != LEFT_OUT}
+    return getattr(transformers, f"{kind}Config")(**given)
+
+
 def build(name: str):
     """The model of `TINY` of that name, in fp32, all of its numbers random."""
-    kind, changes = TINY[name]
+    kind, _ = TINY[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(transformers, f"{kind}Config")(**{**BODY, **changes})
+        config = config_of(name)
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
         model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)

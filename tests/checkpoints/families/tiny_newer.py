@@ -31,8 +31,46 @@ ERNIE = {
     "moe_intermediate_size": 14,
     "num_nextn_predict_layers": 0,
 }
+# In place of a setting of BODY that a class does not have.
+LEFT_OUT = "left out"
+CONV = {"num_hidden_layers": 4, "norm_eps": 1e-4, "rms_norm_eps": LEFT_OUT}
 # name → (class of the settings in transformers, settings beside BODY).
 NEWER = {
+    "lfm2": (
+        "Lfm2",
+        {
+            **CONV,
+            "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+            "block_multiple_of": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            **CONV,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 14,
+        },
+    ),
+    "lfm2_moe_plain": (
+        "Lfm2Moe",
+        {
+            **CONV,
+            "layer_types": ["full_attention", "conv", "conv", "conv"],
+            "num_dense_layers": 0,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 14,
+            "conv_L_cache": 5,
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {
@@ -90,6 +128,35 @@ NEWER = {
             "moe_layer_end_index": 3,
             "moe_num_shared_experts": 1,
             "head_dim": 10,
+        },
+    ),
+    "llama4": (
+        "Llama4Text",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size_mlp": 26,
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 7,
+            "no_rope_layer_interval": 3,
+            "floor_scale": 4,
+            "attn_scale": 0.7,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "llama4_plain": (
+        "Llama4Text",
+        {
+            "intermediate_size_mlp": 26,
+            "head_dim": 10,
+            "num_local_experts": 4,
+            "attention_chunk_size": None,
+            "no_rope_layer_interval": 2,
+            "attn_temperature_tuning": False,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
         },
     ),
     "dots1": (

@@ -14,7 +14,9 @@ from moestro.checkpoints.families import (
     gpt_oss,
     granite,
     hunyuan,
+    lfm2,
     llama,
+    llama4,
     minimax,
     mixtral,
     olmoe,
@@ -33,6 +35,7 @@ FAMILIES: Mapping[str, Family] = {
         llama.LLAMA,
         llama.MISTRAL,
         llama.QWEN3,
+        llama4.LLAMA4,
         mixtral.MIXTRAL,
         olmoe.OLMOE,
         qwen_moe.QWEN2,
@@ -53,12 +56,17 @@ FAMILIES: Mapping[str, Family] = {
         gpt_oss.GPT_OSS,
         granite.GRANITE_MOE,
         hunyuan.HUNYUAN_V1_MOE,
+        lfm2.LFM2,
+        lfm2.LFM2_MOE,
         phimoe.PHIMOE,
         switch.SWITCH,
     )
 }
 # A model_type of text and images → that of its text part, which config.json holds in `text_config`.
-TEXT_PARTS: Mapping[str, str] = {"qwen3_5_moe": qwen_next.QWEN3_5_MOE.model_type}
+TEXT_PARTS: Mapping[str, str] = {
+    "llama4": llama4.LLAMA4.model_type,
+    "qwen3_5_moe": qwen_next.QWEN3_5_MOE.model_type,
+}
 # What such a config.json says beside it of the files and the head.
 _BESIDE_TEXT = (*QUANTISATION, "dtype", "torch_dtype", "tie_word_embeddings")
 # This project's own layout: every tensor under its own name.

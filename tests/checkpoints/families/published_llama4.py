@@ -1,0 +1,67 @@
+"""config.json of the text parts of Llama-4."""
+
+_BODY = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "attention_bias": False,
+    "attention_chunk_size": 8192,
+    "attention_dropout": 0.0,
+    "bos_token_id": 200000,
+    "eos_token_id": [200001, 200007, 200008],
+    "for_llm_compressor": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "output_router_logits": False,
+    "pad_token_id": 200018,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 202048,
+}
+# name → (config.json, parameters of the text part in transformers).
+LLAMA4_MODELS = {
+    "Llama-4-Scout-17B-16E": (
+        {
+            **_BODY,
+            "attn_scale": 0.1,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "interleave_moe_layer_step": 1,
+            "max_position_embeddings": 10485760,
+            "moe_layers": list(range(48)),
+            "no_rope_layers": [1, 1, 1, 0] * 12,
+            "num_local_experts": 16,
+            "rope_scaling": {
+                "factor": 16.0,
+                "high_freq_factor": 1.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "use_qk_norm": True,
+        },
+        107_769_861_120,
+    ),
+    "Llama-4-Maverick-17B-128E": (
+        {
+            **_BODY,
+            "interleave_moe_layer_step": 2,
+            "max_position_embeddings": 1048576,
+            "num_local_experts": 128,
+            "rope_scaling": None,
+            "use_qk_norm": False,
+        },
+        400_711_848_960,
+    ),
+}

@@ -1,0 +1,222 @@
+"""Experts that do not use transformers' interface: the same numbers, on odd shapes, both ways."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import moestro.hf as hf
+from moestro.errors import BackendError
+from moestro.hf import forward
+from moestro.kernels import native_cpu
+
+from ..checkpoints.families.tiny import BODY, build_switch, randomise
+
+transformers = pytest.importorskip("transformers")
+step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+
+SMALL = {"vocab_size": 61, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA4 = {
+    "intermediate_size_mlp": 20, "num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 64,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+JETMOE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8,
+    "intermediate_size": 16, "num_local_experts": 5, "num_experts_per_tok": 2,
+}  # fmt: skip
+LONGCAT = {
+    "num_layers": 2, "n_routed_experts": 5, "zero_expert_num": 3, "moe_topk": 3,
+    "expert_ffn_hidden_size": 14, "ffn_hidden_size": 20, "q_lora_rank": 12, "kv_lora_rank": 14,
+    "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 8,
+    "routed_scaling_factor": 1.5, "max_position_embeddings": 64,
+}  # fmt: skip
+STEP = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14, "share_expert_dim": 14, "max_position_embeddings": 64,
+    "sliding_window": 16, "mlp_layer_types": ["sparse", "sparse"],
+}  # fmt: skip
+
+
+def llama4(**changes):
+    config = transformers.Llama4TextConfig(**{**BODY, **LLAMA4, **changes})
+    return transformers.Llama4ForCausalLM(config)
+
+
+def jetmoe(**changes):
+    return transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**SMALL, **JETMOE, **changes))
+
+
+def longcat(**changes):
+    config = transformers.LongcatFlashConfig(**SMALL, **LONGCAT, **changes)
+    return transformers.LongcatFlashForCausalLM(config)
+
+
+def step3p7(**changes):
+    config = step.Step3p7TextConfig(vocab_size=61, **{**STEP, **changes})
+    return step.Step3p7TextModel(config)
+
+
+def dbrx(**changes):
+    config = transformers.DbrxConfig(
+        **SMALL, **changes, d_model=32, n_heads=4, n_layers=1, max_seq_len=32,
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    config.attn_config.rope_theta = 1e4
+    return transformers.DbrxForCausalLM(config).eval()
+
+
+def nllb():
+    config = transformers.NllbMoeConfig(
+        vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_experts=4,
+        encoder_sparse_step=1, decoder_sparse_step=1,
+    )  # fmt: skip
+    return transformers.NllbMoeForConditionalGeneration(config).eval()
+
+
+MODELS = {
+    "llama4": (llama4, {}),
+    "jetmoe": (jetmoe, {}),
+    "longcat": (longcat, {}),
+    "step3p7": (step3p7, {}),
+    "step3p7, clamped": (step3p7, {"swiglu_limits": [0.1, 0.05]}),
+}
+# Stored transposed, or with a gate of its own: on the CPU the torch kernels compute them.
+TORCH = ("llama4", "step3p7, clamped")
+
+
+def build(name):
+    make, changes = MODELS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return randomise(make(**changes))
+
+
+def tokens(batch=2, length=9):
+    return torch.randint(3, 61, (batch, length))
+
+
+def quietly(function, *given):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch kernels")
+        return function(*given)
+
+
+@torch.no_grad()
+def output(model, ids):
+    return quietly(model, ids)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_in_fp32(name):
+    """Of one token, of odd numbers of them; and by transformers again afterwards."""
+    hf.install()
+    model = build(name)
+    texts = [tokens(1, 1), tokens(1, 7), tokens(3, 21)]
+    theirs = [output(model, ids) for ids in texts]
+    model.set_experts_implementation("moestro")
+    checked = quietly(hf.check, model, texts[0])
+    assert len(checked.ran) == checked.calls == 2
+    native = native_cpu.available() is None and name not in TORCH
+    assert all(line.startswith("native") == native for line in checked.ran.values()), checked
+    twin = copy.deepcopy(model)
+    for ids, expected in zip(texts, theirs, strict=True):
+        for each in (model, twin):
+            torch.testing.assert_close(output(each, ids), expected, rtol=1e-4, atol=1e-4)
+    model.set_experts_implementation("eager")
+    with forward.watching() as calls:
+        assert all(torch.equal(output(model, i), e) for i, e in zip(texts, theirs, strict=True))
+    assert not calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name):
+    hf.install()
+    model, ids = build(name), tokens()
+
+    def gradients():
+        model.zero_grad()
+        model(ids)[0].square().mean().backward()
+        return {
+            key: each.grad.clone()
+            for key, each in model.named_parameters()
+            if each.grad is not None
+        }
+
+    theirs = gradients()
+    model.set_experts_implementation("moestro")
+    with forward.watching() as calls:
+        ours = gradients()
+    assert [len(lines) for lines in calls.values()] == [1, 1]
+    assert ours.keys() == theirs.keys()
+    for key, grad in theirs.items():
+        bound = 1e-5 * float(grad.abs().max()) + 1e-9
+        torch.testing.assert_close(ours[key], grad, rtol=1e-4, atol=bound, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama4", "jetmoe", "longcat", "step3p7"])
+def test_packed(name):
+    if native_cpu.available() is not None:
+        pytest.skip("no native library")
+    model, ids = build(name), tokens()
+    theirs = output(model, ids)
+    packed = hf.quantize(model, "float32")
+    assert len(packed.experts) == 2
+    torch.testing.assert_close(output(model, ids), theirs, rtol=1e-4, atol=1e-4)
+    assert all("float32" in line for line in hf.check(model, ids).ran.values())
+
+
+def test_asked_for_while_the_model_is_made():
+    hf.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = randomise(llama4(experts_implementation="moestro"))
+    assert quietly(hf.check, model, tokens()).calls == 2
+
+
+def test_refused_while_the_model_is_made():
+    hf.install()
+    with pytest.raises(BackendError, match="DbrxExperts cannot run"):
+        quietly(lambda: dbrx(experts_implementation="moestro"))
+    quietly(dbrx)
+
+
+def test_compiled():
+    hf.install()
+    model, ids = build("llama4"), tokens()
+    expected = output(model, ids)
+    model.set_experts_implementation("moestro")
+    compiled = torch.compile(lambda x: model(x, use_cache=False)[0], backend="aot_eager")
+    torch.testing.assert_close(output_of(compiled, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def output_of(function, ids):
+    return quietly(function, ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (dbrx, "DbrxExperts cannot run on moestro: gates and what they multiply are two tensors"),
+        (nllb, "NllbMoeExperts cannot run on moestro: each expert is a module with matrices of"),
+        (build_switch, "SwitchTransformersExperts cannot run .*: each expert is a module"),
+    ],
+)
+def test_what_cannot_run_says_why(make, words):
+    hf.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make()
+    for act in (
+        lambda: model.set_experts_implementation("moestro"),
+        lambda: hf.quantize(model, "int8"),
+        lambda: hf.check(model, tokens()),
+    ):
+        with pytest.raises(BackendError, match=words):
+            act()
