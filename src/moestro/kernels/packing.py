@@ -1,15 +1,17 @@
-"""Packed weights: fp32, bf16, int8, int4 and uint4 in the layout that the native kernels stream.
+"""Packed weights: fp32, bf16, 8 and 4 bits in the layout that the native kernels stream.
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
 contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
-inputs, which is both an AMX tile and a streaming AVX-512 line. int8, int4 and uint4: for each group
-of Q inputs the 32 scales (fp16, 64 bytes), of uint4 also the 32 minima, then quads of inputs, 32
+inputs, which is both an AMX tile and a streaming AVX-512 line. Of the others: for each group of Q
+inputs the 32 scales (fp16, 64 bytes), of uint4 also the 32 minima, then quads of inputs, 32
 outputs side by side; a byte of 4-bit weights holds input i of one quad in its low half and of the
-next quad in its high half, of int4 both plus 8. uint4 is scale · q + minimum, q from 0 to 15.
+next quad in its high half, of int4 both plus 8. uint4 is scale · q + minimum, q from 0 to 15; of
+mxfp4, iq4_nl and nf4 the half bytes are places in a table (`TABLES`), of scale · table[q].
 Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate
 and up blocks in turn, then its down blocks, rounded up to whole pages of 4096 bytes.
 
-`quantise` is the definition; the native packer gives the same integers and scales bit by bit.
+`quantise` is the definition; the native packer gives the same integers and scales bit by bit. Kinds
+with a table have none: they hold blocks that were made so, and nothing else.
 Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidden width.
 """
 
@@ -25,22 +27,31 @@ from moestro.errors import ShapeError
 from moestro.kernels.residency import Stored
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
-KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "plain")
+KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "mxfp4", "iq4_nl", "nf4", "plain")
 UNGATED = ("relu", "gelu")
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
-QUANTISED = ("int8", "int4", "uint4")
+# The integers of 16 places: twice OCP's e2m1; ggml's IQ4_NL; 127 times NF4's numbers, rounded.
+TABLES = {
+    "mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "nf4": (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127),
+}
+QUANTISED = ("int8", "int4", "uint4", *TABLES)
 GROUPS = (32, 64)
 COLUMNS = 32
 PAIRS = 32
-# Blocks of GGUF that native code reads, by ggml's number: (numbers, bytes) of a block.
+# Blocks that native code reads, by ggml's number: (numbers, bytes) of a block. Those of NF4, which
+# ggml lacks, are as those of IQ4_NL.
+Q4_0, Q4_1, Q8_0, Q4_K, IQ4_NL, MXFP4, NF4 = 2, 3, 8, 12, 20, 39, 512
 BLOCKS = {
-    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
-    13: (256, 176), 14: (256, 210), 20: (32, 18), 39: (32, 17),
+    Q4_0: (32, 18), Q4_1: (32, 20), 6: (32, 22), 7: (32, 24), Q8_0: (32, 34), Q4_K: (256, 144),
+    13: (256, 176), 14: (256, 210), IQ4_NL: (32, 18), MXFP4: (32, 17), NF4: (32, 18),
 }  # fmt: skip
-# Of these, what int8, int4 and uint4 in groups of 32 hold bit by bit.
-EXACT_INT8 = (2, 6, 8, 20, 39)
-EXACT_INT4 = (2,)
-EXACT_UINT4 = (2, 3)
+# What each kind holds bit by bit in groups of 32.
+EXACT = {
+    "int4": (Q4_0,), "mxfp4": (MXFP4,), "iq4_nl": (IQ4_NL,), "nf4": (NF4,), "uint4": (Q4_0, Q4_1),
+    "int8": (Q4_0, 6, Q8_0, IQ4_NL, MXFP4),
+}  # fmt: skip
 PAGE = 4096
 
 
@@ -129,8 +140,8 @@ class StoredRows(Protocol):
     def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
         """The parts of a tensor of the module, or of entry `entry` of its first axis, in order.
 
-        Gate and up are two parts; of others all but the last have a multiple of 32 rows. Plain
-        numbers are fp32 or bf16.
+        Gate and up are two parts, or one; of others all but the last have a multiple of 32 rows.
+        Plain numbers are fp32 or bf16.
         """
 
 
@@ -143,9 +154,12 @@ def check_format(format: Format) -> None:
     for kind in (format.kind, format.of_down.kind):
         if kind not in KINDS or kind == "plain":
             raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {kind!r}")
-    unknown = {format.kind, format.down} & {*QUANTISED} and format.group not in GROUPS
+    quantised = {format.kind, format.down} & {*QUANTISED}
+    unknown = quantised and format.group not in (GROUPS[:1] if quantised & {*TABLES} else GROUPS)
     if unknown or type(format.group) is not int:
-        raise ShapeError(f"groups have 32 or 64 inputs; given {format.group!r}")
+        raise ShapeError(
+            f"groups have 32 or 64 inputs, of kinds with a table 32; given {format.group!r}"
+        )
 
 
 @lru_cache(typed=True)
