@@ -125,7 +125,8 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
-                        __m512i lower = _mm512_and_si512(w, low), upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+                        __m512i lower = _mm512_and_si512(w, low);
+                        __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
                         if constexpr (has_table(KIND)) {
                             lower = _mm512_shuffle_epi8(flipped, lower);
                             upper = _mm512_shuffle_epi8(flipped, upper);

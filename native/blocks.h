@@ -17,8 +17,8 @@ uint16_t to_half(float x);
 // A kind of blocks; length 0: not known here.
 struct BlockKind {
     int32_t length, bytes;
-    bool exact;    // every 32 numbers are integers of eight bits times an fp16 scale
-    bool nibbles;  // they are 0 to 15, less 8 or with a minimum; the scale and minimum of 32 may need rounding
+    bool exact;         // every 32 numbers are integers of eight bits times an fp16 scale
+    bool nibbles;       // they are 0 to 15, less 8 or with a minimum; the scale and minimum of 32 may need rounding
     int32_t table = 0;  // the packed kind whose table its nibbles are places in; 0: none
 };
 BlockKind block_kind(int32_t number);

@@ -82,7 +82,8 @@ MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
 /* Pack rows [n, k] (fp32, bf16 or blocks) at dst. `step` 2 leaves every other block free for a second matrix (gate
  * and up). Input that is not finite is refused (EBAD), and so are sizes above 65504 for int8, int4 and uint4. In groups
  * of 32, blocks of integers with one fp16 scale for 32 become int8 as they are, Q4_0 int4, and those of four bits with
- * minima uint4; MXFP4, IQ4_NL and NF4 are packed from their own blocks alone. To sums (or null) are added the squared error of what is rounded here, and the sum of its squares. */
+ * minima uint4; MXFP4, IQ4_NL and NF4 are packed from their own blocks alone. To sums (or null) are added the squared
+ * error of what is rounded here, and the sum of its squares. */
 MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k,
                                  void *dst, int64_t step, double *sums);
 /* Rows [n, k] of any dtype as fp32. */

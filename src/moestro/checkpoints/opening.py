@@ -87,8 +87,7 @@ def open_checkpoint(
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
             checkpoint's, a GGUF file, or `org/model`.
-        weights: as-is (integers with scales are packed, numbers kept), fp32, bf16, int8, int8-64,
-            int4, int4-64.
+        weights: as-is (integers stay so, packed), fp32, bf16, int8, int8-64, int4, int4-64.
         packed: where the packed form is kept; None: see `packed_files.default_path`.
         keep: map a packed form that was kept, or keep a new one for the next start.
         dtype: of weights that are not packed; None: that of the checkpoint's embedding.

@@ -28,19 +28,11 @@ from moestro.checkpoints.transfer import (
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
-from moestro.kernels.packing import Format
+from moestro.kernels.formats import WEIGHTS, Format
 from moestro.models.build import Model, build_model
 from moestro.models.materialize import materialize, without_memory
 from moestro.moe.packed import Packable, Packed
 
-WEIGHTS = {
-    "fp32": Format("float32"),
-    "bf16": Format("bfloat16"),
-    "int8": Format("int8", 32),
-    "int8-64": Format("int8", 64),
-    "int4": Format("int4", 32),
-    "int4-64": Format("int4", 64),
-}
 AS_IS = "as-is"
 # An error of packing that one would rather not have: int8 adds half of it, int4 nine times as much.
 _MUCH = 0.01
@@ -159,7 +151,7 @@ def read_packed(
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
     model, total, done = unread.model, unread.bytes, 0
-    rounded, chosen = Rounding(), None if format == AS_STORED else format
+    rounded, chosen = Rounding(), _chosen(format)
 
     def moved(part: Unread) -> None:
         nonlocal done
@@ -175,8 +167,8 @@ def read_packed(
     def from_blocks(path: str, module: Packable, names: Sequence[str]) -> Packed:
         """The same without numbers of its own on the way: they are packed as they are stored."""
         part = unread.part(set(names))
-        path_there = names[0].rpartition(".")[0]
-        stored, others = stored_module(part.sources, path_there, model.cfg, chosen)
+        own = names[0].rpartition(".")[0]
+        stored, others = stored_module(part.sources, own, model.cfg, chosen)
         if others:
             fill(others)
         made = packed(path, module, format, stored)
@@ -184,12 +176,16 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    blocks = from_blocks if unread.of_gguf or unread.quantised else None
     taken = begin and begin(_blank(unread, format))
+    blocks = from_blocks if unread.quantised else None
     made = _pack_in_turn(model, unread.dtype, format, fill, blocks, taken)
-    if (words := rounded.words()) is not None:
-        warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
+    rounded.warn(folder.name)
     return made
+
+
+def _chosen(format: Format) -> Format | None:
+    """What is asked for; None: what each module is stored in."""
+    return None if format == AS_STORED else format
 
 
 def _blank(unread: Unread, format: Format) -> Model:
@@ -303,14 +299,15 @@ class Rounding:
             self.kinds += kinds
             self.sums += stored.rounding
 
-    def words(self) -> str | None:
-        """A sentence about it; None: nothing was rounded that was quantised before."""
+    def warn(self, model: str) -> None:
+        """Say it, if anything was rounded that was quantised before."""
         names = ", ".join(name for name, _ in self.kinds.most_common())
         if not names:
-            return None
+            return
         error = float((self.sums[0] / self.sums[1]).sqrt())
-        return (
-            f"weights in {names} are packed in another form, which adds an error of "
+        words = (
+            f"{model}: weights in {names} are packed in another form, which adds an error of "
             f"{100 * error:.2f} % (root mean square, of the weights')"
             + ("; --weights int8, or as-is, stays far closer to them" if error > _MUCH else "")
         )
+        warnings.warn(words, UserWarning, stacklevel=3)

@@ -56,8 +56,8 @@ class Unread(NamedTuple):
 
     @property
     def quantised(self) -> bool:
-        """Whether any source is."""
-        return any(source.stored_in for _, source in self.sources)
+        """Whether any source is, or they are of a GGUF file."""
+        return self.of_gguf or any(source.stored_in for _, source in self.sources)
 
     def part(self, names: Container[str]) -> Unread:
         """What fills the tensors of these names, and repeats them."""
