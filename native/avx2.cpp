@@ -103,8 +103,12 @@ inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
     return dot4_positive(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
 }
 
-// Nibbles are 0 to 15: no sign to move, and int4's offset of 8 is taken off with the group's sum.
-inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i a) { return dot4_positive(sum, w, a); }
+// Nibbles are 0 to 15: no sign to move, and int4's offset of 8 is taken off with the group's sum. A table has signs.
+template <int32_t KIND>
+inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i table, __m256i a) {
+    if constexpr (has_table(KIND)) return dot4(sum, _mm256_shuffle_epi8(table, w), a);
+    else return dot4_positive(sum, w, a);
+}
 
 inline __m256 halves(const uint8_t *from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
@@ -121,6 +125,8 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
     constexpr bool NIBBLES = is_nibbles(KIND);
     const int64_t groups = x.k / b.group, bytes = group_bytes(KIND, b.group);
     const __m256i low = _mm256_set1_epi8(15);
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table_of(KIND))));
     for (int64_t part = 0; part < COLUMNS; part += 8) {
         __m256 sum[M];
         for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
@@ -138,9 +144,9 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
-                        dot[m] = dot4_nibbles(dot[m], _mm256_and_si256(w, low), four(row));
+                        dot[m] = dot4_nibbles<KIND>(dot[m], _mm256_and_si256(w, low), table, four(row));
                         __m256i upper = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
-                        dot[m] = dot4_nibbles(dot[m], upper, four(row + 4));
+                        dot[m] = dot4_nibbles<KIND>(dot[m], upper, table, four(row + 4));
                     } else {
                         dot[m] = dot4(dot[m], w, four(row));
                     }

@@ -93,14 +93,19 @@ inline __m512 halves(const uint8_t *from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
 
-// Signed bytes become unsigned by adding 128, int4's nibbles by adding 8; what that adds to a dot product
-// is a multiple of the row's sum over the group, taken off before the first product.
+inline __m512i table(int32_t kind) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(table_of(kind))));
+}
+
+// Signed bytes, of a table too, become unsigned by adding 128, int4's nibbles by adding 8; what that adds to a dot
+// product is a multiple of the row's sum over the group, taken off before the first product.
 template <int M, int32_t KIND>
 void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
     constexpr bool NIBBLES = is_nibbles(KIND);
-    constexpr int32_t OFFSET = KIND == MOESTRO_INT8 ? -128 : KIND == MOESTRO_INT4 ? -8 : 0;
+    constexpr int32_t OFFSET = KIND == MOESTRO_INT8 || has_table(KIND) ? -128 : KIND == MOESTRO_INT4 ? -8 : 0;
     const int64_t groups = x.k / b.group;
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(char(128));
+    const __m512i flipped = _mm512_xor_si512(table(KIND), flip);
     __m512 sum[M][2];
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const uint8_t *line = b.data;
@@ -120,8 +125,13 @@ void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 for (int m = 0; m < M; m++) {
                     const int8_t *row = x.at(at + m, g, b.group) + q * 4;
                     if constexpr (NIBBLES) {
-                        dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], _mm512_and_si512(w, low), four(row));
+                        __m512i lower = _mm512_and_si512(w, low);
                         __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+                        if constexpr (has_table(KIND)) {
+                            lower = _mm512_shuffle_epi8(flipped, lower);
+                            upper = _mm512_shuffle_epi8(flipped, upper);
+                        }
+                        dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], lower, four(row));
                         dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], upper, four(row + 4));
                     } else {
                         dot[m][h] = _mm512_dpbusd_epi32(dot[m][h], _mm512_xor_si512(w, flip), four(row));
@@ -192,14 +202,14 @@ void bf16_tiles(const Block &b, const uint16_t *x, int64_t k, float *out, int64_
 }
 
 // One group of weights as signed bytes, 32 columns by `group` inputs.
-inline void unpack_nibbles(const uint8_t *line, int64_t group, char offset, int8_t *bytes) {
-    const __m512i low = _mm512_set1_epi8(15), off = _mm512_set1_epi8(offset);
+inline void unpack_nibbles(const uint8_t *line, int64_t group, __m512i values, int8_t *bytes) {
+    const __m512i low = _mm512_set1_epi8(15);
     for (int64_t i = 0; i < group / 8; i++)
         for (int h = 0; h < 2; h++) {
             __m512i w = _mm512_loadu_si512(line + i * 128 + h * 64);
             __m512i upper = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
-            _mm512_store_si512(bytes + i * 256 + h * 64, _mm512_sub_epi8(_mm512_and_si512(w, low), off));
-            _mm512_store_si512(bytes + i * 256 + 128 + h * 64, _mm512_sub_epi8(upper, off));
+            _mm512_store_si512(bytes + i * 256 + h * 64, _mm512_shuffle_epi8(values, _mm512_and_si512(w, low)));
+            _mm512_store_si512(bytes + i * 256 + 128 + h * 64, _mm512_shuffle_epi8(values, upper));
         }
 }
 
@@ -232,13 +242,14 @@ void byte_tiles(const Block &b, const Rows &x, int64_t at, int64_t m, float *out
     alignas(64) float sum[32 * 32];
     alignas(64) int8_t unpacked[64 * 32];
     const int64_t groups = x.k / b.group;
+    const __m512i values = table(b.kind);
     for (int64_t i = 0; i < m * 32; i += 16) _mm512_store_ps(sum + i, _mm512_setzero_ps());
     const uint8_t *line = b.data + head_bytes(b.kind);
     for (int64_t g = 0; g < groups; g++, line += group_bytes(b.kind, b.group)) {
         auto weights = reinterpret_cast<const int8_t *>(line);
         next.fetch();
         if (is_nibbles(b.kind)) {
-            unpack_nibbles(line, b.group, b.kind == MOESTRO_INT4 ? 8 : 0, unpacked);
+            unpack_nibbles(line, b.group, values, unpacked);
             weights = unpacked;
         }
         ZERO(0);

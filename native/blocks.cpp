@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels.h"
+#include "moestro.h"
+
 namespace moestro {
 
 float from_half(uint16_t half) {
@@ -37,9 +40,7 @@ uint16_t to_half(float x) {
 namespace {
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, MXFP4 = 39 };
-
-const int8_t NONLINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-const int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice the numbers
+enum { NF4 = MOESTRO_ROWS_NF4 - MOESTRO_ROWS_BLOCKS };
 
 MOESTRO_INLINE uint16_t half_at(const uint8_t *at) {
     uint16_t bits;
@@ -74,11 +75,10 @@ MOESTRO_WIDE void integers(int32_t number, const uint8_t *b, int8_t *q) {
         memcpy(&fifth, b + 4, 4);
         nibbles(b + 8, q, [=](int x, int i) { return int8_t(x | int(fifth >> i & 1u) << 4); });
         break;
-    case IQ4_NL:
-        nibbles(b + 2, q, [](int x, int) { return NONLINEAR[x]; });
-        break;
-    default:  // MXFP4
-        nibbles(b + 1, q, [](int x, int) { return E2M1[x]; });
+    default: {  // MXFP4, IQ4_NL, NF4
+        const int8_t *table = table_of(block_kind(number).table);
+        nibbles(b + (number == MXFP4 ? 1 : 2), q, [=](int x, int) { return table[x]; });
+    }
     }
 }
 
@@ -138,7 +138,9 @@ BlockKind block_kind(int32_t number) {
     case Q4_0:
         return {32, 18, true, true};
     case IQ4_NL:
-        return {32, 18, true, false};
+        return {32, 18, true, false, MOESTRO_IQ4_NL};
+    case NF4:
+        return {32, 18, true, false, MOESTRO_NF4};
     case Q4_1:
         return {32, 20, false, true};
     case Q5_0:
@@ -148,7 +150,7 @@ BlockKind block_kind(int32_t number) {
     case Q8_0:
         return {32, 34, true, false};
     case MXFP4:
-        return {32, 17, true, false};
+        return {32, 17, true, false, MOESTRO_MXFP4};
     case Q4_K:
         return {256, 144, false, true};
     case Q5_K:
@@ -218,6 +220,18 @@ bool read_nibbles(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint
             if (!(std::fabs(scale) <= 65504.0f && std::fabs(minimum) <= 65504.0f)) return false;
             *scales++ = to_half(scale), *minima++ = to_half(minimum);
         }
+    return true;
+}
+
+bool read_places(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, bool *rounded) {
+    const BlockKind kind = block_kind(number);
+    for (int64_t at = 0; at < k; at += 32, row += kind.bytes, q += 32, scales++) {
+        integers(Q4_1, row + kind.bytes - 20, q);  // whose nibbles end as these do
+        const float scale = number == MXFP4 ? std::ldexp(1.0f, row[0] - 128) : from_half(half_at(row));
+        if (!(std::fabs(scale) <= 65504.0f)) return false;
+        *scales = to_half(scale);
+        *rounded |= from_half(*scales) != scale;
+    }
     return true;
 }
 

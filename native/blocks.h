@@ -17,8 +17,9 @@ uint16_t to_half(float x);
 // A kind of blocks; length 0: not known here.
 struct BlockKind {
     int32_t length, bytes;
-    bool exact;    // every 32 numbers are integers of eight bits times an fp16 scale
-    bool nibbles;  // they are 0 to 15, less 8 or with a minimum; the scale and minimum of 32 may need rounding
+    bool exact;         // every 32 numbers are integers of eight bits times an fp16 scale
+    bool nibbles;       // they are 0 to 15, less 8 or with a minimum; the scale and minimum of 32 may need rounding
+    int32_t table = 0;  // the packed kind whose table its nibbles are places in; 0: none
 };
 BlockKind block_kind(int32_t number);
 
@@ -31,5 +32,9 @@ bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uin
 // The same as integers 0 to 15, a scale and a minimum for each 32, where the kind is of nibbles; false: they are
 // beyond fp16.
 bool read_nibbles(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, uint16_t *minima);
+
+// The same as places in the kind's table, where it has one, and a scale for each 32: exact, but for powers of MXFP4
+// below 2^-24, which set `rounded`; false: a scale is beyond fp16.
+bool read_places(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, bool *rounded);
 
 }  // namespace moestro

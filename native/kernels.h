@@ -34,10 +34,22 @@ struct Rows {
 
 // Weights of integers lie group by group: fp16 scales of 32 columns, minima where the kind has them, then integers.
 constexpr bool has_minima(int32_t kind) { return kind == MOESTRO_UINT4; }
-constexpr bool is_nibbles(int32_t kind) { return kind == MOESTRO_INT4 || kind == MOESTRO_UINT4; }
+constexpr bool has_table(int32_t kind) { return kind >= MOESTRO_MXFP4 && kind <= MOESTRO_NF4; }
+constexpr bool is_nibbles(int32_t kind) { return kind == MOESTRO_INT4 || kind == MOESTRO_UINT4 || has_table(kind); }
 constexpr int64_t head_bytes(int32_t kind) { return has_minima(kind) ? 128 : 64; }
 constexpr int64_t line_bytes(int32_t kind, int64_t group) { return group * COLUMNS / (is_nibbles(kind) ? 2 : 1); }
 constexpr int64_t group_bytes(int32_t kind, int64_t group) { return head_bytes(kind) + line_bytes(kind, group); }
+
+// The integers that nibbles stand for: as they are, less 8, twice OCP's e2m1, ggml's IQ4_NL, 127 times NF4's numbers.
+alignas(16) inline constexpr int8_t TABLES[5][16] = {
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127}};
+constexpr const int8_t *table_of(int32_t kind) {
+    return TABLES[has_table(kind) ? kind - MOESTRO_MXFP4 + 2 : kind == MOESTRO_INT4 ? 1 : 0];
+}
 
 struct Block {
     const uint8_t *data;

@@ -25,19 +25,29 @@ extern "C" {
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
- * beside each scale. */
+ * beside each scale; the four bits of MXFP4, IQ4_NL and NF4 are places in a table of 16 integers. */
 enum {
     MOESTRO_BF16 = 0,
     MOESTRO_INT8 = 1,
     MOESTRO_INT4 = 2,
     MOESTRO_F32 = 3,
     MOESTRO_UINT4 = 4,
-    MOESTRO_PLAIN_BF16 = 5,
-    MOESTRO_PLAIN_F32 = 6
+    MOESTRO_MXFP4 = 5,
+    MOESTRO_IQ4_NL = 6,
+    MOESTRO_NF4 = 7,
+    MOESTRO_PLAIN_BF16 = 8,
+    MOESTRO_PLAIN_F32 = 9
 };
 /* Dtypes of rows: numbers, or blocks of a GGUF file (MOESTRO_ROWS_BLOCKS + ggml's number of their kind), which are
- * only packed and read. INT8, of a cache alone: bytes in [-127, 127], with an fp32 scale for each row of them. */
-enum { MOESTRO_ROWS_F32 = 0, MOESTRO_ROWS_BF16 = 1, MOESTRO_ROWS_INT8 = 2, MOESTRO_ROWS_BLOCKS = 256 };
+ * only packed and read. Blocks of NF4, which ggml lacks, are as those of IQ4_NL. INT8, of a cache alone: bytes in
+ * [-127, 127], with an fp32 scale for each row of them. */
+enum {
+    MOESTRO_ROWS_F32 = 0,
+    MOESTRO_ROWS_BF16 = 1,
+    MOESTRO_ROWS_INT8 = 2,
+    MOESTRO_ROWS_BLOCKS = 256,
+    MOESTRO_ROWS_NF4 = 768
+};
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3, MOESTRO_EREAD = -4 };
@@ -47,7 +57,7 @@ typedef struct {
     const void *data;
     int64_t n, k;  /* outputs, inputs (before padding) */
     int32_t kind;  /* MOESTRO_BF16 … */
-    int32_t group; /* Q: 32 or 64; ignored for fp32 and bf16 */
+    int32_t group; /* Q: 32, or 64 where there is no table; ignored for fp32 and bf16 */
 } moestro_matrix;
 
 /* Experts that are read from a file as they are wanted; see moestro_residency_open. */
@@ -79,7 +89,8 @@ MOESTRO_API int32_t moestro_use_threads(int32_t threads, void *team);
 /* Pack rows [n, k] (fp32, bf16 or blocks) at dst. `step` 2 leaves every other block free for a second matrix (gate
  * and up). Input that is not finite is refused (EBAD), and so are sizes above 65504 for int8, int4 and uint4. In groups
  * of 32, blocks of integers with one fp16 scale for 32 become int8 as they are, Q4_0 int4, and those of four bits with
- * minima uint4. To sums (or null) are added the squared error of what is rounded here, and the sum of its squares. */
+ * minima uint4; MXFP4, IQ4_NL and NF4 are packed from their own blocks alone. To sums (or null) are added the squared
+ * error of what is rounded here, and the sum of its squares. */
 MOESTRO_API int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src, int64_t n, int64_t k,
                                  void *dst, int64_t step, double *sums);
 /* Rows [n, k] of any dtype as fp32. */

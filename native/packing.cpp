@@ -110,13 +110,13 @@ MOESTRO_WIDE void quantise_groups_of_64(const float *x, int64_t count, int32_t k
     quantise_groups<64>(x, count, kind, to, sums);
 }
 
-// To sums what integers, scales and minima of 32 differ from the numbers that they stand for.
-MOESTRO_WIDE void add_differences(const float *x, int64_t count, const Groups &to, double *sums) {
+// To sums what integers (or places in a table), scales and minima of 32 differ from the numbers that they stand for.
+MOESTRO_WIDE void add_differences(const float *x, int64_t count, const int8_t *table, const Groups &to, double *sums) {
     float own[2] = {};
     for (int64_t g = 0; g < count; g++, x += 32) {
         const float scale = from_half(to.scales[g]), minimum = from_half(to.minima[g]);
         alignas(32) float values[32];
-        for (int i = 0; i < 32; i++) values[i] = scale * float(to.q[g * 32 + i]) + minimum;
+        for (int i = 0; i < 32; i++) values[i] = scale * float(table[to.q[g * 32 + i]]) + minimum;
         Eight error = {}, squares = {};
         for (int i = 0; i < 32; i += 8) {
             const Eight each = eight(x + i), off = each - eight(values + i);
@@ -134,7 +134,14 @@ bool keep_integers(const Source &s, int64_t row, int32_t kind, int32_t group, fl
     const BlockKind from = block_kind(s.number());
     if (has_minima(kind)) {
         if (!from.nibbles || !read_nibbles(s.number(), s.row(row), s.k, to.q, to.scales, to.minima)) return false;
-        if (sums && from.length > 32) s.read(row, x), add_differences(x, s.k / 32, to, sums);
+        if (sums && from.length > 32) s.read(row, x), add_differences(x, s.k / 32, table_of(kind), to, sums);
+        return true;
+    }
+    if (has_table(kind)) {
+        bool rounded = false;
+        if (from.table != kind || !read_places(s.number(), s.row(row), s.k, to.q, to.scales, &rounded)) return false;
+        std::fill_n(to.minima, s.k / 32, uint16_t(0));
+        if (sums && rounded) s.read(row, x), add_differences(x, s.k / 32, table_of(kind), to, sums);
         return true;
     }
     const bool held = kind == MOESTRO_INT8 ? from.exact : from.exact && from.nibbles;
@@ -144,6 +151,7 @@ bool keep_integers(const Source &s, int64_t row, int32_t kind, int32_t group, fl
 // A row as integers and scales. The squared error that this adds goes to sums[0], the squares themselves to sums[1].
 bool quantise_row(const Source &s, int64_t row, int32_t kind, int32_t group, float *x, const Groups &to, double *sums) {
     if (keep_integers(s, row, kind, group, x, to, sums)) return true;
+    if (has_table(kind)) return false;
     const int64_t inputs = padded(kind, group, s.k);
     s.read(row, x);
     for (int64_t i = s.k; i < inputs; i++) x[i] = 0.0f;
@@ -231,9 +239,8 @@ void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int
                 continue;
             }
             const int nibble = lines[(quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0) & 15;
-            if (has_minima(kind))
-                place = scale * float(nibble) + from_half(reinterpret_cast<const uint16_t *>(at)[COLUMNS + c]);
-            else place = scale * float(nibble - 8);
+            place = scale * float(table_of(kind)[nibble]);
+            if (has_minima(kind)) place += from_half(reinterpret_cast<const uint16_t *>(at)[COLUMNS + c]);
         }
 }
 

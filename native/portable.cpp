@@ -44,8 +44,8 @@ inline void quad(const Block &b, const uint8_t *lines, int64_t q, int64_t n, int
         for (int i = 0; i < 4; i++) w[i] = at[i];
     } else {
         const uint8_t *at = lines + (q / 2 * COLUMNS + n) * 4;
-        const int32_t offset = b.kind == MOESTRO_INT4 ? 8 : 0;
-        for (int i = 0; i < 4; i++) w[i] = int32_t(q % 2 ? at[i] >> 4 : at[i] & 15) - offset;
+        const int8_t *table = table_of(b.kind);
+        for (int i = 0; i < 4; i++) w[i] = table[q % 2 ? at[i] >> 4 : at[i] & 15];
     }
 }
 

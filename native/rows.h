@@ -23,7 +23,7 @@ inline bool is_float(int32_t kind) { return kind != MOESTRO_INT8 && !is_nibbles(
 
 inline bool valid(int32_t kind, int32_t group) {
     if (kind < MOESTRO_BF16 || kind > MOESTRO_PLAIN_F32) return false;
-    return is_float(kind) || group == 32 || group == 64;
+    return is_float(kind) || group == 32 || (group == 64 && !has_table(kind));
 }
 
 inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.group) && w.n >= 1 && w.k >= 1; }

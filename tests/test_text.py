@@ -245,14 +245,6 @@ def test_what_the_library_raises_late_is_one_error(tmp_path: Path) -> None:
         loaded(post_processor=template).encode_prompt("text")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "spiece.model"])
-def test_a_tokenizer_in_another_form_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"x")
-    message = rf"{name} is: put beside it the tokenizer\.json that transformers makes of it, Auto"
-    with pytest.raises(DataError, match=message):
-        load_tokenizer(tmp_path)
-
-
 @BOTH
 def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"character 2 .* U\+D800"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,8 +34,9 @@ SMALLEST_BPE = 257
 _LONG_RUN = re.compile(r"(\S{256}|\s{256})")
 NOTE_FILE = "moestro_tokenizer.json"
 HF_FILE = "tokenizer.json"
-# Tokenizers in forms that are not read.
+# Tokenizers in forms that transformers converts.
 OTHER_FILES = ("tokenizer.model", "tiktoken.model", "spiece.model")
+CONVERTERS = "pip install 'moestro[hf]' sentencepiece protobuf tiktoken"
 # Files beside a tokenizer.json that say which tokens end a text; the first one's count first.
 END_FILES = ("generation_config.json", "config.json")
 HF_SETTINGS = "tokenizer_config.json"
@@ -210,7 +212,11 @@ def tokenizer_file(path: Path) -> Tokenizer:
     The tokens that end a text are those named in the folder's generation_config.json, config.json
     and tokenizer_config.json, each of which may be missing; without any, one with a known name.
     """
-    inner = _read_hf(path)
+    return _of_file(_read_hf(path), path)
+
+
+def _of_file(inner: tokenizers.Tokenizer, path: Path) -> Tokenizer:
+    """See `tokenizer_file`."""
     special = {name: number for number, name in _specials(inner).items()}
     known = [special[name] for name in KNOWN_ENDS if name in special]
     stated = _stated_ends(path.parent, inner)
@@ -228,20 +234,18 @@ def tokenizer_file(path: Path) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read what a tokenizer's `save` wrote, or the tokenizer.json of a published checkpoint."""
+    """Read what a tokenizer's `save` wrote, or the tokenizer.json of a published checkpoint.
+
+    One that has only SentencePiece's or tiktoken's file is converted by transformers each time.
+    """
     note = folder / NOTE_FILE
     if not note.exists():
         if (folder / HF_FILE).exists():
             return tokenizer_file(folder / HF_FILE)
-        hint = "".join(
-            f". {name} is: put beside it the {HF_FILE} that transformers makes of it, "
-            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained(NEW_FOLDER)"
-            for name in OTHER_FILES
-            if (folder / name).is_file()
-        )
-        raise DataError(
-            f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there{hint}"
-        )
+        for name in OTHER_FILES:
+            if (folder / name).is_file():
+                return _of_file(_converted(folder / name), folder / name)
+        raise DataError(f"no tokenizer in {folder}: neither {NOTE_FILE} nor {HF_FILE} is there")
     values = read_object(note, DataError, "write the tokenizer again")
     try:
         name, end_of_text = str(values["name"]), int(values["end_of_text"])
@@ -320,6 +324,29 @@ def _check_bpe_size(size: int) -> None:
 def _read_hf(path: Path) -> tokenizers.Tokenizer:
     with _library(f"{path} is not a tokenizer.json that the tokenizers library can read"):
         return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+
+
+def _converted(path: Path) -> tokenizers.Tokenizer:
+    """What transformers makes of SentencePiece's or tiktoken's file.
+
+    Raises:
+        DataError: it, or what it needs for that, is not installed; or the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+        inner = made.backend_tokenizer
+    except Exception as error:  # whatever the libraries below it raise
+        why = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{path} is to be converted to {HF_FILE}, which failed ({why}). It "
+            f"needs {CONVERTERS}; or put the model's own {HF_FILE} beside it"
+        ) from None
+    assert isinstance(inner, tokenizers.Tokenizer)
+    return inner
 
 
 @contextmanager

@@ -1,14 +1,23 @@
 """Bytes of weights and cache, against real tensors."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from moestro.checkpoints import packed_files, packed_header
+from moestro.checkpoints.quantize import blank_model, random_model
+from moestro.cli.plan import Dtype
 from moestro.config import EncDecConfig, HeadConfig, ModelConfig, OptimConfig
+from moestro.kernels import native_cpu
+from moestro.kernels.formats import QUANTISED
 from moestro.models.cache import LayerCache
 from moestro.models.count import count
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
-from moestro.plan.memory import DTYPES, cache_bytes, dtypes, state_bytes, weights
+from moestro.models.materialize import materialize
+from moestro.plan.memory import DTYPES, FORMATS, cache_bytes, dtypes, state_bytes, weights
+from moestro.plan.presets import preset
 from moestro.train.optim import make_optimizer
 
 MOE = {"hidden_dim": 48, "num_experts": 8, "top_k": 2}
@@ -51,7 +60,55 @@ def test_groups_of_32_share_a_scale_of_16_bits():
     counted = count(decoder())
     assert weights(counted, "int4").experts == counted.expert // 32 * (16 + 2)
     assert weights(counted, "int8").experts == counted.expert // 32 * (32 + 2)
+    assert weights(counted, "uint4").experts == counted.expert // 32 * (16 + 4)
     assert weights(counted, "int4").tables == 2 * counted.input_embedding
+
+
+PRESETS = (
+    "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-next-80b-a3b",
+    "switch-base-8", "glm-4.5-air",
+)  # fmt: skip
+
+
+def packed_bytes(cfg, dtype):
+    model = blank_model(cfg, lambda path: FORMATS[dtype])
+    materialize(model, torch.bfloat16, "meta")
+    return sum(tensor.nbytes for tensor in packed_header.tensors(model).values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_packed_dtypes_are_the_bytes_of_the_packed_tensors(name):
+    cfg = preset(name).cfg
+    assert weights(count(cfg), "uint4", cfg).total == packed_bytes(cfg, "uint4")
+
+
+@pytest.mark.parametrize("dtype", [name for name in FORMATS if FORMATS[name].kind in QUANTISED])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_packed_dtype(dtype, tied):
+    """Odd sizes, that fill no block."""
+    attention = {"num_heads": 3, "head_dim": 10, "bias": "all", "context": 64}
+    moe = {**MOE, "hidden_dim": 37, "shared": {"hidden_dim": 19}, "experts": {"bias": True}}
+    cfg = ModelConfig(
+        vocab_size=51, dim=30, num_layers=2, attention=attention, moe=moe, head={"tied": tied}
+    )
+    assert weights(count(cfg), dtype, cfg).total == packed_bytes(cfg, dtype)
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
+def test_they_are_those_of_a_packed_file(tmp_path):
+    cfg = decoder()
+    packed_files.save(random_model(cfg, FORMATS["int4"]), tmp_path / "model", FORMATS["int4"], {})
+    header, start = packed_header.read(tmp_path / "model")
+    model, sections = packed_header.unfilled(
+        tmp_path / "model", header, (tmp_path / "model").stat().st_size - start
+    )
+    assert len(sections) == len(packed_header.tensors(model))
+    held = sum(section.tensor.nbytes for section in sections.values())
+    assert held == weights(count(cfg), "int4", cfg).total
+
+
+def test_the_command_takes_every_dtype():
+    assert set(get_args(get_args(Dtype)[0])) == set(DTYPES)
 
 
 def test_int4_experts_leave_all_else_in_bf16():
@@ -62,8 +119,11 @@ def test_int4_experts_leave_all_else_in_bf16():
 
 
 def test_each_dtype_is_narrower_than_the_one_before():
-    sizes = [weights(count(decoder()), name).total for name in DTYPES]
+    counted = count(decoder())
+    sizes = [weights(counted, name).total for name in DTYPES]
     assert sizes == sorted(sizes, reverse=True)
+    assert dtypes(counted) == ["fp32", "bf16", "int8", "int4-experts", "int4"]
+    assert dtypes(counted, "uint4")[-2:] == ["uint4", "int4"]
     assert "int4-experts" not in dtypes(count(ModelConfig()))
 
 

@@ -26,8 +26,9 @@ from moestro.checkpoints.families import family_of, text_part
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
+from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
-from moestro.checkpoints.reading import origin, read_model
+from moestro.checkpoints.reading import is_pretrained, origin, read_model
 from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.transfer import Progress
 from moestro.checkpoints.writing import only_family
@@ -86,7 +87,7 @@ def open_checkpoint(
     Args:
         name: a folder of Hugging Face's layout, a run's (its newest good checkpoint is taken), a
             checkpoint's, a GGUF file, or `org/model`.
-        weights: as-is (GGUF: packed, numbers kept), fp32, bf16, int8, int8-64, int4, int4-64.
+        weights: as-is (integers stay so, packed), fp32, bf16, int8, int8-64, int4, int4-64.
         packed: where the packed form is kept; None: see `packed_files.default_path`.
         keep: map a packed form that was kept, or keep a new one for the next start.
         dtype: of weights that are not packed; None: that of the checkpoint's embedding.
@@ -243,9 +244,13 @@ def _came_with(folder: Path) -> dict[str, Any] | None:
 
 
 def in_blocks(folder: Path) -> bool:
-    """Whether a checkpoint's weights are blocks that the native kernels can keep as they are."""
-    headers = headers_of(folder) if native_cpu.available() is None else None
-    return any(info.kind.length > 1 for header in headers or () for info in header.tensors)
+    """Whether a checkpoint's weights are integers that packed ones can keep as they are."""
+    if native_cpu.available() is not None:
+        return False
+    headers = headers_of(folder)
+    if headers is not None:
+        return any(info.kind.length > 1 for header in headers for info in header.tensors)
+    return kept_in_blocks(_came_with(folder) or {}) if is_pretrained(folder) else False
 
 
 def kept_as(weights: str, packed: Path | None = None) -> Callable[[Path], bool] | None:

@@ -17,27 +17,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from moestro.checkpoints.gguf.sources import StoredModule, stored_module
-from moestro.checkpoints.quantised.methods import in_four_bits
 from moestro.checkpoints.reading import open_unread
-from moestro.checkpoints.transfer import Progress, Unread, load_tensors
+from moestro.checkpoints.transfer import (
+    Progress,
+    StoredModule,
+    Unread,
+    load_tensors,
+    stored_module,
+)
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
-from moestro.kernels.packing import Format
+from moestro.kernels.formats import WEIGHTS, Format
 from moestro.models.build import Model, build_model
 from moestro.models.materialize import materialize, without_memory
 from moestro.moe.packed import Packable, Packed
 
-WEIGHTS = {
-    "fp32": Format("float32"),
-    "bf16": Format("bfloat16"),
-    "int8": Format("int8", 32),
-    "int8-64": Format("int8", 64),
-    "int4": Format("int4", 32),
-    "int4-64": Format("int4", 64),
-}
 AS_IS = "as-is"
+# An error of packing that one would rather not have: int8 adds half of it, int4 nine times as much.
+_MUCH = 0.01
 # Each matrix in the form that keeps the numbers of its file, where those are quantised already.
 AS_STORED = Format("stored")
 
@@ -73,7 +71,7 @@ def packed(
     """
     if format == AS_STORED:
         assert stored is not None, path
-        format = stored.format()
+        format = stored.format
     try:
         return module.to_packed(format, stored)
     except ShapeError as error:
@@ -148,13 +146,12 @@ def read_packed(
         ShapeError, BackendError: see `pack`.
 
     Warns:
-        UserWarning: 4 bits round weights once more that are stored in four bits.
+        UserWarning: weights are rounded that were quantised in another form; by how much.
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
-    _warn_of_rounding(folder, unread, format)
     model, total, done = unread.model, unread.bytes, 0
-    rounded = Rounding()
+    rounded, chosen = Rounding(), _chosen(format)
 
     def moved(part: Unread) -> None:
         nonlocal done
@@ -170,7 +167,8 @@ def read_packed(
     def from_blocks(path: str, module: Packable, names: Sequence[str]) -> Packed:
         """The same without numbers of its own on the way: they are packed as they are stored."""
         part = unread.part(set(names))
-        stored, others = stored_module(part.sources, names[0].rpartition(".")[0], model.cfg)
+        own = names[0].rpartition(".")[0]
+        stored, others = stored_module(part.sources, own, model.cfg, chosen)
         if others:
             fill(others)
         made = packed(path, module, format, stored)
@@ -178,11 +176,16 @@ def read_packed(
         rounded.add(stored)
         return made
 
-    blocks, taken = from_blocks if unread.of_gguf else None, begin and begin(_blank(unread, format))
+    taken = begin and begin(_blank(unread, format))
+    blocks = from_blocks if unread.quantised else None
     made = _pack_in_turn(model, unread.dtype, format, fill, blocks, taken)
-    if (words := rounded.words()) is not None:
-        warnings.warn(f"{folder.name}: {words}", UserWarning, stacklevel=2)
+    rounded.warn(folder.name)
     return made
+
+
+def _chosen(format: Format) -> Format | None:
+    """What is asked for; None: what each module is stored in."""
+    return None if format == AS_STORED else format
 
 
 def _blank(unread: Unread, format: Format) -> Model:
@@ -194,22 +197,11 @@ def _blank(unread: Unread, format: Format) -> Model:
             return format
         name = "embed" if path == "head" and model.cfg.head.tied else path
         names = {f"{name}.{each}" for each, _ in model.get_submodule(name).named_parameters()}
-        return stored_module(unread.part(names).sources, name, model.cfg)[0].format()
+        return stored_module(unread.part(names).sources, name, model.cfg, None)[0].format
 
     blank = blank_model(model.cfg, own)
     materialize(blank, unread.dtype, "meta")
     return blank
-
-
-def _warn_of_rounding(folder: Path, unread: Unread, format: Format) -> None:
-    coarse = in_four_bits(source for _, source in unread.sources)
-    if coarse and format.kind in ("int4", "uint4"):
-        warnings.warn(
-            f"{folder} has weights in {', '.join(coarse)} already, which {format.kind} rounds once "
-            "more; --weights int8 stays far closer to them and is recommended",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def random_model(cfg: ModelConfig | EncDecConfig, format: Format | None) -> Model:
@@ -303,17 +295,19 @@ class Rounding:
 
     def add(self, stored: StoredModule) -> None:
         """Count a packed module."""
-        if stored.rounding[0] > 0:
-            self.kinds += stored.kinds()
+        if stored.rounding[0] > 0 and (kinds := stored.kinds()):
+            self.kinds += kinds
             self.sums += stored.rounding
 
-    def words(self) -> str | None:
-        """A sentence about it; None: nothing was rounded that was quantised before."""
-        names = ", ".join(name for name, _ in self.kinds.most_common() if name)
+    def warn(self, model: str) -> None:
+        """Say it, if anything was rounded that was quantised before."""
+        names = ", ".join(name for name, _ in self.kinds.most_common())
         if not names:
-            return None
+            return
         error = float((self.sums[0] / self.sums[1]).sqrt())
-        return (
-            f"weights in {names} are packed in another form, which adds an error of "
+        words = (
+            f"{model}: weights in {names} are packed in another form, which adds an error of "
             f"{100 * error:.2f} % (root mean square, of the weights')"
+            + ("; --weights int8, or as-is, stays far closer to them" if error > _MUCH else "")
         )
+        warnings.warn(words, UserWarning, stacklevel=3)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moestro.errors import CheckpointError
+from moestro.kernels.packing import BlockRows
 from moestro.strictjson import parse, read_object
 
 SINGLE = "model.safetensors"
@@ -54,6 +55,25 @@ class Source:
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     bytes: int
+
+    @property
+    def blocks(self) -> int | None:
+        """The number of ggml's blocks that `rows` gives; None: it has none."""
+        return None
+
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether the file has those blocks, so that all forms are best made from them."""
+        return False
+
+    @property
+    def stored_in(self) -> str:
+        """What it is quantised in, for people; empty: it has plain numbers."""
+        return ""
+
+    def rows(self) -> tuple[BlockRows, tuple[float, float]]:
+        """A matrix as rows of blocks, and the squared error that making them adds, with squares."""
+        raise NotImplementedError
 
     def entry(self, index: int) -> Source:
         """Entry `index` of the first axis, as a tensor of its own."""

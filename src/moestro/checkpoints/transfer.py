@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moestro.checkpoints.families.slices import FUSED, TensorSlice, fused, key_pattern, slices
-from moestro.checkpoints.families.table import LAYOUTS, Family, Rule
+from moestro.checkpoints.families.table import LAYOUTS, ROWS, Family, Rule
 from moestro.checkpoints.tensor_files import Source, Written, some
 from moestro.errors import CheckpointError
+from moestro.kernels.packing import COLUMNS, EXACT, Q4_K, BlockRows, Format
 from moestro.models.build import Model
 
 Progress = Callable[[int, int], None]
 
 _MOST_READERS = 4  # one reads while others convert, or wait for their memory
+# The matrices of modules that can be packed.
+_MATRICES = ("weight", "gate_up", "down")
 _FLOATS = (None, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,6 +53,11 @@ class Unread(NamedTuple):
     def bytes(self) -> int:
         """Bytes on disk of all sources."""
         return sum(source.bytes for _, source in self.sources)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any source is, or they are of a GGUF file."""
+        return self.of_gguf or any(source.stored_in for _, source in self.sources)
 
     def part(self, names: Container[str]) -> Unread:
         """What fills the tensors of these names, and repeats them."""
@@ -263,3 +273,115 @@ def _load_slice(place: TensorSlice, source: Source, part: Tensor, settings: Any)
     else:
         for index, entry in enumerate(part):
             entry.copy_(load(source.entry(index).load(part.dtype), settings))
+
+
+Part = tuple[Source, str]
+Parts = dict[str, dict[int | None, list[Part]]]
+
+
+class StoredModule:
+    """The matrices of a module in their files; see `packing.StoredRows`.
+
+    Args:
+        parts: name of a tensor → index of its first axis, or None for all of it → the sources that
+            its rows consist of, and their layouts.
+        cfg: the model's settings.
+        format: of the packed module; None: what keeps the numbers, exactly, as in `format`, or as 8
+            bits in groups of 32.
+
+    Attributes:
+        format: of the packed module. Down projections have one of their own where it is chosen
+            here: most files give them more bits in some layers.
+        rounding: see `packing.StoredRows`.
+    """
+
+    def __init__(self, parts: Parts, cfg: Any, format: Format | None = None) -> None:
+        self._parts, self._cfg, self._adding = parts, cfg, Lock()
+        self.rounding = torch.zeros(2, dtype=torch.float64, device="cpu")
+        if format is None:
+            kind, down = (self._kind(names) for names in ({*parts} - {"down"}, {"down"}))
+            format = Format(kind or "bfloat16", 32, down if down != kind else None)
+        self.format = format
+
+    def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+        """See `packing.StoredRows`."""
+        entries = self._parts[name]
+        if entry in entries:
+            parts = entries[entry]
+        else:  # of a stack in one tensor
+            assert entry is not None
+            parts = [(source.entry(entry), layout) for source, layout in entries[None]]
+        whole = name != "weight" or all(source.shape[0] % COLUMNS == 0 for source, _ in parts[:-1])
+        format = self.format.of_down if name == "down" else self.format
+        found = [self._part(source, layout, format if whole else None) for source, layout in parts]
+        if whole:
+            return found
+        return [torch.cat([each for each in found if isinstance(each, Tensor)])]
+
+    def _part(self, source: Source, layout: str, format: Format | None) -> BlockRows | Tensor:
+        """One part, as blocks where a format is given that takes them."""
+        if format is not None and source.blocks is not None and layout in ROWS:
+            kept = format.group == 32 and source.blocks in EXACT.get(format.kind, ())
+            if kept or source.is_of_blocks:
+                rows, added = source.rows()
+                with self._adding:
+                    self.rounding += torch.tensor(added, dtype=torch.float64, device="cpu")
+                return rows._replace(data=ROWS[layout](rows.data, self._cfg).contiguous())
+        numbers = source.load(torch.float32).float()
+        return LAYOUTS[layout].load(numbers, self._cfg).contiguous()
+
+    def kinds(self) -> Counter[str]:
+        """How many bytes are stored in each quantised form."""
+        found: Counter[str] = Counter()
+        for source, _ in self._sources(self._parts):
+            if source.stored_in:
+                found[source.stored_in] += source.bytes
+        return found
+
+    def _sources(self, names: Iterable[str]) -> Iterator[Part]:
+        for name in names:
+            for parts in self._parts.get(name, {}).values():
+                yield from parts
+
+    def _kind(self, names: Iterable[str]) -> str | None:
+        """The kind that keeps the numbers of some tensors; None: the module has none of these."""
+        found = list(self._sources(names))
+        if not any(source.stored_in for source, _ in found):
+            return "bfloat16" if found else None
+        numbers = {source.blocks if layout in ROWS else None for source, layout in found}
+        kinds = {**EXACT, "uint4": (*EXACT["uint4"], Q4_K)}
+        return next((kind for kind in kinds if numbers <= {*kinds[kind]}), "int8")
+
+
+def stored_module(
+    found: Iterable[tuple[TensorSlice, Source]], path: str, cfg: Any, format: Format | None
+) -> tuple[StoredModule, list[str]]:
+    """The matrices of a module among what fills a model's tensors, and what is not among them.
+
+    Args:
+        found: slices of the module's tensors and their sources.
+        path: of the module.
+        cfg: the model's settings.
+        format: see `StoredModule`.
+
+    Returns:
+        The matrices, and the full names of the module's vectors.
+    """
+    parts: dict[str, dict[int | None, list[tuple[int, Part]]]] = {}
+    others: dict[str, None] = {}
+    for place, source in found:
+        name = place.ours.removeprefix(f"{path}.")
+        if name not in _MATRICES:
+            others[place.ours] = None
+            continue
+        start = place.rows[0] if place.rows else 0
+        entries = parts.setdefault(name, {})
+        entries.setdefault(place.entry, []).append((start, (source, place.layout)))
+    ordered = {
+        name: {
+            entry: [part for _, part in sorted(each, key=lambda part: part[0])]
+            for entry, each in entries.items()
+        }
+        for name, entries in parts.items()
+    }
+    return StoredModule(ordered, cfg, format), list(others)

@@ -48,7 +48,19 @@ Context = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences per batch, on each device.")]
 Dtype = Annotated[
-    Literal["fp32", "bf16", "int8", "int4-experts", "int4"],
+    Literal[
+        "fp32",
+        "bf16",
+        "int8",
+        "int8-64",
+        "int4-experts",
+        "int4",
+        "int4-64",
+        "uint4",
+        "mxfp4",
+        "iq4_nl",
+        "nf4",
+    ],
     typer.Option(help="Of the weights in use."),
 ]
 Convention = Annotated[

@@ -14,8 +14,10 @@ from moestro.kernels.native_library import call
 from moestro.kernels.packing import (
     ACTIVATIONS,
     COLUMNS,
+    EXACT,
     KINDS,
     PAGE,
+    TABLES,
     UNGATED,
     BlockRows,
     ExpertSlabs,
@@ -141,9 +143,18 @@ def _pack_slab(
     at = packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
     slab[-PAGE:] = 0  # what follows the weights is written to files too
     places, step, down_at = _within(dim, hidden, activation, format)
+    if len(ups) < len(places):
+        ups = _halves(ups[0])
     for offset, part in zip(places, ups, strict=True):
         _pack([part], (hidden, dim), format, at + offset, step, rounding)
     _pack(down, (dim, hidden), format.of_down, at + down_at, 1, rounding)
+
+
+def _halves(part: Tensor | BlockRows) -> Sequence[Tensor | BlockRows]:
+    """Gate and up of both in one."""
+    if isinstance(part, Tensor):
+        return part.chunk(2)
+    return [part._replace(data=half) for half in part.data.chunk(2)]
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
@@ -234,6 +245,9 @@ def _pack(
     block = matrix_bytes(COLUMNS, shape[1], format) * step
     sums = None if rounding is None else address(rounding, "sums", (2,), (torch.float64,))
     for part in parts:
+        number = part.number if isinstance(part, BlockRows) else None
+        if format.kind in TABLES and number not in EXACT[format.kind]:
+            raise ShapeError(f"{format.kind} holds its own blocks alone; take int8 for others")
         rows, dtype, place = _rows_of(part, shape[1])
         if done % COLUMNS or done + rows > shape[0]:
             raise ShapeError(f"{list(shape)} is packed from parts that do not fit: {rows} rows")

@@ -1,78 +1,51 @@
-"""Packed weights: fp32, bf16, int8, int4 and uint4 in the layout that the native kernels stream.
+"""Packed weights: fp32, bf16, 8 and 4 bits in the layout that the native kernels stream.
 
 One layout serves one row and many. A matrix [O, I] is cut into blocks of 32 outputs; a block is one
 contiguous stream over its inputs. fp32: 32 outputs side by side. bf16: the same for pairs of
-inputs, which is both an AMX tile and a streaming AVX-512 line. int8, int4 and uint4: for each group
-of Q inputs the 32 scales (fp16, 64 bytes), of uint4 also the 32 minima, then quads of inputs, 32
+inputs, which is both an AMX tile and a streaming AVX-512 line. Of the others: for each group of Q
+inputs the 32 scales (fp16, 64 bytes), of uint4 also the 32 minima, then quads of inputs, 32
 outputs side by side; a byte of 4-bit weights holds input i of one quad in its low half and of the
-next quad in its high half, of int4 both plus 8. uint4 is scale · q + minimum, q from 0 to 15.
+next quad in its high half, of int4 both plus 8. uint4 is scale · q + minimum, q from 0 to 15; of
+mxfp4, iq4_nl and nf4 the half bytes are places in a table (`TABLES`), of scale · table[q].
 Outputs are padded to 32, inputs to 32 (bf16) or Q, with zeros. The slab of an expert is its gate
 and up blocks in turn, then its down blocks, rounded up to whole pages of 4096 bytes.
 
-`quantise` is the definition; the native packer gives the same integers and scales bit by bit.
+`quantise` is the definition; the native packer gives the same integers and scales bit by bit. Kinds
+with a table have none: they hold blocks that were made so, and nothing else.
 Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidden width.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from moestro.errors import ShapeError
+from moestro.kernels.formats import ACTIVATIONS as ACTIVATIONS
+from moestro.kernels.formats import BLOCKS as BLOCKS
+from moestro.kernels.formats import COLUMNS as COLUMNS
+from moestro.kernels.formats import EXACT as EXACT
+from moestro.kernels.formats import GROUPS as GROUPS
+from moestro.kernels.formats import IQ4_NL as IQ4_NL
+from moestro.kernels.formats import KINDS as KINDS
+from moestro.kernels.formats import MXFP4 as MXFP4
+from moestro.kernels.formats import NF4 as NF4
+from moestro.kernels.formats import PAGE as PAGE
+from moestro.kernels.formats import PAIRS as PAIRS
+from moestro.kernels.formats import Q4_0 as Q4_0
+from moestro.kernels.formats import Q4_1 as Q4_1
+from moestro.kernels.formats import Q4_K as Q4_K
+from moestro.kernels.formats import Q8_0 as Q8_0
+from moestro.kernels.formats import QUANTISED as QUANTISED
+from moestro.kernels.formats import TABLES as TABLES
+from moestro.kernels.formats import UNGATED as UNGATED
+from moestro.kernels.formats import Format as Format
+from moestro.kernels.formats import block_row_bytes as block_row_bytes
+from moestro.kernels.formats import check_format as check_format
+from moestro.kernels.formats import matrix_bytes as matrix_bytes
+from moestro.kernels.formats import slab_bytes as slab_bytes
 from moestro.kernels.residency import Stored
-
-# In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
-KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "plain")
-UNGATED = ("relu", "gelu")
-ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
-QUANTISED = ("int8", "int4", "uint4")
-GROUPS = (32, 64)
-COLUMNS = 32
-PAIRS = 32
-# Blocks of GGUF that native code reads, by ggml's number: (numbers, bytes) of a block.
-BLOCKS = {
-    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144),
-    13: (256, 176), 14: (256, 210), 20: (32, 18), 39: (32, 17),
-}  # fmt: skip
-# Of these, what int8, int4 and uint4 in groups of 32 hold bit by bit.
-EXACT_INT8 = (2, 6, 8, 20, 39)
-EXACT_INT4 = (2,)
-EXACT_UINT4 = (2, 3)
-PAGE = 4096
-
-
-class Format(NamedTuple):
-    """How weights are stored.
-
-    Attributes:
-        kind: one of `KINDS`.
-        group: Q, of integers.
-        down: of experts, the kind of their down projections where it is another one.
-    """
-
-    kind: str
-    group: int = 32
-    down: str | None = None
-
-    @property
-    def of_down(self) -> Format:
-        """The format of experts' down projections."""
-        return self if self.down is None else Format(self.down, self.group)
-
-    def described(self) -> dict[str, str | int]:
-        """As JSON has it, without what is not set."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight, scales and minima included."""
-        if self.kind not in QUANTISED:
-            return 32.0 if self.kind == "float32" else 16.0
-        each = 32 if self.kind == "uint4" else 16
-        return (8 if self.kind == "int8" else 4) + each / self.group
 
 
 class PackedMatrix(NamedTuple):
@@ -129,67 +102,9 @@ class StoredRows(Protocol):
     def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
         """The parts of a tensor of the module, or of entry `entry` of its first axis, in order.
 
-        Gate and up are two parts; of others all but the last have a multiple of 32 rows. Plain
-        numbers are fp32 or bf16.
+        Gate and up are two parts, or one; of others all but the last have a multiple of 32 rows.
+        Plain numbers are fp32 or bf16.
         """
-
-
-def check_format(format: Format) -> None:
-    """Refuse a kind or group length that does not exist.
-
-    Raises:
-        ShapeError: says what there is.
-    """
-    for kind in (format.kind, format.of_down.kind):
-        if kind not in KINDS or kind == "plain":
-            raise ShapeError(f"packed weights are {', '.join(KINDS[:-1])}; given {kind!r}")
-    unknown = {format.kind, format.down} & {*QUANTISED} and format.group not in GROUPS
-    if unknown or type(format.group) is not int:
-        raise ShapeError(f"groups have 32 or 64 inputs; given {format.group!r}")
-
-
-@lru_cache(typed=True)
-def matrix_bytes(rows: int, columns: int, format: Format) -> int:
-    """Bytes of a packed matrix, a multiple of 64.
-
-    Raises:
-        ShapeError: it is empty, or there is no such format.
-    """
-    check_format(format)
-    if rows < 1 or columns < 1:
-        raise ShapeError(f"a packed matrix has rows and columns; given {rows} × {columns}")
-    blocks = -(-rows // COLUMNS)
-    if format.kind == "float32":
-        return blocks * COLUMNS * columns * 4
-    if format.kind == "bfloat16":
-        return blocks * COLUMNS * -(-columns // PAIRS) * PAIRS * 2
-    group_bytes = COLUMNS * format.group * format.bits / 8
-    return blocks * -(-columns // format.group) * int(group_bytes)
-
-
-@lru_cache(typed=True)
-def slab_bytes(dim: int, hidden_dim: int, activation: str, format: Format) -> int:
-    """Bytes of one packed expert, a multiple of 4096.
-
-    Raises:
-        ShapeError: as `matrix_bytes`, or there is no such activation.
-    """
-    if activation not in ACTIVATIONS:
-        raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
-    up = matrix_bytes(hidden_dim, dim, format) * (1 if activation in UNGATED else 2)
-    return -(-(up + matrix_bytes(dim, hidden_dim, format.of_down)) // PAGE) * PAGE
-
-
-def block_row_bytes(number: int, columns: int) -> int:
-    """Bytes of a row of blocks.
-
-    Raises:
-        ShapeError: there are no such blocks, or the row is not made of whole ones.
-    """
-    length, size = BLOCKS.get(number, (0, 0))
-    if not length or columns < 1 or columns % length:
-        raise ShapeError(f"rows of {columns} numbers cannot be blocks of kind {number}")
-    return columns // length * size
 
 
 def blank_matrix(w_OI: Tensor, format: Format, bias_O: Tensor | None = None) -> PackedMatrix:

@@ -141,6 +141,89 @@ def sides(cfg: NetworkConfig) -> tuple[Count, ...]:
     )
 
 
+class Stack(NamedTuple):
+    """Experts of one layer that are packed together, or one dense network."""
+
+    experts: int
+    dim: int
+    hidden_dim: int
+    activation: str
+
+
+class Packables(NamedTuple):
+    """What packing a model replaces, and how often; all else stays as it is.
+
+    Attributes:
+        matrices: projections [O, I]; a head that is tied is packed beside the embedding.
+        routed: the experts of mixtures.
+        dense: dense networks and shared experts.
+        biases: numbers beside them, kept in fp32.
+        others: numbers of all other parameters.
+        buffers: numbers of selection biases, which are fp32.
+    """
+
+    matrices: Counter[tuple[int, int]]
+    routed: Counter[Stack]
+    dense: Counter[Stack]
+    biases: int
+    others: int
+    buffers: int
+
+
+def packables(cfg: NetworkConfig) -> Packables:
+    """What `checkpoints.quantize.pack` replaces in a model."""
+    head = (cfg.vocab_size, cfg.dim)
+    found, biases, buffers = Counter([head]), cfg.head.bias * cfg.vocab_size, 0
+    routed: Counter[Stack] = Counter()
+    dense: Counter[Stack] = Counter()
+    wide, narrow = cfg.attention.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    moe, bias = cfg.moe, cfg.attention.bias
+    for stack in cfg.stacks():
+        for layer in stack.layers:
+            found.update(_projections(cfg, layer.delta))
+            if not layer.delta and cfg.attention.latent is None:
+                biases += (bias != "none") * (_queries(cfg) + 2 * narrow)
+                biases += (bias == "all") * cfg.dim
+            if stack.cross:
+                found.update([(wide, cfg.dim), (2 * narrow, cfg.dim), (cfg.dim, wide)])
+            if not layer.mixture or moe is None:
+                dense[Stack(1, cfg.dim, cfg.dense.hidden_dim, cfg.dense.activation)] += 1
+                continue
+            routed[Stack(moe.num_experts, cfg.dim, moe.hidden_dim, moe.activation)] += 1
+            if moe.shared is not None:
+                dense[Stack(1, cfg.dim, moe.shared.hidden_dim, moe.activation)] += 1
+            outputs = (matrices(moe.activation) - 1) * moe.hidden_dim + cfg.dim
+            biases += moe.experts.bias * moe.num_experts * outputs
+            buffers += moe.router.selection_bias * moe.num_experts
+    taken = sum(n * rows * columns for (rows, columns), n in found.items())
+    taken -= cfg.head.tied * cfg.vocab_size * cfg.dim
+    for each, n in (*routed.items(), *dense.items()):
+        taken += n * each.experts * matrices(each.activation) * each.dim * each.hidden_dim
+    others = count(cfg).total - taken - biases - buffers
+    return Packables(found, routed, dense, biases, others, buffers)
+
+
+def _queries(cfg: NetworkConfig) -> int:
+    """Rows of the queries, and of the gates of a gated attention."""
+    delta, wide = cfg.attention.delta, cfg.attention.num_heads * cfg.head_dim
+    return wide * (2 if delta is not None and delta.gated_attention else 1)
+
+
+def _projections(cfg: NetworkConfig, of_delta: bool) -> list[tuple[int, int]]:
+    """The projections [O, I] of a layer's self-attention, or of its delta net."""
+    dim, attention, heads = cfg.dim, cfg.attention, cfg.attention.num_heads
+    delta, latent = attention.delta, attention.latent
+    if of_delta and delta is not None:
+        rows = delta.conv_channels + delta.value_width
+        return [(rows, dim), (dim, delta.value_width)]
+    if latent is None:
+        rows = _queries(cfg) + 2 * cfg.num_kv_heads * cfg.head_dim
+        return [(rows, dim), (dim, heads * cfg.head_dim)]
+    queries, rank = heads * (latent.nope_dim + latent.rope_dim), latent.q_rank
+    q = [(queries, dim)] if rank is None else [(rank, dim), (queries, rank)]
+    return [*q, (latent.kv_rank + latent.rope_dim, dim), (dim, heads * latent.value_dim)]
+
+
 def _counted(
     cfg: NetworkConfig, parts: Iterable[_Part], stacks: Sequence[StackSpec], predicts: bool
 ) -> Count:

@@ -84,7 +84,7 @@ def fit(
     """
 
     def row(name: str) -> Serving:
-        need = weights(count, name).total
+        need = weights(count, name, cfg).total
         if cfg is None:
             return Serving(name, need, need <= memory_bytes, None, None)
         left = memory_bytes - need
@@ -97,12 +97,12 @@ def fit(
         most = max(0, left) // cache_bytes(cfg, context, 1, name, cache)
         return Serving(name, need, need <= memory_bytes, longest, most)
 
-    rows = {name: row(name) for name in dtypes(count)}
+    rows = {name: row(name) for name in dtypes(count, dtype)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
-    changes = () if asked.fits else _changes(count, context, batch, asked, rows, memory_bytes)
+    changes = () if asked.fits else _changes(cfg, count, context, batch, asked, rows, memory_bytes)
     use, left, least = Use(context, batch, cache=cache), None, None
     if not asked.fits and cfg is not None:
-        sizes, number = weights(count, asked.dtype), number_bytes(asked.dtype)
+        sizes, number = weights(count, asked.dtype, cfg), number_bytes(asked.dtype)
         wanted = streamed_needs(cfg, sizes, number, use)
         left = None if wanted is None else _streamed(wanted, memory_bytes)
         least = None if wanted is None else budget.smallest(wanted)
@@ -154,6 +154,7 @@ def _most(cost: Callable[[int], int], left: int, limit: int) -> int:
 
 
 def _changes(
+    cfg: NetworkConfig | None,
     count: Count,
     context: int,
     batch: int,
@@ -173,18 +174,21 @@ def _changes(
     if asked.largest_batch:
         size = asked.largest_batch
         changes.append(Change("batch", size, f"{size:,} sequences per batch instead of {batch:,}"))
-    changes += _offload(count, asked, memory_bytes)
+    changes += _offload(cfg, count, asked, memory_bytes)
     narrowest = min(rows.values(), key=lambda row: row.need_bytes)
     if not narrower and narrowest is not asked:
-        changes += _offload(count, narrowest, memory_bytes, f"weights in {narrowest.dtype}, and ")
+        first = f"weights in {narrowest.dtype}, and "
+        changes += _offload(cfg, count, narrowest, memory_bytes, first)
     devices = math.ceil(asked.need_bytes / memory_bytes)
     changes.append(Change("devices", devices, f"{devices} devices of this memory, evenly split"))
     return tuple(changes)
 
 
-def _offload(count: Count, row: Serving, memory_bytes: int, first: str = "") -> list[Change]:
+def _offload(
+    cfg: NetworkConfig | None, count: Count, row: Serving, memory_bytes: int, first: str = ""
+) -> list[Change]:
     """Which share of the experts would have to lie elsewhere; nothing where all is too little."""
-    missing, experts = row.need_bytes - memory_bytes, weights(count, row.dtype).experts
+    missing, experts = row.need_bytes - memory_bytes, weights(count, row.dtype, cfg).experts
     if missing > experts:
         return []
     share = math.ceil(100 * missing / experts)

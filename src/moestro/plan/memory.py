@@ -9,37 +9,41 @@ import math
 from typing import NamedTuple
 
 from moestro.config import CacheKind, NetworkConfig
+from moestro.kernels.formats import QUANTISED, WEIGHTS, Format, matrix_bytes, slab_bytes
 from moestro.models import budget
-from moestro.models.count import Count
-
-# Weights quantised in groups of 32 that share one fp16 scale: half a bit more for each.
-GROUP, SCALE_BITS = 32, 16
+from moestro.models.count import Count, packables
 
 
 class Bits(NamedTuple):
     """Bits of one weight, scales included."""
 
-    tables: float  # input embedding, and the head where it is not the same matrix
+    tables: float  # input embedding
     experts: float  # all routed experts
-    rest: float  # attention, dense networks, shared experts, routers, norms
+    rest: float  # the head, attention, dense networks, shared experts, routers, norms
 
 
-def _grouped(bits: int) -> float:
-    return bits + SCALE_BITS / GROUP
+# Kinds that files and checkpoints are kept in beside those that --weights names.
+FORMATS = {**WEIGHTS, **{kind: Format(kind) for kind in QUANTISED if kind not in WEIGHTS}}
 
 
-DTYPES = {
-    "fp32": Bits(32, 32, 32),
-    "bf16": Bits(16, 16, 16),
-    "int8": Bits(16, _grouped(8), _grouped(8)),
-    "int4-experts": Bits(16, _grouped(4), 16),
-    "int4": Bits(16, _grouped(4), _grouped(4)),
-}
-"""From wide to narrow. Quantised models keep the embeddings, the head and the cache in bf16."""
+def _bits(format: Format) -> Bits:
+    return Bits(16 if format.kind in QUANTISED else format.bits, format.bits, format.bits)
+
+
+DTYPES = dict(
+    sorted(
+        {
+            **{name: _bits(format) for name, format in FORMATS.items()},
+            "int4-experts": Bits(16, FORMATS["int4"].bits, 16),
+        }.items(),
+        key=lambda pair: -(4 * pair[1].experts + pair[1].rest),  # experts are most of a mixture
+    )
+)
+"""From wide to narrow. Quantised models keep the embedding and the cache in bf16."""
 
 
 class WeightBytes(NamedTuple):
-    """Bytes of a model's weights, in the parts of `Bits`."""
+    """Bytes of a model's weights, in the parts of `Bits`; of tables the input embedding."""
 
     tables: int
     experts: int
@@ -51,17 +55,42 @@ class WeightBytes(NamedTuple):
         return sum(self)
 
 
-def weights(count: Count, dtype: str) -> WeightBytes:
-    """Bytes of the weights in one of `DTYPES`."""
-    bits = DTYPES[dtype]
-    tables = count.input_embedding + count.output_embedding
+def weights(count: Count, dtype: str, cfg: NetworkConfig | None = None) -> WeightBytes:
+    """Bytes of the weights in one of `DTYPES`.
+
+    With settings they are those of the packed tensors, exactly: with what fills up blocks and
+    pages, and a tied head beside its embedding. Else, and plain, they follow from the numbers.
+    """
+    if cfg is not None and (packed := FORMATS.get(dtype)) and packed.kind in QUANTISED:
+        return _packed(count, cfg, packed)
+    bits, tables = DTYPES[dtype], count.input_embedding
     numbers = (tables, count.expert, count.total - tables - count.expert)
     return WeightBytes(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
 
 
-def dtypes(count: Count) -> list[str]:
-    """Names in `DTYPES` that mean something for a model: of experts only where it has some."""
-    return [name for name in DTYPES if count.expert or name != "int4-experts"]
+def _packed(count: Count, cfg: NetworkConfig, format: Format) -> WeightBytes:
+    """Bytes of what a packed file holds, beside 2 for each number that is not packed."""
+    found, tables = packables(cfg), 2 * count.input_embedding
+    routed, dense = (
+        sum(
+            n * each.experts * slab_bytes(each.dim, each.hidden_dim, each.activation, format)
+            for each, n in stacks.items()
+        )
+        for stacks in (found.routed, found.dense)
+    )
+    projections = sum(n * matrix_bytes(*sides, format) for sides, n in found.matrices.items())
+    plain = 4 * (found.biases + found.buffers) + 2 * found.others - tables
+    return WeightBytes(tables, routed, dense + projections + plain)
+
+
+def dtypes(count: Count, asked: str = "bf16") -> list[str]:
+    """The usual ones of `DTYPES` and the one asked for, from wide to narrow.
+
+    Without what means nothing for a model: int4-experts where it has none.
+    """
+    usual = {"fp32", "bf16", "int8", "int4-experts", "int4", asked}
+    usual -= set() if count.expert else {"int4-experts"}
+    return [name for name in DTYPES if name in usual]
 
 
 def number_bytes(dtype: str) -> int:

@@ -69,4 +69,4 @@ def _bytes(cfg: NetworkConfig, counted: Count, dtype: str, tokens: int, tables: 
     bits = DTYPES[dtype]
     rest = counted.total - counted.input_embedding - counted.output_embedding - counted.expert
     hit = share_hit(cfg.moe.num_experts, cfg.moe.top_k, tokens) if cfg.moe is not None else 0.0
-    return (tables * bits.tables + rest * bits.rest + hit * counted.expert * bits.experts) / 8
+    return ((tables + rest) * bits.rest + hit * counted.expert * bits.experts) / 8

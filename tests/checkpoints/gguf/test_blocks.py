@@ -10,17 +10,18 @@ from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import (
     BLOCKS,
-    EXACT_INT4,
-    EXACT_INT8,
-    EXACT_UINT4,
+    EXACT,
+    NF4,
+    TABLES,
     BlockRows,
     Format,
     block_row_bytes,
     error_bound,
 )
 
-NAMES = {number: GGMLQuantizationType(number).name for number in BLOCKS}
-KINDS = pytest.mark.parametrize("number", BLOCKS, ids=NAMES.get)
+# NF4's blocks are of our own making.
+NAMES = {number: GGMLQuantizationType(number).name for number in BLOCKS if number != NF4}
+KINDS = pytest.mark.parametrize("number", NAMES, ids=NAMES.get)
 
 
 def random_rows(number: int, rows: int, columns: int, seed: int = 0) -> BlockRows:
@@ -47,7 +48,7 @@ def theirs(rows: BlockRows) -> Tensor:
 class Given:
     """One matrix for the packer."""
 
-    def __init__(self, *parts: BlockRows) -> None:
+    def __init__(self, *parts: BlockRows | Tensor) -> None:
         self.parts = list(parts)
         self.rounding = torch.zeros(2, dtype=torch.float64)
 
@@ -62,28 +63,38 @@ def test_native_numbers_are_the_librarys(number: int, rows: int, columns: int) -
     assert torch.equal(native_cpu.read_rows(given), theirs(given))
 
 
-@pytest.mark.parametrize("number", EXACT_INT8, ids=NAMES.get)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (32, 96), (71, 160)])
-def test_int8_keeps_them_exactly(number: int, rows: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(kind, number) for kind in EXACT for number in EXACT[kind] if number != NF4],
+)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (45, 96), (71, 160)])
+def test_what_is_kept_exactly(kind: str, number: int, rows: int, columns: int) -> None:
     given = Given(random_rows(number, rows, columns))
-    packed = native_cpu.pack_matrix(torch.empty(rows, columns), Format("int8", 32), None, given)
+    packed = native_cpu.pack_matrix(torch.empty(rows, columns), Format(kind, 32), None, given)
     assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
     assert given.rounding.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("number", EXACT_INT4, ids=NAMES.get)
-def test_int4_keeps_them_exactly(number: int) -> None:
-    given = Given(random_rows(number, 45, 96))
-    packed = native_cpu.pack_matrix(torch.empty(45, 96), Format("int4", 32), None, given)
-    assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_is_for_its_own_blocks(kind: str) -> None:
+    for other in (torch.randn(4, 64), random_rows(8, 4, 64)):
+        with pytest.raises(ShapeError, match=f"{kind} holds its own blocks alone"):
+            native_cpu.pack_matrix(torch.empty(4, 64), Format(kind), None, Given(other))
+    with pytest.raises(ShapeError, match="with a table 32; given 64"):
+        native_cpu.pack_matrix(torch.empty(4, 64), Format(kind, 64))
 
 
-@pytest.mark.parametrize("number", EXACT_UINT4, ids=NAMES.get)
-def test_uint4_keeps_them_exactly(number: int) -> None:
-    given = Given(random_rows(number, 45, 96))
-    packed = native_cpu.pack_matrix(torch.empty(45, 96), Format("uint4", 32), None, given)
-    assert torch.equal(native_cpu.unpack_matrix(packed), theirs(given.parts[0]))
-    assert given.rounding.tolist() == [0, 0]
+def test_powers_of_mxfp4_that_fp16_lacks_are_rounded_and_measured() -> None:
+    rows = random_rows(39, 2, 64)
+    rows.data[0, 0], rows.data[1, 17] = 90, 103  # 2^-38, 2^-25
+    given, plain = Given(rows), theirs(rows)
+    packed = native_cpu.pack_matrix(torch.empty(2, 64), Format("mxfp4"), None, given)
+    off = (native_cpu.unpack_matrix(packed) - plain).double()
+    assert 0 < off.abs().max() < 13 * 2.0**-24
+    torch.testing.assert_close(given.rounding[0], off.square().sum(), rtol=1e-5, atol=0)
+    rows.data[0, 0] = 150  # 2^22
+    with pytest.raises(ShapeError, match="65504"):
+        native_cpu.pack_matrix(torch.empty(2, 64), Format("mxfp4"), None, Given(rows))
 
 
 def test_uint4_rounds_scales_and_minima_of_q4_k_alone() -> None:
@@ -133,7 +144,7 @@ def test_the_error_of_rounding_is_measured(number: int) -> None:
     assert bool(
         (off.abs() <= error_bound(plain.float(), Format("int8", 32)).repeat_interleave(32, 1)).all()
     )
-    if number in EXACT_INT8:
+    if number in EXACT["int8"]:
         return
     expected = torch.stack([off.square().sum(), plain.square().sum()])
     torch.testing.assert_close(given.rounding, expected, rtol=1e-4, atol=0)

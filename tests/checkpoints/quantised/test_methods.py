@@ -39,12 +39,13 @@ def stored(key, shape=(2, 3), dtype=torch.float32):
 @pytest.mark.parametrize(
     ("settings", "form"),
     [
-        (GPTQ, Gptq(4, 16, less_one=True)),
-        ({**GPTQ, "checkpoint_format": "gptq"}, Gptq(4, 16, less_one=True)),
+        (GPTQ, Gptq(4, 16, less_one=True, symmetric=True)),
+        ({**GPTQ, "checkpoint_format": "gptq"}, Gptq(4, 16, less_one=True, symmetric=True)),
         ({**GPTQ, "checkpoint_format": "gptq_v2", "format": "gptq_v2", "bits": 8, "group_size": -1},
-         Gptq(8, -1, less_one=False)),
-        ({**GPTQ, "dynamic": {r"-:.*mlp\.gate.*": {}}}, Gptq(4, 16, less_one=True)),
+         Gptq(8, -1, less_one=False, symmetric=True)),
+        ({**GPTQ, "dynamic": {r"-:.*mlp\.gate.*": {}}}, Gptq(4, 16, less_one=True, symmetric=True)),
         ({**AWQ, "version": "GEMM", "modules_to_not_convert": ["gate"]}, Awq(16)),
+        ({**GPTQ, "sym": False, "desc_act": True}, Gptq(4, 16, less_one=True, reordered=True)),
         (FP8, BlockFp8((128, 128))),
     ],
 )  # fmt: skip

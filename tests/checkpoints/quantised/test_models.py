@@ -1,6 +1,7 @@
 """Quantised checkpoints of whole models against plain ones of the numbers that they stand for."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -171,22 +172,19 @@ def test_a_quantised_head_is_read_too(plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "weights", "warns"),
-    [("gptq", "int4", "GPTQ"), ("nf4", "int4-64", "NF4"), ("nf4", "int8", None),
-     ("int8_rows", "int4", None)],
+    ("form", "weights", "name", "least", "most"),
+    [("gptq", "int4", "GPTQ", 3, 10), ("nf4", "int4-64", "NF4", 3, 12),
+     ("nf4", "int8", "NF4", 0.3, 0.7), ("int8_rows", "int4", "compressed-tensors", 3, 10)],
 )  # fmt: skip
-def test_four_bits_packed_again_in_four_are_warned_about(form, weights, warns, plain, tmp_path):
+def test_what_packing_adds_is_said(form, weights, name, least, most, plain, tmp_path):
     quantise(plain, tmp_path / "packed", *packing.FORMS[form])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         open_checkpoint(tmp_path / "packed", weights=weights, keep=False)
-    texts = [str(one.message) for one in said]
-    if warns is None:
-        assert not texts
-    else:
-        assert len(texts) == 1
-        assert f"weights in {warns} already" in texts[0]
-        assert "--weights int8" in texts[0]
+    (text,) = (str(one.message) for one in said)
+    assert f"weights in {name} are packed in another form" in text
+    assert least < float(re.search(r"error of ([\d.]+) %", text)[1]) < most
+    assert ("--weights int8, or as-is" in text) == (most > 1)
 
 
 def test_a_part_in_another_file(plain, tmp_path):

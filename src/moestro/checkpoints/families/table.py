@@ -240,3 +240,9 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 # Those that only put rows in another order, so that rows of blocks pass through them as well.
 OF_ROWS = ("same", "rope_pairs_of_heads", "rope_pairs_at_end", "pairs_of_heads", "delta_ba")
+# How rows of blocks, which are of our matrix's outputs however theirs lies, become ours.
+ROWS: Mapping[str, Callable[[Tensor, Any], Tensor]] = {
+    **{name: LAYOUTS[name].load for name in OF_ROWS},
+    "transposed": LAYOUTS["same"].load,
+    "interleaved_transposed": lambda x, _: apart(x, -2),
+}

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, expect
-from moestro.checkpoints.quantised.scaling import ROWS, as_bytes, scaled_blocks
+from moestro.checkpoints.quantised.scaling import (
+    GROUP,
+    ROWS,
+    Integers,
+    as_bytes,
+    row_blocks,
+    scaled_blocks,
+)
 from moestro.errors import ShapeError
+from moestro.kernels.packing import Q4_1, BlockRows
 
 _PER_WORD = 8
 # The outputs of a word, from its lowest bits on; two in a byte.
@@ -48,6 +56,22 @@ class Awq(Form):
 
     def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
+        scaled_blocks(self._integers(parts), out)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether groups are whole blocks."""
+        return self.group == -1 or self.group % GROUP == 0
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`."""
+        return Q4_1 if self.in_blocks and self.shape(parts)[1] % GROUP == 0 else None
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`."""
+        return row_blocks(self._integers(parts), self.shape(parts), Q4_1)
+
+    def _integers(self, parts: Mapping[str, Tensor]) -> Integers:
         _, width = self.shape(parts)
         values_IW, zeros_ON = parts[".qweight"], unpack_awq(parts[".qzeros"])
         block = (1, max(width, 1) if self.group == -1 else self.group)
@@ -57,7 +81,7 @@ class Awq(Form):
             words = slice(some.start // _PER_WORD, -(-some.stop // _PER_WORD))
             return unpack_awq(values_IW[:, words])
 
-        scaled_blocks(rows, out, parts[".scales"].T, zeros_ON, block)
+        return Integers(rows, parts[".scales"].T, zeros_ON, block)
 
 
 def unpack_awq(words_IW: Tensor) -> Tensor:

@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.checkpoints.quantised.form import Form, Header, Shape, expect
+from moestro.checkpoints.quantised.scaling import GROUP, nibbles
 from moestro.errors import ShapeError
+from moestro.kernels.packing import BLOCKS, NF4, TABLES, BlockRows
 from moestro.strictjson import parse
 
 _BYTES_AT_ONCE = 1 << 18
+_BLOCKS_AT_ONCE = 1 << 14
+_NEAR = 0.01  # that a number of NF4's table is to the rounded one
 # Bytes may be stored as numbers of another type.
 _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -70,10 +74,7 @@ class Bnb4(Form):
         """Number of the table times the largest of its block, in fp32. [O, I]."""
         self.shape(parts)
         state, table = self._state(parts), parts[".quant_map"]
-        largest = parts[".absmax"]
-        if ".nested_absmax" in parts:
-            outer = parts[".nested_absmax"].repeat_interleave(state.nested_block)[: len(largest)]
-            largest = parts[".nested_quant_map"][largest.int()] * outer + state.nested_offset
+        largest = self._largest(parts, state)
         data = parts[""].contiguous().view(-1).view(torch.uint8)
         byte = torch.arange(256, device=data.device)
         twins = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
@@ -89,6 +90,14 @@ class Bnb4(Form):
             part.copy_(numbers.mul_(blocks[:, None]).view(-1)[: len(part)])
         if whole is not out:
             out.copy_(whole)
+
+    def _largest(self, parts: Mapping[str, Tensor], state: State) -> Tensor:
+        """The largest magnitude of each block, in fp32."""
+        largest = parts[".absmax"]
+        if ".nested_absmax" not in parts:
+            return largest
+        outer = parts[".nested_absmax"].repeat_interleave(state.nested_block)[: len(largest)]
+        return parts[".nested_quant_map"][largest.int()] * outer + state.nested_offset
 
     def _state(self, parts: Mapping[str, Header]) -> State:
         """The facts of `quant_state`, checked."""
@@ -133,6 +142,40 @@ class Nf4(Bnb4):
     kind = "nf4"
     needed = ("", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")
     small = needed[-1:]
+
+    @property
+    def in_blocks(self) -> bool:
+        """All but odd widths are."""
+        return True
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`."""
+        return None if self.shape(parts)[-1] % GROUP else NF4
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`: numbers of the table become multiples of 1/127, magnitudes fp16."""
+        (height, width), state = self.shape(parts), self._state(parts)
+        exact, rounded = parts[".quant_map"], torch.tensor(TABLES["nf4"]) / 127
+        if float((exact - rounded).abs().max()) > _NEAR:
+            raise ShapeError("quant_map is not the table of NF4; --weights bf16 reads any")
+        bytes_NX = parts[""].contiguous().view(-1).view(torch.uint8).view(-1, GROUP // 2)
+        places = torch.arange(len(bytes_NX), device="cpu") * GROUP // state.block
+        largest_N = self._largest(parts, state)[places]
+        scales_N = (largest_N / 127).half()
+        if not bool(scales_N.isfinite().all()):
+            raise ShapeError("a largest magnitude is not finite in fp16")
+        data = torch.empty(len(bytes_NX), BLOCKS[NF4][1], dtype=torch.uint8, device="cpu")
+        data[:, :2] = scales_N[:, None].view(torch.uint8)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+        for start in range(0, len(data), _BLOCKS_AT_ONCE):
+            some = slice(start, start + _BLOCKS_AT_ONCE)
+            values = torch.stack([bytes_NX[some] >> 4, bytes_NX[some] & 15], -1).flatten(1)
+            data[some, 2:] = nibbles(values)
+            numbers = exact[values.int()] * largest_N[some, None]
+            off = rounded[values.int()] * (127 * scales_N[some].float())[:, None] - numbers
+            sums += torch.stack([each.double().square().sum() for each in (off, numbers)])
+        squared, whole = sums.tolist()
+        return BlockRows(data.view(height, -1), NF4, width), (squared, whole)
 
 
 class Fp4(Bnb4):

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
 from moestro.checkpoints.quantised.fp8 import fill_fp8
-from moestro.checkpoints.quantised.gptq import check_groups
-from moestro.checkpoints.quantised.scaling import scaled_blocks, unpack
+from moestro.checkpoints.quantised.gptq import check_groups, number_of
+from moestro.checkpoints.quantised.scaling import (
+    GROUP,
+    Integers,
+    row_blocks,
+    scaled_blocks,
+    unpack,
+)
 from moestro.errors import ShapeError
+from moestro.kernels.packing import Q8_0, BlockRows
 
 _WORD = 32
 Block = tuple[int, int]
@@ -48,6 +55,14 @@ class Weights(NamedTuple):
         rows, columns = self.block
         return rows or max(height, 1), columns or max(width, 1)
 
+    @property
+    def number(self) -> int | None:
+        """Of the blocks of 32 that hold such weights; None: there are none."""
+        columns = self.block[1]
+        if self.kind != "int" or self.reordered or (columns is not None and columns % GROUP):
+            return None
+        return number_of(self.bits, self.symmetric)
+
 
 @dataclass(frozen=True)
 class Compressed(Form):
@@ -64,6 +79,11 @@ class Compressed(Form):
     def bits(self) -> int:  # type: ignore[override]  # a form of its own has one number, this several
         """The fewest."""
         return min(weights.bits for weights in self.weights)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether groups of some are whole blocks, in order."""
+        return any(weights.number is not None for weights in self.weights)
 
     def which(
         self, shape: Shape, bits: list[int], kind: str, parts: Mapping[str, Header]
@@ -107,6 +127,20 @@ class PackedInts(Compressed):
 
     def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
+        scaled_blocks(self._integers(parts), out)
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`."""
+        (_, width), one = self._kind(parts)
+        return None if width % GROUP else one.number
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`."""
+        shape, one = self._kind(parts)
+        assert one.number is not None
+        return row_blocks(self._integers(parts), shape, one.number)
+
+    def _integers(self, parts: Mapping[str, Tensor]) -> Integers:
         (height, width), one = self._kind(parts)
         words, block = parts[".weight_packed"], one.within(height, width)
         scales_NM = _matrix(parts[".weight_scale"])
@@ -122,7 +156,7 @@ class PackedInts(Compressed):
         def rows(some: slice) -> Tensor:
             return unpack(words[some], one.bits)[:, :width]
 
-        scaled_blocks(rows, out, scales_NM, zeros_NM, block, columns_I)
+        return Integers(rows, scales_NM, zeros_NM, block, columns_I)
 
     def _kind(self, parts: Mapping[str, Header]) -> tuple[tuple[int, int], Weights]:
         """Shape and description of a tensor by its parts."""
@@ -180,8 +214,25 @@ class WholeValues(Compressed):
         if values_OI.dtype == torch.float8_e4m3fn:
             fill_fp8(values_OI, scales_NM, block, out)
             return
+        scaled_blocks(self._integers(parts), out)
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`; whatever the bits, a value is a byte."""
+        one, values = self._kind(parts), parts[".weight"]
+        known = values.dtype == torch.int8 and ZERO not in parts and one.number is not None
+        return Q8_0 if known and values.shape[1] % GROUP == 0 else None
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`."""
+        height, width = parts[".weight"].shape
+        return row_blocks(self._integers(parts), (height, width), Q8_0)
+
+    def _integers(self, parts: Mapping[str, Tensor]) -> Integers:
+        one, values_OI = self._kind(parts), parts[".weight"]
+        height, width = values_OI.shape
+        block, scales_NM = one.within(height, width), _matrix(parts[".weight_scale"])
         zeros_NM = _matrix(parts[ZERO]) if ZERO in parts else None
-        scaled_blocks(lambda some: values_OI[some].float(), out, scales_NM, zeros_NM, block)
+        return Integers(lambda some: values_OI[some].float(), scales_NM, zeros_NM, block)
 
     def _kind(self, parts: Mapping[str, Header]) -> Weights:
         values = parts[".weight"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moestro.checkpoints.tensor_files import Source, Stored
 from moestro.errors import CheckpointError, ShapeError
+from moestro.kernels.packing import BlockRows
 
 Shape = tuple[int, ...]
 
@@ -75,6 +77,27 @@ class Form:
         """
         raise NotImplementedError
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the settings allow tensors whose rows are ggml's blocks; see `blocks`."""
+        return False
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """The number of ggml's blocks of 32 that hold a tensor's rows; None: there are none.
+
+        Args:
+            parts: see `shape`.
+        """
+        return None
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """The tensor as such blocks, and what rounding their scales adds; see `row_blocks`.
+
+        Raises:
+            ShapeError: see `shape`; or the values are none that the blocks have.
+        """
+        raise NotImplementedError
+
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensor that these parts stand for, rounded once, to `dtype`.
 
@@ -93,6 +116,17 @@ class Quantised(Source):
 
     parts: Mapping[str, Stored]
     form: Form
+    number: int | None
+
+    @property
+    def blocks(self) -> int | None:
+        """See `Source`."""
+        return self.number
+
+    @property
+    def stored_in(self) -> str:
+        """The form's name."""
+        return self.form.name
 
     @classmethod
     def of(cls, key: str, parts: Mapping[str, Stored], form: Form) -> Quantised:
@@ -114,7 +148,7 @@ class Quantised(Source):
         except ShapeError as error:
             raise CheckpointError(f"{file}: {key}: {error}") from None
         size = sum(part.bytes for part in parts.values())
-        return cls(file, key, None, shape, size, parts, form)
+        return cls(file, key, None, shape, size, parts, form, form.blocks(headers))
 
     def entry(self, index: int) -> Quantised:
         """Entry `index` of the first axis; all parts of a stack are stacked."""
@@ -135,9 +169,22 @@ class Quantised(Source):
         if len(self.shape) > 2:
             super().load_into(target)
             return
-        parts = {suffix: part.load() for suffix, part in self.parts.items()}
+        with self._named():
+            self.form.fill(self._loaded(), target)
+
+    def rows(self) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Source`: blocks that are made of the parts."""
+        with self._named():
+            return self.form.rows(self._loaded())
+
+    def _loaded(self) -> dict[str, Tensor]:
+        return {suffix: part.load() for suffix, part in self.parts.items()}
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of what does not fit where it is."""
         try:
-            self.form.fill(parts, target)
+            yield
         except ShapeError as error:
             raise CheckpointError(f"{self.file}: {self.key}: {error}") from None
 

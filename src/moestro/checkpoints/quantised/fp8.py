@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, Shape, expect
-from moestro.checkpoints.quantised.scaling import scaled_blocks
+from moestro.checkpoints.quantised.scaling import Integers, scaled_blocks
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def fill_fp8(values_OI: Tensor, scales_NM: Tensor, block: tuple[int, int], out_O
     def numbers_of(some: slice) -> Tensor:
         return _numbers(values_OI[some], table)
 
-    scaled_blocks(numbers_of, out_OI, scales_NM, None, block)
+    scaled_blocks(Integers(numbers_of, scales_NM, None, block), out_OI)
 
 
 def _numbers(values: Tensor, table: Tensor) -> Tensor:

@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.quantised.form import SCALES, Form, Header, expect
-from moestro.checkpoints.quantised.scaling import scaled_blocks, unpack
+from moestro.checkpoints.quantised.scaling import (
+    GROUP,
+    Integers,
+    row_blocks,
+    scaled_blocks,
+    unpack,
+)
 from moestro.errors import ShapeError
+from moestro.kernels.packing import Q4_0, Q4_1, Q8_0, BlockRows
 
 _WORD = 32
 
@@ -31,11 +38,15 @@ class Gptq(Form):
         bits: of a value; 4 or 8.
         group: inputs that share a scale; -1: all.
         less_one: zero points are stored less one, as in version 1.
+        symmetric: all zero points are in the middle.
+        reordered: activations decided which inputs are in a group.
     """
 
     bits: int
     group: int
     less_one: bool
+    symmetric: bool = False
+    reordered: bool = False
     name = "GPTQ"
     needed = (".qweight", ".qzeros", ".scales")
     optional = (".g_idx",)
@@ -58,6 +69,30 @@ class Gptq(Form):
 
     def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """(value - zero) · scale. [O, I]."""
+        scaled_blocks(self._integers(parts), out)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether groups are whole blocks, in order."""
+        return self._number is not None
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`."""
+        return None if self.shape(parts)[1] % GROUP else self._number
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`."""
+        number = self.blocks(parts)
+        assert number is not None
+        return row_blocks(self._integers(parts), self.shape(parts), number)
+
+    @property
+    def _number(self) -> int | None:
+        if self.group != -1 and (self.reordered or self.group % GROUP):
+            return None
+        return number_of(self.bits, self.symmetric)
+
+    def _integers(self, parts: Mapping[str, Tensor]) -> Integers:
         _, width = self.shape(parts)
         values_WO, zeros = parts[".qweight"], parts[".qzeros"].long()
         if self.less_one:
@@ -74,11 +109,17 @@ class Gptq(Form):
         def rows(some: slice) -> Tensor:
             return unpack(values_WO[:, some].T, self.bits)
 
-        scales_ON, block = parts[".scales"].T, (1, self._size(width))
-        scaled_blocks(rows, out, scales_ON, zeros_ON, block, groups_I)
+        return Integers(rows, parts[".scales"].T, zeros_ON, (1, self._size(width)), groups_I)
 
     def _size(self, width: int) -> int:
         return max(width, 1) if self.group == -1 else self.group
+
+
+def number_of(bits: int, symmetric: bool) -> int | None:
+    """The number of the blocks of 32 that hold such integers; None: there are none."""
+    if bits == 4:
+        return Q4_0 if symmetric else Q4_1
+    return Q8_0 if symmetric else None
 
 
 def _as_int32(words: Tensor) -> Tensor:

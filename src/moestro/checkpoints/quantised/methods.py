@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moestro.checkpoints.quantised.awq import Awq
 from moestro.checkpoints.quantised.bitsandbytes import Fp4, Nf4
 from moestro.checkpoints.quantised.compressed_tensors import PackedInts, Weights, WholeValues
-from moestro.checkpoints.quantised.form import Form, Quantised, join
+from moestro.checkpoints.quantised.form import Form, join
 from moestro.checkpoints.quantised.fp8 import BlockFp8, MatrixFp8
 from moestro.checkpoints.quantised.gptq import Gptq
 from moestro.checkpoints.quantised.mxfp4 import Mxfp4
@@ -116,10 +116,14 @@ def find_sources(stored: Mapping[str, Stored], hf_config: Mapping[str, Any]) -> 
     return join(stored, how.forms, how.unused)
 
 
-def in_four_bits(sources: Iterable[Source]) -> list[str]:
-    """Names of the forms of four bits or fewer among these."""
-    forms = {one.form for one in sources if isinstance(one, Quantised)}
-    return sorted({form.name for form in forms if form.bits <= 4})
+def in_blocks(hf_config: Mapping[str, Any]) -> bool:
+    """Whether rows of some tensors beside a config.json can be ggml's blocks; see `Form.blocks`."""
+    if not hf_config.get("quantization_config"):
+        return False
+    try:
+        return any(form.in_blocks for form in reading(hf_config["quantization_config"]).forms)
+    except CheckpointError:  # which is refused where it is read
+        return False
 
 
 def _refuse(field: str, given: Any, allowed: Sequence[Any] | str) -> CheckpointError:
@@ -177,7 +181,9 @@ def _gptq(settings: Mapping[str, Any]) -> Reading:
     if settings.get("method") not in (None, "gptq"):
         raise _refuse("method", settings["method"], ("gptq",))
     bits = _whole(settings, "bits", (4, 8))
-    return Reading((Gptq(bits, _group(settings), "gptq_v2" not in stated),))
+    symmetric, reordered = settings.get("sym") is True, settings.get("desc_act") is True
+    less_one = "gptq_v2" not in stated
+    return Reading((Gptq(bits, _group(settings), less_one, symmetric, reordered),))
 
 
 def _awq(settings: Mapping[str, Any]) -> Reading:

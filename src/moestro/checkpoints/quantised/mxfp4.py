@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.checkpoints.quantised.form import Form, Header, Shape, expect
+from moestro.checkpoints.quantised.scaling import nibbles
 from moestro.errors import ShapeError
+from moestro.kernels.packing import MXFP4, BlockRows
 
 # e2m1 has 1 sign, 2 exponent and 1 mantissa bit.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -38,6 +40,24 @@ class Mxfp4(Form):
         expect("_scales", parts["_scales"], [torch.uint8], sides)
         *experts, out, groups, _ = blocks.shape
         return (*experts, groups * _GROUP, out)
+
+    @property
+    def in_blocks(self) -> bool:
+        """All are."""
+        return True
+
+    def blocks(self, parts: Mapping[str, Header]) -> int | None:
+        """See `Form`."""
+        return MXFP4
+
+    def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
+        """See `Form`; the rows [O, I] of one expert, not transposed."""
+        self.shape(parts)
+        byte = parts["_blocks"]
+        values = torch.stack([byte & 15, byte >> 4], dim=-1).flatten(-2)
+        data = torch.cat([parts["_scales"][..., None], nibbles(values)], dim=-1)
+        height, count = parts["_scales"].shape
+        return BlockRows(data.view(height, -1), MXFP4, count * _GROUP), (0.0, 0.0)
 
     def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Exact in bf16 and fp32 as long as the exponent fits. [E, I, O]."""
