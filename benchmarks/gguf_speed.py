@@ -46,7 +46,8 @@ def main() -> None:
     made = {name: [] for name in variants}
     for turn in range(args.warmup + args.repeats):
         for name, run in variants.items():
-            each_round = run()
+            with torch.inference_mode():
+                each_round = run()
             if turn >= args.warmup:
                 made[name].append(each_round)
     rows = [
@@ -69,5 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

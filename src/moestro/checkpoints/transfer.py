@@ -324,9 +324,8 @@ class StoredModule:
             kept = format.group == 32 and source.blocks in EXACT.get(format.kind, ())
             if kept or source.is_of_blocks:
                 rows, added = source.rows()
-                with self._adding:  # by numpy: inference mode is a thread's own, and ends here
-                    sums = self.rounding.numpy()
-                    sums += added
+                with self._adding:
+                    self.rounding += torch.tensor(added, dtype=torch.float64, device="cpu")
                 return rows._replace(data=ROWS[layout](rows.data, self._cfg).contiguous())
         numbers = source.load(torch.float32).float()
         return LAYOUTS[layout].load(numbers, self._cfg).contiguous()

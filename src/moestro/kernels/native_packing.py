@@ -140,7 +140,7 @@ def _pack_slab(
     """Pack gate and up, or up alone, and the parts of down."""
     dim, hidden = sizes
     at = packed_at(slab, slab_bytes(dim, hidden, activation, format), "slab")
-    slab.numpy()[-PAGE:] = 0  # what follows the weights is written to files too
+    slab[-PAGE:] = 0  # what follows the weights is written to files too
     places, step, down_at = _within(dim, hidden, activation, format)
     if len(ups) < len(places):
         ups = _halves(ups[0])
