@@ -10,8 +10,8 @@ from moestro.errors import DataError
 from moestro.text import load_tokenizer
 
 TEXTS = (
-    "The quick café  naïve", "12345 tokens", " leading and trailing ", "中文 🙂 ﬁ", "a\n\n\tdef f(x):",
-    "<s>", "", "x" * 70,
+    "The quick café  naïve", "12345 tokens", " leading and trailing ", "中文 🙂 ﬁ",
+    "a\n\n\tdef f(x):", "<s>", "", "x" * 70,
 )  # fmt: skip
 CORPUS = ["the quick brown fox", "le café naïve", "12345 tokens, more", "def f(x):  return x"] * 40
 

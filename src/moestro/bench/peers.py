@@ -135,9 +135,6 @@ def llama_bench(
 ) -> Iterator[Callable[[], Round]]:
     """Rounds of a llama-bench, over random weights of this shape, kept as long as the context.
 
-    Tokens are decoded after the prompt where the program has an option for that (`-gp` or `-d`),
-    else from an empty cache.
-
     Args:
         words: the program, and options of its own.
         cfg: the model's settings.
@@ -152,19 +149,30 @@ def llama_bench(
     with tempfile.TemporaryDirectory(prefix="moestro-") as folder:
         path = Path(folder) / "model.gguf"
         _gguf().write_random(cfg, kind, path)
-        common = [*words, "-m", str(path), "-r", "1", "-t", str(threads), "-o", "json"]
-        options, after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
-        if " -gp " in options:
-            after = ["-n", "0", "-gp", f"{prompt},{tokens}"]
-        elif " -d, " in options:
-            after = ["-n", str(tokens), "-d", str(prompt)]
+        yield llama_rounds(words, path, prompt, tokens, threads)
 
-        def run() -> Round:
-            prefill = _rate(words[0], _run([*common, "-p", str(prompt), "-n", "0"]), "n_prompt")
-            decode = _rate(words[0], _run([*common, "-p", "0", *after]), "n_gen")
-            return Round(prompt / prefill, prompt / prefill, tokens / decode)
 
-        yield run
+def llama_rounds(
+    words: Sequence[str], path: Path, prompt: int, tokens: int, threads: int
+) -> Callable[[], Round]:
+    """Rounds of a llama-bench over a GGUF file.
+
+    Tokens are decoded after the prompt where the program has an option for that (`-gp` or `-d`),
+    else from an empty cache. Arguments and errors are those of `llama_bench`.
+    """
+    common = [*words, "-m", str(path), "-r", "1", "-t", str(threads), "-o", "json"]
+    options, after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
+    if " -gp " in options:
+        after = ["-n", "0", "-gp", f"{prompt},{tokens}"]
+    elif " -d, " in options:
+        after = ["-n", str(tokens), "-d", str(prompt)]
+
+    def run() -> Round:
+        prefill = _rate(words[0], _run([*common, "-p", str(prompt), "-n", "0"]), "n_prompt")
+        decode = _rate(words[0], _run([*common, "-p", "0", *after]), "n_gen")
+        return Round(prompt / prefill, prompt / prefill, tokens / decode)
+
+    return run
 
 
 def _run(words: list[str], strict: bool = True) -> str:
