@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from moestro.infer.sampling import SamplingConfig
-from moestro.infer.writing import Piece, Writer
+from moestro.infer.sampling import SamplingConfig, next_tokens
+from moestro.infer.writing import Piece, Writer, masked, restricted
 from moestro.text import SubwordTokenizer
 
 MARKS = ("<|endoftext|>", "<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<x>")
@@ -125,3 +125,28 @@ def test_nothing_is_lost(special: bool, data: list[int], stop: tuple[str, ...]) 
     for each in stop:
         want = want.split(each)[0]
     assert joined(written(data, special=special, stop=stop, max_tokens=len(data) or 1)) == want
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("count", [1, 5, 32, 33, 200, 256])
+def test_few_allowed_tokens_are_chosen_as_by_the_mask(count: int, temperature: float) -> None:
+    """256 tokens, of which the last 6 have no place in the constraint."""
+    generator = torch.Generator().manual_seed(count)
+    settings = SamplingConfig(temperature=temperature, top_k=40, top_p=0.95)
+    for seed in range(20):
+        logits_1V = torch.randn(1, 256, generator=generator)
+        allowed_N = torch.zeros(250, dtype=torch.bool)
+        allowed_N[torch.randperm(250, generator=generator)[:count]] = True
+        draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        want = int(next_tokens(masked(logits_1V, allowed_N), settings, draws[:1]))
+        few_1N, ids_N = restricted(logits_1V, allowed_N)
+        assert (ids_N is not None) == (count <= 32)
+        found = int(next_tokens(few_1N, settings, draws[1:]))
+        assert allowed_N[want]
+        assert (found if ids_N is None else int(ids_N[found])) == want
+
+
+def test_nothing_allowed_is_for_the_sampler_to_refuse() -> None:
+    logits_1V, ids_N = restricted(torch.zeros(1, 16), torch.zeros(16, dtype=torch.bool))
+    assert ids_N is None
+    assert logits_1V.isneginf().all()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,3 +108,24 @@ def test_a_file_without_keys_asks_for_some(folder: Path, tmp_path: Path, capsys)
     (tmp_path / "keys").write_text("\n \n")
     assert main(["serve", str(folder), "--api-key-file", str(tmp_path / "keys")]) == 2
     assert "holds no key" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_at_once_and_quietly() -> None:
+    """The text would go on for 3000 steps of the model."""
+    words = [sys.executable, str(Path(__file__).with_name("scripted.py"))]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = f"http://127.0.0.1:{int(process.stdout.readline())}/v1/completions"
+            body = {"prompt": "a", "max_tokens": 4000, "temperature": 0, "stream": True}
+            with httpx.stream("POST", url, json=body) as response:
+                next(response.iter_lines())
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+                process.send_signal(signal.SIGINT)
+                _, problems = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert "Traceback" not in problems

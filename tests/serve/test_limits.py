@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from moestro.serve.running import bind
+from moestro.serve.running import bind, server
 
 from .scripted import FAIL, NAN, counting
 from .serving import at_work
@@ -175,6 +178,32 @@ def test_before_its_end_a_server_finishes_and_refuses() -> None:
 
     with at_work(state) as address:
         on(address, work)
+
+
+def test_a_signal_refuses_the_new_until_what_runs_is_done() -> None:
+    """On connections of their own, which a socket that is closed at once would not take."""
+    model, state = counting(drain_s=20)
+    bound, ready = bind("127.0.0.1", 0), threading.Event()
+    loop = server(state, ready.set)
+    thread = threading.Thread(target=loop.run, args=([bound],))
+    thread.start()
+    assert ready.wait(30)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    model.go.clear()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(httpx.post, f"{url}{PATH}", json=asked(), timeout=60)
+        while not state.engine.running:
+            time.sleep(0.01)
+        loop.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.4)
+        late = httpx.post(f"{url}{PATH}", json=asked())
+        assert late.status_code == 503
+        assert int(late.headers["retry-after"]) > 0
+        assert httpx.get(f"{url}/health").status_code == 503
+        model.go.set()
+        assert running.result().json()["choices"][0]["text"] == "bcdefghijk"
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_what_takes_longer_than_the_end_may_is_told() -> None:

@@ -89,9 +89,17 @@ def test_any_json(client: OpenAI) -> None:
         assert isinstance(json.loads(text), dict)
 
 
+def test_any_json_with_a_schema_beside_it(address: str) -> None:
+    form = {"type": "json_object", "schema": SCHEMA}
+    body = post(address, messages=HELLO, seed=3, temperature=2, response_format=form).json()
+    check(body["choices"][0]["message"]["content"])
+
+
 @pytest.mark.parametrize(
     ("form", "said"),
     [
+        ({"type": "json_object", "schema": 123}, "schema"),
+        ({"type": "json_object", "schema": {"type": "hiccup"}}, "hiccup"),
         ({"type": "json_schema"}, "needs json_schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema is required"),
         ({"type": "yaml"}, "is not allowed"),

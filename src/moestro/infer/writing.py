@@ -18,6 +18,8 @@ from moestro.streaming import StreamDecoder
 from moestro.text import Tokenizer
 
 Finish = Literal["stop", "length", "end_of_text"]
+# Sampling takes as long as the tokens are many; below this share it is worth while to pick them.
+_FEW = 8
 
 
 class Scored(NamedTuple):
@@ -129,9 +131,11 @@ class Writer:
             nameless_N = self._nameless_N.to(logits_1V.device)
             logits_1V = logits_1V.index_fill(1, nameless_N, -torch.inf)
         held = self._constraint if self._channels.current == FINAL else None
+        ids_N = None
         if held is not None:
-            logits_1V = _masked(logits_1V, held.allowed())
-        self.token = int(next_tokens(logits_1V, self._sampling, [self._generator]))
+            logits_1V, ids_N = restricted(logits_1V, held.allowed())
+        chosen = int(next_tokens(logits_1V, self._sampling, [self._generator]))
+        self.token = chosen if ids_N is None else int(ids_N[chosen])
         if held is not None:
             held.push(self.token)
         if self._top is not None:
@@ -165,7 +169,25 @@ class Writer:
         return pieces
 
 
-def _masked(logits_1V: Tensor, allowed_N: Tensor) -> Tensor:
+def restricted(logits_1V: Tensor, allowed_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The logits of what may be chosen, and its ids; of few tokens nothing else is computed.
+
+    Args:
+        logits_1V: of all tokens.
+        allowed_N: of the first N; none of the others is allowed.
+
+    Returns:
+        The logits [1, n] of the n allowed tokens and their ids, or, where there are many or none,
+        all logits with -inf in the place of the others, and None.
+    """
+    allowed_N = allowed_N[: logits_1V.shape[1]]
+    if not 0 < int(allowed_N.count_nonzero()) * _FEW <= logits_1V.shape[1]:
+        return masked(logits_1V, allowed_N), None
+    ids_N = allowed_N.nonzero()[:, 0]
+    return logits_1V[:, ids_N.to(logits_1V.device)], ids_N
+
+
+def masked(logits_1V: Tensor, allowed_N: Tensor) -> Tensor:
     """The logits, -inf where a token is not allowed."""
     size = min(logits_1V.shape[1], len(allowed_N))
     allowed_N = allowed_N[:size].to(logits_1V.device)

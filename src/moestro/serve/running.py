@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import ipaddress
+import logging
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,7 +17,7 @@ from moestro.errors import ConfigError
 from moestro.serve.app import build_app
 from moestro.serve.state import State
 
-# What answers get beyond the engine's own limit, to be sent.
+# Seconds that answers get beyond the engine's own limit, to be sent.
 _LAST_S = 5
 # Longer than clients and proxies keep a connection for their next request, so that they close it.
 _IDLE_S = 90
@@ -85,15 +87,18 @@ def server(state: State, ready: Callable[[], None]) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_IDLE_S,
-        timeout_graceful_shutdown=int(state.settings.drain_s) + _LAST_S,
+        timeout_graceful_shutdown=_LAST_S,
     )
     return _Server(config, state, ready)
 
 
 class _Server(uvicorn.Server):
+    """Answers on its socket until what runs is done, so that others are told why they wait."""
+
     def __init__(self, config: uvicorn.Config, state: State, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._state, self._ready = state, ready
+        self._asked_at: float | None = None  # to end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin, and say so."""
@@ -101,8 +106,19 @@ class _Server(uvicorn.Server):
         if self.started:
             self._ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to end; asked every tenth of a second."""
+        if self._asked_at is not None and not self.should_exit:
+            engine, waited_s = self._state.engine, time.monotonic() - self._asked_at
+            late = waited_s > self._state.settings.drain_s + _LAST_S
+            self.should_exit = late or not engine.running
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish what runs; asked a second time, end at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self._asked_at is not None:
+            self.force_exit = self.should_exit = True
+            # What is cut off now was asked for, and is no news.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self._asked_at = time.monotonic()
         self._state.engine.refuse()

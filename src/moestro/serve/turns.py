@@ -88,7 +88,8 @@ def _constraint(
             return state.grammars.constraint(grammar, "tools")
     if wish is None or wish.type == "text":
         return None
-    schema = wish.json_schema.schema_ if wish.json_schema is not None else {"type": "object"}
+    schema = wish.json_schema.schema_ if wish.json_schema is not None else wish.schema_
+    schema = {"type": "object"} if schema is None else schema
     return state.grammars.constraint(of_json(schema, thinking=thinking), "response_format")
 
 
