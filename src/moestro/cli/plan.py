@@ -217,26 +217,36 @@ def _draw(reports: list[Report], path: Path) -> None:
 
 
 def _list(as_json: bool) -> None:
-    """All presets, with what they count."""
+    """All presets: what they count, what layout their weights have, and how they decode."""
     from rich.console import Console
 
+    from moestro.checkpoints.families import FAMILIES
+    from moestro.infer.native_decoder import lacks
     from moestro.plan.presets import names, preset
     from moestro.plan.sizes import parameters_text
 
     subjects = [preset(name) for name in names()]
+    why = [None if s.cfg is None else lacks(s.cfg) for s in subjects]
+    ways = [
+        None if s.cfg is None else "native" if reason is None else "Python"
+        for s, reason in zip(subjects, why, strict=True)
+    ]
+    loads = [s.family if s.family in FAMILIES else None for s in subjects]
     if as_json:
         facts = [
             {
                 "name": s.name, "rumour": s.rumour, "total": s.count.total,
                 "active": s.count.active, "source": s.source, "note": s.note,
+                "loads_as": layout, "decodes": way, "why": reason, "trains": s.cfg is not None,
             }
-            for s in subjects
+            for s, layout, way, reason in zip(subjects, loads, ways, why, strict=True)
         ]  # fmt: skip
         typer.echo(json.dumps({"presets": facts}))
         return
-    table = _table("preset", "in all", "active")
-    for s in subjects:
-        table.add_row(s.title, *map(parameters_text, (s.count.total, s.count.active)))
+    table = _table("preset", "in all", "active", "loads as", "decodes in")
+    for s, layout, way in zip(subjects, loads, ways, strict=True):
+        counts = map(parameters_text, (s.count.total, s.count.active))
+        table.add_row(s.title, *counts, layout or "", way or "counted only")
     Console().print(table)
 
 

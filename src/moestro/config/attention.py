@@ -302,8 +302,11 @@ class AttentionConfig(Settings):
             raise ValueError(
                 "latent attention scales its scores itself; leave positions.score_scale out"
             )
-        if self.positions.fraction != 1 or self.positions.skipped_every:
+        if self.positions.fraction != 1:
             raise ValueError(
-                "of a latent head, rope_dim numbers turn, in every layer; leave "
-                "positions.fraction and positions.skipped_every out"
+                "of a latent head, rope_dim numbers turn; leave positions.fraction out"
+            )
+        if self.positions.skipped_every:
+            raise ValueError(
+                "latent attention turns in every layer; leave positions.skipped_every out"
             )

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, RopeConfig, WindowConfig
+from moestro.config import ModelConfig, NetworkConfig, RopeConfig, WindowConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
 from moestro.kernels.backends import Work
@@ -52,13 +52,15 @@ def supports(model: nn.Module) -> str | None:
         return f"only decoders of this project decode natively, not {type(model).__name__}"
     own, embed = [getattr(each, "backend", "auto") for each in model.modules()], model.embed.weight
     asked = next((name for name in own if name not in ("auto", "native")), "auto")
-    weights, lacks = tuple(model.parameters()), _lacks(model.cfg) or _wrapped(model)
-    work = Work(embed.device.type, embed.dtype, (), "step", weights, lacks)
+    weights, lacking = tuple(model.parameters()), lacks(model.cfg) or _wrapped(model)
+    work = Work(embed.device.type, embed.dtype, (), "step", weights, lacking)
     return backends.why_not_whole(asked, work)
 
 
-def _lacks(cfg: ModelConfig) -> str | None:
-    """What in the settings the native step does not have."""
+def lacks(cfg: NetworkConfig) -> str | None:
+    """What in the settings the native step does not have; None: nothing."""
+    if not isinstance(cfg, ModelConfig):
+        return "no native step for encoder-decoders"
     attention, moe = cfg.attention, cfg.moe
     lacking = {
         "relative positions": not isinstance(attention.positions, RopeConfig),
@@ -76,7 +78,7 @@ def _lacks(cfg: ModelConfig) -> str | None:
         lacking["a capacity"] = moe.capacity is not None
         lacking["weights of the experts' inputs"] = router.weighs == "input"
         lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
-    return next((f"no native step for {what}" for what, lacks in lacking.items() if lacks), None)
+    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)
 
 
 def _wrapped(model: Decoder) -> str | None:

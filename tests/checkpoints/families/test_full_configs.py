@@ -50,6 +50,17 @@ def config_of(name):
     return tiny.config_of(name)
 
 
+# Switch, and those that transformers has under another name or not at all, with tests of their own.
+OWN_TESTS = {"bailing_moe", "deepseek", "kimi_k2", "switch_transformers"}
+
+
+def test_every_family_is_tested():
+    """By a tiny model, which all tests of families take; and by published settings."""
+    assert FAMILIES.keys() == {tiny.config_of(name).model_type for name in tiny.TINY} | OWN_TESTS
+    published = {fields["model_type"] for fields, _ in PUBLISHED.values()}
+    assert FAMILIES.keys() - published == {"llama", "mistral", "qwen2", "qwen3"}
+
+
 @pytest.mark.parametrize("name", [*tiny.TINY, "switch"])
 def test_every_family_in_full(name):
     """All that transformers would write, defaults included, means what the short form means."""

@@ -15,6 +15,7 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import write_pretrained
 from moestro.infer.decoding import NativeDecoding
 from moestro.infer.native_decoder import supports
+from moestro.models.count import count
 
 from . import tiny
 
@@ -83,6 +84,13 @@ def test_logits_and_routing(pair):
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+def test_counted_exactly(pair):
+    """Selection biases count, though they are buffers."""
+    biases = [x for name, x in pair.theirs.named_buffers() if name.endswith("bias")]
+    total = sum(x.numel() for x in (*pair.theirs.parameters(), *biases))
+    assert count(pair.ours.cfg).total == total
 
 
 @torch.no_grad()
