@@ -116,6 +116,7 @@ def test_what_is_refused(
     told = capsys.readouterr()
     assert re.search(said, " ".join(told.err.split()))
     assert not told.out
+    assert not list(run.rglob("packed-*"))  # refused before anything is written
 
 
 def test_weights_as_they_are_cannot_be_read_an_expert_at_a_time(

@@ -17,7 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moestro.checkpoints import packed_files, streamed
 from moestro.checkpoints.hub import find_checkpoint
+from moestro.checkpoints.packed_header import Section
 from moestro.checkpoints.reading import is_pretrained
+from moestro.config import NetworkConfig
 from moestro.errors import BackendError, CheckpointError
 from moestro.foreign import layouts
 from moestro.hf.forward import PACKED
@@ -26,8 +28,9 @@ from moestro.hf.plug import use
 from moestro.kernels import backends
 from moestro.kernels.packing import ExpertSlabs, Format, check_format
 from moestro.kernels.residency import Reads
-from moestro.machine import resident_bytes
-from moestro.models.budget import Use, fit, needs
+from moestro.machine import resident_bytes, return_freed
+from moestro.models.budget import Budget, Mixture, Use, fit, needs
+from moestro.models.build import Model
 from moestro.plan.sizes import memory_of
 
 _EXPERTS = r"\.experts\."
@@ -88,12 +91,19 @@ def offload(
     amount = memory_of(memory) if isinstance(memory, str) else memory
     config = AutoConfig.from_pretrained(folder)
     base = _class_of(config)
-    path, source = packed_files.converted(folder, format, packed)
     dense, number = _dense_bytes(base, config, options.get("dtype"))
-    cfg, _, _, mixtures = streamed.sizes(path)
-    texts = texts or Use(_CONTEXT, scored=True)
-    wanted = needs(cfg, number, dense, mixtures, texts, resident_bytes())
-    budget = fit(wanted, _ENDLESS if amount is None else amount)
+
+    def fitted(cfg: NetworkConfig, _: int, __: int, mixtures: tuple[Mixture, ...]) -> Budget:
+        use_ = texts or Use(_CONTEXT, scored=True)
+        wanted = needs(cfg, number, dense, mixtures, use_, resident_bytes())
+        return fit(wanted, _ENDLESS if amount is None else amount)
+
+    def check(blank: Model, sections: dict[str, Section]) -> None:
+        fitted(*streamed.sizes_of(blank, sections))
+
+    path, source = packed_files.converted(folder, format, packed, check=check)
+    return_freed()
+    budget = fitted(*streamed.sizes(path))
     model, sizes = _without_experts(base, folder, options)
     stored = streamed.stored_experts(path, budget.kept, source)
     _check_same(path, sizes, stored)
