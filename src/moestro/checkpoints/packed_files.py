@@ -34,7 +34,7 @@ from moestro.moe.packed import Packed
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 # Refuses what is about to be written.
-Check = Callable[[Model, dict[str, Section]], None]
+Check = Callable[[Model, dict[str, Section]], object]
 
 
 def default_path(folder: Path, format: Format) -> Path:
