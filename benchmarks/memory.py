@@ -126,7 +126,9 @@ def child(given: dict[str, Any]) -> None:
     from moestro.machine import peak_bytes, resident_bytes
     from moestro.models.budget import Use
 
-    path, kept, facts = Path(given["file"]), [], {"process": resident_bytes()}
+    path, kept = Path(given["file"]), []
+    streamed.sizes(path)  # loads what opening needs
+    facts = {"process": resident_bytes()}
     tokens = np.load(given["text"])[: given["tokens"]]
     together = tokens[: len(tokens) // CONVERSATIONS * CONVERSATIONS].reshape(CONVERSATIONS, -1)
     start = time.perf_counter()

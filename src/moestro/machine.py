@@ -1,7 +1,8 @@
-"""What the machine reports: processor, memory, peak memory, energy."""
+"""What the machine reports: processor, memory, peak memory, energy; and memory given back to it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -51,6 +52,12 @@ def free_bytes() -> int | None:
 def resident_bytes() -> int:
     """The memory that this process holds now, files mapped included."""
     return _fields(Path("/proc/self/status")).get("VmRSS", 0) * 1024 or peak_bytes()
+
+
+def return_freed() -> None:
+    """Give memory that this process has freed back to the system, where its allocator can."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limits() -> list[tuple[int, int]]:

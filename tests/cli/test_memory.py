@@ -1,7 +1,11 @@
 """--memory: the same text in less memory, said beforehand and afterwards, or refused."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +120,7 @@ def test_what_is_refused(
     told = capsys.readouterr()
     assert re.search(said, " ".join(told.err.split()))
     assert not told.out
+    assert not list(run.rglob("packed-*"))  # refused before anything is written
 
 
 def test_weights_as_they_are_cannot_be_read_an_expert_at_a_time(
@@ -133,6 +138,36 @@ def test_the_smallest_budget_that_is_named_works(
     least = re.search(r"give at least (\d+MiB)", " ".join(capsys.readouterr().err.split()))
     assert least is not None
     assert main([*words, least[1]]) == 0
+
+
+@pytest.mark.slow
+def test_a_control_group_of_the_budget_kills_nobody(run: Path) -> None:
+    """The smallest budget, as the limit of a group that the process is in from its start on."""
+    group = Path(f"/sys/fs/cgroup/memory/moestro-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group of memory can be made here (version 1, root)")
+    program = [Path(sys.executable).with_name("moestro"), "generate", run, "a", *GENERATE]
+
+    def generate(memory: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program, "--weights", "int8", "--memory", memory],
+            preexec_fn=lambda: (group / "cgroup.procs").write_text("0"),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    try:
+        least = re.search(r"give at least (\d+)MiB", " ".join(generate("1MiB").stderr.split()))
+        assert least is not None
+        limit = int(least[1]) << 20
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        done = generate(f"{least[1]}MiB")
+        assert done.returncode == 0, done.stderr
+        assert int((group / "memory.max_usage_in_bytes").read_text()) <= limit
+    finally:
+        time.sleep(0.2)  # the group is left when its last process is gone
+        group.rmdir()
 
 
 def test_bench_says_what_was_hit_and_read(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -312,7 +313,9 @@ def _mapped_or_packed(
 ) -> Model:
     """Map the packed form, or open it within a budget; make it and keep it there."""
     if within is not None:
-        path, source = packed_files.converted(folder, format, packed, progress, accept_fields)
+        check = partial(streamed.refuse_too_small, within)
+        given = (progress, accept_fields, check)
+        path, source = packed_files.converted(folder, format, packed, *given)
         return streamed.load_within(path, within, source)
     path = packed or packed_files.default_path(folder, format)
     source = packed_files.fingerprint(folder)

@@ -33,6 +33,9 @@ from moestro.moe.packed import Packed
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
+# Refuses what is about to be written.
+Check = Callable[[Model, dict[str, Section]], object]
+
 
 def default_path(folder: Path, format: Format) -> Path:
     """Where the packed form of a checkpoint is kept: beside its weights.
@@ -106,8 +109,12 @@ def convert(
     source: dict[str, str],
     progress: Progress | None = None,
     accept_fields: Collection[str] = (),
+    check: Check | None = None,
 ) -> None:
     """Write a checkpoint's packed form, of which one module at a time is in memory.
+
+    `check` is called with the model without memory, and where its tensors will be, before any is
+    read.
 
     Raises:
         CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.
@@ -119,7 +126,10 @@ def convert(
 
         def begin(blank: Model) -> Callable[[str, Packed], None]:
             nonlocal writer
-            writer = Writer(file, *packed_header.make(blank, format, source))
+            start, sections, length = packed_header.make(blank, format, source)
+            if check is not None:
+                check(blank, sections)
+            writer = Writer(file, start, sections, length)
             return put
 
         def put(name: str, module: Packed) -> None:
@@ -139,6 +149,7 @@ def converted(
     packed: Path | None = None,
     progress: Progress | None = None,
     accept_fields: Collection[str] = (),
+    check: Check | None = None,
 ) -> tuple[Path, dict[str, str]]:
     """The file of a checkpoint's packed form, written if it is missing, and its fingerprint.
 
@@ -148,7 +159,7 @@ def converted(
     path, source = packed or default_path(folder, format), fingerprint(folder)
     if not path.exists():
         try:
-            convert(folder, path, format, source, progress, accept_fields)
+            convert(folder, path, format, source, progress, accept_fields, check)
         except OSError as error:
             raise CheckpointError(
                 f"a memory budget needs the packed form in a file, and {path} cannot be written: "

@@ -25,7 +25,7 @@ from moestro.config import NetworkConfig
 from moestro.errors import CheckpointError
 from moestro.kernels.packing import PAGE, ExpertSlabs
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
-from moestro.machine import resident_bytes
+from moestro.machine import resident_bytes, return_freed
 from moestro.models.budget import Budget, Mixture, Use, fit, needs
 from moestro.models.build import Model
 from moestro.moe.layer import MoE
@@ -45,7 +45,13 @@ def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
 
 
 def _sizes(opened: _Opened) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
-    model, sections, _ = opened
+    return sizes_of(*opened[:2])
+
+
+def sizes_of(
+    model: Model, sections: dict[str, Section]
+) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
+    """See `sizes`, of a file that may not be written yet."""
     experts = _experts(model)
     dense = sum(_whole(each) for name, each in sections.items() if name not in experts)
     mixtures = []
@@ -63,6 +69,15 @@ class Within(NamedTuple):
     told: Callable[[Budget, Path], None] | None = None  # what the budget gives, before it is used
 
 
+def refuse_too_small(within: Within, model: Model, sections: dict[str, Section]) -> None:
+    """Before a packed form is written: whether it will open.
+
+    Raises:
+        ConfigError: the memory is too small; see `budget.fit`.
+    """
+    fit(needs(*sizes_of(model, sections), within.use, resident_bytes()), within.memory)
+
+
 def load_within(path: Path, within: Within, source: dict[str, str] | None = None) -> Model:
     """`load` with as many experts as the memory holds.
 
@@ -71,6 +86,7 @@ def load_within(path: Path, within: Within, source: dict[str, str] | None = None
         CheckpointError, MemoryError: see `load`.
     """
     opened, (memory, use, told) = _opened(path, source), within
+    return_freed()  # what writing the file took
     budget = fit(needs(*_sizes(opened), use, resident_bytes()), memory)
     if told is not None:
         told(budget, path)

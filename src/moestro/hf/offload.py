@@ -7,6 +7,7 @@ int8 --memory` uses too.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ from moestro.hf.plug import use
 from moestro.kernels import backends
 from moestro.kernels.packing import ExpertSlabs, Format, check_format
 from moestro.kernels.residency import Reads
-from moestro.machine import resident_bytes
-from moestro.models.budget import Use, fit, needs
+from moestro.machine import resident_bytes, return_freed
+from moestro.models.budget import Budget, Use, fit, needs
 from moestro.plan.sizes import memory_of
 
 _EXPERTS = r"\.experts\."
@@ -88,12 +89,13 @@ def offload(
     amount = memory_of(memory) if isinstance(memory, str) else memory
     config = AutoConfig.from_pretrained(folder)
     base = _class_of(config)
-    path, source = packed_files.converted(folder, format, packed)
-    dense, number = _dense_bytes(base, config, options.get("dtype"))
-    cfg, _, _, mixtures = streamed.sizes(path)
-    texts = texts or Use(_CONTEXT, scored=True)
-    wanted = needs(cfg, number, dense, mixtures, texts, resident_bytes())
-    budget = fit(wanted, _ENDLESS if amount is None else amount)
+    use_, dense = texts or Use(_CONTEXT, scored=True), _dense(base, config, options.get("dtype"))
+    fitted = partial(_fitted, dense, use_, _ENDLESS if amount is None else amount)
+    path, source = packed_files.converted(
+        folder, format, packed, check=lambda *blank: fitted(streamed.sizes_of(*blank))
+    )
+    return_freed()
+    budget = fitted(streamed.sizes(path))
     model, sizes = _without_experts(base, folder, options)
     stored = streamed.stored_experts(path, budget.kept, source)
     _check_same(path, sizes, stored)
@@ -130,15 +132,28 @@ def _class_of(config: PreTrainedConfig) -> Any:
         ) from None
 
 
-def _dense_bytes(base: Any, config: PreTrainedConfig, dtype: object) -> tuple[int, int]:
-    """Bytes of all parameters but experts, and of one number."""
+class _Dense(NamedTuple):
+    """All parameters but experts."""
+
+    bytes: int
+    number: int  # bytes of one
+
+
+def _fitted(dense: _Dense, texts: Use, memory: int, sizes: tuple[Any, ...]) -> Budget:
+    """What the memory holds of a packed file of these sizes, by `streamed.sizes`."""
+    cfg, _, _, mixtures = sizes
+    return fit(needs(cfg, dense.number, dense.bytes, mixtures, texts, resident_bytes()), memory)
+
+
+def _dense(base: Any, config: PreTrainedConfig, dtype: object) -> _Dense:
+    """What transformers will load."""
     kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     number = (kind or torch.float32).itemsize
     with torch.device("meta"):
         blank = base(config)
     for module in layouts.find(blank).values():
         _take_weights(module)
-    return sum(each.numel() for each in blank.parameters()) * number, number
+    return _Dense(sum(each.numel() for each in blank.parameters()) * number, number)
 
 
 def _without_experts(

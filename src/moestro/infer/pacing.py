@@ -44,7 +44,7 @@ def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS)
         missed_M = _missed(model, residency, seconds / 2)
         steps = _steps(model, residency, seconds / 2)
     short = sum(slabs.kept < slabs.experts for slabs in residency.mixtures)
-    return Pace(fmean(each.compute_s for each in steps), _as_in_steps(missed_M, steps, short))
+    return Pace(_usual([each.compute_s for each in steps]), _as_in_steps(missed_M, steps, short))
 
 
 def _as_in_steps(
@@ -53,7 +53,7 @@ def _as_in_steps(
     """What misses add where all else of a token comes between: what they added to whole tokens."""
     each_M = [step.misses / max(1, mixtures) for step in steps]
     alone_s = mixtures * float(np.interp(each_M, range(len(missed_M)), missed_M).sum())
-    factor = sum(step.missed_s for step in steps) / alone_s if alone_s > 0 else 1.0
+    factor = _usual([step.missed_s for step in steps]) * len(steps) / alone_s if alone_s else 1.0
     return tuple(cost * min(max(factor, 1 / _MOST_APART), _MOST_APART) for cost in missed_M)
 
 
@@ -123,10 +123,16 @@ def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float
         call(layer, there)
         others = [e for e in range(layer.weights.num_experts) if e not in there]
         call(layer, there[wanted:] + random.sample(others, min(wanted, len(others))))
-    base = fmean(times[0]) if times[0] else min(computed)
+    base = _usual(times[0]) if times[0] else min(computed)
     known = [m for m, each in enumerate(times) if each]
-    costs = [max(0.0, fmean(times[m]) - base) for m in known]
+    costs = [max(0.0, _usual(times[m]) - base) for m in known]
     return tuple(np.interp(range(top_k + 1), [0, *known], [0.0, *costs]).tolist())
+
+
+def _usual(values: Sequence[float]) -> float:
+    """The mean of the middle half: a call during which another process ran does not count."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return fmean(ordered[quarter : len(ordered) - quarter])
 
 
 def _mix(experts: PackedExperts, chosen: list[int]) -> None:

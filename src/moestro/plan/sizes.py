@@ -54,7 +54,7 @@ def memory_of(text: str) -> int | None:
         try:
             return parse_bytes(text)
         except ConfigError as error:
-            raise ConfigError(f"--memory {text}: {error}, auto or none") from None
+            raise ConfigError(f"{error}, auto or none") from None
     amount = free_bytes()
     if amount is None:
         raise ConfigError("this system does not say how much memory is free; give --memory 6GiB")
