@@ -34,6 +34,7 @@ from moestro.train.evaluate import evaluate
 
 RATIOS = (0.75, 0.5, 0.25)
 DRAWS = 3
+RECOVERED = ["reap", "ean", "frequency", "random 0", "hc-smoe aligned", "m-smoe aligned"]
 BATCH = 8  # windows of a recovery's step
 
 
@@ -66,7 +67,8 @@ def recovered(
     bits = []
     for part in ("router.", ""):
         with tempfile.TemporaryDirectory() as folder:
-            layers.write(change, Path(folder) / "cut", "mixtral")
+            family = layers.hf_config.get("model_type", "mixtral")
+            layers.write(change, Path(folder) / "cut", family)
             model = read_model(Path(folder) / "cut").train()
         chosen = [weight for name, weight in model.named_parameters() if part in name]
         optimizer = torch.optim.AdamW(chosen, lr=1e-3 if part else 6e-4, weight_decay=0.0)
@@ -142,7 +144,8 @@ def claims_of(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
                 leads.append(statistics.fmean(rivals) - run[f"{ratio} reap"]["change"])
             told = f"{statistics.fmean(leads):+.3f}"
             if len(runs) > 1:
-                told += f" ± {statistics.stdev(leads) / math.sqrt(len(runs)):.3f}"
+                error = statistics.stdev(leads) / math.sqrt(len(runs))
+                told += f" ± {error:.3f}, {statistics.fmean(leads) / error:.1f} standard errors"
             claims[f"keep {ratio}: REAP's lead over {other}, bits per byte"] = told
     return claims
 
@@ -153,16 +156,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536, help="held out")
     parser.add_argument("--calibration", type=int, default=65_536, help="tokens")
     parser.add_argument("--steps", type=int, default=40, help="of the recovery; 0: none")
-    parser.add_argument(
-        "--recover", nargs="*", default=["reap", "frequency", "random 0", "hc-smoe aligned"]
-    )
+    parser.add_argument("--recover", nargs="*", default=RECOVERED, help="methods to train on")
+    parser.add_argument("--name", default="surgery", help="of the result file")
     args = parser.parse_args()
     torch.manual_seed(0)
     runs = []
     for run in args.runs:
         runs.append(numbers_of(run, args))
         print(f"{run}: done", flush=True)
-    measure.report("surgery", rows_of(runs), claims_of(runs))
+    measure.report(args.name, rows_of(runs), claims_of(runs))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats,
     (cut / "checkpoints" / "step-000006").rmdir()
     assert main(["tune", "--resume", "--out", str(cut)]) == 0
     step = whole / "checkpoints" / "step-000006"
+    # What works on weights needs those.
+    assert main(["tune", str(whole), "--data", str(chats), "--lora", "2", "--show", "1"]) == 0
+    again = ["--out", str(tmp_path / "again"), *SETS]
+    assert main(["tune", str(whole), "--data", str(chats), "--lora", "2", *again]) == 2
+    assert main(["prune", str(whole), str(tmp_path / "less"), "--keep", "0.75"]) == 2
+    assert "moestro convert" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
     assert not (step / "model.safetensors").exists()
     first, second = (
         safetensors.torch.load_file(run / "checkpoints/step-000006/adapter.safetensors")

@@ -6,7 +6,7 @@ import torch
 from moestro.checkpoints.reading import read_model
 from moestro.kernels.packing import Format, dequantise, quantise
 from moestro.surgery.layers import Layers
-from moestro.surgery.rounding import Moments, on_grid, rounded
+from moestro.surgery.rounding import Care, Moments, on_grid, rounded
 
 from ..checkpoints.families import tiny
 
@@ -45,6 +45,23 @@ def test_outputs_are_closer_than_those_of_the_nearest_weights():
     assert error["gptq"] < 0.8 * error["clip"] < 0.8 * error["near"]
 
 
+def test_each_care_is_a_choice_and_helps():
+    x_RI = torch.randn(600, 96) @ (torch.randn(96, 96) + 3 * torch.eye(96))
+    x_RI *= torch.logspace(-0.5, 0.5, 96)[torch.randperm(96)]  # inputs of different size
+    w_OI, moments = torch.randn(48, 96), Moments(96)
+    moments.add(x_RI[:300])
+    cares = (Care(), Care(feedback=False), Care(importance=False, feedback=False))
+    made = [on_grid(w_OI, moments, 32, care) for care in (*cares, Care(False, False, False))]
+    for each_OI in made:
+        assert torch.equal(nearest(each_OI), each_OI)
+    outputs = [float((x_RI[300:] @ (each_OI - w_OI).T).norm()) for each_OI in made]
+    assert outputs[0] < 0.9 * outputs[1]
+    assert outputs[1] < 0.98 * outputs[2]
+    weights = [float((each_OI - w_OI).norm()) for each_OI in made]
+    assert weights[2] < 0.98 * weights[3]
+    assert weights[2] == min(weights)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2"])
 def test_every_packed_matrix_of_the_blocks_is_on_the_grid(name, tmp_path):
     tiny.save(tiny.build(name), tmp_path / "whole")
@@ -72,7 +89,7 @@ def test_moments_are_of_what_each_matrix_multiplies(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(
         "moestro.surgery.rounding.on_grid",
-        lambda w_OI, moments, group: found.update({(w_OI.sum().item()): moments}) or w_OI,
+        lambda w_OI, moments, group, care: found.update({(w_OI.sum().item()): moments}) or w_OI,
     )
     (tmp_path / "blocks").mkdir()
     rounded(Layers(tmp_path), TOKENS, 32, tmp_path / "blocks")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moestro.checkpoints.adapters import OWN_FILE
 from moestro.checkpoints.families import OWN, family_of, names, text_part
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import fields_with_meaning, to_settings
@@ -127,6 +128,11 @@ def open_unread(folder: Path, backend: str = "auto", accept_fields: Collection[s
         family = with_names(family)
     elif in_pieces(folder, WEIGHTS):
         stored = found = open_pieces(folder, WEIGHTS)
+    elif (folder / OWN_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds adapters and not the weights that they belong to; add them together "
+            f"first: moestro convert {folder} OUT --to hf"
+        )
     else:
         stored = plain = open_folder(folder)
         found = find_sources(plain, described.fields)

@@ -25,6 +25,21 @@ from moestro.cli.opening import AcceptField, ModelName, bar
 from moestro.cli.options import AsJson, HeldOutTokens
 
 Kind = Annotated[Literal["int4", "int4-64"], typer.Option("--weights", help="Whose grid.")]
+Clip = Annotated[
+    bool, typer.Option("--clip/--no-clip", help="Let scales clip the largest weight of a group.")
+]
+Importance = Annotated[
+    bool,
+    typer.Option(
+        "--importance/--no-importance", help="Choose scales by what the text's inputs weigh."
+    ),
+]
+Feedback = Annotated[
+    bool,
+    typer.Option(
+        "--feedback/--no-feedback", help="Make up for an error by the inputs that are to come."
+    ),
+]
 
 
 def round(
@@ -32,6 +47,9 @@ def round(
     target: Target,
     text: Text = None,
     weights: Kind = "int4",
+    clip: Clip = True,
+    importance: Importance = True,
+    feedback: Feedback = True,
     source: Source = None,
     calibration: Calibration = CALIBRATION,
     tokens: HeldOutTokens = TOKENS,
@@ -48,7 +66,7 @@ def round(
     from moestro.checkpoints.quantize import format_of
     from moestro.cli.eval import Score, facts_of, measure, show
     from moestro.surgery.layers import Layers
-    from moestro.surgery.rounding import rounded
+    from moestro.surgery.rounding import Care, rounded
 
     check_new(target)
     layers = Layers(find_checkpoint(path), accept_field or ())
@@ -58,7 +76,8 @@ def round(
     with ExitStack() as stack, writing(target):
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
         with bar("rounding, blocks") as progress:
-            made = rounded(layers, texts.tokens_NS, format.group, folder, progress)
+            care = Care(clip, importance, feedback)
+            made = rounded(layers, texts.tokens_NS, format.group, folder, progress, care)
         layers.write(made.change, target, family)
     if made.alone:
         typer.echo(
@@ -74,7 +93,7 @@ def round(
     rows = [Score(name, each) for name, each in zip(names, bits, strict=True)]
     read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
     if as_json:
-        alone = {"alone": made.alone, "matrices": made.matrices}
+        alone = {"alone": made.alone, "matrices": made.matrices, **care._asdict()}
         typer.echo(json.dumps({**facts_of(target, read, rows), **alone}))
     else:
         show(target, read, rows)

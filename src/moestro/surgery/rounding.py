@@ -13,6 +13,7 @@ Letters: R rows of inputs, T tokens, O outputs, I inputs, Q inputs of a group, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,23 @@ from moestro.surgery.layers import Change, Layers, Tensors
 # Added to the diagonal of the second moments, as a share of its mean.
 DAMPING = 0.1
 _CLIPS = [1.0 - 0.025 * step for step in range(17)]
+
+
+class Care(NamedTuple):
+    """What rounding takes care of; without any, weights go to the nearest.
+
+    Attributes:
+        clip: a group's scale may clip its largest weight, where that has the least squared error.
+        importance: that error is weighted by the inputs' second moments.
+        feedback: inputs that are still to come make up for an error.
+    """
+
+    clip: bool = True
+    importance: bool = True
+    feedback: bool = True
+
+
+ALL = Care()
 
 
 class Moments:
@@ -111,7 +129,12 @@ class Rounded(NamedTuple):
 
 
 def rounded(
-    layers: Layers, tokens_NS: Tensor, group: int, folder: Path, progress: Progress | None = None
+    layers: Layers,
+    tokens_NS: Tensor,
+    group: int,
+    folder: Path,
+    progress: Progress | None = None,
+    care: Care = ALL,
 ) -> Rounded:
     """All matrices of the blocks that packing replaces, on int4's grid; in one pass over a text.
 
@@ -123,6 +146,7 @@ def rounded(
         group: Q, 32 or 64.
         folder: an empty one for the new blocks; as large as the model.
         progress: called with (blocks so far, blocks in all).
+        care: what to take care of.
 
     Raises:
         OSError: the folder is full.
@@ -136,7 +160,8 @@ def rounded(
             for name, moments in each.moments.items():
                 weight = each.inner.get_parameter(name).detach()
                 stack = weight if weight.dim() == 3 else weight[None]
-                new = [on_grid(one, its, group) for one, its in zip(stack, moments, strict=True)]
+                pairs = zip(stack, moments, strict=True)
+                new = [on_grid(one, its, group, care) for one, its in pairs]
                 made[f"{path}.{name}"] = torch.stack(new).view_as(weight).to(weight.dtype)
                 counts[0] += sum(its.rows < LEAST_TOKENS for its in moments)
                 counts[1] += len(moments)
@@ -158,13 +183,14 @@ def rounded(
     return Rounded(Change(layers.cfg, block), *counts)
 
 
-def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
+def on_grid(w_OI: Tensor, moments: Moments, group: int, care: Care = ALL) -> Tensor:
     """A matrix whose groups of inputs lie on int4's grid; fp32 [O, I].
 
     Args:
         w_OI: the matrix.
         moments: of its inputs; of fewer than `LEAST_TOKENS`, each weight is rounded for itself.
         group: Q.
+        care: what to take care of.
     """
     left_OI, width = w_OI.float().clone(), w_OI.shape[1]
     made_OI = torch.empty_like(left_OI)
@@ -173,13 +199,15 @@ def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
     if moments.rows >= LEAST_TOKENS and moments.sums_II.any():
         mean = moments.sums_II.diagonal().mean()
         damped_II = moments.sums_II / mean + DAMPING * eye_II
-        squares_I = damped_II.diagonal()
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-        factor_II = torch.linalg.cholesky(inverse_II, upper=True)
+        if care.importance:
+            squares_I = damped_II.diagonal()
+        if care.feedback:
+            inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
+            factor_II = torch.linalg.cholesky(inverse_II, upper=True)
     for start in range(0, width, group):
         end = min(start + group, width)
         part_OQ = left_OI[:, start:end]
-        scales_O = _scales(part_OQ, squares_I[start:end])
+        scales_O = _scales(part_OQ, squares_I[start:end], _CLIPS if care.clip else _CLIPS[:1])
         # Of weights that are all 0 none is the largest.
         largest_O = part_OQ.abs().argmax(1).masked_fill((part_OQ == 0).all(1), -1)
         errors_OQ = torch.zeros_like(part_OQ)
@@ -195,12 +223,18 @@ def on_grid(w_OI: Tensor, moments: Moments, group: int) -> Tensor:
     return made_OI
 
 
-def _scales(w_OQ: Tensor, squares_Q: Tensor) -> Tensor:
-    """The best scale of each row, of those that clip its largest weight to -8; fp32 [O]."""
+def _scales(w_OQ: Tensor, squares_Q: Tensor, clips: Sequence[float]) -> Tensor:
+    """The best scale of each row, of those that clip its largest weight to -8; fp32 [O].
+
+    Args:
+        w_OQ: a group of each row.
+        squares_Q: what the error of each input counts.
+        clips: shares of the largest weight to try.
+    """
     largest_O = w_OQ.gather(1, w_OQ.abs().argmax(1, keepdim=True)).squeeze(1)
     best_O = torch.ones_like(largest_O)
     least_O = torch.full_like(largest_O, torch.inf)
-    for clip in _CLIPS:
+    for clip in clips:
         scales_O = _five_bits(largest_O * clip / -8)
         q_OQ = (w_OQ / scales_O[:, None]).round().clamp(-8, 7)
         error_O = ((q_OQ * scales_O[:, None] - w_OQ).square() * squares_Q).sum(1)
