@@ -93,7 +93,9 @@ def subjects(kind: str, name: str, how: str) -> list[Subject]:
     from moestro.check.foreign_models import subjects as of_model
 
     foreign_zoo.SIZES.update(FITTING)
-    return of_model(foreign_zoo.build(name), how)
+    listed = isinstance(foreign_zoo.FAMILIES[name].get("moe_intermediate_size"), list)
+    changes = {"moe_intermediate_size": [16, 16]} if listed else {}
+    return of_model(foreign_zoo.build(name, **changes), how)
 
 
 class TooLong(Exception):
