@@ -1,7 +1,7 @@
 """`moestro check` over every mixture there is: transformers' families, this project's, and others'.
 
-    .venv/bin/python benchmarks/findings.py                        # all; a table and results/findings.json
-    .venv/bin/python benchmarks/findings.py --only Mixtral         # names that contain this
+    .venv/bin/python benchmarks/findings.py                   # all; also results/findings.json
+    .venv/bin/python benchmarks/findings.py --only Mixtral    # names that contain this
     .venv/bin/python benchmarks/findings.py --kinds others
 
 Families of transformers are those of tests/probe/foreign_zoo.py, tiny, under eager, grouped_mm,
@@ -88,11 +88,14 @@ def subjects(kind: str, name: str, how: str) -> list[Subject]:
         return [of_moe(layer, f"MoE, {name}, {how}")]
     if kind == "others":
         return [made_by(other_mixtures.FACTORIES[name], name)]
-    from moestro.check.foreign_models import subjects as of_model
     from tests.probe import foreign_zoo
 
+    from moestro.check.foreign_models import subjects as of_model
+
     foreign_zoo.SIZES.update(FITTING)
-    return of_model(foreign_zoo.build(name), how)
+    listed = isinstance(foreign_zoo.FAMILIES[name].get("moe_intermediate_size"), list)
+    changes = {"moe_intermediate_size": [16, 16]} if listed else {}
+    return of_model(foreign_zoo.build(name, **changes), how)
 
 
 class TooLong(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from moestro.check import AdapterNames, Description, ExpertNames, RouterRule, SharedNames
@@ -50,7 +49,8 @@ def st_moe() -> tuple[nn.Module, Description]:
     layer = MoE(
         dim=DIM, num_experts=EXPERTS, gating_top_n=2, threshold_eval=0.0, threshold_train=0.0,
         capacity_factor_eval=100.0, capacity_factor_train=100.0,
-        straight_through_dispatch_tensor=False, experts=nn.ModuleList(Gated() for _ in range(EXPERTS)),
+        straight_through_dispatch_tensor=False,
+        experts=nn.ModuleList(Gated() for _ in range(EXPERTS)),
     )  # fmt: skip
     return layer, Description(
         router=RouterRule(top_k=2, weight="gate.to_gates.weight"),

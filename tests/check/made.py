@@ -62,14 +62,15 @@ def router_cut_off():
 
 
 def experts_of_another_rank():
-    """Each rank holds the experts of its neighbour (Megatron-Bridge#1716)."""
+    """Experts one place from where the router looks for them (Megatron-Bridge#1716)."""
+    subject = of_moe(ours())
 
-    def wrong(module):
-        others = [each.detach().flip(0) for each in module.experts.parameters()]
-        for each, other in zip(module.experts.parameters(), others, strict=True):
-            each.data.copy_(other)
+    def changed(module):
+        for each in module.experts.parameters():
+            each.data = each.data.roll(1, 0)
+        return subject.spread(module)
 
-    return spread(wrong)
+    return replace(subject, spread=changed)
 
 
 def adapted():

@@ -7,6 +7,7 @@ import pytest
 
 from moestro.check import Description, ExpertNames, RouterRule, check
 from moestro.cli.main import main
+from moestro.config import ModelConfig
 from moestro.errors import ConfigError, MoestroError
 
 from .made import adapted, doubled, ours
@@ -87,3 +88,70 @@ def test_a_description_that_does_not_fit_is_refused():
 
 def test_a_defect_is_told_from_what_follows_of_it():
     assert check(doubled).wrong == ["expert-gradients"]
+
+
+def test_settings_and_models_are_targets_themselves():
+    """The same name on the command line, settings, and a model that they make."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_local_experts": 4, "num_hidden_layers": 1, "vocab_size": 50}
+    settings = transformers.MixtralConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, head_dim=8
+    )
+    some = ["outputs", "model-balance", "model-balance-mask", "model-loss", "model-balance-state"]
+    report = check(settings, only=some, implementation="grouped_mm")
+    assert [each.finding.outcome for each in report.found] == ["ok"] * len(some)
+    assert "grouped_mm" in report.title
+    model = transformers.MixtralForCausalLM(settings).eval()
+    assert check(model, only=some).exit_code == 0
+    assert all(each.grad is None for each in model.parameters())  # it is left as it was
+
+
+def test_a_model_whose_loss_supposes_another_choice_is_told(monkeypatch):
+    """transformers#45120 once more, and a loss that is multiplied by another coefficient."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mixtral import modeling_mixtral as modeling
+
+    settings = transformers.MixtralConfig(
+        hidden_size=16, num_local_experts=4, num_hidden_layers=1, vocab_size=50,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, head_dim=8,
+    )  # fmt: skip
+    model = modeling.MixtralForCausalLM(settings).eval()
+    plain = modeling.load_balancing_loss_func
+
+    def softmax_twice(logits, *rest):
+        return plain(tuple(each.softmax(-1) for each in logits), *rest)
+
+    def unmasked(logits, num_experts, top_k, mask):
+        return plain(logits, num_experts, top_k, None)
+
+    model.router_aux_loss_coef *= 2
+    for function, name, words in (
+        (plain, "model-loss", ""),
+        (softmax_twice, "model-balance", "softmax of softmax"),
+        (unmasked, "model-balance-mask", "padding is counted"),
+        (lambda *rest: plain(*rest).detach(), "model-balance", "no gradient"),
+    ):
+        monkeypatch.setattr(modeling, "load_balancing_loss_func", function)
+        (explained,) = check(model, only=[name]).found
+        assert explained.finding.outcome == "wrong"
+        assert words in explained.finding.words
+
+
+def test_our_own_settings_are_a_target(tmp_path):
+    cfg = {"dim": 32, "num_layers": 1, "moe": {"hidden_dim": 8, "num_experts": 4, "top_k": 2}}
+    (tmp_path / "config.json").write_text(ModelConfig(**cfg).model_dump_json())
+    assert check(str(tmp_path), only=["outputs", "expert-gradients"]).exit_code == 0
+
+
+def test_experts_that_an_implementation_does_not_reach_are_unchecked():
+    pytest.importorskip("transformers")
+    from moestro.check.foreign_models import subjects
+
+    from ..probe import foreign_zoo as zoo
+
+    (subject,) = subjects(zoo.build("Llama4ForCausalLM"), "grouped_mm")
+    report = check(subject, only=["outputs"])
+    assert report.exit_code == 3
+    assert "its own code ran" in report.found[0].finding.words
+    with pytest.raises(ConfigError, match="knows no experts_implementation 'none'"):
+        subjects(zoo.build("MixtralForCausalLM"), "none")

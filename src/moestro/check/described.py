@@ -224,7 +224,7 @@ def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) 
 def _relabel(about: Description, module: nn.Module, order: list[int]) -> None:
     tensors, names = _tensors(module), about.experts
     router = about.router
-    given = (None if router.transposed else router.weight, router.logit_bias, router.choice_bias, names.gate_up, names.gate,
+    given = (router.logit_bias, router.choice_bias, names.gate_up, names.gate,
              names.up, names.down, names.up_bias, names.down_bias)  # fmt: skip
     with torch.no_grad():
         for name in filter(None, given):
@@ -233,5 +233,5 @@ def _relabel(about: Description, module: nn.Module, order: list[int]) -> None:
                 tensors[name.format(e=e)].copy_(stacked[e])
             if "{e}" not in name:
                 tensors[name].copy_(stacked)
-        if router.transposed:
-            tensors[router.weight].copy_(tensors[router.weight][:, order].clone())
+        weight = tensors[router.weight]
+        weight.copy_(weight[:, order].clone() if router.transposed else weight[order].clone())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,29 @@ def sharded(trial: Trial) -> Finding:
 def idle(trial: Trial) -> Finding:
     """DistributedDataParallel, where all ranks but the first have no token."""
     return _compared(trial, DistributedDataParallel, idle=True)
+
+
+def no_sync(trial: Trial) -> Finding:
+    """Two micro-batches under DDP, gradients reduced after the second only: both are in the sum."""
+    alone = _alone(trial)
+    if alone is not None:
+        return alone
+    world = dist.get_world_size()
+    x_TD, up_TD = (each.flatten(0, 1)[_share(False)] for each in (trial.x, trial.up))
+    inner = _Calling(trial.subject.copied(), lambda m, x: trial.subject.run(m, x, None).y)
+    module, half = DistributedDataParallel(inner), len(x_TD) // 2
+    for part, context in ((slice(None, half), module.no_sync), (slice(half, None), nullcontext)):
+        with context():
+            y = module(x_TD[part][None].float())
+            torch.autograd.backward(y, up_TD[part][None].float())
+    floor = 0.1 * float(trial.exact.y.norm())
+    return trial.verdict(
+        difference(
+            f"the gradient of {name}", None if p.grad is None else p.grad * world, exact, floor
+        )
+        for name, p in inner.inner.named_parameters()
+        if (exact := trial.expected.grads.get(name)) is not None
+    )
 
 
 def spread(trial: Trial) -> Finding:
@@ -177,6 +201,8 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 CHECKS = (
     Check("data-parallel", "Ranks that share a batch (DDP) get the whole batch's gradients.",
           "gradients doubled or divided twice (pytorch#160285, Megatron-LM#7452)", replicated),
+    Check("no-sync", "Under DDP, micro-batches before the last are not lost (no_sync).",
+          "gradients of the last micro-batch alone; sums divided twice (megablocks#86)", no_sync),
     Check("sharded", "Fully sharded parameters (FSDP2) get the whole batch's gradients and norm.",
           "norms that omit experts (Megatron-LM#5916, torchtitan#649)", sharded),
     Check("expert-parallel", "Experts spread over ranks give what one process does.",
