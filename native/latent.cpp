@@ -63,8 +63,8 @@ void LatentAttention::lower(const Batch &batch, const moestro_latent &w, int64_t
     const int64_t width = w.nope + d.turning, apart = d.heads * width;
     const float *queries = queries_.data() + t * apart + h * width;
     memory.mixed.assign(size_t(count * w.kv_rank), 0.0f);
-    kernels().mix(queries, up(w, h * (w.nope + w.value)), w.kv_up_dtype,
-                  {count, w.nope, w.kv_rank, w.kv_rank, apart}, memory.mixed.data());
+    kernels().mix(queries, up(w, h * (w.nope + w.value)), w.kv_up_dtype, {count, w.nope, w.kv_rank, w.kv_rank, apart},
+                  memory.mixed.data());
     for (int64_t i = 0; i < count; i++) {
         float *to = down_.data() + ((t + i) * d.heads + h) * d.head_dim;
         std::copy(memory.mixed.begin() + i * w.kv_rank, memory.mixed.begin() + (i + 1) * w.kv_rank, to);

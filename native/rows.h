@@ -39,9 +39,7 @@ inline bool valid(const moestro_experts &w) {
 }
 
 // Bytes of a number in a cache.
-inline int64_t cache_bytes(int32_t dtype) {
-    return dtype == MOESTRO_ROWS_F32 ? 4 : dtype == MOESTRO_ROWS_BF16 ? 2 : 1;
-}
+inline int64_t cache_bytes(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 ? 4 : dtype == MOESTRO_ROWS_BF16 ? 2 : 1; }
 
 inline bool valid_rows(int32_t dtype) { return dtype == MOESTRO_ROWS_F32 || dtype == MOESTRO_ROWS_BF16; }
 

@@ -109,11 +109,11 @@ def generate(
     """Continue a prompt with a trained model, or answer it with --chat.
 
     The tokenizer and the chat template are the checkpoint's own; special tokens may be spelled out
-    in a prompt. The sampling settings of its generation_config.json override the defaults
-    here. An encoder-decoder fills the prompt's gaps, <extra_id_0> and so on.
+    in a prompt. Sampling settings of its generation_config.json override the defaults. An
+    encoder-decoder fills the prompt's gaps, <extra_id_0> and so on.
 
-    Only the continuation goes to stdout; notes on it go to stderr. Without colour (a pipe, or
-    NO_COLOR set) --show-experts prints the expert's number in brackets wherever it changes.
+    Only the continuation goes to stdout; notes go to stderr. Without colour (a pipe or NO_COLOR)
+    --show-experts prints the expert's number in brackets wherever it changes.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import kept_as
@@ -135,10 +135,9 @@ def generate(
     column = column_of(layers, layer) if show_experts else None
     dropped, pieces = _start(model, tokenizer, start, sampling, special)
     choose = _answer if chat and not special else iter
-    if as_json:
-        typer.echo(json.dumps(_collect(telling(model, pieces), layers, dropped, choose)))
-    else:
-        _print(choose(telling(model, lined(pieces))), model, layers, column)
+    if not as_json:
+        return _print(choose(telling(model, lined(pieces))), model, layers, column)
+    typer.echo(json.dumps(_collect(telling(model, pieces), layers, dropped, choose)))
 
 
 def _print(

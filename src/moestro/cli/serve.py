@@ -74,6 +74,9 @@ REPORT = "report.html"
 _FIRST_KEY = "s/^[[:space:]]*//;s/[[:space:]]*$//;/./{p;q;}"
 
 
+_MISSING = "serving needs packages that are not installed: pip install 'moestro[serve]'"
+
+
 def serve(
     path: ModelName,
     host: Host = "127.0.0.1",
@@ -101,9 +104,7 @@ def serve(
     try:
         from moestro.serve.running import bind, is_loopback, run
     except ImportError:
-        raise ConfigError(
-            "serving needs packages that are not installed: pip install 'moestro[serve]'"
-        ) from None
+        raise ConfigError(_MISSING) from None
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import adapted, kept_as
     from moestro.models.budget import Use

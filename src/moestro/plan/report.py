@@ -84,8 +84,7 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
     batch, dtype = question.batch, question.dtype
     sizes = (context, batch, dtype)
     total, active = counted.parameters(question.embeddings)
-    training = training_step(subject, context, batch, dtype)
-    shared = None
+    training, shared = training_step(subject, *sizes), None
     if question.ranks > 1:
         tokens, number = context * batch, number_bytes(dtype)
         if question.parallel != SPREAD:
@@ -99,10 +98,7 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
             shared = spread(cfg, counted, training, layout, tokens, number)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
-        works = (
-            prefill(cfg, context, batch, dtype),
-            decode(cfg, context, batch, dtype, question.cache),
-        )
+        works = (prefill(cfg, *sizes), decode(cfg, *sizes, question.cache))
         reading, writing = (bound(one, question.device, question.usd_per_hour) for one in works)
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
