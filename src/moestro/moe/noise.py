@@ -85,7 +85,8 @@ class Drop(NamedTuple):
         def activate(hidden_RH: Tensor) -> Tensor:
             act_RF = reference.activate(hidden_RH, activation)
             kept_RF = uniform(keys_R, act_RF.shape[1], torch.float32) >= self.chance
-            return act_RF * kept_RF / (1 - self.chance)
+            dropped_RF: Tensor = act_RF * kept_RF / (1 - self.chance)
+            return dropped_RF
 
         return activate
 
