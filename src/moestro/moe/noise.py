@@ -85,12 +85,12 @@ class Drop(NamedTuple):
         def activate(hidden_RH: Tensor) -> Tensor:
             act_RF = reference.activate(hidden_RH, activation)
             kept_RF = uniform(keys_R, act_RF.shape[1], torch.float32) >= self.chance
-            dropped_RF: Tensor = act_RF * kept_RF / (1 - self.chance)
-            return dropped_RF
+            return act_RF * kept_RF / (1 - self.chance)
 
         return activate
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """To the right, zeros from the left."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
