@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,9 @@ def _nursery() -> subprocess.Popen:
 
 def _serve() -> None:
     """Fork ranks and wait for them, as asked by lines of JSON."""
-    import moestro.train.loop  # noqa: F401
+    # Late, so that the tests' own process need not; the first is what torch imports late itself.
+    for module in ("torch._dynamo", "moestro.cli.train", "moestro.train.loop"):
+        import_module(module)
 
     children = set()
     for line in sys.stdin:

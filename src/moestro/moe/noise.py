@@ -92,4 +92,5 @@ class Drop(NamedTuple):
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """To the right, zeros from the left."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

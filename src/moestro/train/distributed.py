@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from moestro.errors import ConfigError, MoestroError, TrainingError
 
@@ -84,14 +85,15 @@ def restarted(environment: Mapping[str, str]) -> bool:
     return environment.get(RESTARTS, "0") != "0"
 
 
-def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+def _store(ranks: Ranks, timeout: timedelta) -> Any:
     """Where the processes find each other.
 
     torchrun keeps its store over a restart, and with it the addresses of those that were killed,
     which gloo would try; so each start has names of its own.
     """
-    found, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
-    return dist.PrefixStore(f"start {os.environ.get(RESTARTS, '0')}", found)
+    found, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    name = f"start {os.environ.get(RESTARTS, '0')}"
+    return dist.PrefixStore(name, found)  # type: ignore[attr-defined]
 
 
 @contextmanager
