@@ -97,10 +97,8 @@ class Attention(nn.Module):
         qkv_BSO, gates_BSO = self._projected(x_BSD)
         qkv = self._normed(qkv_BSO).view(batch, length, heads + 2 * groups, self.head_dim)
         qk, v_BSGA = qkv.split_with_sizes([heads + groups, groups], dim=2)
-        if angles is not None and self.rotary:
-            qk = turn(qk, angles)
-        if self.unit_eps is not None:
-            qk = unit(qk, self.unit_eps)
+        qk = turn(qk, angles) if angles is not None and self.rotary else qk
+        qk = unit(qk, self.unit_eps) if self.unit_eps is not None else qk
         q_BSHA, k_BSGA = qk.split_with_sizes([heads, groups], dim=2)
         if self.norm_rotated and self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSGA = self.q_norm(q_BSHA), self.k_norm(k_BSGA)
@@ -116,9 +114,8 @@ class Attention(nn.Module):
         elif bias_HSP is not None:
             bias_HSP = bias_HSP[:, :, -span:]
         if self.chunk is not None and start + length > self.chunk:
-            places_BP = _places(range(start + length - span, start + length), x_BSD, valid_BS)
-            pieces_BP = (places_BP // self.chunk).expand(batch, -1)
-            valid_BS = pieces_BP if valid_BS is None else pieces_BP.masked_fill(~valid_BS, -1)
+            keys = range(start + length - span, start + length)
+            valid_BS = _pieces(self.chunk, keys, x_BSD, valid_BS)
         y_BHSA = attention.attend(
             q_BHSA,
             k_BGPA,
@@ -169,6 +166,12 @@ def _places(positions: range, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
     """Positions [B or 1, P], from the first token of each text that is not padding."""
     places_1P = torch.arange(positions.start, positions.stop, device=x_BSD.device)[None]
     return places_1P if valid_BS is None else places_1P - valid_BS.int().argmax(1, keepdim=True)
+
+
+def _pieces(size: int, keys: range, x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """The piece of the text that each key lies in, int64 [B, P]; -1 for padding."""
+    pieces_BP = (_places(keys, x_BSD, valid_BS) // size).expand(len(x_BSD), -1)
+    return pieces_BP if valid_BS is None else pieces_BP.masked_fill(~valid_BS, -1)
 
 
 def _growth(temperature: TemperatureConfig, places_BS: Tensor, dtype: torch.dtype) -> Tensor:
