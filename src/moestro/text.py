@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -335,9 +336,8 @@ def _converted(path: Path) -> tokenizers.Tokenizer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from transformers import AutoTokenizer
-
-            made = AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+            loader = import_module("transformers").AutoTokenizer
+            made = loader.from_pretrained(path.parent, local_files_only=True)
         inner = made.backend_tokenizer
     except Exception as error:  # whatever the libraries below it raise
         why = " ".join(str(error).split())[:200]

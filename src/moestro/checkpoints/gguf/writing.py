@@ -288,7 +288,7 @@ def _mixture(cfg: ModelConfig) -> dict[str, Any]:
         "expert_weights_scale": router.scale,
         "expert_gating_func": 2 if router.kind == "sigmoid" else 1,
         "leading_dense_block_count": cfg.dense_first,
-        "interleave_moe_layer_step": cfg.moe_every if cfg.moe_every > 1 else None,
+        "interleave_moe_layer_step": cfg.moe_every,  # llama.cpp's ERNIE 4.5 asks for it
     }
     if router.num_groups > 1:
         fields |= {
