@@ -86,7 +86,7 @@ class Cached(nn.Module):
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
 
     def forward(self, tokens_BS: Tensor) -> ModelOutput:
         """See `Decoder.forward`."""
