@@ -94,6 +94,9 @@ bench: $(STAMP) ## the CPU benchmarks, tables and benchmarks/results/*.json
 	@$(BIN)/python benchmarks/native.py
 	@$(BIN)/python benchmarks/plug.py
 
+bench-quick: $(STAMP) ## decode and prefill of this machine in three minutes
+	@$(BIN)/python benchmarks/quick.py
+
 gpu: $(STAMP) ## GPU tests and benchmarks; needs a CUDA build of torch in .venv
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python benchmarks/gpu_layer.py
@@ -101,4 +104,4 @@ gpu: $(STAMP) ## GPU tests and benchmarks; needs a CUDA build of torch in .venv
 clean: ## remove caches and .venv; runs/ stays
 	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
 
-.PHONY: help install demo test test-latest test-lowest update check-native lint types check format bench gpu clean
+.PHONY: help install demo test test-latest test-lowest update check-native lint types check format bench bench-quick gpu clean
