@@ -7,8 +7,7 @@ import sys
 import moestro.check.running  # noqa: F401
 
 pytest_plugins = ["pytester"]
-
-CONFTEST = 'pytest_plugins = "moestro.check.pytest_plugin"'
+# The plugin comes with the installed package; no suite needs to name it.
 SUITE = """
 import pytest
 from tests.check.made import clean, doubled
@@ -33,7 +32,6 @@ def test_fixture_fails(moestro_check):
 
 def test_each_check_is_a_test_of_the_other_project(pytester, monkeypatch):
     monkeypatch.syspath_prepend(str(pytester.path))
-    pytester.makeconftest(CONFTEST)
     pytester.makepyfile(SUITE)
     done = pytester.runpytest_inprocess("-rA", "--strict-markers", "-p", "no:cacheprovider")
     done.assert_outcomes(passed=6, failed=2, skipped=1)
@@ -48,7 +46,6 @@ def test_each_check_is_a_test_of_the_other_project(pytester, monkeypatch):
 
 
 def test_bad_use_is_one_sentence(pytester):
-    pytester.makeconftest(CONFTEST)
     pytester.makepyfile(
         """
         import pytest
@@ -75,5 +72,5 @@ def test_the_plugin_alone_imports_nothing_heavy_and_changes_no_other_suite(pytes
     code = "import sys, moestro.check.pytest_plugin; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     pytester.makepyfile("def test_other():\n    import sys\n    assert True\n")
-    done = pytester.runpytest_inprocess("-p", "moestro.check.pytest_plugin", "--strict-markers")
+    done = pytester.runpytest_inprocess("--strict-markers")
     done.assert_outcomes(passed=1)

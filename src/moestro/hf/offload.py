@@ -103,8 +103,7 @@ def offload(
         setattr(module, PACKED, slabs)
         # torch leaves it without annotations.
         module.register_state_dict_pre_hook(refuse_saving)  # type: ignore[no-untyped-call]
-    model.requires_grad_(False)
-    model.train(False)
+    model.requires_grad_(False).train(False)
     return model
 
 
