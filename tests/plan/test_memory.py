@@ -66,7 +66,7 @@ def test_groups_of_32_share_a_scale_of_16_bits():
 
 PRESETS = (
     "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-next-80b-a3b",
-    "switch-base-8", "glm-4.5-air",
+    "switch-base-8", "glm-4.5-air", "lfm2-8b-a1b", "llama-4-scout",
 )  # fmt: skip
 
 

@@ -180,8 +180,8 @@ def packables(cfg: NetworkConfig) -> Packables:
     moe, bias = cfg.moe, cfg.attention.bias
     for stack in cfg.stacks():
         for layer in stack.layers:
-            found.update(_projections(cfg, layer.delta))
-            if not layer.delta and cfg.attention.latent is None:
+            found.update(_projections(cfg, layer.state))
+            if layer.state is None and cfg.attention.latent is None:
                 biases += (bias != "none") * (_queries(cfg) + 2 * narrow)
                 biases += (bias == "all") * cfg.dim
             if stack.cross:
@@ -209,11 +209,13 @@ def _queries(cfg: NetworkConfig) -> int:
     return wide * (2 if delta is not None and delta.gated_attention else 1)
 
 
-def _projections(cfg: NetworkConfig, of_delta: bool) -> list[tuple[int, int]]:
-    """The projections [O, I] of a layer's self-attention, or of its delta net."""
+def _projections(cfg: NetworkConfig, state: str | None) -> list[tuple[int, int]]:
+    """The projections [O, I] of a layer's self-attention, or of what is in its place."""
     dim, attention, heads = cfg.dim, cfg.attention, cfg.attention.num_heads
     delta, latent = attention.delta, attention.latent
-    if of_delta and delta is not None:
+    if state == "conv":
+        return [(3 * dim, dim), (dim, dim)]
+    if state == "delta" and delta is not None:
         rows = delta.conv_channels + delta.value_width
         return [(rows, dim), (dim, delta.value_width)]
     if latent is None:
