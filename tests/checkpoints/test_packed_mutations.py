@@ -85,7 +85,8 @@ def altered(header: dict[str, Any], path: tuple[Any, ...], change: Any) -> dict[
     if change == "delete":
         del parent[path[-1]]
     elif isinstance(change, float) and type(parent[path[-1]]) is int and change in (0.5, 2.0):
-        parent[path[-1]] = int(parent[path[-1]] * change)
+        number = parent[path[-1]]  # which another change may have made longer than a float
+        parent[path[-1]] = number // 2 if change == 0.5 else number * 2
     else:
         parent[path[-1]] = change
     return header

@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention": {**HEADS, "qk_norm": "rotated"},
     },
     "phi": {
-        "moe": {**MOE, "router": {"kind": "sparsemixer", "jitter": 0.4, "renormalize": False}},
+        "moe": {**MOE, "router": {"kind": "sparsemixer", "jitter": 0.4}},
         "norm": {"kind": "layer"},
     },
     "ernie": {"moe": {**MOE, "router": {"selection_bias": True}}},

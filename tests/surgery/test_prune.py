@@ -38,8 +38,8 @@ def mask(model, keep):
             gone_E = torch.ones(router.cfg.num_experts, dtype=torch.bool)
             gone_E[keep[layer]] = False
             whole = router.logits
-            router.logits = lambda x, jitter, whole=whole, gone_E=gone_E: whole(
-                x, jitter
+            router.logits = lambda *args, whole=whole, gone_E=gone_E, **more: whole(
+                *args, **more
             ).masked_fill(gone_E, -math.inf)
             if router.bias is not None:
                 router.bias = router.bias.masked_fill(gone_E, -math.inf)

@@ -23,8 +23,9 @@ class RouterConfig(Settings):
     )
     renormalize: bool | None = Field(
         None,
-        description="Divide the K weights by their sum. Unset: yes for K > 1, no for K = 1 "
-        "(Switch), where a softmax gate would become the constant 1 and the router learn nothing.",
+        description="Divide the K weights by their sum. Unset: yes for K > 1 but with sparsemixer, "
+        "whose two need not sum to one; no for K = 1 (Switch), where a softmax gate would become "
+        "the constant 1 and the router learn nothing.",
     )
     selection_bias: bool = Field(
         False, description="Add a bias per expert when choosing (loss-free balancing)."
@@ -171,7 +172,9 @@ class MoEConfig(Settings):
     def renormalizes(self) -> bool:
         """Whether the K weights are divided by their sum: `router.renormalize`, or its default."""
         chosen = self.router.renormalize
-        return self.top_k > 1 if chosen is None else chosen
+        if chosen is None:
+            return self.top_k > 1 and self.router.kind != "sparsemixer"
+        return chosen
 
 
 class DenseConfig(Settings):

@@ -92,7 +92,13 @@ def _stepper(model: Decoder) -> Callable[[int, KVCache], Tensor]:
     if supports(model) is None:
         decoder = NativeDecoder(model)
         return lambda token, past: decoder.step([[token]], [past]).logits_NV[-1]
-    return lambda token, past: model(torch.tensor([[token]]), past).logits[0, -1].float()
+
+    def step(token: int, past: KVCache) -> Tensor:
+        tokens_BS = torch.tensor([[token]], dtype=torch.int64, device="cpu")
+        logits_V: Tensor = model(tokens_BS, cache=past).logits[0, -1]
+        return logits_V.float()
+
+    return step
 
 
 def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float, ...]:
@@ -138,6 +144,8 @@ def _usual(values: Sequence[float]) -> float:
 def _mix(experts: PackedExperts, chosen: list[int]) -> None:
     """One token through some experts."""
     count = len(chosen)
-    tokens_A, experts_A = torch.zeros(count, dtype=torch.int64), torch.tensor(chosen)
-    row_1D = torch.ones(1, experts.weights.dim, dtype=torch.float32)
-    experts.mix(row_1D, tokens_A, experts_A, torch.full((count,), 1 / count, dtype=torch.float32))
+    tokens_A = torch.zeros(count, dtype=torch.int64, device="cpu")
+    experts_A = torch.tensor(chosen, dtype=torch.int64, device="cpu")
+    row_1D = torch.ones(1, experts.weights.dim, dtype=torch.float32, device="cpu")
+    weights_A = torch.full((count,), 1 / count, dtype=torch.float32, device="cpu")
+    experts.mix(row_1D, tokens_A, experts_A, weights_A)

@@ -238,7 +238,7 @@ class SparseMixerRouter(Router):
         second_T1, second_weight_T1 = self._best(logits_TE, others_TE)
         experts_TK = torch.cat([first_T1, second_T1], dim=-1)
         weights_TK = torch.cat([first_weight_T1, second_weight_T1], dim=-1)
-        if self.cfg.router.renormalize:
+        if self.cfg.renormalizes:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         probs_TE, scale = logits_TE.softmax(-1), self.cfg.router.scale
         return Routing.of_choice(experts_TK, weights_TK, logits_TE, probs_TE, valid_T, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -44,6 +45,6 @@ class StopRequest:
         if not self.signal:
             self.signal, self._asked_s = which, now_s
         elif which == signal.SIGINT:
-            same = self.signal == which and now_s - self._asked_s < ONE_CTRL_C_S
-            if not same:
+            repeated = self.signal == which and "TORCHELASTIC_RUN_ID" in os.environ
+            if not (repeated and now_s - self._asked_s < ONE_CTRL_C_S):
                 raise KeyboardInterrupt

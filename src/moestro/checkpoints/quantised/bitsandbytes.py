@@ -155,7 +155,8 @@ class Nf4(Bnb4):
     def rows(self, parts: Mapping[str, Tensor]) -> tuple[BlockRows, tuple[float, float]]:
         """See `Form`: numbers of the table become multiples of 1/127, magnitudes fp16."""
         (height, width), state = self.shape(parts), self._state(parts)
-        exact, rounded = parts[".quant_map"], torch.tensor(TABLES["nf4"]) / 127
+        table = torch.tensor(TABLES["nf4"], device="cpu", dtype=torch.float32)
+        exact, rounded = parts[".quant_map"], table / 127
         if float((exact - rounded).abs().max()) > _NEAR:
             raise ShapeError("quant_map is not the table of NF4; --weights bf16 reads any")
         bytes_NX = parts[""].contiguous().view(-1).view(torch.uint8).view(-1, GROUP // 2)

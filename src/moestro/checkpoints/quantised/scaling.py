@@ -107,14 +107,15 @@ def row_blocks(
     for some in _slabs(height, 1, max(_NUMBERS_AT_ONCE // max(width, 1), 1)):
         values = torch.unflatten(given.rows(some), 1, (count, GROUP))
         scales, zeros = (
-            torch.zeros(())
+            torch.zeros((), device="cpu", dtype=torch.float32)
             if each is None
             else each[places_N[some]][:, places_M].float().expand(len(values), count)
             for each in (given.scales_NM, given.zeros_NM)
         )
         minima = -zeros * scales
         if number in (Q4_0, Q8_0):
-            values, minima = values - zeros[..., None], torch.zeros(())
+            values = values - zeros[..., None]
+            minima = torch.zeros((), device="cpu", dtype=torch.float32)
         _check(values, scales, minima, number)
         _put(data[some], values, scales, minima, number)
         sums += _rounding(values, scales, minima)
