@@ -32,7 +32,7 @@ SETTINGS = {
     "train.runtime.device": "cpu",
     "parallel.expert": 2,
     "parallel.shard": "auto",
-    "parallel.timeout_s": 20,  # after which a rank that waits for a dead one ends
+    "parallel.timeout_s": 20,  # a rank waits so long for one that was killed at the start
 }
 
 

@@ -160,7 +160,7 @@ def llama_rounds(
     Tokens are decoded after the prompt where the program has an option for that (`-gp` or `-d`),
     else from an empty cache. Arguments and errors are those of `llama_bench`.
     """
-    common = [*words, "-m", str(path), "-r", "1", "-t", str(threads), "-o", "json"]
+    common = [*words, "-m", str(path.resolve()), "-r", "1", "-t", str(threads), "-o", "json"]
     options, after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
     if " -gp " in options:
         after = ["-n", "0", "-gp", f"{prompt},{tokens}"]
@@ -176,9 +176,14 @@ def llama_rounds(
 
 
 def _run(words: list[str], strict: bool = True) -> str:
-    """What the program prints; `strict`: it must end well."""
+    """What the program prints; `strict`: it must end well. Files that it writes are not kept."""
+    program = Path(words[0])
+    words = [str(program.resolve()) if program.exists() else words[0], *words[1:]]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=LONGEST_S, check=False, cwd=folder
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"cannot run {words[0]}: {error}; give the path of llama-bench") from None
     if done.returncode and strict:
