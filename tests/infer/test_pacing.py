@@ -9,7 +9,7 @@ import torch
 from moestro.checkpoints import packed_files, streamed
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
-from moestro.infer.native_decoder import NativeDecoder
+from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.infer.pacing import measure_pace
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
@@ -59,3 +59,16 @@ def test_waiting_is_a_part_of_the_time_and_grows(file: Path) -> None:
         found.append(streamed.residency_of(model).reads())
     assert all(now.waited_s > then.waited_s for then, now in pairwise(found))
     assert found[-1].since(found[0]).misses == 4 * 2 * 3 - found[-1].since(found[0]).hits
+
+
+def test_a_model_that_decodes_in_python(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    attention = {"positions": {"skipped_every": 2}}
+    moe = {"hidden_dim": 64, "num_experts": 4, "top_k": 2}
+    cfg = ModelConfig(vocab_size=64, dim=64, num_layers=2, attention=attention, moe=moe)
+    model, path = Decoder(cfg).eval(), tmp_path / "packed"
+    pack(model, WEIGHTS["int8"])
+    packed_files.save(model, path, WEIGHTS["int8"], {})
+    opened = streamed.load(path, [2, 2])
+    assert supports(opened) is not None
+    assert measure_pace(opened, streamed.residency_of(opened), 0.05).compute_s > 0

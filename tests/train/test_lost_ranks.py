@@ -98,7 +98,7 @@ def test_a_killed_process_ends_the_run_and_a_restart_resumes(start, tmp_path):
 def test_kills_at_any_moment_lose_nothing(start, tmp_path):
     """As often as MOESTRO_KILLS says: the newest checkpoint stays whole, and the run moves on."""
     run, reached, moments = tmp_path / "run", 0, random.Random(0)
-    for number in range(int(os.environ.get("MOESTRO_KILLS", "10"))):
+    for number in range(int(os.environ.get("MOESTRO_KILLS", "3"))):
         ranks = start(restarts=number)
         if number and moments.random() < 0.3:  # the whole machine, even while they start
             time.sleep(moments.uniform(0, 2))
