@@ -260,3 +260,15 @@ def test_a_message_cannot_steer_the_terminal(doctor_is, capsys):
     doctor_is(doctor)
     assert main(["doctor"]) == 0
     assert capsys.readouterr().err == "moestro: warning: a \\x1b[2Jwarning\n"
+
+
+def test_a_missing_choice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "a", "b"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "moestro: error: missing option '--to'. Choose from: hf, moestro, gguf, peft. "
+        "See `moestro convert --help`.\n"
+    )
+    assert main(["convert", "a", "b", "--to", "pdf"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moestro: error: invalid value for '--to': 'pdf' is not one of 'hf'")

@@ -132,7 +132,7 @@ def _version(wanted: bool) -> None:
 
 def _usage_message(error: TyperException) -> str:
     """One sentence for a wrong option or verb, with the nearest name where there is one."""
-    message = error.format_message().strip()
+    message = " ".join(error.format_message().replace("Value error, ", "").split())
     near = getattr(error, "possibilities", None)
     if near:
         message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
