@@ -153,18 +153,19 @@ async def beside(
     arrived = time.perf_counter()
     first = await ask(address, {"prompt": long, "max_tokens": 1})
     read = time.perf_counter()
+    ended = [task.done() for task in tasks]
     for task in (polling, *tasks):
         task.cancel()
     await asyncio.gather(polling, *tasks, return_exceptions=True)
     alone, during = [], []
-    for stream in streams:
+    for stream, over in zip(streams, ended, strict=True):
         for before, after in zip(stream.times, stream.times[1:], strict=False):
             (during if after > arrived else alone).append(after - before)
         # One that stood still all the time has had no event since.
-        if read > arrived and stream.times[-1] < read:
+        if not over and stream.times[-1] < read:
             during.append(read - stream.times[-1])
     return {
-        "gap_max_s": max(during),
+        "gap_max_s": max(during, default=math.nan),
         "gap_before_s": statistics.median(alone) if alone else math.nan,
         "long_first_s": first.first_s,
         "health_max_s": max(health),

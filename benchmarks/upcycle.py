@@ -79,7 +79,8 @@ def write_texts(out: Path, most_bytes: int) -> None:
 def base_of(seed: int, args: argparse.Namespace) -> Path:
     """The dense model of a seed: the one given, or a tiny one, trained here once."""
     if args.dense is not None:
-        return Path(args.dense).absolute()
+        given = Path(args.dense)
+        return given.absolute() if given.exists() else given
     run = Path(args.out / f"dense-{seed}")
     if not run.exists():
         sizes = ["dim=64", "num_layers=2", "dense.hidden_dim=128"] if args.quick else []

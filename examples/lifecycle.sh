@@ -5,9 +5,9 @@
 #   examples/lifecycle.sh [FOLDER]            about 10 minutes on two cores; FOLDER must be new
 #   QUICK=1 examples/lifecycle.sh [FOLDER]    a minute, with a model that has learned next to nothing
 set -euo pipefail
+out=$(realpath -m "${1:-$(dirname "$0")/../runs/lifecycle}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-out=${1:-runs/lifecycle}
 moestro() { "$python" -m moestro "$@"; }
 step() { printf '\n== %s\n' "$1"; }
 

@@ -20,7 +20,7 @@ MOST_BYTES = 2**27
 MOST_DEPTH = 100
 # Fewer digits than overflow a float64. Published files hold 10**30 ("no limit") as a whole number.
 MOST_DIGITS = 300
-_LONG = re.compile(rf"[0-9]{{{MOST_DIGITS + 1}}}")
+_LONG = re.compile(rf"(?<![0-9])[0-9]{{{MOST_DIGITS + 1}}}")
 
 
 def parse(text: str | bytes, *, finite: bool = True, surrogates: bool = False) -> Any:

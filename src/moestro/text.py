@@ -337,7 +337,9 @@ def _converted(path: Path) -> tokenizers.Tokenizer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loader = import_module("transformers").AutoTokenizer
-            made = loader.from_pretrained(path.parent, local_files_only=True)
+            made = loader.from_pretrained(
+                path.parent, local_files_only=True, trust_remote_code=False
+            )
         inner = made.backend_tokenizer
     except Exception as error:  # whatever the libraries below it raise
         why = " ".join(str(error).split())[:200]

@@ -9,9 +9,9 @@ from moestro.cli.main import VERBS, _app
 # Each of these says of what it is, verb by verb.
 DIFFERENT = {
     "--adapter", "--compare", "--context", "--device", "--dtype", "--experts", "--family",
-    "--granularity", "--json", "--layer", "--list", "--memory", "--method", "--out", "--report",
-    "--resume", "--seed",
-    "--source", "--tokens", "--top-k", "--weights",
+    "--granularity", "--json", "--layer", "--list", "--max-tokens", "--memory", "--method",
+    "--out", "--report", "--resume", "--seed", "--source", "--system", "--tokens", "--top-k",
+    "--weights",
 }  # fmt: skip
 # Where a verb computes with a model, these mean the same in all of them.
 RUNNING = ("generate", "chat", "serve")

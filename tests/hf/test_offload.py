@@ -80,6 +80,15 @@ def test_an_amount_is_kept_to_or_refused_with_the_smallest_that_works(tmp_path):
         hf.offload(folder, "much")
 
 
+def test_weights_of_every_token_count_as_they_are_loaded(tmp_path):
+    config = transformers.AutoConfig.from_pretrained(saved("mixtral", tmp_path))
+    base = offloading._class_of(config)
+    narrow = offloading._dense(base, config, {})
+    assert narrow.number == 2
+    for options in ({"dtype": "float32"}, {"torch_dtype": torch.float32}):
+        assert offloading._dense(base, config, options) == (2 * narrow.bytes, 4)
+
+
 def test_what_cannot_be_offloaded(tmp_path, tight):
     folder = saved("mixtral", tmp_path / "model")
     model = hf.offload(folder, packed=tmp_path / "packed", texts=USE)

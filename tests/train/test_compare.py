@@ -13,6 +13,7 @@ from moestro.train import compare
 from moestro.train.compare import Comparison, Curve, crossing, judge, plan, sentence
 from moestro.train.figures import comparison_figure, scaling_figure
 from moestro.train.metrics import Point
+from moestro.train.task import train_flops
 
 
 def points(*bits: float, flops: float = 100.0, seconds: float = 10.0) -> list[Point]:
@@ -102,11 +103,10 @@ def test_json_holds_every_point_and_the_counted_compute() -> None:
 def test_a_budget_gives_every_run_the_same_compute(tmp_path: Path) -> None:
     asked = Comparison(experts=(4, 16), granularities=(1, 4), budget_tflop=0.002)
     runs = [entry.cfg for entry in plan(mixture(), tmp_path, asked)]
-    step_tokens = [run.train.batch_size * run.data.seq_len for run in runs]
     steps = [run.train.steps for run in runs]
     cost = [
-        count(run.model).train_flops(run.data.seq_len) * n * tokens
-        for run, n, tokens in zip(runs, steps, step_tokens, strict=True)
+        train_flops(run.model, run.data.seq_len) * n * run.train.batch_size
+        for run, n in zip(runs, steps, strict=True)
     ]
     assert len(set(steps)) > 1
     assert all(abs(c - 2e9) <= 0.5 * c / n for c, n in zip(cost, steps, strict=True))

@@ -18,7 +18,8 @@ def test_the_first_signal_is_kept_and_the_handlers_come_back(which):
     assert signal.getsignal(which) == before
 
 
-def test_a_second_ctrl_c_aborts():
+def test_a_second_ctrl_c_aborts(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -29,6 +30,7 @@ def test_a_second_ctrl_c_aborts():
 def test_a_ctrl_c_that_torchrun_repeats_is_one(monkeypatch):
     now_s = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         now_s[0] += 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -45,8 +46,17 @@ def test_a_remade_mixture_keeps_every_other_setting() -> None:
     made = remade(cfg, Mixture(32, 3)).moe
     assert made is not None
     assert (made.num_experts, made.top_k, made.hidden_dim) == (96, 6, 8)
-    kept = {"num_experts", "top_k", "hidden_dim"}
-    assert made.model_dump(exclude=kept) == cfg.model.moe.model_dump(exclude=kept)
+    own: Any = {"num_experts": True, "top_k": True, "hidden_dim": True, "router": {"renormalize"}}
+    assert made.model_dump(exclude=own) == cfg.model.moe.model_dump(exclude=own)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gates_are_what_they_were_however_fine_experts_are(top_k: int) -> None:
+    cfg = run(top_k=top_k)
+    for fine in (1, 2, 4):
+        made = remade(cfg, Mixture(8, fine)).moe
+        assert made is not None
+        assert made.renormalizes == cfg.model.moe.renormalizes == (top_k > 1)
 
 
 @pytest.mark.parametrize(

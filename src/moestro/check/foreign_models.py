@@ -74,8 +74,10 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
 
 def has_loss(model: nn.Module) -> bool:
     """Whether a model adds a balance loss to its own when asked for router logits."""
-    takes = "labels" in inspect.signature(type(model).forward).parameters
-    return takes and hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    taken = set(inspect.signature(type(model).forward).parameters)
+    return {"labels", "output_router_logits"} <= taken and hasattr(
+        sys.modules[type(model).__module__], "load_balancing_loss_func"
+    )
 
 
 def _subject(block: nn.Module, tap: Tap, implementation: str, title: str) -> Subject:

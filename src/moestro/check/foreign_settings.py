@@ -132,7 +132,7 @@ def of_settings(settings: Any, implementation: str = "eager", title: str = "") -
         except Exception as error:  # as above
             first = str(error).split("\n")[0]
             raise CheckpointError(f"transformers cannot build {title}: {first}") from error
-        made = [_tiny(each) for each in subjects(model, implementation, title)]
+        made = [_tiny(each, implementation) for each in subjects(model, implementation, title)]
         made[0] = _with_whole(made[0], text)
         return made
 
@@ -150,7 +150,7 @@ def randomise(module: nn.Module) -> None:
                 buffer.normal_(0, 0.1)
 
 
-def _tiny(subject: Subject) -> Subject:
+def _tiny(subject: Subject, implementation: str) -> Subject:
     """The same block, built from narrow settings."""
     block = subject.module
     holders = (
@@ -172,7 +172,6 @@ def _tiny(subject: Subject) -> Subject:
     randomise(made)
     holder = nn.Module()
     holder.layer = made
-    implementation = subject.title.rpartition(", ")[2]
     return subjects(holder, implementation, subject.title.partition(":")[0])[0]
 
 

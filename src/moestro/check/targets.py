@@ -26,6 +26,7 @@ from moestro.errors import ConfigError, MoestroError
 from moestro.kernels.reference import GATED
 from moestro.moe.balance import switch_loss, z_loss
 from moestro.moe.layer import MoE
+from moestro.moe.lora import Adapter
 from moestro.moe.parallel import ParallelExperts
 
 
@@ -40,6 +41,15 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
         raise MoestroError(f"the {router.kind} router is not checked; softmax and sigmoid are")
     if getattr(layer.router, "weight_adapter", None) is not None:
         raise MoestroError("the router has an adapter; merge it, then check the layer")
+    if cfg.capacity and cfg.capacity.per_sequence:
+        raise MoestroError("a capacity of each sequence is not checked; leave per_sequence out")
+    adapters = _adapters(layer)
+    random = (
+        router.jitter
+        or cfg.experts.dropout
+        or any(module.dropout for module in layer.modules() if isinstance(module, Adapter))
+    )
+    factor = cfg.capacity and (cfg.capacity.eval_factor if random else cfg.capacity.factor)
     order = "weights" if cfg.capacity and cfg.capacity.priority == "router" else "choices"
     bias = cfg.experts.bias
     about = Description(
@@ -54,15 +64,17 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
             down="experts.down", activation=cfg.activation,
             up_bias="experts.gate_up_bias" if bias else None,
             down_bias="experts.down_bias" if bias else None,
+            weigh_input=router.weighs == "input",
         ),
         shared=cfg.shared and SharedNames(
             module="shared", gate="shared_gate.weight" if cfg.shared.gate else None
         ),
-        capacity=cfg.capacity and {"factor": cfg.capacity.factor, "order": order},
-        training=not router.jitter and not cfg.experts.dropout,
+        capacity=cfg.capacity and {"factor": factor, "order": order},
+        training=not random,
         call=lambda module, x, valid=None: module(x, valid=valid), takes_mask=True,
         balance=lambda module, output: switch_loss(output[1]),
-        z=lambda module, output: z_loss(output[1]), adapters=_adapters(layer), spread=_spread,
+        z=lambda module, output: z_loss(output[1]), adapters=adapters,
+        spread=None if adapters else _spread,  # experts with adapters are not split
     )  # fmt: skip
 
     def resized(**sizes: int) -> Subject:

@@ -193,6 +193,8 @@ def adapted(opened: Opened, adapter: str | Path) -> Model:
         opened: The model, with plain weights or packed ones, all of them in memory.
         adapter: As for `use_adapter`, which says what is raised.
     """
+    if own_settings(opened.folder) is not None:
+        _check_single(opened.folder, adapter)
     model = shared(opened.model)
     _read_adapter(model, opened, adapter)
     return model

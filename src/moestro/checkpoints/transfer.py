@@ -21,7 +21,7 @@ from moestro.checkpoints.families.slices import FUSED, TensorSlice, fused, key_p
 from moestro.checkpoints.families.table import LAYOUTS, ROWS, Family, Rule
 from moestro.checkpoints.tensor_files import Source, Written, some
 from moestro.errors import CheckpointError
-from moestro.kernels.packing import COLUMNS, EXACT, Q4_K, BlockRows, Format
+from moestro.kernels.packing import COLUMNS, EXACT, Q4_K, TABLES, BlockRows, Format
 from moestro.models.build import Model
 
 Progress = Callable[[int, int], None]
@@ -311,7 +311,7 @@ class StoredModule:
         else:  # of a stack in one tensor
             assert entry is not None
             parts = [(source.entry(entry), layout) for source, layout in entries[None]]
-        whole = name != "weight" or all(source.shape[0] % COLUMNS == 0 for source, _ in parts[:-1])
+        whole = _whole(name, parts)
         format = self.format.of_down if name == "down" else self.format
         found = [self._part(source, layout, format if whole else None) for source, layout in parts]
         if whole:
@@ -343,14 +343,24 @@ class StoredModule:
             for parts in self._parts.get(name, {}).values():
                 yield from parts
 
-    def _kind(self, names: Iterable[str]) -> str | None:
+    def _kind(self, names: set[str]) -> str | None:
         """The kind that keeps the numbers of some tensors; None: the module has none of these."""
         found = list(self._sources(names))
         if not any(source.stored_in for source, _ in found):
             return "bfloat16" if found else None
         numbers = {source.blocks if layout in ROWS else None for source, layout in found}
         kinds = {**EXACT, "uint4": (*EXACT["uint4"], Q4_K)}
+        if not all(
+            _whole(name, parts) for name in names for parts in self._parts.get(name, {}).values()
+        ):
+            # Packed as numbers, which these kinds do not take.
+            kinds = {kind: blocks for kind, blocks in kinds.items() if kind not in TABLES}
         return next((kind for kind in kinds if numbers <= {*kinds[kind]}), "int8")
+
+
+def _whole(name: str, parts: Sequence[Part]) -> bool:
+    """Whether a matrix can be packed part by part, since each ends where a block of rows does."""
+    return name != "weight" or all(source.shape[0] % COLUMNS == 0 for source, _ in parts[:-1])
 
 
 def stored_module(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,13 +34,11 @@ from moestro.cli.opening import (
 )
 from moestro.cli.options import (
     Frequency,
-    MaxTokens,
     MinP,
     Presence,
     Repetition,
     Seed,
     Stop,
-    System,
     Temperature,
     TopK,
     TopP,
@@ -65,8 +63,10 @@ PROMPT, MORE = "> ", "… "
 
 def chat(
     path: ModelName,
-    system: System = None,
-    max_tokens: MaxTokens = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer; default 2048.")
+    ] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -202,8 +202,9 @@ class _Terminal:
             raise ConfigError("/save needs the name of a file")
         try:
             self._talk.save(Path(rest).expanduser())
-        except OSError as error:
-            raise ConfigError(f"{rest} cannot be written: {error.strerror or error}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, no such name
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{rest} cannot be written: {why}") from None
         _note(f"written to {rest}")
 
 

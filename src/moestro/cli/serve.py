@@ -135,7 +135,7 @@ def serve(
         typer.echo(f"at {address}/v1, up to {settings.max_live} requests at once")
         _warn(keys, local)
         typer.echo(_curl(served, address, api_key_file))
-        page = _page(report or _report(path, folder), address)
+        page = _page(report, path, folder, address)
         run(new_state(served, settings, page), bound, _ready)
 
 
@@ -169,11 +169,18 @@ def _warn(keys: tuple[str, ...], local: bool) -> None:
         typer.echo(f"moestro: {told}", err=True)
 
 
-def _page(report: Path | None, address: str) -> str | None:
-    """The report's text, after a word on where it will be."""
-    if report is None:
+def _page(report: Path | None, path: str, folder: Path, address: str) -> str | None:
+    """The report's text, after a word on where it will be; one that is only found may be bad."""
+    if report is not None:
+        page = _read(report, "--report")
+    elif (found := _report(path, folder)) is None:
         return None
-    page = _read(report, "--report")
+    else:
+        try:
+            page = _read(found, "the report of `moestro probe`")
+        except ConfigError as error:
+            typer.echo(f"moestro: {error}; it is not shown", err=True)
+            return None
     typer.echo(f"the report of `moestro probe` at {address}/report")
     return page
 

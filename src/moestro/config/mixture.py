@@ -165,7 +165,8 @@ class MoEConfig(Settings):
     @property
     def noisy(self) -> bool:
         """Whether training draws random numbers."""
-        drawn = self.router.jitter > 0 or self.router.kind == "noisy_top_k"
+        kind = self.router.kind  # sparsemixer's jitter is a distance
+        drawn = kind == "noisy_top_k" or (self.router.jitter > 0 and kind != "sparsemixer")
         return drawn or self.experts.dropout > 0
 
     @property

@@ -89,7 +89,7 @@ def offload(
     amount = memory_of(memory) if isinstance(memory, str) else memory
     config = AutoConfig.from_pretrained(folder)
     base = _class_of(config)
-    use_, dense = texts or Use(_CONTEXT, scored=True), _dense(base, config, options.get("dtype"))
+    use_, dense = texts or Use(_CONTEXT, scored=True), _dense(base, config, options)
     fitted = partial(_fitted, dense, use_, _ENDLESS if amount is None else amount)
     path, source = packed_files.converted(
         folder, format, packed, check=lambda *blank: fitted(streamed.sizes_of(*blank))
@@ -144,10 +144,14 @@ def _fitted(dense: _Dense, texts: Use, memory: int, sizes: tuple[Any, ...]) -> B
     return fit(needs(cfg, dense.number, dense.bytes, mixtures, texts, resident_bytes()), memory)
 
 
-def _dense(base: Any, config: PreTrainedConfig, dtype: object) -> _Dense:
+def _dense(base: Any, config: PreTrainedConfig, options: dict[str, Any]) -> _Dense:
     """What transformers will load."""
-    kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
-    number = (kind or torch.float32).itemsize
+    kind = options.get("dtype", options.get("torch_dtype", "auto"))
+    if kind in ("auto", None):
+        kind = getattr(config, "dtype", None) or torch.float32
+    number = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
+    if not isinstance(config, base.config_class):  # of text and images
+        config = config.get_text_config()
     with torch.device("meta"):
         blank = base(config)
     for module in layouts.find(blank).values():

@@ -133,11 +133,12 @@ def _single(kernel: Backend, weights: ExpertWeights) -> Callable[[Tensor, int], 
     """One expert as a function: (rows [P, D], its number) → [P, D], without gradients.
 
     For generating text, where so few rows are multiplied that grouping them costs more. None where
-    grouping is better or needed: a kernel without such a function, no named activation, a norm.
+    grouping is better or needed: a kernel without such a function, no named activation, a norm,
+    adapters, dropout.
     """
-    up_EHD, down_EDF, activation, biases, norm, adapters, _ = weights
+    up_EHD, down_EDF, activation, biases, norm, adapters, drop = weights
     single_ffn = kernel.single_ffn
-    if single_ffn is None or callable(activation) or norm or adapters:
+    if single_ffn is None or callable(activation) or norm or adapters or drop is not None:
         return None
     return lambda rows_PD, expert: single_ffn(rows_PD, expert, up_EHD, down_EDF, activation, biases)
 

@@ -170,8 +170,8 @@ class PackedStack(Packed):
 class PackedExperts(PackedStack):
     """Packed experts in place of `Experts`."""
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """See `Experts.forward`."""
+    def forward(self, x_TD: Tensor, routing: Routing, noise_T: Tensor | None = None) -> Tensor:
+        """See `Experts.forward`; nothing here is random."""
         if self.unpacks:
             plan = dispatch.make_plan(routing)
             rows_RD = dispatch.dispatch(self.rows(x_TD), plan)

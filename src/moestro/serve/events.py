@@ -35,7 +35,9 @@ def json_text(data: Any) -> str:
     if isinstance(data, dict):
         pairs = (f"{json.dumps(str(name))}:{json_text(value)}" for name, value in data.items())
         return "{" + ",".join(pairs) + "}"
-    if isinstance(data, list) and len(data) > _LONG:
+    if isinstance(data, list) and (
+        len(data) > _LONG or any(isinstance(each, dict) for each in data)
+    ):
         return "[" + ",".join(map(json_text, data)) + "]"
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 

@@ -21,6 +21,7 @@ from moestro.train.evaluate import ALL
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point
 from moestro.train.scaling import Law, Mixture, law_json, laws, mixtures, remade
+from moestro.train.task import train_flops
 
 # The kind of the only mixture of a comparison; several are called by their `Mixture.name`.
 MIXTURE, TWIN = "moe", "dense"
@@ -132,8 +133,7 @@ def _steps(cfg: RunConfig, budget_tflop: float | None) -> dict[str, int]:
     """Steps, and how often to evaluate and save, for a run of this compute."""
     if budget_tflop is None:
         return {}
-    per_token = count(cfg.model).train_flops(cfg.data.seq_len)
-    step_flops = per_token * cfg.train.batch_size * cfg.data.seq_len
+    step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
     steps = round(budget_tflop * 1e12 / step_flops)
     if steps < EVALUATIONS:
         least = EVALUATIONS * step_flops / 1e12

@@ -88,10 +88,13 @@ def restarted(environment: Mapping[str, str]) -> bool:
 def _store(ranks: Ranks, timeout: timedelta) -> Any:
     """Where the processes find each other.
 
-    torchrun keeps its store over a restart, and with it the addresses of those that were killed,
-    which gloo would try; so each start has names of its own.
+    torchrun keeps its store over a restart on one machine, and with it the addresses of those that
+    were killed, which gloo would try; so each start has names of its own. Several machines count
+    their restarts apart, so there the number is no name that all know.
     """
     found, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)) != str(ranks.world):
+        return found
     name = f"start {os.environ.get(RESTARTS, '0')}"
     return dist.PrefixStore(name, found)  # type: ignore[attr-defined]
 

@@ -111,7 +111,9 @@ def remade(cfg: RunConfig, mixture: Mixture) -> ModelConfig | EncDecConfig:
         "top_k": moe.top_k * fine,
         "hidden_dim": moe.hidden_dim // fine,
     }
-    checked = MoEConfig(**{**moe.model_dump(), **changed})
+    # Left unset it would depend on K, which is multiplied here.
+    router = {**moe.router.model_dump(), "renormalize": moe.renormalizes}
+    checked = MoEConfig(**{**moe.model_dump(), "router": router, **changed})
     return cfg.model.model_copy(update={"moe": checked})
 
 

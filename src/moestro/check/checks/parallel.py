@@ -63,7 +63,7 @@ def no_sync(trial: Trial) -> Finding:
 
 
 def spread(trial: Trial) -> Finding:
-    """Experts spread over the ranks: the output, every gradient and their norm."""
+    """Experts spread over the ranks: the output and every gradient."""
     return _spread(trial, idle=False)
 
 

@@ -70,7 +70,7 @@ def _width() -> Entry:
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         width = hf.get("block_ff_dim", hf.get("intermediate_size", 12288))
         if hf.get(adjust[0], True):
-            factor, multiple = hf.get(adjust[1], 1.0), hf.get(adjust[2], 256)
+            factor, multiple = hf.get(adjust[1]) or 1.0, hf.get(adjust[2]) or 256
             width = -(-int(factor * int(2 * width / 3)) // multiple) * multiple
         return {"dense.hidden_dim": width}
 
