@@ -82,6 +82,10 @@ def eval(
     for kind in kinds:
         format_of(kind)
     checkpoint = find_checkpoint(path)
+    if cache != "as-is" and memory != NONE:
+        raise ConfigError(
+            f"--cache {cache} is measured with all weights in memory; leave --memory out"
+        )
     with ExitStack() as stack:
         cfg = read_settings(checkpoint, accept_field or ()).cfg
         text = _text(checkpoint, cfg, source or (), chats or (), tokens, stack)
