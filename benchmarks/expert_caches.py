@@ -30,7 +30,7 @@ SHARES = (0.125, 0.25, 0.5, 0.75)
 def split(trace: Trace) -> tuple[Trace, Trace]:
     """Two halves of the sequences, of all domains alike."""
     even_T = trace.sequence_T % 2 == 0
-    return tuple(  # type: ignore[return-value]
+    even, odd = (
         trace._replace(
             experts_TLK=trace.experts_TLK[half_T], tokens_T=trace.tokens_T[half_T],
             length_N=np.array([half_T.sum()]), domain_N=trace.domain_N[:1],
@@ -38,6 +38,7 @@ def split(trace: Trace) -> tuple[Trace, Trace]:
         )
         for half_T in (even_T, ~even_T)
     )  # fmt: skip
+    return even, odd
 
 
 def lru(trace: Trace, kept_L: Sequence[int]) -> float:

@@ -218,7 +218,7 @@ def started(command: str, words: list[str], threads: int) -> Iterator[str]:
         process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
         try:
             address = f"http://127.0.0.1:{port}"
-            _wait(process, address, log)
+            _wait(process, line, address, log)
             yield address
         finally:
             process.terminate()
@@ -229,7 +229,7 @@ def started(command: str, words: list[str], threads: int) -> Iterator[str]:
                 process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], address: str, log: Any) -> None:
+def _wait(process: subprocess.Popen[bytes], line: list[str], address: str, log: Any) -> None:
     end = time.monotonic() + _READY_S
     while process.poll() is None and time.monotonic() < end:
         try:
@@ -239,7 +239,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Any) -> None:
         except (URLError, OSError):
             time.sleep(0.2)
     log.seek(0)
-    raise SystemExit(f"{shlex.join(map(str, process.args))} does not serve:\n{log.read()[-2000:]}")  # type: ignore[arg-type]
+    raise SystemExit(f"{shlex.join(line)} does not serve:\n{log.read()[-2000:]}")
 
 
 def own_command() -> str:

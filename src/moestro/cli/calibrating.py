@@ -195,13 +195,13 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
         return
     from rich.console import Console
 
-    from moestro.cli.tables import new_table, that_fit
+    from moestro.cli.tables import domain_columns, new_table
     from moestro.surgery.cost import ALL, WHOLE
 
     console = Console(highlight=False)
     console.print(heading, markup=False, soft_wrap=True)
     domains = [name for name in rows[WHOLE].bits if name != ALL]
-    shown = that_fit(domains, console.width - _WIDTH) if len(domains) > 1 else []
+    shown, others = domain_columns(domains, console.width - _WIDTH)
     table = new_table("model", ALL, "change", "±", "relative", *shown)
     for name, cost in rows.items():
         change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
@@ -209,5 +209,5 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
         each_domain = [f"{cost.bits[domain]:.4f}" for domain in shown]
         table.add_row(name, f"{cost.bits[ALL]:.4f}", *change, *each_domain)
     console.print(table)
-    if 1 < len(domains) > len(shown):
-        console.print(f"{len(domains) - len(shown)} more domains with --json")
+    if others:
+        console.print(others)

@@ -187,7 +187,7 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     """The table, for a person."""
     from rich.console import Console
 
-    from moestro.cli.tables import new_table, that_fit
+    from moestro.cli.tables import domain_columns, new_table
     from moestro.train.evaluate import ALL
 
     console = Console(highlight=False)
@@ -195,12 +195,12 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
         f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
     )
     domains = [name for name in rows[0].bits if name != ALL]
-    shown = that_fit(domains, console.width - _WIDTH) if len(domains) > 1 else []
+    shown, others = domain_columns(domains, console.width - _WIDTH)
     table = new_table("weights", ALL, "change", *shown)
     for row in rows:
         each = [f"{row.bits[name]:.4f}" for name in shown]
         change = "" if row is rows[0] else f"{_over(row, rows[0]):+.2%}"
         table.add_row(row.weights, f"{row.bits[ALL]:.4f}", change, *each)
     console.print(table)
-    if 1 < len(domains) > len(shown):
-        console.print(f"{len(domains) - len(shown)} more domains with --json")
+    if others:
+        console.print(others)

@@ -27,13 +27,11 @@ from moestro.cli.opening import (
 from moestro.cli.options import (
     AsJson,
     Frequency,
-    MaxTokens,
     MinP,
     Presence,
     Repetition,
     Seed,
     Stop,
-    System,
     Temperature,
     TopK,
     TopP,
@@ -59,6 +57,8 @@ Chat = Annotated[
     bool,
     typer.Option("--chat", help="The prompt is a message; write it in the model's chat template."),
 ]
+System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default 256.")]
 Special = Annotated[
     bool,
     typer.Option(

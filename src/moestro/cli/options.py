@@ -19,8 +19,6 @@ HeldOutSource = Annotated[
     ),
 ]
 # Of text that is written.
-System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; default 256.")]
 Temperature = Annotated[
     float | None,
     typer.Option(

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 _GAP, _NARROWEST = 2, 7
 
 
+def domain_columns(names: Sequence[str], room: int) -> tuple[list[str], str]:
+    """The domains whose columns fit into so many characters, and a word on those that do not.
+
+    A single one is all of the text, and has no column.
+    """
+    if len(names) < 2:
+        return [], ""
+    shown = that_fit(names, room)
+    hidden = len(names) - len(shown)
+    return shown, f"{hidden} more domains with --json" if hidden else ""
+
+
 def that_fit(names: Sequence[str], room: int) -> list[str]:
     """The first columns of these names that fit into so many characters."""
     shown: list[str] = []

@@ -34,8 +34,7 @@ class ShortConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the convolution anew."""
-        bound = self.conv_weight.shape[-1] ** -0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
+        draw(self.conv_weight)
 
     def forward(
         self,
@@ -59,6 +58,12 @@ class ShortConv(nn.Module):
             cache.keep(last_BWD)
         out: Tensor = self.out(c_BSD * y_BSD)
         return out
+
+
+def draw(weight_I1W: Tensor) -> None:
+    """The start of a convolution's weights, as torch's own: a uniform within 1 / sqrt(W)."""
+    bound = weight_I1W.shape[-1] ** -0.5
+    nn.init.uniform_(weight_I1W, -bound, bound)
 
 
 def causal_convolution(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moestro.config import NetworkConfig
 from moestro.kernels import delta
 from moestro.models.cache import StateCache
-from moestro.models.conv import causal_convolution
+from moestro.models.conv import causal_convolution, draw
 from moestro.models.linear import Linear, PlainLinear
 from moestro.models.norms import RMSNorm
 
@@ -52,8 +52,7 @@ class DeltaNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the convolution, and how fast each head's state decays, anew."""
-        bound = self.settings.conv_width**-0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
+        draw(self.conv_weight)
         nn.init.uniform_(self.log_rate, RATES[0], RATES[1])
         nn.init.uniform_(self.time_bias, math.log(TIMES[0]), math.log(TIMES[1]))
         with torch.no_grad():

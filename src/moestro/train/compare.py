@@ -20,7 +20,7 @@ from moestro.train import state
 from moestro.train.evaluate import ALL
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point
-from moestro.train.scaling import Law, Mixture, law_json, laws, mixtures, remade
+from moestro.train.scaling import Law, Mixture, law_json, laws, mixture_of, mixtures, remade
 from moestro.train.task import train_flops
 
 # The kind of the only mixture of a comparison; several are called by their `Mixture.name`.
@@ -102,7 +102,7 @@ class Verdict(NamedTuple):
 def models(cfg: RunConfig, comparison: Comparison = ONE) -> dict[str, ModelConfig | EncDecConfig]:
     """The models that are compared, by kind; the dense twin comes last."""
     if comparison.several:
-        made = {m.name: remade(cfg, m) for m in _mixtures(cfg, comparison)}
+        made = {m.name: remade(cfg, m) for m in compared_mixtures(cfg, comparison)}
     else:
         made = {MIXTURE: cfg.model}
     return made | {TWIN: dense_twin(cfg.model)}
@@ -110,10 +110,7 @@ def models(cfg: RunConfig, comparison: Comparison = ONE) -> dict[str, ModelConfi
 
 def plan(cfg: RunConfig, folder: Path, comparison: Comparison = ONE) -> list[ComparedRun]:
     """The runs of a comparison, in the order in which they are trained."""
-    if cfg.model.moe is None:
-        raise ConfigError(
-            "nothing to compare: the settings have no mixture; set model.moe.hidden_dim, for one"
-        )
+    mixture_of(cfg)
     entries = []
     for seed in range(cfg.train.seed, cfg.train.seed + comparison.seeds):
         for kind, model in models(cfg, comparison).items():
@@ -125,7 +122,8 @@ def plan(cfg: RunConfig, folder: Path, comparison: Comparison = ONE) -> list[Com
     return entries
 
 
-def _mixtures(cfg: RunConfig, comparison: Comparison) -> list[Mixture]:
+def compared_mixtures(cfg: RunConfig, comparison: Comparison) -> list[Mixture]:
+    """Every combination of experts and granularity that is asked for, smallest first."""
     return mixtures(cfg, comparison.experts, comparison.granularities)
 
 
@@ -246,10 +244,10 @@ def _sentence(verdicts: list[Verdict]) -> str:
 
 def fitted(cfg: RunConfig, comparison: Comparison, curves: list[Curve]) -> list[Law]:
     """The laws of experts and granularity through the final losses; none of a single mixture."""
-    if not comparison.several or cfg.model.moe is None:
+    if not comparison.several:
         return []
-    losses = {m: mean_loss(curves, m.name) for m in _mixtures(cfg, comparison)}
-    return laws(losses, mean_loss(curves, TWIN), cfg.model.moe.top_k)
+    losses = {m: mean_loss(curves, m.name) for m in compared_mixtures(cfg, comparison)}
+    return laws(losses, mean_loss(curves, TWIN), mixture_of(cfg).top_k)
 
 
 def mean_loss(curves: list[Curve], kind: str) -> float:

@@ -9,9 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moestro.config import RunConfig
-from moestro.train.compare import TWIN, Comparison, Curve, Verdict, fitted, judge, mean_loss
+from moestro.train.compare import (
+    TWIN,
+    Comparison,
+    Curve,
+    Verdict,
+    compared_mixtures,
+    fitted,
+    judge,
+    mean_loss,
+)
 from moestro.train.evaluate import ALL
-from moestro.train.scaling import Axis, Law, Mixture, mixtures, predict
+from moestro.train.scaling import Axis, Law, Mixture, mixture_of, predict
 
 # Okabe and Ito's blue and vermilion: apart for every kind of colour vision.
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -63,8 +72,7 @@ def scaling_figure(cfg: RunConfig, comparison: Comparison, curves: list[Curve], 
 
     Against granularity where only that varies.
     """
-    assert cfg.model.moe is not None
-    made = mixtures(cfg, comparison.experts, comparison.granularities)
+    made, found = compared_mixtures(cfg, comparison), fitted(cfg, comparison, curves)
     axis: Axis = "experts" if len({m.experts for m in made}) > 1 else "granularity"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -76,9 +84,9 @@ def scaling_figure(cfg: RunConfig, comparison: Comparison, curves: list[Curve], 
         _shares(left, axis, row, verdicts, color, _label(axis, fixed))
         at = [_place(axis, m) for m in row]
         right.plot(at, [mean_loss(curves, m.name) for m in row], "o", color=color)
-        for law in fitted(cfg, comparison, curves):
+        for law in found:
             if (law.axis, law.fixed) == (axis, fixed):
-                _law_line(right, law, at, cfg.model.moe.top_k, color)
+                _law_line(right, law, at, mixture_of(cfg).top_k, color)
     right.axhline(mean_loss(curves, TWIN), color=VERMILION, lw=0.8, ls=":", label="dense twin")
     left.axhline(1, color=VERMILION, lw=0.8, ls=":")
     for axes in (left, right):

@@ -80,7 +80,7 @@ def mixtures(cfg: RunConfig, experts: Sequence[int], granularities: Sequence[int
     Raises:
         ConfigError: a number that the settings' mixture cannot have.
     """
-    moe = _moe(cfg)
+    moe = mixture_of(cfg)
     for name, numbers in (("--experts", experts), ("--granularity", granularities)):
         if len(set(numbers)) < len(numbers):
             raise ConfigError(f"{name} {_listed(numbers)} names a number twice; name each once")
@@ -105,7 +105,7 @@ def mixtures(cfg: RunConfig, experts: Sequence[int], granularities: Sequence[int
 
 def remade(cfg: RunConfig, mixture: Mixture) -> ModelConfig | EncDecConfig:
     """The settings' model with the experts of `mixture`; active experts are as large as before."""
-    moe, fine = _moe(cfg), mixture.granularity
+    moe, fine = mixture_of(cfg), mixture.granularity
     changed = {
         "num_experts": mixture.experts * fine,
         "top_k": moe.top_k * fine,
@@ -165,7 +165,12 @@ def law_json(law: Law) -> dict[str, Any]:
     return {**law._asdict(), "error": law.error}
 
 
-def _moe(cfg: RunConfig) -> MoEConfig:
+def mixture_of(cfg: RunConfig) -> MoEConfig:
+    """The settings' mixture.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if cfg.model.moe is None:
         raise ConfigError(
             "nothing to compare: the settings have no mixture; set model.moe.hidden_dim, for one"

@@ -118,7 +118,9 @@ def _of_model(function: Callable[[Trial], Finding]) -> Callable[[Trial], Finding
 
 
 def _copied(trial: Trial) -> Any:
-    return copy.deepcopy(trial.subject.whole).float().eval()  # type: ignore[union-attr]
+    model = trial.subject.whole
+    assert model is not None  # see `_of_model`
+    return copy.deepcopy(model).float().eval()
 
 
 def _ids(trial: Trial) -> Tensor:
