@@ -32,13 +32,17 @@ def decoder(**attention: Any) -> Decoder:
     ).eval()  # fmt: skip
 
 
-def tensor_bytes() -> int:
-    """Bytes of all storages that tensors of this process hold, each counted once."""
+def all_tensors() -> list[torch.Tensor]:
+    """Those of this process; not those without memory, which compiling elsewhere may have left."""
     gc.collect()
-    # Not those without memory, which compiling in another test may have left.
     kinds = (torch.Tensor, torch.nn.Parameter)
     tensors = [each for each in gc.get_objects() if type(each) in kinds]
-    tensors = [each for each in tensors if each.device.type == "cpu"]
+    return [each for each in tensors if each.device.type == "cpu"]
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that they hold, each counted once."""
+    tensors = all_tensors()
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
     return sum(each.nbytes() for each in storages.values())
 
@@ -56,6 +60,7 @@ def test_what_is_kept_is_what_is_counted_and_within_the_limit(attention: Any) ->
     session = Session(model, ByteTokenizer(), cache_bytes=most)
     finish(session, "z" * 500)  # tables that grow with the longest text, and remain
     session.prefixes = Prefixes(most)
+    others = all_tensors()  # kept, so that none of another test goes while these are counted
     before, lengths = tensor_bytes(), [40, 300, 20, 180, 90, 400, 30, 250]
     held = []
     for number, length in enumerate(lengths):
@@ -67,6 +72,7 @@ def test_what_is_kept_is_what_is_counted_and_within_the_limit(attention: Any) ->
     assert max(held) > most / 2
     session.prefixes = None
     assert tensor_bytes() - before < 1000
+    del others
 
 
 def test_the_least_recently_used_goes_first() -> None:
