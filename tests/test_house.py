@@ -214,14 +214,25 @@ def test_no_path_of_one_machine():
             assert not places.search(path.read_text()), short(path)
 
 
-def test_readme_tree_is_the_tree():
-    """Every file of src is named in the README's tree, and every name there exists."""
-    readme = ROOT / "README.md"
-    blocks = re.findall(r"```[^\n]*\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+def tree_of(page: Path) -> str:
+    """The page's picture of the project's folders."""
+    blocks = re.findall(r"```[^\n]*\n(.*?)```", page.read_text(), flags=re.DOTALL)
     trees = [block for block in blocks if "src/moestro/" in block and "├" in block]
-    assert trees, "README.md has lost its tree"
+    assert trees, f"{page.name} has lost its tree"
+    return trees[0]
+
+
+def test_readme_tree_has_every_package():
+    """Each package of src has a line of its own in the README's tree, and no other is there."""
+    there = {f"{path.parent.name}/" for path in (ROOT / "src/moestro").glob("*/__init__.py")}
+    lines = re.findall(r"^│ [├└] (\w+/)", tree_of(ROOT / "README.md"), flags=re.MULTILINE)
+    assert sorted(lines) == sorted(there)
+
+
+def test_tree_has_every_file():
+    """Every file of src is named in the whole tree, and every name there exists."""
     files = {path.name for path in SOURCES if not path.name.startswith("__")}
-    named = set(re.findall(r"[\w.-]+\.py\b", trees[0]))
-    assert files <= named, f"not in the README's tree: {sorted(files - named)}"
+    named = set(re.findall(r"[\w.-]+\.py\b", tree_of(ROOT / "docs/tree.md")))
+    assert files <= named, f"not in docs/tree.md: {sorted(files - named)}"
     everywhere = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    assert named <= everywhere, f"in the README's tree only: {sorted(named - everywhere)}"
+    assert named <= everywhere, f"in docs/tree.md only: {sorted(named - everywhere)}"
