@@ -221,7 +221,7 @@ typedef struct {
     int64_t rows;  /* R */
 } moestro_groups;
 
-/* Training: products of bf16 rows, sums in fp32, by AMX tiles. Weights and their gradients are bf16 or fp32
+/* Training: products of bf16 rows, sums in fp32, by AMX tiles or AVX-512. Weights and their gradients are bf16 or fp32
  * (`dtype`, MOESTRO_ROWS_…); fp32 weights are rounded to bf16. Widths are multiples of 32. What
  * belongs to one row depends on no other row, and nothing depends on the threads. EPATH where
  * moestro_trains() is 0: another path is in use, or the processor cannot. */

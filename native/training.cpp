@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t MAX_PACKED = 1 << 24;  // bytes of packed weights, or one expert's where that is more
 
-const TileKernels &tiles() { return *tile_kernels(); }
+const TrainingKernels &products() { return *training_kernels(moestro_path()); }
 
 bool is_fp32(int32_t dtype) { return dtype == MOESTRO_ROWS_F32; }
 
@@ -41,8 +41,8 @@ struct Matrix {
     void pack(int64_t expert, int64_t block, uint16_t *to) const {
         const int64_t at = (expert * outs + block * 32) * ins;
         const void *w = static_cast<const char *>(weights) + at * (is_fp32(dtype) ? 4 : 2);
-        if (back) tiles().pack_columns(is_fp32(dtype), w, ins, 32, ins, outs, to + offset + block * 32 * 32);
-        else tiles().pack_rows(is_fp32(dtype), w, ins, to + offset + block * 32 * ins);
+        if (back) products().pack_columns(is_fp32(dtype), w, ins, 32, ins, outs, to + offset + block * 32 * 32);
+        else products().pack_rows(is_fp32(dtype), w, ins, to + offset + block * 32 * ins);
     }
 };
 
@@ -151,8 +151,8 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
                 const int64_t depth = round_up(groups.size(s.group), 32);
                 uint16_t *tile = transposed + first[size_t(s.group)] * n + s.at * 16;
                 for (int64_t i = 0; i < n; i += 32)
-                    tiles().transpose(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth,
-                                      16 * depth);
+                    products().transpose(narrow + (groups.start(s.group) + s.at) * n + i, n, s.rows, tile + i * depth,
+                                         16 * depth);
             }
         team.wait();
         uint16_t *scratch = scratches + thread * GRAD_BLOCK * GRAD_BLOCK;
@@ -162,14 +162,14 @@ void weight_grad(const Groups &groups, int32_t dtype, int64_t outs, int64_t ins,
             const int64_t size = groups.size(task.group), depth = round_up(size, 32);
             const int64_t height = std::min(GRAD_BLOCK, n - task.i), width = std::min(GRAD_BLOCK, ld - task.j);
             if (size)
-                tiles().sum({transposed + first[size_t(task.group)] * n + task.i * depth, depth,
-                             other + groups.start(task.group) * ld + task.j, ld, size, height, width},
-                            scratch, sums);
+                products().sum({transposed + first[size_t(task.group)] * n + task.i * depth, depth,
+                                other + groups.start(task.group) * ld + task.j, ld, size, height, width},
+                               scratch, sums);
             else std::fill(sums, sums + GRAD_BLOCK * GRAD_BLOCK, 0.0f);
             const int64_t row = by_dy ? task.i : task.j, column = by_dy ? task.j : task.i;
             const int64_t at = (groups.expert(task.group) * outs + row) * ins + column;
-            tiles().write(sums, height, width, !by_dy, is_fp32(dtype),
-                          static_cast<char *>(dw) + at * (is_fp32(dtype) ? 4 : 2), ins);
+            products().write(sums, height, width, !by_dy, is_fp32(dtype),
+                             static_cast<char *>(dw) + at * (is_fp32(dtype) ? 4 : 2), ins);
         }
     });
 }
@@ -213,7 +213,7 @@ using namespace moestro;
 
 extern "C" {
 
-int32_t moestro_trains(void) { return moestro_path() == MOESTRO_AMX && tile_kernels() ? 1 : 0; }
+int32_t moestro_trains(void) { return training_kernels(moestro_path()) ? 1 : 0; }
 
 int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, int64_t o, int64_t i, int32_t back,
                         const void *x, void *y) {
@@ -222,7 +222,7 @@ int32_t moestro_grouped(const moestro_groups *g, int32_t dtype, const void *w, i
         const Matrix m{w, dtype, o, i, back != 0, 0};
         const int64_t k = m.inputs(), n = m.outputs();
         for_each_chunk(groups, {m}, 0, [&](const Chunk &c, const uint16_t *packed, uint16_t *) {
-            tiles().multiply(bits(x) + c.first * k, c.rows, k, packed, n, bits(y) + c.first * n, {});
+            products().multiply(bits(x) + c.first * k, c.rows, k, packed, n, bits(y) + c.first * n, {});
         });
     });
 }
@@ -242,9 +242,9 @@ int32_t moestro_ffn(const moestro_groups *g, int32_t dtype, const void *up, cons
         for_each_chunk(groups, {first, second}, CHUNK * 3 * f,
                        [&](const Chunk &c, const uint16_t *packed, uint16_t *scratch) {
                            uint16_t *act = scratch, *h = hidden ? bits(hidden) + c.first * 2 * f : scratch + CHUNK * f;
-                           tiles().multiply(bits(x) + c.first * d, c.rows, d, packed, 2 * f, h, {});
-                           tiles().swiglu(h, c.rows, f, act);
-                           tiles().multiply(act, c.rows, f, packed + second.offset, d, bits(y) + c.first * d, {});
+                           products().multiply(bits(x) + c.first * d, c.rows, d, packed, 2 * f, h, {});
+                           products().swiglu(h, c.rows, f, act);
+                           products().multiply(act, c.rows, f, packed + second.offset, d, bits(y) + c.first * d, {});
                        });
     });
 }
@@ -255,15 +255,15 @@ int32_t moestro_ffn_back(const moestro_groups *g, int32_t dtype, const void *up,
     return train(g, dtype, d, f, given, [&](const Groups &groups) {
         const Matrix first{down, dtype, d, f, true, 0}, second{up, dtype, 2 * f, d, true, f * d};
         const int64_t lines = (64 * 64 + d - 1) / d;
-        for_each_chunk(groups, {first, second}, CHUNK * f,
-                       [&](const Chunk &c, const uint16_t *packed, uint16_t *scratch) {
-                           const uint16_t *h = bits(hidden) + c.first * 2 * f;
-                           uint16_t *grad = bits(dhidden) + c.first * 2 * f;
-                           tiles().multiply(bits(dy) + c.first * d, c.rows, d, packed, f, scratch,
-                                            {h, 4 * f, 4 * f, c.rows, lines});
-                           tiles().swiglu_back(scratch, h, c.rows, f, grad, bits(act) + c.first * f);
-                           tiles().multiply(grad, c.rows, 2 * f, packed + second.offset, d, bits(dx) + c.first * d, {});
-                       });
+        for_each_chunk(
+            groups, {first, second}, CHUNK * f, [&](const Chunk &c, const uint16_t *packed, uint16_t *scratch) {
+                const uint16_t *h = bits(hidden) + c.first * 2 * f;
+                uint16_t *grad = bits(dhidden) + c.first * 2 * f;
+                products().multiply(bits(dy) + c.first * d, c.rows, d, packed, f, scratch,
+                                    {h, 4 * f, 4 * f, c.rows, lines});
+                products().swiglu_back(scratch, h, c.rows, f, grad, bits(act) + c.first * f);
+                products().multiply(grad, c.rows, 2 * f, packed + second.offset, d, bits(dx) + c.first * d, {});
+            });
     });
 }
 

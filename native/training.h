@@ -1,4 +1,5 @@
-// What AMX tiles do for the training of experts. All widths are multiples of 32; sums are fp32.
+// What AMX tiles, or vectors in their place, do for the training of experts. All widths are multiples of 32; sums are
+// fp32.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +24,7 @@ struct GradBlock {
     int64_t rows, height, width;
 };
 
-struct TileKernels {
+struct TrainingKernels {
     // 32 rows [32, k] of fp32 or bf16 (`is_fp32`) weights as the 32 columns that their transpose has: k · 32.
     void (*pack_rows)(bool is_fp32, const void *w, int64_t k, uint16_t *to);
     // `rows` ≤ 32 rows [rows, n] (distance `ld`) as part of n / 32 blocks of 32 columns, `depth` · 32 apart;
@@ -45,7 +46,7 @@ struct TileKernels {
     void (*write)(const float *sums, int64_t height, int64_t width, bool transpose, bool is_fp32, void *to, int64_t ld);
 };
 
-// Null where the processor cannot run them.
-const TileKernels *tile_kernels();
+// Those of a path; null where the processor has no bf16 products on it.
+const TrainingKernels *training_kernels(int32_t path);
 
 }  // namespace moestro

@@ -1,4 +1,4 @@
-// The tiles' part of training: AMX for products of bf16, AVX-512 with BF16 for everything else.
+// Training's products of bf16, by AMX tiles or by AVX-512's own dot products, and what goes around them.
 #include "kernels.h"
 #include "training.h"
 
@@ -179,12 +179,17 @@ void multiply(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, i
     overlap.rounding.advance(32);
 }
 
+// Rows of the other matrix, from row `at` on, as columns.
+inline void pack_grad_block(const GradBlock &p, int64_t at, int64_t rows, uint16_t *to) {
+    for (int64_t r = 0; r < rows; r += 32)
+        pack_columns(false, p.other + (at + r) * p.ld, p.ld, rows - r, p.width, round_up(rows, 32), to + r * 32);
+}
+
 void sum_grad_block(const GradBlock &p, uint16_t *scratch, float *sums) {
     shape_tiles(32, 16);
     for (int64_t at = 0; at < p.rows; at += GRAD_BLOCK) {
         const int64_t rows = p.rows - at < GRAD_BLOCK ? p.rows - at : GRAD_BLOCK, depth = round_up(rows, 32);
-        for (int64_t r = 0; r < rows; r += 32)
-            pack_columns(false, p.other + (at + r) * p.ld, p.ld, rows - r, p.width, depth, scratch + r * 32);
+        pack_grad_block(p, at, rows, scratch);
         Overlap overlap;
         const int64_t rest = p.rows - at - rows;
         if (rest)
@@ -209,6 +214,67 @@ void sum_grad_block(const GradBlock &p, uint16_t *scratch, float *sums) {
                 STORE(3, sum + 16 * GRAD_BLOCK + 16, GRAD_BLOCK * 4);
             }
         }
+    }
+}
+
+// ---- The same products by vectors, where there are no tiles.
+
+constexpr int TOGETHER = 8;  // rows whose sums share registers
+
+// sums of M rows and 32 columns += rows · columns over k inputs, laid out as for `dots`.
+template <int M>
+inline void vector_dots(const uint16_t *a, int64_t ld, int64_t next, const uint16_t *b, int64_t k,
+                        __m512 (&sums)[M][2]) {
+    for (int64_t at = 0; at < k; at += 32, a += next)
+        for (int64_t i = 0; i < 32; i += 2, b += 64) {
+            const __m512bh low = (__m512bh)read32(b), high = (__m512bh)read32(b + 32);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                int32_t pair;
+                __builtin_memcpy(&pair, a + m * ld + i, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                sums[m][0] = _mm512_dpbf16_ps(sums[m][0], both, low);
+                sums[m][1] = _mm512_dpbf16_ps(sums[m][1], both, high);
+            }
+        }
+}
+
+template <int M> inline void multiply_rows(const uint16_t *x, int64_t k, const uint16_t *packed, int64_t n,
+                                           uint16_t *y) {
+    __m512 sums[M][2] = {};
+    vector_dots(x, k, 32, packed, k, sums);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) _mm512_storeu_si512(y + m * n, narrow(sums[m][0], sums[m][1]));
+}
+
+void vector_multiply(const uint16_t *x, int64_t m, int64_t k, const uint16_t *packed, int64_t n, uint16_t *y,
+                     Prefetch) {
+    for (int64_t block = 0; block < n; block += 32, packed += 32 * k) {
+        int64_t at = 0;
+        for (; at + TOGETHER <= m; at += TOGETHER)
+            multiply_rows<TOGETHER>(x + at * k, k, packed, n, y + at * n + block);
+        for (; at + 2 <= m; at += 2) multiply_rows<2>(x + at * k, k, packed, n, y + at * n + block);
+        if (at < m) multiply_rows<1>(x + at * k, k, packed, n, y + at * n + block);
+    }
+}
+
+void vector_sum_grad_block(const GradBlock &p, uint16_t *scratch, float *sums) {
+    for (int64_t at = 0; at < p.rows; at += GRAD_BLOCK) {
+        const int64_t rows = p.rows - at < GRAD_BLOCK ? p.rows - at : GRAD_BLOCK, depth = round_up(rows, 32);
+        pack_grad_block(p, at, rows, scratch);
+        for (int64_t j = 0; j < p.width; j += 32)
+            for (int64_t i = 0; i < p.height; i += TOGETHER) {
+                const uint16_t *a = p.transposed + i / TILE * TILE * p.depth + at * TILE + i % TILE * 32;
+                float *place = sums + i * GRAD_BLOCK + j;
+                __m512 some[TOGETHER][2] = {};
+#pragma GCC unroll 8
+                for (int m = 0; m < TOGETHER; m++)
+                    for (int h = 0; at && h < 2; h++) some[m][h] = _mm512_loadu_ps(place + m * GRAD_BLOCK + h * 16);
+                vector_dots(a, 32, 512, scratch + j * depth, rows, some);
+#pragma GCC unroll 8
+                for (int m = 0; m < TOGETHER; m++)
+                    for (int h = 0; h < 2; h++) _mm512_storeu_ps(place + m * GRAD_BLOCK + h * 16, some[m][h]);
+            }
     }
 }
 
@@ -282,15 +348,18 @@ void swiglu_back(const uint16_t *grad, const uint16_t *hidden, int64_t m, int64_
 
 }  // namespace
 
-const TileKernels *tile_kernels() {
-    static const TileKernels kernels = {pack_rows,   pack_columns, multiply,       swiglu,
-                                        swiglu_back, transpose,    sum_grad_block, write_grad_block};
-    return __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
+const TrainingKernels *training_kernels(int32_t path) {
+    static const TrainingKernels tiles = {pack_rows,   pack_columns, multiply,       swiglu,
+                                          swiglu_back, transpose,    sum_grad_block, write_grad_block};
+    static const TrainingKernels vectors = {pack_rows,   pack_columns, vector_multiply,       swiglu,
+                                            swiglu_back, transpose,    vector_sum_grad_block, write_grad_block};
+    if (!__builtin_cpu_supports("avx512bf16")) return nullptr;
+    return path == MOESTRO_AMX ? &tiles : path == MOESTRO_AVX512 ? &vectors : nullptr;
 }
 
 }  // namespace moestro
 #else
 namespace moestro {
-const TileKernels *tile_kernels() { return nullptr; }
+const TrainingKernels *training_kernels(int32_t) { return nullptr; }
 }  // namespace moestro
 #endif

@@ -184,7 +184,7 @@ TABLE: tuple[Backend, ...] = (
         torch_grouped.TORCH.grouped_mm, torch_grouped.TORCH.expert_ffn,
     ),
     Backend(
-        "native", EXPERTS, "CPU with AMX tiles, for bfloat16",
+        "native", EXPERTS, "CPU with bf16 products (AMX, AVX-512), for bfloat16",
         lambda work: native_training.reason_against(*work[:3]),
         native_training.NATIVE.grouped_mm, native_training.expert_ffn, torch_grouped.single_ffn,
     ),

@@ -165,13 +165,13 @@ def call(
     Raises:
         ShapeError: it refuses what it was given; says what it `takes`.
         MemoryError: there is not enough memory for its buffers.
-        BackendError: the path changed to one without AMX tiles, or there is no library.
+        BackendError: the path changed to one without bf16 products, or there is no library.
     """
     code = getattr(library(), "moestro_" + name)(*arguments)
     if code == _EMEMORY:
         raise MemoryError("not enough memory for the native kernels' buffers")
     if code == _EPATH:
-        raise BackendError("the native kernels' path changed to one without AMX tiles")
+        raise BackendError("the native kernels' path changed to one without bf16 products")
     if code == _EREAD and failure is not None:
         raise failure()
     if code:

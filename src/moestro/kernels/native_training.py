@@ -1,8 +1,10 @@
-"""Training a mixture's experts by the native kernels' AMX tiles: bf16 rows on CPU, sums in fp32.
+"""Training a mixture's experts by native kernels: bf16 rows on CPU, sums in fp32.
+
+The products are those of AMX tiles, or of AVX-512's own instruction for pairs of bf16.
 
 SwiGLU experts without biases go through up, activation and down chunk by chunk of rows while these
 lie in the cache; the others through the same products one after another, as in `torch_grouped`.
-Weights are bf16 or fp32 (rounded to bf16 on the way to the tiles), and so are their gradients.
+Weights are bf16 or fp32 (rounded to bf16 as they are packed), and so are their gradients.
 What a row gets depends on no other row, and nothing on the number of threads.
 """
 
@@ -43,7 +45,8 @@ def reason_against(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> 
     except BackendError as error:
         return str(error)
     if not native.moestro_trains():
-        return f"needs AMX tiles; the native kernels' path here is {PATHS[native.moestro_path()]}"
+        path = PATHS[native.moestro_path()]
+        return f"needs bf16 products, of AMX or AVX-512; the native kernels' path here is {path}"
     return None
 
 
