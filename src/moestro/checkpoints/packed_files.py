@@ -114,8 +114,8 @@ def convert(
 ) -> None:
     """Write a checkpoint's packed form, of which two modules at a time are in memory.
 
-    One is written while the next is packed. `check` is called with the model without memory, and where its tensors will be, before any is
-    read.
+    One is written while the next is packed. `check` is called with the model without memory, and
+    where its tensors will be, before any is read.
 
     Raises:
         CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.

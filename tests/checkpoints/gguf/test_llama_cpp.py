@@ -7,12 +7,11 @@ test asks for a margin at every token.
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from moestro.checkpoints.gguf.writing import write_gguf
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.infer.engine import stream
 from moestro.infer.sampling import SamplingConfig
-from moestro.text import Tokenizer, load_tokenizer, train_bpe
+from moestro.text import load_tokenizer, train_bpe
 
 SERVER = os.environ.get("MOESTRO_LLAMA_SERVER", "")
 try:
