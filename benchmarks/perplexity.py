@@ -1,9 +1,11 @@
 """Perplexity of a text over a GGUF file: packed as it is stored, in fp32, and through llama.cpp.
 
 All read the same tokens in the same windows, each from an empty cache; every token of a window but
-its first is predicted from those before it. The packed model is measured as it is opened, with bf16
-between its matrices, and with fp32 there, as the native decoder has. Errors are standard errors of
-the mean difference over windows. llama.cpp is any build's shared library:
+its first is predicted from those before it. The packed model is measured as it decodes (fp32
+between its matrices, keys and values in bf16), and by its own forward, in bf16. Errors are standard
+errors of the mean difference over windows. Where differences of losses drown in these, the mean
+KL divergence from fp32 still tells how far each is from the numbers that the file stands for.
+llama.cpp is any build's shared library:
 
     python benchmarks/perplexity.py FILE.gguf TEXT --compare llama.cpp=/path/to/libllama.so
 
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measure
 import numpy as np
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.opening import open_checkpoint
+from moestro.infer.native_decoder import AsDecoded
 from moestro.text import load_tokenizer
 
 Logits = Callable[[Tensor], Tensor]  # [S] → [S, V]
@@ -109,14 +112,34 @@ def logits_of(model: Any) -> Logits:
     return lambda tokens_S: model(tokens_S[None]).logits[0].float()
 
 
-def loss_of(logits: Logits, windows_WS: Tensor) -> tuple[Tensor, float]:
-    """Summed negative log-likelihood of each window, and seconds."""
-    start, losses = time.perf_counter(), []
+class Found(NamedTuple):
+    """Of each window: summed negative log-likelihood and KL divergence; and seconds of CPU."""
+
+    loss_W: Tensor
+    divergence_W: Tensor
+    seconds: float
+
+
+def measured(variants: dict[str, Logits], windows_WS: Tensor) -> dict[str, Found]:
+    """All variants on each window; divergences are from the first."""
+    losses: dict[str, list[Tensor]] = {name: [] for name in variants}
+    divergences: dict[str, list[Tensor]] = {name: [] for name in variants}
+    seconds = dict.fromkeys(variants, 0.0)
     for tokens_S in windows_WS:
-        logits_SV = logits(tokens_S)[:-1]
-        wanted_S = torch.nn.functional.cross_entropy(logits_SV, tokens_S[1:], reduction="none")
-        losses.append(wanted_S.double().sum())
-    return torch.stack(losses), time.perf_counter() - start
+        first_SV: Tensor | None = None
+        for name, logits in variants.items():
+            start = time.process_time()
+            found_SV = logits(tokens_S)[:-1].log_softmax(-1)
+            seconds[name] += time.process_time() - start
+            first_SV = found_SV if first_SV is None else first_SV
+            wanted_S = torch.nn.functional.nll_loss(found_SV, tokens_S[1:], reduction="none")
+            losses[name].append(wanted_S.double().sum())
+            apart_S = (first_SV.exp() * (first_SV - found_SV)).sum(-1)
+            divergences[name].append(apart_S.double().sum())
+    return {
+        name: Found(torch.stack(losses[name]), torch.stack(divergences[name]), seconds[name])
+        for name in variants
+    }
 
 
 def over(loss_W: Tensor, other_W: Tensor, count: int) -> tuple[float, float]:
@@ -141,29 +164,35 @@ def main() -> None:
     windows_WS = torch.tensor(ids[: args.windows * args.window]).view(-1, args.window)
     vocab = model.cfg.vocab_size
     count = windows_WS[:, 1:].numel()
-    losses = {"packed": loss_of(logits_of(model), windows_WS)}
-    losses["packed, fp32 between"] = loss_of(logits_of(model.float()), windows_WS)
-    losses["fp32"] = loss_of(logits_of(opened(args.file, dtype="fp32")[0]), windows_WS)
+    first, decoded, forward = "fp32", "packed, as it decodes", "packed, its own forward in bf16"
+    variants = {
+        first: logits_of(opened(args.file, dtype="fp32")[0]),
+        decoded: logits_of(AsDecoded(model)),
+        forward: logits_of(model),
+    }
     for each in args.compare:
         name, _, library = each.partition("=")
-        theirs = llama_cpp(Path(library), args.file, args.window, vocab)
-        losses[name] = loss_of(theirs, windows_WS)
-    rows = [
-        {
-            "variant": name,
-            "perplexity": math.exp(found_W.sum() / count),
-            "over fp32, %": over(found_W, losses["fp32"][0], count)[0],
-            "±": over(found_W, losses["fp32"][0], count)[1],
-            "tokens": count,
-            "seconds": seconds,
-        }
-        for name, (found_W, seconds) in losses.items()
-    ]
+        variants[name] = llama_cpp(Path(library), args.file, args.window, vocab)
+    found = measured(variants, windows_WS)
+    rows = []
+    for name, each in found.items():
+        above, error = over(each.loss_W, found[first].loss_W, count)
+        rows.append(
+            {
+                "variant": name,
+                "perplexity": math.exp(each.loss_W.sum() / count),
+                "over fp32, %": above,
+                "±": error,
+                "divergence from fp32, 1e-4": 1e4 * each.divergence_W.sum().item() / count,
+                "tokens": count,
+                "CPU seconds": each.seconds,
+            }
+        )
     claims: dict[str, Any] = {"file": args.file.name, "windows": list(windows_WS.shape)}
-    for name in list(losses)[3:]:
-        for mine in ("packed", "packed, fp32 between"):
-            ratio, error = over(losses[mine][0], losses[name][0], count)
-            claims[f"{mine} over {name}, % (aim: within 0.1)"] = f"{ratio:.3f} ± {error:.3f}"
+    for name in list(found)[3:]:
+        for mine in (decoded, forward):
+            ratio, error = over(found[mine].loss_W, found[name].loss_W, count)
+            claims[f"{mine}, over {name}, % (aim: within 0.1)"] = f"{ratio:.3f} ± {error:.3f}"
     measure.report(f"perplexity{args.name}", rows, claims)
 
 

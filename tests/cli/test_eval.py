@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moestro.cli.main import main
+from moestro.infer.native_decoder import AsDecoded
 from moestro.kernels import native_cpu
 
 NEEDS_NATIVE = pytest.mark.skipif(
@@ -58,6 +60,23 @@ def test_as_is_needs_no_native_library(
     bits = json.loads(capsys.readouterr().out)["rows"][0]["bits_per_byte"]["all"]
     assert 0 < bits < 100
     assert torch.tensor(bits).isfinite()
+
+
+@NEEDS_NATIVE
+def test_text_is_read_as_decoding_reads_it(
+    published: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the model's own forward, which rounds to bf16 between packed matrices."""
+    models: list[Any] = []
+
+    def look(model: Any, *_: Any, **__: Any) -> dict[str, float]:
+        models.append(model)
+        return {"all": 1.0}
+
+    monkeypatch.setattr("moestro.train.evaluate.evaluate", look)
+    words = ["eval", str(published), "--source", text, "--tokens", "500"]
+    assert main([*words, "--weights", "int8", "--weights", "as-is"]) == 0
+    assert [type(model) for model in models] == [AsDecoded, AsDecoded]
 
 
 @NEEDS_NATIVE

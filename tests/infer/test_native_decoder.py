@@ -7,7 +7,7 @@ from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.errors import BackendError, MoestroError, ShapeError
 from moestro.infer.decoding import Decoding, NativeDecoding
-from moestro.infer.native_decoder import NativeDecoder, supports
+from moestro.infer.native_decoder import AsDecoded, NativeDecoder, supports
 from moestro.kernels import native_cpu, native_library
 from moestro.kernels.native_library import PATHS
 from moestro.models.decoder import Decoder
@@ -194,6 +194,19 @@ def test_16_bit_and_packed_models(weights: str) -> None:
     for got, want in both(model):
         difference = (got.logits_NV.float() - want.logits_NV.float()).norm()
         assert difference <= 0.05 * want.logits_NV.float().norm()
+
+
+@pytest.mark.parametrize("weights", ["plain", "int4"])
+def test_logits_of_whole_texts_are_those_of_decoding(weights: str) -> None:
+    model = decoder(moe=MOE)
+    if weights != "plain":
+        pack(model, WEIGHTS[weights])
+    tokens_BS = torch.randint(0, 70, (2, 11))
+    logits_BSV, step = AsDecoded(model)(tokens_BS).logits, NativeDecoder(model).step
+    for row, whole_SV in zip(tokens_BS.tolist(), logits_BSV, strict=True):
+        cache = model.new_cache(1)
+        alone_SV = torch.cat([step([[token]], [cache]).logits_NV for token in row])
+        assert torch.equal(whole_SV, alone_SV)
 
 
 @pytest.mark.parametrize("weights", ["plain", "int4"])

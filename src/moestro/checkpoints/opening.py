@@ -321,14 +321,14 @@ def _mapped_or_packed(
         return streamed.load_within(path, within, source)
     path = packed or packed_files.default_path(folder, format)
     source = packed_files.fingerprint(folder)
-    if path.exists():
-        model = packed_files.load(path, source)
-        packed_files.check_stored(path, format)
-        return model
-    model = read_packed(folder, format, progress, accept_fields)
-    try:
-        packed_files.save(model, path, format, source)
-    except OSError as error:
-        reason = error.strerror or error
-        warnings.warn(f"the packed form is not kept: {path}: {reason}", UserWarning, stacklevel=3)
+    if not path.exists():
+        try:
+            packed_files.convert(folder, path, format, source, progress, accept_fields)
+        except OSError as error:
+            reason = error.strerror or error
+            message = f"the packed form is not kept: {path}: {reason}"
+            warnings.warn(message, UserWarning, stacklevel=3)
+            return read_packed(folder, format, progress, accept_fields)
+    model = packed_files.load(path, source)
+    packed_files.check_stored(path, format)
     return model

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -111,18 +112,19 @@ def convert(
     accept_fields: Collection[str] = (),
     check: Check | None = None,
 ) -> None:
-    """Write a checkpoint's packed form, of which one module at a time is in memory.
+    """Write a checkpoint's packed form, of which two modules at a time are in memory.
 
-    `check` is called with the model without memory, and where its tensors will be, before any is
-    read.
+    One is written while the next is packed. `check` is called with the model without memory, and
+    where its tensors will be, before any is read.
 
     Raises:
         CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.
         OSError: see `save`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with whole_file(path) as file, ThreadPoolExecutor(1) as writing:
         writer: Writer | None = None
+        before: Future[None] | None = None
 
         def begin(blank: Model) -> Callable[[str, Packed], None]:
             nonlocal writer
@@ -133,13 +135,19 @@ def convert(
             return put
 
         def put(name: str, module: Packed) -> None:
+            nonlocal before
             assert writer is not None
             parts = module.parts()
-            writer.put({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            if before is not None:
+                before.result()
+            named = {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            before = writing.submit(writer.put, named)
             module.use({part: tensor.to("meta") for part, tensor in parts.items()})
 
         model = read_packed(folder, format, progress, accept_fields, begin)
         assert writer is not None
+        if before is not None:
+            before.result()
         writer.put(dict((*model.named_parameters(), *model.named_buffers())))
 
 

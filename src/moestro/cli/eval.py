@@ -150,16 +150,25 @@ def measure(
     cache: CacheKind = "as-is",
     **options: Any,
 ) -> dict[str, float]:
-    """Bits per byte in one weight format and kind of cache; the model is gone afterwards."""
+    """Bits per byte in one weight format and kind of cache; the model is gone afterwards.
+
+    Text is read as `moestro generate` reads it, natively where it can; packed conversations, and
+    what the native step does not have, by the model's own forward.
+    """
+    from moestro.infer.native_decoder import AsDecoded, supports
     from moestro.models.decoder import Cached
     from moestro.train.evaluate import evaluate
     from moestro.train.task import NEXT_TOKEN
 
     options |= {"weights": kind, "cache": cache}
     model: Any = open_shown(checkpoint, keep=False, **options).model
-    read = model if cache == "as-is" else Cached(model)
-    bits = evaluate(read, held_out, BATCH, task=task or NEXT_TOKEN)
-    del model
+    read, task = model, task or NEXT_TOKEN
+    if task is NEXT_TOKEN and supports(model) is None:
+        read = AsDecoded(model)
+    elif cache != "as-is":
+        read = Cached(model)
+    bits = evaluate(read, held_out, BATCH, task=task)
+    del model, read
     gc.collect()
     return bits
 

@@ -24,6 +24,7 @@ from moestro.models.cache import KVCache, LayerCache
 from moestro.models.decoder import Decoder
 from moestro.models.delta import LENGTH_EPS, DeltaNet
 from moestro.models.latent import NORM_EPS, LatentAttention
+from moestro.models.network import ModelOutput
 from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
@@ -168,6 +169,30 @@ class NativeDecoder:
                 past.put(number, layer.room(*like), 0, 0)
         past.rows = added
         return past
+
+
+class AsDecoded(nn.Module):
+    """A decoder's logits of whole texts as decoding computes them, bit by bit.
+
+    The residual between packed matrices is fp32 in the native step, and keys and values are what a
+    new cache keeps; the model's own forward rounds both to its dtype.
+
+    Args:
+        model: one that `supports` accepts; must not change while this lives.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self._native = NativeDecoder(model)
+
+    def forward(self, tokens_BS: Tensor) -> ModelOutput:
+        """Logits fp32 [B, S, V], without routings."""
+        logits_SV = [
+            self._native.step([row], [self.model.new_cache(1)], [len(row)]).logits_NV
+            for row in tokens_BS.tolist()
+        ]
+        return ModelOutput(torch.stack(logits_SV), ())
 
 
 def _empty(kinds: Sequence[Kept]) -> tuple[Tensor, ...]:

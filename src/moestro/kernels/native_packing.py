@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -32,14 +34,32 @@ from moestro.kernels.packing import (
 )
 
 ROWS_BLOCKS = 256  # as native/moestro.h has it
+_LARGE_BYTES = 1 << 21
 _LINE = 64  # what packed weights begin at a multiple of, in bytes
 
 
 def aligned(nbytes: int) -> Tensor:
-    """Uninitialised uint8 memory that starts on a page."""
+    """Uninitialised uint8 memory that starts on a page; see `of_the_system`."""
+    if (large := of_the_system(nbytes)) is not None:
+        return large
     memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=CPU)
     start = -memory.data_ptr() % PAGE
     return memory[start : start + nbytes]
+
+
+def of_the_system(nbytes: int) -> Tensor | None:
+    """Much memory, in huge pages, which goes back at once when it is let go; None: it is little.
+
+    Half the time of loading a model is the system handing out its memory in 4 KiB pages, and what
+    an allocator takes back from packed modules it cannot always use for the next ones.
+    """
+    huge = getattr(mmap, "MADV_HUGEPAGE", None)
+    if huge is None or nbytes < _LARGE_BYTES:
+        return None
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages: slower, and nothing else
+        memory.madvise(huge)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def pack_matrix(

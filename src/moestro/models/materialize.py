@@ -6,17 +6,15 @@ A model that is about to be read from disk needs neither random weights nor a se
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_LARGE_BYTES = 1 << 21
-
+from moestro.kernels.native_packing import of_the_system
 
 # By name, of torch's own functions: what makes a parameter, and what draws random numbers into it.
 _MAKERS = frozenset({"empty", "ones", "zeros"})
@@ -83,16 +81,8 @@ def materialize(
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; a large one on the CPU in huge pages, where the system has them.
-
-    Half the time of loading a model is the system handing out its memory in 4 KiB pages.
-    """
-    count = math.prod(shape)
-    huge = getattr(mmap, "MADV_HUGEPAGE", None)
-    if device.type != "cpu" or huge is None or count * dtype.itemsize < _LARGE_BYTES:
+    """An uninitialised tensor; a large one on the CPU as `of_the_system` has it."""
+    large = of_the_system(math.prod(shape) * dtype.itemsize) if device.type == "cpu" else None
+    if large is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, count * dtype.itemsize, flags=private)
-    with suppress(OSError):  # a kernel without huge pages: slower, and nothing else
-        memory.madvise(huge)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return large.view(dtype).view(shape)

@@ -14,7 +14,7 @@ from typing import Any
 
 from moestro.checkpoints.folders import CONFIG, read_json
 from moestro.checkpoints.gguf import settings
-from moestro.checkpoints.gguf.header import SPLIT, Header, is_gguf, read_parts
+from moestro.checkpoints.gguf.header import SPLIT, Header, is_gguf, parts_of, read_parts
 from moestro.checkpoints.gguf.tokenizer import tokenizer_files
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, write_json, write_whole
@@ -54,15 +54,16 @@ def folder_of(file: Path) -> Path:
         ConfigError: its network or tokenizer is not read.
         OSError: there is no place for the folder.
     """
-    headers = read_parts(file)
-    folder = _place(headers[0].file)
+    paths = parts_of(file)
+    folder = _place(paths[0])
     own = (folder / HF_FILE).is_file() and not (folder / NOTE).is_file()
     old = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
     own = own or old.get("own_tokenizer") is True
-    files = [_identity(header.file) for header in headers]
+    files = [_identity(path) for path in paths]
     note = {"version": _VERSION, "files": files, "own_tokenizer": own}
     if old == note:
         return folder
+    headers = read_parts(file)
     made: dict[str, Any] = {CONFIG: settings.config_json(headers[0])}
     if not own:
         made |= tokenizer_files(headers[0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +31,7 @@ _NUMBERS = {
     11: "<i8", 12: "<f8",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_SIZES = {"I": 4, "Q": 8}  # of whole numbers
 
 
 class Kind(NamedTuple):
@@ -231,7 +231,7 @@ class _Reader:
             raise self.broken("it has a text that is not UTF-8") from None
 
     def number(self, code: str) -> int:
-        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0])
+        return int.from_bytes(self.take(_SIZES[code]), "little")
 
     def take(self, count: int) -> bytes:
         """The next bytes, of which there have to be so many."""
@@ -260,21 +260,15 @@ def kinds_of(path: Path) -> str:
     return f"in {', '.join(names)} and {last}" if names else f"in {last}"
 
 
-def read_parts(path: Path) -> list[Header]:
-    """The headers of a file, or of all the files that it was split into, given any of them.
+def parts_of(path: Path) -> list[Path]:
+    """The file, or all the files that it was split into, given any of them; none is read.
 
     Raises:
-        CheckpointError: see `read`; or one of the files is missing.
+        CheckpointError: one of the files is missing.
     """
     name = SPLIT.fullmatch(path.name)
     if name is None:
-        header = read(path)
-        if header.get("split.count", 0) > 1:
-            raise CheckpointError(
-                f"{path} is one of {header.get('split.count')} files of a model; keep the names "
-                "that they had, NAME-00001-of-0000N.gguf"
-            )
-        return [header]
+        return [path]
     stem, count = name[1], int(name[3])
     if not 1 <= count <= 1000:
         raise CheckpointError(f"{path} is one of {count} files by its name; give another name")
@@ -284,7 +278,23 @@ def read_parts(path: Path) -> list[Header]:
         raise CheckpointError(
             f"{missing[0]} is missing: {path.name} is one of {count} files; download all of them"
         )
+    return paths
+
+
+def read_parts(path: Path) -> list[Header]:
+    """The headers of a file, or of all the files that it was split into, given any of them.
+
+    Raises:
+        CheckpointError: see `read`; or one of the files is missing.
+    """
+    paths = parts_of(path)
     headers = [read(each) for each in paths]
+    count = headers[0].get("split.count", 0)
+    if SPLIT.fullmatch(path.name) is None and isinstance(count, int) and count > 1:
+        raise CheckpointError(
+            f"{path} is one of {count} files of a model; keep the names that they had, "
+            "NAME-00001-of-0000N.gguf"
+        )
     names = [info.name for header in headers for info in header.tensors]
     twice = (
         {each for each in names if names.count(each) > 1} if len(set(names)) < len(names) else ()
