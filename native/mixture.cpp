@@ -4,7 +4,53 @@
 
 #include <algorithm>
 
+#include "blocks.h"
+
 namespace moestro {
+
+namespace {
+
+// One word of each column: an input, or two of 16 bits.
+template <class T> MOESTRO_INLINE void line(const T *from, int64_t output, int64_t input, int64_t n, uint32_t *to) {
+    for (int64_t c = 0; c < n; c++) {
+        const T *at = from + c * output;
+        to[c] = sizeof(T) == 4 ? at[0] : at[0] | uint32_t(at[input]) << 16;
+    }
+}
+
+// The compiler makes whole registers of lines whose steps and length it knows.
+template <class T>
+MOESTRO_INLINE void lines(const T *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                          uint32_t *to) {
+    constexpr int64_t inputs = 4 / sizeof(T), AHEAD = 16;
+    std::fill(to, to + words * COLUMNS, 0u);
+    const int64_t whole = k / inputs;
+    for (int64_t w = 0; w < whole; w++, from += inputs * input, to += COLUMNS) {
+        __builtin_prefetch(from + AHEAD * input);
+        if (output == 1 && n == COLUMNS) line(from, 1, input, COLUMNS, to);
+        else if (output == 2 && n == COLUMNS) line(from, 2, input, COLUMNS, to);
+        else line(from, output, input, n, to);
+    }
+    for (int64_t c = 0; whole * inputs < k && c < n; c++) to[c] = from[c * output];
+}
+
+MOESTRO_WIDE void lines_of(const uint16_t *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                           uint32_t *to) {
+    lines(from, output, input, n, k, words, to);
+}
+
+MOESTRO_WIDE void lines_of(const uint32_t *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                           uint32_t *to) {
+    lines(from, output, input, n, k, words, to);
+}
+
+}  // namespace
+
+void gather(const uint8_t *from, int64_t size, int64_t output, int64_t input, int64_t columns, int64_t k, int64_t words,
+            uint32_t *to) {
+    if (size == 4) lines_of(reinterpret_cast<const uint32_t *>(from), output, input, columns, k, words, to);
+    else lines_of(reinterpret_cast<const uint16_t *>(from), output, input, columns, k, words, to);
+}
 
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld) {
     const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
@@ -67,20 +113,13 @@ const uint8_t *Mixture::slab(const Task &task) const {
 
 Blocks Mixture::up_blocks(const Task &task, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
-    if (plain(w_.kind)) {
-        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.data) + (task.expert * halves + half) * matrix, w_.kind, w_.group,
-                w_.hidden, w_.dim};
-    }
+    if (plain(w_.kind)) return {half ? w_.up : w_.data, w_.kind, task.expert, w_.up_steps, w_.hidden, w_.dim};
     const uint8_t *from = slab(task) + half * block_bytes(w_.kind, w_.group, w_.dim);
     return {from, w_.kind, w_.group, w_.hidden, w_.dim, halves};
 }
 
 Blocks Mixture::down_blocks(const Task &task) const {
-    if (plain(w_.kind)) {
-        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.down) + task.expert * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
-    }
+    if (plain(w_.kind)) return {w_.down, w_.kind, task.expert, w_.down_steps, w_.dim, w_.hidden};
     const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);
     return {slab(task) + up, w_.down_kind, w_.group, w_.dim, w_.hidden};
 }

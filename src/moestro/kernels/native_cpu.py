@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moestro.errors import CheckpointError, ShapeError
-from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece
-from moestro.kernels.native_library import CExperts, CMatrix, call
+from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece, spread
+from moestro.kernels.native_library import CExperts, CMatrix, CSteps, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -118,27 +118,37 @@ def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
 
 
 def plain_experts(
-    up_EHD: Tensor,
+    up_EHD: Tensor | tuple[Tensor, Tensor],
     down_EDF: Tensor,
     activation: str,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
 ) -> ExpertSlabs:
-    """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
+    """Stacked experts as they are, strided or not, and not copied. Biases are taken as fp32.
+
+    Args:
+        up_EHD: gates first, then what they multiply; or the two, each [E, F, D] of equal strides.
+        down_EDF: of the same dtype, fp32 or bf16.
+        activation: see `reference.activate`.
+        up_bias_EH: as in `ExpertSlabs`.
+        down_bias_ED: the same.
 
     Raises:
-        ShapeError: see `plain_matrix`; or up and down do not fit each other.
+        ShapeError: see `plain_matrix`; or they do not fit each other.
     """
-    up_EHD = check(up_EHD, "up", (None, None, None), ROWS).detach().contiguous()
-    down_EDF = check(down_EDF, "down", (None, None, None), (up_EHD.dtype,)).detach().contiguous()
+    pair = up_EHD if isinstance(up_EHD, tuple) else (up_EHD,)
+    up_EHD, *other = (check(x, "up", (None, None, None), ROWS).detach() for x in pair)
+    down_EDF = check(down_EDF, "down", (None, None, None), (up_EHD.dtype,)).detach()
     up_bias, down_bias = (
         None if each is None else each.detach().float().contiguous()
         for each in (up_bias_EH, down_bias_ED)
     )
-    dim, hidden = expert_sizes(up_EHD, down_EDF, activation)
-    return ExpertSlabs(
+    both = up_EHD.shape if not other else (len(up_EHD), 2 * up_EHD.shape[1], up_EHD.shape[2])
+    dim, hidden = expert_sizes(both, down_EDF, activation)
+    slabs = ExpertSlabs(
         up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
+    return slabs._replace(up=other[0]) if other else slabs
 
 
 def matrix_of(packed: PackedMatrix) -> CMatrix:

@@ -73,6 +73,8 @@ class ExpertSlabs(NamedTuple):
     down_bias: Tensor | None = None  # fp32 [E, D]
     down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
     stored: Stored | None = None  # where they are read from as they are wanted
+    # of kind "plain", where `data` holds the gates alone: what they multiply, [E, F, D]
+    up: Tensor | None = None
 
 
 class BlockRows(NamedTuple):
