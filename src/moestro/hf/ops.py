@@ -136,7 +136,7 @@ def _mixture(*args: Any) -> Tensor:
 
 def _packed_mixture(*args: Any) -> Tensor:
     x_TD, experts_TK, weights_TK, data, *biases, activation, kind, group, sizes = args
-    packed = ExpertSlabs._make((data, *sizes, activation, Format(kind, group), *biases, None, None))
+    packed = ExpertSlabs(data, *sizes, activation, Format(kind, group), *biases)
     return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
 
 

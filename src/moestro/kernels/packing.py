@@ -62,7 +62,7 @@ class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
     # uint8 [E · slab_bytes], without memory where they are `stored`; of kind "plain" gate_up
-    # [E, 2F, D] or up [E, F, D] itself
+    # [E, 2F, D] or up [E, F, D] itself, strided or not
     data: Tensor
     num_experts: int  # E
     dim: int  # D
