@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moestro.foreign import undecorated
 from moestro.foreign.layouts import ForeignWeights
-from moestro.kernels import backends, native_cpu
+from moestro.kernels import backends, native_cpu, reference
 from moestro.kernels.backends import Work
 from moestro.kernels.packing import ExpertSlabs
 from moestro.kernels.reference import Biases
@@ -110,7 +110,7 @@ def by_torch(
     up_EHD, down_EDF, up_EH, down_ED = weights[:4]
     biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
     norm = experts.post_expert_norm if weights.post_norm else None
-    activation = fused(weights) or gate_of(experts)
+    activation = fused(weights) or _gate(weights, experts)
     values = ExpertWeights(up_EHD, down_EDF, activation, biases, norm)
     routing = _routing(experts_TK, weights_TK, len(up_EHD))
     rows_TD = x_TD.to(compute_dtype(x_TD))
@@ -136,7 +136,7 @@ def split(
     if weights.other_EFD is not None:
         other_AF = product(rows_AD, experts_A, weights.other_EFD, None)
         hidden_AH = torch.cat([hidden_AH, other_AF], dim=-1)
-    rows_AD = product(gate_of(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    rows_AD = product(_gate(weights, experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)
@@ -150,6 +150,21 @@ def fused(weights: ForeignWeights) -> str | None:
     """The activation, where a kernel takes it between the two products; None: split there."""
     apart = weights.interleaved or weights.post_norm or weights.other_EFD is not None
     return weights.activation if not apart else None
+
+
+def _gate(weights: ForeignWeights, experts: Any) -> Callable[[Tensor], Tensor]:
+    """`gate_of` a module; of weights alone, the definition of their activation."""
+    if experts is not None:
+        return gate_of(experts)
+    name, take_turns = weights.activation, weights.interleaved
+    assert name is not None
+
+    def gate(hidden_AH: Tensor) -> Tensor:
+        if take_turns:
+            hidden_AH = torch.cat([hidden_AH[..., ::2], hidden_AH[..., 1::2]], dim=-1)
+        return reference.activate(hidden_AH, name)
+
+    return gate
 
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
