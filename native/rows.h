@@ -209,16 +209,26 @@ public:
 
     Block at(int64_t b, Buffer &transposed) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
-        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS, words = bytes_ / 4 / COLUMNS,
-                      size = plain_bytes(kind_, 1, 1), row_bytes = size * output_;
+        const int64_t row_bytes = plain_bytes(kind_, 1, k_);
         auto to = transposed.get<uint32_t>(bytes_ / 4);
-        const uint8_t *from = data_ + b * COLUMNS * row_bytes;
-        if (input_ == 1 && output_ == k_) kernels().transpose(from, row_bytes, rows, words, to);
-        else gather(from, size, output_, input_, rows, k_, words, to);
+        kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, columns(b), bytes_ / 4 / COLUMNS, to);
+        return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
+    }
+
+    // Plain weights that are no rows one after another.
+    bool spread() const { return plain(kind_) && (input_ != 1 || output_ != k_); }
+    // Of such, `inputs` inputs of block b from input k0 on, zeros after the last.
+    Block piece(int64_t b, int64_t k0, int64_t inputs, Buffer &gathered) const {
+        const int64_t size = plain_bytes(kind_, 1, 1), there = k_ - k0 < inputs ? k_ - k0 : inputs;
+        auto to = gathered.get<uint32_t>(inputs * COLUMNS);
+        gather(data_ + (b * COLUMNS * output_ + k0 * input_) * size, size, output_, input_, columns(b), there,
+               inputs * size / 4, to);
         return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
     }
 
 private:
+    int64_t columns(int64_t b) const { return n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS; }
+
     const uint8_t *data_;
     int32_t kind_, group_;
     int64_t n_, k_, bytes_, step_, output_, input_ = 1;
