@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.cli.main import main
 from moestro.infer.decoding import decoding_of
 from moestro.infer.native_decoder import supports
+from moestro.probe.recording.passages import Passage
+from moestro.probe.recording.record import record
 
 from ..checkpoints.families import tiny
 
@@ -41,11 +44,17 @@ def folder(request, published, tmp_path_factory):
     return place, request.param
 
 
-def test_a_chat_is_that_of_transformers(folder, capsys):
-    place, name = folder
+def loaded(place):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = tiny.load(place)
+        return tiny.load(place)
+
+
+def test_a_chat_is_that_of_transformers(folder, capsys):
+    place, name = folder
+    model = loaded(place)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         tokenizer = tiny.transformers.AutoTokenizer.from_pretrained(place)
     ids_BS = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Where does it go?"}],
@@ -63,19 +72,31 @@ def test_a_chat_is_that_of_transformers(folder, capsys):
     assert answer["layers"] == FAMILIES[name][1]
 
 
-def test_experts_are_shown_and_probed(folder, tmp_path, capsys):
+def test_experts_are_shown(folder, capsys):
     place, name = folder
     words = ["generate", str(place), "hello", "--show-experts", "--max-tokens", "6"]
     assert main([*words, "--temperature", "0"]) == 0
-    layers = FAMILIES[name][1]
-    assert re.search(rf"first expert in layer ({'|'.join(map(str, layers))})", capsys.readouterr().out)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    (texts / "one.txt").write_text("who goes where, and why not there? " * 40)
-    probe = ["probe", str(place), "--source", str(texts), "--out", str(tmp_path / "probe")]
+    found = re.search(r"first expert in layer (\d+)", capsys.readouterr().out)
+    assert int(found[1]) in FAMILIES[name][1]
+
+
+def test_what_is_recorded_is_what_transformers_routes(folder):
+    """Texts of unlike lengths, padded: both models' routing by the same recorder."""
+    place, _ = folder
+    generator = torch.Generator().manual_seed(4)
+    texts = [Passage(torch.randint(0, 256, (n,), generator=generator)) for n in (21, 9)]
+    ours, theirs = (record(each, texts) for each in (open_checkpoint(place).model, loaded(place)))
+    assert (np.sort(ours.experts_TLK, -1) == np.sort(theirs.experts_TLK, -1)).all()
+    assert len(np.unique(ours.experts_TLK)) > 1
+
+
+@pytest.mark.slow  # draws figures; what it reads is recorded above
+def test_probed(folder, tmp_path, capsys):
+    place, name = folder
+    (tmp_path / "one.txt").write_text("who goes where, and why not there? " * 40)
+    probe = ["probe", str(place), "--source", str(tmp_path), "--out", str(tmp_path / "probe")]
     assert main([*probe, "--tokens", "300", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["moe_layers"] == layers
+    assert json.loads(capsys.readouterr().out)["moe_layers"] == FAMILIES[name][1]
 
 
 @torch.no_grad()
