@@ -4,7 +4,90 @@
 
 #include <algorithm>
 
+#include "blocks.h"
+
 namespace moestro {
+
+namespace {
+
+// One word of each column: an input, or two of 16 bits.
+template <class T> MOESTRO_INLINE void line(const T *from, int64_t output, int64_t input, int64_t n, uint32_t *to) {
+    for (int64_t c = 0; c < n; c++) {
+        const T *at = from + c * output;
+        to[c] = sizeof(T) == 4 ? at[0] : at[0] | uint32_t(at[input]) << 16;
+    }
+}
+
+// The compiler makes whole registers of lines whose steps and length it knows.
+template <class T>
+MOESTRO_INLINE void lines(const T *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                          uint32_t *to) {
+    constexpr int64_t inputs = 4 / sizeof(T);
+    const int64_t whole = k / inputs;
+    if (n < COLUMNS || whole < words) std::fill(to, to + words * COLUMNS, 0u);
+    for (int64_t w = 0; w < whole; w++, from += inputs * input, to += COLUMNS) {
+        if (output == 1 && n == COLUMNS) line(from, 1, input, COLUMNS, to);
+        else if (output == 2 && n == COLUMNS) line(from, 2, input, COLUMNS, to);
+        else line(from, output, input, n, to);
+    }
+    for (int64_t c = 0; whole * inputs < k && c < n; c++) to[c] = from[c * output];
+}
+
+MOESTRO_WIDE void lines_of(const uint16_t *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                           uint32_t *to) {
+    lines(from, output, input, n, k, words, to);
+}
+
+MOESTRO_WIDE void lines_of(const uint32_t *from, int64_t output, int64_t input, int64_t n, int64_t k, int64_t words,
+                           uint32_t *to) {
+    lines(from, output, input, n, k, words, to);
+}
+
+// Inputs k0 to k0 + PAIRS of rows, in memory of this thread.
+Rows piece(const Rows &x, int64_t k0, bool fp32) {
+    static thread_local Buffer values_buffer, bits_buffer;
+    Rows some;
+    some.m = x.m, some.k = std::min(PAIRS, x.k - k0);
+    auto values = values_buffer.get<float>(x.m * some.k);
+    for (int64_t r = 0; r < x.m; r++) std::copy_n(x.values + r * x.k + k0, some.k, values + r * some.k);
+    some.values = values;
+    if (fp32) return some;
+    auto bits = bits_buffer.get<uint16_t>(round_up(x.m, TILE) * PAIRS);
+    for (int64_t r = 0; r < x.m; r += TILE)
+        std::copy_n(x.bits + Rows::tile_offset(r, k0 / PAIRS, PAIRS, x.k), TILE * PAIRS, bits + r * PAIRS);
+    some.bits = bits;
+    return some;
+}
+
+// Rows times blocks from `b` on of one or two matrices that lie anywhere: out [blocks, m, halves, 32]. A few inputs of
+// all blocks at a time, whose memory is in few pages. bf16 sums are those of whole blocks, fp32 sums are of 32 inputs.
+void multiply_spread(const Blocks *matrices, int64_t halves, int64_t b, int64_t blocks, const Rows &x, bool fp32,
+                     float *out) {
+    std::fill(out, out + blocks * x.m * halves * COLUMNS, 0.0f);
+    std::vector<float> sums(size_t(x.m * COLUMNS));
+    for (int64_t k0 = 0; k0 < x.k; k0 += PAIRS) {
+        const Rows rows = piece(x, k0, fp32);
+        for (int64_t j = 0; j < blocks * halves; j++) {
+            const int64_t block = j / halves, half = j % halves;
+            kernels().multiply(matrices[half].piece(b + block, k0, rows.k, thread_buffer()), rows, sums.data(), COLUMNS);
+            for (int64_t r = 0; r < x.m; r++) {
+                float *to = out + ((block * x.m + r) * halves + half) * COLUMNS;
+                for (int64_t c = 0; c < COLUMNS; c++) to[c] += sums[size_t(r * COLUMNS + c)];
+            }
+        }
+    }
+}
+
+// Blocks to multiply with so many rows at once: what they make stays in a cache.
+int64_t together(int64_t rows) { return rows <= TILE ? STREAM : 4; }
+
+}  // namespace
+
+void gather(const uint8_t *from, int64_t size, int64_t output, int64_t input, int64_t columns, int64_t k, int64_t words,
+            uint32_t *to) {
+    if (size == 4) lines_of(reinterpret_cast<const uint32_t *>(from), output, input, columns, k, words, to);
+    else lines_of(reinterpret_cast<const uint16_t *>(from), output, input, columns, k, words, to);
+}
 
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld) {
     const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
@@ -67,30 +150,52 @@ const uint8_t *Mixture::slab(const Task &task) const {
 
 Blocks Mixture::up_blocks(const Task &task, int64_t half) const {
     const int64_t halves = gated(w_.activation) ? 2 : 1;
-    if (plain(w_.kind)) {
-        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.data) + (task.expert * halves + half) * matrix, w_.kind, w_.group,
-                w_.hidden, w_.dim};
-    }
+    if (plain(w_.kind)) return {half ? w_.up : w_.data, w_.kind, task.expert, w_.up_steps, w_.hidden, w_.dim};
     const uint8_t *from = slab(task) + half * block_bytes(w_.kind, w_.group, w_.dim);
     return {from, w_.kind, w_.group, w_.hidden, w_.dim, halves};
 }
 
 Blocks Mixture::down_blocks(const Task &task) const {
-    if (plain(w_.kind)) {
-        const int64_t matrix = plain_bytes(w_.kind, w_.hidden, w_.dim);
-        return {static_cast<const uint8_t *>(w_.down) + task.expert * matrix, w_.kind, w_.group, w_.dim, w_.hidden};
-    }
+    if (plain(w_.kind)) return {w_.down, w_.kind, task.expert, w_.down_steps, w_.dim, w_.hidden};
     const int64_t up = block_bytes(w_.kind, w_.group, w_.dim) * blocks_of(w_.hidden) * (gated(w_.activation) ? 2 : 1);
     return {slab(task) + up, w_.down_kind, w_.group, w_.dim, w_.hidden};
 }
 
-void Mixture::up(const Task &task, int64_t b, float *out, Buffer &transposed) {
+int64_t Mixture::up(const Task &task, int64_t b, int64_t most, float *out) {
+    const int64_t halves = gated(w_.activation) ? 2 : 1;
+    const Rows rows = input_.part(task.first, task.rows);
+    const Blocks weights[2] = {up_blocks(task, 0), up_blocks(task, halves - 1)};
+    if (weights[0].spread()) {
+        const int64_t blocks = std::min({most, together(task.rows), blocks_of(w_.hidden) - b});
+        multiply_spread(weights, halves, b, blocks, rows, is_fp32(w_.kind), out);
+        for (int64_t j = 0; j < blocks; j++) activate(task, b + j, out + j * task.rows * halves * COLUMNS);
+        return blocks;
+    }
+    for (int64_t i = 0; i < halves; i++)
+        kernels().multiply(weights[i].at(b, thread_buffer()), rows, out + i * COLUMNS, halves * COLUMNS);
+    activate(task, b, out);
+    return 1;
+}
+
+int64_t Mixture::down(const Task &task, int64_t b, int64_t most, float *out) {
+    const int64_t ld = blocks_of(w_.dim) * COLUMNS;
+    const Rows rows = hidden_.part(task.first, task.rows);
+    const Blocks weights = down_blocks(task);
+    float *to = down_ + task.first * ld + b * COLUMNS;
+    if (!weights.spread()) {
+        kernels().multiply(weights.at(b, thread_buffer()), rows, to, ld);
+        return 1;
+    }
+    const int64_t blocks = std::min({most, together(task.rows), blocks_of(w_.dim) - b});
+    multiply_spread(&weights, 1, b, blocks, rows, is_fp32(w_.kind), out);
+    for (int64_t j = 0; j < blocks * task.rows; j++)
+        std::copy_n(out + j * COLUMNS, COLUMNS, to + j % task.rows * ld + j / task.rows * COLUMNS);
+    return blocks;
+}
+
+void Mixture::activate(const Task &task, int64_t b, float *out) {
     const int64_t halves = gated(w_.activation) ? 2 : 1, width = halves * COLUMNS;
     const int64_t n = std::min(COLUMNS, w_.hidden - b * COLUMNS);
-    const Rows rows = input_.part(task.first, task.rows);
-    for (int64_t i = 0; i < halves; i++)
-        kernels().multiply(up_blocks(task, i).at(b, transposed), rows, out + i * COLUMNS, width);
     const float *bias = w_.up_bias ? w_.up_bias + task.expert * w_.hidden * halves + b * COLUMNS : nullptr;
     for (int64_t r = 0; r < task.rows; r++) {
         float *line = out + r * width;
@@ -113,14 +218,13 @@ bool Mixture::compute(Team &team) {
 }
 
 void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
-    const int64_t up_count = blocks_of(w_.hidden), down_count = blocks_of(w_.dim), ld = down_count * COLUMNS,
-                  k = hidden_.rows.k, tasks = end.tasks - begin.tasks;
+    const int64_t up_count = blocks_of(w_.hidden), down_count = blocks_of(w_.dim), k = hidden_.rows.k,
+                  tasks = end.tasks - begin.tasks;
     const Task *task = tasks_.data() + begin.tasks;
-    std::vector<float> out(size_t(SLICE * COLUMNS * 2));
-    Buffer &transposed = thread_buffer();
+    std::vector<float> out(size_t(4 * SLICE * COLUMNS * 2));
     int64_t from, to;
     while (team.take(tasks * up_count, STREAM, &from, &to))
-        for (; from < to; from++) up(task[from / up_count], from % up_count, out.data(), transposed);
+        while (from < to) from += up(task[from / up_count], from % up_count, to - from, out.data());
     team.wait();
     while (team.take(end.rows - begin.rows, 1, &from, &to)) {
         const int64_t at = rows_[size_t(begin.rows + from)];
@@ -130,12 +234,7 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
     }
     team.wait();
     while (team.take(tasks * down_count, STREAM, &from, &to))
-        for (; from < to; from++) {
-            const Task &each = task[from / down_count];
-            const int64_t b = from % down_count;
-            kernels().multiply(down_blocks(each).at(b, transposed), hidden_.part(each.first, each.rows),
-                               down_ + each.first * ld + b * COLUMNS, ld);
-        }
+        while (from < to) from += down(task[from / down_count], from % down_count, to - from, out.data());
     team.wait();
 }
 

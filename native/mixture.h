@@ -41,7 +41,10 @@ private:
         int64_t places, tasks, rows;
     };
     void compute(Team &team, const Wave &from, const Wave &to);
-    void up(const Task &task, int64_t block, float *out, Buffer &transposed);
+    // At most so many blocks from one on; returns how many were computed.
+    int64_t up(const Task &task, int64_t block, int64_t most, float *out);
+    int64_t down(const Task &task, int64_t block, int64_t most, float *out);
+    void activate(const Task &task, int64_t block, float *out);
     const uint8_t *slab(const Task &task) const;
     Blocks up_blocks(const Task &task, int64_t half) const;
     Blocks down_blocks(const Task &task) const;

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 10
+#define MOESTRO_ABI 11
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
@@ -63,10 +63,16 @@ typedef struct {
 /* Experts that are read from a file as they are wanted; see moestro_residency_open. */
 typedef struct moestro_residency moestro_residency;
 
+/* Where the numbers of plain experts lie, counted in numbers: from expert to expert, output to output, input to input. */
+typedef struct {
+    int64_t expert, output, input;
+} moestro_steps;
+
 /* Stacked experts: slab e holds gate_up (gate and up blocks alternating), then down, of a kind of its own. */
 typedef struct {
     const void *data;   /* null: read from a file */
-    const void *down;   /* plain: the down projections [E, D, F], data is [E, 2F, D]; else null */
+    const void *up;     /* plain: what the gates [E, F, D] in data multiply; else, or without gates, null */
+    const void *down;   /* plain: the down projections [E, D, F]; else null */
     int64_t slab_bytes; /* distance between packed experts */
     int64_t experts, dim, hidden;
     int32_t kind, group, activation, down_kind;
@@ -74,6 +80,7 @@ typedef struct {
     const float *up_bias;   /* [E, 2F] or [E, F]; null: none */
     const float *down_bias; /* [E, D]; null: none */
     moestro_residency *residency;
+    moestro_steps up_steps, down_steps; /* plain: of data and up, and of down */
 } moestro_experts;
 
 MOESTRO_API int32_t moestro_abi(void);

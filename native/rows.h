@@ -30,11 +30,14 @@ inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.gr
 
 inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
 
+inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
+
 inline bool valid(const moestro_experts &w) {
     const bool kinds = valid(w.kind, w.group) && valid(w.down_kind, w.group),
                alike = plain(w.kind) || plain(w.down_kind) ? w.kind == w.down_kind : true,
                known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU,
-               there = w.data ? !w.residency && (w.down || !plain(w.kind)) : w.residency && !plain(w.kind);
+               whole = !plain(w.kind) || (w.down && (w.up || !gated(w.activation))),
+               there = w.data ? !w.residency && whole : w.residency && !plain(w.kind);
     return known && there && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
 }
 
@@ -57,8 +60,6 @@ inline int64_t block_bytes(int32_t kind, int32_t group, int64_t k) {
 }
 
 inline int64_t blocks_of(int64_t n) { return round_up(n, COLUMNS) / COLUMNS; }
-
-inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -188,27 +189,49 @@ inline void write_row(int32_t dtype, void *y, int64_t at, const float *from, int
         for (int64_t i = 0; i < n; i++) static_cast<uint16_t *>(y)[at + i] = to_bf16(from[i]);
 }
 
-// The blocks of one matrix: packed ones where they lie, plain ones transposed in a thread's own memory.
+// Up to 32 columns of plain numbers of `size` bytes, `output` numbers apart, whose k inputs are `input` apart, as a
+// block of `words` words a column.
+void gather(const uint8_t *from, int64_t size, int64_t output, int64_t input, int64_t columns, int64_t k, int64_t words,
+            uint32_t *to);
+
+// The blocks of one matrix: packed ones where they lie, plain ones brought together in a thread's own memory.
 class Blocks {
 public:
     // A packed matrix whose blocks are `step` blocks apart, or a plain one, rows [n, k].
     Blocks(const void *data, int32_t kind, int32_t group, int64_t n, int64_t k, int64_t step = 1)
         : data_(static_cast<const uint8_t *>(data)), kind_(kind), group_(group), n_(n), k_(k),
-          bytes_(block_bytes(kind, group, k)), step_(step) {}
+          bytes_(block_bytes(kind, group, k)), step_(step), output_(k) {}
+    // Matrix `expert` of plain ones, that lie anywhere.
+    Blocks(const void *data, int32_t kind, int64_t expert, const moestro_steps &steps, int64_t n, int64_t k)
+        : Blocks(static_cast<const uint8_t *>(data) + plain_bytes(kind, expert, steps.expert), kind, 32, n, k) {
+        output_ = steps.output, input_ = steps.input;
+    }
 
     Block at(int64_t b, Buffer &transposed) const {
         if (!plain(kind_)) return {data_ + b * step_ * bytes_, kind_, group_};
-        const int64_t rows = n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS,
-                      row_bytes = plain_bytes(kind_, 1, k_);
+        const int64_t row_bytes = plain_bytes(kind_, 1, k_);
         auto to = transposed.get<uint32_t>(bytes_ / 4);
-        kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, rows, bytes_ / 4 / COLUMNS, to);
+        kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, columns(b), bytes_ / 4 / COLUMNS, to);
+        return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
+    }
+
+    // Plain weights that are no rows one after another.
+    bool spread() const { return plain(kind_) && (input_ != 1 || output_ != k_); }
+    // Of such, `inputs` inputs of block b from input k0 on, zeros after the last.
+    Block piece(int64_t b, int64_t k0, int64_t inputs, Buffer &gathered) const {
+        const int64_t size = plain_bytes(kind_, 1, 1), there = k_ - k0 < inputs ? k_ - k0 : inputs;
+        auto to = gathered.get<uint32_t>(inputs * COLUMNS);
+        gather(data_ + (b * COLUMNS * output_ + k0 * input_) * size, size, output_, input_, columns(b), there,
+               inputs * size / 4, to);
         return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
     }
 
 private:
+    int64_t columns(int64_t b) const { return n_ - b * COLUMNS < COLUMNS ? n_ - b * COLUMNS : COLUMNS; }
+
     const uint8_t *data_;
     int32_t kind_, group_;
-    int64_t n_, k_, bytes_, step_;
+    int64_t n_, k_, bytes_, step_, output_, input_ = 1;
 };
 
 }  // namespace moestro

@@ -153,7 +153,6 @@ def test_of_two_experts_in_a_wrapper_one_runs():
         hf.check(model, tokens())
 
 
-@pytest.mark.filterwarnings("ignore:.*its weights lie transposed")
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_the_plug_computes_what_adapters_make_of_the_weights(name):
     hf.install()

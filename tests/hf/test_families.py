@@ -9,7 +9,7 @@ import moestro.hf as hf
 from moestro.hf import forward
 from moestro.kernels import native_cpu
 
-from .zoo import NAMES, TRANSPOSED, build, experts_of, tokens
+from .zoo import NAMES, build, experts_of, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _installed():
 
 def expected_warning(name):
     """Where the native kernels cannot run, the plug says so."""
-    if native_cpu.available() is None and name not in TRANSPOSED:
+    if native_cpu.available() is None:
         return contextlib.nullcontext()
     return pytest.warns(UserWarning, match="torch kernels")
 

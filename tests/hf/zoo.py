@@ -54,8 +54,6 @@ NAMES = (
     "phimoe",
     *_MORE,
 )
-# Stored transposed: the native kernels take them packed only.
-TRANSPOSED = ("gpt_oss",)
 VOCABULARY = BODY["vocab_size"]
 
 

@@ -84,7 +84,7 @@ FEATURES = [
     set(features)
     for count in range(5)
     for features in itertools.combinations(["window", "sinks", "bias", "valid"], count)
-]
+] + [{"chosen"}, {"chosen", "window", "valid"}, {"chosen", "sinks", "bias"}]
 
 
 def random_case(features, length, span, heads=(4, 2), width=4, value_width=4):
@@ -101,6 +101,11 @@ def random_case(features, length, span, heads=(4, 2), width=4, value_width=4):
         options["bias_HSP"] = torch.randn(heads[0], length, span, dtype=torch.float64)
     if "valid" in features:
         options["valid_BP"] = torch.rand(2, span) < 0.6
+    if "chosen" in features:
+        chosen_BSP = torch.rand(2, length, span) < 0.6
+        own_S = torch.arange(length)
+        chosen_BSP[:, own_S, own_S + span - length] = True
+        options["chosen_BSP"] = chosen_BSP
     for tensor in (q, k, v, *options.values()):
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             tensor.requires_grad_()
@@ -202,7 +207,7 @@ def test_no_mask_where_none_is_needed(monkeypatch):
     def refuse(*_):
         raise AssertionError("a mask was made")
 
-    monkeypatch.setattr(attention, "_seen", refuse)
+    monkeypatch.setattr(attention, "visible", refuse)
     for features in (set(), {"sinks"}, {"bias"}):
         for length, span in [(1, 1), (1, 8)]:
             tensors, options = random_case(features, length, span)

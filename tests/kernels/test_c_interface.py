@@ -21,6 +21,7 @@ HEADER = (Path(__file__).parents[2] / "native" / "moestro.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
 STRUCTURES = {
     "moestro_matrix": native_library.CMatrix,
+    "moestro_steps": native_library.CSteps,
     "moestro_experts": native_library.CExperts,
     "moestro_groups": native_library.CGroups,
     "moestro_slabs": residency._Slabs,

@@ -67,7 +67,10 @@ def attentions(draw):
         # Of a rank below half of nope + value the module computes no keys: other FLOPs.
         ranks = {"q_rank": draw(st.sampled_from([None, 5])), "kv_rank": draw(st.integers(4, 9))}
         dims = {"nope_dim": draw(st.integers(1, 2)), "value_dim": draw(st.integers(5, 6))}
-        return {"num_heads": heads, "latent": {**ranks, **dims, "rope_dim": 4}}
+        latent = {**ranks, **dims, "rope_dim": 4}
+        if ranks["q_rank"] is not None and draw(st.booleans()):
+            latent["indexer"] = {"num_heads": 3, "head_dim": 6, "top_k": draw(st.integers(1, 9))}
+        return {"num_heads": heads, "latent": latent}
     relative = {"kind": "relative", "buckets": 8, "shared": draw(st.booleans())}
     window = {
         "size": draw(st.integers(1, 9)),
@@ -208,6 +211,7 @@ def test_flops(cfg, seq_len):
     latent = cfg.attention.latent
     assume(cfg.attention.delta is None and cfg.attention.conv is None)
     assume(latent is None or latent.value_dim == latent.nope_dim + latent.rope_dim)
+    assume(latent is None or latent.indexer is None)  # all its scores are computed, and masked
     model = build(cfg, backend="reference")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -233,6 +237,19 @@ def test_latent_attention_scores_by_keys_and_sums_values():
     latent = {"kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
     cfg = ModelConfig(num_layers=1, attention={"num_heads": 128, "latent": latent})
     assert count(cfg).attention == 2 * 128 * 192 + 2 * 128 * 128
+
+
+def test_an_indexer_scores_all_positions_and_attention_looks_at_the_best():
+    latent = {"q_rank": 8, "kv_rank": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3}
+    index = {"num_heads": 5, "head_dim": 7, "top_k": 4}
+    attention = {"num_heads": 3, "context": 64, "latent": {**latent, "indexer": index}}
+    cost = count(ModelConfig(num_layers=2, attention=attention))
+    attended, scored = 2 * 2 * 3 * (4 + 2 + 3), 2 * 2 * 5 * 7
+    assert set(cost.spans) == {Span(attended, 4, True), Span(scored, 64, True)}
+    plain = count(ModelConfig(num_layers=2, attention={**attention, "latent": latent}))
+    dim = ModelConfig().dim
+    own = 2 * (8 * 5 * 7 + dim * (7 + 5) + 2 * 7)
+    assert cost.total - plain.total == own
 
 
 def test_a_delta_layer_costs_as_much_at_any_position():

@@ -1,5 +1,6 @@
 """Latent attention head by head as the paper writes it, its two forms, and its cache."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from moestro import Decoder, ModelConfig
 from moestro.config import LatentConfig
 from moestro.errors import ConfigError
+from moestro.kernels import attention
 from moestro.kernels.pointwise import rotate
 from moestro.models.cache import LayerCache
 from moestro.models.latent import NORM_EPS, LatentAttention
@@ -15,6 +17,7 @@ from moestro.models.rotary import rotary, score_scale
 
 CPU = torch.device("cpu")
 LATENT = {"kv_rank": 6, "nope_dim": 5, "rope_dim": 4, "value_dim": 3}
+INDEXER = {"num_heads": 9, "head_dim": 6, "top_k": 3}
 YARN = {
     "kind": "yarn",
     "factor": 4.0,
@@ -29,6 +32,8 @@ CASES = {
     "small rank": {"latent": {**LATENT, "kv_rank": 2}},
     "context": {"context": 4},
     "yarn": {"positions": {"scaling": YARN}},
+    "indexer": {"latent": {**LATENT, "q_rank": 7, "indexer": INDEXER}},
+    "indexer, context": {"latent": {**LATENT, "q_rank": 7, "indexer": INDEXER}, "context": 5},
 }
 
 
@@ -56,16 +61,34 @@ def turn(x_A, angles, position):
     return torch.cat([turned.real, turned.imag])
 
 
+@torch.no_grad()
+def chosen(indexer, x_SD, small, angles, s, seen):
+    """Those of the positions `seen` that token s attends to: §2.1 of DeepSeek-V3.2."""
+
+    def turned(y_A, position):
+        return torch.cat([turn(y_A[:4], angles, position), y_A[4:]])
+
+    scores = {}
+    for p in seen:
+        key_A = turned(indexer.k_norm(indexer.k.weight @ x_SD[p]), p)
+        heads = (indexer.q.weight @ small[s]).chunk(INDEXER["num_heads"])
+        scaled = [(turned(q_A, s) @ key_A).relu() / math.sqrt(len(key_A)) for q_A in heads]
+        weights_H = indexer.weights.weight @ x_SD[s] / math.sqrt(len(heads))
+        scores[p] = float(weights_H @ torch.stack(scaled))
+    return sorted(sorted(seen, key=scores.get)[-INDEXER["top_k"] :])
+
+
 def latent_by_loop(module, cfg, x_SD, valid_S=None):
     """Equations 9-19 of DeepSeek-V2, one token and one head at a time."""
     latent, heads, length = cfg.attention.latent, cfg.attention.num_heads, len(x_SD)
     angles = rotary(0, length, cfg, CPU, torch.float64)
-    queries, keys, values = [], [], []
+    queries, keys, values, small = [], [], [], []
     for s, x_D in enumerate(x_SD):
         if latent.q_rank is None:
             q = module.q.weight @ x_D
         else:
-            q = module.q_up.weight @ rms(module.q_down.weight @ x_D, module.q_norm)
+            small.append(rms(module.q_down.weight @ x_D, module.q_norm))
+            q = module.q_up.weight @ small[s]
         down = module.kv_down.weight @ x_D
         up = module.kv_up.weight @ rms(down[: latent.kv_rank], module.kv_norm)
         shared = turn(down[latent.kv_rank :], angles, s)
@@ -82,6 +105,8 @@ def latent_by_loop(module, cfg, x_SD, valid_S=None):
     for s in range(length):
         seen = range(max(0, s - cfg.attention.context + 1), s + 1)
         seen = [p for p in seen if valid_S is None or valid_S[p] or p == s]
+        if module.indexer is not None:
+            seen = chosen(module.indexer, x_SD, small, angles, s, seen)
         parts = []
         for h in range(heads):
             scores = torch.stack([queries[s][h] @ keys[p][h] * scale for p in seen])
@@ -104,7 +129,8 @@ def test_both_forms_equal_the_loop(name, form, padded, monkeypatch):
         [latent_by_loop(module, cfg, x_BSD[b], valid_BS[b] if padded else None) for b in range(2)]
     )
     torch.testing.assert_close(y_BSD, expected_BSD)
-    names, leaves = zip(("input", x_BSD), *module.named_parameters(), strict=True)
+    learning = [each for each in module.named_parameters() if each[1].requires_grad]
+    names, leaves = zip(("input", x_BSD), *learning, strict=True)
     grad = torch.randn_like(y_BSD)
     ours = torch.autograd.grad(y_BSD, leaves, grad)
     exact = torch.autograd.grad(expected_BSD, leaves, grad)
@@ -177,6 +203,48 @@ def test_layout_of_the_weights():
     ranked = {name: tuple(p.shape) for name, p in module_of("query rank").named_parameters()}
     queries = {"q_down.weight": (7, 16), "q_norm.weight": (7,), "q_up.weight": (3 * (5 + 4), 7)}
     assert ranked == {**queries, **shared}
+
+
+@pytest.mark.parametrize("rows", [2, 256])
+def test_an_indexer_leaves_all_positions_while_they_are_few(rows, monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", rows)
+    cfg, module = cfg_of("indexer"), module_of("indexer")
+    x_BSD = torch.randn(2, 8, 16, dtype=torch.float64)
+    angles = rotary(0, 8, cfg, CPU, torch.float64)
+    dense_BSD = module_without_indexer(module)(x_BSD, angles)
+    sparse_BSD = module(x_BSD, angles)
+    torch.testing.assert_close(sparse_BSD[:, :3], dense_BSD[:, :3])
+    assert not torch.allclose(sparse_BSD[:, 3:], dense_BSD[:, 3:])
+    few = rotary(0, 3, cfg, CPU, torch.float64)
+    assert module.indexer(x_BSD[:, :3], None, few, module.indexer.keys(x_BSD[:, :3], few), 32) is None
+
+
+def module_without_indexer(module):
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, "indexer": None}
+    return twin
+
+
+def test_documents_choose_among_their_own():
+    """Packed side by side, each gets what it gets alone."""
+    cfg, module = cfg_of("indexer"), module_of("indexer")
+    x_BSD, documents_BS = torch.randn(1, 11, 16, dtype=torch.float64), torch.tensor([[0] * 11])
+    documents_BS[0, 5:] = 1
+    together = module(x_BSD, rotary(0, 11, cfg, CPU, torch.float64), documents_BS)
+    alone = module(x_BSD[:, :5], rotary(0, 5, cfg, CPU, torch.float64))
+    torch.testing.assert_close(together[:, :5], alone)
+    # Only distances count, so the second may begin anywhere.
+    alone = module(x_BSD[:, 5:], rotary(0, 6, cfg, CPU, torch.float64))
+    torch.testing.assert_close(together[:, 5:], alone)
+
+
+def test_what_an_indexer_needs():
+    for latent, words in (
+        ({**LATENT, "indexer": INDEXER}, "set q_rank"),
+        ({**LATENT, "q_rank": 7, "indexer": {**INDEXER, "head_dim": 2}}, "4 numbers of it turn"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ModelConfig(attention={"latent": latent})
 
 
 def test_a_decoder_of_it_learns_and_refuses_what_it_has_not():

@@ -212,6 +212,14 @@ Mix = Annotated[
 ]
 
 
+class IndexerConfig(Settings):
+    """Each token attends to the positions that score best with it (DeepSeek-V3.2, §2.1)."""
+
+    num_heads: Positive = Field(64, description="Heads of the scores.")
+    head_dim: Positive = Field(128, description="Width of one; the cache keeps it too.")
+    top_k: Positive = Field(2048, description="Positions that a token attends to.")
+
+
 class LatentConfig(Settings):
     """Multi-head latent attention (DeepSeek-V2, §2.1): keys and values from one small vector."""
 
@@ -220,11 +228,22 @@ class LatentConfig(Settings):
     nope_dim: Positive = Field(description="Width of a head's part without positions.")
     rope_dim: Positive = Field(description="Width of its rotary part; the keys share one.")
     value_dim: Positive = Field(description="Width of a head's values.")
+    indexer: IndexerConfig | None = Field(
+        None, description="Chooses the positions to attend to (DeepSeek-V3.2); unset: all."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim is {self.rope_dim}; rotary positions need an even number")
+        if self.indexer is not None:
+            if self.q_rank is None:
+                raise ValueError("an indexer reads the queries' vector; set q_rank")
+            if self.indexer.head_dim < self.rope_dim:
+                raise ValueError(
+                    f"indexer.head_dim is {self.indexer.head_dim}; rope_dim = {self.rope_dim} "
+                    "numbers of it turn, so choose as many or more"
+                )
         return self
 
 

@@ -145,8 +145,9 @@ class MoEConfig(Settings):
             )
         if router.renormalize and self.top_k == 1 and router.kind in ("softmax", "noisy_top_k"):
             raise ValueError(
-                "renormalize with top_k = 1 makes every weight the constant 1, so the router gets "
-                "no gradient; leave renormalize unset"
+                "renormalize with top_k = 1: a weight divided by itself makes every weight the "
+                "constant 1, so the router gets no gradient; leave renormalize unset, or choose "
+                "2 experts or more"
             )
         if self.num_experts % router.num_groups:
             raise ValueError(

@@ -38,6 +38,7 @@ class ForeignWeights(NamedTuple):
         transposed: stored as [E, I, O].
         activation: see `reference.activate`; None: one that no kernel has.
         post_norm: a norm follows each expert.
+        other_EFD: where the gates alone are in `up_EHD`, what they multiply.
     """
 
     up_EHD: Tensor
@@ -49,11 +50,28 @@ class ForeignWeights(NamedTuple):
     transposed: bool
     activation: str | None
     post_norm: bool
+    other_EFD: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Those that there are."""
-        return [each for each in self[:4] if isinstance(each, Tensor)]
+        return [each for each in (*self[:4], self.other_EFD) if isinstance(each, Tensor)]
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The same without biases, as they are stored."""
+        pair = (self.up_EHD, self.down_EDF, self.other_EFD)
+        found = [each for each in pair if each is not None]
+        return tuple(each if each.is_contiguous() else each.transpose(1, 2) for each in found)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """[E, F, D], the gates and what they multiply, as views."""
+        if self.other_EFD is not None:
+            return self.up_EHD, self.other_EFD
+        if self.interleaved:
+            return self.up_EHD[:, ::2], self.up_EHD[:, 1::2]
+        gates_EFD, other_EFD = self.up_EHD.chunk(2, dim=1)
+        return gates_EFD, other_EFD
 
     def odd(self) -> str | None:
         """What the native kernels have no form for, packed or not; None: nothing."""
@@ -96,10 +114,16 @@ def read(experts: Any) -> ForeignWeights:
 
 
 def _undecorated(experts: Any, found: Undecorated) -> ForeignWeights:
+    name = _activation_name(undecorated.tensor(experts, found.act))
+    if found.other is not None:
+        flat = (undecorated.tensor(experts, each) for each in found.weights)
+        gates, down, other = (each.unflatten(0, (experts.num_experts, -1)) for each in flat)
+        act = {"silu": "swiglu", "gelu": "geglu"}.get(name)
+        down = down.transpose(1, 2)
+        return ForeignWeights(gates, down, None, None, True, False, False, act, False, other)
     up, down = (undecorated.tensor(experts, name) for name in found[:2])
     up, down = (x.transpose(1, 2) for x in (up, down)) if found.transposed else (up, down)
     clamped = math.isfinite(getattr(experts, "limit", math.inf))
-    name = _activation_name(getattr(experts, found.act))
     activation = None if clamped else {"silu": "swiglu", "gelu": "geglu"}.get(name)
     return ForeignWeights(
         up[: len(down)], down, None, None, True, False, found.transposed, activation, False

@@ -21,15 +21,24 @@ class Undecorated(NamedTuple):
         down: of the experts that compute; there may be more of `up`, which nothing reads.
         transposed: stored as [E, I, O].
         act: its activation.
+        other: what the gates multiply, where `up` is the gates alone. All three are then stored as
+            [E · F, D].
     """
 
     up: str = "gate_up_proj"
     down: str = "down_proj"
     transposed: bool = False
     act: str = "act_fn"
+    other: str | None = None
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(name for name in (self.up, self.down, self.other) if name is not None)
 
 
 READABLE: Mapping[str, Undecorated] = {
+    "DbrxExperts": Undecorated("mlp.w1", "mlp.w2", act="mlp.activation_fn", other="mlp.v1"),
     "JetMoeMoE": Undecorated("input_linear.weight", "output_linear.weight", act="activation"),
     "Llama4TextExperts": Undecorated(transposed=True),
     "LongcatFlashExperts": Undecorated(),
@@ -41,7 +50,6 @@ _OF_THEIR_OWN = (
 )
 # Class → why its experts cannot run here.
 UNREADABLE: Mapping[str, str] = {
-    "DbrxExperts": "gates and what they multiply are two tensors, which the kernels take as one",
     "NllbMoeExperts": _OF_THEIR_OWN,
     "SwitchTransformersExperts": _OF_THEIR_OWN,
 }
@@ -54,6 +62,6 @@ def layout(module: nn.Module) -> Undecorated | None:
 
 
 def tensor(module: nn.Module, dotted: str) -> Any:
-    """The weight of that name."""
+    """The weight or module of that name."""
     *way, name = dotted.split(".")
     return getattr(module.get_submodule(".".join(way)), name)

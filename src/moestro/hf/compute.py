@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moestro.foreign import undecorated
 from moestro.foreign.layouts import ForeignWeights
-from moestro.kernels import backends, native_cpu
+from moestro.kernels import backends, native_cpu, reference
 from moestro.kernels.backends import Work
 from moestro.kernels.packing import ExpertSlabs
 from moestro.kernels.reference import Biases
@@ -57,21 +57,27 @@ def without_gradients(
     lacks = weights.odd()
     if lacks is not None:
         lacks = f"they have {lacks}"
-    elif weights.interleaved or weights.transposed:
-        lacks = "its weights lie transposed; moestro.hf.quantize(model, 'bfloat16') packs them"
-    pair = (weights.up_EHD, weights.down_EDF)
-    work = Work(x_TD.device.type, compute_dtype(x_TD), (), "infer", pair, lacks)
+    work = Work(x_TD.device.type, compute_dtype(x_TD), (), "infer", weights.matrices, lacks)
     reason = backends.why_not_whole("auto", work)
     if reason is None:
-        assert weights.activation is not None
-        biases = (weights.up_EH, weights.down_ED)
-        plain = native_cpu.plain_experts(*pair, weights.activation, *biases)
-        return _native(plain, x_TD, experts_TK, weights_TK), None
+        return _native(_plain(weights), x_TD, experts_TK, weights_TK), None
     warning = f"{name} runs on moestro's torch kernels: {reason}"
     if backends.forced() == "auto" and x_TD.device.type == "cpu" and warning not in _said:
         _said.add(warning)
         warnings.warn(warning, stacklevel=3)
     return by_torch(weights, x_TD, experts_TK, weights_TK, experts, training=False), reason
+
+
+def _plain(weights: ForeignWeights) -> ExpertSlabs:
+    """The experts for the native kernels, on the model's own memory."""
+    assert weights.activation is not None
+    up_EH = weights.up_EH
+    if up_EH is not None and weights.interleaved:
+        up_EH = torch.cat([up_EH[:, ::2], up_EH[:, 1::2]], dim=1)
+    up = weights.halves() if weights.gated else weights.up_EHD
+    return native_cpu.plain_experts(
+        up, weights.down_EDF, weights.activation, up_EH, weights.down_ED
+    )
 
 
 def by_packed(packed: ExpertSlabs, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -99,10 +105,12 @@ def by_torch(
     training: bool = True,
 ) -> Tensor:
     """Dispatch, experts and combine, with their gradients; see `without_gradients`, `mix`."""
+    if weights.other_EFD is not None:
+        return split(weights, x_TD.to(compute_dtype(x_TD)), experts_TK, weights_TK, experts, product)
     up_EHD, down_EDF, up_EH, down_ED = weights[:4]
     biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
     norm = experts.post_expert_norm if weights.post_norm else None
-    activation = fused(weights) or gate_of(experts)
+    activation = fused(weights) or _gate(weights, experts)
     values = ExpertWeights(up_EHD, down_EDF, activation, biases, norm)
     routing = _routing(experts_TK, weights_TK, len(up_EHD))
     rows_TD = x_TD.to(compute_dtype(x_TD))
@@ -125,7 +133,10 @@ def split(
     experts_A = experts_TK.reshape(-1)
     rows_AD = rows_TD[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
     hidden_AH = product(rows_AD, experts_A, weights.up_EHD, weights.up_EH)
-    rows_AD = product(gate_of(experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    if weights.other_EFD is not None:
+        other_AF = product(rows_AD, experts_A, weights.other_EFD, None)
+        hidden_AH = torch.cat([hidden_AH, other_AF], dim=-1)
+    rows_AD = product(_gate(weights, experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)
@@ -137,14 +148,31 @@ def split(
 
 def fused(weights: ForeignWeights) -> str | None:
     """The activation, where a kernel takes it between the two products; None: split there."""
-    return weights.activation if not (weights.interleaved or weights.post_norm) else None
+    apart = weights.interleaved or weights.post_norm or weights.other_EFD is not None
+    return weights.activation if not apart else None
+
+
+def _gate(weights: ForeignWeights, experts: Any) -> Callable[[Tensor], Tensor]:
+    """`gate_of` a module; of weights alone, the definition of their activation."""
+    if experts is not None:
+        return gate_of(experts)
+    name, take_turns = weights.activation, weights.interleaved
+    assert name is not None
+
+    def gate(hidden_AH: Tensor) -> Tensor:
+        if take_turns:
+            hidden_AH = torch.cat([hidden_AH[..., ::2], hidden_AH[..., 1::2]], dim=-1)
+        return reference.activate(hidden_AH, name)
+
+    return gate
 
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """What a module of transformers does between its two products."""
     found = undecorated.layout(experts)
     if found is not None and not hasattr(experts, "_apply_gate"):
-        return lambda hidden_AH: _gated(hidden_AH, getattr(experts, found.act))
+        act = undecorated.tensor(experts, found.act)
+        return lambda hidden_AH: _gated(hidden_AH, act)
     own = found is not None or experts.has_gate
     gate: Callable[[Tensor], Tensor] = experts._apply_gate if own else experts.act_fn
     return gate

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from moestro.foreign.layouts import ForeignWeights
 from moestro.hf import compute
 from moestro.kernels import native_cpu
-from moestro.kernels.packing import ExpertSlabs, Format, PackedMatrix
+from moestro.kernels.packing import UNGATED, ExpertSlabs, Format, PackedMatrix
 from moestro.moe.mixing import compute_dtype, differentiated
 
 # A CUDA graph would replay the group sizes of its first batch.
@@ -30,17 +30,19 @@ def traced(
 ) -> Tensor:
     """The mixture of a module of transformers, by operators; see `forward.mixture`.
 
-    Functions of its own between and after the products are left to the compiler.
+    Functions of its own between and after the products are left to the compiler; where gradients
+    are wanted, so is a gate between halves that are not one after the other.
     """
     rows_TD = _rows(x_TD)
-    activation = compute.fused(weights)
-    if activation is None:
+    grads = differentiated(x_TD, weights_TK, *weights.tensors)
+    activation = weights.activation
+    if activation is None or weights.post_norm or (grads and compute.fused(weights) is None):
         how = (experts, _ops().product)
         return compute.split(weights, rows_TD, experts_TK, weights_TK, *how).to(x_TD.dtype)
     inputs = (rows_TD, experts_TK, weights_TK)
-    tensors = (weights.up_EHD, weights.down_EDF, weights.up_EH, weights.down_ED)
-    grads = differentiated(x_TD, weights_TK, *weights.tensors)
-    y_TD: Tensor = _ops().mixture(*inputs, *tensors, weights.transposed, activation, grads)
+    tensors = (*weights[:4], weights.other_EFD)
+    flags = (weights.transposed, weights.interleaved)
+    y_TD: Tensor = _ops().mixture(*inputs, *tensors, *flags, activation, grads)
     return y_TD.to(x_TD.dtype)
 
 
@@ -121,12 +123,12 @@ def _register_with_gradients(
 
 
 def _mixture(*args: Any) -> Tensor:
-    x_TD, experts_TK, weights_TK, *tensors, transposed, activation, grads = args
-    up_EHD, down_EDF, up_EH, down_ED = tensors
-    gated = up_EHD.shape[1] != down_EDF.shape[2]
+    x_TD, experts_TK, weights_TK, *tensors, transposed, interleaved, activation, grads = args
+    up_EHD, down_EDF, up_EH, down_ED, other_EFD = tensors
     weights = ForeignWeights(
-        up_EHD, down_EDF, up_EH, down_ED, gated, False, transposed, activation, False
-    )
+        up_EHD, down_EDF, up_EH, down_ED, activation not in UNGATED, interleaved, transposed,
+        activation, post_norm=False, other_EFD=other_EFD,
+    )  # fmt: skip
     inputs = (weights, x_TD, experts_TK, weights_TK)
     with torch.set_grad_enabled(grads):  # which decides the path, as it does without a compiler
         if grads:
@@ -136,7 +138,7 @@ def _mixture(*args: Any) -> Tensor:
 
 def _packed_mixture(*args: Any) -> Tensor:
     x_TD, experts_TK, weights_TK, data, *biases, activation, kind, group, sizes = args
-    packed = ExpertSlabs._make((data, *sizes, activation, Format(kind, group), *biases, None, None))
+    packed = ExpertSlabs(data, *sizes, activation, Format(kind, group), *biases)
     return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
 
 
@@ -152,7 +154,8 @@ def _like_tokens(x_TD: Tensor, *_: Any) -> Tensor:
 _register_with_gradients(
     "mixture",
     "Tensor x, Tensor experts, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, "
-    "Tensor? down_bias, bool transposed, str activation, bool grads",
+    "Tensor? down_bias, Tensor? other, bool transposed, bool interleaved, str activation, "
+    "bool grads",
     _mixture,
     _like_tokens,
 )

@@ -150,14 +150,17 @@ def _pack_module(name: str, module: Any, format: Format) -> tuple[int, int]:
     assert weights.activation is not None
     (up_EHD, down_EDF), biases = weights[:2], weights[2:4]
     try:
+        if weights.other_EFD is not None:
+            up_EHD = torch.cat([up_EHD, weights.other_EFD], dim=1)
         packed = native_cpu.pack_experts(
             up_EHD, down_EDF, weights.activation, format, *biases, interleaved=weights.interleaved
         )
     except ShapeError as error:
         raise ShapeError(f"{name}, {error}") from error
     known = undecorated.layout(module)
+    own_names = () if known is None else known.weights
     for parameter in list(dict(module.named_parameters())):
-        if parameter in (known or ())[:2] or parameter.endswith(("_proj", "_proj_bias")):
+        if parameter in own_names or parameter.endswith(("_proj", "_proj_bias")):
             owner, _, own = parameter.rpartition(".")
             del module.get_submodule(owner)._parameters[own]
     setattr(module, PACKED, packed)

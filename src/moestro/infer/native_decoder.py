@@ -70,6 +70,8 @@ def lacks(cfg: NetworkConfig) -> str | None:
         "chunked attention": isinstance(attention.window, WindowConfig)
         and attention.window.chunked,
         "normed queries without gains": attention.qk_norm == "unit",
+        "an indexer of positions": attention.latent is not None
+        and attention.latent.indexer is not None,
         "short convolutions": attention.conv is not None,
         "a scaled residual with normed queries": cfg.norm.residual_scale != 1
         and attention.qk_norm != "none",

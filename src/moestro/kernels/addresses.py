@@ -68,6 +68,27 @@ def address(
     raise _refusal(tensor, name, shape, dtypes, f"in one piece at a multiple of {multiple} bytes, ")
 
 
+def spread(
+    tensor: Tensor | None, name: str, shape: Shape, dtypes: Iterable[torch.dtype]
+) -> tuple[int, tuple[int, ...]]:
+    """Where the memory of a tensor begins that `check` accepts, and its strides, whatever they are.
+
+    Raises:
+        ShapeError: it is something else, or its memory is missing or was freed.
+    """
+    tensor = check(tensor, name, shape, dtypes)
+    try:
+        at, room = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except RuntimeError:  # a tensor of torch.func or of another wrapper
+        at = room = -1
+    size, steps = tensor.element_size(), tensor.stride()
+    last = sum((count - 1) * step for count, step in zip(tensor.shape, steps, strict=True))
+    whole = (tensor.storage_offset() + last + 1) * size <= room
+    if whole and tensor.numel() and at and not at % size:
+        return at, steps
+    raise _refusal(tensor, name, shape, dtypes, "not empty, in memory of its own, ")
+
+
 def piece(
     tensor: Tensor,
     name: str,

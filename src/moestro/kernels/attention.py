@@ -103,6 +103,7 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
+    chosen_BSP: Tensor | None = None,
     bidirectional: bool = False,
 ) -> Tensor:
     """`reference_attention.attend`: no mask where it is not needed, and never one over all P keys.
@@ -114,10 +115,11 @@ def attend(
         return _fused(q_BHSA, k_BGPA, v_BGPA, scale, mask)
     length, span = q_BHSA.shape[2], k_BGPA.shape[2]
     reach = span if window is None else window
-    plain = sinks_H is None and bias_HSP is None and valid_BP is None
+    marked = valid_BP is not None or chosen_BSP is not None
+    plain = sinks_H is None and bias_HSP is None and not marked
     if plain and length == span <= reach:
         return causal(q_BHSA, k_BGPA, v_BGPA, scale)
-    if length == 1 and span <= reach and valid_BP is None:
+    if length == 1 and span <= reach and not marked:
         return _one_query(q_BHSA, k_BGPA, v_BGPA, scale, sinks_H, bias_HSP)
     parts = []
     for start in range(0, length, ROWS):
@@ -125,7 +127,9 @@ def attend(
         # Positions of the block's queries, and of the keys they see, among the P.
         own = range(span - length + rows.start, span - length + rows.stop)
         keys = slice(max(0, own.start - reach + 1), own.stop)
-        seen = _seen(own, range(keys.start, keys.stop), reach, valid_BP, q_BHSA.device)
+        seen = visible(own, range(keys.start, keys.stop), reach, valid_BP, q_BHSA.device)
+        if chosen_BSP is not None:
+            seen = seen & chosen_BSP[:, None, rows, keys]
         bias_HQP = None if bias_HSP is None else bias_HSP[:, rows, keys]
         block = (q_BHSA[:, :, rows], k_BGPA[:, :, keys], v_BGPA[:, :, keys], scale)
         parts.append(_masked(*block, seen, sinks_H, bias_HQP))
@@ -140,10 +144,18 @@ def _padded(bias_HSP: Tensor | None, valid_BP: Tensor | None, q_BHSA: Tensor) ->
     return added.masked_fill(~valid_BP[:, None, None], torch.finfo(added.dtype).min)
 
 
-def _seen(
+def visible(
     own: range, keys: range, reach: int, valid_BP: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Which keys each query sees: bool, [Q, P] or, with padding, [B, 1, Q, P]."""
+    """Which keys each query sees: bool, [Q, P] or, with padding, [B, 1, Q, P].
+
+    Args:
+        own: places of the queries among the keys.
+        keys: places of the keys.
+        reach: keys that a query sees, its own included.
+        valid_BP: see `attend`.
+        device: of the result.
+    """
     own_Q = torch.arange(own.start, own.stop, device=device)
     distance_QP = own_Q[:, None] - torch.arange(keys.start, keys.stop, device=device)
     seen_QP = (distance_QP >= 0) & (distance_QP < reach)

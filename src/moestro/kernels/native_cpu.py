@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moestro.errors import CheckpointError, ShapeError
-from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece
-from moestro.kernels.native_library import CExperts, CMatrix, call
+from moestro.kernels.addresses import FP32, INT64, ROWS, address, check, piece, spread
+from moestro.kernels.native_library import CExperts, CMatrix, CSteps, call
 from moestro.kernels.native_library import available as available
 from moestro.kernels.native_library import library as library
 from moestro.kernels.native_library import path as path
@@ -118,27 +119,37 @@ def plain_matrix(w_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
 
 
 def plain_experts(
-    up_EHD: Tensor,
+    up_EHD: Tensor | tuple[Tensor, Tensor],
     down_EDF: Tensor,
     activation: str,
     up_bias_EH: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
 ) -> ExpertSlabs:
-    """Stacked experts as they are, not copied; see `plain_matrix`. Biases are taken as fp32.
+    """Stacked experts as they are, strided or not, and not copied. Biases are taken as fp32.
+
+    Args:
+        up_EHD: gates first, then what they multiply; or the two, each [E, F, D] of equal strides.
+        down_EDF: of the same dtype, fp32 or bf16.
+        activation: see `reference.activate`.
+        up_bias_EH: as in `ExpertSlabs`.
+        down_bias_ED: the same.
 
     Raises:
-        ShapeError: see `plain_matrix`; or up and down do not fit each other.
+        ShapeError: see `plain_matrix`; or they do not fit each other.
     """
-    up_EHD = check(up_EHD, "up", (None, None, None), ROWS).detach().contiguous()
-    down_EDF = check(down_EDF, "down", (None, None, None), (up_EHD.dtype,)).detach().contiguous()
+    pair = up_EHD if isinstance(up_EHD, tuple) else (up_EHD,)
+    up_EHD, *other = (check(x, "up", (None, None, None), ROWS).detach() for x in pair)
+    down_EDF = check(down_EDF, "down", (None, None, None), (up_EHD.dtype,)).detach()
     up_bias, down_bias = (
         None if each is None else each.detach().float().contiguous()
         for each in (up_bias_EH, down_bias_ED)
     )
-    dim, hidden = expert_sizes(up_EHD, down_EDF, activation)
-    return ExpertSlabs(
+    both = up_EHD.shape if not other else (len(up_EHD), 2 * up_EHD.shape[1], up_EHD.shape[2])
+    dim, hidden = expert_sizes(both, down_EDF.shape, activation)
+    slabs = ExpertSlabs(
         up_EHD, len(down_EDF), dim, hidden, activation, PLAIN, up_bias, down_bias, down_EDF
     )
+    return slabs._replace(up=other[0]) if other else slabs
 
 
 def matrix_of(packed: PackedMatrix) -> CMatrix:
@@ -161,16 +172,17 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
     Raises:
         ShapeError: the tensors are not what the experts say of them.
     """
-    data, num_experts, dim, hidden, activation, format, up_bias, down_bias, down, stored = packed
+    data, num_experts, dim, hidden, activation, format, up_bias, down_bias, _, stored, _ = packed
     if activation not in ACTIVATIONS or num_experts < 1:
         raise ShapeError(
             f"experts are at least one, of {', '.join(ACTIVATIONS)}; given {num_experts} of "
             f"{activation!r}"
         )
-    width, slab, down_at = hidden * (1 if activation in UNGATED else 2), 0, None
+    width, slab = hidden * (1 if activation in UNGATED else 2), 0
+    plain = _Plain()
     if format.kind == "plain":
-        at = _plain_at(data, (num_experts, width, dim))
-        down_at = _plain_at(down, (num_experts, dim, hidden), (data.dtype,))
+        plain = _plain_of(packed)
+        at = plain.at
     else:
         slab = slab_bytes(dim, hidden, activation, format)
         at = 0 if stored is not None else packed_at(data, num_experts * slab)
@@ -179,11 +191,43 @@ def experts_of(packed: ExpertSlabs) -> CExperts:
         for bias, size in ((up_bias, width), (down_bias, dim))
     )
     return CExperts(
-        at, down_at, slab, num_experts, dim, hidden, _kind(format, data), format.group,
+        at, plain.up, plain.down, slab, num_experts, dim, hidden, _kind(format, data), format.group,
         ACTIVATIONS.index(activation), _kind(format.of_down, data),
         0 if stored is None else stored.mixture, *biases,
-        None if stored is None else stored.residency.handle,
+        None if stored is None else stored.residency.handle, plain.up_steps, plain.down_steps,
     )  # fmt: skip
+
+
+class _Plain(NamedTuple):
+    """Where plain experts lie; nothing of packed ones."""
+
+    at: int = 0
+    up: int | None = None
+    down: int | None = None
+    up_steps: CSteps = CSteps()
+    down_steps: CSteps = CSteps()
+
+
+def _plain_of(packed: ExpertSlabs) -> _Plain:
+    data, num_experts, dim, hidden = packed[:4]
+    shape, up = (num_experts, hidden, dim), packed.up
+    if packed.activation not in UNGATED and up is None:
+        data = check(data, "plain weights", (num_experts, 2 * hidden, dim), ROWS)
+        data, up = data[:, :hidden], data[:, hidden:]
+    at, steps = _spread(data, shape)
+    up_at, up_steps = (None, steps) if up is None else _spread(up, shape, (data.dtype,))
+    if up_steps != steps:
+        raise ShapeError(f"gates have the strides {steps}, what they multiply {up_steps}")
+    down_at, down_steps = _spread(packed.down, (num_experts, dim, hidden), (data.dtype,))
+    return _Plain(at, up_at, down_at, CSteps(*steps), CSteps(*down_steps))
+
+
+def _spread(
+    weight: Tensor | None, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = ROWS
+) -> tuple[int, tuple[int, ...]]:
+    at, steps = spread(weight, "plain weights", shape, dtypes)
+    _refuse_odd(weight, shape, rows=steps[2] == 1)
+    return at, steps
 
 
 def failure_of(packed: ExpertSlabs) -> Callable[[], CheckpointError] | None:
@@ -195,12 +239,16 @@ def _plain_at(
     weight: Tensor | None, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = ROWS
 ) -> int:
     at = address(weight, "plain weights", shape, dtypes)
-    odd = shape[-1] % 2 and weight is not None and weight.dtype == torch.bfloat16
+    _refuse_odd(weight, shape)
+    return at
+
+
+def _refuse_odd(weight: Tensor | None, shape: tuple[int, ...], rows: bool = True) -> None:
+    odd = rows and shape[-1] % 2 and weight is not None and weight.dtype == torch.bfloat16
     if odd or min(shape) < 1:
         raise ShapeError(
             f"plain weights are not empty, and have an even width in bfloat16; given {list(shape)}"
         )
-    return at
 
 
 def read(data: Tensor) -> int:

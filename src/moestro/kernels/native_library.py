@@ -23,7 +23,7 @@ PATH_VARIABLE = "MOESTRO_NATIVE_PATH"
 THREADS_VARIABLE = "MOESTRO_NATIVE_THREADS"
 PATHS = ("portable", "avx2", "avx2-vnni", "avx512", "amx")
 MOST_THREADS = 1024
-ABI = 10
+ABI = 11
 _EMEMORY, _EPATH, _EREAD = -2, -3, -4
 _DOCUMENTED = "what the docstrings say"
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -35,13 +35,20 @@ class CMatrix(ctypes.Structure):
     _fields_ = (("data", PTR), ("n", I64), ("k", I64), ("kind", I32), ("group", I32))
 
 
+class CSteps(ctypes.Structure):
+    """`moestro_steps`."""
+
+    _fields_ = (("expert", I64), ("output", I64), ("input", I64))
+
+
 class CExperts(ctypes.Structure):
     """`moestro_experts`."""
 
     _fields_ = (
-        ("data", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
+        ("data", PTR), ("up", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64), ("dim", I64),
         ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32), ("down_kind", I32),
         ("mixture", I32), ("up_bias", PTR), ("down_bias", PTR), ("residency", PTR),
+        ("up_steps", CSteps), ("down_steps", CSteps),
     )  # fmt: skip
 
 

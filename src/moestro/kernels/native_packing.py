@@ -145,7 +145,7 @@ def pack_expert(
         ShapeError: see `pack_matrix`.
     """
     up_HD, down_DF = _packable(up_HD), _packable(down_DF)
-    sizes = expert_sizes(up_HD, down_DF, activation)
+    sizes = expert_sizes(up_HD.shape, down_DF.shape, activation)
     _pack_slab(list(up_HD.split(sizes[1])), [down_DF], sizes, activation, format, slab)
 
 
@@ -232,18 +232,18 @@ def _within(dim: int, hidden: int, activation: str, format: Format) -> tuple[lis
     return [0, up_bytes // -(-hidden // COLUMNS)], 2, 2 * up_bytes
 
 
-def expert_sizes(up: Tensor, down: Tensor, activation: str) -> tuple[int, int]:
-    """(D, F) of one expert, up [H, D] and down [D, F], or of stacked ones.
+def expert_sizes(up: Sequence[int], down: Sequence[int], activation: str) -> tuple[int, int]:
+    """(D, F) of one expert with up of shape [H, D] and down of [D, F], or of stacked ones.
 
     Raises:
         ShapeError: they do not fit each other.
     """
-    *experts, dim, hidden = down.shape
+    *experts, dim, hidden = down
     wanted = (*experts, hidden * (1 if activation in UNGATED else 2), dim)
-    if activation not in ACTIVATIONS or tuple(up.shape) != wanted:
+    if activation not in ACTIVATIONS or tuple(up) != wanted:
         raise ShapeError(
-            f"{activation} experts with down {list(down.shape)} have up {list(wanted)}; given "
-            f"{list(up.shape)} (activations: {', '.join(ACTIVATIONS)})"
+            f"{activation} experts with down {list(down)} have up {list(wanted)}; given "
+            f"{list(up)} (activations: {', '.join(ACTIVATIONS)})"
         )
     return dim, hidden
 

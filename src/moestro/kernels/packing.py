@@ -62,7 +62,7 @@ class ExpertSlabs(NamedTuple):
     """E packed experts in one page-aligned piece of memory, a slab each."""
 
     # uint8 [E · slab_bytes], without memory where they are `stored`; of kind "plain" gate_up
-    # [E, 2F, D] or up [E, F, D] itself
+    # [E, 2F, D] or up [E, F, D] itself, strided or not
     data: Tensor
     num_experts: int  # E
     dim: int  # D
@@ -73,6 +73,8 @@ class ExpertSlabs(NamedTuple):
     down_bias: Tensor | None = None  # fp32 [E, D]
     down: Tensor | None = None  # of kind "plain" the down projections [E, D, F]
     stored: Stored | None = None  # where they are read from as they are wanted
+    # of kind "plain", where `data` holds the gates alone: what they multiply, [E, F, D]
+    up: Tensor | None = None
 
 
 class BlockRows(NamedTuple):

@@ -19,6 +19,7 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
+    chosen_BSP: Tensor | None = None,
     bidirectional: bool = False,
 ) -> Tensor:
     """Causal attention of S queries that stand at the last S of P positions, or to all P.
@@ -36,8 +37,9 @@ def attend(
         bias_HSP: added to the scores.
         valid_BP: bool, False for keys that only their own query sees; or int64, the document of
             each key, where P = S: a query sees the keys of its own.
+        chosen_BSP: bool, the keys that each query may see of these; at least one of them.
         bidirectional: every query sees every valid key, and all alike where none is valid; P is
-            any length. Without window and sinks.
+            any length. Without window, sinks and chosen keys.
 
     Returns:
         [B, H, S, width of a value].
@@ -56,6 +58,8 @@ def attend(
                 if valid_BP is not None and valid_BP.dtype != torch.bool:
                     valid_P = [document == valid_P[own] for document in valid_P]
                 keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
+                if chosen_BSP is not None:
+                    keys = [p for p in keys if chosen_BSP[b, s, p]]
                 if bidirectional:
                     keys = [p for p in range(span) if valid_P[p]]
                 if not keys:

@@ -186,7 +186,7 @@ def cache_bytes(
 
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
     window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
-    (DeepSeek-V2, §2.1.2). An encoder-decoder keeps them for S target and S source positions in each
+    (DeepSeek-V2, §2.1.2), and the key of an indexer. An encoder-decoder keeps them for S target and S source positions in each
     layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32, and like
     a short convolution its last inputs, however long the text.
 
@@ -204,7 +204,10 @@ def cache_bytes(
     latent, rows, width = cfg.attention.latent, 2 * cfg.num_kv_heads, cfg.head_dim
     if latent is not None:
         rows, width = 1, latent.kv_rank + latent.rope_dim
-    row = width + 4 if cache == "int8" else width * number
+    widths = [width]
+    if latent is not None and latent.indexer is not None:
+        widths.append(latent.indexer.head_dim)
+    row = sum(each + 4 if cache == "int8" else each * number for each in widths)
     kept = rows * (positions * row + crossed * width * number)
     delta = cfg.attention.delta
     if delta is not None:

@@ -329,7 +329,13 @@ def _latent(dim: int, heads: int, cfg: LatentConfig) -> _Part:
     queries = heads * (cfg.nope_dim + cfg.rope_dim)
     q = dim * queries if cfg.q_rank is None else cfg.q_rank * (dim + queries)
     kv = dim * (cfg.kv_rank + cfg.rope_dim) + cfg.kv_rank * heads * (cfg.nope_dim + cfg.value_dim)
-    return _always(q + kv + heads * cfg.value_dim * dim, (cfg.q_rank or 0) + cfg.kv_rank)
+    other = (cfg.q_rank or 0) + cfg.kv_rank
+    if cfg.indexer is not None:
+        index = cfg.indexer
+        q += (cfg.q_rank or 0) * index.num_heads * index.head_dim
+        q += dim * (index.head_dim + index.num_heads)
+        other += 2 * index.head_dim
+    return _always(q + kv + heads * cfg.value_dim * dim, other)
 
 
 def _ffn(cfg: NetworkConfig, mixed: bool) -> _Part:
@@ -355,12 +361,16 @@ def _mixture(cfg: MoEConfig) -> _Part:
 
 
 def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
-    """The attention of every layer; a delta layer's state costs as much at any position."""
-    attention = cfg.attention
+    """The attention of every layer; a delta layer's state costs as much at any position.
+
+    An indexer scores every position, and attention looks at the best of them alone.
+    """
+    attention, index = cfg.attention, None
     per_head = 2 * cfg.head_dim
     if attention.latent is not None:
         latent = attention.latent
         per_head = latent.nope_dim + latent.rope_dim + latent.value_dim
+        index = latent.indexer
     layers: Counter[tuple[int | None, bool, bool]] = Counter()
     for stack in stacks:
         layers.update(
@@ -372,6 +382,13 @@ def _spans(cfg: NetworkConfig, stacks: Sequence[StackSpec]) -> tuple[Span, ...]:
             layers[None, False, False] += len(stack.layers)
     flops = 2 * attention.num_heads * per_head
     spans = tuple(Span(flops * number, *kind) for kind, number in layers.items())
+    if index is not None:
+        scores = 2 * index.num_heads * index.head_dim
+        scored = (Span(scores * number, *kind) for kind, number in layers.items())
+        spans = (
+            *(span._replace(window=min(span.window or index.top_k, index.top_k)) for span in spans),
+            *scored,
+        )
     deltas = sum(layer.state == "delta" for stack in stacks for layer in stack.layers)
     return (*spans, Span(deltas * _state_flops(attention), 1, True)) if deltas else spans
 

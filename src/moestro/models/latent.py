@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moestro.config import NetworkConfig, RopeConfig
 from moestro.kernels import attention, pointwise
 from moestro.models.cache import LayerCache
+from moestro.models.indexer import Indexer
 from moestro.models.linear import Linear, PlainLinear
 from moestro.models.norms import RMSNorm
 from moestro.models.rotary import Rotary, score_scale
@@ -21,10 +22,10 @@ NORM_EPS = 1e-6
 
 
 class LatentAttention(nn.Module):
-    """Causal latent attention over the last `context` positions.
+    """Causal latent attention over the last `context` positions, or those of them chosen.
 
     The cache keeps R + A numbers per position: the latent vector after its norm, and the rotated
-    part of the keys, which all heads share.
+    part of the keys, which all heads share. With an indexer it keeps that one's keys too.
 
     Args:
         cfg: of the model.
@@ -46,6 +47,7 @@ class LatentAttention(nn.Module):
             self.q_down = Linear(cfg.dim, latent.q_rank)
             self.q_norm = RMSNorm(latent.q_rank, NORM_EPS)
             self.q_up = Linear(latent.q_rank, self.num_heads * key_dim)
+        self.indexer = None if latent.indexer is None else Indexer(cfg.dim, latent)
         self.kv_down = Linear(cfg.dim, latent.kv_rank + latent.rope_dim)
         self.kv_norm = RMSNorm(latent.kv_rank, NORM_EPS)
         up_dim = self.num_heads * (latent.nope_dim + latent.value_dim)
@@ -74,26 +76,32 @@ class LatentAttention(nn.Module):
         assert angles is not None
         assert bias_HSP is None
         latent, (batch, length, _) = self.latent, x_BSD.shape
-        q_BSHO = self._queries(x_BSD).view(batch, length, self.num_heads, -1)
+        q_BSO, small_BSR = self._queries(x_BSD)
+        q_BSHO = q_BSO.view(batch, length, self.num_heads, -1)
         nope_BSHN, rope_BSHA = q_BSHO.split_with_sizes([latent.nope_dim, latent.rope_dim], dim=-1)
         down_BSO = self.kv_down(x_BSD)
         latent_BSR, key_BSA = down_BSO.split_with_sizes([latent.kv_rank, latent.rope_dim], dim=-1)
         turned = pointwise.rotate(torch.cat([rope_BSHA, key_BSA[:, :, None]], dim=2), *angles)
         rope_BSHA, key_BS1A = turned.split_with_sizes([self.num_heads, 1], dim=2)
-        kept_BPO = torch.cat([self.kv_norm(latent_BSR), key_BS1A[:, :, 0]], dim=-1)
-        if cache is not None:
-            (kept_BPO,) = cache.extend(kept_BPO)
+        kept = (torch.cat([self.kv_norm(latent_BSR), key_BS1A[:, :, 0]], dim=-1),)
+        if self.indexer is not None:
+            kept = (*kept, self.indexer.keys(x_BSD, angles))
+        kept_BPO, *index = kept if cache is None else cache.extend(*kept)
+        chosen_BSP = None
+        if self.indexer is not None:
+            inputs = (x_BSD, small_BSR, angles, *index)
+            chosen_BSP = self.indexer(*inputs, self.window, valid_BS)
         form = self.absorbed if self._absorbs(length, kept_BPO.shape[1]) else self.expanded
-        y_BHSO = form(nope_BSHN, rope_BSHA, kept_BPO, valid_BS)
+        y_BHSO = form(nope_BSHN, rope_BSHA, kept_BPO, valid_BS, chosen_BSP)
         out: Tensor = self.out(y_BHSO.transpose(1, 2).reshape(batch, length, -1))
         return out
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
+    def _queries(self, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of all heads together, and the small vector that they come from, if there is one."""
         if self.latent.q_rank is None:
-            q_BSO: Tensor = self.q(x_BSD)
-        else:
-            q_BSO = self.q_up(self.q_norm(self.q_down(x_BSD)))
-        return q_BSO
+            return self.q(x_BSD), None
+        small_BSR = self.q_norm(self.q_down(x_BSD))
+        return self.q_up(small_BSR), small_BSR
 
     def _absorbs(self, length: int, span: int) -> bool:
         """Whether `absorbed` multiplies less than `expanded`: for few queries of many keys."""
@@ -101,7 +109,12 @@ class LatentAttention(nn.Module):
         return length * (span * (2 * rank - head) + rank * head) < span * rank * head
 
     def expanded(
-        self, nope_BSHN: Tensor, rope_BSHA: Tensor, kept_BPO: Tensor, valid_BP: Tensor | None
+        self,
+        nope_BSHN: Tensor,
+        rope_BSHA: Tensor,
+        kept_BPO: Tensor,
+        valid_BP: Tensor | None,
+        chosen_BSP: Tensor | None = None,
     ) -> Tensor:
         """Keys and values of each head, computed from the latent vectors: [B, H, S, value]."""
         latent, (batch, span, _) = self.latent, kept_BPO.shape
@@ -118,10 +131,16 @@ class LatentAttention(nn.Module):
             scale=self.scale,
             window=self.window,
             valid_BP=valid_BP,
+            chosen_BSP=chosen_BSP,
         )
 
     def absorbed(
-        self, nope_BSHN: Tensor, rope_BSHA: Tensor, kept_BPO: Tensor, valid_BP: Tensor | None
+        self,
+        nope_BSHN: Tensor,
+        rope_BSHA: Tensor,
+        kept_BPO: Tensor,
+        valid_BP: Tensor | None,
+        chosen_BSP: Tensor | None = None,
     ) -> Tensor:
         """The same with no key or value computed (§2.1.2): [B, H, S, value].
 
@@ -137,7 +156,13 @@ class LatentAttention(nn.Module):
         # The rotary part passes along as if it were a value: cheaper than a copy without it.
         kept_B1PO = kept_BPO[:, None]
         y_BHSO = attention.attend(
-            q_BHSO, kept_B1PO, kept_B1PO, scale=self.scale, window=self.window, valid_BP=valid_BP
+            q_BHSO,
+            kept_B1PO,
+            kept_B1PO,
+            scale=self.scale,
+            window=self.window,
+            valid_BP=valid_BP,
+            chosen_BSP=chosen_BSP,
         )
         y_HTR = y_BHSO[..., : latent.kv_rank].transpose(0, 1).flatten(1, 2)
         if values_HOR.dtype.itemsize == 2:  # On CPU four times faster in this order, else slower.

@@ -74,7 +74,7 @@ def materialize(
             continue
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if old not in made:
-                made[old] = nn.Parameter(_empty(old.shape, dtype, device))
+                made[old] = nn.Parameter(_empty(old.shape, dtype, device), old.requires_grad)
             setattr(module, name, made[old])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, device=device))

@@ -58,7 +58,12 @@ def decode(
     attention = float(sum(s.flops * min(context, s.window or context) for s in counted.spans))
     if latent is not None:
         width, layers = 2 * latent.kv_rank + latent.rope_dim, len(cfg.stacks()[-1].layers)
-        attention = 2.0 * cfg.attention.num_heads * width * layers * context
+        index, looked_at = latent.indexer, context
+        scores = 0.0
+        if index is not None:
+            looked_at = min(context, index.top_k)
+            scores = 2.0 * index.num_heads * index.head_dim * context
+        attention = layers * (2.0 * cfg.attention.num_heads * width * looked_at + scores)
     flops = batch * (2 * counted.matmul + attention)
     read_bytes = _bytes(cfg, counted, dtype, batch, tables=cfg.vocab_size * cfg.dim)
     return StepWork(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype, cache))

@@ -1,6 +1,6 @@
 """config.json of published checkpoints, as their folders on the Hugging Face hub have them."""
 
-from .published_newer import FP8, NEWER
+from .published_newer import DEEPSEEK_V32, FP8, NEWER
 
 _FILES = {"torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True}
 _YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
@@ -394,3 +394,4 @@ PUBLISHED = {
     "switch-base-128": ({**_SWITCH, "num_experts": 128}, 7_415_217_408),
     **NEWER,
 }
+PUBLISHED["DeepSeek-V3.2"] = ({**PUBLISHED["DeepSeek-V3"][0], **DEEPSEEK_V32}, 671_877_944_064)

@@ -43,6 +43,14 @@ _GLM_4 = {
     "vocab_size": 151552,
 }
 # name → (config.json, numbers in transformers' model of it, selection biases included).
+# What DeepSeek-V3.2 says beside and in place of V3's fields.
+DEEPSEEK_V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
 NEWER = {
     "Kimi-K2-Instruct": (
         {

@@ -188,7 +188,7 @@ def test_rotary_scalings_go_both_ways(scaling, original):
     [
         ({"num_zero_experts": 2}, "unknown field num_zero_experts"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": None}, "hidden_size is null"),
         ({"num_experts_per_tok": 9}, "top_k is 9"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "up": 1}}, "unknown field up"),

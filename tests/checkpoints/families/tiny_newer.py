@@ -71,6 +71,31 @@ NEWER = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "deepseek_v32": (
+        "DeepseekV32",
+        {
+            **LATENT,
+            "q_lora_rank": 18,
+            "n_group": 2,
+            "topk_group": 1,
+            "index_topk": 5,
+            "index_n_heads": 12,
+            "index_head_dim": 14,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
+    "deepseek_v32_dense": (
+        "DeepseekV32",
+        {
+            **LATENT,
+            "q_lora_rank": 18,
+            "n_group": 1,
+            "topk_group": 1,
+            "index_head_dim": 8,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {

@@ -15,9 +15,11 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.packed_files import default_path
 from moestro.checkpoints.quantize import AS_STORED
 from moestro.checkpoints.reading import read_settings
+from moestro.config import ModelConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.models.build import build_model
+from moestro.models.decoder import Decoder
 from moestro.moe.packed import Packed, PackedStack
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64}
@@ -44,7 +46,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "glm4_moe_air": {"moe_intermediate_size": 32, "head_dim": 16},
     "dots1": {"moe_intermediate_size": 32, "sliding_window": None, **FOUR},
     "minimax_m2": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "ernie4_5_moe_mixed": {"moe_intermediate_size": 32},
+    "ernie4_5_moe": {"moe_intermediate_size": 32},
     "granitemoe": FOUR,
     "hunyuan_v1_moe_plain": {},
     "phimoe": {
@@ -82,10 +84,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return theirs(request.param, tmp_path_factory.mktemp("theirs"))
 
 
-def written(folder: Path, kind: str, target: Path) -> Path:
+def written(folder: Path, kind: str, target: Path, family: str | None = None) -> Path:
     opened = open_checkpoint(folder)
     assert opened.family is not None
-    write_gguf(opened.model, target, family=opened.family, kind=kind)
+    write_gguf(opened.model, target, family=family or opened.family, kind=kind)
     return target
 
 
@@ -108,12 +110,45 @@ def test_fp32_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(back.model(tokens()).logits, ours.model(tokens()).logits, **close)
 
 
+def every_second(layers: int, first: int) -> ModelConfig:
+    """ERNIE 4.5 with a mixture in every second layer from one on."""
+    router = {"selection_bias": True, "renormalize": True}
+    experts = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "shared": {"hidden_dim": 32}}
+    return ModelConfig(
+        vocab_size=32, dim=32, num_layers=layers, dense_first=first, moe_every=2,
+        norm={"eps": 1e-5}, attention={"positions": {"theta": 5e5}},
+        moe={**experts, "router": router},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "first"), [(5, 2), (4, 0)])
+def test_dense_layers_after_a_mixture_are_refused(layers: int, first: int, tmp_path: Path) -> None:
+    """llama.cpp asks for a mixture in every layer after the first: it does not open such files."""
+    model = Decoder(every_second(layers, first))
+    with pytest.raises(ConfigError, match=r"dense and comes after the first mixture.*llama\.cpp"):
+        write_gguf(model, tmp_path / "m.gguf", family="ernie4_5_moe", kind="f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dense_layers_before_the_first_mixture_are_counted(tmp_path: Path) -> None:
+    model, file = Decoder(every_second(4, 2)), tmp_path / "m.gguf"
+    write_gguf(model, file, family="ernie4_5_moe", kind="f32")
+    assert read(file).get(".leading_dense_block_count") == 3
+    back = open_checkpoint(file).model.cfg
+    assert [layer for layer in range(4) if back.is_moe_layer(layer)] == [3]
+
+
 @torch.no_grad()
 def test_bailing_has_one_tensor_of_queries_keys_and_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GLM-4.5's network under Ling's names: transformers has no class of it."""
-    monkeypatch.setitem(FORMS, "glm4_moe", {**FORMS["glm4_moe"], "attention_bias": False})
+    form = {**FORMS["glm4_moe"], **FOUR, "attention_bias": False}
+    monkeypatch.setitem(FORMS, "glm4_moe", {**form, "head_dim": 12})
+    with pytest.raises(ConfigError, match="queries are 48 wide and the model 64"):
+        written(theirs("glm4_moe", tmp_path / "n"), "f32", tmp_path / "n.gguf", "bailing_moe")
+    assert not (tmp_path / "n.gguf").exists()
+    monkeypatch.setitem(FORMS, "glm4_moe", {**form, "head_dim": 16})
     ours = open_checkpoint(theirs("glm4_moe", tmp_path / "t")).model
     write_gguf(ours, tmp_path / "m.gguf", family="bailing_moe", kind="f32")
     assert "blk.0.attn_qkv.weight" in {info.name for info in read(tmp_path / "m.gguf").tensors}

@@ -46,6 +46,7 @@ FAMILIES: Mapping[str, Family] = {
         deepseek.DEEPSEEK,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        deepseek.DEEPSEEK_V32,
         deepseek.KIMI_K2,
         bailing.BAILING_MOE,
         dots.DOTS1,

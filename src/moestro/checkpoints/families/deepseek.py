@@ -1,8 +1,8 @@
-"""DeepSeekMoE 16B, DeepSeek-V2, DeepSeek-V3 and Kimi-K2: many small experts, latent attention.
+"""DeepSeekMoE 16B, DeepSeek-V2, V3, V3.2 and Kimi-K2: many small experts, latent attention.
 
-Dai et al. 2024; DeepSeek-V2 (2024, §2); DeepSeek-V3 (2024, §2). V3 is published in fp8, with a
-layer at the end for multi-token prediction, which this project does not run. Kimi-K2 is V3
-under another name.
+Dai et al. 2024; DeepSeek-V2 (2024, §2); DeepSeek-V3 (2024, §2); V3.2 (2025, §2.1), where an indexer
+chooses the positions that a token attends to. V3 is published in fp8, with a layer at the end for
+multi-token prediction, which this project does not run. Kimi-K2 is V3 under another name.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ LATENT_RULES = (
     ),
     *NETWORKS,
 )
+
+
+def layer_kinds(cfg: Any) -> list[str]:
+    """What `mlp_layer_types` says."""
+    return ["dense" if n < cfg.dense_first else "sparse" for n in range(cfg.num_layers)]
 
 
 def next_tokens(cfg: Any) -> dict[str, tuple[str, ...]]:
@@ -203,3 +208,30 @@ DEEPSEEK_V3 = Family(
     replaced={"num_nextn_predict_layers": 0},
 )
 KIMI_K2 = DEEPSEEK_V3._replace(model_type="kimi_k2")
+_INDEXER = "attention.latent.indexer"
+DEEPSEEK_V32 = DEEPSEEK_V3._replace(
+    model_type="deepseek_v32",
+    architecture="DeepseekV32ForCausalLM",
+    entries=(
+        *DEEPSEEK_V3.entries,
+        field("index_n_heads", f"{_INDEXER}.num_heads", 64),
+        field("index_head_dim", f"{_INDEXER}.head_dim", 128),
+        field("index_topk", f"{_INDEXER}.top_k", 2048),
+        derived("mlp_layer_types", layer_kinds, written=False),
+        derived("layer_types", lambda cfg: ["indexed_attention"] * cfg.num_layers, written=False),
+        fixed("mlp_bias", False),
+    ),
+    rules=(
+        *LATENT_RULES,
+        *renamed(
+            {
+                f"{_THEIRS}indexer.wq_b": f"{_OURS}indexer.q",
+                f"{_THEIRS}indexer.wk": f"{_OURS}indexer.k",
+                f"{_THEIRS}indexer.k_norm": f"{_OURS}indexer.k_norm",
+                f"{_THEIRS}indexer.weights_proj": f"{_OURS}indexer.weights",
+            },
+            "weight",
+            "bias",
+        ),
+    ),
+)

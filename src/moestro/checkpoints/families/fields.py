@@ -69,8 +69,14 @@ def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     if default is True and name in hf:
         raise ConfigError(f"{name} is null; it has to be true or false")
     if default is REQUIRED:
-        raise ConfigError(f"{name} is missing; a config.json of this model_type needs it")
+        raise missing(hf, name)
     return default
+
+
+def missing(hf: Mapping[str, Any], name: str) -> ConfigError:
+    """What to raise where a field has no value and no default."""
+    how = "null" if name in hf else "missing"
+    return ConfigError(f"{name} is {how}; a config.json of this model_type needs it")
 
 
 def field(theirs: str, ours: str, default: Any = REQUIRED) -> Entry:

@@ -16,6 +16,7 @@ from moestro.checkpoints.families.deepseek import (
     MIXTURE,
     NETWORKS,
     SIGMOID,
+    layer_kinds,
     next_tokens,
     sigmoid_router,
 )
@@ -34,7 +35,7 @@ def _mixed_layers() -> Entry:
         if kinds is None:
             return {"dense_first": 1}
         first = list(kinds).index("sparse") if "sparse" in kinds else len(kinds)
-        if list(kinds) != _kinds(first, num_layers(hf)):
+        if list(kinds) != ["dense"] * first + ["sparse"] * (num_layers(hf) - first):
             raise ConfigError(
                 f"mlp_layer_types is {kinds!r}; only {num_layers(hf)} entries, the first 'dense' "
                 "and all others 'sparse', can be expressed here"
@@ -42,13 +43,9 @@ def _mixed_layers() -> Entry:
         return {"dense_first": first}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
-        return {"mlp_layer_types": _kinds(cfg.dense_first, cfg.num_layers)}
+        return {"mlp_layer_types": layer_kinds(cfg)}
 
     return Entry(("mlp_layer_types",), read, write)
-
-
-def _kinds(dense: int, layers: int) -> list[str]:
-    return ["dense" if n < dense else "sparse" for n in range(layers)]
 
 
 GLM4_MOE = Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moestro.checkpoints.families.fields import setting
+from moestro.checkpoints.families.fields import missing, setting
 from moestro.checkpoints.families.llama import (
     BIAS,
     BLOCK,
@@ -56,7 +56,7 @@ def _each(theirs: str, *ours: str) -> Entry:
     def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         given = _of_all_layers(hf, theirs)
         if given is None:
-            raise ConfigError(f"{theirs} is missing; a config.json of this model_type needs it")
+            raise missing(hf, theirs)
         return dict.fromkeys(ours, given)
 
     return Entry((theirs,), read, lambda cfg, original: {theirs: setting(cfg, ours[0])})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.checkpoints.families.fields import choice, derived, field, fixed, num_layers
+from moestro.checkpoints.families.fields import choice, derived, field, fixed, missing, num_layers
 from moestro.checkpoints.families.llama import (
     BLOCK,
     DENSE,
@@ -31,9 +31,7 @@ def _layers(*, needed: bool) -> Entry:
         if kinds is None:
             attending = hf.get(names[1])
             if attending is None and needed:
-                raise ConfigError(
-                    "layer_types is missing; a config.json of this model_type needs it"
-                )
+                raise missing(hf, names[0])
             attending = range(layers) if attending is None else attending
         else:
             unknown = set(kinds) - set(_KINDS)

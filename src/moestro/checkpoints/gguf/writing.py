@@ -89,6 +89,7 @@ def write_gguf(
     if kind not in KINDS:
         raise ConfigError(f"weights in GGUF are {', '.join(KINDS)}; given {kind!r}")
     assert isinstance(model.cfg, ModelConfig)
+    _check_form(NETWORKS[family], model.cfg)
     table = with_names(family_of(family, "family"))
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     writer = GGUFWriter(unfinished, NETWORKS[family])
@@ -149,6 +150,24 @@ def tensors_of(outgoing: list[Written], kind: GGMLQuantizationType) -> list[Tens
 def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
     known = header.KINDS[int(kind)]
     return known.length, known.bytes
+
+
+def _check_form(network: str, cfg: ModelConfig) -> None:
+    """Refuse what llama.cpp's networks have no form for, though a file could say it."""
+    mixed = [layer for layer in range(cfg.num_layers) if cfg.is_moe_layer(layer)]
+    others = [layer for layer in range(*mixed[:1], cfg.num_layers) if layer not in mixed]
+    if mixed and others:
+        raise ConfigError(
+            f"layer {others[0]} is dense and comes after the first mixture, layer {mixed[0]}; "
+            "llama.cpp reads every layer after the first mixture as one, so this model cannot be "
+            "written as GGUF. Write it with --to hf"
+        )
+    width = cfg.attention.num_heads * cfg.head_dim
+    if network == "bailingmoe2" and width != cfg.dim:
+        raise ConfigError(
+            f"queries are {width} wide and the model {cfg.dim}; llama.cpp's bailingmoe2 takes "
+            "queries as wide as the model"
+        )
 
 
 def _check(path: Path, family: Family, cfg: Config) -> None:
@@ -287,7 +306,7 @@ def _mixture(cfg: ModelConfig) -> dict[str, Any]:
         "expert_weights_norm": moe.renormalizes,
         "expert_weights_scale": router.scale,
         "expert_gating_func": 2 if router.kind == "sigmoid" else 1,
-        "leading_dense_block_count": cfg.dense_first,
+        "leading_dense_block_count": next(filter(cfg.is_moe_layer, range(cfg.num_layers))),
         "interleave_moe_layer_step": cfg.moe_every,  # llama.cpp's ERNIE 4.5 asks for it
     }
     if router.num_groups > 1:
