@@ -14,7 +14,7 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.reading import open_unread
 from moestro.config import ParallelConfig
 from moestro.errors import CheckpointError, ConfigError
-from moestro.plan.parallel import spread
+from moestro.plan.parallel import Step, spread
 from moestro.plan.report import training_step
 from moestro.plan.subject import from_settings
 from moestro.train.distributed import Ranks
@@ -151,15 +151,24 @@ def four(settings, two, tiny_data_folder, tiny_corpus, tmp_path_factory):
     runs = {
         "from two": settings({"expert": 2, "shard": 4}),
         "measured": settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4),
+        "measured in pieces": in_pieces(settings),
     }
     cases = [
         case("from two", "from two", resume=two[0] / "shard 2", step=2),
         case("measured", "measured"),
+        case("measured in pieces", "measured in pieces"),
     ]
     short = {"steps": 2, "every": 2}
     printed = spread_runs(4, settings, tiny_data_folder, root, (runs, cases), **short)
     (root / "measured.txt").write_text("".join(printed))
     return root
+
+
+def in_pieces(settings):
+    """Four ranks, two micro-batches each, recomputed, with a capacity of all that drops nothing."""
+    drop = {"factor": 8.0, "scope": "global", "priority": "router"}
+    layout = {"expert": 2, "shard": 4}
+    return settings(layout, "float32", pieces=8, ranks=4, steps=2, every=2, drop=drop)
 
 
 def weights_of(run, step=None):
@@ -296,22 +305,32 @@ def test_a_bug_that_others_had_is_seen(two, alone, bug):
         assert gap(root / bug, alone(pieces=pieces, steps=2, every=1)) > 1e-9
 
 
-def test_the_plan_says_what_is_held_and_sent(four, settings):
-    """Experts twice on four ranks, all else twice in halves: memory, and traffic by counting."""
-    cfg = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+def check_plan(cfg, step, tokens, measured):
+    """Memory of each rank within 10 %, and what it sends within 2 %, by counting."""
     subject = from_settings("", cfg.model, "")
     training = training_step(subject, 16, 2, "fp32")
-    layout = cfg.parallel.layout(4, 4)
-    plan = spread(cfg.model, subject.count, training, layout, tokens=32, number=4)
-    ranks = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
-    for weights, moments, _ in ranks:
+    layout, steps = cfg.parallel.layout(4, 4), cfg.train.steps
+    plan = spread(cfg.model, subject.count, training, layout, tokens, number=4, step=step)
+    for weights, moments, _ in measured:
         assert weights == pytest.approx(plan.weights, rel=0.1)
         assert moments == pytest.approx(plan.optimizer, rel=0.1)
-    rows = sum(sent["rows"] for _, _, sent in ranks) / 4 / 4  # per rank and step
+    rows = sum(sent["rows"] for _, _, sent in measured) / 4 / steps  # per rank and step
     assert rows == pytest.approx(plan.all_to_all, rel=0.02)
-    for _, _, sent in ranks:
-        others = sum(size for name, size in sent.items() if name not in ("rows", "counts")) / 4
-        assert others == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
+    for _, _, sent in measured:
+        others = sum(size for name, size in sent.items() if name not in ("rows", "counts"))
+        assert others / steps == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
+
+
+def test_the_plan_says_what_is_held_and_sent(four, settings):
+    """Experts twice on four ranks, all else twice in halves; a shared expert."""
+    measured = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
+    cfg = settings({"expert": 2, "shard": 2}, "float32", steps=4, every=4)
+    check_plan(cfg, Step(), 32, measured[::2])
+
+
+def test_the_plan_counts_micro_batches_recomputation_and_a_global_capacity(four, settings):
+    measured = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
+    check_plan(in_pieces(settings), Step(2, recomputes=True), 16, measured[1::2])
 
 
 def test_layouts_that_do_not_fit_are_refused_with_those_that_do():

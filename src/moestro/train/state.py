@@ -50,10 +50,13 @@ from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
+from moestro.train.distributed import Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
 
 SETTINGS_NAME = "config.json"
+JOB_NAME = "job.json"  # which job of torchrun trains here
+RESTARTS, JOB = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
 # In a run that began from a checkpoint: the files that came with its weights.
 ORIGIN = "init"
 FORMAT = 1
@@ -252,6 +255,27 @@ def corpus_fingerprint(checkpoint: Path) -> str | None:
 def holds_run(run: Path) -> bool:
     """Whether a folder already holds a run, finished or not."""
     return any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, CHECKPOINTS))
+
+
+def goes_on(run: Path, ranks: Ranks, environment: Mapping[str, str]) -> bool:
+    """Whether this start is one that torchrun made again, and the folder holds its run.
+
+    Every rank calls it and gets the same answer. A machine that was replaced knows of no restart,
+    nor does one where no rank had failed; so the job's name counts too.
+    """
+    again = ranks.first("" if environment.get(RESTARTS, "0") != "0" else None) is not None
+    found = None
+    if ranks.writes and holds_run(run):
+        job, noted = environment.get(JOB, ""), run / JOB_NAME
+        same = noted.is_file() and read_json(noted).get("job") == job not in ("", "none")
+        found = "" if again or same else None
+    return ranks.first(found) is not None
+
+
+def note_job(run: Path, environment: Mapping[str, str]) -> None:
+    """Write down which job of torchrun trains in a folder, if one does; see `goes_on`."""
+    if JOB in environment:
+        write_json(run / JOB_NAME, {"job": environment[JOB]})
 
 
 def claim_folder(run: Path, resume: bool) -> None:
