@@ -187,14 +187,15 @@ def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
-    from moestro.train.state import claim_folder, corpus_of, newest_or_none, note_job
+    from moestro.train.sharded_state import newest_together
+    from moestro.train.state import claim_folder, corpus_of, note_job
 
-    if not ranks.writes:
-        ranks.wait()
-    else:
+    if ranks.writes:
         claim_folder(folder, resume)
         note_job(folder, os.environ)
-    checkpoint = newest_or_none(folder) if resume else None
+    checkpoint = newest_together(folder, ranks) if resume else None
+    if not ranks.writes:
+        ranks.wait()
     corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     if ranks.writes:
         ranks.wait()

@@ -47,12 +47,16 @@ class Ranks(NamedTuple):
             dist.all_reduce(x)
         return x
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What every rank gives, the first rank's first; small, and the same on all."""
+        everything = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everything, value)
+        return everything
+
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something says; the same on all."""
-        everything: list[str | None] = [found] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everything, found)
-        return next((one for one in everything if one is not None), None)
+        return next((one for one in self.gathered(found) if one is not None), None)
 
     def wait(self) -> None:
         """Return once every rank has come here."""
