@@ -364,6 +364,42 @@ def test_pieces_that_do_not_fit_are_refused(two, tmp_path):
         open_unread(tmp_path / "less")
 
 
+NEWEST = """
+import sys
+from pathlib import Path
+import torch
+from moestro.errors import CheckpointError
+from moestro.train.distributed import joined
+from moestro.train.sharded_state import newest_together
+with joined(torch.device("cpu")) as ranks:
+    for run in map(Path, sys.argv[1:]):
+        try:
+            print(newest_together(run, ranks).name)
+        except CheckpointError as error:
+            print(error)
+"""
+
+
+def test_all_ranks_go_on_from_the_newest_that_is_whole(two, tmp_path):
+    """Each reads a part of the files; a damage that any finds counts for all."""
+    for run, steps in ("some", [4]), ("all", [2, 4]):
+        shutil.copytree(two[0] / "expert 2", tmp_path / run)
+        for step, name in zip(steps, ("optimizer-rank-00001", "model-rank-00002"), strict=False):
+            path = (
+                tmp_path
+                / run
+                / "checkpoints"
+                / f"step-00000{step}"
+                / f"{name}-of-00002.safetensors"
+            )
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    for printed in run_ranks(2, NEWEST, tmp_path / "some", tmp_path / "all"):
+        first, second = printed.splitlines()
+        assert first == "step-000002"
+        assert "no checkpoint in" in second
+        assert second.count("does not match its checksum") == 2
+
+
 def test_torchs_own_reader_reads_the_pieces(two):
     checkpoint = two[0] / "expert 2 shard 2" / "checkpoints" / "step-000004"
     model = open_checkpoint(checkpoint, verified=True).model
