@@ -5,6 +5,7 @@ leaves weights, norms or losses that are not those of one process, which is what
 """
 
 import json
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -198,8 +199,11 @@ def held(trainer):
 def main() -> None:
     """Run the cases of cases.json, a list of {run, settings, bug, resume}."""
     root, data = map(Path, sys.argv[1:])
-    with distributed.joined(torch.device("cpu"), timeout_s=60) as ranks:
-        for case in json.loads((root / "cases.json").read_text()):
+    cases = json.loads((root / "cases.json").read_text())
+    wish = state.read_run_settings(root, f"{cases[0]['settings']}.json").train.runtime.device
+    device = distributed.pick_device(wish, distributed.ranks_from(os.environ))
+    with distributed.joined(device, timeout_s=60) as ranks:
+        for case in cases:
             run, bug = root / case["run"], BUGS.get(case["bug"])
             if case["resume"]:  # from what another run had at a step
                 if ranks.writes:

@@ -12,12 +12,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.reading import open_unread
-from moestro.config import ParallelConfig
-from moestro.errors import CheckpointError, ConfigError
+from moestro.errors import CheckpointError
 from moestro.plan.parallel import Step, spread
 from moestro.plan.report import training_step
 from moestro.plan.subject import from_settings
-from moestro.train.distributed import Ranks
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 
@@ -331,29 +329,6 @@ def test_the_plan_says_what_is_held_and_sent(four, settings):
 def test_the_plan_counts_micro_batches_recomputation_and_a_global_capacity(four, settings):
     measured = [json.loads(line) for line in (four / "measured.txt").read_text().splitlines()]
     check_plan(in_pieces(settings), Step(2, recomputes=True), 16, measured[1::2])
-
-
-def test_layouts_that_do_not_fit_are_refused_with_those_that_do():
-    for parallel, ranks, experts, words in (
-        ({"expert": 4}, 6, 8, "parallel.expert = 2, or start 4 or 8 processes"),
-        ({"expert": 3}, 6, 8, "expert = 2"),
-        ({"expert": 2}, 2, None, "a model without experts"),
-        ({"expert": 2, "shard": 3}, 12, 8, "set it to 2 or 4"),
-        ({"shard": 5}, 8, 8, "set it to 4 or 8"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            ParallelConfig(**parallel).layout(ranks, experts)
-    layout = ParallelConfig(expert=4, shard="auto").layout(16, 8)
-    assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (1, 4, 1)
-    layout = ParallelConfig(expert=4, shard=2).layout(16, 8)
-    assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (8, 1, 4)
-
-
-def test_adapters_are_not_split(settings, tiny_settings, tiny_corpus, tmp_path):
-    for parallel in ({"expert": 2}, {"shard": 2}):
-        cfg = tiny_settings(parallel=parallel, lora={"rank": 2})
-        with pytest.raises(ConfigError, match="adapters are trained on whole models"):
-            Trainer(cfg, tmp_path / "run", tiny_corpus, ranks=Ranks(0, 2)).time_steps(1)
 
 
 def test_pieces_that_do_not_fit_are_refused(two, tmp_path):
