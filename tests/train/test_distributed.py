@@ -143,7 +143,7 @@ def test_ranks_meet_again_in_a_store_that_knows_those_that_were_killed(tmp_path)
     """As under torchrun on several machines, where those that restart are told no common number."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     where = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    for turn in range(3):
+    for turn in range(2):
         ranks = start_ranks(2, MEET, tmp_path / str(turn), 20, **where)
         assert ranks.ended() == [-signal.SIGKILL] * 2
         assert ranks.printed(0) == ranks.printed(1) == "[0, 1]\n"

@@ -247,7 +247,7 @@ def test_twenty_steps(number, settings, alone, tiny_data_folder, tmp_path):
     assert gap(tmp_path / "pieces", alone(pieces=8, **LONG)) <= 1e-12
     assert gap(tmp_path / "float32", alone(dtype="float32", **LONG)) <= 1e-5
     wanted = bits(alone(dtype="bfloat16", **LONG))
-    assert bits(tmp_path / "bfloat16") == pytest.approx(wanted, rel=1e-4)
+    assert bits(tmp_path / "bfloat16") == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_resumed_run_is_bitwise_the_whole_one(two):
