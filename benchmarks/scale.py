@@ -1,14 +1,15 @@
 """Published models on many GPUs, on paper: what `plan` says, what binds, and what unevenness costs.
 
-Nothing is run. State and traffic are `moestro.plan.parallel.spread`'s. Seconds are those of the
-arithmetic at 40 % of an H100's peak, and of what is sent at 50 GB/s a GPU; nothing is overlapped,
-so a layer's seconds are their sum.
+Nothing is run. Activations are recomputed. State and traffic are `moestro.plan.parallel.spread`'s.
+Seconds are those of the arithmetic at 40 % of an H100's peak, and of what is sent at 50 GB/s a GPU;
+nothing is overlapped, so a layer's seconds are their sum.
 
 Unevenness is simulated. Each rank reads one sequence of one domain and sends its tokens to experts
 as the domains of a trained router do (results/evidence.json, shares by domain and layer); the
 fullest rank of an expert group keeps the others waiting. Stragglers are normal noise on the seconds
 of each rank and layer: at every exchange a group waits for its slowest rank, and a step for its
-slowest group.
+slowest group. That weights are gathered one layer ahead, over all ranks, adds nothing: noise never
+parts groups by a whole layer.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from numpy.typing import NDArray
 
 from moestro.config import ParallelConfig
 from moestro.plan.devices import DEVICES
-from moestro.plan.parallel import SPREAD, Rank
+from moestro.plan.parallel import SPREAD, Rank, Step
 from moestro.plan.presets import preset
 from moestro.plan.report import Question, report
 from moestro.train.task import example_train_flops
 
 GIB, H100, EFFICIENCY, NETWORK_BYTES_PER_S = 2**30, DEVICES["h100"], 0.4, 50e9
+RECOMPUTED = 4 / 3  # the forward is computed again, a third of a step's arithmetic
 NOISE = 0.05  # σ of a rank's seconds in one layer
 DRAWS = 20
 
@@ -95,18 +97,21 @@ def row(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     assert cfg is not None
     assert cfg.moe is not None
     how = ParallelConfig(expert=case.expert, shard=case.shard or "auto")
-    asked = Question(context=case.tokens, ranks=case.ranks, parallel=SPREAD, spread=how)
+    asked = Question(
+        context=case.tokens, ranks=case.ranks, parallel=SPREAD, spread=how,
+        step=Step(recomputes=True),
+    )  # fmt: skip
     answer = report(subject, asked, with_dense=False)
     one: Rank | None = answer.rank
     assert one is not None
-    assert answer.training.checkpointed is not None
+    assert one.activations is not None
     lengths = (case.tokens, case.tokens // 4) if cfg.has_encoder else (case.tokens,)
     flops = example_train_flops(cfg, *lengths)
-    compute_s = flops / (EFFICIENCY * H100.flops_per_s)
+    compute_s = RECOMPUTED * flops / (EFFICIENCY * H100.flops_per_s)
     network_s = one.sent / NETWORK_BYTES_PER_S
     exchange_s = one.all_to_all / NETWORK_BYTES_PER_S
     state = one.weights + one.gradients + one.optimizer
-    held = state + (one.gathered or 0) + answer.training.checkpointed
+    held = one.held
     layers = sum(layer.mixture for stack in cfg.stacks() for layer in stack.layers)
     load, slow = uneven(case, cfg.moe.num_experts, rng), straggling(case, layers, rng)
     if held > H100.memory_bytes:
@@ -119,7 +124,7 @@ def row(case: Case, rng: np.random.Generator) -> dict[str, Any]:
         "model": case.name, "ranks": case.ranks, "split": case.expert,
         "shard": case.shard or case.ranks,
         "state GiB": state / GIB, "gathered GiB": (one.gathered or 0) / GIB,
-        "activations GiB": answer.training.checkpointed / GIB, "sent GiB": one.sent / GIB,
+        "activations GiB": one.activations / GIB, "sent GiB": one.sent / GIB,
         **times, "binds": binds, "tokens/s/GPU": case.tokens / (compute_s + network_s),
         "published": published or "", "fullest rank": load, "stragglers": slow,
         # Experts' arithmetic and rows wait for the fullest rank, all else for the slowest.

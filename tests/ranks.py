@@ -58,15 +58,16 @@ def run_ranks(number: int, code: str, *arguments: object) -> list[str]:
 
 
 def start_ranks(
-    number: int, code: str, folder: Path, *arguments: object, restarts: int = 0
+    number: int, code: str, folder: Path, *arguments: object, restarts: int = 0, **more: object
 ) -> Pair:
-    """Begin them; what they print goes into `folder`."""
+    """Begin them; what they print goes into `folder`. `more`: environment of all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
         "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     request = {"code": code, "folder": str(folder), "arguments": list(map(str, arguments))}

@@ -6,10 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.pieces import WEIGHTS, Piece, write_pieces
 from moestro.cli.main import main
+from moestro.config import ModelConfig
+from moestro.models.build import new_model
 
-from ..ranks import run_two_ranks
+from ..ranks import run_ranks, run_two_ranks
 
 RANK_OF_TWO = """
 import json, sys
@@ -78,6 +82,49 @@ def test_convert_to_hugging_faces_layout(root, whole, tmp_path):
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in one
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+import moestro.checkpoints.opening, moestro.checkpoints.writing, moestro.plan.sizes, rich.progress
+from moestro.cli.main import main
+
+def memory(name):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(name + ":")[1].split()[0])
+
+held = memory("VmRSS")
+assert main(["convert", *sys.argv[1:]]) == 0
+print("grown by", memory("VmHWM") - held)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint of 90 MB in two ranks' pieces; no tensor is larger than 3 MB."""
+    moe = {"hidden_dim": 96, "num_experts": 32, "shared": {"hidden_dim": 32, "gate": True}}
+    cfg = ModelConfig(vocab_size=64, dim=128, num_layers=20, moe=moe, attention={"num_heads": 2})
+    model, target = new_model(cfg), tmp_path_factory.mktemp("large") / "whole"
+    with atomic_folder(target) as folder:
+        (folder / "config.json").write_text(cfg.model_dump_json())
+        for rank in range(2):
+            pieces = []
+            for name, tensor in model.named_parameters():
+                rows, first = tensor.detach().chunk(2), rank * -(-len(tensor) // 2)
+                pieces += [Piece(name, rows[rank], (first, 0))] if rank < len(rows) else []
+            write_pieces(folder, WEIGHTS, pieces, rank, 2)
+    return target
+
+
+@pytest.mark.parametrize("how", [["hf", "--family", "qwen2_moe"], ["moestro"]])
+def test_convert_holds_a_tensor_and_not_the_model(how, large, tmp_path):
+    size = sum(path.stat().st_size for path in large.iterdir())
+    (printed,) = run_ranks(1, CONVERT, large, tmp_path / "new", "--to", *how)
+    assert size > 90e6
+    assert int(printed.split()[-1]) < size / 2  # a third is modules and headers
+    (path,) = (tmp_path / "new").glob("*.safetensors")
+    assert path.stat().st_size == pytest.approx(size, rel=0.01)
 
 
 TEXT = ["--source", "TEXT", "--tokens", "64", "--json"]

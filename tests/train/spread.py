@@ -5,6 +5,7 @@ leaves weights, norms or losses that are not those of one process, which is what
 """
 
 import json
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -145,7 +146,7 @@ class Sent:
         self.bytes, self.on = {}, False
         for name, tensor in (
             ("all_gather_single", 0), ("reduce_scatter_single", 1), ("all_reduce", 0),
-            ("all_to_all_single", 1),
+            ("all_to_all_single", 1), ("all_gather", 1),
         ):  # fmt: skip
             call = self.counted(name, getattr(dist, name), tensor)
             stack.enter_context(patch.object(dist, name, call))
@@ -166,6 +167,8 @@ class Sent:
             group = named.get("group") or next(
                 (g for g in given if hasattr(g, "size") and not isinstance(g, torch.Tensor)), None
             )
+            if name == "all_gather":
+                group = group or dist.group.WORLD
             if self.on and group is not None:
                 whole, ranks = given[place] if len(given) > place else named["input"], group.size()
                 share = (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
@@ -174,6 +177,8 @@ class Sent:
                     sends = given[3] if len(given) > 3 else None
                     others = whole.shape[0] - (sends[group.rank()] if sends else 0)
                     share, name_ = others / max(1, whole.shape[0]), "rows" if sends else "counts"
+                elif name == "all_gather":  # of what every rank has, in full
+                    share, name_ = ranks - 1, name
                 else:
                     name_ = name
                 self.bytes[name_] = self.bytes.get(name_, 0) + share * size
@@ -194,8 +199,11 @@ def held(trainer):
 def main() -> None:
     """Run the cases of cases.json, a list of {run, settings, bug, resume}."""
     root, data = map(Path, sys.argv[1:])
-    with distributed.joined(torch.device("cpu"), timeout_s=60) as ranks:
-        for case in json.loads((root / "cases.json").read_text()):
+    cases = json.loads((root / "cases.json").read_text())
+    wish = state.read_run_settings(root, f"{cases[0]['settings']}.json").train.runtime.device
+    device = distributed.pick_device(wish, distributed.ranks_from(os.environ))
+    with distributed.joined(device, timeout_s=60) as ranks:
+        for case in cases:
             run, bug = root / case["run"], BUGS.get(case["bug"])
             if case["resume"]:  # from what another run had at a step
                 if ranks.writes:
@@ -207,7 +215,7 @@ def main() -> None:
             with ExitStack() as stack:
                 if bug is not None:
                     stack.enter_context(patch.object(bug.target, bug.name, bug.code))
-                sent = Sent(stack) if case["run"] == "measured" else None
+                sent = Sent(stack) if case["run"].startswith("measured") else None
                 cfg = state.read_run_settings(root, f"{case['settings']}.json")
                 try:
                     trainer = Trainer(cfg, run, Corpus(data), ranks=ranks)

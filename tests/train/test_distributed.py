@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from moestro.train.distributed import ALONE, Ranks, joined, pick_device, pick_dt
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 
-from ..ranks import run_two_ranks
+from ..ranks import run_two_ranks, start_ranks
 
 RANK_OF_TWO = """
 import sys, warnings
@@ -121,6 +123,40 @@ def test_the_place_comes_from_torchruns_environment():
     for bad in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}):
         with pytest.raises(ConfigError, match="torchrun"):
             ranks_from(bad)
+
+
+MEET = """
+import os, signal, sys
+import torch
+from moestro.errors import TrainingError
+from moestro.train.distributed import joined
+try:
+    with joined(torch.device("cpu"), timeout_s=int(sys.argv[1])) as ranks:
+        print(ranks.gathered(ranks.rank), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_ranks_meet_again_in_a_store_that_knows_those_that_were_killed(tmp_path):
+    """As under torchrun on several machines, where those that restart are told no common number."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for turn in range(2):
+        ranks = start_ranks(2, MEET, tmp_path / str(turn), 20, **where)
+        assert ranks.ended() == [-signal.SIGKILL] * 2
+        assert ranks.printed(0) == ranks.printed(1) == "[0, 1]\n"
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    store.set("hello 1", "of a rank that was killed")
+    ranks = start_ranks(1, MEET, tmp_path, 1, **where, WORLD_SIZE=3)
+    assert ranks.ended(30) == [0]
+    assert "did not answer within 1 s" in ranks.printed(0)
+    assert "ranks [1, 2]" in ranks.printed(0)
 
 
 def test_devices():

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,13 +121,15 @@ def torchrun(words, tmp_path):
     """A function: torchrun's options, more of ours → its process, of a session of its own."""
     begun = []
 
-    def launch(*options, more=()):
-        command = [Path(sys.executable).with_name("torchrun"), "--standalone"]
-        command += ["--nproc-per-node", "2", *options, "-m", "moestro", *words, *more]
+    def launch(*options, more=(), where=("--standalone", "--nproc-per-node", "2")):
+        command = [Path(sys.executable).with_name("torchrun"), *where, *options]
+        command += ["-m", "moestro", *words, *more]
         begun.append(
             subprocess.Popen(
                 list(map(str, command)),
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # With its own store torchrun cannot replace a machine; see docs/scale.md.
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -151,12 +154,17 @@ def test_torchrun_trains_to_the_end(torchrun, tmp_path):
     assert len(list(newest.glob("model-rank-*-of-00002.safetensors"))) == 2
 
 
+def workers_of(child):
+    """Process ids of what a torchrun has started."""
+    found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_what_was_killed_and_ctrl_c_saves(torchrun, tmp_path):
     run, child = tmp_path / "run", torchrun("--max-restarts", "1")
     reached = wait_for(run, 4)
-    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers_of(child)[-1], signal.SIGKILL)
     wait_for(run, reached + 6)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to torchrun and to the workers
     _, errors = child.communicate(timeout=60)
@@ -164,3 +172,30 @@ def test_torchrun_restarts_what_was_killed_and_ctrl_c_saves(torchrun, tmp_path):
     newest = newest_checkpoint(run)
     step = int(newest.name.removeprefix("step-"))
     assert f"after step {step};" in errors
+
+
+@pytest.mark.slow
+def test_machines_restart_and_are_replaced(torchrun, tmp_path):
+    """Two torchruns of one process each; a worker of either dies, then all of the second."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    run, where = tmp_path / "run", ["--nnodes", "2", "--nproc-per-node", "1"]
+    where += ["--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--rdzv-id", "job"]
+    one = torchrun("--max-restarts", "3", where=where)
+    with socket.socket() as probe:  # until it has the address, or the other might take it
+        while probe.connect_ex(("localhost", int(address.partition(":")[2]))):
+            time.sleep(0.1)
+    other = torchrun("--max-restarts", "3", where=where)
+    reached = wait_for(run, 4)
+    for child in (other, one):
+        os.kill(workers_of(child)[0], signal.SIGKILL)
+        reached = wait_for(run, reached + 6)
+    for pid in (other.pid, *workers_of(other)):
+        os.kill(pid, signal.SIGKILL)
+    other = torchrun("--max-restarts", "3", where=where)
+    wait_for(run, reached + 6)
+    os.kill(workers_of(other)[0], signal.SIGTERM)  # stops all; torchrun would start them again
+    os.kill(one.pid, signal.SIGTERM)
+    assert "stopped by SIGTERM after step" in one.communicate(timeout=60)[1]
+    verify_folder(newest_checkpoint(run))

@@ -17,6 +17,7 @@ from moestro.config import OptimConfig
 from moestro.errors import CheckpointError, ConfigError, TrainingError
 from moestro.models.decoder import Decoder
 from moestro.train import state
+from moestro.train.distributed import ALONE
 from moestro.train.loop import Trainer
 from moestro.train.optim import make_optimizer
 from moestro.train.state import checkpoint_folder, clear_leftovers, prune
@@ -196,6 +197,7 @@ import sys, time
 from pathlib import Path
 from moestro.train import state
 from moestro.data.windows import Corpus
+from moestro.train.distributed import ALONE
 from moestro.train.loop import Trainer
 
 run, data = Path(sys.argv[1]), Path(sys.argv[2])
@@ -264,3 +266,21 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_none_that_is_half_there(tmp
     assert sorted(path.name for path in folders[0].parent.iterdir()) == [
         "step-000002", "step-000003",
     ]  # fmt: skip
+
+
+def test_what_torchrun_starts_again_goes_on(tmp_path):
+    """By its own count, or by the job's name where its machine was replaced."""
+    run, job = tmp_path / "run", {"TORCHELASTIC_RUN_ID": "job 7"}
+    again, other = {"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RUN_ID": "job 8"}
+    nameless = {"TORCHELASTIC_RUN_ID": "none"}
+    assert not state.goes_on(run, ALONE, again)  # killed before it had begun
+    run.mkdir()
+    state.note_job(run, job)
+    assert not state.goes_on(run, ALONE, job)
+    (run / "config.json").write_text("{}")
+    for environment, wanted in ((again, True), (job, True), (other, False), ({}, False)):
+        assert state.goes_on(run, ALONE, environment) is wanted
+    state.note_job(run, {})
+    assert state.goes_on(run, ALONE, job)
+    state.note_job(run, nameless)
+    assert not state.goes_on(run, ALONE, nameless)

@@ -10,9 +10,10 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moestro.errors import CheckpointError
@@ -26,8 +27,15 @@ _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, sealed: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Iterator[Path]:
     """Write a folder so that `target` is either complete and verified, or untouched.
+
+    Args:
+        target: a new folder.
+        sealed: files that are flushed and verified already, as `seal` says of them; by name, and
+            known by the end of the block.
 
     Yields:
         An empty folder beside `target` to write into. When the block ends, a manifest is added,
@@ -47,17 +55,29 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         written = sorted(path for path in folder.iterdir() if path.is_file())
-        files = {path.name: _fingerprint(path) for path in written}
+        mine = seal(path for path in written if path.name not in sealed)
+        files = {path.name: sealed.get(path.name) or mine[path.name] for path in written}
         write_json(folder / MANIFEST, {"files": files})
-        for path in folder.iterdir():
-            _flush(path)
         _flush(folder)
-        verify_folder(folder)
         folder.rename(target)
         _flush(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def seal(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Flush files to disk and read them back; size and checksum of each by name.
+
+    Raises:
+        CheckpointError: what was read back differs from what was written.
+    """
+    written = {path: _fingerprint(path) for path in paths}
+    for path in written:
+        _flush(path)
+    for path, record in written.items():
+        _verify(path, record)
+    return {path.name: record for path, record in written.items()}
 
 
 def unfinished(target: Path) -> Path:
@@ -88,8 +108,13 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     )
 
 
-def verify_folder(folder: Path) -> None:
+def verify_folder(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """Check every file of a checkpoint against its manifest.
+
+    Args:
+        folder: the checkpoint's.
+        rank: reads through one of `ranks` shares of the files; the other ranks do the rest.
+        ranks: how many there are.
 
     Raises:
         CheckpointError: names the file that is missing, truncated or altered.
@@ -99,21 +124,26 @@ def verify_folder(folder: Path) -> None:
             f"{folder} is not a complete checkpoint: it has no {MANIFEST}. "
             "Give a run's folder, or one of its checkpoints"
         )
-    for name, written in _manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
+    for number, (name, written) in enumerate(_manifest(folder).items()):
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks the file {name}; use another checkpoint")
-        size = path.stat().st_size
-        if size != written["bytes"]:
-            raise CheckpointError(
-                f"{path} has {size} bytes instead of {written['bytes']}: it is truncated or "
-                "altered; use another checkpoint"
-            )
-        if _fingerprint(path) != written:
-            raise CheckpointError(
-                f"{path} does not match its checksum: it was altered after it was saved; "
-                "use another checkpoint"
-            )
+        if number % ranks == rank:
+            _verify(folder / name, written)
+
+
+def _verify(path: Path, written: Mapping[str, Any]) -> None:
+    """Compare a file with what was said of it when it was written."""
+    size = path.stat().st_size
+    if size != written["bytes"]:
+        raise CheckpointError(
+            f"{path} has {size} bytes instead of {written['bytes']}: it is truncated or "
+            "altered; use another checkpoint"
+        )
+    if _fingerprint(path) != written:
+        raise CheckpointError(
+            f"{path} does not match its checksum: it was altered after it was saved; "
+            "use another checkpoint"
+        )
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moestro.checkpoints import packed_files, streamed
 from moestro.checkpoints.adapters import PEFT_CONFIG, load_own, own_settings, read_peft
@@ -29,7 +30,7 @@ from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
-from moestro.checkpoints.reading import is_pretrained, origin, read_model
+from moestro.checkpoints.reading import is_pretrained, origin, read_model, stream_model
 from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.transfer import Progress
 from moestro.checkpoints.writing import only_family
@@ -128,6 +129,30 @@ def open_checkpoint(
     else:
         model = read_packed(folder, format, **told)
     return _with(Opened(model, folder, _came_with(folder)), adapter)
+
+
+def open_streamed(
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    accept_fields: Collection[str] = (),
+    progress: Progress | None = None,
+) -> tuple[Opened, Callable[[str], Tensor]]:
+    """Open a checkpoint whose tensors are to be read one by one: see `reading.stream_model`.
+
+    Args:
+        folder: from `find_checkpoint`; not a run of adapters.
+        dtype: of the parameters; None: that of the checkpoint's embedding.
+        accept_fields: see `reading.read_settings`.
+        progress: called with (bytes read so far, bytes in all).
+
+    Raises:
+        ConfigError, CheckpointError: see `open_checkpoint`.
+    """
+    model, read = stream_model(
+        folder, dtype=pick_dtype(dtype), accept_fields=accept_fields, progress=progress
+    )
+    return Opened(model, folder, _came_with(folder)), read
 
 
 def _check_budget(format: Format | None, adapter: str | Path | None, within: Within | None) -> None:

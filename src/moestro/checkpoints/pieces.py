@@ -91,8 +91,8 @@ def load_block(source: Source, first: tuple[int, int], target: Tensor) -> None:
             piece.load_into(target[row - f, left - g : right - g])
 
 
-def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ranks: int) -> None:
-    """Write this rank's file; every rank has one, be it empty.
+def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ranks: int) -> Path:
+    """Write this rank's file, which every rank has, be it empty; its path.
 
     Raises:
         OSError: the disk is full or the place cannot be written.
@@ -106,6 +106,7 @@ def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ra
     ]
     path = folder / f"{stem}-rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
     write_file(path, tensors, {_INFO: json.dumps(offsets)})
+    return path
 
 
 def _same(block: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moestro.checkpoints.adapters import OWN_FILE
 from moestro.checkpoints.families import OWN, family_of, names, text_part
@@ -28,7 +29,7 @@ from moestro.checkpoints.gguf.sources import sources
 from moestro.checkpoints.pieces import WEIGHTS, in_pieces, open_pieces
 from moestro.checkpoints.quantised.methods import find_sources, quantisation
 from moestro.checkpoints.tensor_files import Source, open_folder, some
-from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match
+from moestro.checkpoints.transfer import Progress, Unread, load_tensors, match, unique_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.models.build import Model, build_model
@@ -168,17 +169,64 @@ def read_model(
         UserWarning: `dtype` is unset, and some tensors are stored wider than the embedding.
     """
     unread = open_unread(folder, backend, accept_fields)
+    materialize(unread.model, dtype or _kept_in(folder, unread), device)
+    load_tensors(unread, progress)
+    return unread.model.eval()
+
+
+def stream_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    accept_fields: Collection[str] = (),
+) -> tuple[Model, Callable[[str], Tensor]]:
+    """A checkpoint's model without memory, and what reads one of its tensors by name.
+
+    Only the tensor that was read last is kept, so whoever takes it apart reads it once.
+
+    Args:
+        folder: see `open_unread`.
+        dtype: see `read_model`.
+        progress: called with (bytes read so far, bytes in all) after each tensor.
+        accept_fields: see `read_settings`.
+
+    Raises:
+        ConfigError, CheckpointError: see `open_unread`.
+
+    Warns:
+        UserWarning: see `read_model`.
+    """
+    unread = open_unread(folder, accept_fields=accept_fields)
+    materialize(unread.model, dtype or _kept_in(folder, unread), "meta")
+    shapes, kept, done = unique_tensors(unread.model), dict[str, Tensor](), 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        if name not in kept:
+            kept.clear()
+            kept[name] = torch.empty_like(shapes[name], device="cpu")
+            part = unread.part({name})
+            load_tensors(part, into=kept)
+            done += part.bytes
+            if progress is not None:
+                progress(done, unread.bytes)
+        return kept[name]
+
+    return unread.model.eval(), read
+
+
+def _kept_in(folder: Path, unread: Unread) -> torch.dtype:
+    """The dtype of parameters where none is asked for; warns of what it rounds."""
     rounded = () if unread.of_gguf else unread.rounded()
-    if dtype is None and rounded:
+    if rounded:
         warnings.warn(
             f"{folder} holds tensors that are rounded to {unread.dtype}, the dtype of its "
             f"embedding: {some(rounded)}. Ask for float32 to keep them as they are",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    materialize(unread.model, dtype or unread.dtype, device)
-    load_tensors(unread, progress)
-    return unread.model.eval()
+    return unread.dtype
 
 
 def _check_size(folder: Path, cfg: Config, stored: Mapping[str, Source]) -> None:

@@ -316,6 +316,7 @@ def write_file(
             made = tensor.make().detach().to("cpu", tensor.dtype).contiguous()
             assert tuple(made.shape) == tensor.shape, tensor.key
             file.write(made.view(-1).view(torch.uint8).numpy().data)
+            del made  # before the next is made
     open_file(path)
 
 

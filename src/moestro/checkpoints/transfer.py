@@ -149,17 +149,20 @@ def _without_left_out(
     return kept
 
 
-def load_tensors(unread: Unread, progress: Progress | None = None) -> None:
-    """Read every tensor into its place in the model, which has memory by now.
+def load_tensors(
+    unread: Unread, progress: Progress | None = None, into: Mapping[str, Tensor] | None = None
+) -> None:
+    """Read every tensor into its place.
 
     Args:
         unread: from `match`, or a part of it.
         progress: called with (bytes read so far, bytes in all) after each tensor.
+        into: tensors by name; None: those of the model, which has memory by now.
 
     Raises:
         CheckpointError: a file cannot be read, or a tensor that should repeat another differs.
     """
-    own, total, done = unique_tensors(unread.model), unread.bytes, 0
+    own, total, done = into or unique_tensors(unread.model), unread.bytes, 0
 
     def one(pair: tuple[TensorSlice, Source]) -> int:
         place, source = pair

@@ -23,14 +23,19 @@ from moestro.models.build import Model
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
-def save_model(model: Model, folder: Path) -> None:
+def save_model(model: Model, folder: Path, tensors: Callable[[str], Tensor] | None = None) -> None:
     """Write `config.json` and `model.safetensors` in our layout into an existing folder.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        tensors: what makes one of the model's tensors by name; see `transfer.outgoing`.
 
     Raises:
         OSError: the disk is full or the place cannot be written.
     """
     write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
-    write_file(folder / SINGLE, outgoing(OWN, model))
+    write_file(folder / SINGLE, outgoing(OWN, model, tensors=tensors))
 
 
 def write_pretrained(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moestro.cli.opening import AcceptField, AdapterName, Dtype, ModelName, open_shown
+from moestro.cli.opening import AcceptField, AdapterName, Dtype, ModelName, bar, open_shown
 from moestro.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moestro.checkpoints.opening import Opened
+
+    Make = Callable[[str], Tensor] | None
 
 Target = Annotated[
     Path, typer.Argument(metavar="TARGET", help="The new folder; with --to gguf the new file.")
@@ -97,17 +101,31 @@ def convert(
         return
     if dtype is None and in_blocks(folder):
         dtype = "bf16"
-    opened = open_shown(folder, dtype=dtype, adapter=adapter, accept_fields=accept_field)
-    with writing(target):
+    with _opened(folder, dtype, adapter, accept_field or ()) as (opened, made), writing(target):
         if to == "gguf":
-            notes = _write_gguf(opened, target, family, kind or "bf16")
+            notes = _write_gguf(opened, made, target, family, kind or "bf16")
         elif to == "hf":
-            notes = _write_hf(opened, target, family, shard_bytes, fused_experts)
+            notes = _write_hf(opened, made, target, family, shard_bytes, fused_experts)
         else:
-            notes = _write_own(opened, target)
+            notes = _write_own(opened, made, target)
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
+
+
+@contextmanager
+def _opened(
+    folder: Path, dtype: str | None, adapter: str | None, accept_fields: Sequence[str]
+) -> Iterator[tuple[Opened, Make]]:
+    """A checkpoint, and what reads one of its tensors; None: adapters change all, in memory."""
+    from moestro.checkpoints.adapters import own_settings
+    from moestro.checkpoints.opening import open_streamed
+
+    if adapter is not None or own_settings(folder) is not None:
+        yield open_shown(folder, dtype=dtype, adapter=adapter, accept_fields=accept_fields), None
+        return
+    with bar(f"reading {folder.name}", in_bytes=True) as progress:
+        yield open_streamed(folder, dtype=dtype, progress=progress, accept_fields=accept_fields)
 
 
 @contextmanager
@@ -138,8 +156,9 @@ def check_new(target: Path) -> None:
 
 
 def _write_hf(
-    opened: Opened, target: Path, family: str | None, shard_bytes: int, fused_experts: bool
-) -> list[str]:
+    opened: Opened, made: Make, target: Path, family: str | None, shard_bytes: int,
+    fused_experts: bool,
+) -> list[str]:  # fmt: skip
     """Write Hugging Face's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.writing import write_pretrained
     from moestro.text import HF_FILE
@@ -152,6 +171,7 @@ def _write_hf(
         shard_bytes=shard_bytes,
         sidecar_files=opened.folder,
         fused_experts=fused_experts,
+        tensors=made,
     )
     if (target / HF_FILE).is_file():
         return []
@@ -181,7 +201,9 @@ def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool
     return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {settings.base}"
 
 
-def _write_gguf(opened: Opened, target: Path, family: str | None, kind: str) -> list[str]:
+def _write_gguf(
+    opened: Opened, made: Make, target: Path, family: str | None, kind: str
+) -> list[str]:
     """Write llama.cpp's format; sentences on what a person should know about it."""
     from moestro.checkpoints.gguf.sources import INSTALL
     from moestro.checkpoints.writing import only_family
@@ -192,13 +214,13 @@ def _write_gguf(opened: Opened, target: Path, family: str | None, kind: str) -> 
     except ImportError:
         raise ConfigError(f"--to gguf needs the gguf package: {INSTALL}") from None
     name = family or opened.family or only_family(opened.model.cfg)
-    write_gguf(opened.model, target, family=name, kind=kind, tokenizer=opened.folder)
+    write_gguf(opened.model, target, family=name, kind=kind, tokenizer=opened.folder, made=made)
     if (opened.folder / HF_FILE).is_file():
         return []
     return [f"{opened.folder} has no {HF_FILE}, so the new file has no tokenizer"]
 
 
-def _write_own(opened: Opened, target: Path) -> list[str]:
+def _write_own(opened: Opened, made: Make, target: Path) -> list[str]:
     """Write this project's layout; sentences on what a person should know about it."""
     from moestro.checkpoints.folders import atomic_folder
     from moestro.checkpoints.sidecar_files import TEMPLATES, keep_sidecar_files
@@ -207,7 +229,7 @@ def _write_own(opened: Opened, target: Path) -> list[str]:
 
     source = opened.folder
     with atomic_folder(target) as inner:
-        save_model(opened.model, inner)
+        save_model(opened.model, inner, made)
         keep_sidecar_files(source, inner)
     notes = []
     if not (target / NOTE_FILE).is_file():

@@ -76,13 +76,10 @@ def train(
     parallel says; what torchrun starts again resumes.
     """
     from moestro.checkpoints.hub import find_checkpoint
-    from moestro.config import RunConfig
     from moestro.errors import ConfigError
-    from moestro.settings import load_settings
-    from moestro.train.distributed import joined, pick_device, ranks_from, restarted
-    from moestro.train.initial import initial_settings
+    from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import SETTINGS_NAME, holds_run
+    from moestro.train.state import goes_on
 
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
@@ -90,25 +87,38 @@ def train(
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
     if out is None and ranks_from(os.environ).world > 1:
         raise ConfigError("several processes need --out FOLDER, which they all can reach")
-    if restarted(os.environ) and holds_run(folder):
-        resume, init = True, None
     if resume and init is not None:
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
     begin, accepted = None if init is None else find_checkpoint(init), accept_field or ()
-    if config is None and resume and (folder / SETTINGS_NAME).exists():
-        config = folder / SETTINGS_NAME
-    if begin is not None:
-        cfg = initial_settings(begin, folder, DEMO, config, stated, accepted)
-    else:
-        cfg = load_settings(RunConfig, config or DEMO, stated)
+    cfg = _settings(folder, begin, config, stated, resume, accepted)
     device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
     with joined(device, timeout_s=cfg.parallel.timeout_s) as ranks:
+        if not resume and goes_on(folder, ranks, os.environ):
+            resume, begin = True, None
+            cfg = _settings(folder, begin, config, stated, resume, accepted)
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted)
         cfg, result = run_shown(cfg, folder, resume or begin is not None, ranks)
     if ranks.writes:
         print_outcome(folder, cfg, result, as_json)
     exit_if_stopped(result, f"train --resume --out {shlex.quote(str(folder))}", ranks.writes)
+
+
+def _settings(
+    folder: Path, begin: Path | None, config: Path | None, stated: list[str], resume: bool,
+    accepted: Sequence[str],
+) -> RunConfig:  # fmt: skip
+    """Those of a new run, of one that begins from weights, or of the one in the folder."""
+    from moestro.config import RunConfig
+    from moestro.settings import load_settings
+    from moestro.train.initial import initial_settings
+    from moestro.train.state import SETTINGS_NAME
+
+    if begin is not None:
+        return initial_settings(begin, folder, DEMO, config, stated, accepted)
+    if config is None and resume and (folder / SETTINGS_NAME).exists():
+        config = folder / SETTINGS_NAME
+    return load_settings(RunConfig, config or DEMO, stated)
 
 
 def prepare_options(
@@ -177,13 +187,15 @@ def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
-    from moestro.train.state import claim_folder, corpus_of, newest_or_none
+    from moestro.train.sharded_state import newest_together
+    from moestro.train.state import claim_folder, corpus_of, note_job
 
+    if ranks.writes:
+        claim_folder(folder, resume)
+        note_job(folder, os.environ)
+    checkpoint = newest_together(folder, ranks) if resume else None
     if not ranks.writes:
         ranks.wait()
-    else:
-        claim_folder(folder, resume)
-    checkpoint = newest_or_none(folder) if resume else None
     corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     if ranks.writes:
         ranks.wait()

@@ -97,7 +97,7 @@ def tune(
     from moestro.settings import load_settings
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import SETTINGS_NAME, claim_folder, read_run_settings
+    from moestro.train.state import SETTINGS_NAME, claim_folder, goes_on, read_run_settings
 
     keep_freed_memory()
     _check_options(path, data, out, resume, epochs, steps, lora, qlora)
@@ -111,7 +111,8 @@ def tune(
     wish = "auto" if cfg is None else cfg.train.runtime.device
     with joined(pick_device(wish, ranks_from(os.environ))) as ranks:
         if cfg is None:
-            if ranks.writes:
+            again = goes_on(folder, ranks, os.environ)
+            if ranks.writes and not again:
                 passes = (epochs or 1.0) if steps is None else None
                 _begin(path, folder, config, stated, passes, accept_field or ())
             ranks.wait()

@@ -258,11 +258,12 @@ def limit_together(routing: Routing, factor: float, priority: str, group: Group 
     lengths = [
         int(each) for each in torch.cat(_gathered(own, [1] * dist.get_world_size(group), group))
     ]
-    experts_R = torch.cat(_gathered(routing.experts_R, [n * top_k for n in lengths], group))
+    lengths_R = [n * top_k for n in lengths]
+    experts_R = torch.cat(_gathered(routing.experts_R.int(), lengths_R, group)).long()
     all_valid_T = torch.cat(_gathered(valid_T.byte(), lengths, group)).bool()
     weights_R = routing.weights_R.detach()
     if priority == "router":
-        weights_R = torch.cat(_gathered(weights_R, [n * top_k for n in lengths], group))
+        weights_R = torch.cat(_gathered(weights_R, lengths_R, group))
     tokens = len(all_valid_T)
     tokens_R = torch.arange(tokens, device=experts_R.device).repeat_interleave(top_k)
     logits_TE = experts_R.new_zeros(1).expand(tokens, experts)  # only its shape is looked at

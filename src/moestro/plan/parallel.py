@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moestro.config import LayerSpec, Layout, NetworkConfig
+from moestro.config import LayerSpec, Layout, MoEConfig, NetworkConfig
 from moestro.errors import ConfigError
 from moestro.models.count import Count
 from moestro.plan.memory import Training, state_bytes
@@ -32,7 +32,9 @@ class Rank(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    activations: int | None  # of its own sequences; None where the settings are not known
+    activations: (
+        int | None
+    )  # of its own sequences in a micro-batch; None where the settings are not known
     # The layer whose weights are gathered to compute with (fsdp); None where the number of layers
     # is not known.
     gathered: int | None
@@ -45,6 +47,22 @@ class Rank(NamedTuple):
         """Bytes on the device, activations included so far as they are known."""
         state = self.weights + self.gradients + self.optimizer
         return state + (self.gathered or 0) + (self.activations or 0)
+
+
+class Step(NamedTuple):
+    """How a step of `moestro train` goes.
+
+    Attributes:
+        micro_batches: of each rank. Each gathers, scatters and exchanges rows.
+        recomputes: whether activations are recomputed (`train.runtime.checkpoint_activations`):
+            rows then travel again; weights are gathered for the backward in any case.
+    """
+
+    micro_batches: int = 1
+    recomputes: bool = False
+
+
+PLAIN = Step()
 
 
 def rank(
@@ -107,51 +125,73 @@ def rank(
 
 
 def spread(
-    cfg: NetworkConfig, counted: Count, training: Training, layout: Layout, tokens: int, number: int
+    cfg: NetworkConfig,
+    counted: Count,
+    training: Training,
+    layout: Layout,
+    tokens: int,
+    number: int,
+    step: Step = PLAIN,
 ) -> Rank:
     """One rank of a step of `moestro train`: experts split, all else sharded, both on their meshes.
 
     Weights are gathered in fp32, in the forward and again in the backward, and gradients scattered;
-    what has copies is then summed over them. With accumulation each micro-batch gathers, scatters
-    and exchanges rows. A gathered layer counts its weights and their gradients.
+    what has copies is then summed over them, once a step. A gathered layer counts its weights and
+    their gradients.
 
     Args:
         cfg: the model.
         counted: its count.
         training: its step on one device.
         layout: that fits the model.
-        tokens: T, of each rank.
+        tokens: T, of each rank, in each micro-batch.
         number: bytes of one number of a row.
+        step: how a step goes.
     """
     dense, layers = counted.total - counted.expert, _layers(cfg)
     share = counted.expert // layout.expert  # of each group's rank, before it is sharded
     held = math.ceil(dense / layout.shard) + math.ceil(share / layout.expert_shard)
-    sent = _collectives(dense, layout.shard, layout.replicas)
-    sent += _collectives(share, layout.expert_shard, layout.expert_replicas)
+    sent = _collectives(dense, layout.shard, layout.replicas, step.micro_batches)
+    sent += _collectives(share, layout.expert_shard, layout.expert_replicas, step.micro_batches)
     mixtures = sum(layer.mixture for layer in layers)
     body = dense - counted.input_embedding - counted.output_embedding
     gathered = math.ceil(body / len(layers)) if layout.shard > 1 else 0
     if layout.expert_shard > 1:
         gathered += math.ceil(share / max(1, mixtures))
-    away = (layout.expert - 1) / layout.expert
-    top_k = cfg.moe.top_k if cfg.moe is not None else 0
-    exchange = round(4 * tokens * top_k * cfg.dim * number * away)
+    exchange, times = 0, mixtures * step.micro_batches
+    if cfg.moe is not None:
+        away, forwards = (layout.expert - 1) / layout.expert, 2 if step.recomputes else 1
+        trips = 2 * forwards + 2  # there and back, in each forward and in the backward
+        exchange = round(trips * tokens * cfg.moe.top_k * cfg.dim * number * away)
+        sent += forwards * times * _assignments(cfg.moe, layout.ranks, tokens)
     return Rank(
         SPREAD,
         layout.ranks,
         **state_bytes(held),
-        activations=training.activations,
+        activations=training.checkpointed if step.recomputes else training.activations,
         gathered=2 * GRADIENT_BYTES * gathered,
-        sent=round(sent) + exchange * mixtures,
+        sent=round(sent) + exchange * times,
         all_to_all_per_layer=exchange,
-        all_to_all=exchange * mixtures,
+        all_to_all=exchange * times,
     )
 
 
-def _collectives(parameters: int, shards: int, copies: int) -> float:
+def _collectives(parameters: int, shards: int, copies: int, times: int) -> float:
     """Bytes that a rank sends: two gathers and a scatter over shards, then a sum over copies."""
-    sharded = 3 * (shards - 1) / shards * parameters
+    sharded = times * 3 * (shards - 1) / shards * parameters
     return GRADIENT_BYTES * (sharded + 2 * (copies - 1) / copies * parameters / shards)
+
+
+def _assignments(cfg: MoEConfig, ranks: int, tokens: int) -> int:
+    """Bytes that a rank sends in one forward of a layer whose capacity is of all ranks' tokens.
+
+    The number of tokens in 8 bytes, the validity of each in 1, of each assignment its expert in 4,
+    and its weight in 4 where that decides.
+    """
+    if cfg.capacity is None or cfg.capacity.scope != "global":
+        return 0
+    each = 8 if cfg.capacity.priority == "router" else 4
+    return (ranks - 1) * (8 + tokens * (1 + each * cfg.top_k))
 
 
 def _layers(cfg: NetworkConfig | None) -> list[LayerSpec]:

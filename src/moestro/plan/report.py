@@ -18,7 +18,7 @@ from moestro.plan.memory import (
     state_bytes,
     weights,
 )
-from moestro.plan.parallel import SPREAD, Rank, rank, spread
+from moestro.plan.parallel import SPREAD, Rank, Step, rank, spread
 from moestro.plan.subject import RUMOUR, PlannedModel, dense_models
 from moestro.plan.work import decode, prefill
 
@@ -39,6 +39,7 @@ class Question(NamedTuple):
     ranks: int = 1  # that train together
     parallel: str = "data"  # how, one of `parallel.KINDS` or "spread"
     spread: ParallelConfig = ParallelConfig()  # how, where it is "spread"
+    step: Step = Step()  # how its steps go
 
 
 class Report(NamedTuple):
@@ -95,7 +96,7 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
             if cfg.moe is None:  # a dense model, compared with the mixture
                 how = how.model_copy(update={"expert": 1})
             layout = how.layout(question.ranks, cfg.moe.num_experts if cfg.moe else None)
-            shared = spread(cfg, counted, training, layout, tokens, number)
+            shared = spread(cfg, counted, training, layout, tokens, number, question.step)
     reading = writing = fitting = None
     if question.device is not None and cfg is not None:
         works = (prefill(cfg, *sizes), decode(cfg, *sizes, question.cache))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -45,12 +47,16 @@ class Ranks(NamedTuple):
             dist.all_reduce(x)
         return x
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What every rank gives, the first rank's first; small, and the same on all."""
+        everything = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everything, value)
+        return everything
+
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something says; the same on all."""
-        everything: list[str | None] = [found] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everything, found)
-        return next((one for one in everything if one is not None), None)
+        return next((one for one in self.gathered(found) if one is not None), None)
 
     def wait(self) -> None:
         """Return once every rank has come here."""
@@ -59,7 +65,7 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks()
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_POLL_S = 0.02
 # What torch's errors say where another process is to blame: gloo's, nccl's, the store's.
 _OF_OTHERS = ("gloo", "NCCL", "Connection closed", "Connection reset", "wait timeout", "Timed out")
 
@@ -80,23 +86,37 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
         ) from None
 
 
-def restarted(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun has started this process again after one of the run's had failed."""
-    return environment.get(RESTARTS, "0") != "0"
-
-
 def _store(ranks: Ranks, timeout: timedelta) -> Any:
-    """Where the processes find each other.
+    """Where the processes find each other, under names that no start before has used.
 
-    torchrun keeps its store over a restart on one machine, and with it the addresses of those that
-    were killed, which gloo would try; so each start has names of its own. Several machines count
-    their restarts apart, so there the number is no name that all know.
+    torchrun keeps its store over restarts, and in it the addresses of those that were killed, which
+    gloo would try; and each machine counts its restarts for itself. So the first rank makes up a
+    name, and hands it to every rank that comes with a word of its own.
     """
     found, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)) != str(ranks.world):
-        return found
-    name = f"start {os.environ.get(RESTARTS, '0')}"
+    if ranks.writes:
+        name = _welcome(found, ranks.world, timeout)
+    else:
+        word = uuid4().hex
+        found.set(f"hello {ranks.rank}", word)
+        name = found.get(f"welcome {word}").decode()
+        found.set(f"joined {name} {ranks.rank}", "")
     return dist.PrefixStore(name, found)  # type: ignore[attr-defined]
+
+
+def _welcome(store: Any, world: int, timeout: timedelta) -> str:
+    """Hand out a new name until all have it: what a killed rank had said is answered in vain."""
+    name, waiting = f"start {uuid4().hex}", set(range(1, world))
+    until = time.monotonic() + timeout.total_seconds()
+    while waiting:
+        if time.monotonic() > until:
+            raise RuntimeError(f"wait timeout: no word of ranks {sorted(waiting)}")
+        for rank in sorted(waiting):
+            if store.check([f"hello {rank}"]):
+                store.set(f"welcome {store.get(f'hello {rank}').decode()}", name)
+        time.sleep(_POLL_S)
+        waiting = {rank for rank in waiting if not store.check([f"joined {name} {rank}"])}
+    return name
 
 
 @contextmanager
@@ -117,14 +137,14 @@ def joined(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_store(ranks, timeout),
-        rank=ranks.rank,
-        world_size=ranks.world,
-        timeout=timeout,
-    )
     try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_store(ranks, timeout),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timeout,
+        )
         yield ranks
     except RuntimeError as error:
         if isinstance(error, MoestroError) or not any(w in str(error) for w in _OF_OTHERS):
@@ -136,7 +156,8 @@ def joined(
         ) from error
     finally:
         gc.collect()  # works still held by a reference cycle abort gloo when they outlive the group
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moestro.checkpoints.folders import unfinished
 from moestro.checkpoints.opening import open_adapted, open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.rows import ChatCorpus
@@ -38,7 +38,7 @@ from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read
 from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
-from moestro.train.sharded_state import Share
+from moestro.train.sharded_state import Share, newest_together
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
 
 
@@ -138,10 +138,13 @@ class Trainer:
 
     def _open(self, resume: bool) -> Path | None:
         """Prepare the folder on the writing rank; every rank gets the checkpoint to go on from."""
+        newest = partial(newest_together, ranks=self.ranks)
         if self.ranks.writes:
-            checkpoint = state.open_run(self.folder, self.cfg, resume)
+            checkpoint = state.open_run(self.folder, self.cfg, resume, newest)
+        else:
+            checkpoint = newest(self.folder)
         self.ranks.wait()
-        return checkpoint if self.ranks.writes else state.newest_or_none(self.folder)
+        return checkpoint
 
     def _build(self, checkpoint: Path | None) -> None:
         """Make or load model, optimizer and routing watch, and wrap the model's forward."""
@@ -368,15 +371,13 @@ class Trainer:
             corpus.fingerprint,
         )  # fmt: skip
         target = state.checkpoint_folder(self.folder, self._step)
-        if self.ranks.writes:
+        if self.ranks.writes or self._share is not None:
             state.save(
                 self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers,
                 self._share,
             )  # fmt: skip
-            if self.progress is not None:
-                self.progress.note(f"saved {target}")
-        elif self._share is not None:
-            self._share.write(unfinished(target))
+        if self.progress is not None:
+            self.progress.note(f"saved {target}")
         self.ranks.wait()
         return target
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moestro.checkpoints.folders import seal, step_folders, verify_folder
 from moestro.checkpoints.pieces import (
     WEIGHTS,
     Piece,
@@ -50,19 +51,26 @@ class Share(NamedTuple):
     places: Mapping[str, Place]
     ranks: Ranks
 
-    def write(self, folder: Path) -> None:
-        """Write this rank's files; every rank calls it, and returns when all are written.
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write and verify this rank's files; every rank calls it, and returns when all have.
 
         The folder is made by the writing rank, before it calls.
 
+        Returns:
+            Size and checksum of the files of all ranks, by name.
+
         Raises:
             OSError: the disk is full or the place cannot be written.
+            CheckpointError: what was read back differs.
         """
         self.ranks.wait()
         rank, world = self.ranks.rank, self.ranks.world
-        write_pieces(folder, WEIGHTS, self._weights(), rank, world)
-        write_pieces(folder, OPTIMIZER, self._moments(), rank, world)
-        self.ranks.wait()
+        paths = (
+            write_pieces(folder, WEIGHTS, self._weights(), rank, world),
+            write_pieces(folder, OPTIMIZER, self._moments(), rank, world),
+        )
+        found = self.ranks.gathered(seal(paths))
+        return {name: record for each in found for name, record in each.items()}
 
     def restore(self, checkpoint: Path) -> None:
         """Read this rank's rows of the optimizer's state.
@@ -108,6 +116,38 @@ class Share(NamedTuple):
             for name, tensor in tensors.items()
             if self.places[name].saves and local(tensor).numel()
         ]
+
+
+def newest_together(run: Path, ranks: Ranks) -> Path | None:
+    """The newest good checkpoint of a run; None: it has saved none. Every rank calls it.
+
+    Each reads a share of the files: to read all on each would take longer than to train.
+
+    Raises:
+        CheckpointError: there are some, and none is whole; says what is wrong with each.
+    """
+    troubles: list[str] = []
+    steps = ranks.gathered([*step_folders(run)] if ranks.writes else None)[0]
+    for step in reversed(steps):
+        folder = step_folders(run).get(step)
+        trouble = ranks.first(_trouble(folder, ranks))
+        if trouble is None:
+            return folder
+        troubles.append(trouble)
+    if troubles:
+        raise CheckpointError(f"no checkpoint in {run} is whole: {'; '.join(troubles)}")
+    return None
+
+
+def _trouble(folder: Path | None, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    if folder is None:
+        return f"rank {ranks.rank} does not see what the first sees: all need the same folder"
+    try:
+        verify_folder(folder, ranks.rank, ranks.world)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def open_optimizer(checkpoint: Path) -> Mapping[str, Source]:

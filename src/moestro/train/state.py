@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from moestro.checkpoints.folders import (
     read_json,
     remove_folder,
     step_folders,
+    unfinished,
     verify_folder,
 )
 from moestro.checkpoints.sidecar_files import keep_sidecar_files
@@ -50,10 +51,13 @@ from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
+from moestro.train.distributed import Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
 
 SETTINGS_NAME = "config.json"
+JOB_NAME = "job.json"  # which job of torchrun trains here
+RESTARTS, JOB = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
 # In a run that began from a checkpoint: the files that came with its weights.
 ORIGIN = "init"
 FORMAT = 1
@@ -93,23 +97,27 @@ def save(
 ) -> Path:
     """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
 
-    Of a spread model `share` is the writing rank's; the others call their shares' `write`.
+    Of a spread model every rank calls it, with its own share.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
     """
     target = checkpoint_folder(run, numbers.step)
+    files: dict[str, Any] = {}
     try:
+        if share is not None and not share.ranks.writes:
+            share.write(unfinished(target))
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # damaged: a resumed run has gone behind it
             try:
                 verify_folder(target)
             except CheckpointError:
                 remove_folder(target)
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, files) as folder:
             if share is not None:
                 write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
-                share.write(folder)
+                files |= share.write(folder)
             elif cfg.lora is None:
                 save_model(model, folder)
             else:  # the weights stay where they are
@@ -254,6 +262,27 @@ def holds_run(run: Path) -> bool:
     return any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, CHECKPOINTS))
 
 
+def goes_on(run: Path, ranks: Ranks, environment: Mapping[str, str]) -> bool:
+    """Whether this start is one that torchrun made again, and the folder holds its run.
+
+    Every rank calls it and gets the same answer. A machine that was replaced knows of no restart,
+    nor does one where no rank had failed; so the job's name counts too.
+    """
+    again = ranks.first("" if environment.get(RESTARTS, "0") != "0" else None) is not None
+    found = None
+    if ranks.writes and holds_run(run):
+        job, noted = environment.get(JOB, ""), run / JOB_NAME
+        same = noted.is_file() and read_json(noted).get("job") == job not in ("", "none")
+        found = "" if again or same else None
+    return ranks.first(found) is not None
+
+
+def note_job(run: Path, environment: Mapping[str, str]) -> None:
+    """Write down which job of torchrun trains in a folder, if one does; see `goes_on`."""
+    if JOB in environment:
+        write_json(run / JOB_NAME, {"job": environment[JOB]})
+
+
 def claim_folder(run: Path, resume: bool) -> None:
     """Make a run's folder if missing; it must hold a run if and only if `resume`."""
     if holds_run(run) and not resume:
@@ -273,15 +302,28 @@ def claim_folder(run: Path, resume: bool) -> None:
         raise _unwritable(run, error) from None
 
 
-def open_run(run: Path, cfg: RunConfig, resume: bool) -> Path | None:
+def newest_or_none(run: Path) -> Path | None:
+    """The newest good checkpoint of a run; None if it has saved none; an error if all are bad."""
+    return newest_checkpoint(run) if step_folders(run) else None
+
+
+def open_run(
+    run: Path, cfg: RunConfig, resume: bool, newest: Callable[[Path], Path | None] = newest_or_none
+) -> Path | None:
     """Make a run folder ready: check that it may be used, write the settings, clear leftovers.
+
+    Args:
+        run: the folder.
+        cfg: the run's settings.
+        resume: whether it holds the run.
+        newest: finds its newest good checkpoint.
 
     Returns:
         The newest good checkpoint to go on from; None to begin at step 0, also where a resumed
         run was stopped before its first checkpoint.
     """
     claim_folder(run, resume)
-    checkpoint = newest_or_none(run)
+    checkpoint = newest(run)
     if resume and checkpoint is None and (run / ORIGIN).exists():
         raise ConfigError(
             f"{run} was to begin from a checkpoint's weights and has none saved, so it cannot go "
@@ -307,11 +349,6 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step:06d}"
 
 
-def newest_or_none(run: Path) -> Path | None:
-    """The newest good checkpoint of a run; None if it has saved none; an error if all are bad."""
-    return newest_checkpoint(run) if step_folders(run) else None
-
-
 def prune(run: Path, step: int, keep: int) -> None:
     """Delete the oldest checkpoints up to `step`, which was just verified, beyond `keep`."""
     upto = [path for number, path in step_folders(run).items() if number <= step]
@@ -326,9 +363,9 @@ def clear_leftovers(run: Path) -> None:
 
 
 def describe_last_good(run: Path) -> str:
-    """One sentence that names the newest good checkpoint, or says that there is none."""
+    """One sentence that names the newest checkpoint, verified when it was saved, or says none."""
     try:
-        return f"The last good checkpoint is {newest_checkpoint(run)}."
+        return f"The last good checkpoint is {newest_checkpoint(run, known=Path.is_dir)}."
     except MoestroError:
         return "There is no good checkpoint yet."
 

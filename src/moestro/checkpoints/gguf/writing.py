@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from numpy.typing import NDArray
 
@@ -68,7 +69,13 @@ class Tensor(NamedTuple):
 
 
 def write_gguf(
-    model: Model, path: Path, *, family: str, kind: str, tokenizer: Path | None = None
+    model: Model,
+    path: Path,
+    *,
+    family: str,
+    kind: str,
+    tokenizer: Path | None = None,
+    made: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Write the file, whole or not at all; memory peaks at the model and one tensor of the file.
 
@@ -78,6 +85,7 @@ def write_gguf(
         family: its model_type.
         kind: of all matrices but routers, one of `KINDS`.
         tokenizer: a folder with the tokenizer.json and chat template to put into it.
+        made: what makes one of the model's tensors by name; see `transfer.outgoing`.
 
     Raises:
         ConfigError: llama.cpp has no such network, the file could not say all of the settings, or
@@ -97,7 +105,7 @@ def write_gguf(
         write_fields(writer, NETWORKS[family], model.cfg)
         if tokenizer is not None and (tokenizer / HF_FILE).is_file():
             _write_tokenizer(writer, tokenizer)
-        tensors = tensors_of(outgoing(table, model), KINDS[kind])
+        tensors = tensors_of(outgoing(table, model, tensors=made), KINDS[kind])
         write_tensors(writer, [*tensors, *_factors(model.cfg)])
         _check(unfinished, table, model.cfg)
         unfinished.replace(path)
