@@ -90,7 +90,6 @@ def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
         (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--source", "nowhere"], "nowhere"),
         (["--tokens", "0"], "greater than or equal to 1"),
-        (["--cache", "int8", "--memory", "1GiB"], "leave --memory out"),
     ],
 )
 def test_bad_options(

@@ -82,17 +82,23 @@ def materialize(
             setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; a large one on the CPU in huge pages, where the system has them.
+def private_memory(nbytes: int) -> mmap.mmap:
+    """Memory of its own, in huge pages where the system has them.
 
-    Half the time of loading a model is the system handing out its memory in 4 KiB pages.
+    Half the time of loading a model is the system handing out its memory in 4 KiB pages; a disk
+    that reads past the page cache is half as fast into such.
     """
-    count = math.prod(shape)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     huge = getattr(mmap, "MADV_HUGEPAGE", None)
-    if device.type != "cpu" or huge is None or count * dtype.itemsize < _LARGE_BYTES:
+    if huge is not None:
+        with suppress(OSError):  # a kernel without huge pages: slower, and nothing else
+            memory.madvise(huge)
+    return memory
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; a large one on the CPU in memory of its own."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, count * dtype.itemsize, flags=private)
-    with suppress(OSError):  # a kernel without huge pages: slower, and nothing else
-        memory.madvise(huge)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(private_memory(nbytes), dtype=dtype).view(shape)
