@@ -149,6 +149,7 @@ def child(given: dict[str, Any]) -> None:
     if residency is not None:
         pace = measure_pace(model, residency)
         facts |= {"compute_s": pace.compute_s, "missed_M": pace.missed_M}
+    facts["ready_s"] = time.time() - given["began"]
     decoding = Decoding(model)
     facts["one"] = decoding.texts(one[None])
     if given["eight"]:
@@ -193,6 +194,7 @@ def _printed(command: list[str], join: Callable[[], object] | None) -> str | Non
 
 def run_child(limit: int | None, **given: Any) -> dict[str, Any]:
     """A variant in a process of its own."""
+    given["began"] = time.time()
     command = [sys.executable, __file__, "--child", json.dumps(given)]
     printed, peak = in_group(limit, Path(given["file"]), command)
     if printed is None:
@@ -250,7 +252,7 @@ def measure_file(
             "bound": bound, "of bound": found["tokens_per_s"] / bound, "waited": found["waited"],
             "serial": serial, "of serial": found["tokens_per_s"] / serial,
             "compute ms": 1e3 * own["compute_s"], "miss ms": 1e3 * own["missed_M"][1],
-            "worst s": found["worst_s"], "opened s": own["opened_s"],
+            "worst s": found["worst_s"], "opened s": own["opened_s"], "ready s": own["ready_s"],
             "eight/s": own["eight"]["tokens_per_s"],
             "eight in memory": whole["eight"]["tokens_per_s"],
             "peak": own["peak_bytes"] / memory, "limited": own["group_peak"] is not None,

@@ -170,6 +170,22 @@ def test_a_control_group_of_the_budget_kills_nobody(run: Path) -> None:
         group.rmdir()
 
 
+def test_an_int8_cache_of_a_model_that_decodes_in_python(
+    tmp_path: Path, tight: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = {**SIZES["attention"], "positions": {"skipped_every": 2}}
+    cfg = ModelConfig(vocab_size=257, **{**SIZES, "attention": attention})
+    with atomic_folder(tmp_path / "run/checkpoints/step-000001") as folder:
+        save_model(Decoder(cfg).eval(), folder)
+        ByteTokenizer().save(folder)
+    words = ["generate", str(tmp_path / "run"), "words", *GENERATE, "--weights", "int8"]
+    texts = []
+    for memory in ("none", "64GiB"):
+        assert main([*words, "--cache", "int8", "--memory", memory]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 def test_bench_says_what_was_hit_and_read(
     run: Path, tight: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

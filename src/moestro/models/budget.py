@@ -192,7 +192,7 @@ def _read_back(cfg: NetworkConfig, context: int, number: int) -> int:
     """What layers in Python make of one text's cache of int8, one at a time: numbers, and fp32."""
     seen = [min(context, each.window or context) for s in cfg.stacks() for each in s.layers]
     rows, width = _row(cfg)
-    return max(seen) * rows * width * (number + 8)
+    return max(seen) * width * (rows * number + 8 * max(1, rows // 2))
 
 
 def _row(cfg: NetworkConfig) -> tuple[int, int]:
