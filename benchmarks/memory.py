@@ -13,11 +13,10 @@ something is computed); and both, one after the other (none does).
     .venv/bin/moestro train --out runs/memory --set model.attention.context=4096
     .venv/bin/python benchmarks/memory.py --run runs/memory
     .venv/bin/python benchmarks/memory.py --run runs/memory --quick --name quick  # 5 minutes
-    .venv/bin/python benchmarks/memory.py --run runs/memory \
-        --compare "llama.cpp=build/bin/llama-bench -mmp 1"
+    .venv/bin/python benchmarks/memory.py --run runs/memory --compare "NAME=PROGRAM AND OPTIONS"
 
-The last one runs a llama-bench over the same weights in Q8_0 in the same group, and beside it this
-project; both decode random tokens there, as that program does. Draws docs/figures/memory.png.
+The last one runs llama.cpp on the same weights in Q8_0 in the same group: `llama_cpp.py` (see there)
+over the same text, or a llama-bench, which decodes random tokens. Draws docs/figures/memory.png.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Version 1 of control groups, then 2: where they are, what limits one, and its most use until now.
@@ -48,7 +48,11 @@ MAPPED_TOKENS = 200
 
 
 def widen(run: Path, factor: int, to: Path) -> None:
-    """A checkpoint whose experts have `factor` times as many hidden units: packed, and as GGUF."""
+    """A checkpoint whose experts have `factor` times as many hidden units: packed, and as GGUF.
+
+    llama.cpp opens no file without a tokenizer, and the smallest that it knows has two tokens more
+    than there are bytes; nothing ever asks for those.
+    """
     import torch
 
     from moestro.checkpoints import packed_files
@@ -57,11 +61,13 @@ def widen(run: Path, factor: int, to: Path) -> None:
     from moestro.checkpoints.quantize import WEIGHTS, pack
     from moestro.errors import MoestroError
     from moestro.models.decoder import Decoder
+    from moestro.text import train_bpe
 
-    opened = open_checkpoint(run)
-    model = opened.model
+    model = open_checkpoint(run).model
+    tokenizer = train_bpe(["one pair, one pair"], 258)
     moe = model.cfg.moe.model_copy(update={"hidden_dim": model.cfg.moe.hidden_dim * factor})
-    wide = Decoder(model.cfg.model_copy(update={"moe": moe})).eval()
+    changes = {"moe": moe, "vocab_size": max(model.cfg.vocab_size, tokenizer.vocab_size)}
+    wide = Decoder(model.cfg.model_copy(update=changes)).eval()
     small = model.state_dict()
     with torch.no_grad():
         for name, tensor in wide.state_dict().items():
@@ -74,12 +80,15 @@ def widen(run: Path, factor: int, to: Path) -> None:
                 for half in (0, 1):
                     place = half * width * factor
                     tensor[:, place : place + width] = small[name][:, half * width :][:, :width]
+            elif tensor.shape[1:] == small[name].shape[1:]:  # of a token each
+                tensor[: len(small[name])] = small[name]
             else:  # down [E, D, F]
                 tensor[..., : small[name].shape[-1]] = small[name]
     with suppress(MoestroError):  # a network that llama.cpp does not have is compared with nothing
-        write_gguf(
-            wide, to.with_suffix(".gguf"), family="mixtral", kind="q8_0", tokenizer=opened.folder
-        )
+        gguf = to.with_suffix(".gguf")
+        with TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            write_gguf(wide, gguf, family="mixtral", kind="q8_0", tokenizer=Path(folder))
     pack(wide, WEIGHTS["int8"])
     packed_files.save(wide, to, WEIGHTS["int8"], {})
 
@@ -155,9 +164,6 @@ def child(given: dict[str, Any]) -> None:
     if given["eight"]:
         facts["eight"] = decoding.texts(np.stack(others))
     facts |= {"logits": decoding.logits(), "peak_bytes": peak_bytes()}
-    if given.get("random"):
-        random_BS = np.random.default_rng(0).integers(model.cfg.vocab_size, size=(1, 256))
-        facts["random"] = decoding.texts(random_BS)
     print(json.dumps(facts))
 
 
@@ -202,12 +208,23 @@ def run_child(limit: int | None, **given: Any) -> dict[str, Any]:
     return {**json.loads(printed.splitlines()[-1]), "group_peak": peak}
 
 
-def peer(words: list[str], limit: int, gguf: Path, threads: int) -> float:
-    """Tokens per second of a llama-bench in the same group; 0: it was killed."""
-    command = [*words, "-m", str(gguf), "-p", "0", "-n", "128", "-r", "2", "-t", str(threads)]
-    printed, _ = in_group(limit, gguf, [*command, "-o", "json"])
+def peer(words: list[str], limit: int, gguf: Path, text: Path, threads: int) -> float:
+    """Tokens per second of another engine in the same group; 0: it was killed or failed.
+
+    `llama_cpp.py` decodes the text; a llama-bench decodes random tokens.
+    """
+    command = [*words, "-m", str(gguf), "-t", str(threads)]
+    own = any(word.endswith("llama_cpp.py") for word in words)
+    if own:
+        tokens = text.with_suffix(".json")
+        command += ["--tokens", str(tokens)]
+    else:
+        command += ["-p", "0", "-n", "128", "-r", "2", "-o", "json"]
+    printed, _ = in_group(limit, gguf, command)
     if printed is None:
         return 0.0
+    if own:
+        return float(json.loads(printed.splitlines()[-1])["tokens_per_s"])
     (row,) = (each for each in json.loads(printed) if each.get("n_gen"))
     return float(min(row["samples_ts"][1:] or row["samples_ts"]))
 
@@ -233,7 +250,7 @@ def measure_file(
     for share in SHARES:
         memory = needs.fixed + int(share * needs.all_experts)
         disk = max(streamed.read_rate(path, slab, threads, 0.5) for threads in (1, READERS))
-        own = run_child(memory, **files, memory=memory, random=bool(peers))
+        own = run_child(memory, **files, memory=memory)
         # The same memory as was used: libraries' pages that others mapped before are not charged.
         fewer = {**files, "tokens": min(tokens, MAPPED_TOKENS), "eight": False}
         mapped = run_child(own["group_peak"] or memory, **fewer, memory=None)
@@ -260,9 +277,9 @@ def measure_file(
         }  # fmt: skip
         for name, words in peers.items():
             limit = own["group_peak"] or memory
-            row["random tokens/s"] = own["random"]["tokens_per_s"]
             gguf = path.with_suffix(".gguf")
-            row[name] = peer(words, limit, gguf, torch.get_num_threads())
+            row[name] = peer(words, limit, gguf, text, torch.get_num_threads())
+            row[f"times {name}"] = found["tokens_per_s"] / max(row[name], 1e-9)
         rows.append(row)
     return rows
 
@@ -314,7 +331,9 @@ def prepared(args: argparse.Namespace) -> tuple[Path, Callable[[list[int]], Any]
     count = (1 + CONVERSATIONS) * args.tokens
     if count > len(order_T) * 3 // 4:
         raise SystemExit(f"the trace has {len(order_T):,} tokens, too few for {args.tokens}")
-    np.save(text, trace.tokens_T[order_T[:count]].reshape(-1, args.tokens))
+    texts = trace.tokens_T[order_T[:count]].reshape(-1, args.tokens)
+    np.save(text, texts)
+    text.with_suffix(".json").write_text(json.dumps(texts[0].tolist()))
     other = trace._replace(experts_TLK=trace.experts_TLK[order_T[count:]])
     return text, lambda kept: misses(other, kept).tolist()
 
@@ -335,9 +354,7 @@ def claims_of(rows: list[dict[str, Any]], peers: dict[str, list[str]]) -> dict[s
         ),
     }
     for name in peers:
-        claims[f"least times {name}"] = min(
-            row["random tokens/s"] / max(row[name], 1e-9) for row in rows
-        )
+        claims[f"least times {name}"] = min(row[f"times {name}"] for row in rows)
     return claims
 
 
