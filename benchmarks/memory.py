@@ -15,7 +15,7 @@ something is computed); and both, one after the other (none does).
     .venv/bin/python benchmarks/memory.py --run runs/memory --quick --name quick  # 5 minutes
     .venv/bin/python benchmarks/memory.py --run runs/memory --compare "NAME=PROGRAM AND OPTIONS"
 
-The last one runs llama.cpp on the same weights in Q8_0 in the same group: `llama_cpp.py` (see there)
+The last one runs llama.cpp on the same weights in Q8_0 in the same group: `llama_cpp.py` (see it)
 over the same text, or a llama-bench, which decodes random tokens. Draws docs/figures/memory.png.
 """
 
