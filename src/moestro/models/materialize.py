@@ -86,7 +86,7 @@ def private_memory(nbytes: int) -> mmap.mmap:
     """Memory of its own, in huge pages where the system has them.
 
     Half the time of loading a model is the system handing out its memory in 4 KiB pages; a disk
-    that reads past the page cache is half as fast into such.
+    that is read past the page cache is half as fast into such.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     huge = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -99,6 +99,6 @@ def private_memory(nbytes: int) -> mmap.mmap:
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor; a large one on the CPU in memory of its own."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _LARGE_BYTES:
+    if device.type != "cpu" or nbytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(private_memory(nbytes), dtype=dtype).view(shape)
