@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.config import CacheKind, NetworkConfig
+from moestro.config import CacheKind, ModelConfig, NetworkConfig, RopeConfig, WindowConfig
 from moestro.errors import ConfigError
 from moestro.kernels.formats import UNGATED
-from moestro.models.decoder import lacks
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
@@ -25,6 +24,8 @@ PROCESS, GROWTH = 260 << 20, 32 << 20
 _SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
+# Routers whose choices the native step makes.
+_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Mixture(NamedTuple):
@@ -247,3 +248,27 @@ def hit_bounds(budget: Budget) -> tuple[float, float]:
     """
     share = budget.share
     return share, 1 - (1 - share) ** 9
+
+
+def lacks(cfg: NetworkConfig) -> str | None:
+    """What in the settings the native step does not have; None: nothing."""
+    if not isinstance(cfg, ModelConfig):
+        return "no native step for encoder-decoders"
+    attention, moe = cfg.attention, cfg.moe
+    lacking = {
+        "relative positions": not isinstance(attention.positions, RopeConfig),
+        "layers without positions": isinstance(attention.positions, RopeConfig)
+        and attention.positions.skipped_every > 0,
+        "chunked attention": isinstance(attention.window, WindowConfig)
+        and attention.window.chunked,
+        "normed queries without gains": attention.qk_norm == "unit",
+        "short convolutions": attention.conv is not None,
+        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
+        and attention.qk_norm != "none",
+    }
+    if moe is not None:
+        router = moe.router
+        lacking["a capacity"] = moe.capacity is not None
+        lacking["weights of the experts' inputs"] = router.weighs == "input"
+        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
+    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)

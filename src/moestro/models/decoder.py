@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, NetworkConfig, RopeConfig, WindowConfig
+from moestro.config import ModelConfig, RopeConfig, WindowConfig
 from moestro.errors import ShapeError
 from moestro.models.blocks import Stack
 from moestro.models.cache import KVCache
 from moestro.models.network import ModelOutput, Network, check_tokens
-
-# Whose choices the native step makes.
-_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Decoder(Network, Stack):
@@ -109,27 +106,3 @@ def cannot_pack(cfg: ModelConfig) -> str | None:
     if isinstance(positions, RopeConfig) and positions.temperature is not None:
         return "the temperature of queries depends on their place in the row"
     return None
-
-
-def lacks(cfg: NetworkConfig) -> str | None:
-    """What in the settings the native step does not have; None: nothing."""
-    if not isinstance(cfg, ModelConfig):
-        return "no native step for encoder-decoders"
-    attention, moe = cfg.attention, cfg.moe
-    lacking = {
-        "relative positions": not isinstance(attention.positions, RopeConfig),
-        "layers without positions": isinstance(attention.positions, RopeConfig)
-        and attention.positions.skipped_every > 0,
-        "chunked attention": isinstance(attention.window, WindowConfig)
-        and attention.window.chunked,
-        "normed queries without gains": attention.qk_norm == "unit",
-        "short convolutions": attention.conv is not None,
-        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
-        and attention.qk_norm != "none",
-    }
-    if moe is not None:
-        router = moe.router
-        lacking["a capacity"] = moe.capacity is not None
-        lacking["weights of the experts' inputs"] = router.weighs == "input"
-        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
-    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)
