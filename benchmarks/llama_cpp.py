@@ -33,6 +33,7 @@ def main() -> None:
     params.n_batch, params.n_ubatch = 2, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
     params.fit_params = False  # the context is given
+    params.verbosity = 0
     server = xllamacpp.Server(params)
     for part in (tokens[:half], tokens[half:]):
         asked = {"prompt": part, "max_tokens": 1, "temperature": 0.0, "cache_prompt": False}

@@ -279,7 +279,7 @@ def measure_file(
             limit = own["group_peak"] or memory
             gguf = path.with_suffix(".gguf")
             row[name] = peer(words, limit, gguf, text, torch.get_num_threads())
-            row[f"times {name}"] = found["tokens_per_s"] / max(row[name], 1e-9)
+            row[f"times {name}"] = found["tokens_per_s"] / row[name] if row[name] else None
         rows.append(row)
     return rows
 
@@ -354,7 +354,9 @@ def claims_of(rows: list[dict[str, Any]], peers: dict[str, list[str]]) -> dict[s
         ),
     }
     for name in peers:
-        claims[f"least times {name}"] = min(row[f"times {name}"] for row in rows)
+        times = [row[f"times {name}"] for row in rows]
+        claims[f"least times {name}"] = min((each for each in times if each), default=None)
+        claims[f"budgets at which {name} was killed"] = times.count(None)
     return claims
 
 
