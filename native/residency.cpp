@@ -16,23 +16,22 @@ Residency::Residency(int fd, const moestro_slabs *mixtures, int64_t count, int r
     : fd_(fd), owner_(getpid()), shelves_(size_t(count)) {
     struct stat now{};
     if (fstat(fd_, &now) == 0) size_ = now.st_size, changed_s_ = now.st_mtim.tv_sec, changed_ns_ = now.st_mtim.tv_nsec;
-    try {
-        for (int64_t m = 0; m < count; m++) {
-            Shelf &shelf = shelves_[size_t(m)];
-            shelf.slabs = mixtures[m];
-            shelf.slots.resize(size_t(shelf.slabs.slots));
-            shelf.of.resize(size_t(shelf.slabs.experts));
-            const auto bytes = size_t(shelf.slabs.slots * shelf.slabs.slab_bytes);
-            void *at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (at == MAP_FAILED) throw std::bad_alloc();
-            memory_.emplace_back(at, bytes);
-            for (Slot &slot : shelf.slots)
-                slot.data = static_cast<uint8_t *>(at) + (&slot - shelf.slots.data()) * shelf.slabs.slab_bytes;
-        }
-    } catch (...) {
-        for (auto &each : memory_) munmap(each.first, each.second);
-        throw;
+    for (int64_t m = 0; m < count; m++) {
+        Shelf &shelf = shelves_[size_t(m)];
+        shelf.slabs = mixtures[m];
+        shelf.slots.resize(size_t(shelf.slabs.slots));
+        shelf.of.resize(size_t(shelf.slabs.experts));
+        bytes_ += shelf.slots.size() * size_t(shelf.slabs.slab_bytes);
     }
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    // The system pins each page that a disk writes to: with small ones that takes as long again as the read.
+    madvise(memory_, bytes_, MADV_HUGEPAGE);
+#endif
+    auto at = static_cast<uint8_t *>(memory_);
+    for (Shelf &shelf : shelves_)
+        for (Slot &slot : shelf.slots) slot.data = at, at += shelf.slabs.slab_bytes;
     try {
         for (int i = 0; i < readers; i++) readers_.emplace_back([this] { work(); });
     } catch (const std::system_error &) {  // with fewer, or none: the computing thread reads
@@ -46,7 +45,7 @@ Residency::~Residency() {
     }
     asked_.notify_all();
     for (auto &reader : readers_) reader.join();
-    for (auto &each : memory_) munmap(each.first, each.second);
+    munmap(memory_, bytes_);
 }
 
 bool Residency::has(const moestro_experts &w) const {

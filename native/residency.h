@@ -70,7 +70,8 @@ private:
     const pid_t owner_;
     int64_t size_ = 0, changed_s_ = 0, changed_ns_ = 0;
     std::vector<Shelf> shelves_;
-    std::vector<std::pair<void *, size_t>> memory_;
+    void *memory_ = nullptr;  // all slots, side by side
+    size_t bytes_ = 0;
 
     std::mutex mutex_;
     std::condition_variable asked_, settled_;

@@ -58,6 +58,57 @@ def test_a_control_group_limits_what_is_free(
     assert machine.memory_bytes() == 1_400
 
 
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where control groups are; the process is in /pod/own by what it is told, of version 2."""
+    (tmp_path / "own").write_text("0::/pod/own\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 1 << 20)
+    if machine.free_bytes() is None:
+        pytest.skip("this system does not say what is free")
+    return tmp_path
+
+
+def put(group: Path, **files: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (group / name.replace("_", ".", 1)).write_text(f"{text}\n")
+
+
+def test_a_group_without_a_limit_limits_nothing(groups: Path) -> None:
+    free = machine.memory_bytes()
+    put(groups / "pod/own", memory_max="max", memory_high="max", memory_current="500")
+    assert machine.memory_bytes() == free
+    (groups / "own").write_text("5:memory:/pod/own\n")
+    unlimited = "9223372036854771712"  # as version 1 says it
+    own = groups / "memory/pod/own"
+    put(own, memory_limit_in_bytes=unlimited, memory_usage_in_bytes="500")
+    assert machine.memory_bytes() == free
+
+
+def test_a_group_is_held_up_before_it_reaches_its_limit(groups: Path) -> None:
+    put(groups / "pod/own", memory_max="9000", memory_high="5000", memory_current="1000")
+    assert machine.memory_bytes() == 5000
+    assert machine.free_bytes() == (1 << 20) + 3800
+    put(groups / "pod/own", memory_max="max")
+    assert machine.memory_bytes() == 5000
+
+
+def test_a_container_sees_its_own_group_as_the_root(groups: Path) -> None:
+    """Its path is that of the host, where nothing is mounted."""
+    put(groups, memory_max="7000", memory_current="3000", memory_stat="inactive_file 1000")
+    assert machine.free_bytes() == (1 << 20) + 4750
+
+
+def test_a_group_that_says_half_of_it_is_passed_over(groups: Path) -> None:
+    free = machine.memory_bytes()
+    put(groups / "pod/own", memory_max="7000")
+    assert machine.memory_bytes() == free
+    put(groups / "pod/own", memory_current="no number")
+    assert machine.memory_bytes() == free
+
+
 def test_energy_of_the_packages(tmp_path: Path) -> None:
     def zone(name: str, now: int, most: int = 1000) -> Path:
         folder = tmp_path / name

@@ -79,19 +79,27 @@ def _limits() -> list[tuple[int, int]]:
 
 
 def _limit(group: Path) -> tuple[int, int] | None:
-    """See `_limits`; of version 2 or 1. None: there is none."""
+    """See `_limits`; of version 2 or 1. None: there is none.
+
+    Above `memory.high` a group is slowed down until it stands still, so that is its limit too.
+    """
     for most, now, files in (
-        ("memory.max", "memory.current", ("active_file", "inactive_file")),
+        (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
         (
-            "memory.limit_in_bytes",
+            ("memory.limit_in_bytes",),
             "memory.usage_in_bytes",
             ("total_active_file", "total_inactive_file"),
         ),
     ):
+        limits = []
+        for name in most:
+            with suppress(OSError, ValueError):  # not there, or "max"
+                limits.append(int((group / name).read_text()))
         with suppress(OSError, ValueError):
-            limit, used = int((group / most).read_text()), int((group / now).read_text())
+            used = int((group / now).read_text())
             fields = _fields(group / "memory.stat")
-            return limit, used - sum(fields.get(name, 0) for name in files)
+            if limits:
+                return min(limits), used - sum(fields.get(name, 0) for name in files)
     return None
 
 

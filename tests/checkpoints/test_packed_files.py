@@ -1,4 +1,5 @@
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,21 @@ def test_the_fingerprint_sees_other_weights(ours: bool, tmp_path: Path) -> None:
     assert packed_files.fingerprint(first) == packed_files.fingerprint(same)
     assert packed_files.fingerprint(first) != packed_files.fingerprint(other)
     assert packed_files.default_path(first, INT4).parent == first
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_file_is_read_ahead_only_if_it_fits(
+    room: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Map(mmap.mmap):
+        def madvise(self, *what: int) -> None:
+            asked.append(what)
+            super().madvise(*what)
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    size = saved.stat().st_size
+    monkeypatch.setattr(packed_files, "free_bytes", lambda: size if room else size - 1)
+    packed_files.load(saved)
+    assert asked == ([(mmap.MADV_WILLNEED,)] if room else [])

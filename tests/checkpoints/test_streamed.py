@@ -1,6 +1,8 @@
 """A packed file within a budget: the same bits, bounded reads, and errors that name the file."""
 
+import gc
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,26 @@ def test_hits_are_those_of_the_simulated_cache(file: Path) -> None:
             held[:] = ([e for e in held if e not in experts_K] + experts_K[::-1])[-5:]
     assert reads(model).hits == hits
     assert reads(model).misses == len(chosen) * LAYERS * 3 - hits
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="there are no huge pages"
+)
+def test_experts_lie_on_huge_pages_where_the_system_has_them(file: Path) -> None:
+    def asked_for() -> int:
+        areas = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        sizes = (
+            int(re.findall(r"^Size: +(\d+) kB", each, re.MULTILINE)[-1]) for each in areas[:-1]
+        )
+        flags = (each.partition("\n")[0].split() for each in areas[1:])
+        return sum(size << 10 for size, own in zip(sizes, flags, strict=True) if "hg" in own)
+
+    gc.collect()
+    _, _, dense, (first, *_) = streamed.sizes(file)
+    before = asked_for()
+    model = streamed.load(file, [3, 3, 2])
+    assert asked_for() - before == dense + 8 * first.slab_bytes
+    del model
 
 
 @pytest.mark.parametrize("how", ["cut", "written", "failing"])

@@ -47,6 +47,20 @@ def test_every_kind_of_weights_on_the_same_text(
     assert not list(published.glob("*.moestro"))
 
 
+@NEEDS_NATIVE
+def test_within_a_budget_the_bits_are_the_same(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(published), "--source", text, "--tokens", "500", "--json"]
+    words += ["--weights", "int8", "--cache", "int8"]
+    rows = []
+    for memory in ("none", "64GiB"):
+        assert main([*words, "--memory", memory]) == 0
+        rows.append(json.loads(capsys.readouterr().out)["rows"])
+    assert rows[0] == rows[1]
+    assert [row["weights"] for row in rows[0]] == ["int8", "int8, int8 cache"]
+
+
 def test_as_is_needs_no_native_library(
     published: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +123,6 @@ def test_only_text_with_a_token_that_the_model_does_not_know_is_refused(
         (["--weights", "int5"], "weights are fp32, bf16, int8"),
         (["--source", "nowhere"], "nowhere"),
         (["--tokens", "0"], "greater than or equal to 1"),
-        (["--cache", "int8", "--memory", "1GiB"], "leave --memory out"),
     ],
 )
 def test_bad_options(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -140,14 +141,25 @@ def test_the_smallest_budget_that_is_named_works(
     assert main([*words, least[1]]) == 0
 
 
+def limited_group() -> tuple[Path, str, str]:
+    """A new control group of version 1 or 2, its limit's file, and that of its most use."""
+    for root, most, peak in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max", "memory.peak"),
+    ):
+        group = Path(root, f"moestro-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+            if (group / most).exists():
+                return group, most, peak
+            group.rmdir()
+    pytest.skip("no control group of memory can be made here")
+
+
 @pytest.mark.slow
 def test_a_control_group_of_the_budget_kills_nobody(run: Path) -> None:
     """The smallest budget, as the limit of a group that the process is in from its start on."""
-    group = Path(f"/sys/fs/cgroup/memory/moestro-{os.getpid()}")
-    try:
-        group.mkdir()
-    except OSError:
-        pytest.skip("no control group of memory can be made here (version 1, root)")
+    group, most, peak = limited_group()
     program = [Path(sys.executable).with_name("moestro"), "generate", run, "a", *GENERATE]
 
     def generate(memory: str) -> subprocess.CompletedProcess[str]:
@@ -161,13 +173,29 @@ def test_a_control_group_of_the_budget_kills_nobody(run: Path) -> None:
         least = re.search(r"give at least (\d+)MiB", " ".join(generate("1MiB").stderr.split()))
         assert least is not None
         limit = int(least[1]) << 20
-        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / most).write_text(str(limit))
         done = generate(f"{least[1]}MiB")
         assert done.returncode == 0, done.stderr
-        assert int((group / "memory.max_usage_in_bytes").read_text()) <= limit
+        assert int((group / peak).read_text()) <= limit
     finally:
         time.sleep(0.2)  # the group is left when its last process is gone
         group.rmdir()
+
+
+def test_an_int8_cache_of_a_model_that_decodes_in_python(
+    tmp_path: Path, tight: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = {**SIZES["attention"], "positions": {"skipped_every": 2}}
+    cfg = ModelConfig(vocab_size=257, **{**SIZES, "attention": attention})
+    with atomic_folder(tmp_path / "run/checkpoints/step-000001") as folder:
+        save_model(Decoder(cfg).eval(), folder)
+        ByteTokenizer().save(folder)
+    words = ["generate", str(tmp_path / "run"), "words", *GENERATE, "--weights", "int8"]
+    texts = []
+    for memory in ("none", "64GiB"):
+        assert main([*words, "--cache", "int8", "--memory", memory]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_bench_says_what_was_hit_and_read(

@@ -7,7 +7,7 @@ from pathlib import Path
 from moestro.checkpoints.families import FAMILIES, TEXT_PARTS
 from moestro.cli.main import main
 from moestro.config import ModelConfig
-from moestro.infer.native_decoder import lacks
+from moestro.models.budget import lacks
 from moestro.plan.presets import names, preset
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

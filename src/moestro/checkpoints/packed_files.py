@@ -29,6 +29,7 @@ from moestro.checkpoints.transfer import Progress
 from moestro.errors import CheckpointError
 from moestro.files import cache_folder, whole_file
 from moestro.kernels.packing import QUANTISED, Format
+from moestro.machine import free_bytes
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
 
@@ -188,7 +189,7 @@ def check_stored(path: Path, format: Format) -> None:
 
 
 def load(path: Path, source: dict[str, str] | None = None) -> Model:
-    """Map a packed model; the system reads ahead of its use.
+    """Map a packed model; the system reads all of it ahead of its use, if there is room for it.
 
     Args:
         path: from `save`. It must not be written to while the model lives.
@@ -208,8 +209,10 @@ def load(path: Path, source: dict[str, str] | None = None) -> Model:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     model, sections = packed_header.unfilled(path, header, len(memory) - begin)
-    with suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_WILLNEED)
+    free = free_bytes()
+    if free is None or len(memory) <= free:
+        with suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_WILLNEED)
     fill(model, {name: at(memory, begin + each.offset, each) for name, each in sections.items()})
     return model
 

@@ -23,6 +23,7 @@ from moestro.checkpoints.packed_files import at, checked, fill
 from moestro.checkpoints.packed_header import Section
 from moestro.config import NetworkConfig
 from moestro.errors import CheckpointError
+from moestro.kernels.native_packing import private_memory
 from moestro.kernels.packing import PAGE, ExpertSlabs
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
 from moestro.machine import resident_bytes, return_freed
@@ -33,6 +34,7 @@ from moestro.moe.packed import PackedExperts
 
 # Read at once: a file system may refuse more.
 _PIECE = 1 << 28
+_HUGE = 2 << 20
 
 
 def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
@@ -192,7 +194,7 @@ def _whole(section: Section) -> int:
 
 def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Tensor]:
     """The tensors of some sections, side by side in memory of their own."""
-    memory, place, tensors = _private(sum(map(_whole, sections.values())) or PAGE), 0, {}
+    memory, place, tensors = private_memory(sum(map(_whole, sections.values())) or PAGE), 0, {}
     fd = open_direct(path)
     try:
         for name, section in sections.items():
@@ -204,10 +206,6 @@ def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Ten
     finally:
         os.close(fd)
     return tensors
-
-
-def _private(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _read_into(fd: int, path: Path, memory: mmap.mmap, to: int, place: int, size: int) -> None:
@@ -248,7 +246,8 @@ def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) ->
 
     def read(seed: int) -> int:
         random, done = Random(seed), 0
-        with mmap.mmap(-1, piece) as memory, memoryview(memory) as view:
+        room = -(-piece // _HUGE) * _HUGE  # as experts lie
+        with private_memory(room) as memory, memoryview(memory) as whole, whole[:piece] as view:
             while not done or time.perf_counter() < end:
                 done += _read_once(fd, path, view, random.choice(places))
         return done

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moestro.config import CacheKind
     from moestro.data.rows import ChatCorpus
     from moestro.data.windows import Corpus, HeldOut
+    from moestro.models.budget import Use
     from moestro.train.task import Task
 
 Chats = Annotated[
@@ -74,7 +75,6 @@ def eval(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.quantize import format_of
     from moestro.checkpoints.reading import read_settings
-    from moestro.models.budget import Use
 
     if source and chats:
         raise ConfigError("give --source, text, or --chats, conversations")
@@ -82,23 +82,21 @@ def eval(
     for kind in kinds:
         format_of(kind)
     checkpoint = find_checkpoint(path)
-    if cache != "as-is" and memory != NONE:
-        raise ConfigError(
-            f"--cache {cache} is measured with all weights in memory; leave --memory out"
-        )
     with ExitStack() as stack:
         cfg = read_settings(checkpoint, accept_field or ()).cfg
         text = _text(checkpoint, cfg, source or (), chats or (), tokens, stack)
     held_out, seq_len, task = text
     read = sum(task.predicted(each.tokens_NS) for each in held_out.values())
-    use = Use(seq_len, texts=0, tokens=BATCH * seq_len, scored=True)
-    options: Any = {"memory": memory, "use": use, "accept_fields": accept_field}
+    options: Any = {"memory": memory, "accept_fields": accept_field}
     pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
     if cache != "as-is":
         pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
     rows = [
-        Score(_named(*pair), measure(checkpoint, pair[0], held_out, task, pair[1], **options))
-        for pair in pairs
+        Score(
+            _named(kind, own),
+            measure(checkpoint, kind, held_out, task, own, use=_use(seq_len, own), **options),
+        )
+        for kind, own in pairs
     ]
     if as_json:
         typer.echo(json.dumps(facts_of(checkpoint, read, rows)))
@@ -136,6 +134,14 @@ def _text(
         what = f"the text of {domain}"
         check_known(read.flatten().tolist(), cfg.vocab_size, corpus.tokenizer, what)
     return held_out, corpus.seq_len, task_of(cfg, corpus.tokenizer.end_of_text, conversations)
+
+
+def _use(seq_len: int, cache: CacheKind) -> Use:
+    """What a batch takes: its logits, and a cache where it looks at one."""
+    from moestro.models.budget import Use
+
+    texts = 0 if cache == "as-is" else BATCH
+    return Use(seq_len, texts=texts, tokens=BATCH * seq_len, scored=True)
 
 
 def _named(kind: str, cache: CacheKind) -> str:

@@ -102,8 +102,6 @@ def open_shown(
         options: of `moestro.checkpoints.opening.open_checkpoint`.
     """
     from moestro.checkpoints.opening import open_checkpoint
-    from moestro.errors import ConfigError
-    from moestro.infer.native_decoder import supports
     from moestro.models.blocks import cache_as
     from moestro.models.budget import Use
 
@@ -111,11 +109,6 @@ def open_shown(
     options["accept_fields"] = options.get("accept_fields") or ()
     with bar(f"reading {folder.name}", in_bytes=True) as progress:
         opened = open_checkpoint(folder, progress=progress, verified=True, **options)
-    if cache != "as-is" and "within" in options and (why := supports(opened.model)) is not None:
-        raise ConfigError(
-            f"--cache {cache} takes memory that --memory does not count where a model decodes in "
-            f"Python ({why}); leave one of the two out"
-        )
     cache_as(opened.model, cache)
     if "within" in options and not options["within"].use.scored:
         options["within"].told.measure(opened.model)

@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moestro.config import ModelConfig, NetworkConfig, RopeConfig, WindowConfig
 from moestro.errors import MoestroError
 from moestro.kernels import backends
 from moestro.kernels.backends import Work
 from moestro.kernels.native_layers import Kept, StepDelta, StepLatent, StepLayer, StepShape
 from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.models.blocks import Block
+from moestro.models.budget import lacks
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.decoder import Decoder
 from moestro.models.delta import LENGTH_EPS, DeltaNet
@@ -30,8 +30,6 @@ from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
 from moestro.moe.routers import SparseMixerRouter, TopKRouter
-
-_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Stepped(NamedTuple):
@@ -56,32 +54,6 @@ def supports(model: nn.Module) -> str | None:
     weights, lacking = tuple(model.parameters()), lacks(model.cfg) or _wrapped(model)
     work = Work(embed.device.type, embed.dtype, (), "step", weights, lacking)
     return backends.why_not_whole(asked, work)
-
-
-def lacks(cfg: NetworkConfig) -> str | None:
-    """What in the settings the native step does not have; None: nothing."""
-    if not isinstance(cfg, ModelConfig):
-        return "no native step for encoder-decoders"
-    attention, moe = cfg.attention, cfg.moe
-    lacking = {
-        "relative positions": not isinstance(attention.positions, RopeConfig),
-        "layers without positions": isinstance(attention.positions, RopeConfig)
-        and attention.positions.skipped_every > 0,
-        "chunked attention": isinstance(attention.window, WindowConfig)
-        and attention.window.chunked,
-        "normed queries without gains": attention.qk_norm == "unit",
-        "an indexer of positions": attention.latent is not None
-        and attention.latent.indexer is not None,
-        "short convolutions": attention.conv is not None,
-        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
-        and attention.qk_norm != "none",
-    }
-    if moe is not None:
-        router = moe.router
-        lacking["a capacity"] = moe.capacity is not None
-        lacking["weights of the experts' inputs"] = router.weighs == "input"
-        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
-    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)
 
 
 def _wrapped(model: Decoder) -> str | None:

@@ -23,6 +23,9 @@ from moestro.moe.packed import PackedExperts
 SECONDS = 0.5
 # Tokens and calls that are measured however long they take; the first ones warm up.
 _LEAST_TOKENS, _WARMING, _LEAST_CALLS = 4, 2, 3
+# Calls of each number of misses, of which a disk takes now one and now several times as long; for
+# large experts up to this many times as long is taken.
+_CALLS, _LONGER = 8, 3
 # How many times as much, or as little, misses may add to a token as to a mixture by itself.
 _MOST_APART = 3.0
 
@@ -35,7 +38,8 @@ def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS)
     Args:
         model: a decoder that was opened within a budget.
         residency: what reads its experts.
-        seconds: about how long, if a token takes no longer than a tenth of that.
+        seconds: about how long, if a token takes no longer than a tenth of that; up to
+            twice as long where experts are large.
 
     Raises:
         CheckpointError: an expert cannot be read.
@@ -123,7 +127,9 @@ def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float
     orders = [top_k, 0, top_k // 2, *range(1, top_k)]
     end = time.perf_counter() + seconds
     for number, (layer, wanted) in enumerate(zip(cycle(short), cycle(orders), strict=False)):
-        if number >= _LEAST_CALLS and time.perf_counter() > end:
+        over_s = time.perf_counter() - end
+        enough = number >= _CALLS * len(orders) or over_s > (_LONGER - 1) * seconds
+        if number >= _LEAST_CALLS and over_s > 0 and enough:
             break
         there = random.sample(range(layer.weights.num_experts), top_k)
         call(layer, there)

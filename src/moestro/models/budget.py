@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.config import CacheKind, NetworkConfig
+from moestro.config import CacheKind, ModelConfig, NetworkConfig, RopeConfig, WindowConfig
 from moestro.errors import ConfigError
+from moestro.kernels.formats import UNGATED
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
-PROCESS, GROWTH = 260 << 20, 48 << 20
+PROCESS, GROWTH = 260 << 20, 32 << 20
 _SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
+# Routers whose choices the native step makes.
+_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
 
 class Mixture(NamedTuple):
@@ -151,7 +154,10 @@ def needs(
     context = min(use.context or cfg.attention.context, cfg.attention.context)
     cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes
     use = use._replace(context=context)
-    return Needs(process + GROWTH, dense, cache, _buffers(cfg, use, number), tuple(mixtures))
+    buffers = _buffers(cfg, use, number, mixtures)
+    if use.cache == "int8" and (use.scored or lacks(cfg) is not None):
+        buffers += use.texts * _read_back(cfg, context, number)
+    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures))
 
 
 def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:
@@ -160,8 +166,8 @@ def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind =
     return cache_bytes(cfg, most, 1, number, cache)
 
 
-def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
-    """What `native/step.cpp` computes with, in fp32: rows, those of experts, scores, logits."""
+def _buffers(cfg: NetworkConfig, use: Use, number: int, mixtures: Sequence[Mixture]) -> int:
+    """What `native/step.cpp` computes with: rows, those of experts, scores, logits."""
     tokens, dim = use.tokens + use.texts, cfg.dim
     heads = (cfg.attention.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     total = tokens * 4 * (6 * dim + 3 * heads)
@@ -169,7 +175,11 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
     if moe is not None:
         rows = tokens * moe.top_k
         rows += min(moe.num_experts, rows) * (_TILE - 1)
-        total += rows * 4 * (3 * dim + 3 * moe.hidden_dim) + tokens * 4 * moe.num_experts
+        # What enters a matrix as bytes with scales, or as bf16 and fp32; what leaves it as fp32.
+        weights = (2 if moe.activation in UNGATED else 3) * dim * moe.hidden_dim
+        whole = all(each.slab_bytes < 1.5 * weights for each in mixtures)
+        row = 4 + (2 if whole else 6)
+        total += rows * row * (dim + moe.hidden_dim) + tokens * 4 * moe.num_experts
         if number < 4:  # routers and norms as fp32
             total += 4 * dim * moe.num_experts * sum(len(each.layers) for each in cfg.stacks())
         shared = 0 if moe.shared is None else moe.shared.hidden_dim
@@ -177,6 +187,24 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int) -> int:
     logits = 3 * tokens if use.scored else 2 * use.texts
     scores = 64 * (use.context or 0) * cfg.attention.num_heads
     return total + 4 * (logits * cfg.vocab_size + scores)
+
+
+def _read_back(cfg: NetworkConfig, context: int, number: int) -> int:
+    """What layers in Python make of one text's cache of int8, one at a time: numbers, and fp32."""
+    seen = [min(context, each.window or context) for s in cfg.stacks() for each in s.layers]
+    rows, widths = _row(cfg)
+    return max(seen) * sum(widths) * (rows * number + 8 * max(1, rows // 2))
+
+
+def _row(cfg: NetworkConfig) -> tuple[int, list[int]]:
+    """(vectors of each kind, the kinds' widths) that a layer with attention keeps of a position."""
+    latent = cfg.attention.latent
+    if latent is None:
+        return 2 * cfg.num_kv_heads, [cfg.head_dim]
+    widths = [latent.kv_rank + latent.rope_dim]
+    if latent.indexer is not None:
+        widths.append(latent.indexer.head_dim)
+    return 1, widths
 
 
 def cache_bytes(
@@ -201,14 +229,9 @@ def cache_bytes(
             positions += sum(min(context, layer.window or context) for layer in looking)
         if stack.cross:
             crossed += context * len(stack.layers)
-    latent, rows, width = cfg.attention.latent, 2 * cfg.num_kv_heads, cfg.head_dim
-    if latent is not None:
-        rows, width = 1, latent.kv_rank + latent.rope_dim
-    widths = [width]
-    if latent is not None and latent.indexer is not None:
-        widths.append(latent.indexer.head_dim)
-    row = sum(each + 4 if cache == "int8" else each * number for each in widths)
-    kept = rows * (positions * row + crossed * width * number)
+    rows, widths = _row(cfg)
+    row = sum(width + 4 if cache == "int8" else width * number for width in widths)
+    kept = rows * (positions * row + crossed * widths[0] * number)
     delta = cfg.attention.delta
     if delta is not None:
         inputs = (delta.conv_width - 1) * delta.conv_channels
@@ -228,3 +251,29 @@ def hit_bounds(budget: Budget) -> tuple[float, float]:
     """
     share = budget.share
     return share, 1 - (1 - share) ** 9
+
+
+def lacks(cfg: NetworkConfig) -> str | None:
+    """What in the settings the native step does not have; None: nothing."""
+    if not isinstance(cfg, ModelConfig):
+        return "no native step for encoder-decoders"
+    attention, moe = cfg.attention, cfg.moe
+    lacking = {
+        "relative positions": not isinstance(attention.positions, RopeConfig),
+        "layers without positions": isinstance(attention.positions, RopeConfig)
+        and attention.positions.skipped_every > 0,
+        "chunked attention": isinstance(attention.window, WindowConfig)
+        and attention.window.chunked,
+        "normed queries without gains": attention.qk_norm == "unit",
+        "an indexer of positions": attention.latent is not None
+        and attention.latent.indexer is not None,
+        "short convolutions": attention.conv is not None,
+        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
+        and attention.qk_norm != "none",
+    }
+    if moe is not None:
+        router = moe.router
+        lacking["a capacity"] = moe.capacity is not None
+        lacking["weights of the experts' inputs"] = router.weighs == "input"
+        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
+    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)
