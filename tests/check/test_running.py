@@ -62,7 +62,9 @@ def test_the_command_line_reports_and_says_so_by_its_code(capsys, tmp_path):
     ("arguments", "words"),
     [
         ([f"{MADE}:raises"], "raised KeyError"),
-        ([f"{MADE}:nothing"], "cannot import"),
+        ([f"{MADE}:nothing"], "has no function 'nothing'"),
+        (["tests.check.none:made"], "cannot import 'tests.check.none'"),
+        ([f"{MADE}:ours", "--implementation", "eager"], "is to compute transformers' experts"),
         (["missing.json"], "there is no missing.json"),
         ([f"{MADE}:clean", "--only", "output"], "did you mean outputs?"),
         ([], "give what to check"),

@@ -22,6 +22,7 @@ from moestro.check import definition
 from moestro.check.definition import Choice, Weights
 from moestro.check.description import RouterRule
 from moestro.check.subject import Ran, Subject
+from moestro.check.targets import imported
 from moestro.errors import ConfigError, MoestroError
 from moestro.foreign import layouts, routers
 from moestro.foreign.classes import core, kind
@@ -36,20 +37,24 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
 
     Args:
         model: of transformers.
-        implementation: experts_implementation to be checked.
+        implementation: experts_implementation to be checked, or module:NAME of one that this
+            module registers.
         title: default: the model's class.
 
     Raises:
         MoestroError: it has no mixture, or one that cannot be looked into.
         ConfigError: there is no such implementation.
     """
+    place, _, implementation = implementation.rpartition(":")
+    if place:
+        imported(place)
     if implementation == NAME:
         install()
     if implementation != "eager" and implementation not in ALL_EXPERTS_FUNCTIONS:
         raise ConfigError(
             f"transformers knows no experts_implementation {implementation!r}; it has eager, "
-            f"{', '.join(sorted(ALL_EXPERTS_FUNCTIONS))}; register yours before, in a module that "
-            "a factory of yours imports"
+            f"{', '.join(sorted(ALL_EXPERTS_FUNCTIONS))}; give module:{implementation} where a "
+            "module of yours registers it"
         )
     modules = dict(model.named_modules())
     found: dict[tuple[str, str], tuple[nn.Module, Tap]] = {}
@@ -67,16 +72,15 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
         _subject(block, tap, implementation, f"{name}: {kind(block)}, {implementation}")
         for block, tap in found.values()
     ]
-    if has_loss(model):
-        made[0] = replace(made[0], whole=model)
+    made[0] = replace(made[0], whole=model) if has_loss(type(model)) else made[0]
     return made
 
 
-def has_loss(model: nn.Module) -> bool:
-    """Whether a model adds a balance loss to its own when asked for router logits."""
-    taken = set(inspect.signature(type(model).forward).parameters)
+def has_loss(model: type[nn.Module]) -> bool:
+    """Whether models of a class add a balance loss to their own when asked for router logits."""
+    taken = set(inspect.signature(model.forward).parameters)
     return {"labels", "output_router_logits"} <= taken and hasattr(
-        sys.modules[type(model).__module__], "load_balancing_loss_func"
+        sys.modules[model.__module__], "load_balancing_loss_func"
     )
 
 
@@ -181,8 +185,8 @@ def _rule(router: Any) -> RouterRule | None:
         return None
     return RouterRule(
         top_k=router.top_k, score="sigmoid", normalise=router.norm_topk_prob,
-        scale=getattr(router, "routed_scaling_factor", 1.0), num_groups=router.num_group,
-        top_groups=router.topk_group,
+        scale=getattr(router, "routed_scaling_factor", 1.0), num_groups=router.num_group or 1,
+        top_groups=router.topk_group or 1,
     )  # fmt: skip
 
 

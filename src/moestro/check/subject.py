@@ -69,6 +69,7 @@ class Subject:
         adapters: of the experts, low-rank; None: none are described.
         spread: the module with its experts spread over the ranks; None: not known how.
         whole: the model that the mixture is of, for checks of its losses.
+        lost: why there should be such a model and is none; empty: it is here, or adds no loss.
         unreached: why the experts did not run as was asked for; empty: they did.
     """
 
@@ -92,6 +93,7 @@ class Subject:
     adapters: Adapters | None = None
     spread: Callable[[nn.Module], nn.Module] | None = None
     whole: nn.Module | None = None
+    lost: str = ""
     unreached: str = ""
 
     def copied(self, dtype: torch.dtype = torch.float32) -> nn.Module:

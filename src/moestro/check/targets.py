@@ -111,11 +111,28 @@ def of_factory(words: str) -> Subject:
         ConfigError: there is no such function, it raises, or returns something else.
     """
     place, _, name = words.partition(":")
-    try:
-        factory = getattr(import_module(place), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import {words}: {error}") from error
+    factory = getattr(imported(place), name, None)
+    if not callable(factory):
+        raise ConfigError(f"{place} has no function {name!r}; give module:factory")
     return made_by(factory, words)
+
+
+def imported(name: str) -> Any:
+    """A module of the user's.
+
+    Raises:
+        ConfigError: there is none, or it raises.
+    """
+    try:
+        return import_module(name)
+    except Exception as error:  # it runs anybody's code
+        raise ConfigError(f"cannot import {name!r}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line."""
+    words = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {words}"
 
 
 def made_by(factory: Callable[..., Any], title: str = "", **sizes: int) -> Subject:
@@ -130,7 +147,7 @@ def made_by(factory: Callable[..., Any], title: str = "", **sizes: int) -> Subje
     except MoestroError:
         raise
     except Exception as error:
-        raise ConfigError(f"{title} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{title} raised {_said(error)}") from error
     if isinstance(made, Subject):
         return made
     if isinstance(made, MoE):
@@ -153,16 +170,23 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
     Args:
         target: one of these.
         title: of the report.
-        implementation: experts_implementation of a model of transformers; empty: its own.
+        implementation: experts_implementation of a model of transformers, or module:NAME of one
+            that this module registers; empty: its own.
 
     Raises:
-        MoestroError: it is none of these.
+        MoestroError: it is none of these, or an implementation is asked of something else.
     """
+    named = isinstance(target, str) and ":" in target and not Path(target).exists()
+    if implementation and (named or not _foreign(target)):
+        raise ConfigError(
+            f"{implementation} is to compute transformers' experts; give one of its models, or "
+            "leave the implementation out"
+        )
     if isinstance(target, Subject):
         return [target]
     if isinstance(target, MoE):
         return [of_moe(target, title)]
-    if isinstance(target, str) and ":" in target and not Path(target).exists():
+    if named:
         return [of_factory(target)]
     if _foreign(target):
         models = import_module("moestro.check.foreign_settings")
