@@ -73,6 +73,15 @@ def experts_of_another_rank():
     return replace(subject, spread=changed)
 
 
+def norm_of_own_experts():
+    """A norm that omits other ranks' experts (Megatron-LM#5916)."""
+
+    def own(module):
+        return torch.nn.utils.get_total_norm([each.grad for each in module.parameters()])
+
+    return replace(of_moe(ours()), norm=own)
+
+
 def adapted():
     """A layer of this project with adapters on its experts."""
     layer = ours()

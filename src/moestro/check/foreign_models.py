@@ -33,7 +33,7 @@ from moestro.kernels.reference import Biases
 
 
 def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -> list[Subject]:
-    """One for each class of blocks with a mixture in a model, with the model's own weights.
+    """One for each class of blocks and routers of a model's mixtures, with its own weights.
 
     Args:
         model: of transformers.
@@ -57,14 +57,15 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
             "module of yours registers it"
         )
     modules = dict(model.named_modules())
-    found: dict[tuple[str, str], tuple[nn.Module, Tap]] = {}
+    found: dict[tuple[str, ...], tuple[nn.Module, Tap]] = {}
     for tap in taps(model):
         parent = tap.name.rpartition(".")[0]
         block = modules[parent]
         if kind(block).endswith("DecoderLayer"):  # norms and attention beside it: experts alone
             continue
         inner = tap._replace(name=tap.name.removeprefix(f"{parent}."))
-        found.setdefault((kind(block), kind(modules[tap.name])), (block, inner))
+        kinds = kind(block), kind(modules[tap.name]), "" if tap.router is None else kind(tap.router)
+        found.setdefault(kinds, (block, inner))
     if not found:
         raise MoestroError(f"the mixtures of {type(model).__name__} are part of a larger layer")
     name = title or type(model).__name__
@@ -211,7 +212,8 @@ def _sizes(block: nn.Module, tap: Tap) -> tuple[int, int, int]:
     """D, F and K."""
     experts: Any = core(tap.experts)
     owners = [*_owners(block, tap)]
-    dim = _first_int(owners, "hidden_size", "hidden_dim", "d_model", "ffn_hidden_size")
+    dim = _first_int(owners, "input_size", "hidden_size", "hidden_dim", "d_model",
+                     "ffn_hidden_size")  # fmt: skip
     hidden = _first_int([experts], "intermediate_dim", "intermediate_size", "expert_dim",
                         "moe_intermediate_size", default=dim)  # fmt: skip
     top_k = _first_int(owners, "top_k", "num_experts_per_tok", "moe_top_k", default=1)

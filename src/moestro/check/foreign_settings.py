@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -144,7 +145,10 @@ def of_settings(settings: Any, implementation: str = "eager", title: str = "") -
         except Exception as error:  # as above
             first = str(error).split("\n")[0]
             raise CheckpointError(f"transformers cannot build {title}: {first}") from error
-        made = [_tiny(each, implementation) for each in subjects(model, implementation, title)]
+        made = [
+            _tiny(each, implementation, model, text)
+            for each in subjects(model, implementation, title)
+        ]
         made[0] = _with_whole(made[0], text)
         return made
 
@@ -162,19 +166,20 @@ def randomise(module: nn.Module) -> None:
                 buffer.normal_(0, 0.1)
 
 
-def _tiny(subject: Subject, implementation: str) -> Subject:
-    """The same block, built from narrow settings."""
+def _tiny(subject: Subject, implementation: str, model: nn.Module, settings: Any) -> Subject:
+    """The same block, built from narrow settings: its own, or else the model's."""
     block = subject.module
     holders = (
         each for each in block.modules() if hasattr(getattr(each, "config", None), "to_dict")
     )
-    config = getattr(next(holders, None), "config", None)
-    if config is None:
-        raise MoestroError(f"{kind(block)} holds no settings to build it from")
-    config = _narrowed(config, WIDTHS)
+    config = _narrowed(getattr(next(holders, None), "config", settings), WIDTHS)
+    place = {}
+    if "layer_idx" in inspect.signature(type(block)).parameters:
+        name = next(name for name, each in model.named_modules() if each is block)
+        place = {"layer_idx": next(int(part) for part in name.split(".") if part.isdigit())}
     try:
         with torch.device("cpu"):
-            made = type(block)(config)
+            made = type(block)(config, **place)
     except Exception as error:
         raise MoestroError(
             f"{kind(block)} cannot be built from its settings alone ({error}); build a tiny model "
@@ -197,7 +202,7 @@ def _with_whole(subject: Subject, settings: Any) -> Subject:
         model = auto.from_config(_narrowed(settings, WIDTHS | NARROW)).float().eval()
         randomise(model)
         with torch.no_grad():
-            model(torch.ones(1, 2, dtype=torch.int64, device="cpu"))
+            model(torch.ones(1, 2, dtype=torch.int64, device="cpu"), use_cache=False)
     except Exception as error:  # settings that only fit each other as published
         first = str(error).strip().split("\n")[0][:200]
         lost = (

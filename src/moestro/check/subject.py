@@ -68,6 +68,7 @@ class Subject:
         resized: the same layer in other sizes (keywords dim, hidden_dim, num_experts, top_k).
         adapters: of the experts, low-rank; None: none are described.
         spread: the module with its experts spread over the ranks; None: not known how.
+        norm: of such a module, over all ranks' gradients; None: not known how.
         whole: the model that the mixture is of, for checks of its losses.
         lost: why there should be such a model and is none; empty: it is here, or adds no loss.
         unreached: why the experts did not run as was asked for; empty: they did.
@@ -92,6 +93,7 @@ class Subject:
     resized: Callable[..., Subject] | None = None
     adapters: Adapters | None = None
     spread: Callable[[nn.Module], nn.Module] | None = None
+    norm: Callable[[nn.Module], Tensor] | None = None
     whole: nn.Module | None = None
     lost: str = ""
     unreached: str = ""

@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from moestro.check.described import described
 from moestro.check.description import (
@@ -28,6 +29,7 @@ from moestro.moe.balance import switch_loss, z_loss
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
 from moestro.moe.parallel import ParallelExperts
+from moestro.train.parallel import Place, square
 
 
 def of_moe(layer: MoE, title: str = "") -> Subject:
@@ -74,7 +76,7 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
         call=lambda module, x, valid=None: module(x, valid=valid), takes_mask=True,
         balance=lambda module, output: switch_loss(output[1]),
         z=lambda module, output: z_loss(output[1]), adapters=adapters,
-        spread=None if adapters else _spread,  # experts with adapters are not split
+        spread=None if adapters else _spread, norm=_norm,  # experts with adapters are not split
     )  # fmt: skip
 
     def resized(**sizes: int) -> Subject:
@@ -102,6 +104,19 @@ def _spread(layer: Any) -> MoE:
     made: MoE = layer
     made.experts = ParallelExperts(layer.experts)
     return made
+
+
+def _norm(layer: nn.Module) -> Tensor:
+    """As the training loop adds it up."""
+    ranks, gradients, places = dist.get_world_size(), {}, {}
+    for name, each in layer.named_parameters():
+        if each.grad is not None:
+            copies = 1 if name.startswith("experts.") else ranks
+            gradients[name] = each.grad
+            places[name] = Place((0, 0), tuple(each.shape), copies, saves=True)
+    squared = square(gradients, places)
+    dist.all_reduce(squared)
+    return squared.sqrt()
 
 
 def of_factory(words: str) -> Subject:
