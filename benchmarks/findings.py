@@ -3,9 +3,11 @@
     .venv/bin/python benchmarks/findings.py                   # all; also results/findings.json
     .venv/bin/python benchmarks/findings.py --only Mixtral    # names that contain this
     .venv/bin/python benchmarks/findings.py --kinds others
+    .venv/bin/python benchmarks/findings.py --seeds 5 --workers 1
 
 Families of transformers are those of tests/probe/foreign_zoo.py, tiny, under eager, grouped_mm,
-batched_mm and moestro's plug. Mixtures of other packages are those of benchmarks/other_mixtures.py
+batched_mm and moestro's plug: at seed 0 under all of them, at each further seed under the next.
+This project's layers run under every backend, packed, and streamed from a file. Mixtures of other packages are those of benchmarks/other_mixtures.py
 that are installed. Each runs in a worker with limits of time and memory; one that exceeds them is
 reported as unchecked.
 """
@@ -19,6 +21,7 @@ import multiprocessing
 import resource
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,10 +35,15 @@ import torch
 
 from moestro import MoE, MoEConfig
 from moestro.check.checks.table import chosen
+from moestro.check.packed import of_packed
 from moestro.check.report import Report
-from moestro.check.running import begun, found
+from moestro.check.running import all_found
 from moestro.check.subject import Subject
 from moestro.check.targets import made_by, of_moe
+from moestro.checkpoints import packed_files, streamed
+from moestro.checkpoints.quantize import WEIGHTS, pack
+from moestro.config import ModelConfig
+from moestro.models.decoder import Decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the table of families of the tests
 
@@ -59,33 +67,62 @@ OURS: dict[str, dict[str, Any]] = {
     "biased": {"experts": {"bias": True}, "router": {"bias": True}},
     "capacity": {"capacity": {"factor": 0.75}},
 }  # fmt: skip
-BACKENDS = ("reference", "segments", "auto")
+# How this project's layers run: backends, weights that are packed, trained through, and streamed.
+OWN_WAYS = ("reference", "segments", "auto", "packed fp32", "packed bf16",
+            "packed int8", "packed int4", "through int8", "streamed int8")  # fmt: skip
+
+Target = tuple[str, str, str, int]
 
 
-def targets(kinds: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Kind, name, and implementation or backend."""
+def targets(kinds: list[str], seeds: int) -> Iterator[Target]:
+    """Kind, name, implementation or way to run, and seed."""
     if "families" in kinds:
         from tests.probe import foreign_zoo
 
         for name in foreign_zoo.FAMILIES:
             for implementation in IMPLEMENTATIONS:
-                yield "families", name, implementation
+                yield "families", name, implementation, 0
+            for seed in range(1, seeds):
+                yield "families", name, IMPLEMENTATIONS[seed % len(IMPLEMENTATIONS)], seed
     if "ours" in kinds:
         for name in OURS:
-            for backend in BACKENDS:
-                yield "ours", name, backend
+            for way in OWN_WAYS:
+                yield from (("ours", name, way, seed) for seed in range(seeds))
     if "others" in kinds:
         for name in other_mixtures.FACTORIES:
-            yield "others", name, ""
+            yield from (("others", name, "", seed) for seed in range(seeds))
 
 
-def subjects(kind: str, name: str, how: str) -> list[Subject]:
+def own(name: str, way: str) -> Subject:
+    """A layer of this project, as `OWN_WAYS` says."""
+    sizes = {"dim": 32, "hidden_dim": 16, "num_experts": 4, "top_k": 2, **OURS[name]}
+    how, _, weights = way.partition(" ")
+    layer, title = MoE(MoEConfig(**sizes), "auto" if weights else how), f"MoE, {name}, {way}"
+    if not weights:
+        return of_moe(layer, title)
+    layer.eval()
+    for each in ("experts", "shared"):
+        if getattr(layer, each) is not None:
+            setattr(layer, each, getattr(layer, each).to_packed(WEIGHTS[weights]))
+            getattr(layer, each).passes_gradients = how == "through"
+    if how != "streamed":
+        return of_packed(layer, title)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = {"vocab_size": 64, "num_layers": 1, "attention": {"num_heads": 2, "context": 16}}
+        mixture = {key: value for key, value in sizes.items() if key != "dim"}
+        model = Decoder(ModelConfig(**whole, dim=sizes["dim"], moe=mixture)).eval()
+        pack(model, WEIGHTS[weights])
+        packed_files.save(model, Path(folder) / "packed", WEIGHTS[weights], {})
+        (resident,) = model.mixtures()
+        (layer,) = streamed.load(Path(folder) / "packed", [2]).mixtures()
+        return of_packed(layer, title, resident)
+
+
+def subjects(kind: str, name: str, how: str, seed: int) -> list[Subject]:
     """What is checked under one name."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if kind == "ours":
-        sizes = {"dim": 16, "hidden_dim": 8, "num_experts": 4, "top_k": 2}
-        layer = MoE(MoEConfig(**{**sizes, **OURS[name]}), how)
-        return [of_moe(layer, f"MoE, {name}, {how}")]
+        return [own(name, how)]
     if kind == "others":
         return [made_by(other_mixtures.FACTORIES[name], name)]
     from tests.probe import foreign_zoo
@@ -102,7 +139,7 @@ class TooLong(Exception):
     """The time of one target is over."""
 
 
-def check_one(target: tuple[str, str, str], seed: int) -> dict[str, Any]:
+def check_one(target: Target) -> dict[str, Any]:
     """One row: what was found under one name, in at most TIME_S."""
 
     def over(*_: Any) -> None:
@@ -110,11 +147,12 @@ def check_one(target: tuple[str, str, str], seed: int) -> dict[str, Any]:
 
     signal.signal(signal.SIGALRM, over)
     signal.alarm(TIME_S)
-    start, row = time.perf_counter(), dict(zip(("kind", "name", "how"), target, strict=True))
+    start, cpu = time.perf_counter(), time.process_time()
+    row: dict[str, Any] = dict(zip(("kind", "name", "how", "seed"), target, strict=True))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reports = [found(begun(each, seed), chosen()) for each in subjects(*target)]
+            reports = all_found(subjects(*target), chosen(), row["seed"])
         row |= summary(reports)
     except TooLong:
         row["unchecked"] = {"all": f"more than {TIME_S} s"}
@@ -123,7 +161,8 @@ def check_one(target: tuple[str, str, str], seed: int) -> dict[str, Any]:
         row["unchecked"] = {"all": f"{type(error).__name__}: {first}"}
     finally:
         signal.alarm(0)
-    return row | {"seconds": round(time.perf_counter() - start, 2)}
+    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return row | {name: round(each, 2) for name, each in took.items()}
 
 
 def summary(reports: list[Report]) -> dict[str, Any]:
@@ -157,25 +196,28 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--kinds", nargs="*", default=["families", "ours", "others"])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="seed 0 and how many in all")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "findings.json")
     arguments = parser.parse_args()
-    chosen_targets = [t for t in targets(arguments.kinds) if arguments.only.lower() in t[1].lower()]
+    listed = targets(arguments.kinds, arguments.seeds)
+    chosen_targets = [each for each in listed if arguments.only.lower() in each[1].lower()]
     start, rows = time.perf_counter(), []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context, limited) as pool:
-        waiting = [pool.submit(check_one, t, arguments.seed) for t in chosen_targets]
+        waiting = [pool.submit(check_one, each) for each in chosen_targets]
         for target, future in zip(chosen_targets, waiting, strict=True):
             with contextlib.suppress(KeyboardInterrupt):
                 try:
                     row = future.result()
                 except Exception as error:  # the worker ended: memory
-                    row = {"name": target[1], "how": target[2], "unchecked": {"all": repr(error)}}
+                    row = dict(zip(("kind", "name", "how", "seed"), target, strict=True))
+                    row |= {"unchecked": {"all": repr(error)}}
                 rows.append(row)
                 print(line(row), flush=True)
     result = {
-        "machine": measure.machine(), "seed": arguments.seed,
-        "seconds": round(time.perf_counter() - start, 1), "rows": rows,
+        "machine": measure.machine(), "seeds": arguments.seeds, "workers": arguments.workers,
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(sum(row.get("cpu_seconds", 0) for row in rows), 1), "rows": rows,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"{len(rows)} targets in {result['seconds']} s; {arguments.out}")
@@ -186,7 +228,7 @@ def line(row: dict[str, Any]) -> str:
     wrong, unchecked = row.get("wrong", {}), row.get("unchecked", {})
     words = [f"✗ {name}: {each}" for name, each in wrong.items()]
     words += [f"? {name}: {each}" for name, each in unchecked.items()]
-    head = f"{row['name']:34} {row['how']:10} {row.get('seconds', 0):6.1f} s  "
+    head = f"{row['name']:30} {row['how']:13} {row['seed']} {row.get('cpu_seconds', 0):6.1f} s  "
     return head + (f"✓ {len(row.get('ok', []))} checks" if not words else "; ".join(words))
 
 

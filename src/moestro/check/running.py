@@ -8,7 +8,7 @@ from typing import Any
 
 from moestro.check.checks.check import Check
 from moestro.check.checks.table import CHECKS, chosen
-from moestro.check.report import Explained, Finding, Report, joined, wrong
+from moestro.check.report import Explained, Finding, Report, joined, skipped, wrong
 from moestro.check.subject import Subject
 from moestro.check.targets import of_anything
 from moestro.check.trial import Trial
@@ -99,9 +99,7 @@ def found(trial: Trial, checks: Collection[Check]) -> Report:
             words = f"{failed.words}; no other check was done"
             findings = [Explained(RUN.name, failed._replace(words=words), RUN.meaning, "")]
         else:
-            findings = [
-                Explained(c.name, _done(c, trial), c.meaning, c.looks_like) for c in checks
-            ]
+            findings = [Explained(c.name, _done(c, trial), c.meaning, c.looks_like) for c in checks]
     return Report(trial.subject.title, tuple(findings), trial.seed)
 
 
@@ -109,6 +107,8 @@ def _done(check: Check, trial: Trial) -> Finding:
     """What a check finds; a layer that raises where it should compute is wrong."""
     if trial.subject.unreached:
         return Finding("unchecked", trial.subject.unreached)
+    if trial.subject.only and check.name not in trial.subject.only:
+        return skipped("packed weights have no state dict, dtype, size or gradient of their own")
     found: list[Finding] = []
     failed = _failure(lambda: found.append(check.function(trial)))
     return failed or found[0]

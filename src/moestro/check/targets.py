@@ -28,6 +28,7 @@ from moestro.kernels.reference import GATED
 from moestro.moe.balance import switch_loss, z_loss
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
+from moestro.moe.packed import PackedExperts
 from moestro.moe.parallel import ParallelExperts
 from moestro.train.parallel import Place, square
 
@@ -199,6 +200,9 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         )
     if isinstance(target, Subject):
         return [target]
+    if isinstance(target, MoE) and isinstance(target.experts, PackedExperts):
+        packed: Subject = import_module("moestro.check.packed").of_packed(target, title)
+        return [packed]
     if isinstance(target, MoE):
         return [of_moe(target, title)]
     if named:

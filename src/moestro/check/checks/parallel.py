@@ -184,7 +184,9 @@ def _unspread(trial: Trial) -> Finding | None:
     if trial.subject.spread is None:
         return skipped("it is not described how its experts are spread over ranks")
     experts, world = trial.subject.num_experts, dist.get_world_size()
-    return skipped(f"{experts} experts do not split over {world} ranks") if experts % world else None
+    return (
+        skipped(f"{experts} experts do not split over {world} ranks") if experts % world else None
+    )
 
 
 def _spread_pass(trial: Trial, share: slice) -> tuple[nn.Module, Result]:
@@ -198,7 +200,12 @@ def _spread_pass(trial: Trial, share: slice) -> tuple[nn.Module, Result]:
 def _spread(trial: Trial, *, idle: bool) -> Finding:
     if (alone := _unspread(trial)) is not None:
         return alone
-    rank, world, share, subject = dist.get_rank(), dist.get_world_size(), _share(idle), trial.subject
+    rank, world, share, subject = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        _share(idle),
+        trial.subject,
+    )
     got = _spread_pass(trial, share)[1]
     exact_TD = trial.expected.y.flatten(0, 1)[share]
     floor = 0.1 * float(trial.exact.y.norm())
