@@ -7,9 +7,9 @@
 
 Families of transformers are those of tests/probe/foreign_zoo.py, tiny, under eager, grouped_mm,
 batched_mm and moestro's plug: at seed 0 under all of them, at each further seed under the next.
-This project's layers run under every backend, packed, and streamed from a file. Mixtures of other packages are those of benchmarks/other_mixtures.py
-that are installed. Each runs in a worker with limits of time and memory; one that exceeds them is
-reported as unchecked.
+This project's layers run under every backend of this machine, packed, and streamed from a file.
+Mixtures of other packages are those of benchmarks/other_mixtures.py that are installed. Each runs
+in a worker with limits of time and memory; one that exceeds them is reported as unchecked.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ OUTPUTS = frozenset({
     "one-expert", "padding", "padding-nan", "unchanged", "balance-loss", "balance-mask",
     "balance-state", "z-loss", "z-mask", "z-state", "determinism", "evaluation",
 })  # fmt: skip
-# And where gradients pass through it, in the rows' own dtype, to the router and to what comes before;
-# without gradients the same layer rounds rows.
+# And where gradients pass through it to the router and to what comes before: rows keep their
+# dtype there, and are rounded where no gradient is wanted.
 GRADIENTS = OUTPUTS - {"evaluation"} | {
     "input-gradient", "router-gradient", "shared-gradients", "accumulation", "strides", "frozen",
     "micro-batches", "recomputation", "balance-gradient", "z-gradient", "state",

@@ -141,7 +141,7 @@ CHECKS = (
     Check("balance-state", "Each batch has its own balance loss.",
           "losses collected in a global list (MegaBlocks); counts kept over batches",
           _of(_BALANCE, kept)),
-    Check("balance-epsilon", "A sigmoid router cannot lower its balance loss by lowering all scores.",
+    Check("balance-epsilon", "A sigmoid router cannot lower its loss by lowering all scores.",
           "1e-20 in the sum of scores (Megatron-LM#1545)", _of(_BALANCE, fallen)),
     Check("z-loss", "The z-loss is the mean over tokens of logsumexp(logits)².",
           "a sum for the mean; logsumexp of probabilities; the square left out", _of(_Z, value)),
