@@ -102,7 +102,8 @@ def _ranks() -> Iterator[None]:
         yield
     finally:
         gc.collect()  # a wrapper that outlives the group has threads that end the process
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a check in which a rank was lost has ended it
+            dist.destroy_process_group()
 
 
 def _subjects(target: str, implementation: str, seed: int) -> list[Subject]:

@@ -6,7 +6,9 @@ their number they are the whole batch's. Skipped where no group of several ranks
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -19,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.check.checks.check import Check
 from moestro.check.compare import difference
-from moestro.check.report import Finding, skipped
+from moestro.check.report import Finding, skipped, wrong
 from moestro.check.subject import Run
 from moestro.check.trial import Result, Trial
+from moestro.errors import MoestroError
 
 
 def replicated(trial: Trial) -> Finding:
@@ -120,8 +123,29 @@ class _Calling(nn.Module):
         return self.function(self.inner, x)
 
 
+def _together(function: Callable[[Trial], Finding]) -> Callable[[Trial], Finding]:
+    """A check that ends the group where a rank is lost: what came after would be of no meaning."""
+
+    def checked(trial: Trial) -> Finding:
+        try:
+            return function(trial)
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+        gc.collect()  # wrappers have threads that would end the process with the group
+        dist.destroy_process_group()
+        return wrong("a rank did not take part, and the others waited for it in vain")
+
+    return checked
+
+
 def _alone(trial: Trial) -> Finding | None:
     """Why there is nothing to compare; None: there is."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoestroError(
+            "there is no process group; where a rank was lost in an earlier check, which ends it, "
+            "run this one alone (--only)"
+        )
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return skipped("needs several processes: torchrun --nproc-per-node 2 -m moestro check …")
     return skipped("with a capacity, tokens depend on each other") if trial.subject.drops else None
@@ -232,7 +256,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-CHECKS = (
+_CHECKS = (
     Check("data-parallel", "Ranks that share a batch (DDP) get the whole batch's gradients.",
           "gradients doubled or divided twice (pytorch#160285, Megatron-LM#7452)", replicated),
     Check("no-sync", "Under DDP, micro-batches before the last are not lost (no_sync).",
@@ -251,3 +275,4 @@ CHECKS = (
     Check("idle-rank", "A rank without tokens takes part: nothing hangs, gradients are right.",
           "a rank without tokens that hangs (DeepSpeed#4808, Megatron-LM#4851)", idle),
 )  # fmt: skip
+CHECKS = tuple(each._replace(function=_together(each.function)) for each in _CHECKS)
