@@ -63,7 +63,8 @@ def all_found(
         except MoestroError as error:
             if len(subjects) == 1:
                 raise
-            row = Explained(RUN.name, Finding("unchecked", str(error)), RUN.meaning, "")
+            words = str(error).removeprefix(f"{subject.title}: ")
+            row = Explained(RUN.name, Finding("unchecked", words), RUN.meaning, "")
             reports.append(Report(subject.title, (row,), seed))
     return reports
 

@@ -25,6 +25,7 @@ from moestro.check.subject import Subject
 from moestro.config import MoEConfig
 from moestro.errors import ConfigError, MoestroError
 from moestro.kernels.reference import GATED
+from moestro.models.network import Network
 from moestro.moe.balance import switch_loss, z_loss
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
@@ -200,11 +201,10 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         )
     if isinstance(target, Subject):
         return [target]
-    if isinstance(target, MoE) and isinstance(target.experts, PackedExperts):
-        packed: Subject = import_module("moestro.check.packed").of_packed(target, title)
-        return [packed]
     if isinstance(target, MoE):
-        return [of_moe(target, title)]
+        return [_of_own(target, title)]
+    if isinstance(target, Network):
+        return _of_network(target, title)
     if named:
         return [of_factory(target)]
     if _foreign(target):
@@ -217,6 +217,23 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         f"cannot check a {type(target).__name__}; give (module, Description), a factory that "
         "returns them, its name as module:factory, an MoE, or a model of transformers"
     )
+
+
+def _of_own(layer: MoE, title: str) -> Subject:
+    if not isinstance(layer.experts, PackedExperts):
+        return of_moe(layer, title)
+    made: Subject = import_module("moestro.check.packed").of_packed(layer, title)
+    return made
+
+
+def _of_network(model: Network, title: str) -> list[Subject]:
+    """The first mixture of each kind in a model of this project, by its settings."""
+    kinds = {each.cfg.model_dump_json(): each for each in reversed(model.mixtures())}
+    if not kinds:
+        raise MoestroError(f"the {type(model).__name__} is dense: it has no mixture of experts")
+    title = title or type(model).__name__
+    names = {each: name for name, each in model.named_modules()}
+    return [_of_own(each, f"{title}, {names[each]}") for each in reversed(kinds.values())]
 
 
 def _foreign(target: Any) -> bool:
