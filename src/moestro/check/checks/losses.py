@@ -77,7 +77,7 @@ def fallen(loss: Loss, trial: Trial) -> Finding:
     down_D = torch.linalg.lstsq(x_TD, torch.full_like(x_TD[:, :1], FALLEN)).solution[:, 0]
     weight = module.get_parameter(subject.rule.weight)
     with torch.no_grad():
-        weight += down_D.float()[:, None] if subject.rule.transposed else down_D.float()
+        weight.add_(down_D.float()[:, None] if subject.rule.transposed else down_D.float())
         got = loss.of(subject.run(module, x_TD[None].float(), None))
         exact = loss.of(subject.define(copy.deepcopy(module).double(), x_TD[None]))
     assert exact is not None
