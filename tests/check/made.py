@@ -22,6 +22,36 @@ def ours():
     return MoE(MoEConfig(dim=16, hidden_dim=8, num_experts=4, top_k=2))
 
 
+class NoBackward(torch.autograd.Function):
+    """Of a kernel that was written for inference."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward")
+
+
+class Raises:
+    """A layer around it."""
+
+    def forward(self, x, valid=None):
+        y, *losses = super().forward(x, valid)
+        return NoBackward.apply(y), *losses
+
+
+no_backward = factory(SHAPES["mixtral"], Raises)
+
+
+def flat():
+    """A layer whose definition cannot run: its shared expert wants another width."""
+    layer, about = factory(SHAPES["deepseek"])()
+    layer.shared[0] = torch.nn.Linear(7, 6)
+    return layer, about
+
+
 def raises():
     """A factory with a mistake."""
     raise KeyError("experts")
@@ -71,6 +101,15 @@ def experts_of_another_rank():
         return subject.spread(module)
 
     return replace(subject, spread=changed)
+
+
+def norm_of_own_experts():
+    """A norm that omits other ranks' experts (Megatron-LM#5916)."""
+
+    def own(module):
+        return torch.nn.utils.get_total_norm([each.grad for each in module.parameters()])
+
+    return replace(of_moe(ours()), norm=own)
 
 
 def adapted():

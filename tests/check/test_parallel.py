@@ -13,7 +13,7 @@ from moestro.cli.main import main
 command.HANGS_S = 8
 targets = [f"tests.check.made:{name}" for name in sys.argv[1:]]
 names = ["data-parallel", "no-sync", "sharded", "expert-parallel", "expert-parallel-idle",
-         "parallel-balance", "idle-rank"]
+         "expert-parallel-norm", "parallel-balance", "idle-rank"]
 only = [word for name in names for word in ("--only", name)]
 print("code", main(["check", *targets, *only, "--json"]))
 """
@@ -31,12 +31,14 @@ def found_by(ranks, *names):
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process_and_defects_are_named(ranks):
-    late = ["early"] if ranks == 2 else []
-    (clean, *wrong), code = found_by(ranks, "ours", *DEFECTS, *late)
+    last = ["early", "ours"]
+    (clean, norm, *wrong), code = found_by(ranks, "ours", "norm_of_own_experts", *DEFECTS, *last)
     assert code == "1"
     assert set(clean.values()) == {"ok"}, clean
+    assert norm == {**clean, "expert-parallel-norm": "wrong"}
     for name, found in zip(DEFECTS, wrong, strict=False):
         assert found["expert-parallel"] == "wrong", name
         assert found["data-parallel"] == found["sharded"] == "ok", name
-    if late:  # a rank waits in vain, and no longer than the time limit
-        assert wrong[-1] == {**wrong[-1], "data-parallel": "ok", "idle-rank": "wrong"}
+    early, after = wrong[-2:]  # a rank waits in vain, and no longer than the time limit
+    assert early == {**early, "data-parallel": "ok", "idle-rank": "wrong"}
+    assert set(after.values()) == {"unchecked"}

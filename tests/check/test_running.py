@@ -4,11 +4,13 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from moestro.check import Description, ExpertNames, RouterRule, check
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError, MoestroError
+from moestro.models.decoder import Decoder
 
 from .made import adapted, doubled, ours
 from .plain_layer import SHAPES, factory
@@ -62,7 +64,9 @@ def test_the_command_line_reports_and_says_so_by_its_code(capsys, tmp_path):
     ("arguments", "words"),
     [
         ([f"{MADE}:raises"], "raised KeyError"),
-        ([f"{MADE}:nothing"], "cannot import"),
+        ([f"{MADE}:nothing"], "has no function 'nothing'"),
+        (["tests.check.none:made"], "cannot import 'tests.check.none'"),
+        ([f"{MADE}:ours", "--implementation", "eager"], "is to compute transformers' experts"),
         (["missing.json"], "there is no missing.json"),
         ([f"{MADE}:clean", "--only", "output"], "did you mean outputs?"),
         ([], "give what to check"),
@@ -137,10 +141,74 @@ def test_a_model_whose_loss_supposes_another_choice_is_told(monkeypatch):
         assert words in explained.finding.words
 
 
-def test_our_own_settings_are_a_target(tmp_path):
+def test_our_own_settings_and_models_are_targets(tmp_path):
     cfg = {"dim": 32, "num_layers": 1, "moe": {"hidden_dim": 8, "num_experts": 4, "top_k": 2}}
+    some = ["outputs", "expert-gradients"]
+    model = Decoder(ModelConfig(**{**cfg, "num_layers": 2}))
+    report = check(model, only=some)
+    assert [each.finding.outcome for each in report.found] == ["ok"] * 2
+    with torch.no_grad():
+        model.mixtures()[0].router.weight += float("nan")
+    assert check(model, only=some).wrong == some
+    with pytest.raises(MoestroError, match="is dense"):
+        check(Decoder(ModelConfig(**{**cfg, "moe": None})))
     (tmp_path / "config.json").write_text(ModelConfig(**cfg).model_dump_json())
     assert check(str(tmp_path), only=["outputs", "expert-gradients"]).exit_code == 0
+
+
+def test_an_implementation_of_ones_own_is_imported_and_checked(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.MixtralConfig(num_local_experts=4, num_hidden_layers=1)
+    (tmp_path / "config.json").write_text(settings.to_json_string())
+    (tmp_path / "kernels_of_mine.py").write_text(
+        "from transformers.integrations import moe\n\n\n"
+        "def twice(*given):\n"
+        "    return 2 * moe.batched_mm_experts_forward(*given)\n\n\n"
+        'moe.ALL_EXPERTS_FUNCTIONS.register("twice", twice)\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [str(tmp_path), "--only", "outputs", "--only", "z-loss", "--implementation"]
+    assert main(["check", *arguments, "kernels_of_mine:twice"]) == 1
+    said = capsys.readouterr().out
+    assert "all of it is 2 times" in " ".join(said.split())
+    assert "z-loss: no z-loss is described" in said
+    assert "1 wrong, 1 not applicable" in said
+    assert main(["check", *arguments, "none_of_mine:twice"]) == 2
+
+
+def test_a_model_that_cannot_be_built_is_unchecked_and_one_without_a_loss_is_skipped(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from moestro.check.foreign_settings import NARROW, of_settings
+
+    sizes = {"num_hidden_layers": 1, "num_local_experts": 4}
+    (subject,) = of_settings(transformers.MixtralConfig(**sizes))
+    monkeypatch.setitem(NARROW, "num_key_value_heads", 3)  # which 4 heads cannot share
+    (lost,) = of_settings(transformers.MixtralConfig(**sizes))
+    assert subject.whole is not None
+    assert lost.whole is None
+    report = check(lost, only=["outputs", "model-loss"])
+    assert report.exit_code == 3
+    assert "a narrow model of these settings does not run" in report.found[1].finding.words
+    (without,) = of_settings(transformers.DeepseekV3Config(**{"num_hidden_layers": 4}))
+    report = check(without, only=["model-loss"])
+    assert report.exit_code == 0
+    assert report.found[0].finding.outcome == "skipped"
+
+
+def test_of_several_targets_one_that_cannot_be_run_does_not_end_the_report(capsys):
+    assert main(["check", f"{MADE}:flat", f"{MADE}:clean", "--only", "outputs", "--json"]) == 3
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["checks"][0]["outcome"] == "unchecked"
+    assert second["checks"][0]["outcome"] == "ok"
+    assert main(["check", f"{MADE}:flat", "--only", "outputs"]) == 2
+    assert "its definition cannot run" in capsys.readouterr().err
+
+
+def test_a_layer_that_raises_is_one_finding(capsys):
+    assert main(["check", f"{MADE}:no_backward"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "it raised RuntimeError: no backward; no other check was done" in said
+    assert "1 wrong" in said
 
 
 def test_experts_that_an_implementation_does_not_reach_are_unchecked():

@@ -35,10 +35,16 @@ class Difference(NamedTuple):
     sentence: str
 
 
-def tolerance(dtype: torch.dtype, terms: int) -> float:
-    """Largest relative difference that rounding explains; see above."""
+def tolerance(dtype: torch.dtype, terms: int, eps: float = 0.0) -> float:
+    """Largest relative difference that rounding explains; see above.
+
+    Args:
+        dtype: of what is stored.
+        terms: n.
+        eps: that of another form in which it is rounded on the way, where that is larger.
+    """
     accumulated = torch.promote_types(dtype, torch.float32)
-    return 8 * (torch.finfo(dtype).eps + torch.finfo(accumulated).eps * math.sqrt(terms))
+    return 8 * (max(eps, torch.finfo(dtype).eps) + torch.finfo(accumulated).eps * math.sqrt(terms))
 
 
 def difference(name: str, got: Tensor | None, exact: Tensor, floor: float = 0.0) -> Difference:

@@ -60,6 +60,7 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
         lambda module: _experts(_tensors(module), about, num_experts),
         rule, about.training, about.takes_mask, about.capacity is not None,
         adapters=_adapters(about, num_experts), spread=about.spread,
+        norm=about.norm,
     )  # fmt: skip
 
 

@@ -119,3 +119,8 @@ class Description(Settings):
         None,
         description="(module) → the same, each rank with its share of the experts in order.",
     )
+    norm: Callable[..., Any] | None = Field(
+        None,
+        description="(that module) → the norm of all ranks' gradients; those of what is no expert "
+        "are the same on all ranks.",
+    )

@@ -22,6 +22,7 @@ from moestro.check import definition
 from moestro.check.definition import Choice, Weights
 from moestro.check.description import RouterRule
 from moestro.check.subject import Ran, Subject
+from moestro.check.targets import imported
 from moestro.errors import ConfigError, MoestroError
 from moestro.foreign import layouts, routers
 from moestro.foreign.classes import core, kind
@@ -32,34 +33,39 @@ from moestro.kernels.reference import Biases
 
 
 def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -> list[Subject]:
-    """One for each class of blocks with a mixture in a model, with the model's own weights.
+    """One for each class of blocks and routers of a model's mixtures, with its own weights.
 
     Args:
         model: of transformers.
-        implementation: experts_implementation to be checked.
+        implementation: experts_implementation to be checked, or module:NAME of one that this
+            module registers.
         title: default: the model's class.
 
     Raises:
         MoestroError: it has no mixture, or one that cannot be looked into.
         ConfigError: there is no such implementation.
     """
+    place, _, implementation = implementation.rpartition(":")
+    if place:
+        imported(place)
     if implementation == NAME:
         install()
     if implementation != "eager" and implementation not in ALL_EXPERTS_FUNCTIONS:
         raise ConfigError(
             f"transformers knows no experts_implementation {implementation!r}; it has eager, "
-            f"{', '.join(sorted(ALL_EXPERTS_FUNCTIONS))}; register yours before, in a module that "
-            "a factory of yours imports"
+            f"{', '.join(sorted(ALL_EXPERTS_FUNCTIONS))}; give module:{implementation} where a "
+            "module of yours registers it"
         )
     modules = dict(model.named_modules())
-    found: dict[tuple[str, str], tuple[nn.Module, Tap]] = {}
+    found: dict[tuple[str, ...], tuple[nn.Module, Tap]] = {}
     for tap in taps(model):
         parent = tap.name.rpartition(".")[0]
         block = modules[parent]
         if kind(block).endswith("DecoderLayer"):  # norms and attention beside it: experts alone
             continue
         inner = tap._replace(name=tap.name.removeprefix(f"{parent}."))
-        found.setdefault((kind(block), kind(modules[tap.name])), (block, inner))
+        kinds = kind(block), kind(modules[tap.name]), "" if tap.router is None else kind(tap.router)
+        found.setdefault(kinds, (block, inner))
     if not found:
         raise MoestroError(f"the mixtures of {type(model).__name__} are part of a larger layer")
     name = title or type(model).__name__
@@ -67,16 +73,15 @@ def subjects(model: nn.Module, implementation: str = "eager", title: str = "") -
         _subject(block, tap, implementation, f"{name}: {kind(block)}, {implementation}")
         for block, tap in found.values()
     ]
-    if has_loss(model):
-        made[0] = replace(made[0], whole=model)
+    made[0] = replace(made[0], whole=model) if has_loss(type(model)) else made[0]
     return made
 
 
-def has_loss(model: nn.Module) -> bool:
-    """Whether a model adds a balance loss to its own when asked for router logits."""
-    taken = set(inspect.signature(type(model).forward).parameters)
+def has_loss(model: type[nn.Module]) -> bool:
+    """Whether models of a class add a balance loss to their own when asked for router logits."""
+    taken = set(inspect.signature(model.forward).parameters)
     return {"labels", "output_router_logits"} <= taken and hasattr(
-        sys.modules[type(model).__module__], "load_balancing_loss_func"
+        sys.modules[model.__module__], "load_balancing_loss_func"
     )
 
 
@@ -181,8 +186,8 @@ def _rule(router: Any) -> RouterRule | None:
         return None
     return RouterRule(
         top_k=router.top_k, score="sigmoid", normalise=router.norm_topk_prob,
-        scale=getattr(router, "routed_scaling_factor", 1.0), num_groups=router.num_group,
-        top_groups=router.topk_group,
+        scale=getattr(router, "routed_scaling_factor", 1.0), num_groups=router.num_group or 1,
+        top_groups=router.topk_group or 1,
     )  # fmt: skip
 
 
@@ -207,7 +212,8 @@ def _sizes(block: nn.Module, tap: Tap) -> tuple[int, int, int]:
     """D, F and K."""
     experts: Any = core(tap.experts)
     owners = [*_owners(block, tap)]
-    dim = _first_int(owners, "hidden_size", "hidden_dim", "d_model", "ffn_hidden_size")
+    dim = _first_int(owners, "input_size", "hidden_size", "hidden_dim", "d_model",
+                     "ffn_hidden_size")  # fmt: skip
     hidden = _first_int([experts], "intermediate_dim", "intermediate_size", "expert_dim",
                         "moe_intermediate_size", default=dim)  # fmt: skip
     top_k = _first_int(owners, "top_k", "num_experts_per_tok", "moe_top_k", default=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -85,8 +86,15 @@ def _of_file(path: Path, implementation: str) -> list[Subject]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if isinstance(fields, dict) and "model_type" not in fields:
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds no settings, which are an object of names and values")
+    if "model_type" not in fields:
         return _of_ours(path)
+    if fields["model_type"] not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no model_type {fields['model_type']!r}; "
+            "describe its layer, and give it as module:factory"
+        )
     try:
         settings = transformers.AutoConfig.for_model(**fields)
     except Exception as error:  # each class of settings refuses in its own way
@@ -122,6 +130,11 @@ def of_settings(settings: Any, implementation: str = "eager", title: str = "") -
         MoestroError: see `subjects`; or a block cannot be built alone.
     """
     title = title or settings.model_type
+    if settings.is_encoder_decoder:
+        raise MoestroError(
+            f"{title} is an encoder-decoder, whose mixtures are not looked for; describe its "
+            "layer, and give it as module:factory"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -132,7 +145,10 @@ def of_settings(settings: Any, implementation: str = "eager", title: str = "") -
         except Exception as error:  # as above
             first = str(error).split("\n")[0]
             raise CheckpointError(f"transformers cannot build {title}: {first}") from error
-        made = [_tiny(each, implementation) for each in subjects(model, implementation, title)]
+        made = [
+            _tiny(each, implementation, model, text)
+            for each in subjects(model, implementation, title)
+        ]
         made[0] = _with_whole(made[0], text)
         return made
 
@@ -150,19 +166,20 @@ def randomise(module: nn.Module) -> None:
                 buffer.normal_(0, 0.1)
 
 
-def _tiny(subject: Subject, implementation: str) -> Subject:
-    """The same block, built from narrow settings."""
+def _tiny(subject: Subject, implementation: str, model: nn.Module, settings: Any) -> Subject:
+    """The same block, built from narrow settings: its own, or else the model's."""
     block = subject.module
     holders = (
         each for each in block.modules() if hasattr(getattr(each, "config", None), "to_dict")
     )
-    config = getattr(next(holders, None), "config", None)
-    if config is None:
-        raise MoestroError(f"{kind(block)} holds no settings to build it from")
-    config = _narrowed(config, WIDTHS)
+    config = _narrowed(getattr(next(holders, None), "config", settings), WIDTHS)
+    place = {}
+    if "layer_idx" in inspect.signature(type(block)).parameters:
+        name = next(name for name, each in model.named_modules() if each is block)
+        place = {"layer_idx": next(int(part) for part in name.split(".") if part.isdigit())}
     try:
         with torch.device("cpu"):
-            made = type(block)(config)
+            made = type(block)(config, **place)
     except Exception as error:
         raise MoestroError(
             f"{kind(block)} cannot be built from its settings alone ({error}); build a tiny model "
@@ -176,18 +193,24 @@ def _tiny(subject: Subject, implementation: str) -> Subject:
 
 
 def _with_whole(subject: Subject, settings: Any) -> Subject:
-    """With a narrow model around it, where it has a balance loss and can be built."""
-    if not hasattr(settings, "output_router_logits"):
+    """With a narrow model around it, where it has a balance loss; else why it cannot be built."""
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(settings) not in mapping or not has_loss(mapping[type(settings)]):
         return subject
+    auto: Any = transformers.AutoModelForCausalLM
     try:
-        auto: Any = transformers.AutoModelForCausalLM
         model = auto.from_config(_narrowed(settings, WIDTHS | NARROW)).float().eval()
         randomise(model)
         with torch.no_grad():
-            model(torch.ones(1, 2, dtype=torch.int64, device="cpu"))
-    except Exception:  # settings that only fit each other as published
-        return subject
-    return dataclasses.replace(subject, whole=model) if has_loss(model) else subject
+            model(torch.ones(1, 2, dtype=torch.int64, device="cpu"), use_cache=False)
+    except Exception as error:  # settings that only fit each other as published
+        first = str(error).strip().split("\n")[0][:200]
+        lost = (
+            f"a narrow model of these settings does not run ({first}); build a tiny one and call "
+            "moestro.check.check(model)"
+        )
+        return dataclasses.replace(subject, lost=lost)
+    return dataclasses.replace(subject, whole=model)
 
 
 def _narrowed(settings: Any, widths: dict[str, int | None]) -> Any:

@@ -7,6 +7,10 @@ from xml.etree import ElementTree
 
 # skipped: does not apply here, or was not asked for; unchecked: could not be done.
 Outcome = Literal["ok", "wrong", "skipped", "unchecked"]
+_WORDS: tuple[tuple[Outcome, str], ...] = (
+    ("wrong", "wrong"), ("unchecked", "could not be done"), ("ok", "right"),
+    ("skipped", "not applicable"),
+)  # fmt: skip
 
 
 class Finding(NamedTuple):
@@ -46,6 +50,11 @@ class Explained(NamedTuple):
     meaning: str
     looks_like: str
 
+    def sentence(self) -> str:
+        """Of what is wrong: where, what should hold, and which defects look like that."""
+        looks_like = f" Looks like: {self.looks_like}." if self.looks_like else ""
+        return f"{self.finding.words}. What should hold: {self.meaning}{looks_like}"
+
 
 class Report(NamedTuple):
     """What was found in one subject."""
@@ -71,10 +80,24 @@ class Report(NamedTuple):
             return 1
         return 3 if any(each.finding.outcome == "unchecked" for each in self.found) else 0
 
+    def reasons(self) -> dict[str, list[str]]:
+        """Why checks were skipped: the reason, and the names of those that it kept from running."""
+        found: dict[str, list[str]] = {}
+        for each in self.found:
+            if each.finding.outcome == "skipped":
+                found.setdefault(each.finding.words, []).append(each.check)
+        return found
+
+    def summary(self) -> str:
+        """How many checks came to what."""
+        outcomes = [each.finding.outcome for each in self.found]
+        counts = ((outcomes.count(outcome), words) for outcome, words in _WORDS)
+        return ", ".join(f"{count} {words}" for count, words in counts if count)
+
     def text(self) -> str:
         """One line for what is wrong, or that nothing is."""
         lines = [
-            f"{each.check}: {each.finding.words}. {each.meaning} Looks like: {each.looks_like}."
+            f"{each.check}: {each.sentence()}"
             for each in self.found
             if each.finding.outcome == "wrong"
         ]
@@ -120,8 +143,7 @@ def junit(reports: list[Report]) -> str:
                 suite, "testcase", classname=report.title, name=each.check
             )
             if each.finding.outcome == "wrong":
-                message = f"{each.finding.words}. {each.meaning}"
-                ElementTree.SubElement(case, "failure", message=message)
+                ElementTree.SubElement(case, "failure", message=each.sentence())
             elif each.finding.outcome != "ok":
                 tag = "skipped" if each.finding.outcome == "skipped" else "error"
                 ElementTree.SubElement(case, tag, message=each.finding.words)

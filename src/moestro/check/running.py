@@ -7,12 +7,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from moestro.check.checks.check import Check
-from moestro.check.checks.table import chosen
-from moestro.check.report import Explained, Finding, Report, joined
+from moestro.check.checks.table import CHECKS, chosen
+from moestro.check.report import Explained, Finding, Report, joined, skipped, wrong
 from moestro.check.subject import Subject
 from moestro.check.targets import of_anything
 from moestro.check.trial import Trial
 from moestro.errors import MoestroError
+
+RUN = CHECKS["run"]
 
 
 def check(
@@ -43,8 +45,28 @@ def check(
         MoestroError: the target cannot be checked at all, or a name is unknown.
     """
     checks = chosen(only, skip, slow)
-    trials = [begun(each, seed) for each in of_anything(target, title, implementation)]
-    return joined([found(trial, checks) for trial in trials])
+    return joined(all_found(of_anything(target, title, implementation), checks, seed))
+
+
+def all_found(
+    subjects: Collection[Subject], checks: Collection[Check], seed: int = 0
+) -> list[Report]:
+    """What these checks find in each; of several, one that cannot be checked does not end it.
+
+    Raises:
+        MoestroError: there is but one, and it cannot be checked.
+    """
+    reports = []
+    for subject in subjects:
+        try:
+            reports.append(found(begun(subject, seed), checks))
+        except MoestroError as error:
+            if len(subjects) == 1:
+                raise
+            words = str(error).removeprefix(f"{subject.title}: ")
+            row = Explained(RUN.name, Finding("unchecked", words), RUN.meaning, "")
+            reports.append(Report(subject.title, (row,), seed))
+    return reports
 
 
 def begun(subject: Subject, seed: int = 0) -> Trial:
@@ -70,15 +92,15 @@ def begun(subject: Subject, seed: int = 0) -> Trial:
 
 
 def found(trial: Trial, checks: Collection[Check]) -> Report:
-    """What these checks find in one subject; one finding where its plain run raises."""
+    """What these checks find in one subject; that it raises, where it does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         failed = _failure(lambda: trial.ran)
         if failed is not None:
-            checks = list(checks)[:1]
-        findings = [
-            Explained(c.name, failed or _done(c, trial), c.meaning, c.looks_like) for c in checks
-        ]
+            words = f"{failed.words}; no other check was done"
+            findings = [Explained(RUN.name, failed._replace(words=words), RUN.meaning, "")]
+        else:
+            findings = [Explained(c.name, _done(c, trial), c.meaning, c.looks_like) for c in checks]
     return Report(trial.subject.title, tuple(findings), trial.seed)
 
 
@@ -86,6 +108,8 @@ def _done(check: Check, trial: Trial) -> Finding:
     """What a check finds; a layer that raises where it should compute is wrong."""
     if trial.subject.unreached:
         return Finding("unchecked", trial.subject.unreached)
+    if trial.subject.only and check.name not in trial.subject.only:
+        return skipped("packed weights have no state dict, dtype, size or gradient of their own")
     found: list[Finding] = []
     failed = _failure(lambda: found.append(check.function(trial)))
     return failed or found[0]
@@ -99,5 +123,5 @@ def _failure(function: Callable[[], Any]) -> Finding | None:
         return Finding("unchecked", str(error))
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
-        return Finding("wrong", f"it raised {type(error).__name__}: {first}", float("inf"))
+        return wrong(f"it raised {type(error).__name__}: {first}")
     return None

@@ -68,7 +68,12 @@ class Subject:
         resized: the same layer in other sizes (keywords dim, hidden_dim, num_experts, top_k).
         adapters: of the experts, low-rank; None: none are described.
         spread: the module with its experts spread over the ranks; None: not known how.
+        norm: of such a module, over all ranks' gradients; None: not known how.
         whole: the model that the mixture is of, for checks of its losses.
+        lost: why there should be such a model and is none; empty: it is here, or adds no loss.
+        trains: it has gradients; False: only outputs are compared.
+        only: names of the checks that mean something of it; empty: all.
+        eps: of its own rounding, which is more than its dtype's; see `compare`.
         unreached: why the experts did not run as was asked for; empty: they did.
     """
 
@@ -91,7 +96,12 @@ class Subject:
     resized: Callable[..., Subject] | None = None
     adapters: Adapters | None = None
     spread: Callable[[nn.Module], nn.Module] | None = None
+    norm: Callable[[nn.Module], Tensor] | None = None
     whole: nn.Module | None = None
+    lost: str = ""
+    trains: bool = True
+    only: frozenset[str] = frozenset()
+    eps: float = 0.0
     unreached: str = ""
 
     def copied(self, dtype: torch.dtype = torch.float32) -> nn.Module:

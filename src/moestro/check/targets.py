@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from moestro.check.described import described
 from moestro.check.description import (
@@ -24,10 +25,13 @@ from moestro.check.subject import Subject
 from moestro.config import MoEConfig
 from moestro.errors import ConfigError, MoestroError
 from moestro.kernels.reference import GATED
+from moestro.models.network import Network
 from moestro.moe.balance import switch_loss, z_loss
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
+from moestro.moe.packed import PackedExperts
 from moestro.moe.parallel import ParallelExperts
+from moestro.train.parallel import Place, square
 
 
 def of_moe(layer: MoE, title: str = "") -> Subject:
@@ -74,7 +78,7 @@ def of_moe(layer: MoE, title: str = "") -> Subject:
         call=lambda module, x, valid=None: module(x, valid=valid), takes_mask=True,
         balance=lambda module, output: switch_loss(output[1]),
         z=lambda module, output: z_loss(output[1]), adapters=adapters,
-        spread=None if adapters else _spread,  # experts with adapters are not split
+        spread=None if adapters else _spread, norm=_norm,  # experts with adapters are not split
     )  # fmt: skip
 
     def resized(**sizes: int) -> Subject:
@@ -104,6 +108,19 @@ def _spread(layer: Any) -> MoE:
     return made
 
 
+def _norm(layer: nn.Module) -> Tensor:
+    """As the training loop adds it up."""
+    ranks, gradients, places = dist.get_world_size(), {}, {}
+    for name, each in layer.named_parameters():
+        if each.grad is not None:
+            copies = 1 if name.startswith("experts.") else ranks
+            gradients[name] = each.grad
+            places[name] = Place((0, 0), tuple(each.shape), copies, saves=True)
+    squared = square(gradients, places)
+    dist.all_reduce(squared)
+    return squared.sqrt()
+
+
 def of_factory(words: str) -> Subject:
     """What `module:factory` returns: a layer and its description, an MoE, or a Subject.
 
@@ -111,11 +128,28 @@ def of_factory(words: str) -> Subject:
         ConfigError: there is no such function, it raises, or returns something else.
     """
     place, _, name = words.partition(":")
-    try:
-        factory = getattr(import_module(place), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import {words}: {error}") from error
+    factory = getattr(imported(place), name, None)
+    if not callable(factory):
+        raise ConfigError(f"{place} has no function {name!r}; give module:factory")
     return made_by(factory, words)
+
+
+def imported(name: str) -> Any:
+    """A module of the user's.
+
+    Raises:
+        ConfigError: there is none, or it raises.
+    """
+    try:
+        return import_module(name)
+    except Exception as error:  # it runs anybody's code
+        raise ConfigError(f"cannot import {name!r}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line."""
+    words = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {words}"
 
 
 def made_by(factory: Callable[..., Any], title: str = "", **sizes: int) -> Subject:
@@ -130,7 +164,7 @@ def made_by(factory: Callable[..., Any], title: str = "", **sizes: int) -> Subje
     except MoestroError:
         raise
     except Exception as error:
-        raise ConfigError(f"{title} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{title} raised {_said(error)}") from error
     if isinstance(made, Subject):
         return made
     if isinstance(made, MoE):
@@ -153,16 +187,25 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
     Args:
         target: one of these.
         title: of the report.
-        implementation: experts_implementation of a model of transformers; empty: its own.
+        implementation: experts_implementation of a model of transformers, or module:NAME of one
+            that this module registers; empty: its own.
 
     Raises:
-        MoestroError: it is none of these.
+        MoestroError: it is none of these, or an implementation is asked of something else.
     """
+    named = isinstance(target, str) and ":" in target and not Path(target).exists()
+    if implementation and (named or not _foreign(target)):
+        raise ConfigError(
+            f"{implementation} is to compute transformers' experts; give one of its models, or "
+            "leave the implementation out"
+        )
     if isinstance(target, Subject):
         return [target]
     if isinstance(target, MoE):
-        return [of_moe(target, title)]
-    if isinstance(target, str) and ":" in target and not Path(target).exists():
+        return [_of_own(target, title)]
+    if isinstance(target, Network):
+        return _of_network(target, title)
+    if named:
         return [of_factory(target)]
     if _foreign(target):
         models = import_module("moestro.check.foreign_settings")
@@ -174,6 +217,23 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         f"cannot check a {type(target).__name__}; give (module, Description), a factory that "
         "returns them, its name as module:factory, an MoE, or a model of transformers"
     )
+
+
+def _of_own(layer: MoE, title: str) -> Subject:
+    if not isinstance(layer.experts, PackedExperts):
+        return of_moe(layer, title)
+    made: Subject = import_module("moestro.check.packed").of_packed(layer, title)
+    return made
+
+
+def _of_network(model: Network, title: str) -> list[Subject]:
+    """The first mixture of each kind in a model of this project, by its settings."""
+    kinds = {each.cfg.model_dump_json(): each for each in reversed(model.mixtures())}
+    if not kinds:
+        raise MoestroError(f"the {type(model).__name__} is dense: it has no mixture of experts")
+    title = title or type(model).__name__
+    names = {each: name for name, each in model.named_modules()}
+    return [_of_own(each, f"{title}, {names[each]}") for each in reversed(kinds.values())]
 
 
 def _foreign(target: Any) -> bool:

@@ -128,7 +128,8 @@ class Trial:
     def defined(self, x: Tensor, up: Tensor, module: nn.Module | None = None) -> Result:
         """The definition in float64, of a module or a copy of the subject's."""
         module = module or self.subject.copied(torch.float64)
-        return differentiate(lambda m, x, _: self.subject.define(m, x), module, x, up)
+        got = differentiate(lambda m, x, _: self.subject.define(m, x), module, x, up)
+        return got if self.subject.trains else got._replace(grads={"input": None})
 
     def tested(
         self,
@@ -140,18 +141,19 @@ class Trial:
     ) -> Result:
         """The subject's own forward and backward in a dtype."""
         module = module or self.subject.copied(dtype)
-        return differentiate(self.subject.run, module, x.to(dtype), up.to(dtype), valid)
+        got = differentiate(self.subject.run, module, x.to(dtype), up.to(dtype), valid)
+        return got if self.subject.trains else got._replace(grads={"input": None})
 
     def names(self, *parts: str) -> list[str]:
         """Parameters of these parts that want gradients."""
-        return [
+        return [] if not self.subject.trains else [
             name for name, each in self.subject.module.named_parameters()
             if self.subject.part(name) in parts and each.requires_grad
         ]  # fmt: skip
 
     def allowed(self, tokens: int = 16, dtype: torch.dtype = torch.float32) -> float:
         """The tolerance of a result; see `compare`."""
-        return tolerance(dtype, self.subject.terms + tokens)
+        return tolerance(dtype, self.subject.terms + tokens, self.subject.eps)
 
     def verdict(self, differences: Iterable[Difference], allowed: float | None = None) -> Finding:
         """Wrong if the worst of these is more than rounding."""

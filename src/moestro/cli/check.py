@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moestro.cli.options import AsJson
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -36,10 +34,12 @@ Skip = Annotated[list[str] | None, typer.Option(help="A check to leave out; may 
 Implementation = Annotated[
     str,
     typer.Option(
-        help="experts_implementation of models of transformers (default: eager). Without a "
-        "target, families with all layouts of experts are checked."
+        help="experts_implementation of models of transformers (default: eager); of "
+        "module:NAME the module, which registers it, is imported first. Without a target, "
+        "families with all layouts of experts are checked."
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a list of reports, nothing else.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
 
 
@@ -64,7 +64,7 @@ def check(
     3 something could not be checked.
     """
     from moestro.check.checks.table import CHECKS, chosen
-    from moestro.check.running import begun, found
+    from moestro.check.running import all_found
     from moestro.errors import ConfigError
 
     if listing:
@@ -82,7 +82,7 @@ def check(
             for target in targets or ()
             for subject in _subjects(target, implementation, seed)
         ] or _layouts(implementation, seed)
-        reports = [found(begun(subject, seed), checks) for subject in subjects]
+        reports = all_found(subjects, checks, seed)
     if int(os.environ.get("RANK", "0")) > 0:
         return  # the first reports for all; torchrun would end it if another failed before
     _show(reports, as_json, junit)
@@ -102,7 +102,8 @@ def _ranks() -> Iterator[None]:
         yield
     finally:
         gc.collect()  # a wrapper that outlives the group has threads that end the process
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a check in which a rank was lost has ended it
+            dist.destroy_process_group()
 
 
 def _subjects(target: str, implementation: str, seed: int) -> list[Subject]:
@@ -133,24 +134,29 @@ def _show(reports: list[Report], as_json: bool, file: Path | None) -> None:
         typer.echo(json.dumps([each.as_json() for each in reports], indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     for report in reports:
         console.print(_table(report))
+        for reason, names in report.reasons().items():
+            console.print(f"[dim]–[/]  {escape(', '.join(names))}: {escape(reason)}")
+        console.print(f"{report.summary()}\n")
 
 
 def _table(report: Report) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    marks = {"ok": "[green]✓[/]", "wrong": "[red]✗[/]", "skipped": "–", "unchecked": "?"}
+    marks = {"ok": "[green]✓[/]", "wrong": "[red]✗[/]", "unchecked": "[yellow]?[/]"}
     table = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
     for name in ("", "check", "difference", "what"):
         table.add_column(name)
-    for name, finding, meaning, looks_like in report.found:
-        words = finding.words
-        if finding.outcome == "wrong":
-            words = f"{words}. {meaning} Looks like: {looks_like}."
+    for each in report.found:
+        finding = each.finding
+        if finding.outcome == "skipped":
+            continue  # said below the table, once for each reason
+        words = each.sentence() if finding.outcome == "wrong" else finding.words
         off = "" if finding.difference is None else f"{finding.difference:.1e}"
-        table.add_row(marks[finding.outcome], name, off, escape(words))
+        table.add_row(marks[finding.outcome], each.check, off, escape(words))
     return table

@@ -68,6 +68,15 @@ class WeightOnInput:
         return y_TD
 
 
+@defect("products of TF32, 10 bits, in an fp32 layer (scattermoe#5)", "outputs")
+class Tf32:
+    def matrices(self, expert):
+        found = super().matrices(expert)
+        low = [(w.detach().float().contiguous().view(torch.int32) & -8192).view(torch.float32)
+               for w in found]  # fmt: skip
+        return tuple(w + (cut.to(w.dtype) - w).detach() for w, cut in zip(found, low, strict=True))
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):

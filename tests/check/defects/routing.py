@@ -172,6 +172,14 @@ class BalanceOfFirst:
         return super().balance(scores_TE, experts_TK[:, :1], valid_T)
 
 
+@defect("1e-20 in the sum of scores, which a router can fall below (Megatron-LM#1545)",
+        "balance-epsilon", "deepseek")  # fmt: skip
+class BalanceEpsilon:
+    def balance(self, scores_TE, experts_TK, valid_T):
+        share = scores_TE.sum(1, keepdim=True)
+        return super().balance(scores_TE, experts_TK, valid_T) * (share / (share + 1e-20)).mean()
+
+
 @defect("losses of earlier batches added up (MegaBlocks' global list)", "balance-state")
 class BalanceKept:
     def balance(self, *args):

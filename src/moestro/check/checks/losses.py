@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -60,6 +61,30 @@ def gradient(loss: Loss, trial: Trial) -> Finding:
     return trial.verdict(found)
 
 
+# Of all logits: sigmoid scores of 1e-21, far above the smallest number of fp32.
+FALLEN = -48.0
+
+
+def fallen(loss: Loss, trial: Trial) -> Finding:
+    """Of sigmoid scores that have all fallen alike: what is uneven stays so.
+
+    An error of eps in a logit of size 48 is one of 48 · eps in its score.
+    """
+    subject = trial.subject
+    if subject.rule is None or subject.rule.score != "sigmoid":
+        return skipped("scores of softmax cannot all fall")
+    module, x_TD = subject.copied(), trial.x.flatten(0, 1)[: subject.dim // 2]
+    down_D = torch.linalg.lstsq(x_TD, torch.full_like(x_TD[:, :1], FALLEN)).solution[:, 0]
+    weight = module.get_parameter(subject.rule.weight)
+    with torch.no_grad():
+        weight.add_(down_D.float()[:, None] if subject.rule.transposed else down_D.float())
+        got = loss.of(subject.run(module, x_TD[None].float(), None))
+        exact = loss.of(subject.define(copy.deepcopy(module).double(), x_TD[None]))
+    assert exact is not None
+    allowed = trial.allowed() * abs(FALLEN)
+    return trial.verdict([difference(f"the {loss.words}", got, exact)], allowed)
+
+
 def masked(loss: Loss, trial: Trial) -> Finding:
     """Padding does not count."""
     subject = trial.subject
@@ -116,6 +141,8 @@ CHECKS = (
     Check("balance-state", "Each batch has its own balance loss.",
           "losses collected in a global list (MegaBlocks); counts kept over batches",
           _of(_BALANCE, kept)),
+    Check("balance-epsilon", "A sigmoid router cannot lower its loss by lowering all scores.",
+          "1e-20 in the sum of scores (Megatron-LM#1545)", _of(_BALANCE, fallen)),
     Check("z-loss", "The z-loss is the mean over tokens of logsumexp(logits)².",
           "a sum for the mean; logsumexp of probabilities; the square left out", _of(_Z, value)),
     Check("z-gradient", "The z-loss reaches the router, by its formula's gradient.",

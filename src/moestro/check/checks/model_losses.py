@@ -108,10 +108,12 @@ def kept(trial: Trial) -> Finding:
 def _of_model(function: Callable[[Trial], Finding]) -> Callable[[Trial], Finding]:
     def checked(trial: Trial) -> Finding:
         model = trial.subject.whole
+        if trial.subject.lost:
+            raise MoestroError(trial.subject.lost)
         if model is None:
             return skipped("no whole model with a balance loss is given")
         if sum(each.numel() for each in model.parameters()) > LARGEST:
-            return skipped("the model is too large to be copied; check its config.json")
+            raise MoestroError("the model is too large to be copied; check its config.json")
         return function(trial)
 
     return checked

@@ -6,7 +6,9 @@ their number they are the whole batch's. Skipped where no group of several ranks
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -19,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moestro.check.checks.check import Check
 from moestro.check.compare import difference
-from moestro.check.report import Finding, skipped
+from moestro.check.report import Finding, skipped, wrong
 from moestro.check.subject import Run
-from moestro.check.trial import Trial
+from moestro.check.trial import Result, Trial
+from moestro.errors import MoestroError
 
 
 def replicated(trial: Trial) -> Finding:
@@ -120,8 +123,29 @@ class _Calling(nn.Module):
         return self.function(self.inner, x)
 
 
+def _together(function: Callable[[Trial], Finding]) -> Callable[[Trial], Finding]:
+    """A check that ends the group where a rank is lost: what came after would be of no meaning."""
+
+    def checked(trial: Trial) -> Finding:
+        try:
+            return function(trial)
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+        gc.collect()  # wrappers have threads that would end the process with the group
+        dist.destroy_process_group()
+        return wrong("a rank did not take part, and the others waited for it in vain")
+
+    return checked
+
+
 def _alone(trial: Trial) -> Finding | None:
     """Why there is nothing to compare; None: there is."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoestroError(
+            "there is no process group; where a rank was lost in an earlier check, which ends it, "
+            "run this one alone (--only)"
+        )
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return skipped("needs several processes: torchrun --nproc-per-node 2 -m moestro check …")
     return skipped("with a capacity, tokens depend on each other") if trial.subject.drops else None
@@ -161,18 +185,52 @@ def _compared(trial: Trial, wrap: Callable[[nn.Module], nn.Module], *, idle: boo
     return trial.verdict(found)
 
 
-def _spread(trial: Trial, *, idle: bool) -> Finding:
-    alone, subject = _alone(trial), trial.subject
-    if alone is not None:
+def spread_norm(trial: Trial) -> Finding:
+    """With experts spread: the norm of all gradients, by which training clips."""
+    if (alone := _unspread(trial)) is not None:
         return alone
-    if subject.spread is None:
+    if trial.subject.norm is None:
+        return skipped("it is not described how the norm of all gradients is computed")
+    module = _spread_pass(trial, _share(False))[0]
+    for name, each in module.named_parameters():
+        if each.grad is not None and trial.subject.part(name) != "experts":
+            dist.all_reduce(each.grad)
+    known = [each for name, each in trial.expected.grads.items()
+             if each is not None and name != "input"]  # fmt: skip
+    meant = nn.utils.get_total_norm(known)
+    return trial.verdict([difference("the norm", trial.subject.norm(module), meant)])
+
+
+def _unspread(trial: Trial) -> Finding | None:
+    """Why experts cannot be spread here; None: they can."""
+    if (alone := _alone(trial)) is not None:
+        return alone
+    if trial.subject.spread is None:
         return skipped("it is not described how its experts are spread over ranks")
-    rank, world, share = dist.get_rank(), dist.get_world_size(), _share(idle)
-    if subject.num_experts % world:
-        return skipped(f"{subject.num_experts} experts do not split over {world} ranks")
-    x_TD, up_TD = trial.x.flatten(0, 1), trial.up.flatten(0, 1)
-    module = subject.spread(subject.copied())
-    got = trial.tested(x_TD[share][None], up_TD[share][None], module)
+    experts, world = trial.subject.num_experts, dist.get_world_size()
+    return (
+        skipped(f"{experts} experts do not split over {world} ranks") if experts % world else None
+    )
+
+
+def _spread_pass(trial: Trial, share: slice) -> tuple[nn.Module, Result]:
+    """The module with its experts spread, and what it gives of this rank's tokens."""
+    assert trial.subject.spread is not None
+    module = trial.subject.spread(trial.subject.copied())
+    x_TD, up_TD = (each.flatten(0, 1)[share] for each in (trial.x, trial.up))
+    return module, trial.tested(x_TD[None], up_TD[None], module)
+
+
+def _spread(trial: Trial, *, idle: bool) -> Finding:
+    if (alone := _unspread(trial)) is not None:
+        return alone
+    rank, world, share, subject = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        _share(idle),
+        trial.subject,
+    )
+    got = _spread_pass(trial, share)[1]
     exact_TD = trial.expected.y.flatten(0, 1)[share]
     floor = 0.1 * float(trial.exact.y.norm())
     found = [difference("the output", got.y[0], exact_TD, floor)]
@@ -198,7 +256,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-CHECKS = (
+_CHECKS = (
     Check("data-parallel", "Ranks that share a batch (DDP) get the whole batch's gradients.",
           "gradients doubled or divided twice (pytorch#160285, Megatron-LM#7452)", replicated),
     Check("no-sync", "Under DDP, micro-batches before the last are not lost (no_sync).",
@@ -210,8 +268,11 @@ CHECKS = (
           spread),
     Check("expert-parallel-idle", "The same, where a rank has no token of its own.",
           "an exchange that a rank without tokens skips (Megatron-LM#4851)", spread_idle),
+    Check("expert-parallel-norm", "The norm of all gradients has every rank's experts, once.",
+          "norms that omit experts (Megatron-LM#5916), or count copies", spread_norm),
     Check("parallel-balance", "Balance losses of ranks' own tokens: their gradients' mean (DDP).",
           "auxiliary losses times or over the ranks (Megatron-LM#3769, Automodel#1408)", balanced),
     Check("idle-rank", "A rank without tokens takes part: nothing hangs, gradients are right.",
           "a rank without tokens that hangs (DeepSpeed#4808, Megatron-LM#4851)", idle),
 )  # fmt: skip
+CHECKS = tuple(each._replace(function=_together(each.function)) for each in _CHECKS)

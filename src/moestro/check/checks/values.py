@@ -17,6 +17,12 @@ from moestro.check.report import Finding, skipped, wrong
 from moestro.check.trial import Trial, differences
 
 
+def runs(trial: Trial) -> Finding:
+    """The plain run, which the other checks share; where it raises, nothing else is done."""
+    _ = trial.ran
+    return Finding("ok")
+
+
 def outputs(trial: Trial) -> Finding:
     """Against the definition."""
     return trial.verdict([difference("the output", trial.ran.y, trial.exact.y)])
@@ -191,6 +197,8 @@ def twice(trial: Trial) -> Finding:
 
 
 CHECKS = (
+    Check("run", "A forward and a backward in fp32 do not raise.",
+          "a path that was never tried: another dtype, shape or device than the author's", runs),
     Check("outputs", "Outputs equal the definition's.",
           "a wrong layout of gate and up; a shared expert left out; Automodel#2995", outputs),
     Check("input-gradient", "The gradient of the input equals the definition's.",
