@@ -89,6 +89,11 @@ def write_gguf(
     if kind not in KINDS:
         raise ConfigError(f"weights in GGUF are {', '.join(KINDS)}; given {kind!r}")
     assert isinstance(model.cfg, ModelConfig)
+    if family == "olmoe" and model.cfg.num_kv_heads != model.cfg.attention.num_heads:
+        raise ConfigError(
+            "llama.cpp's OLMoE has as many heads of keys and values as of queries; this model has "
+            f"{model.cfg.num_kv_heads} and {model.cfg.attention.num_heads}"
+        )
     table = with_names(family_of(family, "family"))
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     writer = GGUFWriter(unfinished, NETWORKS[family])
