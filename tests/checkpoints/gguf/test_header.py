@@ -178,3 +178,13 @@ def test_parts(tmp_path: Path) -> None:
         read_parts(tmp_path / "m-00002-of-00002.gguf")
     with pytest.raises(CheckpointError, match="one of 2 files"):
         read_parts(tmp_path / "other.gguf")
+
+
+def test_a_count_of_parts_that_is_no_number(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_string("split.count", "many")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert [part.tensors for part in read_parts(tmp_path / "a.gguf")] == [()]

@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mixtral_window": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3": {"head_dim": 12},
     "qwen3_moe": {"moe_intermediate_size": 32},
-    "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "olmoe": FOUR,
     "qwen2_moe": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -240,7 +240,16 @@ def test_settings_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:
     changed = cfg.model_copy(update={"norm": cfg.norm.model_copy(update={"kind": "layer"})})
     with pytest.raises(ConfigError, match="GGUF cannot say norm"):
         write_gguf(build_model(changed), tmp_path / "n.gguf", family="qwen3_moe", kind="f32")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
+    olmoe = read_settings(theirs("olmoe", tmp_path / "o")).cfg
+    grouped = olmoe.attention.model_copy(update={"num_kv_heads": 2})
+    with pytest.raises(ConfigError, match="as many heads of keys and values"):
+        write_gguf(
+            build_model(olmoe.model_copy(update={"attention": grouped})),
+            tmp_path / "n.gguf",
+            family="olmoe",
+            kind="f32",
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "t"]
 
 
 def test_a_folder_with_one_file_and_with_two(tmp_path: Path) -> None:

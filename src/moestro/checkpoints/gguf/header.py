@@ -195,7 +195,8 @@ class _Reader:
         number, offset = self.number("I"), self.number("Q")
         if number not in KINDS:
             raise CheckpointError(
-                f"{self.path}: {name} is of kind {number}, which is not known; known are "
+                f"{self.path}: {name} is of kind {number}, which llama.cpp does not have, or has "
+                "since this was written; known are "
                 f"{', '.join(kind.name for kind in KINDS.values())}"
             )
         kind = KINDS[number]

@@ -176,6 +176,11 @@ def _check_form(network: str, cfg: ModelConfig) -> None:
             f"queries are {width} wide and the model {cfg.dim}; llama.cpp's bailingmoe2 takes "
             "queries as wide as the model"
         )
+    if network == "olmoe" and cfg.num_kv_heads != cfg.attention.num_heads:
+        raise ConfigError(
+            "llama.cpp's OLMoE has as many heads of keys and values as of queries; this model has "
+            f"{cfg.num_kv_heads} and {cfg.attention.num_heads}"
+        )
 
 
 def _check(path: Path, family: Family, cfg: Config) -> None:
