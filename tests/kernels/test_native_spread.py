@@ -85,7 +85,10 @@ def test_the_same_bits_wherever_they_lie(dim, hidden, tokens, dtype, form, on_ev
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_biases_and_experts_without_gates(activation):
-    up_EHD, down_EDF = torch.randn(3, 90, 34), torch.randn(3, 34, 90 if activation == "relu" else 45)
+    up_EHD, down_EDF = (
+        torch.randn(3, 90, 34),
+        torch.randn(3, 34, 90 if activation == "relu" else 45),
+    )
     expected = mixture(up_EHD, down_EDF, activation, 5, BIAS)
     found = mixture(transposed(up_EHD), transposed(down_EDF), activation, 5, BIAS)
     assert same(found, expected)

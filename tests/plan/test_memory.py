@@ -134,7 +134,13 @@ def test_each_dtype_is_narrower_than_the_one_before():
         {"num_kv_heads": 2},
         {"num_kv_heads": 1, "window": {"size": 9, "full_every": 3}},
         {"latent": LATENT},
-        {"latent": {**LATENT, "q_rank": 8, "indexer": {"num_heads": 2, "head_dim": 12, "top_k": 4}}},
+        {
+            "latent": {
+                **LATENT,
+                "q_rank": 8,
+                "indexer": {"num_heads": 2, "head_dim": 12, "top_k": 4},
+            }
+        },
         {"context": 16},
     ],
     ids=["plain", "grouped", "windows", "latent", "indexer", "beyond the context"],

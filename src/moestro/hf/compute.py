@@ -106,7 +106,9 @@ def by_torch(
 ) -> Tensor:
     """Dispatch, experts and combine, with their gradients; see `without_gradients`, `mix`."""
     if weights.other_EFD is not None:
-        return split(weights, x_TD.to(compute_dtype(x_TD)), experts_TK, weights_TK, experts, product)
+        return split(
+            weights, x_TD.to(compute_dtype(x_TD)), experts_TK, weights_TK, experts, product
+        )
     up_EHD, down_EDF, up_EH, down_ED = weights[:4]
     biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
     norm = experts.post_expert_norm if weights.post_norm else None
@@ -136,7 +138,9 @@ def split(
     if weights.other_EFD is not None:
         other_AF = product(rows_AD, experts_A, weights.other_EFD, None)
         hidden_AH = torch.cat([hidden_AH, other_AF], dim=-1)
-    rows_AD = product(_gate(weights, experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED)
+    rows_AD = product(
+        _gate(weights, experts)(hidden_AH), experts_A, weights.down_EDF, weights.down_ED
+    )
     if weights.post_norm:
         rows_AD = experts.post_expert_norm(rows_AD)
     dtype = torch.promote_types(rows_AD.dtype, torch.float32)

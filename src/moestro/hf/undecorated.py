@@ -52,9 +52,7 @@ def _longcat(
     return y_TD + (hidden_states * share_T1).to(y_TD.dtype)
 
 
-def _dbrx(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts that are handed texts, not rows."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
     return mixture(self, x_TD, top_k_index, top_k_weights).view_as(hidden_states)

@@ -17,7 +17,9 @@ from moestro.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
 
-_MIXTURE = re.compile(r"^class \w+(Experts|MoE|Moe|SparseMLP|TopkRouter|TopKRouter)\(", re.MULTILINE)
+_MIXTURE = re.compile(
+    r"^class \w+(Experts|MoE|Moe|SparseMLP|TopkRouter|TopKRouter)\(", re.MULTILINE
+)
 _TYPE = re.compile(r'^    model_type = "([\w.-]+)"', re.MULTILINE)
 
 
