@@ -69,7 +69,8 @@ void multiply_spread(const Blocks *matrices, int64_t halves, int64_t b, int64_t 
         const Rows rows = piece(x, k0, fp32);
         for (int64_t j = 0; j < blocks * halves; j++) {
             const int64_t block = j / halves, half = j % halves;
-            kernels().multiply(matrices[half].piece(b + block, k0, rows.k, thread_buffer()), rows, sums.data(), COLUMNS);
+            const Block weights = matrices[half].piece(b + block, k0, rows.k, thread_buffer());
+            kernels().multiply(weights, rows, sums.data(), COLUMNS);
             for (int64_t r = 0; r < x.m; r++) {
                 float *to = out + ((block * x.m + r) * halves + half) * COLUMNS;
                 for (int64_t c = 0; c < COLUMNS; c++) to[c] += sums[size_t(r * COLUMNS + c)];

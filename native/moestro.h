@@ -63,7 +63,7 @@ typedef struct {
 /* Experts that are read from a file as they are wanted; see moestro_residency_open. */
 typedef struct moestro_residency moestro_residency;
 
-/* Where the numbers of plain experts lie, counted in numbers: from expert to expert, output to output, input to input. */
+/* Where the numbers of plain experts lie: numbers from expert to expert, output to output, input to input. */
 typedef struct {
     int64_t expert, output, input;
 } moestro_steps;

@@ -1,4 +1,4 @@
-"""Families that decode in Python, as folders: chats, experts shown, probes, batches, cut prompts."""
+"""Families that decode in Python, as folders: chats, experts shown, probes, cut prompts."""
 
 import json
 import re

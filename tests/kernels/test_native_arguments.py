@@ -84,8 +84,7 @@ def matrices(good: PackedMatrix) -> Iterator[tuple[str, PackedMatrix]]:
     for field in ("rows", "columns"):
         yield from ((f"{field} {lie}", good._replace(**{field: lie})) for lie in HUGE)
     yield from ((f"data {name}", good._replace(data=lie)) for name, lie in tensors(good.data))
-    at_one = native_cpu.aligned(good.data.numel() + 1)[1:]
-    yield "data at an odd byte", good._replace(data=at_one)
+    yield "data at an odd byte", good._replace(data=native_cpu.aligned(good.data.numel() + 1)[1:])
     yield from ((str(format), good._replace(format=format)) for format in formats())
 
 
@@ -97,17 +96,13 @@ def formats() -> Iterator[Format]:
 def experts(good: ExpertSlabs) -> Iterator[tuple[str, ExpertSlabs]]:
     for field in ("num_experts", "dim", "hidden_dim"):
         yield from ((f"{field} {lie}", good._replace(**{field: lie})) for lie in HUGE)
-    plain = good.format.kind == "plain"
+    free = (("down",) if good.up is not None else ("down", "data")) * (good.format.kind == "plain")
     for field in ("data", "up", "up_bias", "down_bias", "down"):
         if getattr(good, field) is not None:
-            # Plain weights may lie anywhere in their memory; gates and the others alike.
-            free = ("expanded", "strided") if plain and "bias" not in field else ()
-            lies = tensors(getattr(good, field), () if good.up is not None else free)
-            if good.up is not None and field == "down":
-                lies = tensors(good.down, free)
+            lies = tensors(getattr(good, field), ("expanded", "strided") if field in free else ())
             yield from ((f"{field} {name}", good._replace(**{field: lie})) for name, lie in lies)
     yield from ((lie, good._replace(activation=lie)) for lie in ("relu", "silu"))
-    if plain:
+    if good.format.kind == "plain":
         yield "no down", good._replace(down=None)
     else:
         yield from ((str(format), good._replace(format=format)) for format in formats())
@@ -136,8 +131,7 @@ def cpu_calls() -> Iterator[Case]:
     plain = native_cpu.plain_experts(
         torch.randn(3, 320, 64), torch.randn(3, 64, 160), "swiglu", biased.up_bias, biased.down_bias
     )
-    halves = tuple(each.clone() for each in plain.data.chunk(2, dim=1))
-    apart = native_cpu.plain_experts(halves, plain.down, "swiglu", biased.up_bias)
+    apart = plain._replace(data=plain.data[:, :160].clone(), up=plain.data[:, 160:].clone())
     free = (*COPIED, "fewer", "nothing")
     yield from each(native_cpu.linear, "linear", matrices(matrix), x_TI)
     yield from each(native_cpu.linear, "linear x", tensors(x_TI, free), matrix, at=1)
@@ -148,8 +142,7 @@ def cpu_calls() -> Iterator[Case]:
     yield from each(native_cpu.unpack_expert, "unpack_expert", wrong, biased, at=1)
     chosen = (torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1]), torch.ones(3))
     for name, packed in (("packed", biased), ("plain", plain), ("apart", apart)):
-        lies = experts(packed)
-        yield from each(native_cpu.mixture, f"mixture, {name}", lies, x_TI, *chosen)
+        yield from each(native_cpu.mixture, f"mixture, {name}", experts(packed), x_TI, *chosen)
     yield from each(native_cpu.mixture, "mixture x", tensors(x_TI, COPIED), biased, *chosen, at=1)
     for at in (2, 3, 4):
         rest = [biased, x_TI, *chosen]

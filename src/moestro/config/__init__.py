@@ -48,7 +48,8 @@ from moestro.config.run import (
 __all__ = [
     "AttentionConfig", "BalanceConfig", "CacheKind", "CapacityConfig", "ChatConfig", "ConvConfig",
     "DataConfig", "DeltaConfig", "DenseConfig", "EncDecConfig", "ExpertsConfig", "HeadConfig",
-    "IndexerConfig", "LatentConfig", "LayerSpec", "Layout", "LinearScaling", "Llama3Scaling", "LongRopeScaling",
+    "IndexerConfig", "LatentConfig", "LayerSpec", "Layout", "LinearScaling", "Llama3Scaling",
+    "LongRopeScaling",
     "LoraConfig", "MoEConfig", "ModelConfig", "NetworkConfig", "NormConfig", "OptimConfig",
     "ParallelConfig", "RelativeConfig", "RopeConfig", "RouterConfig", "RunConfig", "RuntimeConfig",
     "SharedConfig", "StackSpec", "TemperatureConfig", "TrainConfig", "WindowConfig", "YarnScaling",

@@ -53,15 +53,10 @@ def attend(
             g = h // (heads // groups)
             for s in range(length):
                 own = span - length + s
-                first = 0 if window is None else max(0, own - window + 1)
-                valid_P = [True] * span if valid_BP is None else valid_BP[b].tolist()
-                if valid_BP is not None and valid_BP.dtype != torch.bool:
-                    valid_P = [document == valid_P[own] for document in valid_P]
-                keys = [p for p in range(first, own + 1) if p == own or valid_P[p]]
+                valid_P = None if valid_BP is None else valid_BP[b]
+                keys = _seen(own, span, window, valid_P, bidirectional)
                 if chosen_BSP is not None:
                     keys = [p for p in keys if chosen_BSP[b, s, p]]
-                if bidirectional:
-                    keys = [p for p in range(span) if valid_P[p]]
                 if not keys:
                     y_BHSA[b, h, s] = v_BGPA[b, g].mean(0)
                     continue
@@ -73,3 +68,16 @@ def attend(
                 weights_P = scores_P.softmax(0)[: len(keys)]
                 y_BHSA[b, h, s] = weights_P @ v_BGPA[b, g, keys]
     return y_BHSA
+
+
+def _seen(
+    own: int, span: int, window: int | None, marks_P: Tensor | None, bidirectional: bool
+) -> list[int]:
+    """Places of the keys that the query at place `own` sees, by the marks of its text."""
+    valid_P = [True] * span if marks_P is None else marks_P.tolist()
+    if marks_P is not None and marks_P.dtype != torch.bool:
+        valid_P = [document == valid_P[own] for document in valid_P]
+    if bidirectional:
+        return [p for p in range(span) if valid_P[p]]
+    first = 0 if window is None else max(0, own - window + 1)
+    return [p for p in range(first, own + 1) if p == own or valid_P[p]]

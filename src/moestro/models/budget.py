@@ -214,9 +214,9 @@ def cache_bytes(
 
     A layer keeps 2 · G · A numbers for each position that it can still look back on: at most its
     window, and never more than the model's context. Latent attention keeps kv_rank + rope_dim
-    (DeepSeek-V2, §2.1.2), and the key of an indexer. An encoder-decoder keeps them for S target and S source positions in each
-    layer of its decoder; its encoder keeps nothing. A delta layer keeps its state in fp32, and like
-    a short convolution its last inputs, however long the text.
+    (DeepSeek-V2, §2.1.2), and the key of an indexer. An encoder-decoder keeps them for S target and
+    S source positions in each layer of its decoder; its encoder keeps nothing. A delta layer keeps
+    its state in fp32, and like a short convolution its last inputs, however long the text.
 
     A cache of int8 keeps one byte a number, and four for the scale of each head's keys and of its
     values, or of each latent vector; what cross attention sees stays as it is.

@@ -83,9 +83,9 @@ class LatentAttention(nn.Module):
         latent_BSR, key_BSA = down_BSO.split_with_sizes([latent.kv_rank, latent.rope_dim], dim=-1)
         turned = pointwise.rotate(torch.cat([rope_BSHA, key_BSA[:, :, None]], dim=2), *angles)
         rope_BSHA, key_BS1A = turned.split_with_sizes([self.num_heads, 1], dim=2)
-        kept = (torch.cat([self.kv_norm(latent_BSR), key_BS1A[:, :, 0]], dim=-1),)
+        kept = [torch.cat([self.kv_norm(latent_BSR), key_BS1A[:, :, 0]], dim=-1)]
         if self.indexer is not None:
-            kept = (*kept, self.indexer.keys(x_BSD, angles))
+            kept.append(self.indexer.keys(x_BSD, angles))
         kept_BPO, *index = kept if cache is None else cache.extend(*kept)
         chosen_BSP = None
         if self.indexer is not None:
