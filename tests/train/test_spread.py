@@ -129,13 +129,13 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
     runs = {
         "float32": settings(both, "float32"),
         "bfloat16": settings({"expert": 2}, "bfloat16"),
-        "pieces": settings(both, pieces=4, steps=2, every=1),
+        "pieces": settings(both, pieces=4, steps=2),
         "global capacity": settings({"expert": 2}, steps=2, drop=GLOBAL),
         "noise": settings(both, pieces=4, steps=2, noise=True),
     }
     buggy = {
-        "two steps": settings({"expert": 2}, steps=2, every=1),
-        "steps in pieces": settings({"expert": 2}, pieces=4, steps=2, every=1),
+        "two steps": settings({"expert": 2}, steps=2),
+        "steps in pieces": settings({"expert": 2}, pieces=4, steps=2),
     }
     resumed = [case("resumed", "float32", resume="float32", step=2)]
     bugs = ({}, resumed), (buggy, [bug_case(bug) for bug in BUGS])
@@ -202,7 +202,7 @@ def test_four_processes_give_the_numbers_of_one(four, alone, name):
 
 
 def test_drops_are_those_of_as_many_micro_batches(two, alone):
-    one = alone(pieces=4, steps=2, every=1)
+    one = alone(pieces=4, steps=2)
     assert any(layer["dropped"] for layer in read_metrics(one / METRICS_NAME)[0]["layers"])
     assert gap(two[0] / "pieces", one) <= 1e-12
 
@@ -299,8 +299,8 @@ def test_a_bug_that_others_had_is_seen(two, alone, bug):
     elif bug == "moments of other rows":
         assert gap(root / bug, alone()) > 1e-9
     else:
-        pieces = 4 if bug == "replicas not summed" else 1
-        assert gap(root / bug, alone(pieces=pieces, steps=2, every=1)) > 1e-9
+        cut = {"pieces": 4} if bug == "replicas not summed" else {}
+        assert gap(root / bug, alone(**cut, steps=2)) > 1e-9
 
 
 def check_plan(cfg, step, tokens, measured):

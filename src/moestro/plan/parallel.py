@@ -32,9 +32,8 @@ class Rank(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    activations: (
-        int | None
-    )  # of its own sequences in a micro-batch; None where the settings are not known
+    # Of its own sequences in a micro-batch; None where the settings are not known.
+    activations: int | None
     # The layer whose weights are gathered to compute with (fsdp); None where the number of layers
     # is not known.
     gathered: int | None
