@@ -20,6 +20,7 @@ from moestro.text import ByteTokenizer
 from .test_command import address_in, command
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available())),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak"),
 ]
