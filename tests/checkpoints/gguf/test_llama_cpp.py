@@ -1,8 +1,8 @@
 """llama.cpp opens what is written, and goes on as we do: 64 greedy tokens, text by text.
 
-Give a `llama-server` and its options in MOESTRO_LLAMA_SERVER, or install the package xllamacpp. Models of random
-weights have near ties, in which any rounding decides. So these learn a text by heart first, and the
-test asks for a margin at every token.
+Give a `llama-server` of llama.cpp itself, and its options, in MOESTRO_LLAMA_SERVER, or install the
+package xllamacpp. Models of random weights have near ties, in which any rounding decides. So these
+learn a text by heart first, and the test asks for a margin at every token.
 """
 
 import json
