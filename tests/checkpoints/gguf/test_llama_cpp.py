@@ -1,12 +1,13 @@
 """llama.cpp opens what is written, and goes on as we do: 64 greedy tokens, text by text.
 
-Give a `llama-server` in MOESTRO_LLAMA_SERVER, or install the package xllamacpp. Models of random
-weights have near ties, in which any rounding decides. So these learn a text by heart first, and the
-test asks for a margin at every token.
+Give a `llama-server` of llama.cpp itself, and its options, in MOESTRO_LLAMA_SERVER, or install the
+package xllamacpp. Models of random weights have near ties, in which any rounding decides. So these
+learn a text by heart first, and the test asks for a margin at every token.
 """
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -112,9 +113,12 @@ def served(file: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [SERVER, "-m", str(file), "-c", "256", "-t", "1", "--port", str(port)]
+    words = [*shlex.split(SERVER), "-m", str(file), "-c", "256", "-t", "1", "--port", str(port)]
     log = file.with_suffix(".log")
-    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out) as process:
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(words, stdout=out, stderr=out, cwd=file.parent) as process,
+    ):
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(600):
@@ -132,6 +136,7 @@ def served(file: Path) -> Iterator[str]:
 def theirs(file: Path) -> str:
     """What llama.cpp says after the prompt."""
     asked = {"prompt": PROMPT, "n_predict": TOKENS, "temperature": 0, "cache_prompt": False}
+    asked |= {"repeat_penalty": 1.0, "top_k": 1}  # some builds have other defaults
     with served(file) as url:
         request = urllib.request.Request(
             f"{url}/completion",
