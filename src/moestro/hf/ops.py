@@ -138,7 +138,9 @@ def _mixture(*args: Any) -> Tensor:
 
 def _packed_mixture(*args: Any) -> Tensor:
     x_TD, experts_TK, weights_TK, data, *biases, activation, kind, group, sizes = args
-    packed = ExpertSlabs(data, *sizes, activation, Format(kind, group), *biases)
+    (num_experts, dim, hidden), (up_EH, down_ED) = sizes, biases
+    format = Format(kind, group)
+    packed = ExpertSlabs(data, num_experts, dim, hidden, activation, format, up_EH, down_ED)
     return compute.by_packed(packed, x_TD, experts_TK, weights_TK)
 
 

@@ -47,7 +47,8 @@ class CExperts(ctypes.Structure):
     _fields_ = (
         ("data", PTR), ("up", PTR), ("down", PTR), ("slab_bytes", I64), ("experts", I64),
         ("dim", I64), ("hidden", I64), ("kind", I32), ("group", I32), ("activation", I32),
-        ("down_kind", I32), ("mixture", I32), ("up_bias", PTR), ("down_bias", PTR), ("residency", PTR),
+        ("down_kind", I32), ("mixture", I32), ("up_bias", PTR), ("down_bias", PTR),
+        ("residency", PTR),
         ("up_steps", CSteps), ("down_steps", CSteps),
     )  # fmt: skip
 

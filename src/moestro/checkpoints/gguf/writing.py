@@ -163,8 +163,8 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
 def _check_form(network: str, cfg: ModelConfig) -> None:
     """Refuse what llama.cpp's networks have no form for, though a file could say it."""
     mixed = [layer for layer in range(cfg.num_layers) if cfg.is_moe_layer(layer)]
-    others = [layer for layer in range(*mixed[:1], cfg.num_layers) if layer not in mixed]
-    if mixed and others:
+    others = sorted(set(range(mixed[0], cfg.num_layers)) - set(mixed)) if mixed else []
+    if others:
         raise ConfigError(
             f"layer {others[0]} is dense and comes after the first mixture, layer {mixed[0]}; "
             "llama.cpp reads every layer after the first mixture as one, so this model cannot be "
