@@ -69,7 +69,7 @@ check-native: $(STAMP) ## the native kernels' tests under the address and undefi
 	@env MOESTRO_NATIVE_LIBRARY=$(CURDIR)/$(SANITIZED)/libmoestro.so \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider \
-	  tests/kernels/test_packing.py tests/kernels/test_native_*.py
+	  tests/kernels/test_packing.py tests/kernels/test_native_*.py tests/checkpoints/test_streamed.py
 
 lint: $(STAMP) ## ruff, and clang-format for native/
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
