@@ -94,7 +94,7 @@ def eval(
     rows = [
         Score(
             _named(kind, own),
-            measure(checkpoint, kind, held_out, task, own, use=_use(seq_len, own), **options),
+            measure(checkpoint, kind, held_out, task, own, use=_use(seq_len), **options),
         )
         for kind, own in pairs
     ]
@@ -136,12 +136,11 @@ def _text(
     return held_out, corpus.seq_len, task_of(cfg, corpus.tokenizer.end_of_text, conversations)
 
 
-def _use(seq_len: int, cache: CacheKind) -> Use:
-    """What a batch takes: its logits, and a cache where it looks at one."""
+def _use(seq_len: int) -> Use:
+    """What a batch takes: its logits, and a cache for each text."""
     from moestro.models.budget import Use
 
-    texts = 0 if cache == "as-is" else BATCH
-    return Use(seq_len, texts=texts, tokens=BATCH * seq_len, scored=True)
+    return Use(seq_len, texts=BATCH, tokens=BATCH * seq_len, scored=True)
 
 
 def _named(kind: str, cache: CacheKind) -> str:

@@ -162,11 +162,10 @@ class AsDecoded(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> ModelOutput:
         """Logits fp32 [B, S, V], without routings."""
-        logits_SV = [
-            self._native.step([row], [self.model.new_cache(1)], [len(row)]).logits_NV
-            for row in tokens_BS.tolist()
-        ]
-        return ModelOutput(torch.stack(logits_SV), ())
+        rows = tokens_BS.tolist()
+        caches = [self.model.new_cache(1) for _ in rows]
+        logits_NV = self._native.step(rows, caches, [len(row) for row in rows]).logits_NV
+        return ModelOutput(logits_NV.view(*tokens_BS.shape, -1), ())
 
 
 def _empty(kinds: Sequence[Kept]) -> tuple[Tensor, ...]:

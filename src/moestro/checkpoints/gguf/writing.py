@@ -77,7 +77,7 @@ def write_gguf(
     tokenizer: Path | None = None,
     made: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
-    """Write the file, whole or not at all; memory peaks at the model and one tensor of the file.
+    """Write the file, whole or not at all, holding one tensor of it beside the model.
 
     Args:
         model: what to write.
@@ -85,7 +85,8 @@ def write_gguf(
         family: its model_type.
         kind: of all matrices but routers, one of `KINDS`.
         tokenizer: a folder with the tokenizer.json and chat template to put into it.
-        made: what makes one of the model's tensors by name; see `transfer.outgoing`.
+        made: what makes one of the model's tensors by name, so that the model need not be held;
+            see `transfer.outgoing`.
 
     Raises:
         ConfigError: llama.cpp has no such network, the file could not say all of the settings, or
