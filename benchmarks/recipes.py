@@ -1,0 +1,248 @@
+"""Which settings let the demo's mixture beat its dense twin by more: named trials, and a table.
+
+    .venv/bin/python benchmarks/recipes.py run moe twin moe-32-experts --seeds 1
+    .venv/bin/python benchmarks/recipes.py table
+    .venv/bin/python benchmarks/recipes.py list
+
+A trial is the demo's settings with some changed, for the mixture or for its dense twin. All read the
+same text in the same order for the same number of tokens, however large their steps are, and each
+is one run of the trainer. `run` trains what `results/recipes.json` does not have yet and adds it
+there, `table` compares every mixture with a twin: the share of the twin's training compute and of
+its time at which the mixture reached the twin's final held-out loss, with the same seed.
+
+Time is CPU time of the process, evaluations included, on one thread: of wall time nothing could
+be said beside other work. Compute is counted from the settings; what an optimizer adds is not in it.
+MaxVio is the largest load over the mean, less one, as Wang et al. 2024 define it, mean over layers:
+`global` over all held-out tokens after training, `batch` over each of the last tenth of the steps.
+A spike is a step whose loss is 0.3 nats above the mean of the 20 before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import measure
+import torch
+from recipes_trials import TRIALS, Trial
+
+from moestro.cli.train import DEMO, fit_vocabulary
+from moestro.config import RunConfig
+from moestro.data.windows import Corpus, prepare
+from moestro.models.network import ModelOutput
+from moestro.models.twin import dense_twin
+from moestro.settings import load_settings
+from moestro.train.compare import crossing
+from moestro.train.loop import Trainer
+from moestro.train.memory import keep_freed_memory
+from moestro.train.metrics import METRICS_NAME, Point, read_metrics
+
+RESULT = measure.RESULTS / "recipes.json"
+TOKENS = 320 * 16 * 256
+EVALUATIONS, EVAL_TOKENS = 16, 24_576
+SPIKE_NATS, SPIKE_WINDOW = 0.3, 20
+
+
+class Trained(NamedTuple):
+    """What one run measured.
+
+    Attributes:
+        points: its evaluations.
+        cpu_s: CPU time of all of it.
+        max_vio_batch, max_vio_global: as above; None without a mixture.
+        dead: experts without a held-out token, over all layers.
+        spikes: steps with one.
+    """
+
+    points: list[dict[str, Any]]
+    cpu_s: float
+    max_vio_batch: float | None
+    max_vio_global: float | None
+    dead: int | None
+    spikes: int
+
+
+def settings(trial: Trial, seed: int, tokens: int) -> RunConfig:
+    """The run's settings; steps follow from the tokens."""
+    cfg = load_settings(RunConfig, DEMO, list(trial.settings))
+    steps = max(1, tokens // (cfg.train.batch_size * cfg.data.seq_len))
+    chosen = {
+        "steps": steps, "seed": seed, "eval_every": max(1, steps // EVALUATIONS),
+        "eval_tokens": EVAL_TOKENS, "save_every": steps,
+    }  # fmt: skip
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
+
+
+def train(trial: Trial, seed: int, tokens: int, text: Path) -> Trained:
+    """Train one run from nothing."""
+    cfg = settings(trial, seed, tokens)
+    corpus = prepare(cfg.data, text)
+    cfg = fit_vocabulary(cfg, corpus)
+    if trial.side == "twin":
+        cfg = cfg.model_copy(update={"model": dense_twin(cfg.model)})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(cfg, Path(folder), corpus)
+        started_s = time.process_time()
+        result = trainer.train()
+        cpu_s = time.process_time() - started_s
+        records = read_metrics(Path(folder) / METRICS_NAME)
+    if result.stopped_by:
+        sys.exit(f"stopped by signal {result.stopped_by}")
+    vio, dead = held_out_loads(trainer, corpus)
+    layers = [layer for record in records[-max(1, len(records) // 10) :]
+              for layer in record["layers"]]  # fmt: skip
+    batch = statistics.fmean(layer["imbalance"] - 1 for layer in layers) if layers else None
+    points = [point._asdict() for point in result.history]
+    return Trained(points, cpu_s, batch, vio, dead, spikes([r["loss"] for r in records]))
+
+
+@torch.no_grad()
+def held_out_loads(trainer: Trainer, corpus: Corpus) -> tuple[float | None, int | None]:
+    """MaxVio and dead experts over the held-out text."""
+    trainer.model.eval()
+    counts_LE: Any = 0
+    for tokens_NS, _ in corpus.held_out(EVAL_TOKENS).values():
+        for rows in tokens_NS.split(16):
+            output: ModelOutput = trainer.model(rows[:, :-1])
+            if not output.routings:
+                return None, None
+            counts_LE = counts_LE + torch.stack([r.counts_E() for r in output.routings])
+    counts_LE = counts_LE.double()
+    vio_L = counts_LE.amax(1) / counts_LE.mean(1) - 1
+    return float(vio_L.mean()), int((counts_LE == 0).sum())
+
+
+def spikes(losses: list[float]) -> int:
+    """Steps whose loss lies far above those before."""
+    places = range(SPIKE_WINDOW, len(losses))
+    return sum(
+        losses[i] > statistics.fmean(losses[i - SPIKE_WINDOW : i]) + SPIKE_NATS for i in places
+    )
+
+
+def read() -> dict[str, Any]:
+    """The results so far: by trial, by seed."""
+    return json.loads(RESULT.read_text())["trials"] if RESULT.exists() else {}
+
+
+def run(names: list[str], seeds: list[int], tokens: int) -> None:
+    """Train what is missing; every run is written as it ends."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as text:
+        for seed in seeds:
+            for name in names:
+                trial, done = TRIALS[name], read()
+                key, entry = f"{name}@{tokens}", None
+                entry = done.get(key, {"runs": {}})
+                if str(seed) in entry["runs"]:
+                    continue
+                folder = Path(text) / "-".join(sorted(s for s in trial.settings if "data." in s))
+                trained = train(trial, seed, tokens, folder)
+                done = read()
+                entry = done.setdefault(key, {
+                    "trial": name, "side": trial.side, "settings": trial.settings,
+                    "tokens": tokens, "runs": {},
+                    "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} "
+                    "--seed SEED",
+                })  # fmt: skip
+                entry["runs"][str(seed)] = trained._asdict() | {"machine": measure.machine()}
+                RESULT.write_text(json.dumps({"benchmark": "recipes", "trials": done}, indent=1))
+                final = trained.points[-1]["bits_per_byte"]["all"]
+                print(f"{key} seed {seed}: {final:.4f} in {trained.cpu_s:.0f} CPU s", flush=True)
+
+
+def share(mixture: dict[str, Any], twin: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Of the twin's compute and time, what the mixture took to reach the twin's final loss."""
+    points = [Point(**point) for point in mixture["points"]]
+    last = Point(**twin["points"][-1])
+    goal = last.bits_per_byte["all"]
+    flops = crossing(points, goal, lambda point: point.train_flops)
+    if flops is None:
+        return None, None
+    of_own = flops / points[-1].train_flops
+    return flops / last.train_flops, of_own * mixture["cpu_s"] / twin["cpu_s"]
+
+
+def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
+    """One row a trial; the twin is the named one, or the best by final loss."""
+    trials = {k: v for k, v in read().items() if v["tokens"] == tokens}
+    twins = {v["trial"]: v["runs"] for v in trials.values() if v["side"] == "twin"}
+    best = against or min(twins, key=lambda name: final(twins[name]["0"]))
+    table = []
+    for entry in trials.values():
+        runs = entry["runs"]
+        losses = [final(each) for each in runs.values()]
+        row: dict[str, Any] = {"trial": entry["trial"], "seeds": len(runs)}
+        row |= {"bits per byte": statistics.fmean(losses), "spread": spread(losses)}
+        row["CPU s"] = statistics.fmean(each["cpu_s"] for each in runs.values())
+        if entry["side"] == "mixture":
+            pairs = [share(each, twins[best][s]) for s, each in runs.items() if s in twins[best]]
+            computes = [pair[0] for pair in pairs if pair[0] is not None]
+            times = [pair[1] for pair in pairs if pair[1] is not None]
+            full = len(computes) == len(pairs) > 0
+            row["compute"] = statistics.fmean(computes) if full else None
+            row["its spread"] = spread(computes) if full else None
+            row["time"] = statistics.fmean(times) if full else None
+            for key in ("max_vio_batch", "max_vio_global", "dead", "spikes"):
+                row[key] = statistics.fmean(each[key] for each in runs.values())
+        table.append(row)
+    table.sort(key=lambda row: row["bits per byte"])
+    print(f"twin: {best}")
+    return table
+
+
+def final(one: dict[str, Any]) -> float:
+    """Final held-out bits per byte."""
+    return float(one["points"][-1]["bits_per_byte"]["all"])
+
+
+def spread(values: list[float]) -> float | None:
+    """Standard deviation over seeds."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """The rows, in columns."""
+    keys = list(dict.fromkeys(key for row in table for key in row))
+    cells = [keys, *([_cell(row.get(key)) for key in keys] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("run", "table", "list"))
+    parser.add_argument("names", nargs="*", help="trials; see `list`")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--seeds", type=int, default=1, help="that many, from 0 up")
+    chosen.add_argument("--seed", type=int, help="this one alone")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--against", help="the twin's trial; default: the best one")
+    args = parser.parse_args()
+    if args.what == "list":
+        for name, trial in TRIALS.items():
+            print(f"{name} ({trial.side}): {' '.join(trial.settings)}")
+    elif args.what == "table":
+        show(rows(args.tokens, args.against))
+    else:
+        if unknown := set(args.names) - TRIALS.keys():
+            parser.error(f"no such trial: {', '.join(sorted(unknown))}; see `list`")
+        seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
+        run(args.names, seeds, args.tokens)
+
+
+if __name__ == "__main__":
+    main()
