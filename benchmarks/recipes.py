@@ -44,8 +44,8 @@ from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import METRICS_NAME, Point, read_metrics
 
 RESULT = measure.RESULTS / "recipes.json"
-TOKENS = 320 * 16 * 256
-EVALUATIONS, EVAL_TOKENS = 16, 24_576
+TOKENS = 200 * 16 * 256
+EVALUATIONS, EVAL_TOKENS = 20, 12_288
 SPIKE_NATS, SPIKE_WINDOW = 0.3, 20
 
 
@@ -71,7 +71,7 @@ class Trained(NamedTuple):
 def settings(trial: Trial, seed: int, tokens: int) -> RunConfig:
     """The run's settings; steps follow from the tokens."""
     cfg = load_settings(RunConfig, DEMO, list(trial.settings))
-    steps = max(1, tokens // (cfg.train.batch_size * cfg.data.seq_len))
+    steps = max(1, int(tokens * trial.length) // (cfg.train.batch_size * cfg.data.seq_len))
     chosen = {
         "steps": steps, "seed": seed, "eval_every": max(1, steps // EVALUATIONS),
         "eval_tokens": EVAL_TOKENS, "save_every": steps,
@@ -142,12 +142,13 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
                 entry = done.get(key, {"runs": {}})
                 if str(seed) in entry["runs"]:
                     continue
-                folder = Path(text) / "-".join(sorted(s for s in trial.settings if "data." in s))
+                data = sorted(name for name in trial.settings if name.startswith("data."))
+                folder = Path(text) / (",".join(data).replace("/", "-") or "demo")
                 trained = train(trial, seed, tokens, folder)
                 done = read()
                 entry = done.setdefault(key, {
                     "trial": name, "side": trial.side, "settings": trial.settings,
-                    "tokens": tokens, "runs": {},
+                    "length": trial.length, "tokens": tokens, "runs": {},
                     "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} "
                     "--seed SEED",
                 })  # fmt: skip

@@ -6,14 +6,21 @@ from typing import Literal, NamedTuple
 
 
 class Trial(NamedTuple):
-    """Settings over the demo's, and whether they are for the mixture or for its dense twin."""
+    """Settings over the demo's, whose they are, and how long it trains.
+
+    Attributes:
+        side: the mixture or its dense twin.
+        settings: over the demo's.
+        length: share of the twin's tokens; the learning rate's schedule is as long.
+    """
 
     side: Literal["mixture", "twin"]
     settings: tuple[str, ...] = ()
+    length: float = 1.0
 
 
-def _moe(*settings: str) -> Trial:
-    return Trial("mixture", settings)
+def _moe(*settings: str, length: float = 1.0) -> Trial:
+    return Trial("mixture", settings, length)
 
 
 def _twin(*settings: str) -> Trial:
@@ -31,10 +38,15 @@ _LOSS_FREE = (
     "model.moe.router.kind=sigmoid", "model.moe.router.selection_bias=true",
     "balance.switch=0", "balance.bias_rate=1e-3",
 )  # fmt: skip
+# A smaller model in micro-batches of 4 sequences, alike in all but what balances it.
+_BALANCE = (
+    "model.num_layers=2", "model.moe.router.kind=sigmoid", "train.accumulate=4", "balance.z=0",
+)  # fmt: skip
+_BIAS = ("model.moe.router.selection_bias=true", "balance.switch=0")
 _SHARED = "model.moe.shared={hidden_dim=128}"
 
 _MUON = ("optim.matrices=muon",)
-_MUON_RATES = ("2e-3", "4e-3", "8e-3")
+_MUON_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
 
 TRIALS = {
     # Learning rates, as many for each side.
@@ -46,6 +58,9 @@ TRIALS = {
     # Muon for matrices.
     **{f"moe-muon-lr{r}": _moe(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
+    **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
+    "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
+    "moe-muon-loss-free-lr8e-3": _moe(*_MUON, *_LOSS_FREE, "optim.lr=8e-3"),
     # Number and size of experts, at equal active width.
     "moe-32": _moe(*_experts(32)),
     "moe-64": _moe(*_experts(64)),
@@ -66,4 +81,14 @@ TRIALS = {
     "twin-wd0": _twin("optim.weight_decay=0"),
     "moe-wsd": _moe("optim.schedule=wsd", "optim.decay=0.5", "optim.final_lr=0"),
     "twin-wsd": _twin("optim.schedule=wsd", "optim.decay=0.5", "optim.final_lr=0"),
+    # Half as long as the twin.
+    "moe-muon-half-lr4e-3": _moe(*_MUON, "optim.lr=4e-3", length=0.5),
+    "moe-muon-half-lr8e-3": _moe(*_MUON, "optim.lr=8e-3", length=0.5),
+    "moe-muon-32-half-lr8e-3": _moe(*_MUON, *_experts(32), "optim.lr=8e-3", length=0.5),
+    # What keeps experts evenly used, over seeds.
+    "balance-none": _moe(*_BALANCE, "balance.switch=0"),
+    "balance-switch": _moe(*_BALANCE),
+    "balance-switch-global": _moe(*_BALANCE, "balance.scope=global"),
+    "balance-loss-free-1e-3": _moe(*_BALANCE, *_BIAS, "balance.bias_rate=1e-3"),
+    "balance-loss-free-1e-2": _moe(*_BALANCE, *_BIAS, "balance.bias_rate=1e-2"),
 }
