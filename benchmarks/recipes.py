@@ -4,14 +4,14 @@
     .venv/bin/python benchmarks/recipes.py table
     .venv/bin/python benchmarks/recipes.py list
 
-A trial is the demo's settings with some changed, for the mixture or for its dense twin. All read the
-same text in the same order for the same number of tokens, however large their steps are, and each
-is one run of the trainer. `run` trains what `results/recipes.json` does not have yet and adds it
-there, `table` compares every mixture with a twin: the share of the twin's training compute and of
-its time at which the mixture reached the twin's final held-out loss, with the same seed.
+A trial is the demo's settings with some changed, for the mixture or for its dense twin. All read
+the same text in the same order for the same number of tokens, however large their steps are, and
+each is one run of the trainer. `run` trains what `results/recipes.json` does not have yet and adds
+it there; `table` compares every mixture with a twin: the share of the twin's training compute and
+of its time at which the mixture reached the twin's final held-out loss, with the same seed.
 
 Time is CPU time of the process, evaluations included, on one thread: of wall time nothing could
-be said beside other work. Compute is counted from the settings; what an optimizer adds is not in it.
+be said beside other work. Compute is counted from the settings, without an optimizer's own.
 MaxVio is the largest load over the mean, less one, as Wang et al. 2024 define it, mean over layers:
 `global` over all held-out tokens after training, `batch` over each of the last tenth of the steps.
 A spike is a step whose loss is 0.3 nats above the mean of the 20 before it.

@@ -46,6 +46,8 @@ _BIAS = ("model.moe.router.selection_bias=true", "balance.switch=0")
 _SHARED = "model.moe.shared={hidden_dim=128}"
 
 _MUON = ("optim.matrices=muon",)
+# The rate falls in a line from the warm-up's end on.
+_FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
 _MUON_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
 
 TRIALS = {
@@ -60,6 +62,13 @@ TRIALS = {
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
     "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
+    "moe-muon-16-k1-lr8e-3": _moe(*_MUON, *_experts(16, 1, 256), "optim.lr=8e-3"),
+    "moe-muon-8-k1-lr8e-3": _moe(*_MUON, *_experts(8, 1, 256), "optim.lr=8e-3"),
+    "moe-muon-b8-lr8e-3": _moe(*_MUON, "train.batch_size=8", "optim.lr=8e-3"),
+    "twin-muon-b8-lr8e-3": _twin(*_MUON, "train.batch_size=8", "optim.lr=8e-3"),
+    "moe-muon-fall-lr8e-3": _moe(*_MUON, *_FALL, "optim.lr=8e-3"),
+    "twin-muon-fall-lr8e-3": _twin(*_MUON, *_FALL, "optim.lr=8e-3"),
+    "moe-muon-switch1e-3-lr8e-3": _moe(*_MUON, "balance.switch=1e-3", "optim.lr=8e-3"),
     "moe-muon-loss-free-lr8e-3": _moe(*_MUON, *_LOSS_FREE, "optim.lr=8e-3"),
     # Number and size of experts, at equal active width.
     "moe-32": _moe(*_experts(32)),
