@@ -11,7 +11,7 @@ it there; `table` compares every mixture with a twin: the share of the twin's tr
 of its time at which the mixture reached the twin's final held-out loss, with the same seed.
 
 Time is CPU time of the process, evaluations included, on one thread: of wall time nothing could
-be said beside other work. Compute is counted from the settings, without an optimizer's own.
+be said beside other work. Compute is counted from the settings; Muon's own products are in it.
 MaxVio is the largest load over the mean, less one, as Wang et al. 2024 define it, mean over layers:
 `global` over all held-out tokens after training, `batch` over each of the last tenth of the steps.
 A spike is a step whose loss is 0.3 nats above the mean of the 20 before it.
@@ -30,20 +30,25 @@ from typing import Any, NamedTuple
 
 import measure
 import torch
+from matplotlib.figure import Figure
 from recipes_trials import TRIALS, Trial
 
 from moestro.cli.train import DEMO, fit_vocabulary
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, prepare
+from moestro.models.build import new_model
 from moestro.models.network import ModelOutput
 from moestro.models.twin import dense_twin
 from moestro.settings import load_settings
+from moestro.train import muon
 from moestro.train.compare import crossing
 from moestro.train.loop import Trainer
 from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import METRICS_NAME, Point, read_metrics
+from moestro.train.optim import make_optimizer
 
 RESULT = measure.RESULTS / "recipes.json"
+FIGURE = measure.ROOT / "docs" / "figures" / "balance-methods.png"
 TOKENS = 200 * 16 * 256
 EVALUATIONS, EVAL_TOKENS = 20, 12_288
 SPIKE_NATS, SPIKE_WINDOW = 0.3, 20
@@ -56,6 +61,7 @@ class Trained(NamedTuple):
         points: its evaluations.
         cpu_s: CPU time of all of it.
         max_vio_batch, max_vio_global: as above; None without a mixture.
+        max_vio_curve: `batch`, over each twentieth of the steps.
         dead: experts without a held-out token, over all layers.
         spikes: steps with one.
     """
@@ -64,6 +70,7 @@ class Trained(NamedTuple):
     cpu_s: float
     max_vio_batch: float | None
     max_vio_global: float | None
+    max_vio_curve: list[float]
     dead: int | None
     spikes: int
 
@@ -95,11 +102,17 @@ def train(trial: Trial, seed: int, tokens: int, text: Path) -> Trained:
     if result.stopped_by:
         sys.exit(f"stopped by signal {result.stopped_by}")
     vio, dead = held_out_loads(trainer, corpus)
-    layers = [layer for record in records[-max(1, len(records) // 10) :]
-              for layer in record["layers"]]  # fmt: skip
-    batch = statistics.fmean(layer["imbalance"] - 1 for layer in layers) if layers else None
+    batch_N = [
+        statistics.fmean(layer["imbalance"] - 1 for layer in record["layers"])
+        for record in records
+        if record["layers"]
+    ]
+    size = max(1, len(batch_N) // EVALUATIONS)
+    curve = [statistics.fmean(batch_N[i : i + size]) for i in range(0, len(batch_N), size)]
+    batch = statistics.fmean(batch_N[-max(1, len(batch_N) // 10) :]) if batch_N else None
     points = [point._asdict() for point in result.history]
-    return Trained(points, cpu_s, batch, vio, dead, spikes([r["loss"] for r in records]))
+    losses = [record["loss"] for record in records]
+    return Trained(points, cpu_s, batch, vio, curve, dead, spikes(losses))
 
 
 @torch.no_grad()
@@ -158,21 +171,41 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
                 print(f"{key} seed {seed}: {final:.4f} in {trained.cpu_s:.0f} CPU s", flush=True)
 
 
+def muon_flops(trial: Trial) -> int:
+    """Operations that orthogonalising takes in one step."""
+    cfg = settings(trial, 0, TOKENS)
+    with torch.device("meta"):
+        model = new_model(dense_twin(cfg.model) if trial.side == "twin" else cfg.model)
+    flops = 0
+    for group in make_optimizer(model, cfg.optim).param_groups:
+        for matrix in group["params"] if group.get("matrices") else ():
+            short, long = sorted(matrix.shape[-2:])
+            count = matrix.numel() // (short * long)
+            flops += count * muon.ITERATIONS * (4 * short * short * long + 2 * short**3)
+    return flops
+
+
 def share(mixture: dict[str, Any], twin: dict[str, Any]) -> tuple[float | None, float | None]:
     """Of the twin's compute and time, what the mixture took to reach the twin's final loss."""
     points = [Point(**point) for point in mixture["points"]]
     last = Point(**twin["points"][-1])
     goal = last.bits_per_byte["all"]
-    flops = crossing(points, goal, lambda point: point.train_flops)
-    if flops is None:
+    steps = crossing(points, goal, lambda point: point.step)
+    if steps is None:
         return None, None
-    of_own = flops / points[-1].train_flops
-    return flops / last.train_flops, of_own * mixture["cpu_s"] / twin["cpu_s"]
+    cost, twins = (each["step_flops"] for each in (mixture, twin))
+    time = steps / points[-1].step * mixture["cpu_s"] / twin["cpu_s"]
+    return steps * cost / (last.step * twins), time
 
 
 def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
     """One row a trial; the twin is the named one, or the best by final loss."""
     trials = {k: v for k, v in read().items() if v["tokens"] == tokens}
+    for entry in trials.values():
+        extra = muon_flops(TRIALS[entry["trial"]])
+        for each in entry["runs"].values():
+            last = each["points"][-1]
+            each["step_flops"] = last["train_flops"] / last["step"] + extra
     twins = {v["trial"]: v["runs"] for v in trials.values() if v["side"] == "twin"}
     best = against or min(twins, key=lambda name: final(twins[name]["0"]))
     table = []
@@ -196,6 +229,30 @@ def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
     table.sort(key=lambda row: row["bits per byte"])
     print(f"twin: {best}")
     return table
+
+
+def figure(tokens: int) -> None:
+    """Balance over the training, and the final losses, of the trials that only differ in it."""
+    drawn = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    trials = [v for v in read().values() if v["tokens"] == tokens]
+    rows = [entry for entry in trials if entry["trial"].startswith("balance-")]
+    for place, entry in enumerate(rows):
+        name, runs = entry["trial"].removeprefix("balance-"), list(entry["runs"].values())
+        curves = list(zip(*(each["max_vio_curve"] for each in runs), strict=True))
+        x = [(i + 0.5) / len(curves) for i in range(len(curves))]
+        (line,) = left.plot(x, [statistics.fmean(c) for c in curves], lw=1.8, label=name)
+        left.fill_between(x, [*map(min, curves)], [*map(max, curves)], alpha=0.2, lw=0)
+        right.plot([final(each) for each in runs], [place] * len(runs), "o", color=line.get_color())
+    left.set_xlabel("share of the training")
+    left.set_ylabel("MaxVio of a step, mean over layers")
+    left.set_yscale("log")
+    left.legend(frameon=False)
+    right.set_yticks(range(len(rows)), [row["trial"].removeprefix("balance-") for row in rows])
+    right.set_xlabel("held-out bits per byte, each seed")
+    right.margins(y=0.2)
+    drawn.savefig(FIGURE, dpi=150)
+    print(f"written to {FIGURE.relative_to(measure.ROOT)}")
 
 
 def final(one: dict[str, Any]) -> float:
@@ -225,7 +282,7 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "table", "list"))
+    parser.add_argument("what", choices=("run", "table", "figure", "list"))
     parser.add_argument("names", nargs="*", help="trials; see `list`")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--seeds", type=int, default=1, help="that many, from 0 up")
@@ -236,6 +293,8 @@ def main() -> None:
     if args.what == "list":
         for name, trial in TRIALS.items():
             print(f"{name} ({trial.side}): {' '.join(trial.settings)}")
+    elif args.what == "figure":
+        figure(args.tokens)
     elif args.what == "table":
         show(rows(args.tokens, args.against))
     else:

@@ -43,8 +43,10 @@ _BALANCE = (
     "model.num_layers=2", "model.moe.router.kind=sigmoid", "train.accumulate=4", "balance.z=0",
 )  # fmt: skip
 _BIAS = ("model.moe.router.selection_bias=true", "balance.switch=0")
+_SCALE = "model.moe.router.scale=2"
 _SHARED = "model.moe.shared={hidden_dim=128}"
 
+_BUT = "optim.matrices=muon_but_experts"
 _MUON = ("optim.matrices=muon",)
 # The rate falls in a line from the warm-up's end on.
 _FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
@@ -62,6 +64,24 @@ TRIALS = {
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
     "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
+    # Muon but for the experts, whose orthogonalisation costs as much as half a step.
+    **{f"moe-muon-but-scale2-lr{r}": _moe(_BUT, _SCALE, f"optim.lr={r}") for r in _MUON_RATES},
+    **{
+        f"moe-muon-but-scale2-32-lr{r}": _moe(_BUT, _SCALE, *_experts(32), f"optim.lr={r}")
+        for r in _MUON_RATES
+    },
+    "moe-muon-but-lr4e-3": _moe(_BUT, "optim.lr=4e-3"),
+    # The weights of a token's K experts sum to 1; times K, an expert counts as in the twin.
+    "moe-scale2-lr4e-3": _moe(_SCALE, "optim.lr=4e-3"),
+    "moe-muon-scale2-lr8e-3": _moe(*_MUON, _SCALE, "optim.lr=8e-3"),
+    "moe-muon-scale4-lr8e-3": _moe(*_MUON, "model.moe.router.scale=4", "optim.lr=8e-3"),
+    "moe-muon-scale2-32-lr8e-3": _moe(*_MUON, _SCALE, *_experts(32), "optim.lr=8e-3"),
+    "moe-muon-scale2-64-lr8e-3": _moe(*_MUON, _SCALE, *_experts(64), "optim.lr=8e-3"),
+    "moe-muon-scale2-shared-lr8e-3": _moe(
+        *_MUON, *_experts(16, 2, 64), _SHARED, _SCALE, "optim.lr=8e-3"
+    ),
+    "moe-muon-shared-lr8e-3": _moe(*_MUON, *_experts(16, 1, 128), _SHARED, "optim.lr=8e-3"),
+    "moe-muon-sigmoid-lr8e-3": _moe(*_MUON, *_LOSS_FREE, _SCALE, "optim.lr=8e-3"),
     "moe-muon-16-k1-lr8e-3": _moe(*_MUON, *_experts(16, 1, 256), "optim.lr=8e-3"),
     "moe-muon-8-k1-lr8e-3": _moe(*_MUON, *_experts(8, 1, 256), "optim.lr=8e-3"),
     "moe-muon-b8-lr8e-3": _moe(*_MUON, "train.batch_size=8", "optim.lr=8e-3"),
