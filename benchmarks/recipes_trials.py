@@ -38,9 +38,10 @@ _LOSS_FREE = (
     "model.moe.router.kind=sigmoid", "model.moe.router.selection_bias=true",
     "balance.switch=0", "balance.bias_rate=1e-3",
 )  # fmt: skip
-# A smaller model in micro-batches of 4 sequences, alike in all but what balances it.
+# A smaller model, shorter, in micro-batches of 2 sequences, alike in all but what balances it.
 _BALANCE = (
-    "model.num_layers=2", "model.moe.router.kind=sigmoid", "train.accumulate=4", "balance.z=0",
+    "model.num_layers=2", "model.moe.router.kind=sigmoid", "train.batch_size=8",
+    "train.accumulate=4", "balance.z=0",
 )  # fmt: skip
 _BIAS = ("model.moe.router.selection_bias=true", "balance.switch=0")
 _SCALE = "model.moe.router.scale=2"
@@ -64,13 +65,17 @@ TRIALS = {
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
     "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
-    # Muon but for the experts, whose orthogonalisation costs as much as half a step.
-    **{f"moe-muon-but-scale2-lr{r}": _moe(_BUT, _SCALE, f"optim.lr={r}") for r in _MUON_RATES},
-    **{
-        f"moe-muon-but-scale2-32-lr{r}": _moe(_BUT, _SCALE, *_experts(32), f"optim.lr={r}")
-        for r in _MUON_RATES
-    },
-    "moe-muon-but-lr4e-3": _moe(_BUT, "optim.lr=4e-3"),
+    # Muon but for the experts, whose orthogonalisation costs half as much as a step.
+    **{f"moe-muon-but-lr{r}": _moe(_BUT, f"optim.lr={r}") for r in _MUON_RATES},
+    "moe-muon-but-scale2-lr8e-3": _moe(_BUT, _SCALE, "optim.lr=8e-3"),
+    "moe-muon-but-32-lr8e-3": _moe(_BUT, *_experts(32), "optim.lr=8e-3"),
+    "moe-muon-but-64-lr8e-3": _moe(_BUT, *_experts(64), "optim.lr=8e-3"),
+    "moe-muon-but-64-k4-lr8e-3": _moe(_BUT, *_experts(64, 4, 64), "optim.lr=8e-3"),
+    "moe-muon-but-shared-lr8e-3": _moe(_BUT, *_experts(32, 2, 64), _SHARED, "optim.lr=8e-3"),
+    "moe-muon-but-dense-first-lr8e-3": _moe(_BUT, "model.dense_first=1", "optim.lr=8e-3"),
+    "moe-muon-but-switch1e-3-lr8e-3": _moe(_BUT, "balance.switch=1e-3", "optim.lr=8e-3"),
+    "moe-muon-but-init0.25-lr8e-3": _moe(_BUT, "model.moe.init_scale=0.25", "optim.lr=8e-3"),
+    "moe-muon-but-loss-free-lr8e-3": _moe(_BUT, *_LOSS_FREE, "optim.lr=8e-3"),
     # The weights of a token's K experts sum to 1; times K, an expert counts as in the twin.
     "moe-scale2-lr4e-3": _moe(_SCALE, "optim.lr=4e-3"),
     "moe-muon-scale2-lr8e-3": _moe(*_MUON, _SCALE, "optim.lr=8e-3"),
@@ -115,9 +120,8 @@ TRIALS = {
     "moe-muon-half-lr8e-3": _moe(*_MUON, "optim.lr=8e-3", length=0.5),
     "moe-muon-32-half-lr8e-3": _moe(*_MUON, *_experts(32), "optim.lr=8e-3", length=0.5),
     # What keeps experts evenly used, over seeds.
-    "balance-none": _moe(*_BALANCE, "balance.switch=0"),
-    "balance-switch": _moe(*_BALANCE),
-    "balance-switch-global": _moe(*_BALANCE, "balance.scope=global"),
-    "balance-loss-free-1e-3": _moe(*_BALANCE, *_BIAS, "balance.bias_rate=1e-3"),
-    "balance-loss-free-1e-2": _moe(*_BALANCE, *_BIAS, "balance.bias_rate=1e-2"),
+    "balance-none": _moe(*_BALANCE, "balance.switch=0", length=0.5),
+    "balance-switch": _moe(*_BALANCE, length=0.5),
+    "balance-switch-global": _moe(*_BALANCE, "balance.scope=global", length=0.5),
+    "balance-loss-free": _moe(*_BALANCE, *_BIAS, "balance.bias_rate=1e-2", length=0.5),
 }
