@@ -161,7 +161,7 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
                 done = read()
                 entry = done.setdefault(key, {
                     "trial": name, "side": trial.side, "settings": trial.settings,
-                    "length": trial.length, "tokens": tokens, "runs": {},
+                    "length": trial.length, "tokens": tokens, "muon_flops": muon_flops(trial), "runs": {},
                     "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} "
                     "--seed SEED",
                 })  # fmt: skip
@@ -172,7 +172,7 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
 
 
 def muon_flops(trial: Trial) -> int:
-    """Operations that orthogonalising takes in one step."""
+    """Operations of one step that orthogonalising takes."""
     cfg = settings(trial, 0, TOKENS)
     with torch.device("meta"):
         model = new_model(dense_twin(cfg.model) if trial.side == "twin" else cfg.model)
@@ -202,10 +202,9 @@ def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
     """One row a trial; the twin is the named one, or the best by final loss."""
     trials = {k: v for k, v in read().items() if v["tokens"] == tokens}
     for entry in trials.values():
-        extra = muon_flops(TRIALS[entry["trial"]])
         for each in entry["runs"].values():
             last = each["points"][-1]
-            each["step_flops"] = last["train_flops"] / last["step"] + extra
+            each["step_flops"] = last["train_flops"] / last["step"] + entry["muon_flops"]
     twins = {v["trial"]: v["runs"] for v in trials.values() if v["side"] == "twin"}
     best = against or min(twins, key=lambda name: final(twins[name]["0"]))
     table = []

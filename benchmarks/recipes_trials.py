@@ -47,7 +47,6 @@ _BIAS = ("model.moe.router.selection_bias=true", "balance.switch=0")
 _SCALE = "model.moe.router.scale=2"
 _SHARED = "model.moe.shared={hidden_dim=128}"
 
-_BUT = "optim.matrices=muon_but_experts"
 _MUON = ("optim.matrices=muon",)
 # The rate falls in a line from the warm-up's end on.
 _FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
@@ -65,17 +64,6 @@ TRIALS = {
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
     "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
-    # Muon but for the experts, whose orthogonalisation costs half as much as a step.
-    **{f"moe-muon-but-lr{r}": _moe(_BUT, f"optim.lr={r}") for r in _MUON_RATES},
-    "moe-muon-but-scale2-lr8e-3": _moe(_BUT, _SCALE, "optim.lr=8e-3"),
-    "moe-muon-but-32-lr8e-3": _moe(_BUT, *_experts(32), "optim.lr=8e-3"),
-    "moe-muon-but-64-lr8e-3": _moe(_BUT, *_experts(64), "optim.lr=8e-3"),
-    "moe-muon-but-64-k4-lr8e-3": _moe(_BUT, *_experts(64, 4, 64), "optim.lr=8e-3"),
-    "moe-muon-but-shared-lr8e-3": _moe(_BUT, *_experts(32, 2, 64), _SHARED, "optim.lr=8e-3"),
-    "moe-muon-but-dense-first-lr8e-3": _moe(_BUT, "model.dense_first=1", "optim.lr=8e-3"),
-    "moe-muon-but-switch1e-3-lr8e-3": _moe(_BUT, "balance.switch=1e-3", "optim.lr=8e-3"),
-    "moe-muon-but-init0.25-lr8e-3": _moe(_BUT, "model.moe.init_scale=0.25", "optim.lr=8e-3"),
-    "moe-muon-but-loss-free-lr8e-3": _moe(_BUT, *_LOSS_FREE, "optim.lr=8e-3"),
     # The weights of a token's K experts sum to 1; times K, an expert counts as in the twin.
     "moe-scale2-lr4e-3": _moe(_SCALE, "optim.lr=4e-3"),
     "moe-muon-scale2-lr8e-3": _moe(*_MUON, _SCALE, "optim.lr=8e-3"),

@@ -74,10 +74,10 @@ class BalanceConfig(Settings):
 class OptimConfig(Settings):
     """The optimizer and its learning-rate schedule."""
 
-    matrices: Literal["adamw", "muon", "muon_but_experts"] = Field(
+    matrices: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="What updates the matrices of attention, dense networks and, with `muon`, "
-        "experts; all else is AdamW's.",
+        description="What updates the matrices of attention, experts and dense networks; all else "
+        "is AdamW's.",
     )
     lr: PositiveFloat = 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"

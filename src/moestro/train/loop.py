@@ -183,7 +183,7 @@ class Trainer:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         torch.manual_seed(cfg.train.seed)
         if self.layout.splits:
-            if cfg.optim.matrices != "adamw":
+            if cfg.optim.matrices == "muon":
                 raise ConfigError(
                     "Muon needs whole matrices: set parallel.expert and .shard to 1, or "
                     "optim.matrices to adamw"

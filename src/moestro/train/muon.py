@@ -71,7 +71,8 @@ class Muon(torch.optim.Optimizer):
             alike.setdefault(parameter.shape[-2:], []).append((parameter, update))
         for shape, pairs in alike.items():
             stacked = torch.cat([update.reshape(-1, *shape) for _, update in pairs])
-            updates = orthogonalized(stacked).split([p.numel() // shape.numel() for p, _ in pairs])
+            counts = [parameter.numel() // shape.numel() for parameter, _ in pairs]
+            updates = torch.split(orthogonalized(stacked), counts)
             size = RMS * math.sqrt(max(shape))
             for (parameter, _), update in zip(pairs, updates, strict=True):
                 parameter.mul_(1 - lr * decay)

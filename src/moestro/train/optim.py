@@ -23,15 +23,13 @@ Parameters = dict[str, nn.Parameter]
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all trainable parameters of `model`, fused where torch has it.
 
-    With `cfg.matrices` = "muon" the matrices that decay follow Muon, except the routers' and,
-    with "muon_but_experts", those of stacked experts.
+    With `cfg.matrices` = "muon" the matrices that decay, but for the routers', follow Muon.
     """
     decayed, free = split_parameters(model)
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
-    if cfg.matrices != "adamw":
-        spared = (".router.", ".experts.") if cfg.matrices == "muon_but_experts" else (".router.",)
-        names = [name for name in decayed if any(part in f".{name}" for part in spared)]
-        adamw = {name: decayed.pop(name) for name in names}
+    if cfg.matrices == "muon":
+        routers = [name for name in decayed if ".router." in f".{name}"]
+        adamw = {name: decayed.pop(name) for name in routers}
         groups = [
             _group(decayed, cfg.weight_decay) | {"matrices": True},
             _group(adamw, cfg.weight_decay) | {"matrices": False},
