@@ -1,7 +1,8 @@
 """Which settings let the demo's mixture beat its dense twin by more: named trials, and a table.
 
     .venv/bin/python benchmarks/recipes.py run moe twin moe-32-experts --seeds 1
-    .venv/bin/python benchmarks/recipes.py table
+    .venv/bin/python benchmarks/recipes.py table              # mixtures beside the best twin
+    .venv/bin/python benchmarks/recipes.py balance            # what balances, and its figure
     .venv/bin/python benchmarks/recipes.py list
 
 A trial is the demo's settings with some changed, for the mixture or for its dense twin. All read
@@ -20,6 +21,7 @@ A spike is a step whose loss is 0.3 nats above the mean of the 20 before it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -148,27 +150,24 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
     """Train what is missing; every run is written as it ends."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as text:
-        for seed in seeds:
-            for name in names:
-                trial, done = TRIALS[name], read()
-                key, entry = f"{name}@{tokens}", None
-                entry = done.get(key, {"runs": {}})
-                if str(seed) in entry["runs"]:
-                    continue
-                data = sorted(name for name in trial.settings if name.startswith("data."))
-                folder = Path(text) / (",".join(data).replace("/", "-") or "demo")
-                trained = train(trial, seed, tokens, folder)
-                done = read()
-                entry = done.setdefault(key, {
-                    "trial": name, "side": trial.side, "settings": trial.settings,
-                    "length": trial.length, "tokens": tokens, "muon_flops": muon_flops(trial), "runs": {},
-                    "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} "
-                    "--seed SEED",
-                })  # fmt: skip
-                entry["runs"][str(seed)] = trained._asdict() | {"machine": measure.machine()}
-                RESULT.write_text(json.dumps({"benchmark": "recipes", "trials": done}, indent=1))
-                final = trained.points[-1]["bits_per_byte"]["all"]
-                print(f"{key} seed {seed}: {final:.4f} in {trained.cpu_s:.0f} CPU s", flush=True)
+        for seed, name in itertools.product(seeds, names):
+            trial, key = TRIALS[name], f"{name}@{tokens}"
+            if str(seed) in read().get(key, {"runs": {}})["runs"]:
+                continue
+            data = sorted(each for each in trial.settings if each.startswith("data."))
+            folder = Path(text) / (",".join(data).replace("/", "-") or "demo")
+            trained = train(trial, seed, tokens, folder)
+            done = read()
+            entry = done.setdefault(key, {
+                "trial": name, **trial._asdict(), "tokens": tokens,
+                "muon_flops": muon_flops(trial), "runs": {},
+                "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} --seed SEED",
+            })  # fmt: skip
+            entry["runs"][str(seed)] = trained._asdict() | {"machine": measure.machine()}
+            result = {"benchmark": "recipes", "trials": done}
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            loss = trained.points[-1]["bits_per_byte"]["all"]
+            print(f"{key} seed {seed}: {loss:.4f} in {trained.cpu_s:.0f} CPU s", flush=True)
 
 
 def muon_flops(trial: Trial) -> int:
@@ -185,58 +184,75 @@ def muon_flops(trial: Trial) -> int:
     return flops
 
 
-def share(mixture: dict[str, Any], twin: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Of the twin's compute and time, what the mixture took to reach the twin's final loss."""
+class Share(NamedTuple):
+    """What a mixture took to reach the twin's final loss, over what the twin took."""
+
+    tokens: float
+    compute: float
+    time: float
+
+
+def share(mixture: dict[str, Any], twin: dict[str, Any]) -> Share | None:
+    """None: it never reached it."""
     points = [Point(**point) for point in mixture["points"]]
     last = Point(**twin["points"][-1])
-    goal = last.bits_per_byte["all"]
-    steps = crossing(points, goal, lambda point: point.step)
-    if steps is None:
-        return None, None
-    cost, twins = (each["step_flops"] for each in (mixture, twin))
-    time = steps / points[-1].step * mixture["cpu_s"] / twin["cpu_s"]
-    return steps * cost / (last.step * twins), time
+    tokens = crossing(points, last.bits_per_byte["all"], lambda point: point.tokens)
+    if tokens is None:
+        return None
+    compute = tokens * mixture["token_flops"] / (last.tokens * twin["token_flops"])
+    time = tokens / points[-1].tokens * mixture["cpu_s"] / twin["cpu_s"]
+    return Share(tokens / last.tokens, compute, time)
 
 
 def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
     """One row a trial; the twin is the named one, or the best by final loss."""
-    trials = {k: v for k, v in read().items() if v["tokens"] == tokens}
-    for entry in trials.values():
+    trials = _trials(tokens, balance=False)
+    for entry in trials:
         for each in entry["runs"].values():
             last = each["points"][-1]
-            each["step_flops"] = last["train_flops"] / last["step"] + entry["muon_flops"]
-    twins = {v["trial"]: v["runs"] for v in trials.values() if v["side"] == "twin"}
+            own = entry["muon_flops"] * last["step"]
+            each["token_flops"] = (last["train_flops"] + own) / last["tokens"]
+    twins = {v["trial"]: v["runs"] for v in trials if v["side"] == "twin"}
     best = against or min(twins, key=lambda name: final(twins[name]["0"]))
+    print(f"twin: {best}")
     table = []
-    for entry in trials.values():
-        runs = entry["runs"]
-        losses = [final(each) for each in runs.values()]
-        row: dict[str, Any] = {"trial": entry["trial"], "seeds": len(runs)}
-        row |= {"bits per byte": statistics.fmean(losses), "spread": spread(losses)}
-        row["CPU s"] = statistics.fmean(each["cpu_s"] for each in runs.values())
+    for entry in trials:
+        runs, row = entry["runs"], _row(entry)
         if entry["side"] == "mixture":
             pairs = [share(each, twins[best][s]) for s, each in runs.items() if s in twins[best]]
-            computes = [pair[0] for pair in pairs if pair[0] is not None]
-            times = [pair[1] for pair in pairs if pair[1] is not None]
-            full = len(computes) == len(pairs) > 0
-            row["compute"] = statistics.fmean(computes) if full else None
-            row["its spread"] = spread(computes) if full else None
-            row["time"] = statistics.fmean(times) if full else None
-            for key in ("max_vio_batch", "max_vio_global", "dead", "spikes"):
-                row[key] = statistics.fmean(each[key] for each in runs.values())
+            reached = [pair for pair in pairs if pair is not None]
+            for name in Share._fields if len(reached) == len(pairs) > 0 else ():
+                values = [getattr(each, name) for each in reached]
+                row |= {name: statistics.fmean(values), f"± {name}": spread(values)}
         table.append(row)
-    table.sort(key=lambda row: row["bits per byte"])
-    print(f"twin: {best}")
-    return table
+    return sorted(table, key=lambda row: row["bits per byte"])
+
+
+def _trials(tokens: int, balance: bool) -> list[dict[str, Any]]:
+    """Those of as many tokens: of what balances a mixture, or all others."""
+    found = (entry for entry in read().values() if entry["tokens"] == tokens)
+    return [entry for entry in found if entry["trial"].startswith("balance-") == balance]
+
+
+def _row(entry: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of a trial alone, mean over seeds."""
+    runs = list(entry["runs"].values())
+    losses = [final(each) for each in runs]
+    row: dict[str, Any] = {"trial": entry["trial"], "seeds": len(runs)}
+    row |= {"bits per byte": statistics.fmean(losses), "spread": spread(losses)}
+    row["CPU s"] = statistics.fmean(each["cpu_s"] for each in runs)
+    if entry["side"] == "mixture":
+        for name in ("max_vio_batch", "max_vio_global", "dead", "spikes"):
+            row[name] = statistics.fmean(each[name] for each in runs)
+    return row
 
 
 def figure(tokens: int) -> None:
     """Balance over the training, and the final losses, of the trials that only differ in it."""
     drawn = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    trials = [v for v in read().values() if v["tokens"] == tokens]
-    rows = [entry for entry in trials if entry["trial"].startswith("balance-")]
-    for place, entry in enumerate(rows):
+    trials = _trials(tokens, balance=True)
+    for place, entry in enumerate(trials):
         name, runs = entry["trial"].removeprefix("balance-"), list(entry["runs"].values())
         curves = list(zip(*(each["max_vio_curve"] for each in runs), strict=True))
         x = [(i + 0.5) / len(curves) for i in range(len(curves))]
@@ -247,7 +263,8 @@ def figure(tokens: int) -> None:
     left.set_ylabel("MaxVio of a step, mean over layers")
     left.set_yscale("log")
     left.legend(frameon=False)
-    right.set_yticks(range(len(rows)), [row["trial"].removeprefix("balance-") for row in rows])
+    names = [entry["trial"].removeprefix("balance-") for entry in trials]
+    right.set_yticks(range(len(trials)), names)
     right.set_xlabel("held-out bits per byte, each seed")
     right.margins(y=0.2)
     drawn.savefig(FIGURE, dpi=150)
@@ -281,7 +298,7 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "table", "figure", "list"))
+    parser.add_argument("what", choices=("run", "table", "balance", "list"))
     parser.add_argument("names", nargs="*", help="trials; see `list`")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--seeds", type=int, default=1, help="that many, from 0 up")
@@ -292,7 +309,8 @@ def main() -> None:
     if args.what == "list":
         for name, trial in TRIALS.items():
             print(f"{name} ({trial.side}): {' '.join(trial.settings)}")
-    elif args.what == "figure":
+    elif args.what == "balance":
+        show([_row(entry) for entry in _trials(args.tokens, balance=True)])
         figure(args.tokens)
     elif args.what == "table":
         show(rows(args.tokens, args.against))
