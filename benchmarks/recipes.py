@@ -262,6 +262,8 @@ def figure(tokens: int) -> None:
     left.set_xlabel("share of the training")
     left.set_ylabel("MaxVio of a step, mean over layers")
     left.set_yscale("log")
+    left.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    left.minorticks_off()
     left.legend(frameon=False)
     names = [entry["trial"].removeprefix("balance-") for entry in trials]
     right.set_yticks(range(len(trials)), names)

@@ -92,7 +92,11 @@ TRIALS = {
     "moe-shared": _moe(*_experts(16, 1, 128), _SHARED),
     "moe-dense-first": _moe("model.dense_first=1"),
     # Balance.
-    "moe-loss-free": _moe(*_LOSS_FREE),
+    "moe-loss-free-lr4e-3": _moe(*_LOSS_FREE, "balance.bias_rate=1e-2", "optim.lr=4e-3"),
+    "moe-32-loss-free-lr4e-3": _moe(
+        *_LOSS_FREE, *_experts(32), "balance.bias_rate=1e-2", "optim.lr=4e-3"
+    ),
+    "moe-32-lr4e-3": _moe(*_experts(32), "optim.lr=4e-3"),
     "moe-global": _moe("balance.scope=global"),
     "moe-none": _moe("balance.switch=0"),
     "moe-switch1e-3": _moe("balance.switch=1e-3"),
