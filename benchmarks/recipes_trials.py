@@ -65,18 +65,9 @@ TRIALS = {
     **{f"moe-muon-32-lr{r}": _moe(*_MUON, *_experts(32), f"optim.lr={r}") for r in _MUON_RATES},
     "moe-muon-32-k4-lr8e-3": _moe(*_MUON, *_experts(32, 4, 64), "optim.lr=8e-3"),
     # The weights of a token's K experts sum to 1; times K, an expert counts as in the twin.
-    "moe-scale2-lr4e-3": _moe(_SCALE, "optim.lr=4e-3"),
     "moe-muon-scale2-lr8e-3": _moe(*_MUON, _SCALE, "optim.lr=8e-3"),
-    "moe-muon-scale4-lr8e-3": _moe(*_MUON, "model.moe.router.scale=4", "optim.lr=8e-3"),
-    "moe-muon-scale2-32-lr8e-3": _moe(*_MUON, _SCALE, *_experts(32), "optim.lr=8e-3"),
-    "moe-muon-scale2-64-lr8e-3": _moe(*_MUON, _SCALE, *_experts(64), "optim.lr=8e-3"),
-    "moe-muon-scale2-shared-lr8e-3": _moe(
-        *_MUON, *_experts(16, 2, 64), _SHARED, _SCALE, "optim.lr=8e-3"
-    ),
     "moe-muon-shared-lr8e-3": _moe(*_MUON, *_experts(16, 1, 128), _SHARED, "optim.lr=8e-3"),
-    "moe-muon-sigmoid-lr8e-3": _moe(*_MUON, *_LOSS_FREE, _SCALE, "optim.lr=8e-3"),
     "moe-muon-16-k1-lr8e-3": _moe(*_MUON, *_experts(16, 1, 256), "optim.lr=8e-3"),
-    "moe-muon-8-k1-lr8e-3": _moe(*_MUON, *_experts(8, 1, 256), "optim.lr=8e-3"),
     "moe-muon-b8-lr8e-3": _moe(*_MUON, "train.batch_size=8", "optim.lr=8e-3"),
     "twin-muon-b8-lr8e-3": _twin(*_MUON, "train.batch_size=8", "optim.lr=8e-3"),
     "moe-muon-fall-lr8e-3": _moe(*_MUON, *_FALL, "optim.lr=8e-3"),
@@ -102,7 +93,6 @@ TRIALS = {
     "moe-switch1e-3": _moe("balance.switch=1e-3"),
     # Start, schedule, decay.
     "moe-init0.1": _moe("model.moe.init_scale=0.1"),
-    "moe-init3": _moe("model.moe.init_scale=3"),
     "moe-wd0": _moe("optim.weight_decay=0"),
     "twin-wd0": _twin("optim.weight_decay=0"),
     "moe-wsd": _moe("optim.schedule=wsd", "optim.decay=0.5", "optim.final_lr=0"),
