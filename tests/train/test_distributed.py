@@ -55,6 +55,7 @@ def two(tiny_settings, plain, tiny_corpus, tiny_data_folder, tmp_path_factory):
         {"router": {"jitter": 0.1}, "experts": {"dropout": 0.2}},
         train={"steps": 3, "batch_size": 8, "accumulate": 2, "save_every": 2},
         balance={"scope": "global"},
+        optim={"matrices": "muon"},
     )
     (root / "plain.json").write_text(plain.model_dump_json())
     (root / "noisy.json").write_text(noisy.model_dump_json())

@@ -76,16 +76,18 @@ def test_a_run_learns_and_reports(tiny_settings, tiny_corpus, tmp_path):
 
 # With widths of 32, bfloat16 goes to AMX tiles where the processor has them.
 @pytest.mark.parametrize(
-    ("moe", "dtype"), [(NOISY, "float32"), ({**BIASED, "hidden_dim": 32}, "bfloat16")]
+    ("moe", "dtype", "matrices"),
+    [(NOISY, "float32", "muon"), ({**BIASED, "hidden_dim": 32}, "bfloat16", "adamw")],
 )
 def test_a_resumed_run_equals_a_straight_one_bitwise(
-    tiny_settings, tiny_corpus, tmp_path, moe, dtype
+    tiny_settings, tiny_corpus, tmp_path, moe, dtype, matrices
 ):
     cfg = tiny_settings(
         moe,
         model={"dim": 32},
         train={"accumulate": 2, "dtype": dtype},
         balance={"scope": "global", "bias_rate": 1e-2},
+        optim={"matrices": matrices},
     )
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     Trainer(cfg, straight, tiny_corpus).train()

@@ -72,8 +72,13 @@ class BalanceConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    matrices: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="What updates the matrices of attention, experts and dense networks; all else "
+        "is AdamW's.",
+    )
     lr: PositiveFloat = 2e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: Fraction = Field(0.05, description="Share of the steps spent warming up.")

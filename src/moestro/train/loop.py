@@ -186,6 +186,11 @@ class Trainer:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         torch.manual_seed(cfg.train.seed)
         if self.layout.splits:
+            if cfg.optim.matrices == "muon":
+                raise ConfigError(
+                    "Muon needs whole matrices: set parallel.expert and .shard to 1, or "
+                    "optim.matrices to adamw"
+                )
             if cfg.lora is not None:
                 raise ConfigError(
                     "adapters are trained on whole models: set parallel.expert and .shard to "

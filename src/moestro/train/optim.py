@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, and the learning rate of each step.
+"""The optimizer with its parameter groups, and the learning rate of each step.
 
 Weight decay pulls on matrices only: the weights of linear layers, routers and experts. Norms,
 biases, gates of one row and the token embedding (also where it is tied to the output) are free.
@@ -7,27 +7,42 @@ biases, gates of one row and the token embedding (also where it is tied to the o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from moestro.config import OptimConfig
+from moestro.train.muon import Muon
 
 FUSED_DEVICES = ("cpu", "cuda")
 
+Parameters = dict[str, nn.Parameter]
 
-def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over all trainable parameters of `model`, fused where torch has it."""
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Build AdamW over all trainable parameters of `model`, fused where torch has it.
+
+    With `cfg.matrices` = "muon" the matrices that decay, but for the routers', follow Muon.
+    """
     decayed, free = split_parameters(model)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": cfg.weight_decay},
-        {"params": list(free.values()), "weight_decay": 0.0},
-    ]
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
+    if cfg.matrices == "muon":
+        routers = [name for name in decayed if ".router." in f".{name}"]
+        adamw = {name: decayed.pop(name) for name in routers}
+        groups = [
+            _group(decayed, cfg.weight_decay) | {"matrices": True},
+            _group(adamw, cfg.weight_decay) | {"matrices": False},
+            _group(free, 0.0) | {"matrices": False},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return Muon(groups, cfg.lr, cfg.betas, fused)
+    groups = [_group(decayed, cfg.weight_decay), _group(free, 0.0)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 
-Parameters = dict[str, nn.Parameter]
+def _group(parameters: Parameters, weight_decay: float) -> dict[str, Any]:
+    return {"params": list(parameters.values()), "weight_decay": weight_decay}
 
 
 def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:

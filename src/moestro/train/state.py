@@ -6,7 +6,7 @@
         tokenizer files                    what turns text into its tokens
         run.json                           the settings of the run
         hf_config.json and others          what came with the weights that the run began from
-        optimizer.safetensors              AdamW's state by parameter name
+        optimizer.safetensors              its state by parameter name
         trainer.safetensors, trainer.json  step, seconds, the routing watch, the text's fingerprint
         manifest.json                      size and sha256 of every file
 
@@ -177,7 +177,10 @@ def restore(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as `{parameter name}.{exp_avg | exp_avg_sq | step}`, contiguous on the CPU."""
+    """State as `{parameter name}.{exp_avg | exp_avg_sq | step}`, contiguous on the CPU.
+
+    Of matrices under Muon `{parameter name}.momentum_buffer`.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

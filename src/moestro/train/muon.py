@@ -1,0 +1,99 @@
+"""Muon for matrices, AdamW for the rest: one optimizer with both kinds of parameter groups.
+
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), scaled as by Liu et al. 2025,
+"Muon is Scalable for LLM Training" (arXiv 2502.16982), so that it takes AdamW's learning rate and
+weight decay. `torch.optim.Muon` is the same of single matrices; here stacked experts [E, O, I] are
+E matrices, and matrices of one shape are orthogonalised together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+# The quintic's coefficients, its iterations, and what keeps a zero gradient from dividing by 0.
+COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
+# An orthogonal update times this and the root of the longer side is as large as AdamW's (RMS).
+RMS = 0.2
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over the groups with `matrices` = True, AdamW over the others.
+
+    Args:
+        groups: Parameter groups, each with `params`, `weight_decay` and `matrices`. Those of
+            matrices have at least two dimensions, of which the last two are the matrix.
+        lr: Learning rate of all.
+        betas: AdamW's two averages.
+        fused: Whether AdamW runs fused.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        fused: bool,
+    ) -> None:
+        groups = list(groups)
+        super().__init__(groups, {"lr": lr})
+        rest = [group for group in self.param_groups if not group["matrices"]]
+        # The groups and the state are the same objects, so what is set on one is set on both.
+        self._adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=fused) if rest else None
+        if self._adamw is not None:
+            self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        if self._adamw is not None:
+            self._adamw.step()
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._step_matrices(group["params"], group["lr"], group["weight_decay"])
+
+    def _step_matrices(self, parameters: list[Tensor], lr: float, decay: float) -> None:
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+            update = parameter.grad.lerp(average, MOMENTUM)  # Nesterov
+            alike.setdefault(parameter.shape[-2:], []).append((parameter, update))
+        for shape, pairs in alike.items():
+            stacked = torch.cat([update.reshape(-1, *shape) for _, update in pairs])
+            counts = [parameter.numel() // shape.numel() for parameter, _ in pairs]
+            updates = torch.split(orthogonalized(stacked), counts)
+            size = RMS * math.sqrt(max(shape))
+            for (parameter, _), update in zip(pairs, updates, strict=True):
+                parameter.mul_(1 - lr * decay)
+                parameter.add_(update.view_as(parameter), alpha=-lr * size)
+
+
+def orthogonalized(x_NOI: Tensor) -> Tensor:
+    """About U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz in bfloat16: singular values 0.5 to 1.5.
+
+    Args:
+        x_NOI: N matrices; one of zeros stays zero.
+
+    Returns:
+        bfloat16 [N, O, I].
+    """
+    a, b, c = COEFFICIENTS
+    tall = x_NOI.shape[1] > x_NOI.shape[2]
+    x = x_NOI.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).contiguous()
