@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from moestro.config import ModelConfig, OptimConfig
+from moestro.config import EncDecConfig, ModelConfig, OptimConfig
 from moestro.errors import ConfigError
 from moestro.models.decoder import Decoder
+from moestro.models.encdec import EncDec
+from moestro.train import muon
 from moestro.train.distributed import Ranks
 from moestro.train.loop import Trainer
 from moestro.train.muon import orthogonalized
@@ -41,6 +43,37 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     assert values.diagonal(dim1=1, dim2=2).min() > 0.25  # of these random matrices
     assert values.diagonal(dim1=1, dim2=2).max() < 1.35
     assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def names_of_matrices(model):
+    """What Muon updates."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = make_optimizer(model, CFG).param_groups
+    return {names[id(each)] for group in groups if group["matrices"] for each in group["params"]}
+
+
+def test_muons_are_the_maps_inside_blocks():
+    moe = {"hidden_dim": 8, "num_experts": 4}
+    untied = {"dim": 16, "num_layers": 1, "head": {"tied": False}, "moe": moe}
+    decoder = Decoder(ModelConfig(**untied, attention={"num_heads": 2}))
+    assert names_of_matrices(decoder) == {
+        "blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight",
+        "blocks.0.ffn.experts.gate_up", "blocks.0.ffn.experts.down",
+    }  # fmt: skip
+    both = EncDec(EncDecConfig(dim=16, encoder_layers=1, decoder_layers=1, dense={"hidden_dim": 8}))
+    assert not [name for name in names_of_matrices(both) if "relative" in name or "head" in name]
+
+
+def test_any_number_together_is_the_same_step(monkeypatch):
+    values = [torch.randn(3, 8, 6), torch.randn(5, 8, 6), torch.randn(8, 6), torch.randn(6, 6)]
+    ends = []
+    for together in (muon.TOGETHER, 100, 1):
+        monkeypatch.setattr(muon, "TOGETHER", together)
+        ours = [torch.nn.Parameter(value.clone()) for value in values]
+        ends.append(stepped(make_optimizer(torch.nn.ParameterList(ours), CFG), ours))
+    for end in ends[1:]:
+        for left, right in zip(end, ends[0], strict=True):
+            torch.testing.assert_close(left, right)
 
 
 def test_a_matrix_of_zeros_stays():

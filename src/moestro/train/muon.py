@@ -9,7 +9,7 @@ E matrices, and matrices of one shape are orthogonalised together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ MOMENTUM = 0.95
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 # An orthogonal update times this and the root of the longer side is as large as AdamW's (RMS).
 RMS = 0.2
+# Numbers of matrices that are orthogonalised together: what bounds the memory of a step.
+TOGETHER = 2**23
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,28 +61,42 @@ class Muon(torch.optim.Optimizer):
                 self._step_matrices(group["params"], group["lr"], group["weight_decay"])
 
     def _step_matrices(self, parameters: list[Tensor], lr: float, decay: float) -> None:
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        pieces: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
+            state, shape = self.state[parameter], parameter.shape[-2:]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             average = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-            update = parameter.grad.lerp(average, MOMENTUM)  # Nesterov
-            alike.setdefault(parameter.shape[-2:], []).append((parameter, update))
-        for shape, pairs in alike.items():
-            stacked = torch.cat([update.reshape(-1, *shape) for _, update in pairs])
-            counts = [parameter.numel() // shape.numel() for parameter, _ in pairs]
-            updates = torch.split(orthogonalized(stacked), counts)
+            matrices = (each.view(-1, *shape) for each in (parameter, parameter.grad, average))
+            several = max(1, TOGETHER // shape.numel())
+            parts = zip(*(each.split(several) for each in matrices), strict=True)
+            pieces.setdefault(shape, []).extend(parts)
+        for shape, parts_of in pieces.items():
             size = RMS * math.sqrt(max(shape))
-            for (parameter, _), update in zip(pairs, updates, strict=True):
-                parameter.mul_(1 - lr * decay)
-                parameter.add_(update.view_as(parameter), alpha=-lr * size)
+            for batch in _batches(parts_of):
+                nesterov = [grad.lerp(average, MOMENTUM) for _, grad, average in batch]
+                updates = orthogonalized(torch.cat(nesterov)).split(
+                    [len(each) for each in nesterov]
+                )
+                for (weights, _, _), update in zip(batch, updates, strict=True):
+                    weights.mul_(1 - lr * decay).add_(update, alpha=-lr * size)
+
+
+def _batches(pieces: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Runs of pieces with as many numbers as are orthogonalised together, or one piece."""
+    batch: list[tuple[Tensor, ...]] = []
+    for piece in pieces:
+        if batch and sum(each[0].numel() for each in (*batch, piece)) > TOGETHER:
+            yield batch
+            batch = []
+        batch.append(piece)
+    yield batch
 
 
 def orthogonalized(x_NOI: Tensor) -> Tensor:
-    """About U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz in bfloat16: singular values 0.5 to 1.5.
+    """About U·Vᵀ of each matrix U·S·Vᵀ, by Newton-Schulz in bfloat16: most singular values near 1.
 
     Args:
         x_NOI: N matrices; one of zeros stays zero.

@@ -18,18 +18,22 @@ from moestro.train.muon import Muon
 FUSED_DEVICES = ("cpu", "cuda")
 
 Parameters = dict[str, nn.Parameter]
+# Modules whose matrices AdamW updates where Muon updates others.
+_NOT_MUONS = {"router", "head", "relative"}
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all trainable parameters of `model`, fused where torch has it.
 
-    With `cfg.matrices` = "muon" the matrices that decay, but for the routers', follow Muon.
+    With `cfg.matrices` = "muon" the matrices that decay follow Muon, but for those of routers,
+    the output head and relative positions: scores and tables, not maps of one vector to another.
     """
     decayed, free = split_parameters(model)
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
     if cfg.matrices == "muon":
-        routers = [name for name in decayed if ".router." in f".{name}"]
-        adamw = {name: decayed.pop(name) for name in routers}
+        adamw = {
+            name: decayed.pop(name) for name in list(decayed) if _NOT_MUONS & {*name.split(".")}
+        }
         groups = [
             _group(decayed, cfg.weight_decay) | {"matrices": True},
             _group(adamw, cfg.weight_decay) | {"matrices": False},
