@@ -130,8 +130,9 @@ def read_packed(
 ) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
-    Memory peaks at the packed model and one module; at what is not packed and one module, where
-    each is taken away.
+    Memory peaks at the packed model and the numbers of one module. Where packed modules are taken
+    away, it peaks at one of them and its numbers, beside those that the taker still holds, or at
+    what is not packed.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
