@@ -353,9 +353,10 @@ def _mapped_or_packed(
         except packed_files.NotWritten as error:
             message = f"the packed form is not kept: {path}: {error}"
             warnings.warn(message, UserWarning, stacklevel=3)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LeftOut)  # it is said already
-                return read_packed(folder, format, progress, accept_fields)
+    if not path.exists():  # outside of the handler, which keeps what was packed until then alive
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LeftOut)  # it is said already
+            return read_packed(folder, format, progress, accept_fields)
     model = packed_files.load(path, source)
     packed_files.check_stored(path, format)
     return model

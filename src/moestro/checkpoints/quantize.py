@@ -130,9 +130,8 @@ def read_packed(
 ) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
-    Memory peaks at the packed model and the numbers of one module. Where packed modules are taken
-    away, it peaks at one of them and its numbers, beside those that the taker still holds, or at
-    what is not packed.
+    Memory peaks at the packed model and the numbers of one module; where packed modules are taken
+    away, at one, its numbers and those that the taker still holds, or at what is not packed.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
