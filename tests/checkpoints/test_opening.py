@@ -12,7 +12,7 @@ from moestro.checkpoints import folders
 from moestro.checkpoints.families import OWN
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.hub import find_checkpoint
-from moestro.checkpoints.opening import kept_as, open_checkpoint
+from moestro.checkpoints.opening import kept_as, open_checkpoint, open_streamed
 from moestro.checkpoints.quantize import is_packed
 from moestro.checkpoints.tensor_files import Source
 from moestro.checkpoints.transfer import load_tensors, match
@@ -61,6 +61,15 @@ def test_every_file_is_hashed_once_an_opening(run: Path, monkeypatch: pytest.Mon
     again = open_checkpoint(found, verified=True)
     assert not hashed
     assert torch.equal(again.model(TOKENS_BS).logits, opened.model(TOKENS_BS).logits)
+
+
+def test_a_tensor_that_is_read_again_is_counted_once(run: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    _, read = open_streamed(find_checkpoint(run), progress=lambda *call: calls.append(call))
+    again = ("embed.weight", "norm.weight", "embed.weight")
+    first, _, second = (read(name).clone() for name in again)
+    assert torch.equal(first, second)
+    assert [done for done, _ in calls] == [40 * 32 * 4, 41 * 32 * 4, 41 * 32 * 4]
 
 
 @NEEDS_NATIVE

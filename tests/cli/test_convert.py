@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.chat import load_chat
+from moestro.checkpoints import opening
 from moestro.checkpoints.folders import atomic_folder, verify_folder
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import save_model
@@ -135,6 +136,20 @@ def test_bad_input_writes_nothing(own, tmp_path, capsys, words, message):
     assert message in err
     assert "Traceback" not in err
     assert listing(tmp_path) == before
+
+
+def test_a_source_that_cannot_be_read_is_named(own, tmp_path, capsys, monkeypatch):
+    gone, real = own / "model.safetensors", opening.open_streamed
+
+    def lost(*given, **options):
+        found = real(*given, **options)
+        gone.unlink()
+        return found
+
+    monkeypatch.setattr(opening, "open_streamed", lost)
+    assert main(["convert", str(own), str(tmp_path / "new"), "--to", "moestro"]) == 2
+    assert f"of {gone}: " in (err := capsys.readouterr().err)
+    assert "cannot write" not in err
 
 
 def test_a_truncated_source_writes_nothing(published, tmp_path, capsys):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
+from moestro.kernels.native_packing import private_memory
 from moestro.kernels.packing import (
     PAGE,
     ExpertSlabs,
@@ -202,3 +203,8 @@ def test_an_expert_that_does_not_fit_is_refused():
     for up_HD in (torch.randn(32, 64), torch.randn(64, 96)):
         with pytest.raises(ShapeError, match="have up"):
             native_cpu.pack_expert(up_HD, torch.randn(64, 32), "swiglu", format, slab)
+
+
+def test_memory_that_the_system_does_not_have():
+    with pytest.raises(MemoryError, match="not enough memory for 1073741825 MiB"):
+        private_memory((1 << 50) + 1)

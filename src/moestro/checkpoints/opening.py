@@ -32,6 +32,7 @@ from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import is_pretrained, origin, read_model, stream_model
 from moestro.checkpoints.streamed import Within
+from moestro.checkpoints.tensor_files import LeftOut
 from moestro.checkpoints.transfer import Progress
 from moestro.checkpoints.writing import only_family
 from moestro.config import LoraConfig
@@ -349,10 +350,12 @@ def _mapped_or_packed(
     if not path.exists():
         try:
             packed_files.convert(folder, path, format, source, progress, accept_fields)
-        except OSError as error:
-            reason = error.strerror or error
-            message = f"the packed form is not kept: {path}: {reason}"
+        except packed_files.NotWritten as error:
+            message = f"the packed form is not kept: {path}: {error}"
             warnings.warn(message, UserWarning, stacklevel=3)
+    if not path.exists():  # outside of the handler, which keeps what was packed until then alive
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LeftOut)  # it is said already
             return read_packed(folder, format, progress, accept_fields)
     model = packed_files.load(path, source)
     packed_files.check_stored(path, format)

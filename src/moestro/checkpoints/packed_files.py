@@ -11,9 +11,10 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +38,10 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 # Refuses what is about to be written.
 Check = Callable[[Model, dict[str, Section]], object]
+
+
+class NotWritten(OSError):
+    """The place of a packed form is full or cannot be written; says why."""
 
 
 def default_path(folder: Path, format: Format) -> Path:
@@ -112,18 +117,22 @@ def convert(
     progress: Progress | None = None,
     accept_fields: Collection[str] = (),
     check: Check | None = None,
+    overlapped: bool = True,
 ) -> None:
-    """Write a checkpoint's packed form, of which two modules at a time are in memory.
+    """Write a checkpoint's packed form, module by module, the source of one in memory at a time.
 
-    One is written while the next is packed. `check` is called with the model without memory, and
-    where its tensors will be, before any is read.
+    `check` is called with the model without memory, and where its tensors will be, before any is
+    read. `overlapped`: a packed module is written while the next is packed, so that two of them are
+    in memory, else one.
 
     Raises:
         CheckpointError, ConfigError, ShapeError, BackendError: see `quantize.read_packed`.
-        OSError: see `save`.
+        NotWritten: there is not so much room, or see `save`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file, ThreadPoolExecutor(1) as writing:
+    with ExitStack() as whole, ThreadPoolExecutor(1) as writing:
+        with _written():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = whole.enter_context(whole_file(path))
         writer: Writer | None = None
         before: Future[None] | None = None
 
@@ -132,24 +141,46 @@ def convert(
             start, sections, length = packed_header.make(blank, format, source)
             if check is not None:
                 check(blank, sections)
-            writer = Writer(file, start, sections, length)
+            with _written():
+                _check_room(path.parent, len(start) + length)
+                writer = Writer(file, start, sections, length)
             return put
 
         def put(name: str, module: Packed) -> None:
             nonlocal before
             assert writer is not None
             parts = module.parts()
-            if before is not None:
-                before.result()
             named = {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            before = writing.submit(writer.put, named)
+            with _written():
+                if before is not None:
+                    before.result()
+                before = writing.submit(writer.put, named)
+                if not overlapped:
+                    before.result()
             module.use({part: tensor.to("meta") for part, tensor in parts.items()})
 
         model = read_packed(folder, format, progress, accept_fields, begin)
         assert writer is not None
-        if before is not None:
-            before.result()
-        writer.put(dict((*model.named_parameters(), *model.named_buffers())))
+        with _written():
+            if before is not None:
+                before.result()
+            writer.put(dict((*model.named_parameters(), *model.named_buffers())))
+            whole.close()
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Tell what is wrong with the file from errors of everything else."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(error.strerror or str(error)) from error
+
+
+def _check_room(folder: Path, size: int) -> None:
+    total, _, free = shutil.disk_usage(folder)
+    if total and size > free:  # some file systems do not say
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
 
 
 def converted(
@@ -162,17 +193,19 @@ def converted(
 ) -> tuple[Path, dict[str, str]]:
     """The file of a checkpoint's packed form, written if it is missing, and its fingerprint.
 
+    One packed module, and the source of one, are in memory at a time.
+
     Raises:
         CheckpointError: the place cannot be written, or holds another form; see also `convert`.
     """
     path, source = packed or default_path(folder, format), fingerprint(folder)
     if not path.exists():
         try:
-            convert(folder, path, format, source, progress, accept_fields, check)
-        except OSError as error:
+            convert(folder, path, format, source, progress, accept_fields, check, overlapped=False)
+        except NotWritten as error:
             raise CheckpointError(
                 f"a memory budget needs the packed form in a file, and {path} cannot be written: "
-                f"{error.strerror or error}; give another --packed"
+                f"{error}; give another --packed"
             ) from None
     check_stored(path, format)
     return path, source

@@ -130,8 +130,8 @@ def read_packed(
 ) -> Model:
     """Load a checkpoint straight into packed form, module by module.
 
-    Memory peaks at the packed model and one module; at what is not packed and one module, where
-    each is taken away.
+    Memory peaks at the packed model and the numbers of one module; where packed modules are taken
+    away, at one, its numbers and those that the taker still holds, or at what is not packed.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.

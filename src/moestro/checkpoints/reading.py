@@ -200,6 +200,7 @@ def stream_model(
     unread = open_unread(folder, accept_fields=accept_fields)
     materialize(unread.model, dtype or _kept_in(folder, unread), "meta")
     shapes, kept, done = unique_tensors(unread.model), dict[str, Tensor](), 0
+    seen = set[str]()
 
     def read(name: str) -> Tensor:
         nonlocal done
@@ -208,7 +209,8 @@ def stream_model(
             kept[name] = torch.empty_like(shapes[name], device="cpu")
             part = unread.part({name})
             load_tensors(part, into=kept)
-            done += part.bytes
+            done += 0 if name in seen else part.bytes
+            seen.add(name)
             if progress is not None:
                 progress(done, unread.bytes)
         return kept[name]

@@ -38,6 +38,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class LeftOut(UserWarning):
+    """A part of a checkpoint is not read."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a tensor comes from; each kind says how it is loaded.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moestro.checkpoints.families.slices import FUSED, TensorSlice, fused, key_pattern, slices
 from moestro.checkpoints.families.table import LAYOUTS, ROWS, Family, Rule
-from moestro.checkpoints.tensor_files import Source, Written, some
+from moestro.checkpoints.tensor_files import LeftOut, Source, Written, some
 from moestro.errors import CheckpointError
 from moestro.kernels.packing import COLUMNS, EXACT, Q4_K, TABLES, BlockRows, Format
 from moestro.models.build import Model
@@ -91,7 +91,7 @@ def match(folder: Path, family: Family, model: Model, sources: Mapping[str, Sour
         CheckpointError: a tensor is missing, unknown, or of a different shape or dtype; names them.
 
     Warns:
-        UserWarning: a part of the checkpoint is left out; with its size.
+        LeftOut: a part of the checkpoint is not run here; with its size.
     """
     sources = {_plain_key(key, family.beginnings): source for key, source in sources.items()}
     sources = _without_left_out(folder, family, model.cfg, sources)
@@ -143,7 +143,7 @@ def _without_left_out(
                 f"{sum(math.prod(source.shape) for source in left):,} numbers, "
                 f"{sum(source.bytes for source in left):,} bytes. They are left out, also when the "
                 "model is written again",
-                UserWarning,
+                LeftOut,
                 stacklevel=4,
             )
     return kept

@@ -68,8 +68,8 @@ def offload(
         group: inputs that share a scale (int8, int4): 32 or 64.
         texts: how long and how many texts are, and tokens that pass together; None: one of up to
             4096 tokens.
-        packed: the file of packed experts, written a module at a time if it is missing; None: see
-            `packed_files.default_path`.
+        packed: the file of packed experts, written if it is missing with one packed module and its
+            numbers in memory at a time; None: see `packed_files.default_path`.
         options: of transformers' `from_pretrained`.
 
     Raises:

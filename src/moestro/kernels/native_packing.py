@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,16 @@ def private_memory(nbytes: int) -> mmap.mmap:
 
     Half the time of loading a model is the system handing out its memory in 4 KiB pages; a disk
     that is read past the page cache is half as fast into such.
+
+    Raises:
+        MemoryError: there is not so much.
     """
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"not enough memory for {-(-nbytes >> 20)} MiB") from None
+        raise
     huge = getattr(mmap, "MADV_HUGEPAGE", None)
     if huge is not None:
         with suppress(OSError):  # a kernel without huge pages: slower, and nothing else

@@ -17,19 +17,19 @@ pytestmark = pytest.mark.skipif(
     reason="needs native code, and a system that tells the peak of a process's memory",
 )
 MB = 10**6
-LAYERS = 16
+LAYERS = 5
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of 16 layers with 6.7 MB of experts each, in Q8_0."""
+    """A mixture of 5 layers with 27 MB of experts each, in Q8_0."""
     place = tmp_path_factory.mktemp("model") / "m.gguf"
     cfg = ModelConfig(
         vocab_size=256,
-        dim=256,
+        dim=512,
         num_layers=LAYERS,
         attention={"num_heads": 4, "num_kv_heads": 2, "context": 128},
-        moe={"hidden_dim": 256, "num_experts": 32, "top_k": 2},
+        moe={"hidden_dim": 512, "num_experts": 32, "top_k": 2},
         head={"tied": False},
     )
     write_random(cfg, KINDS["int8"], place)
@@ -42,7 +42,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_model_is_never_held_twice(file: Path, keep: bool) -> None:
-    """Where it is kept, modules go to the file one by one, and come back as pages of it."""
+    """Where it is kept, two modules at most are there, and all come back as pages of the file."""
     packed = file.stat().st_size  # int8 has 8.5 bits, as Q8_0
     gc.collect()
     machine.forget_peak()
@@ -50,4 +50,4 @@ def test_a_model_is_never_held_twice(file: Path, keep: bool) -> None:
     open_checkpoint(file, keep=keep)
     held, experts = machine.peak_bytes() - before, packed / LAYERS
     assert packed > 100 * MB
-    assert held < (2 * experts if keep else packed + experts) + 24 * MB
+    assert held < (2.5 * experts if keep else packed + 0.5 * experts)
