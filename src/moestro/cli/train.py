@@ -108,6 +108,7 @@ def _settings(
     accepted: Sequence[str],
 ) -> RunConfig:  # fmt: skip
     """Those of a new run, of one that begins from weights, or of the one in the folder."""
+    from moestro.checkpoints.folders import step_folders
     from moestro.config import RunConfig
     from moestro.settings import load_settings
     from moestro.train.initial import initial_settings
@@ -116,7 +117,7 @@ def _settings(
 
     if begin is not None:
         return initial_settings(begin, folder, DEMO, config, stated, accepted)
-    if resume and (folder / ORIGIN).is_dir():
+    if resume and (folder / ORIGIN).is_dir() and step_folders(folder):
         return settings_again(folder, config, stated)
     if config is None and resume and (folder / SETTINGS_NAME).exists():
         config = folder / SETTINGS_NAME
@@ -196,8 +197,8 @@ def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
-    from moestro.train.sharded_state import newest_together
     from moestro.train.restarts import note_job
+    from moestro.train.sharded_state import newest_together
     from moestro.train.state import claim_folder, corpus_of
 
     if ranks.writes:
