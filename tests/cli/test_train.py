@@ -356,9 +356,9 @@ def test_what_torchrun_starts_again_begins_or_goes_on(
     init, run = shutil.copytree(published, tmp_path / "weights"), tmp_path / "run"
     config = tmp_path / "own.toml"  # says nothing of the model
     config.write_text("[optim]\nlr = 0.5")
-    command = [*start(tmp_path, init, "--source", str(tmp_path / "text")), "--config", str(config)]
+    command = start(tmp_path, init, "--config", str(config))
     with monkeypatch.context() as patched:
-        patched.setattr("moestro.train.state.save_model", lambda *_: os.stat("no such file"))
+        patched.setattr("moestro.train.state.save_model", lambda *_: Path("nothing").stat())
         assert main(command) == 1
     assert (run / "checkpoints").exists()
     assert main(command) == 0
