@@ -78,7 +78,7 @@ def test_ranks_meet_as_the_run_did(tmp_path):
     assert meeting_settings(tmp_path, default, None, []) == ("cpu", 7)
     assert meeting_settings(tmp_path, default, None, ["parallel.timeout_s=9"]) == ("cpu", 9)
     with pytest.raises(ConfigError, match=r"parallel\.timeout_s"):
-        meeting_settings(tmp_path, default, None, ["parallel.timeout_s=never"])
+        meeting_settings(tmp_path, default, None, ["parallel.timeout_s=2026-01-01"])
 
 
 def test_what_is_stated_again_lies_over_what_was_saved(tmp_path):

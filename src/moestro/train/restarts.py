@@ -103,7 +103,7 @@ def settings_again(
     if not place.exists():
         place = newest_checkpoint(run, known=Path.is_dir) / "run.json"
     over = [
-        f"{name}={json.dumps(value, ensure_ascii=False)}"
+        f"{name}={json.dumps(value, ensure_ascii=False, default=str)}"
         for name, value in dotted(read_values(config, stated)).items()
         if name not in leave_out
     ]
@@ -122,7 +122,7 @@ def meeting_settings(
         values |= dotted(read_values(run / SETTINGS_NAME))
     values |= dotted(read_values(config, stated))
     names = ("train.runtime.device", "parallel.timeout_s")
-    given = [f"{name}={json.dumps(values[name])}" for name in names if name in values]
+    given = [f"{name}={json.dumps(values[name], default=str)}" for name in names if name in values]
     cfg = load_settings(RunConfig, None, given)
     return cfg.train.runtime.device, cfg.parallel.timeout_s
 
