@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
 from moestro.checkpoints import reading
-from moestro.checkpoints.folders import atomic_folder, checkpoints, newest_checkpoint, verify_folder
+from moestro.checkpoints.folders import (
+    atomic_folder,
+    checkpoints,
+    newest_checkpoint,
+    seal,
+    verify_folder,
+)
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import save_model
 from moestro.errors import CheckpointError
@@ -243,6 +249,27 @@ def test_writing_is_verified(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="truncated"):
         save(new_model(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_other_ranks_have_sealed_must_be_there(tmp_path):
+    """A shared disk may show a file late: then there is no checkpoint, rather than one without."""
+
+    def write(content):
+        with atomic_folder(tmp_path / "model", {"theirs": record}) as folder:
+            (folder / "own").write_text("own")
+            if content is not None:
+                (folder / "theirs").write_text(content)
+
+    (tmp_path / "theirs").write_text("their file")
+    record = seal([tmp_path / "theirs"])["theirs"]
+    for content, message in ((None, "lacks the file theirs"), ("their", "5 bytes instead of 10")):
+        with pytest.raises(CheckpointError, match=message):
+            write(content)
+        assert not (tmp_path / "model").exists()
+    write("their file")
+    assert json.loads((tmp_path / "model/manifest.json").read_text())["files"].keys() == {
+        "own", "theirs",
+    }  # fmt: skip
 
 
 KILLED = """

@@ -346,3 +346,26 @@ def test_a_run_stopped_before_its_first_save_starts_anew(words, published, tmp_p
     assert main(words("--set", "train.steps=1")) == 0
     assert not (run / "init").exists()
     assert not (run / "checkpoints" / "step-000001" / "hf_config.json").exists()
+
+
+def test_what_torchrun_starts_again_begins_or_goes_on(
+    words, published, tmp_path, capsys, monkeypatch
+):
+    """Killed during step 0 it begins again; later it needs the weights no more."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    init, run = shutil.copytree(published, tmp_path / "weights"), tmp_path / "run"
+    config = tmp_path / "own.toml"  # says nothing of the model
+    config.write_text("[optim]\nlr = 0.5")
+    command = start(tmp_path, init, "--config", str(config))
+    with monkeypatch.context() as patched:
+        patched.setattr("moestro.train.state.save_model", lambda *_: Path("nothing").stat())
+        assert main(command) == 1
+    assert (run / "checkpoints").exists()
+    assert main(command) == 0
+    shutil.rmtree(init)
+    assert main(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert main(words()) == 2
+    assert "already holds a run" in capsys.readouterr().err

@@ -140,6 +140,28 @@ def test_packed_weights_are_tuned_and_generate_with_their_adapters(published, ch
     )
 
 
+def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
+    published, chats, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    config = tmp_path / "own.toml"  # the number of steps follows from --epochs
+    config.write_text("[data]\nseq_len = 48\n[train]\nsteps = 300")
+    more = ["--set", 'lora.targets=["attention", "router"]', "--freeze", "router"]
+    command = ["tune", str(published), "--data", str(chats), "--out", str(tmp_path / "run")]
+    command += ["--config", str(config), *SETS, "--lora", "2", *more]
+    assert main([*command, "--epochs", "0.2", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main([*command, "--epochs", "0.2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == first["step"]
+    for other, words in (
+        (["--epochs", "2"], "--epochs = 2.0 (then: 0.2)"),
+        (["--epochs", "0.2", "--lora", "3"], "lora.rank = 3 (saved: 2)"),
+        (["--epochs", "0.2", "--set", "data.seq_len=32"], "data.seq_len = 32 (saved: 48)"),
+    ):
+        assert main([*command, *other]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -57,7 +57,8 @@ def start(words, tmp_path):
 
     def launch(restarts=0):
         folder = tmp_path / f"printed {restarts}"
-        begun.append(start_ranks(2, RANK, folder, *words, restarts=restarts))
+        job = {"TORCHELASTIC_RUN_ID": "job"}
+        begun.append(start_ranks(2, RANK, folder, *words, restarts=restarts, **job))
         return begun[-1]
 
     yield launch

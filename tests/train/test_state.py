@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from moestro.checkpoints import folders
 from moestro.checkpoints.folders import newest_checkpoint, step_folders
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.tensor_files import read_tensors
@@ -17,7 +18,6 @@ from moestro.config import OptimConfig
 from moestro.errors import CheckpointError, ConfigError, TrainingError
 from moestro.models.decoder import Decoder
 from moestro.train import state
-from moestro.train.distributed import ALONE
 from moestro.train.loop import Trainer
 from moestro.train.optim import make_optimizer
 from moestro.train.state import checkpoint_folder, clear_leftovers, prune
@@ -155,6 +155,43 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(finished, tiny_
     assert all(torch.equal(whole[name], value) for name, value in again.items())
 
 
+def test_a_damaged_checkpoint_is_read_through_once(finished, tiny_corpus, monkeypatch):
+    """By all ranks together, when the run goes on; not again by the one that replaces it."""
+    cfg, run = finished
+    newest, read, real = run / "checkpoints" / "step-000006", [], folders._fingerprint
+    (newest / "trainer.safetensors").write_bytes(b"x" * 200)
+    size = (newest / "trainer.safetensors").stat().st_size
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["trainer.safetensors"]["bytes"] = size
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(folders, "_fingerprint", lambda path: read.append(path) or real(path))
+    Trainer(cfg, run, tiny_corpus).train(resume=True)
+    assert read.count(newest / "trainer.safetensors") == 1
+
+
+def test_damaged_checkpoints_are_removed_as_the_run_passes_them(
+    finished, tiny_settings, tiny_corpus
+):
+    _, run = finished
+    damaged = (run / "checkpoints" / "step-000006").rename(run / "checkpoints" / "step-000005")
+    (damaged / "model.safetensors").write_bytes(b"torn")
+    Trainer(tiny_settings(train={"keep": 3}), run, tiny_corpus).train(resume=True)
+    assert step_names(run) == ["step-000003", "step-000006"]
+
+
+def test_an_error_does_not_name_a_damaged_checkpoint_as_good(
+    finished, tiny_settings, tiny_corpus, monkeypatch
+):
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _, run = finished
+    (run / "checkpoints" / "step-000006" / "model.safetensors").write_bytes(b"torn")
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(TrainingError, match=r"last good checkpoint is \S*step-000003\. "):
+        Trainer(tiny_settings(train={"save_every": 1}), run, tiny_corpus).train(resume=True)
+
+
 def test_with_all_checkpoints_damaged_nothing_is_touched(finished, tiny_corpus):
     cfg, run = finished
     for folder in (run / "checkpoints").iterdir():
@@ -197,7 +234,6 @@ import sys, time
 from pathlib import Path
 from moestro.train import state
 from moestro.data.windows import Corpus
-from moestro.train.distributed import ALONE
 from moestro.train.loop import Trainer
 
 run, data = Path(sys.argv[1]), Path(sys.argv[2])
@@ -266,21 +302,3 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_none_that_is_half_there(tmp
     assert sorted(path.name for path in folders[0].parent.iterdir()) == [
         "step-000002", "step-000003",
     ]  # fmt: skip
-
-
-def test_what_torchrun_starts_again_goes_on(tmp_path):
-    """By its own count, or by the job's name where its machine was replaced."""
-    run, job = tmp_path / "run", {"TORCHELASTIC_RUN_ID": "job 7"}
-    again, other = {"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RUN_ID": "job 8"}
-    nameless = {"TORCHELASTIC_RUN_ID": "none"}
-    assert not state.goes_on(run, ALONE, again)  # killed before it had begun
-    run.mkdir()
-    state.note_job(run, job)
-    assert not state.goes_on(run, ALONE, job)
-    (run / "config.json").write_text("{}")
-    for environment, wanted in ((again, True), (job, True), (other, False), ({}, False)):
-        assert state.goes_on(run, ALONE, environment) is wanted
-    state.note_job(run, {})
-    assert state.goes_on(run, ALONE, job)
-    state.note_job(run, nameless)
-    assert not state.goes_on(run, ALONE, nameless)

@@ -54,10 +54,11 @@ def atomic_folder(
     folder.mkdir()
     try:
         yield folder
-        written = sorted(path for path in folder.iterdir() if path.is_file())
-        mine = seal(path for path in written if path.name not in sealed)
-        files = {path.name: sealed.get(path.name) or mine[path.name] for path in written}
-        write_json(folder / MANIFEST, {"files": files})
+        written = (path for path in folder.iterdir() if path.is_file())
+        files = {**seal(path for path in written if path.name not in sealed), **sealed}
+        for name, record in sealed.items():
+            _check_size(folder / name, record)
+        write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
         _flush(folder)
         folder.rename(target)
         _flush(target.parent)
@@ -125,20 +126,27 @@ def verify_folder(folder: Path, rank: int = 0, ranks: int = 1) -> None:
             "Give a run's folder, or one of its checkpoints"
         )
     for number, (name, written) in enumerate(_manifest(folder).items()):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks the file {name}; use another checkpoint")
         if number % ranks == rank:
             _verify(folder / name, written)
+        else:
+            _check_size(folder / name, written)
 
 
-def _verify(path: Path, written: Mapping[str, Any]) -> None:
-    """Compare a file with what was said of it when it was written."""
+def _check_size(path: Path, written: Mapping[str, Any]) -> None:
+    """Compare a file's size with what was said of it when it was written."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} lacks the file {path.name}; use another checkpoint")
     size = path.stat().st_size
     if size != written["bytes"]:
         raise CheckpointError(
             f"{path} has {size} bytes instead of {written['bytes']}: it is truncated or "
             "altered; use another checkpoint"
         )
+
+
+def _verify(path: Path, written: Mapping[str, Any]) -> None:
+    """Compare a file with what was said of it when it was written."""
+    _check_size(path, written)
     if _fingerprint(path) != written:
         raise CheckpointError(
             f"{path} does not match its checksum: it was altered after it was saved; "

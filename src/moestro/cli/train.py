@@ -79,7 +79,7 @@ def train(
     from moestro.errors import ConfigError
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import goes_on
+    from moestro.train.restarts import goes_on, meeting_settings
 
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
@@ -89,16 +89,15 @@ def train(
         raise ConfigError("several processes need --out FOLDER, which they all can reach")
     if resume and init is not None:
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
-    begin, accepted = None if init is None else find_checkpoint(init), accept_field or ()
-    cfg = _settings(folder, begin, config, stated, resume, accepted)
-    device = pick_device(cfg.train.runtime.device, ranks_from(os.environ))
-    with joined(device, timeout_s=cfg.parallel.timeout_s) as ranks:
-        if not resume and goes_on(folder, ranks, os.environ):
-            resume, begin = True, None
-            cfg = _settings(folder, begin, config, stated, resume, accepted)
+    accepted = accept_field or ()
+    device, timeout_s = meeting_settings(folder, DEMO, config, stated)
+    with joined(pick_device(device, ranks_from(os.environ)), timeout_s=timeout_s) as ranks:
+        again = not resume and goes_on(folder, ranks, os.environ, {"--init": init})
+        begin = None if init is None or again else find_checkpoint(init)
+        cfg = _settings(folder, begin, config, stated, resume or again, accepted)
         if begin is not None:
-            _begin(cfg, folder, begin, ranks, accepted)
-        cfg, result = run_shown(cfg, folder, resume or begin is not None, ranks)
+            _begin(cfg, folder, begin, ranks, accepted, init)
+        cfg, result = run_shown(cfg, folder, resume or again or begin is not None, ranks)
     if ranks.writes:
         print_outcome(folder, cfg, result, as_json)
     exit_if_stopped(result, f"train --resume --out {shlex.quote(str(folder))}", ranks.writes)
@@ -109,13 +108,17 @@ def _settings(
     accepted: Sequence[str],
 ) -> RunConfig:  # fmt: skip
     """Those of a new run, of one that begins from weights, or of the one in the folder."""
+    from moestro.checkpoints.folders import step_folders
     from moestro.config import RunConfig
     from moestro.settings import load_settings
     from moestro.train.initial import initial_settings
-    from moestro.train.state import SETTINGS_NAME
+    from moestro.train.restarts import settings_again
+    from moestro.train.state import ORIGIN, SETTINGS_NAME
 
     if begin is not None:
         return initial_settings(begin, folder, DEMO, config, stated, accepted)
+    if resume and (folder / ORIGIN).is_dir() and step_folders(folder):
+        return settings_again(folder, config, stated)
     if config is None and resume and (folder / SETTINGS_NAME).exists():
         config = folder / SETTINGS_NAME
     return load_settings(RunConfig, config or DEMO, stated)
@@ -154,15 +157,22 @@ def exit_if_stopped(result: Result, resume: str, speaks: bool = True) -> None:
 
 
 def _begin(
-    cfg: RunConfig, folder: Path, begin: Path, ranks: Ranks, accept_fields: Sequence[str]
+    cfg: RunConfig,
+    folder: Path,
+    begin: Path,
+    ranks: Ranks,
+    accept_fields: Sequence[str],
+    init: str | None,
 ) -> None:
     """Save the weights to begin from as the run's step 0; one process does, the others wait."""
     from moestro.cli.opening import open_shown
     from moestro.train.initial import keep_origin, save_step_zero
+    from moestro.train.restarts import note_job
     from moestro.train.state import claim_folder, corpus_of
 
     if ranks.writes:
         claim_folder(folder, resume=False)
+        note_job(folder, os.environ, {"--init": init})
         model = open_shown(begin, dtype="fp32", accept_fields=accept_fields).model
         keep_origin(begin, folder)
         save_step_zero(folder, cfg, model, corpus_of(folder / "data", cfg.data, None))
@@ -187,12 +197,14 @@ def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
+    from moestro.train.restarts import note_job
     from moestro.train.sharded_state import newest_together
-    from moestro.train.state import claim_folder, corpus_of, note_job
+    from moestro.train.state import claim_folder, corpus_of
 
     if ranks.writes:
         claim_folder(folder, resume)
-        note_job(folder, os.environ)
+        if not resume:
+            note_job(folder, os.environ, {"--init": None})
     checkpoint = newest_together(folder, ranks) if resume else None
     if not ranks.writes:
         ranks.wait()

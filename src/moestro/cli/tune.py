@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -97,7 +97,9 @@ def tune(
     from moestro.settings import load_settings
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
-    from moestro.train.state import SETTINGS_NAME, claim_folder, goes_on, read_run_settings
+    from moestro.train.restarts import goes_on, meeting_settings, settings_again
+    from moestro.train.state import SETTINGS_NAME, claim_folder, read_run_settings
+    from moestro.train.tuning import without_frozen
 
     keep_freed_memory()
     _check_options(path, data, out, resume, epochs, steps, lora, qlora)
@@ -107,14 +109,18 @@ def tune(
         return _show(path, folder, config, stated, show, accept_field or ())
     if resume:
         claim_folder(folder, resume)
-    cfg = load_settings(RunConfig, folder / SETTINGS_NAME, stated) if resume else None
-    wish = "auto" if cfg is None else cfg.train.runtime.device
-    with joined(pick_device(wish, ranks_from(os.environ))) as ranks:
-        if cfg is None:
-            again = goes_on(folder, ranks, os.environ)
-            if ranks.writes and not again:
-                passes = (epochs or 1.0) if steps is None else None
-                _begin(path, folder, config, stated, passes, accept_field or ())
+    passes = (epochs or 1.0) if steps is None else None
+    begun = {"PATH": path, "--epochs": passes}
+    device, timeout_s = meeting_settings(folder, SETTINGS, config, stated)
+    with joined(pick_device(device, ranks_from(os.environ)), timeout_s=timeout_s) as ranks:
+        if resume:
+            cfg = load_settings(RunConfig, folder / SETTINGS_NAME, stated)
+        elif goes_on(folder, ranks, os.environ, begun):
+            found = ("train.steps",) if steps is None else ()
+            cfg = without_frozen(settings_again(folder, config, stated, found))
+        else:
+            if ranks.writes:
+                _begin(folder, config, stated, begun, accept_field or ())
             ranks.wait()
             cfg = read_run_settings(newest_checkpoint(folder))
         cfg, result = run_shown(cfg, folder, True, ranks)
@@ -163,27 +169,28 @@ def _settings(
 
 
 def _begin(
-    path: str,
     folder: Path,
     config: Path | None,
     stated: list[str],
-    epochs: float | None,
+    begun: Mapping[str, Any],
     accepted: Sequence[str],
 ) -> None:
     """Save step 0 of the run; one process does."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.cli.opening import open_shown
+    from moestro.train.restarts import note_job
     from moestro.train.tuning import begin, new_adapters
 
-    base = find_checkpoint(path)
+    base = find_checkpoint(begun["PATH"])
     cfg = _settings(base, folder, config, stated, accepted)
 
     def opened() -> Model:
+        note_job(folder, os.environ, begun)
         if cfg.lora is None:
             return open_shown(base, dtype="fp32", accept_fields=accepted).model
         return new_adapters(base, cfg)
 
-    begin(cfg, base, folder, opened, epochs)
+    begin(cfg, base, folder, opened, begun["--epochs"])
 
 
 def _show(

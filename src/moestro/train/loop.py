@@ -210,7 +210,7 @@ class Trainer:
     def _run(
         self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None
     ) -> Result:
-        cfg, checkpoint, stopping = self.cfg.train, self._checkpoint, False
+        cfg, stopping = self.cfg.train, False
         while self._step < cfg.steps and not stopping:
             measured = self._one_step(self._step, stop)
             stopping = measured.stop
@@ -227,12 +227,12 @@ class Trainer:
                 if self.progress.lost:  # the next step is the last, on every rank
                     stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
-                checkpoint = self._save()
-        assert checkpoint is not None  # at least one step ran, or it was resumed at the end
+                self._checkpoint = self._save()
+        assert self._checkpoint is not None  # at least one step ran, or it was resumed at the end
         # Another rank may have got the signal that ended this one's loop.
         signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
         points = history(read_metrics(self.folder / METRICS_NAME))
-        return Result(self._step, checkpoint, points, signal_number)
+        return Result(self._step, self._checkpoint, points, signal_number)
 
     def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
         cfg = self.cfg.train
@@ -341,7 +341,7 @@ class Trainer:
     def _stopped(self, step: int, found: str) -> TrainingError:
         return TrainingError(
             f"step {step}: {found} is not finite. Nothing of this step was kept. "
-            f"{state.describe_last_good(self.folder)} Lower optim.lr, or lengthen optim.warmup"
+            f"{state.describe_last_good(self._checkpoint)} Lower optim.lr, or lengthen optim.warmup"
             f"{', or set train.dtype = float32' if self.dtype == torch.bfloat16 else ''}"
         )
 
@@ -379,7 +379,7 @@ class Trainer:
         if self.ranks.writes or self._share is not None:
             state.save(
                 self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers,
-                self._share,
+                self._share, self._checkpoint,
             )  # fmt: skip
         if self.progress is not None:
             self.progress.note(f"saved {target}")

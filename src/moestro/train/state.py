@@ -39,7 +39,6 @@ from moestro.checkpoints.folders import (
     remove_folder,
     step_folders,
     unfinished,
-    verify_folder,
 )
 from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.checkpoints.tensor_files import read_tensors
@@ -47,17 +46,14 @@ from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
 from moestro.data.rows import ChatCorpus, prepare_chats
 from moestro.data.windows import Corpus, prepare
-from moestro.errors import CheckpointError, ConfigError, DataError, MoestroError, TrainingError
+from moestro.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
-from moestro.train.distributed import Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
 
 SETTINGS_NAME = "config.json"
-JOB_NAME = "job.json"  # which job of torchrun trains here
-RESTARTS, JOB = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
 # In a run that began from a checkpoint: the files that came with its weights.
 ORIGIN = "init"
 FORMAT = 1
@@ -94,10 +90,12 @@ def save(
     tokenizer: Tokenizer,
     numbers: Numbers,
     share: Share | None = None,
+    last: Path | None = None,
 ) -> Path:
     """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
 
-    Of a spread model every rank calls it, with its own share.
+    Of a spread model every rank calls it, with its own share. `last` is the newest good checkpoint
+    of the run; it has gone behind those of later steps, which are damaged, and removes them.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
@@ -109,11 +107,10 @@ def save(
             share.write(unfinished(target))
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # damaged: a resumed run has gone behind it
-            try:
-                verify_folder(target)
-            except CheckpointError:
-                remove_folder(target)
+        good = -1 if last is None else int(last.name.removeprefix("step-"))
+        for number, damaged in step_folders(run).items():
+            if good < number <= numbers.step:
+                remove_folder(damaged)
         with atomic_folder(target, files) as folder:
             if share is not None:
                 write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
@@ -137,7 +134,7 @@ def save(
     except (OSError, SafetensorError, CheckpointError) as error:
         raise TrainingError(
             f"could not save the checkpoint of step {numbers.step} in {target.parent}: {error}. "
-            f"{describe_last_good(run)} Make room there, or make it writable"
+            f"{describe_last_good(last)} Make room there, or make it writable"
         ) from error
     prune(run, numbers.step, cfg.train.keep)
     return target
@@ -230,7 +227,7 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
     ]
     if differing:
         raise ConfigError(
-            f"--resume goes on with the settings of {checkpoint}; these differ: "
+            f"the run goes on with the settings of {checkpoint}; these differ: "
             f"{'; '.join(differing)}. Set them back, or start a new run in another folder "
             f"(free to change: {', '.join(MAY_DIFFER)}, {'*, '.join(MAY_DIFFER_UNDER)}*)"
         )
@@ -263,27 +260,6 @@ def corpus_fingerprint(checkpoint: Path) -> str | None:
 def holds_run(run: Path) -> bool:
     """Whether a folder already holds a run, finished or not."""
     return any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, CHECKPOINTS))
-
-
-def goes_on(run: Path, ranks: Ranks, environment: Mapping[str, str]) -> bool:
-    """Whether this start is one that torchrun made again, and the folder holds its run.
-
-    Every rank calls it and gets the same answer. A machine that was replaced knows of no restart,
-    nor does one where no rank had failed; so the job's name counts too.
-    """
-    again = ranks.first("" if environment.get(RESTARTS, "0") != "0" else None) is not None
-    found = None
-    if ranks.writes and holds_run(run):
-        job, noted = environment.get(JOB, ""), run / JOB_NAME
-        same = noted.is_file() and read_json(noted).get("job") == job not in ("", "none")
-        found = "" if again or same else None
-    return ranks.first(found) is not None
-
-
-def note_job(run: Path, environment: Mapping[str, str]) -> None:
-    """Write down which job of torchrun trains in a folder, if one does; see `goes_on`."""
-    if JOB in environment:
-        write_json(run / JOB_NAME, {"job": environment[JOB]})
 
 
 def claim_folder(run: Path, resume: bool) -> None:
@@ -365,12 +341,11 @@ def clear_leftovers(run: Path) -> None:
         shutil.rmtree(path)
 
 
-def describe_last_good(run: Path) -> str:
-    """One sentence that names the newest checkpoint, verified when it was saved, or says none."""
-    try:
-        return f"The last good checkpoint is {newest_checkpoint(run, known=Path.is_dir)}."
-    except MoestroError:
+def describe_last_good(checkpoint: Path | None) -> str:
+    """One sentence that names a run's newest good checkpoint, or says that there is none."""
+    if checkpoint is None:
         return "There is no good checkpoint yet."
+    return f"The last good checkpoint is {checkpoint}."
 
 
 def _unwritable(run: Path, error: OSError) -> ConfigError:

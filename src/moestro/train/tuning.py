@@ -69,13 +69,19 @@ def tuning_settings(
     cfg = initial_settings(
         base, run, default, config, [*derived, *assignments], tuple(accept_fields)
     )
-    if cfg.lora is not None and "router" in cfg.optim.freeze:
-        targets = tuple(each for each in cfg.lora.targets if each != "router")
-        cfg = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
+    cfg = without_frozen(cfg)
     why = cannot_pack(model)
     if why is not None and cfg.data.chat is not None and cfg.data.chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
     return cfg
+
+
+def without_frozen(cfg: RunConfig) -> RunConfig:
+    """The settings without adapters on routers that are not trained."""
+    if cfg.lora is None or "router" not in cfg.optim.freeze:
+        return cfg
+    targets = tuple(each for each in cfg.lora.targets if each != "router")
+    return cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
 
 
 def _own_balance(base: Path, model: ModelConfig) -> dict[str, Any]:
