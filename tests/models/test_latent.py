@@ -216,9 +216,8 @@ def test_an_indexer_leaves_all_positions_while_they_are_few(rows, monkeypatch):
     torch.testing.assert_close(sparse_BSD[:, :3], dense_BSD[:, :3])
     assert not torch.allclose(sparse_BSD[:, 3:], dense_BSD[:, 3:])
     few = rotary(0, 3, cfg, CPU, torch.float64)
-    assert (
-        module.indexer(x_BSD[:, :3], None, few, module.indexer.keys(x_BSD[:, :3], few), 32) is None
-    )
+    keys_BPA = module.indexer.keys(x_BSD[:, :3], few)
+    assert module.indexer(x_BSD[:, :3], None, few, keys_BPA) is None
 
 
 def module_without_indexer(module):
