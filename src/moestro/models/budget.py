@@ -25,7 +25,7 @@ _SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
 _ROWS = 256  # queries of a text that attention takes at once where it needs a mask
-_MARKING = 16  # bytes for each of them and each position while an indexer chooses
+_MARKING = 24  # bytes for each of them and each position while an indexer chooses
 # Routers whose choices the native step makes.
 _ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
