@@ -24,8 +24,9 @@ extern "C" {
 #define MOESTRO_ABI 11
 #define MOESTRO_API __attribute__((visibility("default")))
 
-/* Kinds of weights: packed, or plain rows as they are (their K times their size a multiple of 4). UINT4 has a minimum
- * beside each scale; the four bits of MXFP4, IQ4_NL and NF4 are places in a table of 16 integers. */
+/* Kinds of weights: packed, or plain numbers as they are. Plain rows one after another (of experts: output step K,
+ * input step 1) have K times their size a multiple of 4; with other steps K is any. UINT4 has a minimum beside each
+ * scale; the four bits of MXFP4, IQ4_NL and NF4 are places in a table of 16 integers. */
 enum {
     MOESTRO_BF16 = 0,
     MOESTRO_INT8 = 1,
@@ -63,7 +64,8 @@ typedef struct {
 /* Experts that are read from a file as they are wanted; see moestro_residency_open. */
 typedef struct moestro_residency moestro_residency;
 
-/* Where the numbers of plain experts lie: numbers from expert to expert, output to output, input to input. */
+/* Where the numbers of plain experts lie: numbers from expert to expert, output to output, input to input. None is
+ * below 0, and the last two are both 0 only for matrices of one number. */
 typedef struct {
     int64_t expert, output, input;
 } moestro_steps;

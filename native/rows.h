@@ -32,11 +32,18 @@ inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) 
 
 inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
 
+// Steps of plain matrices [n, k]; both 0 were never set.
+inline bool valid(const moestro_steps &steps, int64_t n, int64_t k) {
+    return steps.expert >= 0 && steps.output >= 0 && steps.input >= 0 &&
+           (steps.output || steps.input || (n == 1 && k == 1));
+}
+
 inline bool valid(const moestro_experts &w) {
     const bool kinds = valid(w.kind, w.group) && valid(w.down_kind, w.group),
                alike = plain(w.kind) || plain(w.down_kind) ? w.kind == w.down_kind : true,
                known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU,
-               whole = !plain(w.kind) || (w.down && (w.up || !gated(w.activation))),
+               placed = valid(w.up_steps, w.hidden, w.dim) && valid(w.down_steps, w.dim, w.hidden),
+               whole = !plain(w.kind) || (w.down && (w.up || !gated(w.activation)) && placed),
                there = w.data ? !w.residency && whole : w.residency && !plain(w.kind);
     return known && there && w.experts >= 1 && w.dim >= 1 && w.hidden >= 1;
 }

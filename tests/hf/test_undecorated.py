@@ -160,6 +160,23 @@ def test_gradients(name):
         torch.testing.assert_close(ours[key], grad, rtol=1e-4, atol=bound, msg=key)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_outputs_under_autocast_keep_the_dtype(gradients):
+    """DBRX's projections are apart, and go to the kernels of training in steps."""
+    hf.install()
+    model = build("dbrx")
+    experts = model.transformer.blocks[0].ffn.experts
+    x_TD, experts_TK = torch.randn(5, 32), torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1], [0, 1]])
+    inputs = (x_TD, experts_TK, torch.rand(5, 2))
+    expected = experts(*inputs).detach().view(5, 32)
+    model.set_experts_implementation("moestro")
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = quietly(experts, *inputs)
+    assert found.dtype == torch.float32
+    bound = 2**-6 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=2**-5, atol=bound)
+
+
 @pytest.mark.parametrize("name", ["dbrx", "llama4", "jetmoe", "longcat", "step3p7"])
 def test_packed(name):
     if native_cpu.available() is not None:

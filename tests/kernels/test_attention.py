@@ -119,6 +119,19 @@ def attended(function, tensors, options, grad):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
+def attend(q_BHSA, k_BGPA, v_BGPA, chosen_BSP=None, **options):
+    """`attention.attend`, with the definition's argument."""
+    if chosen_BSP is not None:
+        first = chosen_BSP.shape[2] - chosen_BSP.shape[1]
+
+        def choose(own, keys, seen):
+            rows = slice(own.start - first, own.stop - first)
+            return seen & chosen_BSP[:, None, rows, keys.start : keys.stop]
+
+        options["choose"] = choose
+    return attention.attend(q_BHSA, k_BGPA, v_BGPA, **options)
+
+
 @pytest.mark.parametrize("features", FEATURES, ids=lambda f: "+".join(sorted(f)) or "plain")
 @pytest.mark.parametrize(("length", "span"), LENGTHS)
 @pytest.mark.parametrize("rows", [3, 256])
@@ -126,7 +139,7 @@ def test_attend_equals_its_definition(monkeypatch, features, length, span, rows)
     monkeypatch.setattr(attention, "ROWS", rows)
     tensors, options = random_case(features, length, span)
     grad = torch.randn(2, 4, length, 4, dtype=torch.float64)
-    fast = attended(attention.attend, tensors, options, grad)
+    fast = attended(attend, tensors, options, grad)
     slow = attended(reference_attention.attend, tensors, options, grad)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b)
@@ -143,7 +156,7 @@ def test_attend_without_gradients(monkeypatch, features, dtype, rows):
         tensors = [t.to(dtype) for t in tensors]
         low = {n: t.to(dtype) if n[:5] in ("sinks", "bias_") else t for n, t in options.items()}
         with torch.inference_mode():
-            y = attention.attend(*tensors, **low)
+            y = attend(*tensors, **low)
         assert y.dtype == dtype
         exact = reference_attention.attend(
             *(t.double() for t in tensors),
@@ -161,7 +174,7 @@ def test_attend_takes_any_heads_scale_and_width_of_values(heads, value_width, fe
         tensors, options = random_case(features, length, span, heads, 4, value_width)
         options["scale"] = 0.9
         grad = torch.randn(2, heads[0], length, value_width, dtype=torch.float64)
-        fast = attended(attention.attend, tensors, options, grad)
+        fast = attended(attend, tensors, options, grad)
         slow = attended(reference_attention.attend, tensors, options, grad)
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b)
@@ -250,7 +263,7 @@ def test_bidirectional_attention_equals_its_definition(features, length, span, h
         options["valid_BP"][1] = False
         grad[1] = 0
     options["bidirectional"] = True
-    fast = attended(attention.attend, tensors, options, grad)
+    fast = attended(attend, tensors, options, grad)
     slow = attended(reference_attention.attend, tensors, options, grad)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b)

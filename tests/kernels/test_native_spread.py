@@ -98,9 +98,31 @@ def test_biases_and_experts_without_gates(activation):
 def test_what_does_not_fit_is_refused():
     gates_EFD, down_EDF = torch.randn(3, 45, 34), torch.randn(3, 34, 45)
     for other, words in (
-        (transposed(gates_EFD), "gates have the strides"),
+        (transposed(gates_EFD), "equal strides; given .*contiguous"),
         (gates_EFD[:, :44], "must be float32"),
         (gates_EFD.bfloat16(), "must be float32"),
     ):
         with pytest.raises(ShapeError, match=words):
             mixture((gates_EFD, other), down_EDF, "swiglu", 2)
+    one_number = torch.ones(1, 1, 1).expand(3, 34, 45)
+    with pytest.raises(ShapeError, match="no one number for all"):
+        mixture((gates_EFD, gates_EFD), one_number, "swiglu", 2)
+
+
+@pytest.mark.parametrize("size", [(1, 34, 45), (3, 34, 1), (3, 1, 45), (1, 1, 1)])
+def test_strides_of_axes_of_one_mean_nothing(size):
+    """Gates and what they multiply differ in these alone."""
+    count, dim, hidden = size
+    up_EHD, down_EDF = torch.randn(count, 2 * hidden, dim), torch.randn(count, dim, hidden)
+    gates, other = apart(up_EHD)
+    steps = [step if n > 1 else 7 for n, step in zip(other.shape, other.stride(), strict=True)]
+    odd = other.as_strided(other.shape, steps)
+    assert odd.stride() != gates.stride()
+    experts_A, tokens_A, x_TD = torch.arange(count), torch.arange(count), torch.randn(count, dim)
+    weights_A = torch.ones(count)
+
+    def run(pair):
+        packed = native_cpu.plain_experts(pair, down_EDF, "swiglu")
+        return native_cpu.mixture(packed, x_TD, tokens_A, experts_A, weights_A)
+
+    assert torch.equal(run((gates, odd)), run((gates, other)))

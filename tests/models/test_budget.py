@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from moestro.config import ModelConfig
+from moestro.kernels import attention
 from moestro.models.budget import Mixture, Needs, Use, fit, needs, smallest
 from moestro.models.cache import WholeCache
+from moestro.models.indexer import Indexer
+from moestro.models.rotary import rotary
 
 CONTEXT, DIM, HIDDEN, EXPERTS, TOP_K = 256, 64, 96, 8, 2
 USE = Use(texts=3, tokens=16)
@@ -62,3 +65,31 @@ def test_rows_of_experts_take_what_a_kind_of_weights_multiplies(weight: int, row
 def test_the_smallest_amount_keeps_one_expert_of_each_mixture() -> None:
     wanted = counted(config(), USE)
     assert fit(wanted, smallest(wanted)).kept >= (1, 1)
+
+
+def test_what_an_indexer_chooses_with_is_counted() -> None:
+    """At least its keys in fp32, and scores, products, a mask and what the ties are counted by."""
+    latent = {"kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "q_rank": 8}
+    index = {"num_heads": 2, "head_dim": 8, "top_k": 4}
+    plain, cfg = (
+        ModelConfig(dim=DIM, attention={"num_heads": 4, "context": 1024, "latent": each})
+        for each in (latent, {**latent, "indexer": index})
+    )
+    assert cfg.attention.latent is not None
+    use, length = Use(texts=2, tokens=2 * 300), 300
+    indexer = Indexer(DIM, cfg.attention.latent).bfloat16()
+    x_BSD, q_BSR = (torch.randn(2, length, width).bfloat16() for width in (DIM, 8))
+    angles = rotary(1024 - length, length, cfg, torch.device("cpu"))
+    keys_BPA = torch.randn(2, 1024, 8).bfloat16()
+    with torch.profiler.profile(profile_memory=True) as seen:
+        choose = indexer(x_BSD, q_BSR, angles, keys_BPA)
+        own, keys = range(1024 - attention.ROWS, 1024), range(1024)
+        mask = choose(own, keys, attention.visible(own, keys, 1024, None, x_BSD.device))
+    assert mask.shape == (2, 1, attention.ROWS, 1024)
+    live = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    found = counted(cfg, use).buffers - counted(plain, use).buffers
+    assert most <= found <= 1.5 * most

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moestro import Decoder, ModelConfig
 from moestro.config import LatentConfig
@@ -12,6 +14,7 @@ from moestro.errors import ConfigError
 from moestro.kernels import attention
 from moestro.kernels.pointwise import rotate
 from moestro.models.cache import LayerCache
+from moestro.models.indexer import nearest_best
 from moestro.models.latent import NORM_EPS, LatentAttention
 from moestro.models.rotary import rotary, score_scale
 
@@ -71,11 +74,12 @@ def chosen(indexer, x_SD, small, angles, s, seen):
     scores = {}
     for p in seen:
         key_A = turned(indexer.k_norm(indexer.k.weight @ x_SD[p]), p)
-        heads = (indexer.q.weight @ small[s]).chunk(INDEXER["num_heads"])
+        heads = (indexer.q.weight @ small[s]).chunk(indexer.cfg.num_heads)
         scaled = [(turned(q_A, s) @ key_A).relu() / math.sqrt(len(key_A)) for q_A in heads]
         weights_H = indexer.weights.weight @ x_SD[s] / math.sqrt(len(heads))
         scores[p] = float(weights_H @ torch.stack(scaled))
-    return sorted(sorted(seen, key=scores.get)[-INDEXER["top_k"] :])
+    # Sorting keeps the order of equal scores, so the nearest of these are last.
+    return sorted(sorted(seen, key=scores.get)[-indexer.cfg.top_k :])
 
 
 def latent_by_loop(module, cfg, x_SD, valid_S=None):
@@ -216,9 +220,8 @@ def test_an_indexer_leaves_all_positions_while_they_are_few(rows, monkeypatch):
     torch.testing.assert_close(sparse_BSD[:, :3], dense_BSD[:, :3])
     assert not torch.allclose(sparse_BSD[:, 3:], dense_BSD[:, 3:])
     few = rotary(0, 3, cfg, CPU, torch.float64)
-    assert (
-        module.indexer(x_BSD[:, :3], None, few, module.indexer.keys(x_BSD[:, :3], few), 32) is None
-    )
+    keys_BPA = module.indexer.keys(x_BSD[:, :3], few)
+    assert module.indexer(x_BSD[:, :3], None, few, keys_BPA) is None
 
 
 def module_without_indexer(module):
@@ -256,3 +259,66 @@ def test_a_decoder_of_it_learns_and_refuses_what_it_has_not():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ConfigError, match="latent"):
         ModelConfig(attention={"latent": LATENT, "sinks": True})
+
+
+def tied(num_heads):
+    """A small head and few of them: many scores are exactly 0."""
+    latent = {**LATENT, "q_rank": 7, "indexer": {"num_heads": num_heads, "head_dim": 8, "top_k": 4}}
+    attention = {"num_heads": 3, "context": 64, "latent": latent}
+    cfg = ModelConfig(dim=16, attention=attention, norm={"eps": 0.1})
+    module = LatentAttention(cfg)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return cfg, module
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_of_equal_scores_the_nearest_whatever_the_cut(num_heads):
+    cfg, module = tied(num_heads)
+    x_BSD = torch.randn(1, 40, 16)
+    cache, parts = LayerCache(64), []
+    with torch.no_grad():
+        whole_BSD = module(x_BSD, rotary(0, 40, cfg, CPU))
+        for s in range(40):
+            parts.append(module(x_BSD[:, s : s + 1], rotary(s, 1, cfg, CPU), cache=cache))
+        for length in (5, 8, 23):
+            short_BSD = module(x_BSD[:, :length], rotary(0, length, cfg, CPU))
+            torch.testing.assert_close(short_BSD, whole_BSD[:, :length], rtol=1e-4, atol=1e-4)
+        module.double()
+        loop_SD = latent_by_loop(module, cfg, x_BSD[0].double())
+    torch.testing.assert_close(torch.cat(parts, 1), whole_BSD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole_BSD[0].double(), loop_SD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_are_the_largest_then_the_last():
+    scores_QP = torch.tensor(
+        [
+            [0.0, 3, 0, -0.0, 0, -1],
+            [2, 2, 2, 2, 2, 2],
+            [5, 4, 3, 2, 1, 0],
+            [1, -math.inf, -math.inf, -math.inf, 0, -math.inf],
+            [math.nan, 1, 1, 0, 1, 1],
+        ]
+    )
+    places = [row.nonzero()[:, 0].tolist() for row in nearest_best(scores_QP[None], 3)[0]]
+    assert places == [[1, 3, 4], [3, 4, 5], [0, 1, 2], [0, 4, 5], [0, 4, 5]]
+
+
+def test_positions_are_chosen_block_by_block(monkeypatch):
+    """No tensor is as large as a mask of all queries and all positions."""
+    monkeypatch.setattr(attention, "ROWS", 4)
+    cfg = cfg_of("indexer")
+    cfg = cfg.model_copy(update={"attention": cfg.attention.model_copy(update={"context": 512})})
+    module, largest = LatentAttention(cfg), 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+            largest = max([largest, *(x.numel() for x in tensors)])
+            return made
+
+    with torch.no_grad(), Watch():
+        module(torch.randn(1, 512, 16), rotary(0, 512, cfg, CPU))
+    assert 0 < largest < 512 * 512 // 4

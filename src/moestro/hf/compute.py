@@ -105,17 +105,16 @@ def by_torch(
     training: bool = True,
 ) -> Tensor:
     """Dispatch, experts and combine, with their gradients; see `without_gradients`, `mix`."""
+    rows_TD = x_TD.to(compute_dtype(x_TD))
     if weights.other_EFD is not None:
-        return split(
-            weights, x_TD.to(compute_dtype(x_TD)), experts_TK, weights_TK, experts, product
-        )
+        y_TD = split(weights, rows_TD, experts_TK, weights_TK, experts, product)
+        return y_TD.to(x_TD.dtype)
     up_EHD, down_EDF, up_EH, down_ED = weights[:4]
     biases = None if up_EH is None or down_ED is None else Biases(up_EH, down_ED)
     norm = experts.post_expert_norm if weights.post_norm else None
     activation = fused(weights) or _gate(weights, experts)
     values = ExpertWeights(up_EHD, down_EDF, activation, biases, norm)
     routing = _routing(experts_TK, weights_TK, len(up_EHD))
-    rows_TD = x_TD.to(compute_dtype(x_TD))
     return mixing.mix(rows_TD, routing, values, training=training).to(x_TD.dtype)
 
 

@@ -7,6 +7,7 @@ P keys, H heads, G key/value heads, A width of a head, N = B · H or the rows of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,9 @@ LONGEST = 512
 BLOCK = 128
 # Queries of one block where a mask is needed: it is never larger than this many times P.
 ROWS = 256
+# Marks the keys that each query of a block attends to: given the places of its queries and of its
+# keys among the P, and which of these each sees as `visible` says it; the result is part of that.
+Choose = Callable[[range, range, Tensor], Tensor]
 
 
 class _ShortCausal(torch.autograd.Function):
@@ -103,19 +107,20 @@ def attend(
     sinks_H: Tensor | None = None,
     bias_HSP: Tensor | None = None,
     valid_BP: Tensor | None = None,
-    chosen_BSP: Tensor | None = None,
+    choose: Choose | None = None,
     bidirectional: bool = False,
 ) -> Tensor:
     """`reference_attention.attend`: no mask where it is not needed, and never one over all P keys.
 
-    Causal queries go in blocks, each with the keys that its window reaches.
+    Causal queries go in blocks, each with the keys that its window reaches. Chosen keys are marked
+    block by block too, by `choose`.
     """
     if bidirectional:
         mask = _padded(bias_HSP, valid_BP, q_BHSA)
         return _fused(q_BHSA, k_BGPA, v_BGPA, scale, mask)
     length, span = q_BHSA.shape[2], k_BGPA.shape[2]
     reach = span if window is None else window
-    marked = valid_BP is not None or chosen_BSP is not None
+    marked = valid_BP is not None or choose is not None
     plain = sinks_H is None and bias_HSP is None and not marked
     if plain and length == span <= reach:
         return causal(q_BHSA, k_BGPA, v_BGPA, scale)
@@ -128,8 +133,8 @@ def attend(
         own = range(span - length + rows.start, span - length + rows.stop)
         keys = slice(max(0, own.start - reach + 1), own.stop)
         seen = visible(own, range(keys.start, keys.stop), reach, valid_BP, q_BHSA.device)
-        if chosen_BSP is not None:
-            seen = seen & chosen_BSP[:, None, rows, keys]
+        if choose is not None:
+            seen = choose(own, range(keys.start, keys.stop), seen)
         bias_HQP = None if bias_HSP is None else bias_HSP[:, rows, keys]
         block = (q_BHSA[:, :, rows], k_BGPA[:, :, keys], v_BGPA[:, :, keys], scale)
         parts.append(_masked(*block, seen, sinks_H, bias_HQP))

@@ -128,7 +128,8 @@ def plain_experts(
     """Stacked experts as they are, strided or not, and not copied. Biases are taken as fp32.
 
     Args:
-        up_EHD: gates first, then what they multiply; or the two, each [E, F, D] of equal strides.
+        up_EHD: gates first, then what they multiply; or the two, each [E, F, D], of equal strides where an
+            axis is longer than 1.
         down_EDF: of the same dtype, fp32 or bf16.
         activation: see `reference.activate`.
         up_bias_EH: as in `ExpertSlabs`.
@@ -216,8 +217,12 @@ def _plain_of(packed: ExpertSlabs) -> _Plain:
         data, up = data[:, :hidden], data[:, hidden:]
     at, steps = _spread(data, shape)
     up_at, up_steps = (None, steps) if up is None else _spread(up, shape, (data.dtype,))
-    if up_steps != steps:
-        raise ShapeError(f"gates have the strides {steps}, what they multiply {up_steps}")
+    # The stride of an axis of size 1 says nothing.
+    if any(a != b for a, b, size in zip(steps, up_steps, shape, strict=True) if size > 1):
+        raise ShapeError(
+            f"gates and what they multiply have equal strides; given {steps} and {up_steps}; "
+            "`.contiguous()` of both makes them so"
+        )
     down_at, down_steps = _spread(packed.down, (num_experts, dim, hidden), (data.dtype,))
     return _Plain(at, up_at, down_at, CSteps(*steps), CSteps(*down_steps))
 
@@ -226,6 +231,11 @@ def _spread(
     weight: Tensor | None, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = ROWS
 ) -> tuple[int, tuple[int, ...]]:
     at, steps = spread(weight, "plain weights", shape, dtypes)
+    if steps[1:] == (0, 0) and shape[1:] != (1, 1):
+        raise ShapeError(
+            f"plain weights are no one number for all; given strides {steps}; `.contiguous()` "
+            "makes a matrix of it"
+        )
     _refuse_odd(weight, shape, rows=steps[2] == 1)
     return at, steps
 

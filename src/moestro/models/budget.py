@@ -24,6 +24,8 @@ PROCESS, GROWTH = 260 << 20, 32 << 20
 _SLACK = 8 << 20
 _CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
+_ROWS = 256  # queries of a text that attention takes at once where it needs a mask
+_MARKING = 24  # bytes for each of them and each position while an indexer chooses
 # Routers whose choices the native step makes.
 _ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
@@ -186,7 +188,17 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int, mixtures: Sequence[Mixtu
         total += tokens * 4 * (2 * dim + 3 * shared)
     logits = 3 * tokens if use.scored else 2 * use.texts
     scores = 64 * (use.context or 0) * cfg.attention.num_heads
-    return total + 4 * (logits * cfg.vocab_size + scores)
+    return total + 4 * (logits * cfg.vocab_size + scores) + _choosing(cfg, use, number)
+
+
+def _choosing(cfg: NetworkConfig, use: Use, number: int) -> int:
+    """What an indexer chooses with: its keys in fp32; scores and marks of a block's rows."""
+    latent, context = cfg.attention.latent, use.context or 0
+    if latent is None or latent.indexer is None:
+        return 0
+    keys = 0 if number >= 4 else 4 * use.texts * context * latent.indexer.head_dim
+    rows = min(use.tokens + use.texts, _ROWS * use.texts)
+    return keys + rows * context * _MARKING
 
 
 def _read_back(cfg: NetworkConfig, context: int, number: int) -> int:

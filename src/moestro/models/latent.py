@@ -87,12 +87,9 @@ class LatentAttention(nn.Module):
         if self.indexer is not None:
             kept.append(self.indexer.keys(x_BSD, angles))
         kept_BPO, *index = kept if cache is None else cache.extend(*kept)
-        chosen_BSP = None
-        if self.indexer is not None:
-            inputs = (x_BSD, small_BSR, angles, *index)
-            chosen_BSP = self.indexer(*inputs, self.window, valid_BS)
+        choose = None if self.indexer is None else self.indexer(x_BSD, small_BSR, angles, *index)
         form = self.absorbed if self._absorbs(length, kept_BPO.shape[1]) else self.expanded
-        y_BHSO = form(nope_BSHN, rope_BSHA, kept_BPO, valid_BS, chosen_BSP)
+        y_BHSO = form(nope_BSHN, rope_BSHA, kept_BPO, valid_BS, choose)
         out: Tensor = self.out(y_BHSO.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -114,7 +111,7 @@ class LatentAttention(nn.Module):
         rope_BSHA: Tensor,
         kept_BPO: Tensor,
         valid_BP: Tensor | None,
-        chosen_BSP: Tensor | None = None,
+        choose: attention.Choose | None = None,
     ) -> Tensor:
         """Keys and values of each head, computed from the latent vectors: [B, H, S, value]."""
         latent, (batch, span, _) = self.latent, kept_BPO.shape
@@ -131,7 +128,7 @@ class LatentAttention(nn.Module):
             scale=self.scale,
             window=self.window,
             valid_BP=valid_BP,
-            chosen_BSP=chosen_BSP,
+            choose=choose,
         )
 
     def absorbed(
@@ -140,7 +137,7 @@ class LatentAttention(nn.Module):
         rope_BSHA: Tensor,
         kept_BPO: Tensor,
         valid_BP: Tensor | None,
-        chosen_BSP: Tensor | None = None,
+        choose: attention.Choose | None = None,
     ) -> Tensor:
         """The same with no key or value computed (§2.1.2): [B, H, S, value].
 
@@ -162,7 +159,7 @@ class LatentAttention(nn.Module):
             scale=self.scale,
             window=self.window,
             valid_BP=valid_BP,
-            chosen_BSP=chosen_BSP,
+            choose=choose,
         )
         y_HTR = y_BHSO[..., : latent.kv_rank].transpose(0, 1).flatten(1, 2)
         if values_HOR.dtype.itemsize == 2:  # On CPU four times faster in this order, else slower.
