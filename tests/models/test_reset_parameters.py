@@ -48,6 +48,13 @@ DECODERS = {
         "moe": {**MOE, "router": {"kind": "sparsemixer", "jitter": 0.01}},
         "attention": {"num_heads": 4, "latent": LATENT},
     },
+    "an indexer": {
+        "moe": MOE,
+        "attention": {
+            "num_heads": 4,
+            "latent": {**LATENT, "indexer": {"num_heads": 12, "head_dim": 16, "top_k": 4}},
+        },
+    },
     "hash, relative": {
         "moe": {**MOE, "router": {"kind": "hash"}},
         "attention": {"num_heads": 4, "positions": RELATIVE},

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moestro.cli.options import AsJson
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,7 +41,6 @@ Implementation = Annotated[
         "families with all layouts of experts are checked."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a list of reports, nothing else.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
 # Of held-out text.
 HeldOutTokens = Annotated[
     int, typer.Option(min=1, help="Most held-out tokens to read, shared evenly by the domains.")
