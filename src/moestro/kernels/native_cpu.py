@@ -128,8 +128,8 @@ def plain_experts(
     """Stacked experts as they are, strided or not, and not copied. Biases are taken as fp32.
 
     Args:
-        up_EHD: gates first, then what they multiply; or the two, each [E, F, D], of equal strides where an
-            axis is longer than 1.
+        up_EHD: gates first, then what they multiply; or the two, each [E, F, D], of equal strides
+            where an axis is longer than 1.
         down_EDF: of the same dtype, fp32 or bf16.
         activation: see `reference.activate`.
         up_bias_EH: as in `ExpertSlabs`.
