@@ -8,6 +8,7 @@ import torch
 
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu
+from moestro.kernels.native_library import CSteps
 
 pytestmark = pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
 
@@ -126,3 +127,13 @@ def test_strides_of_axes_of_one_mean_nothing(size):
         return native_cpu.mixture(packed, x_TD, tokens_A, experts_A, weights_A)
 
     assert torch.equal(run((gates, odd)), run((gates, other)))
+
+
+@pytest.mark.parametrize("field", ["up_steps", "down_steps"])
+@pytest.mark.parametrize("steps", [(0, 0, 0), (1530, 0, 0), (-1, 34, 1), (0, -1, 1), (0, 1, -1)])
+def test_native_code_refuses_steps_that_cannot_be(field, steps, monkeypatch):
+    plain_of = native_cpu._plain_of
+    lie = {field: CSteps(*steps)}
+    monkeypatch.setattr(native_cpu, "_plain_of", lambda packed: plain_of(packed)._replace(**lie))
+    with pytest.raises(ShapeError, match="native kernels take"):
+        mixture(torch.randn(3, 90, 34), torch.randn(3, 34, 45), "swiglu", 2)

@@ -36,6 +36,12 @@ CASES = {
     "context": {"context": 4},
     "yarn": {"positions": {"scaling": YARN}},
     "indexer": {"latent": {**LATENT, "q_rank": 7, "indexer": INDEXER}},
+    **{
+        f"indexer, {n} heads": {
+            "latent": {**LATENT, "q_rank": 7, "indexer": {**INDEXER, "num_heads": n}}
+        }
+        for n in (1, 2, 4)
+    },
     "indexer, context": {"latent": {**LATENT, "q_rank": 7, "indexer": INDEXER}, "context": 5},
 }
 
