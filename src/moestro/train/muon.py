@@ -69,17 +69,17 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             average = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-            matrices = (each.view(-1, *shape) for each in (parameter, parameter.grad, average))
+            gradient = parameter.grad.reshape(-1, *shape)
+            matrices = (parameter.view(-1, *shape), gradient, average.view(-1, *shape))
             several = max(1, TOGETHER // shape.numel())
-            parts = zip(*(each.split(several) for each in matrices), strict=True)
+            parts = zip(*(torch.split(each, several) for each in matrices), strict=True)
             pieces.setdefault(shape, []).extend(parts)
         for shape, parts_of in pieces.items():
             size = RMS * math.sqrt(max(shape))
             for batch in _batches(parts_of):
                 nesterov = [grad.lerp(average, MOMENTUM) for _, grad, average in batch]
-                updates = orthogonalized(torch.cat(nesterov)).split(
-                    [len(each) for each in nesterov]
-                )
+                counts = [len(each) for each in nesterov]
+                updates = torch.split(orthogonalized(torch.cat(nesterov)), counts)
                 for (weights, _, _), update in zip(batch, updates, strict=True):
                     weights.mul_(1 - lr * decay).add_(update, alpha=-lr * size)
 
