@@ -152,7 +152,8 @@ def mutate(folder: Path, times: int) -> None:
             else:
                 number = rng.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 1 << 40))
                 raw[at : at + 8] = struct.pack("<Q", number)
-        path.write_bytes(raw)
+        with path.open("r+b") as file:  # of the same length: sooner than a new file
+            file.write(raw)
         try:
             read(path)
         except CheckpointError:
