@@ -222,10 +222,11 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
     const int64_t up_count = blocks_of(w_.hidden), down_count = blocks_of(w_.dim), k = hidden_.rows.k,
                   tasks = end.tasks - begin.tasks;
     const Task *task = tasks_.data() + begin.tasks;
-    std::vector<float> out(size_t(4 * SLICE * COLUMNS * 2));
+    static thread_local Buffer blocks_buffer;  // of what is computed at once, which is written before it is read
+    float *out = blocks_buffer.get<float>(4 * SLICE * COLUMNS * 2);
     int64_t from, to;
     while (team.take(tasks * up_count, STREAM, &from, &to))
-        while (from < to) from += up(task[from / up_count], from % up_count, to - from, out.data());
+        while (from < to) from += up(task[from / up_count], from % up_count, to - from, out);
     team.wait();
     while (team.take(end.rows - begin.rows, 1, &from, &to)) {
         const int64_t at = rows_[size_t(begin.rows + from)];
@@ -235,7 +236,7 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
     }
     team.wait();
     while (team.take(tasks * down_count, STREAM, &from, &to))
-        while (from < to) from += down(task[from / down_count], from % down_count, to - from, out.data());
+        while (from < to) from += down(task[from / down_count], from % down_count, to - from, out);
     team.wait();
 }
 

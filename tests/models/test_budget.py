@@ -5,6 +5,7 @@ import torch
 
 from moestro.config import ModelConfig
 from moestro.kernels import attention
+from moestro.models import budget
 from moestro.models.budget import Mixture, Needs, Use, fit, needs, smallest
 from moestro.models.cache import WholeCache
 from moestro.models.indexer import Indexer
@@ -69,6 +70,7 @@ def test_the_smallest_amount_keeps_one_expert_of_each_mixture() -> None:
 
 def test_what_an_indexer_chooses_with_is_counted() -> None:
     """At least its keys in fp32, and scores, products, a mask and what the ties are counted by."""
+    assert budget._ROWS == attention.ROWS  # which it cannot import without torch
     latent = {"kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "q_rank": 8}
     index = {"num_heads": 2, "head_dim": 8, "top_k": 4}
     plain, cfg = (

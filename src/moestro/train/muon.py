@@ -50,6 +50,7 @@ class Muon(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
+    # torch's returns the loss of a closure, of which none is taken here.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
