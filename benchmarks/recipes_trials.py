@@ -98,6 +98,12 @@ TRIALS = {
     "moe-wsd": _moe("optim.schedule=wsd", "optim.decay=0.5", "optim.final_lr=0"),
     "twin-wsd": _twin("optim.schedule=wsd", "optim.decay=0.5", "optim.final_lr=0"),
     # Half as long as the twin.
+    **{f"moe-half-lr{r}": _moe(f"optim.lr={r}", length=0.5) for r in ("2e-3", "4e-3", "8e-3")},
+    **{
+        f"moe-{n}-half-lr{r}": _moe(*_experts(n), f"optim.lr={r}", length=0.5)
+        for n in (32, 64)
+        for r in ("2e-3", "4e-3", "8e-3")
+    },
     "moe-muon-half-lr4e-3": _moe(*_MUON, "optim.lr=4e-3", length=0.5),
     "moe-muon-half-lr8e-3": _moe(*_MUON, "optim.lr=8e-3", length=0.5),
     "moe-muon-32-half-lr8e-3": _moe(*_MUON, *_experts(32), "optim.lr=8e-3", length=0.5),

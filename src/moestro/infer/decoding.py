@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from moestro.moe.routing import Routing
 
 # Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
 CHUNK = 512
+# Steps whose experts may be counted later, and tokens of a step.
+MOST_UNCOUNTED = 64
 # Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
 MOST_LOGITS = 2**24
 
@@ -60,15 +63,19 @@ class Decoding:
     """Tokens through the model's own forward, sequence by sequence.
 
     Attributes:
-        load_LE: how often each expert of each mixture was chosen so far; None before any was.
         cuts_exactly: whether a prompt gives the same bits however it is cut.
     """
 
-    load_LE: Tensor | None = None
     cuts_exactly = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._load_LE: Tensor | None = None
+
+    @property
+    def load_LE(self) -> Tensor | None:
+        """How often each expert of each mixture was chosen so far; None before any was."""
+        return self._load_LE
 
     def new(self) -> KVCache:
         """The memory of a sequence that has not begun; `fork` it where two texts begin alike."""
@@ -120,7 +127,7 @@ class Decoding:
 
     def _count(self, chosen_LE: Tensor) -> None:
         # Never in place: another thread may be reading it.
-        self.load_LE = chosen_LE if self.load_LE is None else self.load_LE + chosen_LE
+        self._load_LE = chosen_LE if self._load_LE is None else self._load_LE + chosen_LE
 
     @torch.inference_mode()
     def _forward(self, tokens: Sequence[int], cache: KVCache) -> ModelOutput:
@@ -165,6 +172,16 @@ class NativeDecoding(Decoding):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._native = NativeDecoder(model)
+        # Counting takes longer than a small layer, so that of single tokens waits for more.
+        self._uncounted: list[Tensor] = []
+        self._counting = Lock()
+
+    @property
+    def load_LE(self) -> Tensor | None:
+        """See `Decoding`; another thread may ask."""
+        with self._counting:
+            self._count_all()
+            return self._load_LE
 
     def step(
         self, tokens: Sequence[Sequence[int]], pasts: Sequence[KVCache], told: Sequence[int] = ()
@@ -173,9 +190,14 @@ class NativeDecoding(Decoding):
         told = told or [1] * len(tokens)
         stepped = self._native.step(tokens, pasts, told)
         last_B = [end - 1 for end in accumulate(map(len, tokens))]
-        if stepped.experts_LTK.numel():
-            self._count(_counts(stepped.experts_LTK, self.model.cfg.moe.num_experts))
-        first_BL = stepped.experts_LTK[:, last_B, :1].transpose(0, 1).flatten(1).tolist()
+        experts_LTK = stepped.experts_LTK
+        first_BL: list[list[int]] = [[]] * len(tokens)
+        if experts_LTK.numel():
+            with self._counting:
+                self._uncounted.append(experts_LTK)
+                if experts_LTK.shape[1] > MOST_UNCOUNTED or len(self._uncounted) == MOST_UNCOUNTED:
+                    self._count_all()
+            first_BL = [experts_LTK[:, last, 0].tolist() for last in last_B]
         logits = torch.split(stepped.logits_NV, list(told))
         rows = zip(logits, first_BL, tokens, last_B, strict=True)
         return [
@@ -186,6 +208,13 @@ class NativeDecoding(Decoding):
             )
             for logits_NV, experts, new, last in rows
         ]
+
+    def _count_all(self) -> None:
+        """Count what waits for it, with the lock held."""
+        if self._uncounted:
+            experts_LTK = torch.cat(self._uncounted, 1)
+            self._uncounted.clear()
+            self._count(_counts(experts_LTK, self.model.cfg.moe.num_experts))
 
 
 def chunked(cfg: NetworkConfig) -> bool:

@@ -97,6 +97,9 @@ class NativeDecoder:
             _shift(model.norm),
         )
         self._like = [_empty(each) for each in self._step.past_kind.layers]
+        mixtures = tuple(model.moe_layers)
+        # None: all layers are.
+        self._mixtures = None if len(mixtures) == cfg.num_layers else torch.tensor(mixtures).long()
 
     @torch.inference_mode()
     def step(
@@ -113,23 +116,29 @@ class NativeDecoder:
                 by default 1.
         """
         tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
-        # The residual runs divided by its scale; its norms, whose eps is divided by the square,
-        # are the same.
-        x_TD = self.model.embedded(tokens_T).float() / self.model.cfg.norm.residual_scale
+        x_TD = self.model.embedded(tokens_T).float()
+        if self.model.cfg.norm.residual_scale != 1.0:
+            # The residual runs divided by its scale; its norms, whose eps is divided by the square,
+            # are the same.
+            x_TD = x_TD / self.model.cfg.norm.residual_scale
         device = torch.device("cpu")
         pairs = list(zip(tokens, pasts, strict=True))
         angles = [
             self._rotary.at(past.position, len(new), device, torch.float32) for new, past in pairs
         ]
-        cos_TA, sin_TA = (torch.cat(each) for each in zip(*angles, strict=True))
+        cos_TA, sin_TA = angles[0]
+        if len(angles) > 1:
+            cos_TA, sin_TA = (torch.cat(each) for each in zip(*angles, strict=True))
         places = [self._place(past, len(new)) for new, past in pairs]
         for place, wanted in zip(places, told or [1] * len(places), strict=True):
             place.told = wanted
         logits_NV, experts_LTK, weights_LTK = self._step.step(x_TD, cos_TA, sin_TA, places)
         for new, past in pairs:
             past.advance(len(new))
-        mixtures = list(self.model.moe_layers)
-        return Stepped(logits_NV, experts_LTK[mixtures], weights_LTK[mixtures])
+        if self._mixtures is not None:
+            experts_LTK = experts_LTK.index_select(0, self._mixtures)
+            weights_LTK = weights_LTK.index_select(0, self._mixtures)
+        return Stepped(logits_NV, experts_LTK, weights_LTK)
 
     def _place(self, cache: KVCache, added: int) -> StepPast:
         """Where the new positions of a sequence go."""
