@@ -26,8 +26,8 @@ from moestro.moe.routing import Routing
 
 # Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
 CHUNK = 512
-# Steps whose experts may be counted later, and tokens of a step.
-MOST_UNCOUNTED = 64
+# Tokens whose experts may be counted later.
+MOST_UNCOUNTED = 16
 # Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
 MOST_LOGITS = 2**24
 
@@ -172,7 +172,7 @@ class NativeDecoding(Decoding):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._native = NativeDecoder(model)
-        # Counting takes longer than a small layer, so that of single tokens waits for more.
+        # Counting takes as long as a layer, so single tokens wait for others.
         self._uncounted: list[Tensor] = []
         self._counting = Lock()
 
@@ -195,7 +195,7 @@ class NativeDecoding(Decoding):
         if experts_LTK.numel():
             with self._counting:
                 self._uncounted.append(experts_LTK)
-                if experts_LTK.shape[1] > MOST_UNCOUNTED or len(self._uncounted) == MOST_UNCOUNTED:
+                if sum(each.shape[1] for each in self._uncounted) >= MOST_UNCOUNTED:
                     self._count_all()
             first_BL = [experts_LTK[:, last, 0].tolist() for last in last_B]
         logits = torch.split(stepped.logits_NV, list(told))
