@@ -51,6 +51,8 @@ _MUON = ("optim.matrices=muon",)
 # The rate falls in a line from the warm-up's end on.
 _FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
 _MUON_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
+_NARROW = ("model.dim=64", "model.dense.hidden_dim=128")
+_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
 
 TRIALS = {
     # Learning rates, as many for each side.
@@ -107,6 +109,18 @@ TRIALS = {
     "moe-muon-half-lr4e-3": _moe(*_MUON, "optim.lr=4e-3", length=0.5),
     "moe-muon-half-lr8e-3": _moe(*_MUON, "optim.lr=8e-3", length=0.5),
     "moe-muon-32-half-lr8e-3": _moe(*_MUON, *_experts(32), "optim.lr=8e-3", length=0.5),
+    # A narrower model, which a text of the same length brings nearer to its limit.
+    **{f"narrow-twin-lr{r}": _twin(*_NARROW, f"optim.lr={r}") for r in _RATES},
+    **{
+        f"narrow-{n}-lr{r}": _moe(*_NARROW, *_experts(n, 2, 64), f"optim.lr={r}")
+        for n in (16, 32, 64)
+        for r in _RATES
+    },
+    **{
+        f"narrow-{n}-half-lr{r}": _moe(*_NARROW, *_experts(n, 2, 64), f"optim.lr={r}", length=0.5)
+        for n in (16, 32, 64)
+        for r in _RATES
+    },
     # What keeps experts evenly used, over seeds.
     "balance-none": _moe(*_BALANCE, "balance.switch=0", length=0.5),
     "balance-switch": _moe(*_BALANCE, length=0.5),

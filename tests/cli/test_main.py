@@ -241,7 +241,9 @@ def test_too_little_memory_is_one_sentence(
 
     doctor_is(fail)
     assert main(["doctor"]) == 1
-    assert "not enough memory" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not enough memory; give a smaller model" in said
+    assert "train.batch_size" not in said  # doctor trains nothing
 
 
 @pytest.mark.filterwarnings("default")

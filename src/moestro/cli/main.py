@@ -48,6 +48,13 @@ VERBS = {
 
 FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
 LONGEST_MESSAGE = 4000  # characters
+# What to do where memory ends, by verb.
+_TRAINED = "lower train.batch_size or the model's widths, or raise train.accumulate"
+_RUN = "give a limit with --memory, pack with --weights int4, or keep less of a text"
+_LESS = "give a smaller model, a shorter text or fewer tokens"
+_ROOM = dict.fromkeys(("train", "compare", "tune"), _TRAINED) | dict.fromkeys(
+    ("generate", "chat", "serve", "eval", "bench"), _RUN
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -76,14 +83,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return READER_LEFT if left else _report(str(error), FAILED)
     except (MemoryError, RuntimeError) as error:
         # Of torch on CPU, and on CUDA.
-        said = any(words in str(error) for words in ("allocate memory", "out of memory"))
+        said = any(each in str(error) for each in ("allocate memory", "out of memory"))
         if not said and not isinstance(error, MemoryError):
             raise
-        return _report(
-            "not enough memory for these sizes; lower train.batch_size or the model's widths, "
-            "or raise train.accumulate",
-            FAILED,
-        )
+        return _report(f"not enough memory; {_ROOM.get(words[0], _LESS)}", FAILED)
     except SystemExit:  # a reader that left, seen by typer or rich first
         _let_go()
         return READER_LEFT
