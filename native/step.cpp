@@ -60,6 +60,11 @@ void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *p
         for (int64_t k = 0; k < d_.top_k; k++) assigned_.push_back(t);
         tokens_.push_back(t);
     }
+    const int64_t all = t_ * d_.top_k;
+    for (int64_t l = 0; l < d_.layers; l++) {
+        if (d_.layer[l].router) continue;
+        std::fill_n(experts + l * all, all, int64_t(-1)), std::fill_n(weights + l * all, all, 0.0f);
+    }
     normed_.resize(size_t(t_ * d_.dim)), scores_.resize(size_t(t_ * most));
     zeros_.assign(size_t(t_), 0), ones_.assign(size_t(t_), 1.0f), shared_weights_.assign(size_t(t_), 1.0f);
 }
@@ -290,8 +295,9 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     static Step &step = *new Step;
     std::atomic<bool> whole{true};
     try {
+        step.experts = experts, step.weights = weights;
         step.plan(*d, b, past);
-        step.batch.cosines = cosines, step.batch.sines = sines, step.experts = experts, step.weights = weights;
+        step.batch.cosines = cosines, step.batch.sines = sines;
         std::copy(x, x + int64_t(step.batch.x.size()), step.batch.x.begin());
         run(INT32_MAX, [&](Team &team, int) {
             static thread_local Memory memory;

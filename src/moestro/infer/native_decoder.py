@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moestro.errors import MoestroError
 from moestro.kernels import backends
+from moestro.kernels.addresses import CPU
 from moestro.kernels.backends import Work
 from moestro.kernels.native_layers import Kept, StepDelta, StepLatent, StepLayer, StepShape
 from moestro.kernels.native_step import StepDecoder, StepPast
@@ -115,16 +116,10 @@ class NativeDecoder:
             told: after how many of each sequence's tokens, the last ones, logits are wanted;
                 by default 1.
         """
-        tokens_T = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64, device="cpu")
-        x_TD = self.model.embedded(tokens_T).float()
-        if self.model.cfg.norm.residual_scale != 1.0:
-            # The residual runs divided by its scale; its norms, whose eps is divided by the square,
-            # are the same.
-            x_TD = x_TD / self.model.cfg.norm.residual_scale
-        device = torch.device("cpu")
+        x_TD = self._embedded([*chain.from_iterable(tokens)])
         pairs = list(zip(tokens, pasts, strict=True))
         angles = [
-            self._rotary.at(past.position, len(new), device, torch.float32) for new, past in pairs
+            self._rotary.at(past.position, len(new), CPU, torch.float32) for new, past in pairs
         ]
         cos_TA, sin_TA = angles[0]
         if len(angles) > 1:
@@ -139,6 +134,21 @@ class NativeDecoder:
             experts_LTK = experts_LTK.index_select(0, self._mixtures)
             weights_LTK = weights_LTK.index_select(0, self._mixtures)
         return Stepped(logits_NV, experts_LTK, weights_LTK)
+
+    def _embedded(self, tokens_T: list[int]) -> Tensor:
+        """What the first block reads, fp32 [T, D].
+
+        The residual runs divided by its scale; its norms, whose eps is divided by the square, are
+        the same.
+        """
+        scale, embed = self.model.cfg.norm.residual_scale, self.model.embed
+        if len(tokens_T) == 1 and 0 <= tokens_T[0] < embed.num_embeddings:
+            # Without the price of a look-up, which says what is wrong with other ids.
+            rows_TD = embed.weight.narrow(0, tokens_T[0], 1)
+        else:
+            rows_TD = embed(torch.tensor(tokens_T, dtype=torch.int64, device=CPU))
+        x_TD = self.model.scaled(rows_TD).float()
+        return x_TD if scale == 1.0 else x_TD / scale
 
     def _place(self, cache: KVCache, added: int) -> StepPast:
         """Where the new positions of a sequence go."""

@@ -202,10 +202,11 @@ class StepDecoder:
             CheckpointError: experts that are stored could not be read; the pasts are as before.
         """
         batch, half = len(pasts), turning_of(self.shape) // 2
-        kinds = [past.kind for past in pasts]
-        if kinds != [self.past_kind] * max(batch, 1) or len({id(past) for past in pasts}) < batch:
+        own = all(past.kind == self.past_kind for past in pasts)
+        if not batch or not own or len({id(past) for past in pasts}) < batch:
             raise ShapeError(
-                f"a step takes pasts of its own decoder, each once, {self.past_kind}; given {kinds}"
+                f"a step takes pasts of its own decoder, each once, {self.past_kind}; given "
+                f"{[past.kind for past in pasts]}"
             )
         tokens, told = sum(past.rows for past in pasts), [past.told for past in pasts]
         if any(not 1 <= past.told <= max(past.rows, 1) for past in pasts):
@@ -216,8 +217,8 @@ class StepDecoder:
         structures = (_Past * batch)(*(past.structure for past in pasts))
         sizes = (self.num_layers, tokens, self.shape.top_k)
         logits_NV = torch.empty(sum(told), self.shape.vocab, dtype=torch.float32, device=CPU)
-        experts_LTK = torch.full(sizes, -1, dtype=torch.int64, device=CPU)
-        weights_LTK = torch.zeros(sizes, dtype=torch.float32, device=CPU)
+        experts_LTK = torch.empty(sizes, dtype=torch.int64, device=CPU)
+        weights_LTK = torch.empty(sizes, dtype=torch.float32, device=CPU)
         call(
             "step", ctypes.byref(self._decoder), batch, x_at, cos_at, sin_at, structures,
             logits_NV.data_ptr(), experts_LTK.data_ptr(), weights_LTK.data_ptr(),

@@ -58,9 +58,12 @@ class Network(nn.Module):
 
     def embedded(self, tokens_BS: Tensor) -> Tensor:
         """What the first block reads: [B, S] → [B, S, D]."""
-        x_BSD: Tensor = self.embed(tokens_BS)
+        return self.scaled(self.embed(tokens_BS))
+
+    def scaled(self, rows_ID: Tensor) -> Tensor:
+        """Rows of the embedding as the first block reads them."""
         scale = self.cfg.head.embed_scale
-        return x_BSD if scale == 1 else x_BSD * scale
+        return rows_ID if scale == 1 else rows_ID * scale
 
     def mixtures(self) -> list[MoE]:
         """The mixture layers, in the order of the Routings."""
