@@ -196,13 +196,13 @@ void GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) 
     team.wait();
     while (team.take(batch.t, 1, &from, &to))
         set(rows_, from, before_attention(batch, layer, from, memory), batch.d.dim, memory);
-    team.wait();
+    team.wait(ahead_of(team, layer.qkv));
     multiply_all(team, layer.qkv, rows_, layer.qkv_bias, qkv_.data(), wide_);
     while (team.take(batch.t, 1, &from, &to)) place(batch, l, from);
-    team.wait();
+    team.wait(ahead_of(team, layer.out));
     while (team.take(int64_t(parts_.size()) * groups_, 1, &from, &to))
         attend(batch, l, parts_[size_t(from / groups_)], from % groups_, memory);
-    team.wait();
+    team.wait(ahead_of(team, layer.out));
     project(team, batch, layer, mixed_, inner_, inner_rows_, memory);
 }
 

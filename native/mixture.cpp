@@ -90,6 +90,10 @@ void gather(const uint8_t *from, int64_t size, int64_t output, int64_t input, in
     else lines_of(reinterpret_cast<const uint16_t *>(from), output, input, columns, k, words, to);
 }
 
+Ahead ahead_of(const Team &team, const moestro_matrix &w) {
+    return Blocks(w.data, w.kind, w.group, w.n, w.k).ahead(team.second(blocks_of(w.n), STREAM));
+}
+
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld) {
     const int64_t blocks = blocks_of(w.n), m = x.rows.m, slices = (m + SLICE - 1) / SLICE;
     const Blocks weights(w.data, w.kind, w.group, w.n, w.k);
@@ -207,6 +211,12 @@ void Mixture::activate(const Task &task, int64_t b, float *out) {
     }
 }
 
+Ahead Mixture::ahead(const Team &team) const {
+    if (file_ || tasks_.empty()) return {};
+    const int64_t count = blocks_of(w_.hidden), at = team.second(int64_t(tasks_.size()) * count, STREAM);
+    return up_blocks(tasks_[size_t(at / count)], 0).ahead(at % count);
+}
+
 bool Mixture::compute(Team &team) {
     for (size_t wave = 1; wave < waves_.size(); wave++) {
         const Wave &from = waves_[wave - 1], &to = waves_[wave];
@@ -234,7 +244,8 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
         std::fill(row + w_.hidden, row + k, 0.0f);
         hidden_.set(at, row);
     }
-    team.wait();
+    const int64_t second = team.second(tasks * down_count, STREAM);
+    team.wait(file_ || !tasks ? Ahead{} : down_blocks(task[second / down_count]).ahead(second % down_count));
     while (team.take(tasks * down_count, STREAM, &from, &to))
         while (from < to) from += down(task[from / down_count], from % down_count, to - from, out);
     team.wait();

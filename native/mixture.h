@@ -11,6 +11,8 @@ namespace moestro {
 constexpr int64_t SLICE = 256;  // most rows of one task
 constexpr int64_t STREAM = 16;  // most blocks that a thread takes at once
 
+// What a thread that waits for `multiply_all` may ask for.
+Ahead ahead_of(const Team &team, const moestro_matrix &w);
 // out [m, n] (fp32, distance `ld`) = rows · wᵀ + bias; ends with a wait.
 void multiply_all(Team &team, const moestro_matrix &w, const Prepared &x, const float *bias, float *out, int64_t ld);
 
@@ -24,6 +26,8 @@ public:
     void plan(const moestro_experts &w, const int64_t *tokens, const int64_t *experts, int64_t count);
     // The input of assignment `a`: its token's row.
     void set(int64_t a, const Prepared &tokens) { input_.copy(row_[size_t(a)], tokens, tokens_[a]); }
+    // What a thread that waits for `compute` may ask for; `plan` is over.
+    Ahead ahead(const Team &team) const;
     // All threads: gate and up, activation, down; ends with a wait. False, to all alike: an expert could not be read.
     bool compute(Team &team);
     // By one thread, after that: what was to be read is not wanted any more.

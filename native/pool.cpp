@@ -124,7 +124,7 @@ void borrowed_thread(void *data) {
 
 }  // namespace
 
-void Team::wait() {
+void Team::wait(Ahead next) {
     const int threads = this->threads();
     if (threads == 1) return next_.store(0, std::memory_order_relaxed);
     const int round = round_.load(std::memory_order_acquire);
@@ -134,8 +134,10 @@ void Team::wait() {
         round_.store(round + 1, std::memory_order_release);
         return;
     }
+    auto at = static_cast<const char *>(next.from), end = at + next.bytes;
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++)
-        spins < PATIENCE ? pause() : void(sched_yield());
+        if (at < end) __builtin_prefetch(at), at += 64;
+        else spins < PATIENCE ? pause() : void(sched_yield());
 }
 
 std::mutex &one_at_a_time() { return compute_mutex; }

@@ -7,6 +7,12 @@
 
 namespace moestro {
 
+// Memory that is read next: who waits asks for it meanwhile.
+struct Ahead {
+    const void *from = nullptr;
+    int64_t bytes = 0;
+};
+
 // The threads of one `run`: they take chunks of a phase, then wait for each other.
 class Team {
 public:
@@ -21,16 +27,22 @@ public:
         int64_t at = next_.load(std::memory_order_relaxed), chunk;
         do {
             if (at >= tasks) return false;
-            chunk = (tasks - at) / (4 * threads_);
-            chunk = chunk < 1 ? 1 : chunk > max_chunk ? max_chunk : chunk;
+            chunk = chunk_of(tasks - at, max_chunk);
         } while (!next_.compare_exchange_weak(at, at + chunk, std::memory_order_relaxed));
         *from = at;
         *to = at + chunk;
         return true;
     }
-    void wait();  // end of a phase: until all threads are here
+    // Where the second thread's first chunk of a phase begins.
+    int64_t second(int64_t tasks, int64_t max_chunk) const { return chunk_of(tasks, max_chunk); }
+    void wait(Ahead next = {});  // end of a phase: until all threads are here
 
 private:
+    int64_t chunk_of(int64_t left, int64_t max_chunk) const {
+        const int64_t chunk = left / (4 * threads_);
+        return chunk < 1 ? 1 : chunk > max_chunk ? max_chunk : chunk;
+    }
+
     std::atomic<int> threads_;
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> arrived_{0};

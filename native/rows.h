@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "moestro.h"
+#include "pool.h"
 
 namespace moestro {
 
@@ -204,6 +205,7 @@ void gather(const uint8_t *from, int64_t size, int64_t output, int64_t input, in
 // The blocks of one matrix: packed ones where they lie, plain ones brought together in a thread's own memory.
 class Blocks {
 public:
+    static constexpr int64_t MOST_AHEAD = 1 << 17;  // bytes: a part of a core's own cache
     // A packed matrix whose blocks are `step` blocks apart, or a plain one, rows [n, k].
     Blocks(const void *data, int32_t kind, int32_t group, int64_t n, int64_t k, int64_t step = 1)
         : data_(static_cast<const uint8_t *>(data)), kind_(kind), group_(group), n_(n), k_(k),
@@ -220,6 +222,13 @@ public:
         auto to = transposed.get<uint32_t>(bytes_ / 4);
         kernels().transpose(data_ + b * COLUMNS * row_bytes, row_bytes, columns(b), bytes_ / 4 / COLUMNS, to);
         return {reinterpret_cast<uint8_t *>(to), is_fp32(kind_) ? MOESTRO_F32 : MOESTRO_BF16, group_};
+    }
+
+    // What a thread reads first that begins with block b.
+    Ahead ahead(int64_t b) const {
+        if (plain(kind_) || b >= blocks_of(n_)) return {};
+        const int64_t left = (blocks_of(n_) - b) * step_ * bytes_;
+        return {data_ + b * step_ * bytes_, left < MOST_AHEAD ? left : MOST_AHEAD};
     }
 
     // Plain weights that are no rows one after another.

@@ -168,7 +168,7 @@ bool Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, co
     team.wait();
     while (team.take(int64_t(assigned.size()), 4, &from, &to))
         for (; from < to; from++) routed_.set(from, expert_rows_);
-    team.wait();
+    team.wait(routed_.ahead(team));
     while (shared && team.take(t_, 4, &from, &to))
         for (; from < to; from++) shared_.set(from, shared_rows_);
     team.wait();
@@ -201,7 +201,7 @@ bool Step::feed_forward(Team &team, int64_t l, Memory &memory) {
         if (layer.shared_gate)
             shared_weights_[size_t(from)] = sigmoid(kernels().dot(normed, layer.shared_gate, d_.dim));
     }
-    team.wait();
+    team.wait({layer.router, layer.router ? layer.experts.experts * d_.dim * 4 : 0});
     if (layer.router) route(team, layer, chosen, given);
     return mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }
@@ -217,7 +217,7 @@ void Step::predict(Team &team, float *logits, Memory &memory) {
         for (int64_t i = 0; i < d_.dim; i++) row[i] *= d_.head_scale;
         set(rows_, from, row, d_.dim, memory);
     }
-    team.wait();
+    team.wait(ahead_of(team, d_.head));
     multiply_all(team, d_.head, rows_, d_.head_bias, logits, d_.vocab);
 }
 
