@@ -85,9 +85,10 @@ MODELS = {
     "jetmoe": (jetmoe, {}),
     "longcat": (longcat, {}),
     "step3p7": (step3p7, {}),
+    "step3p7, cut at 7": (step3p7, {"swiglu_limits": [7.0, 0.0]}),
     "step3p7, clamped": (step3p7, {"swiglu_limits": [0.1, 0.05]}),
 }
-# With a gate of its own: on the CPU the torch kernels compute it.
+# With limits that no kernel has: on the CPU the torch kernels compute it.
 TORCH = ("step3p7, clamped",)
 
 
