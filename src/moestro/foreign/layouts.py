@@ -128,7 +128,12 @@ def read(experts: Any) -> ForeignWeights:
 
 
 def _undecorated(experts: Any, found: Undecorated) -> ForeignWeights:
-    name = _activation_name(undecorated.tensor(experts, found.act))
+    name = _activation_name(undecorated.tensor(experts, found.within(found.act)))
+    if found.each is not None:
+        up, down = (undecorated.weight(experts, found, each) for each in found.weights)
+        plain = name in UNGATED and undecorated.dropout(experts, found) is None
+        act = name if plain else None
+        return ForeignWeights(up, down, None, None, False, False, False, act, False)
     if found.other is not None:
         flat = (undecorated.tensor(experts, each) for each in found.weights)
         gates, down, other = (each.unflatten(0, (experts.num_experts, -1)) for each in flat)
