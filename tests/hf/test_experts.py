@@ -52,6 +52,7 @@ LAYOUTS = [
     ("HYV4Experts", "hy_v4", "limited_swiglu", True),
     ("HYV4VLExperts", "hy_v4_vl", "limited_swiglu", True),
     ("Gemma4TextExperts", "gemma4", "geglu_tanh", True),
+    ("DiffusionGemmaTextExperts", "diffusion_gemma", "geglu_tanh", True),
     ("NemotronHExperts", "nemotron_h", "relu2", True),
     ("BeamExperts", "beam", None, False),
     ("Inkling2Experts", "inkling2", None, False),

@@ -60,10 +60,12 @@ READABLE: Mapping[str, Undecorated] = {
 }
 # Class → why its experts cannot run here.
 UNREADABLE: Mapping[str, str] = {
+    "DogeCDMoE": "each expert is two vectors of a table, found by a product of keys",
     "NllbMoeExperts": (
         "transformers takes the router's mask of zeros and ones for numbers of experts, so that "
         "its experts 0 and 1 compute every token and the others none (seen in 5.24)"
     ),
+    "VitPoseNaiveMoe": "its experts are single linear maps, which the caller chooses for a batch",
 }
 
 
