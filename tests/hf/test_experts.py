@@ -71,6 +71,11 @@ def make(name="MixtralExperts", module="mixtral", **changes):
     return experts
 
 
+def make_layout(name, module, activation):
+    """Those of a row of `LAYOUTS`, with the limit of that activation."""
+    return make(name, module, swiglu_limit=reference.LIMITS.get(activation, 7.0))
+
+
 def draw():
     return torch.randn(T, D), torch.rand(T, E).topk(K)[1], torch.rand(T, K)
 
@@ -94,8 +99,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize(("name", "module", "activation", "native"), LAYOUTS)
 def test_every_layout(name, module, activation, native):
-    limit = reference.LIMITS.get(activation, 7.0)
-    experts, (x_TD, *chosen) = make(name, module, swiglu_limit=limit), draw()
+    experts, (x_TD, *chosen) = make_layout(name, module, activation), draw()
     inputs = (3 * x_TD, *chosen)  # beyond the limits
     assert layouts.read(experts).activation == activation
     native = native and NATIVE
