@@ -54,6 +54,11 @@ def experts_of(model):
     return [each for each in model.modules() if type(each).__name__ == "SwitchTransformersExperts"]
 
 
+def one_hot(experts_T):
+    """A choice as the experts are handed it."""
+    return torch.nn.functional.one_hot(experts_T, 6)[:, None]
+
+
 @torch.no_grad()
 def output(model, inputs):
     return model(**inputs)[0]
@@ -126,6 +131,29 @@ def test_all_gradients():
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12, msg=key)
 
 
+def test_experts_in_bf16():
+    model = build().bfloat16()
+    experts = experts_of(model)[0]
+    inputs = (torch.randn(33, 40).bfloat16(), one_hot(torch.arange(33) % 6), torch.rand(33, 1))
+    with torch.no_grad():
+        theirs = experts(*inputs).float()
+        model.set_experts_implementation("moestro")
+        ours = experts(*inputs)
+    assert ours.dtype == torch.bfloat16
+    bound = 2**-6 * float(theirs.abs().max())
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=bound)
+
+
+def test_nothing_is_moved_among_several_processes(monkeypatch):
+    model, inputs = build(), texts()
+    theirs = output(model, inputs)
+    places = [each.data_ptr() for each in model.parameters()]
+    model.set_experts_implementation("moestro")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    torch.testing.assert_close(output(model, inputs), theirs, rtol=1e-4, atol=1e-4)
+    assert [each.data_ptr() for each in model.parameters()] == places
+
+
 def test_generated_tokens():
     model, ids = build(), texts()["input_ids"]
     model.generation_config.eos_token_id = None
@@ -196,8 +224,7 @@ def test_dropout_follows_the_activation():
     model = build(dropout_rate=0.5).train()
     model.set_experts_implementation("moestro")
     experts = experts_of(model)[0]
-    chosen = torch.nn.functional.one_hot(torch.arange(9) % 6, 6)[None].transpose(0, 1)
-    inputs = (torch.randn(9, 40), chosen, torch.ones(9, 1))
+    inputs = (torch.randn(9, 40), one_hot(torch.arange(9) % 6), torch.ones(9, 1))
     kept = experts.eval()(*inputs)
     assert torch.equal(experts(*inputs), kept)
     dropped = experts.train()(*inputs)
@@ -209,7 +236,7 @@ def test_dropout_follows_the_activation():
 def test_compiled():
     model = build()
     model.set_experts_implementation("moestro")
-    chosen = torch.nn.functional.one_hot(torch.arange(9) % 5, 6)[:, None]
+    chosen = one_hot(torch.arange(9) % 5)
     chosen[4] = 0
     inputs = (torch.randn(9, 40), chosen, torch.rand(9, 1))
     experts = experts_of(model)[0]
