@@ -144,16 +144,18 @@ def _apart(experts: Any, found: Undecorated, name: str) -> list[Tensor]:
         BackendError: one is in a module that is not a plain linear map, which may do more.
     """
     inner, _, own = name.rpartition(".")
-    parts = []
+    parts: list[Any] = []
     for expert in range(experts.num_experts):
-        linear = experts.get_submodule(found.within(inner, expert))
+        linear = experts
+        for step in found.within(inner, expert).split("."):
+            linear = linear._modules[step]  # a tenth of the time of an attribute's
         if type(linear) is not nn.Linear:
             raise BackendError(
                 f"{found.within(inner, expert)} of {type(experts).__name__} is a "
                 f"{type(linear).__name__}, and moestro reads the weights of nn.Linear alone: merge "
                 "adapters first (model.merge_and_unload()), load the model with dequantised weights"
             )
-        parts.append(getattr(linear, own))
+        parts.append(linear._parameters[own])
     return parts
 
 
@@ -168,13 +170,13 @@ def _plain(parts: Sequence[Tensor]) -> bool:
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> bool:
-    if not _plain(parts):
+    """Whether they lie in the first's memory, one after another; asked at every call."""
+    first, step = parts[0], parts[0].nbytes
+    memory = type(first) is nn.Parameter and not first.is_meta and step > 0
+    if not memory or not first.is_contiguous():
         return False
-    step, start = parts[0].numel(), parts[0].storage_offset()
-    memory = parts[0].untyped_storage().data_ptr()
-    return all(
-        each.untyped_storage().data_ptr() == memory
-        and each.storage_offset() == start + place * step
-        and each.is_contiguous()
-        for place, each in enumerate(parts)
+    left = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
+    at = range(first.data_ptr(), first.data_ptr() + len(parts) * step, step)
+    return left >= len(at) * step and all(
+        each.data_ptr() == place for each, place in zip(parts, at, strict=True)
     )
