@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MOESTRO_ABI 11
+#define MOESTRO_ABI 12
 #define MOESTRO_API __attribute__((visibility("default")))
 
 /* Kinds of weights: packed, or plain numbers as they are. Plain rows one after another (of experts: output step K,
@@ -50,7 +50,18 @@ enum {
     MOESTRO_ROWS_NF4 = 768
 };
 enum { MOESTRO_PORTABLE = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX2_VNNI = 2, MOESTRO_AVX512 = 3, MOESTRO_AMX = 4 }; /* paths */
-enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU = 1, MOESTRO_CLAMPED = 2, MOESTRO_RELU = 3, MOESTRO_GELU = 4 };
+/* Activations, those with gates first. */
+enum {
+    MOESTRO_SWIGLU = 0,
+    MOESTRO_GEGLU = 1,
+    MOESTRO_CLAMPED = 2,
+    MOESTRO_GEGLU_TANH = 3,
+    MOESTRO_LIMITED = 4,
+    MOESTRO_CAPPED = 5,
+    MOESTRO_RELU = 6,
+    MOESTRO_GELU = 7,
+    MOESTRO_RELU2 = 8
+};
 enum { MOESTRO_EBAD = -1, MOESTRO_EMEMORY = -2, MOESTRO_EPATH = -3, MOESTRO_EREAD = -4 };
 
 /* A packed matrix: blocks of 32 output columns, each one stream of K inputs. */

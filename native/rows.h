@@ -31,7 +31,7 @@ inline bool valid(const moestro_matrix &w) { return w.data && valid(w.kind, w.gr
 
 inline bool is(const moestro_matrix &w, int64_t n, int64_t k) { return valid(w) && w.n == n && w.k == k; }
 
-inline bool gated(int32_t activation) { return activation <= MOESTRO_CLAMPED; }
+inline bool gated(int32_t activation) { return activation <= MOESTRO_CAPPED; }
 
 // Steps of plain matrices [n, k]; both 0 were never set.
 inline bool valid(const moestro_steps &steps, int64_t n, int64_t k) {
@@ -42,7 +42,7 @@ inline bool valid(const moestro_steps &steps, int64_t n, int64_t k) {
 inline bool valid(const moestro_experts &w) {
     const bool kinds = valid(w.kind, w.group) && valid(w.down_kind, w.group),
                alike = plain(w.kind) || plain(w.down_kind) ? w.kind == w.down_kind : true,
-               known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_GELU,
+               known = kinds && alike && w.activation >= MOESTRO_SWIGLU && w.activation <= MOESTRO_RELU2,
                placed = valid(w.up_steps, w.hidden, w.dim) && valid(w.down_steps, w.dim, w.hidden),
                whole = !plain(w.kind) || (w.down && (w.up || !gated(w.activation)) && placed),
                there = w.data ? !w.residency && whole : w.residency && !plain(w.kind);

@@ -11,7 +11,7 @@ import moestro.hf as hf
 from moestro.errors import BackendError
 from moestro.foreign import layouts
 from moestro.hf import forward
-from moestro.kernels import backends, native_cpu
+from moestro.kernels import backends, native_cpu, reference
 from moestro.moe.experts import Experts
 from moestro.moe.routing import Routing
 
@@ -31,9 +31,10 @@ class Settings(types.SimpleNamespace):
             "num_local_experts": E, "num_experts": E, "n_routed_experts": E, "moe_num_experts": E,
             "hidden_size": D, "intermediate_size": F, "moe_intermediate_size": F,
             "moe_hidden_size": D, "moe_latent_size": None, "swiglu_alpha": 1.702,
-            "swiglu_limit": 7.0, "post_norm_eps": 1e-6,
-            "rms_norm_eps": 1e-6, "hidden_act": "silu", "mlp_hidden_act": "relu2",
-            "hidden_activation": "gelu_pytorch_tanh", "_experts_implementation": "eager",
+            "swiglu_limit": 7.0, "post_norm_eps": 1e-6, "mlp_gate_softcap": 5.0,
+            "mlp_up_softcap": 5.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+            "mlp_hidden_act": "relu2", "hidden_activation": "gelu_pytorch_tanh",
+            "_experts_implementation": "eager",
         }  # fmt: skip
         super().__init__(**{**sizes, **changes})
 
@@ -46,10 +47,15 @@ LAYOUTS = [
     ("GptOssExperts", "gpt_oss", "clamped_swiglu", True),
     ("OpenAIPrivacyFilterExperts", "openai_privacy_filter", "clamped_swiglu", True),
     ("AriaExperts", "aria", "swiglu", True),
-    ("DeepseekV4Experts", "deepseek_v4", None, False),
+    ("DeepseekV4Experts", "deepseek_v4", "limited_swiglu", True),
+    ("Glm5NextTextExperts", "glm5_next", "limited_swiglu", True),
+    ("HYV4Experts", "hy_v4", "limited_swiglu", True),
+    ("HYV4VLExperts", "hy_v4_vl", "limited_swiglu", True),
+    ("Gemma4TextExperts", "gemma4", "geglu_tanh", True),
+    ("DiffusionGemmaTextExperts", "diffusion_gemma", "geglu_tanh", True),
+    ("NemotronHExperts", "nemotron_h", "relu2", True),
     ("BeamExperts", "beam", None, False),
-    ("Gemma4TextExperts", "gemma4", None, False),
-    ("NemotronHExperts", "nemotron_h", None, False),
+    ("Inkling2Experts", "inkling2", None, False),
     ("MuseSparkExperts", "muse_spark", "swiglu", False),
 ]
 
@@ -63,6 +69,11 @@ def make(name="MixtralExperts", module="mixtral", **changes):
     for key, parameter in experts.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in key else 0.0, std=0.5)
     return experts
+
+
+def make_layout(name, module, activation):
+    """Those of a row of `LAYOUTS`, with the limit of that activation."""
+    return make(name, module, swiglu_limit=reference.LIMITS.get(activation, 7.0))
 
 
 def draw():
@@ -88,7 +99,8 @@ def close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize(("name", "module", "activation", "native"), LAYOUTS)
 def test_every_layout(name, module, activation, native):
-    experts, inputs = make(name, module), draw()
+    experts, (x_TD, *chosen) = make_layout(name, module, activation), draw()
+    inputs = (3 * x_TD, *chosen)  # beyond the limits
     assert layouts.read(experts).activation == activation
     native = native and NATIVE
     said = contextlib.nullcontext() if native else pytest.warns(UserWarning, match=name)
@@ -104,8 +116,17 @@ def test_every_layout(name, module, activation, native):
         close(grad, theirs)
 
 
-def test_other_values_of_a_known_gate_are_not_recognised():
-    assert layouts.read(make("GptOssExperts", "gpt_oss", swiglu_limit=5.0)).activation is None
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("GptOssExperts", "gpt_oss"), ("DeepseekV4Experts", "deepseek_v4"), ("HYV4Experts", "hy_v4")],
+)
+def test_other_values_of_a_known_gate_are_not_recognised(name, module):
+    assert layouts.read(make(name, module, swiglu_limit=5.0)).activation is None
+
+
+def test_another_activation_in_a_known_gate_is_not_recognised():
+    changes = {"swiglu_limit": 10.0, "hidden_act": "gelu"}
+    assert layouts.read(make("DeepseekV4Experts", "deepseek_v4", **changes)).activation is None
 
 
 def test_the_gate_of_a_subclass_is_not_recognised():
@@ -268,7 +289,7 @@ def test_a_backend_asked_for_by_name(name, compiled, monkeypatch):
 def test_native_asked_for_names_both_reasons(monkeypatch):
     """Of the kernel for whole mixtures, and of the one that trains."""
     monkeypatch.setenv(backends.ENVIRONMENT, "native")
-    experts, inputs = make("NemotronHExperts", "nemotron_h"), draw()
+    experts, inputs = make("BeamExperts", "beam"), draw()
     whole = "activation or gate of their own" if NATIVE else str(native_cpu.available())
     with torch.no_grad(), pytest.raises(BackendError, match=f"{whole}.*for bfloat16 only"):
         run(experts, "moestro", *inputs)

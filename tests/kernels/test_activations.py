@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from moestro.kernels import activations, reference
+from moestro.kernels.formats import ACTIVATIONS
 
-KINDS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu")
 # One rounding to bf16 or fp32 per elementwise step, at most four steps.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [0, 1, 7])
-@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward_equal_the_definition(activation, rows, dtype):
-    hidden_RH = (3 * torch.randn(rows, 10)).to(dtype)
+    hidden_RH = (6 * torch.randn(rows, 10)).to(dtype)  # beyond the cuts
     before_RH = hidden_RH.clone()
     exact_RH = hidden_RH.double().clone().requires_grad_()
     exact_RF = reference.activate(exact_RH, activation)
@@ -30,15 +30,18 @@ def test_forward_and_backward_equal_the_definition(activation, rows, dtype):
     assert torch.equal(hidden_RH, before_RH), "the hidden rows were overwritten"
 
 
-def test_nothing_flows_back_through_a_cut_input():
-    """Gate above 7, gate below -7 (never cut), up beyond ±7, and both exactly at the cut."""
+@pytest.mark.parametrize("activation", reference.LIMITS)
+def test_nothing_flows_back_through_a_cut_input(activation):
+    """Gate above the limit, gate below (never cut), up beyond it, and both exactly at the cut."""
     gate, up = [8.0, -8.0, 1.0, 1.0, 7.0, 9.0], [1.0, 1.0, 7.5, -7.5, -7.0, 9.0]
+    if activation == "limited_swiglu":
+        gate, up = ([each * 10 / 7 for each in values] for values in (gate, up))
     hidden_RH = torch.tensor([gate + up], dtype=torch.float64)
     leaf_RH = hidden_RH.clone().requires_grad_()
-    reference.activate(leaf_RH, "clamped_swiglu").sum().backward()
-    _, kept_RF = activations.forward(hidden_RH, "clamped_swiglu")
+    reference.activate(leaf_RH, activation).sum().backward()
+    _, kept_RF = activations.forward(hidden_RH, activation)
     ones_RF = torch.ones_like(kept_RF)
-    grad_RH, _ = activations.backward(ones_RF, hidden_RH, kept_RF, "clamped_swiglu")
+    grad_RH, _ = activations.backward(ones_RF, hidden_RH, kept_RF, activation)
     torch.testing.assert_close(grad_RH, leaf_RH.grad)
     flows = [False, True, True, True, True, False, True, True, False, False, True, False]
     assert (grad_RH[0] != 0).tolist() == flows

@@ -92,7 +92,7 @@ def test_numbers():
     kinds = [f"MOESTRO_{names.get(kind, kind.upper())}" for kind in packing.KINDS]
     assert [int(enums[kind]) for kind in kinds] == list(range(len(kinds)))
     assert int(enums["MOESTRO_PLAIN_F32"]) == len(kinds)
-    short = {"clamped_swiglu": "CLAMPED"}
+    short = {f"{cut}_swiglu": cut.upper() for cut in ("clamped", "limited", "capped")}
     activations = [f"MOESTRO_{short.get(a, a.upper())}" for a in native_cpu.ACTIVATIONS]
     assert [int(enums[each]) for each in activations] == list(range(len(activations)))
     dtypes = [f"MOESTRO_ROWS_{'F32' if d is torch.float32 else 'BF16'}" for d in ROWS]

@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from moestro.errors import ShapeError
 from moestro.kernels import native_cpu, reference
-from moestro.kernels.packing import Format
+from moestro.kernels.packing import ACTIVATIONS, Format
 
 PACKED = ["float32", "bfloat16", "int8/32", "int8/64", "int4/32", "int4/64", "uint4/32", "uint4/64"]
 KINDS = [*PACKED, "plain/float32", "plain/bfloat16"]
 OF_EXPERTS = [*KINDS, "uint4/32/int8"]
-ACTIVATIONS = ["swiglu", "geglu", "clamped_swiglu", "relu", "gelu"]
 # Of the largest result: what rounding rows to 16 bits, or to 8 bits by groups, may change.
 ROUNDED = {"float32": 3e-6, "bfloat16": 2e-2, "int8": 4e-2, "int4": 4e-2, "uint4": 4e-2}
 
@@ -55,7 +54,7 @@ def assignments(tokens: int, num_experts: int, top_k: int) -> tuple[torch.Tensor
 
 
 def new_experts(num_experts: int, dim: int, hidden: int, activation: str) -> tuple:
-    up_width = hidden if activation in ("relu", "gelu") else 2 * hidden
+    up_width = 2 * hidden if activation in reference.GATED else hidden
     up_EHD = torch.randn(num_experts, up_width, dim) * dim**-0.5
     return up_EHD, torch.randn(num_experts, dim, hidden) * hidden**-0.5, activation
 
@@ -110,7 +109,7 @@ def test_mixture_is_the_definition(kind, activation, biases, experts_of, on_ever
     experts = new_experts(5, 34, 70, activation)
     packed, up_EHD, down_EDF = experts_of(*experts, kind, biases)
     given_biases = reference.Biases(packed.up_bias, packed.down_bias) if biases else None
-    x_TD, chosen = 6 * torch.randn(40, 34), assignments(40, 5, 2)  # beyond the clamps at 7
+    x_TD, chosen = 6 * torch.randn(40, 34), assignments(40, 5, 2)  # beyond the cuts at 7 and 10
     y_TD = on_every_path(lambda: native_cpu.mixture(packed, x_TD, *chosen))
     expected_TD = reference.mixture(x_TD, *chosen, up_EHD, down_EDF, activation, given_biases)
     close(y_TD, expected_TD, ROUNDED[precision(kind)])

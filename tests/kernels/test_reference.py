@@ -17,18 +17,35 @@ def clamped(gate: float, up: float) -> float:
     return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
 
 
+def limited(gate: float, up: float) -> float:
+    gate, up = min(gate, 10.0), max(-10.0, min(up, 10.0))
+    return gate / (1 + math.exp(-gate)) * up
+
+
+def capped(gate: float, up: float) -> float:
+    return min(gate / (1 + math.exp(-gate)), 7.0) * max(-7.0, min(up, 7.0))
+
+
+def by_tanh(gate: float) -> float:
+    return gate / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+
+
 @pytest.mark.parametrize(
     ("activation", "formula"),
     [
         ("swiglu", lambda gate, up: gate / (1 + math.exp(-gate)) * up),
         ("geglu", lambda gate, up: gate * phi(gate) * up),
         ("clamped_swiglu", lambda gate, up: clamped(gate, up)),
+        ("geglu_tanh", lambda gate, up: by_tanh(gate) * up),
+        ("limited_swiglu", lambda gate, up: limited(gate, up)),
+        ("capped_swiglu", lambda gate, up: capped(gate, up)),
         ("relu", lambda gate, up: max(gate, 0.0)),
+        ("relu2", lambda gate, up: max(gate, 0.0) ** 2),
         ("gelu", lambda gate, up: gate * phi(gate)),
     ],
 )
 def test_activations_by_their_formulas(activation, formula):
-    gate, up = [-9.0, -2.0, -0.5, 0.0, 0.7, 9.0], [1.0, 1.0, -2.0, 8.0, 7.5, -9.0]
+    gate, up = [-12.0, -2.0, -0.5, 0.0, 0.7, 12.0], [1.0, 1.0, -2.0, 8.0, 11.5, -9.0]
     gated = activation in reference.GATED
     hidden_RH = torch.tensor([gate + up if gated else gate], dtype=torch.float64)
     expected = [formula(g, u) for g, u in zip(gate, up, strict=True)]

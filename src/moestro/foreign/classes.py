@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moestro.kernels.reference import LIMITS, STEEPNESS
+
 
 class ExpertsTraits(NamedTuple):
     """What sets a class of experts apart.
@@ -16,20 +18,33 @@ class ExpertsTraits(NamedTuple):
     Attributes:
         counted_by: the attribute that holds the number of experts, those that do nothing included.
         skips: a weight of 0 means that the token skips the mixture; counted as one more expert.
-        clamp: where its own gate is the clamped one: the attributes of its steepness and limit.
+        gate: what its own gate is, if its attributes have the values of `needs`; see
+            `reference.activate`.
+        needs: attributes and their values, of `act_fn` its name.
     """
 
     counted_by: str = "num_experts"
     skips: bool = False
-    clamp: tuple[str, ...] = ()
+    gate: str | None = None
+    needs: tuple[tuple[str, object], ...] = ()
+
+
+def _limited(kind: str, limit: str, *needs: tuple[str, object]) -> ExpertsTraits:
+    return ExpertsTraits(gate=kind, needs=((limit, LIMITS[kind]), *needs))
 
 
 PLAIN = ExpertsTraits()
+_SILU = ("act_fn", "silu")
 EXPERTS = {
-    "GptOssExperts": ExpertsTraits(clamp=("alpha", "limit")),
+    "DeepseekV4Experts": _limited("limited_swiglu", "limit", _SILU),
+    "Glm5NextTextExperts": _limited("limited_swiglu", "swiglu_limit"),
+    "GptOssExperts": _limited("clamped_swiglu", "limit", ("alpha", STEEPNESS)),
+    "HYV4Experts": _limited("limited_swiglu", "swiglu_limit"),
+    "HYV4VLExperts": _limited("limited_swiglu", "swiglu_limit"),
     "LongcatFlashExperts": ExpertsTraits(counted_by="total_experts"),
-    "MiniMaxM3VLExperts": ExpertsTraits(clamp=("swiglu_alpha", "swiglu_limit")),
-    "OpenAIPrivacyFilterExperts": ExpertsTraits(clamp=("alpha", "limit")),
+    "MiniMaxM3VLExperts": _limited("clamped_swiglu", "swiglu_limit", ("swiglu_alpha", STEEPNESS)),
+    "OpenAIPrivacyFilterExperts": _limited("clamped_swiglu", "limit", ("alpha", STEEPNESS)),
+    "Step3p7Experts": _limited("capped_swiglu", "limit", _SILU),
     "ZayaExperts": ExpertsTraits(skips=True),
 }
 # Mixtures of something other than feed-forward networks.

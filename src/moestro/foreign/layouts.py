@@ -15,14 +15,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import GELUActivation, SiLUActivation
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    ReLUSquaredActivation,
+    SiLUActivation,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moestro.errors import BackendError, ShapeError
 from moestro.foreign import undecorated
 from moestro.foreign.classes import EXPERTS, PLAIN, unaccounted
 from moestro.foreign.undecorated import Undecorated
-from moestro.kernels.reference import CLAMP, STEEPNESS
+from moestro.kernels.formats import UNGATED
+
+# Activations: their names, and those of the gates that they make.
+_FUNCTIONS = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"))
+_MODULES: dict[type, str] = {
+    nn.SiLU: "silu", SiLUActivation: "silu", GELUActivation: "gelu", GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh", nn.ReLU: "relu", ReLUSquaredActivation: "relu2",
+}  # fmt: skip
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
 class ForeignWeights(NamedTuple):
@@ -114,17 +128,22 @@ def read(experts: Any) -> ForeignWeights:
 
 
 def _undecorated(experts: Any, found: Undecorated) -> ForeignWeights:
-    name = _activation_name(undecorated.tensor(experts, found.act))
+    name = _activation_name(undecorated.tensor(experts, found.within(found.act)))
+    if found.each is not None:
+        up, down = (undecorated.weight(experts, found, each) for each in found.weights)
+        plain = name in UNGATED and undecorated.dropout(experts, found) is None
+        act = name if plain else None
+        return ForeignWeights(up, down, None, None, False, False, False, act, False)
     if found.other is not None:
         flat = (undecorated.tensor(experts, each) for each in found.weights)
         gates, down, other = (each.unflatten(0, (experts.num_experts, -1)) for each in flat)
-        act = {"silu": "swiglu", "gelu": "geglu"}.get(name)
+        act = _GATED.get(name)
         down = down.transpose(1, 2)
         return ForeignWeights(gates, down, None, None, True, False, False, act, False, other)
     up, down = (undecorated.tensor(experts, name) for name in found[:2])
     up, down = (x.transpose(1, 2) for x in (up, down)) if found.transposed else (up, down)
     clamped = math.isfinite(getattr(experts, "limit", math.inf))
-    activation = None if clamped else {"silu": "swiglu", "gelu": "geglu"}.get(name)
+    activation = _own_gate(experts) if clamped else _GATED.get(name)
     return ForeignWeights(
         up[: len(down)], down, None, None, True, False, found.transposed, activation, False
     )
@@ -198,32 +217,44 @@ def _interface(module: nn.Module) -> object | None:
 
 def _activation(experts: Any) -> str | None:
     if not experts.has_gate:
-        return {"relu": "relu", "gelu": "gelu"}.get(_activation_name(experts.act_fn))
+        name = _activation_name(experts.act_fn)
+        return name if name in UNGATED else None
     if "_apply_gate" in vars(experts):
         return None
     if type(experts)._apply_gate is _default_apply_gate:
-        return {"silu": "swiglu", "gelu": "geglu"}.get(_activation_name(experts.act_fn))
-    values = tuple(getattr(experts, name, None) for name in _clamped(type(experts)))
-    return "clamped_swiglu" if values == (STEEPNESS, CLAMP) else None
+        return _GATED.get(_activation_name(experts.act_fn))
+    return _own_gate(experts)
+
+
+def _own_gate(experts: Any) -> str | None:
+    """The name of the gate that a class brings; None: it has none."""
+    gate: str | None
+    gate, needs = _traits_of_gate(type(experts))
+    for name, wanted in needs:
+        value = getattr(experts, name, None)
+        if (_activation_name(value) if name == "act_fn" else value) != wanted:
+            return None
+    return gate
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _clamped(kind: Any) -> tuple[str, ...]:
-    """The attributes of the clamped gate, where this class has it; the compiler asks once."""
+def _traits_of_gate(kind: Any) -> tuple[str | None, tuple[tuple[str, object], ...]]:
+    """A class's gate and what it needs; the compiler asks once."""
     gate = kind._apply_gate
     if not gate.__module__.startswith("transformers.models."):
-        return ()
-    return EXPERTS.get(gate.__qualname__.split(".")[0], PLAIN).clamp
+        return None, ()
+    traits = EXPERTS.get(gate.__qualname__.split(".")[0], PLAIN)
+    return traits.gate, traits.needs
 
 
 def _activation_name(act_fn: object) -> str:
-    """silu, gelu (the exact one), relu, or nothing for any other."""
-    if act_fn is F.silu or type(act_fn) in (nn.SiLU, SiLUActivation):
-        return "silu"
-    exact = type(act_fn) is nn.GELU and act_fn.approximate == "none"
-    if exact or act_fn is F.gelu or type(act_fn) is GELUActivation:
-        return "gelu"
-    return "relu" if act_fn is F.relu or type(act_fn) is nn.ReLU else ""
+    """silu, gelu (the exact one), gelu_tanh, relu, relu2, or nothing for any other."""
+    for function, name in _FUNCTIONS:
+        if act_fn is function:
+            return name
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _MODULES.get(type(act_fn), "")
 
 
 def _unknown(experts: nn.Module, what: str) -> ShapeError:

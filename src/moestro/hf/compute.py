@@ -174,8 +174,12 @@ def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """What a module of transformers does between its two products."""
     found = undecorated.layout(experts)
     if found is not None and not hasattr(experts, "_apply_gate"):
-        act = undecorated.tensor(experts, found.act)
-        return lambda hidden_AH: _gated(hidden_AH, act)
+        act = undecorated.tensor(experts, found.within(found.act))
+        if found.each is None:
+            return lambda hidden_AH: _gated(hidden_AH, act)
+        drop = undecorated.dropout(experts, found)
+        plain: Callable[[Tensor], Tensor] = act
+        return plain if drop is None else lambda hidden_AH: drop(act(hidden_AH))
     own = found is not None or experts.has_gate
     gate: Callable[[Tensor], Tensor] = experts._apply_gate if own else experts.act_fn
     return gate

@@ -157,8 +157,7 @@ def _pack_module(name: str, module: Any, format: Format) -> tuple[int, int]:
         )
     except ShapeError as error:
         raise ShapeError(f"{name}, {error}") from error
-    known = undecorated.layout(module)
-    own_names = () if known is None else known.weights
+    own_names = undecorated.names(module)
     for parameter in list(dict(module.named_parameters())):
         if parameter in own_names or parameter.endswith(("_proj", "_proj_bias")):
             owner, _, own = parameter.rpartition(".")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moestro.foreign import undecorated
 from moestro.foreign.classes import kind
-from moestro.hf.forward import mixture
+from moestro.hf.forward import PACKED, mixture
 
 Forward = Callable[..., Any]
 
@@ -58,6 +59,18 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     return mixture(self, x_TD, top_k_index, top_k_weights).view_as(hidden_states)
 
 
+def _switch(
+    self: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
+) -> Tensor:
+    """One expert for each token, given as zeros and a one; for a token that is dropped, none."""
+    chosen_TE = selected_experts.flatten(0, 1)
+    dropped_T = chosen_TE.sum(-1) == 0
+    experts_T = chosen_TE.argmax(-1).masked_fill(dropped_T, self.num_experts)
+    if PACKED not in vars(self):
+        undecorated.gather(self)
+    return mixture(self, hidden_states, experts_T[:, None], routing_weights)
+
+
 FORWARDS: Mapping[str, Forward] = {
     "DbrxExperts": _dbrx,
     "JetMoeMoE": _jetmoe,
@@ -65,6 +78,7 @@ FORWARDS: Mapping[str, Forward] = {
     "Llama4TextMoe": _llama4_block,
     "LongcatFlashExperts": _longcat,
     "Step3p7Experts": mixture,
+    "SwitchTransformersExperts": _switch,
 }
 
 

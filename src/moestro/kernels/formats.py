@@ -13,8 +13,12 @@ from moestro.errors import ShapeError
 
 # In the order of native/moestro.h. Plain weights are not packed: rows as they are in the model.
 KINDS = ("bfloat16", "int8", "int4", "float32", "uint4", "mxfp4", "iq4_nl", "nf4", "plain")
-UNGATED = ("relu", "gelu")
-ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", *UNGATED)
+# Activations, see `reference.activate`; in the order of native/moestro.h.
+GATED = (
+    "swiglu", "geglu", "clamped_swiglu", "geglu_tanh", "limited_swiglu", "capped_swiglu",
+)  # fmt: skip
+UNGATED = ("relu", "gelu", "relu2")
+ACTIVATIONS = (*GATED, *UNGATED)
 # The integers of 16 places: twice OCP's e2m1; ggml's IQ4_NL; 127 times NF4's numbers, rounded.
 TABLES = {
     "mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),

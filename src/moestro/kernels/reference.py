@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GATED = ("swiglu", "geglu", "clamped_swiglu")
-PLAIN = ("relu", "gelu")
+from moestro.kernels.formats import GATED as GATED
 
-# Of clamped_swiglu: where its inputs are cut, and how steep its sigmoid is.
-CLAMP = 7.0
+# Where gates and what they multiply are cut, and how steep the sigmoid of clamped_swiglu is.
+LIMITS = {"clamped_swiglu": 7.0, "limited_swiglu": 10.0, "capped_swiglu": 7.0}
 STEEPNESS = 1.702
 
 
@@ -38,9 +37,12 @@ def activate(hidden_RH: Tensor, activation: Activation) -> Tensor:
     Args:
         hidden_RH: [R, 2F] for the gated kinds, gate columns first, then up; [R, F] for the plain.
         activation: swiglu (SiLU(gate) · up), geglu (GELU(gate) · up), relu, gelu.
-            Gated: Shazeer 2020, "GLU Variants Improve Transformer". GELU is the exact one.
+            Gated: Shazeer 2020, "GLU Variants Improve Transformer". GELU is the exact one, and
+            that of geglu_tanh its approximation by tanh; relu2 is the square of relu.
             clamped_swiglu: gate · sigmoid(1.702 · gate) · (up + 1) of a gate cut above 7 and an
-            up cut at ±7 (gpt-oss 2025, its reference code). A function stands for itself.
+            up cut at ±7 (gpt-oss 2025, its reference code). limited_swiglu: swiglu of a gate cut
+            above 10 and an up cut at ±10 (DeepSeek-V4). capped_swiglu: with SiLU(gate) cut above 7
+            and up at ±7 (Step 3.5). A function stands for itself.
 
     Returns:
         [R, F].
@@ -49,14 +51,26 @@ def activate(hidden_RH: Tensor, activation: Activation) -> Tensor:
         return activation(hidden_RH)
     if activation in GATED:
         gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
-        if activation == "clamped_swiglu":
-            # Not clamp, whose gradient at the cut itself differs between releases of torch.
-            gate_RF = torch.where(gate_RF > CLAMP, CLAMP, gate_RF)
-            up_RF = torch.where(up_RF.abs() > CLAMP, up_RF.sign() * CLAMP, up_RF)
-            return gate_RF * torch.sigmoid(STEEPNESS * gate_RF) * (up_RF + 1)
-        act_RF = F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)
-        return act_RF * up_RF
-    return F.relu(hidden_RH) if activation == "relu" else F.gelu(hidden_RH)
+        if activation in LIMITS:
+            return _cut(gate_RF, up_RF, activation, LIMITS[activation])
+        if activation == "swiglu":
+            return F.silu(gate_RF) * up_RF
+        return F.gelu(gate_RF, approximate="none" if activation == "geglu" else "tanh") * up_RF
+    if activation == "gelu":
+        return F.gelu(hidden_RH)
+    return F.relu(hidden_RH) if activation == "relu" else F.relu(hidden_RH).square()
+
+
+def _cut(gate_RF: Tensor, up_RF: Tensor, activation: str, limit: float) -> Tensor:
+    # Not clamp, whose gradient at the cut itself differs between releases of torch.
+    up_RF = torch.where(up_RF.abs() > limit, up_RF.sign() * limit, up_RF)
+    if activation == "capped_swiglu":
+        act_RF = F.silu(gate_RF)
+        return torch.where(act_RF > limit, limit, act_RF) * up_RF
+    gate_RF = torch.where(gate_RF > limit, limit, gate_RF)
+    if activation == "limited_swiglu":
+        return F.silu(gate_RF) * up_RF
+    return gate_RF * torch.sigmoid(STEEPNESS * gate_RF) * (up_RF + 1)
 
 
 def grouped_mm(
