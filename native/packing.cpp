@@ -11,6 +11,8 @@
 namespace moestro {
 namespace {
 
+constexpr int64_t LEAST_OF_A_TEAM = 1 << 20;  // numbers
+
 // What is packed: rows of numbers, or of blocks (dtype MOESTRO_ROWS_BLOCKS + the kind's number).
 struct Source {
     int32_t dtype;
@@ -310,10 +312,11 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
         std::lock_guard<std::mutex> guard(adding);
         if (sums) sums[0] += own[0], sums[1] += own[1];
     };
-    // Callers that pack side by side do not wait for each other: while one has the team, others pack alone.
-    std::unique_lock<std::mutex> lock(one_at_a_time(), std::try_to_lock);
+    // Callers that pack side by side do not wait for each other: while one has the team, others pack alone, and always
+    // what is done sooner than a team is together.
+    std::unique_lock<std::mutex> lock(one_at_a_time(), std::defer_lock);
     Team alone(1);
-    if (lock) run(blocks, pack);
+    if (n * k > LEAST_OF_A_TEAM && lock.try_lock()) run(blocks, pack);
     else pack(alone, 0);
     return bad ? MOESTRO_EBAD : 0;
 }
