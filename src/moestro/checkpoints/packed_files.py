@@ -103,7 +103,10 @@ class Writer:
         file.write(start)
         file.truncate(len(start) + length)
         self._file = DirectFile(file)
-        self.close = self._file.close
+
+    def close(self) -> None:
+        """Let go of what was opened beside the file, which stays open."""
+        self._file.close()
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Write tensors of these names."""
