@@ -132,3 +132,22 @@ def test_within_a_budget_nothing_is_packed_while_a_module_is_written(
     packed_files.converted(folder, INT8)
     assert len(overlaps) > 4
     assert not any(overlaps)
+
+
+@pytest.mark.filterwarnings("ignore::moestro.checkpoints.tensor_files.LeftOut")
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_an_interruption_leaves_nothing(folder: Path, after: int) -> None:
+    """Neither a part of the file, nor what was opened for it."""
+    before, open_files = sorted(folder.iterdir()), len(list(Path("/proc/self/fd").glob("*")))
+    calls: list[int] = []
+
+    def interrupted(done: int, _: int) -> None:
+        calls.append(done)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_checkpoint(folder, weights="int8", progress=interrupted)
+    assert len(calls) == after + 1
+    assert sorted(folder.iterdir()) == before
+    assert len(list(Path("/proc/self/fd").glob("*"))) <= open_files
