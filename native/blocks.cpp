@@ -207,8 +207,16 @@ bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uin
 }
 
 bool is_moved(int32_t number, int32_t packed) {
-    if (has_table(packed)) return block_kind(number).table == packed;
-    return number == (packed == MOESTRO_INT8 ? Q8_0 : packed == MOESTRO_INT4 ? Q4_0 : packed == MOESTRO_UINT4 ? Q4_1 : -1);
+    switch (packed) {
+    case MOESTRO_INT8:
+        return number == Q8_0;
+    case MOESTRO_INT4:
+        return number == Q4_0;
+    case MOESTRO_UINT4:
+        return number == Q4_1;
+    default:
+        return has_table(packed) && block_kind(number).table == packed;
+    }
 }
 
 bool scales_of(int32_t number, const uint8_t *block, uint16_t *scale_and_minimum) {

@@ -262,7 +262,7 @@ class _Reader:
             raise self.broken(f"it has a name of {length} bytes")
         return self.decoded(self.take(length))
 
-    def decoded(self, text: bytes) -> str:
+    def decoded(self, text: bytes | bytearray) -> str:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError:
@@ -271,7 +271,7 @@ class _Reader:
     def number(self, code: str) -> int:
         return int.from_bytes(self.take(_SIZES[code]), "little")
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes | bytearray:
         """The next bytes, of which there have to be so many."""
         if count > self.left:
             raise self.broken("it ends within its header")
@@ -288,7 +288,8 @@ class _Reader:
             raise self.broken("it ends within its header")
         return found
 
-    def _large(self, rest: bytes, count: int) -> bytes:
+    def _large(self, rest: bytes, count: int) -> bytearray:
+        """The next bytes, which begin with `rest`, read into their own memory."""
         found = bytearray(count)
         found[: len(rest)] = rest
         with memoryview(found) as memory:
