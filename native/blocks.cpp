@@ -182,21 +182,48 @@ void read_blocks(int32_t number, const uint8_t *row, int64_t k, float *out) {
     }
 }
 
+// 2^(e - 128) as fp16, which has the powers from -24 to 15.
+static bool power_as_half(uint8_t e, uint16_t *half) {
+    const int power = e - 128;
+    if (power < -24 || power > 15) return false;
+    *half = power < -14 ? uint16_t(1u << (power + 24)) : uint16_t((power + 15) << 10);
+    return true;
+}
+
+static bool finite(uint16_t half) { return (half & 0x7c00u) != 0x7c00u; }
+
 bool read_integers(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales) {
     const BlockKind kind = block_kind(number);
     for (int64_t at = 0; at < k; at += 32, row += kind.bytes, q += 32, scales++) {
         integers(number, row, q);
         if (number == MXFP4) {
-            // 2^(e - 128) as fp16, which has the powers from -24 to 15.
-            const int power = row[0] - 128;
-            if (power < -24 || power > 15) return false;
-            *scales = power < -14 ? uint16_t(1u << (power + 24)) : uint16_t((power + 15) << 10);
+            if (!power_as_half(row[0], scales)) return false;
         } else {
             *scales = half_at(row);
-            if ((*scales & 0x7c00u) == 0x7c00u) return false;
+            if (!finite(*scales)) return false;
         }
     }
     return true;
+}
+
+bool is_moved(int32_t number, int32_t packed) {
+    switch (packed) {
+    case MOESTRO_INT8:
+        return number == Q8_0;
+    case MOESTRO_INT4:
+        return number == Q4_0;
+    case MOESTRO_UINT4:
+        return number == Q4_1;
+    default:
+        return has_table(packed) && block_kind(number).table == packed;
+    }
+}
+
+bool scales_of(int32_t number, const uint8_t *block, uint16_t *scale_and_minimum) {
+    if (number == MXFP4) return power_as_half(block[0], scale_and_minimum);
+    scale_and_minimum[0] = half_at(block);
+    scale_and_minimum[1] = number == Q4_1 ? half_at(block + 2) : uint16_t(0);
+    return finite(scale_and_minimum[0]) && finite(scale_and_minimum[1]);
 }
 
 // Integers 0 to 15 of 32 numbers, and what they are multiplied by and added to.

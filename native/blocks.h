@@ -37,4 +37,11 @@ bool read_nibbles(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint
 // below 2^-24, which set `rounded`; false: a scale is beyond fp16.
 bool read_places(int32_t number, const uint8_t *row, int64_t k, int8_t *q, uint16_t *scales, bool *rounded);
 
+// Whether every 32 numbers of a kind have the packed kind's own integers, scale and minimum, nibbles in the last 16
+// bytes of the block.
+bool is_moved(int32_t number, int32_t packed);
+
+// Scale and minimum of such a block as fp16; false: they are beyond it, or would be rounded.
+bool scales_of(int32_t number, const uint8_t *block, uint16_t *scale_and_minimum);
+
 }  // namespace moestro

@@ -11,6 +11,8 @@
 namespace moestro {
 namespace {
 
+constexpr int64_t LEAST_OF_A_TEAM = 1 << 20;  // numbers
+
 // What is packed: rows of numbers, or of blocks (dtype MOESTRO_ROWS_BLOCKS + the kind's number).
 struct Source {
     int32_t dtype;
@@ -190,8 +192,39 @@ struct Row {
     }
 };
 
+// 32 numbers of 16 bytes, low halves before high ones, as `place_integers` would place them.
+MOESTRO_INLINE void place_nibbles(const uint8_t *from, uint8_t *at) {
+    const uint32_t low = 0x0f0f0f0fu;
+    uint32_t q[4];
+    memcpy(q, from, 16);
+    const uint32_t words[4] = {(q[0] & low) | (q[1] & low) << 4, (q[2] & low) | (q[3] & low) << 4,
+                               (q[0] >> 4 & low) | (q[1] & ~low), (q[2] >> 4 & low) | (q[3] & ~low)};
+    for (int i = 0; i < 4; i++) memcpy(at + i * COLUMNS * 4, words + i, 4);
+}
+
+// A block of 32 whole rows whose blocks have the integers, scales and minima of the packed kind: they are moved word by
+// word, in one pass. False: there is no such kind, or a scale is not the same in fp16.
+bool move_block(int32_t kind, int32_t group, const Source &s, int64_t first, uint8_t *out) {
+    if (!s.blocks() || group != 32 || first + COLUMNS > s.n || !is_moved(s.number(), kind)) return false;
+    const int64_t bytes = block_kind(s.number()).bytes, minima = has_minima(kind) ? 2 : 0;
+    for (int64_t g = 0; g < s.k / 32; g++, out += group_bytes(kind, group))
+        for (int64_t n = 0; n < COLUMNS; n++) {
+            const uint8_t *from = s.row(first + n) + g * bytes;
+            uint16_t scale[2];
+            if (!scales_of(s.number(), from, scale)) return false;
+            memcpy(out + 2 * n, scale, 2);
+            if (minima) memcpy(out + 64 + 2 * n, scale + 1, 2);
+            uint8_t *at = out + head_bytes(kind) + n * 4;
+            if (kind != MOESTRO_INT8) place_nibbles(from + bytes - 16, at);
+            else
+                for (int i = 0; i < 32; i += 4) memcpy(at + i * COLUMNS, from + 2 + i, 4);
+        }
+    return true;
+}
+
 bool pack_block(int32_t kind, int32_t group, const Source &s, int64_t block, uint8_t *out, double *sums) {
     const int64_t inputs = padded(kind, group, s.k), first = block * COLUMNS;
+    if (move_block(kind, group, s, first, out)) return true;
     const Row made(inputs);
     for (int64_t n = 0; n < COLUMNS; n++) {
         const bool there = first + n < s.n;
@@ -269,8 +302,7 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
     const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
     std::atomic<bool> bad{false};
     std::mutex adding;
-    Lock lock(one_at_a_time());
-    run(blocks, [&](Team &team, int) {
+    const auto pack = [&](Team &team, int) {
         int64_t from, to;
         double own[2] = {};
         while (team.take(blocks, 1, &from, &to))
@@ -279,7 +311,13 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
                 bad = true;
         std::lock_guard<std::mutex> guard(adding);
         if (sums) sums[0] += own[0], sums[1] += own[1];
-    });
+    };
+    // Callers that pack side by side do not wait for each other: while one has the team, others pack alone, and always
+    // what is done sooner than a team is together.
+    std::unique_lock<std::mutex> lock(one_at_a_time(), std::defer_lock);
+    Team alone(1);
+    if (n * k > LEAST_OF_A_TEAM && lock.try_lock()) run(blocks, pack);
+    else pack(alone, 0);
     return bad ? MOESTRO_EBAD : 0;
 }
 

@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moestro.checkpoints import packed_files, quantize
+from moestro.checkpoints.direct_files import DirectFile
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.quantize import WEIGHTS
 from moestro.checkpoints.tensor_files import LeftOut
@@ -83,11 +84,11 @@ def test_a_disk_without_room_is_seen_before_anything_is_packed(
 def test_a_disk_that_fills_up_is_said_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, written = packed_files._write, []
 
-    def full(file: IO[bytes], tensor: Tensor) -> None:
+    def full(file: DirectFile, tensor: Tensor, place: int) -> None:
         written.append(tensor.nbytes)
         if len(written) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(file, tensor)
+        real(file, tensor, place)
 
     monkeypatch.setattr(packed_files, "_write", full)
     with pytest.warns() as warned:
@@ -116,10 +117,10 @@ def test_within_a_budget_nothing_is_packed_while_a_module_is_written(
     write, pack, busy = packed_files._write, quantize.packed, threading.Event()
     overlaps: list[bool] = []
 
-    def slow(file: IO[bytes], tensor: Tensor) -> None:
+    def slow(file: DirectFile, tensor: Tensor, place: int) -> None:
         busy.set()
         time.sleep(0.005)
-        write(file, tensor)
+        write(file, tensor, place)
         busy.clear()
 
     def noted(*args: object) -> object:
@@ -131,3 +132,22 @@ def test_within_a_budget_nothing_is_packed_while_a_module_is_written(
     packed_files.converted(folder, INT8)
     assert len(overlaps) > 4
     assert not any(overlaps)
+
+
+@pytest.mark.filterwarnings("ignore::moestro.checkpoints.tensor_files.LeftOut")
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_an_interruption_leaves_nothing(folder: Path, after: int) -> None:
+    """Neither a part of the file, nor what was opened for it."""
+    before, open_files = sorted(folder.iterdir()), len(list(Path("/proc/self/fd").glob("*")))
+    calls: list[int] = []
+
+    def interrupted(done: int, _: int) -> None:
+        calls.append(done)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_checkpoint(folder, weights="int8", progress=interrupted)
+    assert len(calls) == after + 1
+    assert sorted(folder.iterdir()) == before
+    assert len(list(Path("/proc/self/fd").glob("*"))) <= open_files

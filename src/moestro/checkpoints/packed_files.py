@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
+from moestro.checkpoints.direct_files import DirectFile
 from moestro.checkpoints.folders import CONFIG, MANIFEST
 from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.packed_header import Section
@@ -88,8 +89,8 @@ def save(model: Model, path: Path, format: Format, source: dict[str, str]) -> No
     """
     layout = packed_header.make(model, format, source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        Writer(file, *layout).put(packed_header.tensors(model))
+    with whole_file(path) as file, closing(Writer(file, *layout)) as writer:
+        writer.put(packed_header.tensors(model))
 
 
 class Writer:
@@ -98,15 +99,19 @@ class Writer:
     def __init__(
         self, file: IO[bytes], start: bytes, sections: dict[str, Section], length: int
     ) -> None:
-        self._file, self._sections, self._begin = file, sections, len(start)
+        self._sections, self._begin = sections, len(start)
         file.write(start)
         file.truncate(len(start) + length)
+        self._file = DirectFile(file)
+
+    def close(self) -> None:
+        """Let go of what was opened beside the file, which stays open."""
+        self._file.close()
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Write tensors of these names."""
         for name, tensor in tensors.items():
-            self._file.seek(self._begin + self._sections[name].offset)
-            _write(self._file, tensor)
+            _write(self._file, tensor, self._begin + self._sections[name].offset)
 
 
 def convert(
@@ -143,7 +148,7 @@ def convert(
                 check(blank, sections)
             with _written():
                 _check_room(path.parent, len(start) + length)
-                writer = Writer(file, start, sections, length)
+                writer = whole.enter_context(closing(Writer(file, start, sections, length)))
             return put
 
         def put(name: str, module: Packed) -> None:
@@ -290,10 +295,8 @@ def at(memory: mmap.mmap, place: int, section: Section) -> Tensor:
     return flat.view(like.shape)
 
 
-def _write(file: IO[bytes], tensor: Tensor) -> None:
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.numel():
-        file.write(flat.view(torch.uint8).numpy().data)
+def _write(file: DirectFile, tensor: Tensor, place: int) -> None:
+    file.put(tensor.contiguous(), place)
 
 
 def _sampled(path: Path) -> str:

@@ -132,6 +132,8 @@ def pack_experts(
     blank = blank_experts(down_EDF, activation, format, up_bias_EH, down_bias_ED)
     data = aligned(blank.data.numel())
     slabs = data.view(blank.num_experts, -1)
+    # Each has its own, added in the experts' order: threads neither wait nor change the sum.
+    added_E2 = torch.zeros(blank.num_experts, 2, dtype=torch.float64, device=CPU)
 
     @torch.inference_mode(data.is_inference())  # a thread does not have the caller's mode
     def pack(expert: int) -> None:
@@ -139,7 +141,7 @@ def pack_experts(
             if stored is not None:
                 ups, down = stored.rows("gate_up", expert), stored.rows("down", expert)
                 sizes = (blank.dim, blank.hidden_dim)
-                _pack_slab(ups, down, sizes, activation, format, slabs[expert], stored.rounding)
+                _pack_slab(ups, down, sizes, activation, format, slabs[expert], added_E2[expert])
                 return
             up_HD, down_DF = (
                 each.detach() if each.dtype in ROWS else each.detach().float()
@@ -151,6 +153,8 @@ def pack_experts(
 
     with ThreadPoolExecutor(torch.get_num_threads()) as packers:
         list(packers.map(pack, range(blank.num_experts)))
+    if stored is not None:
+        stored.rounding += added_E2.sum(0)
     return blank._replace(data=data)
 
 

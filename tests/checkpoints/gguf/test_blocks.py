@@ -1,12 +1,17 @@
 """Blocks of every kind: native reading against ggml's own library, and packing that keeps them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
-from moestro.errors import ShapeError
+from moestro.checkpoints.gguf import sources
+from moestro.checkpoints.gguf.header import KINDS as KINDS_OF_GGML
+from moestro.errors import CheckpointError, ShapeError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import (
     BLOCKS,
@@ -178,3 +183,93 @@ def test_a_scale_that_is_not_finite_is_refused() -> None:
     rows.data[2, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
     with pytest.raises(ShapeError, match="NaN or infinity"):
         native_cpu.pack_matrix(torch.empty(4, 32), Format("int8", 32), None, Given(rows))
+
+
+# Blocks of these go into these kinds word by word, 32 rows at a time.
+MOVED = pytest.mark.parametrize(
+    ("kind", "number"),
+    [("int8", 8), ("int4", 2), ("uint4", 3), ("iq4_nl", 20), ("mxfp4", 39)],
+)
+
+
+@MOVED
+def test_blocks_that_move_are_those_made_row_by_row(kind: str, number: int) -> None:
+    """Of fewer than 32 rows, each is taken apart and put together."""
+    rows = random_rows(number, 32, 96)
+    if kind == "mxfp4":
+        rows.data[9, 17] = 100  # which fp16 rounds, so that these rows do not move either
+    given, apart = Given(rows), [Given(rows._replace(data=part)) for part in rows.data.split(31)]
+    whole = native_cpu.pack_matrix(torch.empty(32, 96), Format(kind), None, given)
+    parts = [
+        native_cpu.pack_matrix(torch.empty(len(each.parts[0].data), 96), Format(kind), None, each)
+        for each in apart
+    ]
+    found = torch.cat([native_cpu.unpack_matrix(each) for each in parts])
+    assert torch.equal(native_cpu.unpack_matrix(whole), found)
+    assert (given.rounding[0] > 0) == (kind == "mxfp4")
+
+
+@MOVED
+def test_a_block_with_a_scale_beyond_fp16_does_not_move(kind: str, number: int) -> None:
+    rows = random_rows(number, 64, 64)
+    size = BLOCKS[number][1]
+    rows.data[40, size : size + 2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    if kind == "mxfp4":
+        rows.data[40, size] = 150
+    with pytest.raises(ShapeError, match="65504"):
+        native_cpu.pack_matrix(torch.empty(64, 64), Format(kind), None, Given(rows))
+
+
+def test_matrices_packed_side_by_side() -> None:
+    """While one has the team of threads, others are packed alone."""
+    rows = random_rows(7, 33, 32 * 1024)  # enough numbers for a team
+
+    def packed(_: int) -> tuple[Tensor, Tensor]:
+        given = Given(rows)
+        shape = torch.empty(33, 32 * 1024, device="meta")
+        return native_cpu.pack_matrix(shape, Format("int8"), None, given).data, given.rounding
+
+    data, rounding = packed(0)
+    with ThreadPoolExecutor(3) as threads:
+        for other, sums in threads.map(packed, range(6)):
+            assert torch.equal(other, data)
+            torch.testing.assert_close(sums, rounding, rtol=1e-12, atol=0)
+
+
+def test_what_rounding_experts_adds_is_that_of_their_matrices() -> None:
+    class Experts(Given):
+        def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+            assert entry is not None
+            return [random_rows(7, 64 if name == "gate_up" else 32, 32, seed=entry)]
+
+    given, format = Experts(), Format("int8")
+    native_cpu.pack_experts(
+        torch.empty(5, 64, 32), torch.empty(5, 32, 32), "swiglu", format, stored=given
+    )
+    alone = torch.zeros(2, dtype=torch.float64)
+    for entry in range(5):
+        for name in ("gate_up", "down"):
+            one = Given(*given.rows(name, entry))
+            shape = torch.empty(len(one.parts[0].data), 32)
+            native_cpu.pack_matrix(shape, format, None, one)
+            alone += one.rounding
+    torch.testing.assert_close(given.rounding, alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3 * 4 * 256, 1 << 20])
+def test_a_matrix_is_read_in_pieces(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(12, 7, 256)
+    file = tmp_path / "blocks"
+    file.write_bytes(b"x" * 32 + rows.data.numpy().tobytes())
+    source = sources.Blocks(file, "w", None, (7, 256), rows.data.numel(), KINDS_OF_GGML[12], 32)
+    monkeypatch.setattr(sources, "BUFFER_BYTES", size)
+    for dtype in (torch.float32, torch.bfloat16):
+        target = torch.empty(7, 256, dtype=dtype)
+        source.load_into(target)
+        assert torch.equal(target, theirs(rows).to(dtype))
+    assert torch.equal(source.part(2, 5).load(torch.float32), theirs(rows)[2:5])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ends inside w"):
+        source.load_into(target)

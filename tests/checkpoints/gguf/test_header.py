@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from moestro.checkpoints.gguf import header as header_module
 from moestro.checkpoints.gguf.header import KINDS, read, read_parts
 from moestro.errors import CheckpointError
 
@@ -49,6 +50,36 @@ def test_a_good_file(tmp_path: Path) -> None:
     raw = header.file.read_bytes()
     assert np.frombuffer(raw, "<f4", 64, one.offset).tolist() == list(range(64))
     assert np.frombuffer(raw, "<f4", 5, three.offset).tolist() == [1] * 5
+
+
+def test_texts_are_skipped_where_nobody_wants_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf")
+    whole, short = read(path), read(path, texts=False)
+    assert short.tensors == whole.tensors
+    assert short.get("tokenizer.ggml.tokens") == []
+    assert short.get(".block_count") == 2
+    assert short.get("tokenizer.ggml.token_type").tolist() == [1, 3, 1]
+
+
+@pytest.mark.parametrize("texts", [True, False])
+@pytest.mark.parametrize("size", [1, 7, 8, 30, 64])
+def test_a_header_is_read_in_pieces(
+    size: int, texts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is cut by their ends, and the same file cut off anywhere is refused."""
+    path = write(tmp_path / "a.gguf")
+    wanted = read(path, texts)
+    monkeypatch.setattr(header_module, "_PIECE_BYTES", size)
+    found = read(path, texts)
+    numbers = "tokenizer.ggml.token_type"
+    assert found.tensors == wanted.tensors
+    assert found.fields.pop(numbers).tolist() == wanted.fields.pop(numbers).tolist()
+    assert found.fields == wanted.fields
+    short, raw = tmp_path / "short.gguf", path.read_bytes()
+    for length in range(0, wanted.tensors[0].offset, 5):
+        short.write_bytes(raw[:length])
+        with pytest.raises(CheckpointError):
+            read(short, texts)
 
 
 def test_kinds_are_those_of_the_library() -> None:

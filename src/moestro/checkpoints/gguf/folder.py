@@ -82,7 +82,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def headers_of(folder: Path) -> list[Header] | None:
-    """The headers of the files that a folder stands for; None: it is another checkpoint's.
+    """The headers of the files that a folder stands for, without the tokenizer's texts.
+
+    None: it is another checkpoint's.
 
     Raises:
         CheckpointError: a file is gone or has changed; see also `header.read`.
@@ -91,7 +93,7 @@ def headers_of(folder: Path) -> list[Header] | None:
         return None
     note = read_json(folder / NOTE)
     paths = [Path(each["path"]) for each in note["files"]]
-    headers = read_parts(paths[0])
+    headers = read_parts(paths[0], texts=False)
     if [_identity(header.file) for header in headers] != note["files"]:
         raise CheckpointError(f"{paths[0]} has changed since it was opened; open it again")
     return headers

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from struct import Struct
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ _NUMBERS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _SIZES = {"I": 4, "Q": 8}  # of whole numbers
+_LENGTH = Struct("<Q")
+_PIECE_BYTES = 1 << 20
 
 
 class Kind(NamedTuple):
@@ -107,8 +110,13 @@ def is_gguf(path: Path) -> bool:
         return path.suffix == ".gguf" or file.read(4) == MAGIC
 
 
-def read(path: Path) -> Header:
+def read(path: Path, texts: bool = True) -> Header:
     """The header of a file.
+
+    Args:
+        path: of the file.
+        texts: whether arrays of texts are wanted, which are nearly all of a header: tokens and
+            merges. They are empty lists otherwise.
 
     Raises:
         CheckpointError: it cannot be read, is truncated, big-endian, of another version, or says
@@ -116,16 +124,23 @@ def read(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            return _Reader(path, file).header()
+            return _Reader(path, file, texts).header()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 class _Reader:
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: IO[bytes], texts: bool) -> None:
+        self.path, self.file, self.texts = path, file, texts
         self.size = path.stat().st_size
-        self.left, self.strings = self.size, 0
+        self.strings = 0
+        # What is read of the file: where it begins there, and how much of it is taken.
+        self.piece, self.start, self.at = b"", 0, 0
+
+    @property
+    def left(self) -> int:
+        """Bytes of the file that are not taken."""
+        return self.size - self.start - self.at
 
     def header(self) -> Header:
         self._check_start()
@@ -220,26 +235,67 @@ class _Reader:
         self.strings += count
         if inner != _STRING or self.strings > _MOST_STRINGS or count * 8 > self.left:
             raise self.broken(f"the field {key!r} is an array of {count} values of type {inner}")
-        return [self.string() for _ in range(count)]
+        return self.array_of_strings(count)
+
+    def array_of_strings(self, count: int) -> list[str]:
+        """See `string`, whose checks these go through unless they are all in the piece."""
+        found, piece, at = [], self.piece, self.at
+        for _ in range(count):
+            start = at + _LENGTH.size
+            end = start + (_LENGTH.unpack_from(piece, at)[0] if start <= len(piece) else 0)
+            if start <= len(piece) >= end:
+                at = end
+                if self.texts:
+                    found.append(self.decoded(piece[start:end]))
+                continue
+            self.at = at
+            text = self.string()
+            piece, at = self.piece, self.at
+            if self.texts:
+                found.append(text)
+        self.at = at
+        return found
 
     def string(self, most: int | None = None) -> str:
         length = self.number("Q")
         if most is not None and length > most:
             raise self.broken(f"it has a name of {length} bytes")
+        return self.decoded(self.take(length))
+
+    def decoded(self, text: bytes | bytearray) -> str:
         try:
-            return self.take(length).decode("utf-8")
+            return text.decode("utf-8")
         except UnicodeDecodeError:
             raise self.broken("it has a text that is not UTF-8") from None
 
     def number(self, code: str) -> int:
         return int.from_bytes(self.take(_SIZES[code]), "little")
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes | bytearray:
         """The next bytes, of which there have to be so many."""
-        found = self.file.read(count) if count <= self.left else b""
+        if count > self.left:
+            raise self.broken("it ends within its header")
+        if self.at + count > len(self.piece):
+            rest = self.piece[self.at :]
+            self.start, self.at = self.start + self.at, 0
+            if count > _PIECE_BYTES:  # memory for it once
+                self.piece, self.start = b"", self.start + count
+                return self._large(rest, count)
+            self.piece = rest + self.file.read(_PIECE_BYTES)
+        found = self.piece[self.at : self.at + count]
+        self.at += count
         if len(found) < count:
             raise self.broken("it ends within its header")
-        self.left -= count
+        return found
+
+    def _large(self, rest: bytes, count: int) -> bytearray:
+        """The next bytes, which begin with `rest`, read into their own memory."""
+        found = bytearray(count)
+        found[: len(rest)] = rest
+        with memoryview(found) as memory:
+            got = self.file.readinto(memory[len(rest) :])  # type: ignore[attr-defined]
+        if len(rest) + got < count:
+            raise self.broken("it ends within its header")
         return found
 
     def broken(self, why: str) -> CheckpointError:
@@ -255,7 +311,7 @@ def kinds_of(path: Path) -> str:
         CheckpointError: see `read_parts`.
     """
     sizes: Counter[str] = Counter()
-    for info in (info for header in read_parts(path) for info in header.tensors):
+    for info in (info for header in read_parts(path, texts=False) for info in header.tensors):
         sizes[info.kind.name] += info.bytes
     *names, last = [name for name, _ in sizes.most_common()] or ["nothing"]
     return f"in {', '.join(names)} and {last}" if names else f"in {last}"
@@ -282,14 +338,16 @@ def parts_of(path: Path) -> list[Path]:
     return paths
 
 
-def read_parts(path: Path) -> list[Header]:
+def read_parts(path: Path, texts: bool = True) -> list[Header]:
     """The headers of a file, or of all the files that it was split into, given any of them.
+
+    `texts`: see `read`.
 
     Raises:
         CheckpointError: see `read`; or one of the files is missing.
     """
     paths = parts_of(path)
-    headers = [read(each) for each in paths]
+    headers = [read(each, texts) for each in paths]
     count = headers[0].get("split.count", 0)
     if SPLIT.fullmatch(path.name) is None and isinstance(count, int) and count > 1:
         raise CheckpointError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.gguf.header import Header, Kind, TensorInfo
-from moestro.checkpoints.tensor_files import DTYPES, Source, Stored
+from moestro.checkpoints.tensor_files import BUFFER_BYTES, DTYPES, Source, Stored
 from moestro.errors import CheckpointError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import BLOCKS, BlockRows
@@ -51,6 +51,22 @@ class Blocks(Source):
         size = self.bytes // self.shape[0]
         at = self.offset + index * size
         return replace(self, shape=self.shape[1:], bytes=size, offset=at)
+
+    def part(self, start: int, stop: int) -> Blocks:
+        """Rows [start, stop) of the first axis, as a tensor of its own."""
+        size = self.bytes // self.shape[0]
+        shape, at = (stop - start, *self.shape[1:]), self.offset + start * size
+        return replace(self, shape=shape, bytes=(stop - start) * size, offset=at)
+
+    def load_into(self, target: Tensor) -> None:
+        """See `Source`; of a matrix, at most `BUFFER_BYTES` of numbers are in memory at a time."""
+        if len(self.shape) != 2:
+            super().load_into(target)
+            return
+        step = max(1, BUFFER_BYTES // (4 * self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            target[start:stop].copy_(self.part(start, stop).load(target.dtype))
 
     def rows(self) -> tuple[BlockRows, tuple[float, float]]:
         """A matrix as it is in the file, which adds no error.
