@@ -58,6 +58,7 @@ def settings(tiny_settings):
         noise=False,
         ranks=2,
         drop=None,
+        save="wait",
     ):
         """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
         accumulate = pieces // (ranks if parallel else 1) or 1
@@ -68,7 +69,9 @@ def settings(tiny_settings):
             train={
                 "steps": steps, "batch_size": 8, "dtype": dtype, "accumulate": accumulate,
                 "eval_every": every, "eval_tokens": 16 * 7, "save_every": every, "keep": 9,
-                "runtime": {"device": "cpu", "checkpoint_activations": pieces > 1},
+                "runtime": {
+                    "device": "cpu", "checkpoint_activations": pieces > 1, "save": save,
+                },
             },
             parallel=parallel or {},
             balance={"scope": "micro" if pieces > 1 else "global", "switch": 0.1,
@@ -132,12 +135,17 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
         "pieces": settings(both, pieces=4, steps=2),
         "global capacity": settings({"expert": 2}, steps=2, drop=GLOBAL),
         "noise": settings(both, pieces=4, steps=2, noise=True),
+        "background": settings(both, "float32", save="background"),
     }
     buggy = {
         "two steps": settings({"expert": 2}, steps=2),
         "steps in pieces": settings({"expert": 2}, pieces=4, steps=2),
     }
-    resumed = [case("resumed", "float32", resume="float32", step=2)]
+    resumed = [
+        case("resumed", "float32", resume="background", step=2),
+        case("full disk of the first", "float32", "full disk of the first"),
+        case("full disk of the second", "background", "full disk of the second"),
+    ]
     bugs = ({}, resumed), (buggy, [bug_case(bug) for bug in BUGS])
     return root, spread_runs(2, settings, tiny_data_folder, root, (runs, None), *bugs)
 
@@ -253,6 +261,31 @@ def test_twenty_steps(number, settings, alone, tiny_data_folder, tmp_path):
 def test_a_resumed_run_is_bitwise_the_whole_one(two):
     found, wanted = weights_of(two[0] / "resumed"), weights_of(two[0] / "float32")
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_what_is_written_in_the_background_is_what_the_step_left(two):
+    """After the next step, by both ranks; the files and the losses are as if it waited."""
+    for step in ("step-000002", "step-000004"):
+        late, whole = (two[0] / run / "checkpoints" / step for run in ("background", "float32"))
+        names = sorted(path.name for path in late.glob("*.safetensors"))
+        assert len(names) == 5
+        for name in names:
+            assert (late / name).read_bytes() == (whole / name).read_bytes(), (step, name)
+    late, whole = (read_metrics(two[0] / run / METRICS_NAME) for run in ("background", "float32"))
+    assert [record["loss"] for record in late] == [record["loss"] for record in whole]
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_all_ranks_say_whose_disk_is_full(two, which):
+    run = f"full disk of the {which}"
+    checkpoints = two[0] / run / "checkpoints"
+    for text in two[1]:
+        (said,) = (line for line in text.splitlines() if line.startswith(run))
+        assert "could not save the checkpoint of step 4" in said
+        assert "No space left on device" in said
+        assert f"last good checkpoint is {checkpoints / 'step-000002'}." in said
+    assert "(rank " in two[1][1 if which == "first" else 0]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
 
 
 def test_another_number_of_processes_goes_on(two, four, alone, settings, tiny_corpus, tmp_path):
