@@ -223,12 +223,14 @@ class Sent:
 
 
 def held(trainer):
-    """Bytes of this rank's weights, and of its moments."""
+    """Bytes of this rank's weights, of its moments, and of what it writes of a checkpoint."""
     weights = [spreading.local(p) for p in trainer.model.parameters()]
     moments = [
         spreading.local(v) for s in trainer._optimizer.state.values() for v in s.values() if v.dim()
     ]
-    return [sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (weights, moments)]
+    written = sum(one.bytes for file in trainer._share.snapshot().files for one in file.tensors)
+    sizes = (sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (weights, moments))
+    return [*sizes, written]
 
 
 def main() -> None:

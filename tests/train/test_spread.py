@@ -342,12 +342,13 @@ def check_plan(cfg, step, tokens, measured):
     training = training_step(subject, 16, 2, "fp32")
     layout, steps = cfg.parallel.layout(4, 4), cfg.train.steps
     plan = spread(cfg.model, subject.count, training, layout, tokens, number=4, step=step)
-    for weights, moments, _ in measured:
+    assert max(written for _, _, written, _ in measured) == pytest.approx(plan.saved, rel=0.1)
+    for weights, moments, _, _ in measured:
         assert weights == pytest.approx(plan.weights, rel=0.1)
         assert moments == pytest.approx(plan.optimizer, rel=0.1)
-    rows = sum(sent["rows"] for _, _, sent in measured) / 4 / steps  # per rank and step
+    rows = sum(sent["rows"] for *_, sent in measured) / 4 / steps  # per rank and step
     assert rows == pytest.approx(plan.all_to_all, rel=0.02)
-    for _, _, sent in measured:
+    for *_, sent in measured:
         others = sum(size for name, size in sent.items() if name not in ("rows", "counts"))
         assert others / steps == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
 
