@@ -1,7 +1,6 @@
 """Runs whose model is spread over ranks: the numbers of one process, or the bug is seen."""
 
 import json
-import math
 import shutil
 import warnings
 
@@ -20,6 +19,7 @@ from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 
 from ..ranks import run_ranks
+from .gaps import bits, gap, weights_of
 from .spread import BUGS
 
 RANK = "from tests.train.spread import main; main()"
@@ -177,28 +177,6 @@ def in_pieces(settings):
     return settings(layout, "float32", pieces=8, ranks=4, steps=2, every=2, drop=drop)
 
 
-def weights_of(run, step=None):
-    folders = sorted((run / "checkpoints").iterdir())
-    return open_checkpoint(folders[-1], verified=True).model.state_dict()
-
-
-def gap(run, other):
-    """Largest difference of weights, and of the losses and norms of any step, relative."""
-    found, wanted = weights_of(run), weights_of(other)
-    assert found.keys() == wanted.keys()
-    gaps = [float((found[name] - wanted[name]).abs().max()) for name in wanted]
-    pairs = zip(read_metrics(run / METRICS_NAME), read_metrics(other / METRICS_NAME), strict=True)
-    for mine, theirs in pairs:
-        assert mine["step"] == theirs["step"]
-        layers = zip(mine["layers"], theirs["layers"], strict=True)
-        gaps += [abs(one["dropped"] - other["dropped"]) for one, other in layers]
-        gaps += [abs(mine[key] / theirs[key] - 1) for key in ("loss", "grad_norm")]
-        bits = mine.get("bits_per_byte", {})  # their cross entropy is in fp32
-        gaps += [abs(theirs["bits_per_byte"][name] / bits[name] - 1) / 1e6 for name in bits]
-    assert all(map(math.isfinite, gaps))
-    return max(gaps)
-
-
 @pytest.mark.parametrize("name", LAYOUTS[2])
 def test_two_processes_give_the_numbers_of_one(two, alone, name):
     assert gap(two[0] / name, alone()) <= 1e-12
@@ -229,10 +207,6 @@ def test_dropout_and_jitter_are_those_of_one_process(two, alone):
 
 def test_single_precision(two, alone):
     assert gap(two[0] / "float32", alone(dtype="float32")) <= 1e-5
-
-
-def bits(run):
-    return read_metrics(run / METRICS_NAME)[-1]["bits_per_byte"]["all"]
 
 
 def test_sixteen_bits(two, alone):
