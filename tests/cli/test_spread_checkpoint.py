@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.opening import open_checkpoint
-from moestro.checkpoints.pieces import WEIGHTS, Piece, write_pieces
+from moestro.checkpoints.pieces import WEIGHTS, Piece, file_of_pieces
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.models.build import new_model
@@ -113,7 +113,7 @@ def large(tmp_path_factory):
             for name, tensor in model.named_parameters():
                 rows, first = tensor.detach().chunk(2), rank * -(-len(tensor) // 2)
                 pieces += [Piece(name, rows[rank], (first, 0))] if rank < len(rows) else []
-            write_pieces(folder, WEIGHTS, pieces, rank, 2)
+            file_of_pieces(WEIGHTS, pieces, rank, 2).write(folder)
     return target
 
 

@@ -358,7 +358,7 @@ def test_what_torchrun_starts_again_begins_or_goes_on(
     config.write_text("[optim]\nlr = 0.5")
     command = start(tmp_path, init, "--config", str(config))
     with monkeypatch.context() as patched:
-        patched.setattr("moestro.train.state.save_model", lambda *_: Path("nothing").stat())
+        patched.setattr("moestro.train.state.seal", lambda *_: Path("nothing").stat())
         assert main(command) == 1
     assert (run / "checkpoints").exists()
     assert main(command) == 0

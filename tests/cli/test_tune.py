@@ -83,6 +83,7 @@ def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--freeze", "router"]
     assert main(["tune", *options, "--steps", "6", "--out", str(whole)]) == 0
+    options += ["--set", "train.runtime.save=background"]
     assert main(["tune", *options, "--steps", "6", "--out", str(cut)]) == 0
     for file in (cut / "checkpoints" / "step-000006").iterdir():
         file.unlink()

@@ -4,11 +4,13 @@ The bugs are ones that other projects had, each one line here. A run that does n
 leaves weights, norms or losses that are not those of one process, which is what the tests look at.
 """
 
+import errno
 import json
 import os
 import shutil
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -139,6 +141,39 @@ BUGS = {
 }  # fmt: skip
 
 
+def _full_at_step_4(paths, seal=state.seal):
+    if dist.get_rank() == 1 and paths[0].parent.name.endswith("4"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return seal(paths)
+
+
+def _full_for_the_first(tensors, path, save_file=state.save_file):
+    if path.parent.name.endswith("4"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save_file(tensors, path)
+
+
+FAULTS = {
+    "full disk of the second": Bug(state, "seal", _full_at_step_4, ""),
+    "full disk of the first": Bug(state, "save_file", _full_for_the_first, ""),
+}
+
+
+@contextmanager
+def written_late(trainer):
+    """What is saved in the background is written after the next step, if there is one."""
+
+    def late(what, snapshot, numbers, last, save=state.save):
+        until = time.monotonic() + 60
+        while trainer._step == numbers.step < trainer.cfg.train.steps:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        return save(what, snapshot, numbers, last)
+
+    with patch.object(state, "save", late):
+        yield
+
+
 class Sent:
     """Bytes that this rank sends to others in training steps, by collective."""
 
@@ -188,12 +223,14 @@ class Sent:
 
 
 def held(trainer):
-    """Bytes of this rank's weights, and of its moments."""
+    """Bytes of this rank's weights, of its moments, and of what it writes of a checkpoint."""
     weights = [spreading.local(p) for p in trainer.model.parameters()]
     moments = [
         spreading.local(v) for s in trainer._optimizer.state.values() for v in s.values() if v.dim()
     ]
-    return [sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (weights, moments)]
+    written = sum(one.bytes for file in trainer._share.snapshot().files for one in file.tensors)
+    sizes = (sum(t.untyped_storage().nbytes() for t in tensors) for tensors in (weights, moments))
+    return [*sizes, written]
 
 
 def main() -> None:
@@ -204,7 +241,7 @@ def main() -> None:
     device = distributed.pick_device(wish, distributed.ranks_from(os.environ))
     with distributed.joined(device, timeout_s=60) as ranks:
         for case in cases:
-            run, bug = root / case["run"], BUGS.get(case["bug"])
+            run, bug = root / case["run"], (BUGS | FAULTS).get(case["bug"])
             if case["resume"]:  # from what another run had at a step
                 if ranks.writes:
                     shutil.copytree(root / case["resume"], run)
@@ -219,6 +256,8 @@ def main() -> None:
                 cfg = state.read_run_settings(root, f"{case['settings']}.json")
                 try:
                     trainer = Trainer(cfg, run, Corpus(data), ranks=ranks)
+                    if cfg.train.runtime.save == "background":
+                        stack.enter_context(written_late(trainer))
                     trainer.train(bool(case["resume"]))
                 except MoestroError as error:
                     print(f"{case['run']}: {error}")

@@ -14,8 +14,10 @@ from ..ranks import run_two_ranks, start_ranks
 RANK_OF_TWO = """
 import sys, warnings
 warnings.filterwarnings("error")
+from contextlib import nullcontext
 from pathlib import Path
 import torch
+from tests.train.spread import written_late
 from moestro.train import state
 from moestro.data.windows import Corpus
 from moestro.train.distributed import joined
@@ -25,9 +27,12 @@ root, corpus = Path(sys.argv[1]), Corpus(Path(sys.argv[2]))
 with joined(torch.device("cpu")) as ranks:
     def train(name, resume=False):
         cfg = state.read_run_settings(root, f"{name}.json")
-        return Trainer(cfg, root / name, corpus, ranks=ranks).train(resume)
+        trainer = Trainer(cfg, root / name, corpus, ranks=ranks)
+        with written_late(trainer) if name == "background" else nullcontext():
+            return trainer.train(resume)
 
     steps = train("plain").step
+    assert train("background").checkpoint.name == "step-000003"
     whole = train("noisy").checkpoint
     if ranks.writes:
         (whole / "model.safetensors").rename(root / "whole.safetensors")
@@ -58,6 +63,11 @@ def two(tiny_settings, plain, tiny_corpus, tiny_data_folder, tmp_path_factory):
         optim={"matrices": "muon"},
     )
     (root / "plain.json").write_text(plain.model_dump_json())
+    runtime = plain.train.runtime.model_copy(update={"save": "background"})
+    late = plain.train.model_copy(update={"runtime": runtime})
+    (root / "background.json").write_text(
+        plain.model_copy(update={"train": late}).model_dump_json()
+    )
     (root / "noisy.json").write_text(noisy.model_dump_json())
     outputs = run_two_ranks(RANK_OF_TWO, root, tiny_data_folder)
     assert outputs == ["0 3\n", "1 3\n"]
@@ -99,6 +109,14 @@ def test_two_processes_resume_bitwise_with_noise_and_accumulation(two):
     again = read_tensors(two / "noisy" / "checkpoints" / "step-000003" / "model.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], value) for name, value in again.items())
+
+
+def test_the_first_writes_in_the_background_what_the_step_left(two):
+    for step in ("step-000002", "step-000003"):
+        late, whole = (two / run / "checkpoints" / step for run in ("background", "plain"))
+        for name in ("model", "optimizer", "trainer"):
+            found, wanted = ((run / f"{name}.safetensors").read_bytes() for run in (late, whole))
+            assert found == wanted, (step, name)
 
 
 def test_the_batch_must_split_over_the_ranks(tiny_settings, tiny_corpus, tmp_path):

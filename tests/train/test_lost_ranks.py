@@ -31,6 +31,7 @@ SETTINGS = {
     "train.save_every": 2,
     "train.dtype": "float32",
     "train.runtime.device": "cpu",
+    "train.runtime.save": "background",
     "parallel.expert": 2,
     "parallel.shard": "auto",
     "parallel.timeout_s": 20,  # a rank waits so long for one that was killed at the start
@@ -52,13 +53,17 @@ def words(tmp_path):
 
 @pytest.fixture
 def start(words, tmp_path):
-    """A function: torchrun's restart count → two processes of one run, killed in the end."""
+    """A function: torchrun's restart count, and how to save → two processes of one run.
+
+    They are killed in the end.
+    """
     begun = []
 
-    def launch(restarts=0):
+    def launch(restarts=0, save="background"):
         folder = tmp_path / f"printed {restarts}"
         job = {"TORCHELASTIC_RUN_ID": "job"}
-        begun.append(start_ranks(2, RANK, folder, *words, restarts=restarts, **job))
+        more = ["--set", f"train.runtime.save={save}"]
+        begun.append(start_ranks(2, RANK, folder, *words, *more, restarts=restarts, **job))
         return begun[-1]
 
     yield launch
@@ -101,7 +106,7 @@ def test_kills_at_any_moment_lose_nothing(start, tmp_path):
     """As often as MOESTRO_KILLS says: the newest checkpoint stays whole, and the run moves on."""
     run, reached, moments = tmp_path / "run", 0, random.Random(0)
     for number in range(int(os.environ.get("MOESTRO_KILLS", "3"))):
-        ranks = start(restarts=number)
+        ranks = start(number, ("background", "wait")[number % 2])
         if number and moments.random() < 0.3:  # the whole machine, even while they start
             time.sleep(moments.uniform(0, 2))
             for rank in (0, 1):

@@ -1,7 +1,6 @@
 """Runs whose model is spread over ranks: the numbers of one process, or the bug is seen."""
 
 import json
-import math
 import shutil
 import warnings
 
@@ -20,6 +19,7 @@ from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 
 from ..ranks import run_ranks
+from .gaps import bits, gap, weights_of
 from .spread import BUGS
 
 RANK = "from tests.train.spread import main; main()"
@@ -58,6 +58,7 @@ def settings(tiny_settings):
         noise=False,
         ranks=2,
         drop=None,
+        save="wait",
     ):
         """`pieces` > 1: so many micro-batches over ranks and accumulation, with drops in each."""
         accumulate = pieces // (ranks if parallel else 1) or 1
@@ -68,7 +69,9 @@ def settings(tiny_settings):
             train={
                 "steps": steps, "batch_size": 8, "dtype": dtype, "accumulate": accumulate,
                 "eval_every": every, "eval_tokens": 16 * 7, "save_every": every, "keep": 9,
-                "runtime": {"device": "cpu", "checkpoint_activations": pieces > 1},
+                "runtime": {
+                    "device": "cpu", "checkpoint_activations": pieces > 1, "save": save,
+                },
             },
             parallel=parallel or {},
             balance={"scope": "micro" if pieces > 1 else "global", "switch": 0.1,
@@ -132,12 +135,17 @@ def two(settings, tiny_data_folder, tiny_corpus, tmp_path_factory):
         "pieces": settings(both, pieces=4, steps=2),
         "global capacity": settings({"expert": 2}, steps=2, drop=GLOBAL),
         "noise": settings(both, pieces=4, steps=2, noise=True),
+        "background": settings(both, "float32", save="background"),
     }
     buggy = {
         "two steps": settings({"expert": 2}, steps=2),
         "steps in pieces": settings({"expert": 2}, pieces=4, steps=2),
     }
-    resumed = [case("resumed", "float32", resume="float32", step=2)]
+    resumed = [
+        case("resumed", "float32", resume="background", step=2),
+        case("full disk of the first", "float32", "full disk of the first"),
+        case("full disk of the second", "background", "full disk of the second"),
+    ]
     bugs = ({}, resumed), (buggy, [bug_case(bug) for bug in BUGS])
     return root, spread_runs(2, settings, tiny_data_folder, root, (runs, None), *bugs)
 
@@ -167,28 +175,6 @@ def in_pieces(settings):
     drop = {"factor": 8.0, "scope": "global", "priority": "router"}
     layout = {"expert": 2, "shard": 4}
     return settings(layout, "float32", pieces=8, ranks=4, steps=2, every=2, drop=drop)
-
-
-def weights_of(run, step=None):
-    folders = sorted((run / "checkpoints").iterdir())
-    return open_checkpoint(folders[-1], verified=True).model.state_dict()
-
-
-def gap(run, other):
-    """Largest difference of weights, and of the losses and norms of any step, relative."""
-    found, wanted = weights_of(run), weights_of(other)
-    assert found.keys() == wanted.keys()
-    gaps = [float((found[name] - wanted[name]).abs().max()) for name in wanted]
-    pairs = zip(read_metrics(run / METRICS_NAME), read_metrics(other / METRICS_NAME), strict=True)
-    for mine, theirs in pairs:
-        assert mine["step"] == theirs["step"]
-        layers = zip(mine["layers"], theirs["layers"], strict=True)
-        gaps += [abs(one["dropped"] - other["dropped"]) for one, other in layers]
-        gaps += [abs(mine[key] / theirs[key] - 1) for key in ("loss", "grad_norm")]
-        bits = mine.get("bits_per_byte", {})  # their cross entropy is in fp32
-        gaps += [abs(theirs["bits_per_byte"][name] / bits[name] - 1) / 1e6 for name in bits]
-    assert all(map(math.isfinite, gaps))
-    return max(gaps)
 
 
 @pytest.mark.parametrize("name", LAYOUTS[2])
@@ -223,10 +209,6 @@ def test_single_precision(two, alone):
     assert gap(two[0] / "float32", alone(dtype="float32")) <= 1e-5
 
 
-def bits(run):
-    return read_metrics(run / METRICS_NAME)[-1]["bits_per_byte"]["all"]
-
-
 def test_sixteen_bits(two, alone):
     assert bits(two[0] / "bfloat16") == pytest.approx(bits(alone(dtype="bfloat16")), rel=1e-4)
 
@@ -253,6 +235,31 @@ def test_twenty_steps(number, settings, alone, tiny_data_folder, tmp_path):
 def test_a_resumed_run_is_bitwise_the_whole_one(two):
     found, wanted = weights_of(two[0] / "resumed"), weights_of(two[0] / "float32")
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_what_is_written_in_the_background_is_what_the_step_left(two):
+    """After the next step, by both ranks; the files and the losses are as if it waited."""
+    for step in ("step-000002", "step-000004"):
+        late, whole = (two[0] / run / "checkpoints" / step for run in ("background", "float32"))
+        names = sorted(path.name for path in late.glob("*.safetensors"))
+        assert len(names) == 5
+        for name in names:
+            assert (late / name).read_bytes() == (whole / name).read_bytes(), (step, name)
+    late, whole = (read_metrics(two[0] / run / METRICS_NAME) for run in ("background", "float32"))
+    assert [record["loss"] for record in late] == [record["loss"] for record in whole]
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_all_ranks_say_whose_disk_is_full(two, which):
+    run = f"full disk of the {which}"
+    checkpoints = two[0] / run / "checkpoints"
+    for text in two[1]:
+        (said,) = (line for line in text.splitlines() if line.startswith(run))
+        assert "could not save the checkpoint of step 4" in said
+        assert "No space left on device" in said
+        assert f"last good checkpoint is {checkpoints / 'step-000002'}." in said
+    assert "(rank " in two[1][1 if which == "first" else 0]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
 
 
 def test_another_number_of_processes_goes_on(two, four, alone, settings, tiny_corpus, tmp_path):
@@ -309,12 +316,13 @@ def check_plan(cfg, step, tokens, measured):
     training = training_step(subject, 16, 2, "fp32")
     layout, steps = cfg.parallel.layout(4, 4), cfg.train.steps
     plan = spread(cfg.model, subject.count, training, layout, tokens, number=4, step=step)
-    for weights, moments, _ in measured:
+    assert max(written for _, _, written, _ in measured) == pytest.approx(plan.saved, rel=0.1)
+    for weights, moments, _, _ in measured:
         assert weights == pytest.approx(plan.weights, rel=0.1)
         assert moments == pytest.approx(plan.optimizer, rel=0.1)
-    rows = sum(sent["rows"] for _, _, sent in measured) / 4 / steps  # per rank and step
+    rows = sum(sent["rows"] for *_, sent in measured) / 4 / steps  # per rank and step
     assert rows == pytest.approx(plan.all_to_all, rel=0.02)
-    for _, _, sent in measured:
+    for *_, sent in measured:
         others = sum(size for name, size in sent.items() if name not in ("rows", "counts"))
         assert others / steps == pytest.approx(plan.sent - plan.all_to_all, rel=0.02)
 

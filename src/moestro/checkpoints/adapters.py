@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moestro.checkpoints.families.slices import TensorSlice, fused, slices
 from moestro.checkpoints.families.table import LAYOUTS, OF_ROWS, Family, apart, together
 from moestro.checkpoints.folders import atomic_folder, read_json
-from moestro.checkpoints.tensor_files import read_tensors, some
+from moestro.checkpoints.tensor_files import TensorFile, Written, read_tensors, some
 from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.files import write_json
@@ -51,14 +51,10 @@ class Pair(NamedTuple):
     scale: float
 
 
-def save_own(model: nn.Module, cfg: LoraConfig, folder: Path) -> None:
-    """Write a model's adapters into an existing folder, by our names.
-
-    Raises:
-        OSError: the disk is full or the place cannot be written.
-    """
-    found = {name: each.detach().cpu().contiguous() for name, each in tensors(model)}
-    save_file(found, folder / OWN_FILE, {"lora": cfg.model_dump_json()})
+def own_file(model: nn.Module, cfg: LoraConfig) -> TensorFile:
+    """A model's adapters as a run's checkpoint has them, by our names."""
+    found = [Written.of(name, each) for name, each in tensors(model)]
+    return TensorFile(OWN_FILE, found, {"lora": cfg.model_dump_json()})
 
 
 def own_settings(folder: Path) -> LoraConfig | None:

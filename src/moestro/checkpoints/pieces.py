@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moestro.checkpoints.tensor_files import Source, Stored, Written, open_file, some, write_file
+from moestro.checkpoints.tensor_files import Source, Stored, TensorFile, Written, open_file, some
 from moestro.errors import CheckpointError
 from moestro.strictjson import parse
 
@@ -91,26 +90,14 @@ def load_block(source: Source, first: tuple[int, int], target: Tensor) -> None:
             piece.load_into(target[row - f, left - g : right - g])
 
 
-def write_pieces(folder: Path, stem: str, pieces: Sequence[Piece], rank: int, ranks: int) -> Path:
-    """Write this rank's file, which every rank has, be it empty; its path.
-
-    Raises:
-        OSError: the disk is full or the place cannot be written.
-    """
+def file_of_pieces(stem: str, pieces: Sequence[Piece], rank: int, ranks: int) -> TensorFile:
+    """What a rank writes, be it empty: every rank has a file."""
     offsets = {
         key: {_OFFSETS: [*first, *[0] * block.dim()][: block.dim()]} for key, block, first in pieces
     }
-    tensors = [
-        Written(key, block.dtype, tuple(block.shape), partial(_same, block))
-        for key, block, _ in pieces
-    ]
-    path = folder / f"{stem}-rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
-    write_file(path, tensors, {_INFO: json.dumps(offsets)})
-    return path
-
-
-def _same(block: Tensor) -> Tensor:
-    return block
+    tensors = [Written.of(key, block) for key, block, _ in pieces]
+    name = f"{stem}-rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+    return TensorFile(name, tensors, {_INFO: json.dumps(offsets)})
 
 
 def in_pieces(folder: Path, stem: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -252,10 +252,38 @@ class Written(NamedTuple):
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, key: str, tensor: Tensor) -> Written:
+        """A tensor as it will be when it is written."""
+        return cls(key, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
     @property
     def bytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def copied(self) -> Written:
+        """The same with its numbers of now, in memory of its own on the CPU."""
+        layout = torch.contiguous_format
+        now = self.make().detach().to("cpu", self.dtype, copy=True, memory_format=layout)
+        return Written.of(self.key, now)
+
+
+class TensorFile(NamedTuple):
+    """One safetensors file to write: its name in a folder, its tensors, and its own metadata."""
+
+    name: str
+    tensors: Sequence[Written]
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+    def copied(self) -> TensorFile:
+        """The same with the numbers of now; see `Written.copied`."""
+        return self._replace(tensors=[tensor.copied() for tensor in self.tensors])
+
+    def write(self, folder: Path) -> Path:
+        """Write it by `write_file`; its path."""
+        write_file(folder / self.name, self.tensors, self.metadata)
+        return folder / self.name
 
 
 def write_folder(folder: Path, tensors: Iterable[Written], shard_bytes: int) -> None:

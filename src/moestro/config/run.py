@@ -131,6 +131,9 @@ class RuntimeConfig(Settings):
     compile: bool = False
     checkpoint_activations: bool = False
     tensorboard: bool = False
+    save: Literal["wait", "background"] = Field(
+        "wait", description="background: training goes on while a copy is written."
+    )
 
 
 class TrainConfig(Settings):

@@ -119,6 +119,11 @@ class Training(NamedTuple):
         """Weights, gradients and moments: 16 bytes for each parameter."""
         return self.weights + self.gradients + self.optimizer
 
+    @property
+    def saved(self) -> int:
+        """What a checkpoint holds, and its copy in host memory while it is saved in background."""
+        return self.weights + self.optimizer
+
 
 def state_bytes(parameters: int) -> dict[str, int]:
     """What so many parameters take in training, by field of `Training`."""

@@ -47,6 +47,11 @@ class Rank(NamedTuple):
         state = self.weights + self.gradients + self.optimizer
         return state + (self.gathered or 0) + (self.activations or 0)
 
+    @property
+    def saved(self) -> int:
+        """What it writes of a checkpoint: a copy in host memory while saved in the background."""
+        return self.weights + self.optimizer
+
 
 class Step(NamedTuple):
     """How a step of `moestro train` goes.

@@ -60,6 +60,7 @@ def rows(reports: Sequence[Report], question: Question) -> list[Line]:
         row("optimizer", lambda r: bytes_text(r.training.optimizer)),
         row("activations", lambda r: _bytes(r.training.activations)),
         row("… checkpointed", lambda r: _bytes(r.training.checkpointed)),
+        row("a checkpoint", lambda r: bytes_text(r.training.saved)),
     ]
     if question.ranks > 1:
         found += _parallel(reports, question)
@@ -109,6 +110,7 @@ def _parallel(reports: Sequence[Report], question: Question) -> list[Line]:
     ]
     if question.parallel in ("fsdp", SPREAD):
         found.append(row("a gathered layer", lambda r: _bytes(r.gathered)))
+    found.append(row("its part of a checkpoint", lambda r: bytes_text(r.saved)))
     found.append(row("sent in a step", lambda r: bytes_text(r.sent)))
     if question.parallel in ("expert", SPREAD):
         found.append(row("… all-to-all", lambda r: bytes_text(r.all_to_all)))

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from moestro.errors import ConfigError, MoestroError, TrainingError
+from moestro.config import TrainConfig
+from moestro.errors import CheckpointError, ConfigError, MoestroError, TrainingError
 
 
 class Ranks(NamedTuple):
@@ -30,11 +31,13 @@ class Ranks(NamedTuple):
         rank: Number of this process, 0 for the one that writes.
         world: How many processes there are.
         local_rank: Number of this process on its machine, which picks its GPU.
+        group: What they exchange through; None: torch's default.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @property
     def writes(self) -> bool:
@@ -44,14 +47,14 @@ class Ranks(NamedTuple):
     def sum_(self, x: Tensor) -> Tensor:
         """Replace `x` (any shape) by its sum over all ranks, and return it."""
         if self.world > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gathered(self, value: Any) -> list[Any]:
         """What every rank gives, the first rank's first; small, and the same on all."""
         everything = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(everything, value)
+            dist.all_gather_object(everything, value, group=self.group)
         return everything
 
     def first(self, found: str | None) -> str | None:
@@ -61,7 +64,35 @@ class Ranks(NamedTuple):
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every rank runs, without exchanges; what fails on one fails on all.
+
+        Raises:
+            CheckpointError: another rank's block failed; says where and why.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.first(f"{error} (rank {self.rank})")
+            raise
+        found = self.first(None)
+        if found is not None:
+            raise CheckpointError(found)
+
+    def apart(self, timeout_s: int) -> Ranks:
+        """The same ranks through a new group on the CPU, for another thread; all call it."""
+        if self.world == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return self._replace(group=group)
+
+    def leave(self) -> None:
+        """Give up a group that `apart` made."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
 
 ALONE = Ranks()
@@ -84,6 +115,20 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
             f"the environment says {given}; start several processes with "
             "`torchrun --nproc-per-node N -m moestro train …`, which sets all three"
         ) from None
+
+
+def check_split(cfg: TrainConfig, ranks: Ranks) -> None:
+    """Refuse a batch that the ranks and their micro-batches cannot share evenly.
+
+    Raises:
+        ConfigError: says which sizes can be.
+    """
+    pieces = cfg.accumulate * ranks.world
+    if cfg.batch_size % pieces:
+        raise ConfigError(
+            f"train.batch_size {cfg.batch_size} does not split into {cfg.accumulate} "
+            f"micro-batches on each of {ranks.world} processes; use a multiple of {pieces}"
+        )
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> Any:

@@ -23,6 +23,7 @@ from moestro.text import ByteTokenizer, load_tokenizer
 from moestro.train import state
 from moestro.train.health import CollapseWatch
 from moestro.train.optim import make_optimizer
+from moestro.train.snapshot import of_whole
 from moestro.train.task import vocabulary
 
 
@@ -106,7 +107,8 @@ def save_step_zero(run: Path, cfg: RunConfig, model: Model, corpus: Corpus | Cha
     )
     numbers = state.Numbers(0, 0.0, (), watch.window_WLE, corpus.fingerprint)
     optimizer = make_optimizer(model, cfg.optim)
-    return state.save(run, cfg, model, optimizer, corpus.tokenizer, numbers)
+    what = state.Saved(run, cfg, corpus.tokenizer)
+    return state.save(what, of_whole(model, optimizer, cfg.lora), numbers)
 
 
 def _check_stated(stated: Mapping[str, Any], model: ModelConfig | EncDecConfig, init: Path) -> None:

@@ -30,7 +30,7 @@ from moestro.moe import noise
 from moestro.moe.balance import update_bias
 from moestro.train import parallel, state
 from moestro.train.diagnose import first_bad_gradient, first_bad_output, first_bad_parameter
-from moestro.train.distributed import ALONE, Ranks, pick_device, pick_dtype
+from moestro.train.distributed import ALONE, Ranks, check_split, pick_device, pick_dtype
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
@@ -38,7 +38,9 @@ from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read
 from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
 from moestro.train.progress import ProgressDisplay
+from moestro.train.saving import Saver
 from moestro.train.sharded_state import Share, newest_together
+from moestro.train.snapshot import of_whole
 from moestro.train.task import Example, check_vocabulary, task_of, train_flops
 
 
@@ -88,7 +90,8 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        _check(cfg, corpus, ranks)
+        check_split(cfg.train, ranks)
+        check_vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
         self.cfg, self.folder, self.corpus, self.ranks = cfg, folder, corpus, ranks
         self.progress = progress if ranks.writes else None
         self.device = pick_device(cfg.train.runtime.device, ranks)
@@ -121,7 +124,7 @@ class Trainer:
         log = None
         if self.ranks.writes:
             log = MetricsLog(self.folder, self._step, self.cfg.train.runtime.tensorboard)
-        with closing(log) if log else nullcontext(), StopRequest() as stop:
+        with closing(log) if log else nullcontext(), StopRequest() as stop, self._saver:
             return self._run(stop, held_out, log)
 
     def time_steps(self, number: int) -> float:
@@ -163,7 +166,8 @@ class Trainer:
         moe, num_mixtures = cfg.model.moe, len(self.model.mixtures())
         self._num_experts = moe.num_experts if moe is not None else 0
         self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
-        self._step, self._seconds, self._checkpoint = 0, 0.0, checkpoint
+        self._step, self._seconds = 0, 0.0
+        self._saver = self._new_saver(checkpoint)
         if checkpoint is not None:
             fingerprint = self.corpus.fingerprint
             numbers = state.restore(
@@ -179,6 +183,15 @@ class Trainer:
             device_ids = [self.device] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=device_ids)
         self._forward = forward
+
+    def _new_saver(self, checkpoint: Path | None) -> Saver:
+        """Of a spread model every rank writes its share, of another the first all of it."""
+        what, snapshot = state.Saved(self.folder, self.cfg, self.corpus.tokenizer), None
+        if self._share is not None:
+            what, snapshot = what._replace(ranks=self.ranks), self._share.snapshot
+        elif self.ranks.writes:
+            snapshot = partial(of_whole, self.model, self._optimizer, self.cfg.lora)
+        return Saver(what, self.ranks, snapshot, checkpoint, self.progress)
 
     def _model(self, checkpoint: Path | None) -> Model:
         """With this rank's weights: the checkpoint's, or new ones."""
@@ -227,12 +240,15 @@ class Trainer:
                 if self.progress.lost:  # the next step is the last, on every rank
                     stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
-                self._checkpoint = self._save()
-        assert self._checkpoint is not None  # at least one step ran, or it was resumed at the end
+                self._save()
+            elif self._saver.failed():  # the next step is the last, and its save raises
+                stop.signal = stop.signal or READER_LEFT
+        self._saver.finish()
+        assert self._saver.checkpoint is not None  # at least one step ran, or it had been the last
         # Another rank may have got the signal that ended this one's loop.
         signal_number = (stop.signal or 15) if stopping and self._step < cfg.steps else 0
         points = history(read_metrics(self.folder / METRICS_NAME))
-        return Result(self._step, self._checkpoint, points, signal_number)
+        return Result(self._step, self._saver.checkpoint, points, signal_number)
 
     def _evaluate(self, held_out: Mapping[str, HeldOut]) -> dict[str, float]:
         cfg = self.cfg.train
@@ -341,7 +357,7 @@ class Trainer:
     def _stopped(self, step: int, found: str) -> TrainingError:
         return TrainingError(
             f"step {step}: {found} is not finite. Nothing of this step was kept. "
-            f"{state.describe_last_good(self._checkpoint)} Lower optim.lr, or lengthen optim.warmup"
+            f"{self._saver.last_good()} Lower optim.lr, or lengthen optim.warmup"
             f"{', or set train.dtype = float32' if self.dtype == torch.bfloat16 else ''}"
         )
 
@@ -366,32 +382,13 @@ class Trainer:
             record["warnings"] = warnings
         return record
 
-    def _save(self) -> Path:
-        """Save on the writing rank while the others wait; weights that went bad are not saved."""
+    def _save(self) -> None:
+        """Save, or begin to; weights that went bad are not saved."""
         if bad := self.ranks.first(first_bad_parameter(self.model)):
             raise self._stopped(self._step, f"{bad} after the update")
-        watch, corpus = self._watch, self.corpus
+        watch = self._watch
         numbers = state.Numbers(
-            self._step, self._seconds, tuple(sorted(watch.collapsed)), watch.window_WLE,
-            corpus.fingerprint,
+            self._step, self._seconds, tuple(sorted(watch.collapsed)), watch.window_WLE.clone(),
+            self.corpus.fingerprint,
         )  # fmt: skip
-        target = state.checkpoint_folder(self.folder, self._step)
-        if self.ranks.writes or self._share is not None:
-            state.save(
-                self.folder, self.cfg, self.model, self._optimizer, corpus.tokenizer, numbers,
-                self._share, self._checkpoint,
-            )  # fmt: skip
-        if self.progress is not None:
-            self.progress.note(f"saved {target}")
-        self.ranks.wait()
-        return target
-
-
-def _check(cfg: RunConfig, corpus: Corpus | ChatCorpus, ranks: Ranks) -> None:
-    pieces = cfg.train.accumulate * ranks.world
-    if cfg.train.batch_size % pieces:
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} does not split into {cfg.train.accumulate} "
-            f"micro-batches on each of {ranks.world} processes; use a multiple of {pieces}"
-        )
-    check_vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
+        self._saver.save(numbers)

@@ -13,27 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.folders import seal, step_folders, verify_folder
+from moestro.checkpoints.folders import step_folders, verify_folder
 from moestro.checkpoints.pieces import (
     WEIGHTS,
     Piece,
+    file_of_pieces,
     in_pieces,
     load_block,
     open_pieces,
-    write_pieces,
 )
 from moestro.checkpoints.tensor_files import Source, open_file
 from moestro.errors import CheckpointError
 from moestro.models.build import Model
 from moestro.train.distributed import Ranks
 from moestro.train.parallel import Place, local
-
-OPTIMIZER = "optimizer"
+from moestro.train.snapshot import OPTIMIZER, Snapshot
 
 
 class Share(NamedTuple):
@@ -51,26 +50,12 @@ class Share(NamedTuple):
     places: Mapping[str, Place]
     ranks: Ranks
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write and verify this rank's files; every rank calls it, and returns when all have.
-
-        The folder is made by the writing rank, before it calls.
-
-        Returns:
-            Size and checksum of the files of all ranks, by name.
-
-        Raises:
-            OSError: the disk is full or the place cannot be written.
-            CheckpointError: what was read back differs.
-        """
-        self.ranks.wait()
+    def snapshot(self) -> Snapshot:
+        """What this rank writes of a checkpoint."""
         rank, world = self.ranks.rank, self.ranks.world
-        paths = (
-            write_pieces(folder, WEIGHTS, self._weights(), rank, world),
-            write_pieces(folder, OPTIMIZER, self._moments(), rank, world),
-        )
-        found = self.ranks.gathered(seal(paths))
-        return {name: record for each in found for name, record in each.items()}
+        weights = file_of_pieces(WEIGHTS, self._weights(), rank, world)
+        moments = file_of_pieces(OPTIMIZER, self._moments(), rank, world)
+        return Snapshot(self.model.cfg, (weights, moments))
 
     def restore(self, checkpoint: Path) -> None:
         """Read this rank's rows of the optimizer's state.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moestro.checkpoints.adapters import save_own
 from moestro.checkpoints.folders import (
     CHECKPOINTS,
     CONFIG,
@@ -37,12 +36,12 @@ from moestro.checkpoints.folders import (
     newest_checkpoint,
     read_json,
     remove_folder,
+    seal,
     step_folders,
     unfinished,
 )
 from moestro.checkpoints.sidecar_files import keep_sidecar_files
 from moestro.checkpoints.tensor_files import read_tensors
-from moestro.checkpoints.writing import save_model
 from moestro.config import DataConfig, RunConfig
 from moestro.data.rows import ChatCorpus, prepare_chats
 from moestro.data.windows import Corpus, prepare
@@ -50,8 +49,10 @@ from moestro.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
 from moestro.text import Tokenizer
+from moestro.train.distributed import ALONE, Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
+from moestro.train.snapshot import Snapshot
 
 SETTINGS_NAME = "config.json"
 # In a run that began from a checkpoint: the files that came with its weights.
@@ -82,62 +83,82 @@ class Numbers(NamedTuple):
     corpus: str
 
 
-def save(
-    run: Path,
-    cfg: RunConfig,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    numbers: Numbers,
-    share: Share | None = None,
-    last: Path | None = None,
-) -> Path:
+class Saved(NamedTuple):
+    """What every checkpoint of a run is made of, beside the numbers of its step.
+
+    Attributes:
+        run: The run's folder.
+        cfg: Its settings.
+        tokenizer: That of its text.
+        ranks: Those that write: all of a spread model, else one alone.
+    """
+
+    run: Path
+    cfg: RunConfig
+    tokenizer: Tokenizer
+    ranks: Ranks = ALONE
+
+
+def save(what: Saved, snapshot: Snapshot, numbers: Numbers, last: Path | None = None) -> Path:
     """Write one checkpoint, whole or not at all, then delete those beyond `cfg.train.keep`.
 
-    Of a spread model every rank calls it, with its own share. `last` is the newest good checkpoint
-    of the run; it has gone behind those of later steps, which are damaged, and removes them.
+    Every one of `what.ranks` calls it with its own snapshot, and returns when it is whole, or
+    raises with all others. `last` is the newest good checkpoint of the run; it has gone behind
+    those of later steps, which are damaged, and removes them.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written; nothing older was touched.
     """
+    run, cfg, _, ranks = what
     target = checkpoint_folder(run, numbers.step)
     files: dict[str, Any] = {}
     try:
-        if share is not None and not share.ranks.writes:
-            share.write(unfinished(target))
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        good = -1 if last is None else int(last.name.removeprefix("step-"))
-        for number, damaged in step_folders(run).items():
-            if good < number <= numbers.step:
-                remove_folder(damaged)
-        with atomic_folder(target, files) as folder:
-            if share is not None:
-                write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
-                files |= share.write(folder)
-            elif cfg.lora is None:
-                save_model(model, folder)
-            else:  # the weights stay where they are
-                write_json(folder / CONFIG, model.cfg.model_dump(mode="json"))
-                save_own(model, cfg.lora, folder)
-            if share is None:
-                save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-            tokenizer.save(folder)
-            if (run / ORIGIN).is_dir():
-                keep_sidecar_files(run / ORIGIN, folder)
-            write_json(folder / "run.json", cfg.model_dump(mode="json"))
-            save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
-            tokens = numbers.step * cfg.train.batch_size * cfg.data.seq_len
-            values = {"format": FORMAT, "tokens": tokens, **numbers._asdict()}
-            del values["window_WLE"]
-            write_json(folder / "trainer.json", values)
+        with ExitStack() as making:
+            with ranks.together():
+                if ranks.writes:
+                    _make_way(run, numbers.step, last)
+                    making.enter_context(atomic_folder(target, files))
+            folder = unfinished(target)
+            with ranks.together():
+                own = seal(snapshot.write(folder))
+            for found in ranks.gathered(own):
+                files |= found
+            with ranks.together():
+                if ranks.writes:
+                    _write_rest(folder, what, snapshot, numbers)
+                    making.close()
     except (OSError, SafetensorError, CheckpointError) as error:
         raise TrainingError(
             f"could not save the checkpoint of step {numbers.step} in {target.parent}: {error}. "
             f"{describe_last_good(last)} Make room there, or make it writable"
         ) from error
-    prune(run, numbers.step, cfg.train.keep)
+    if ranks.writes:
+        prune(run, numbers.step, cfg.train.keep)
     return target
+
+
+def _make_way(run: Path, step: int, last: Path | None) -> None:
+    """Remove the damaged checkpoints that a run has passed."""
+    (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    good = -1 if last is None else int(last.name.removeprefix("step-"))
+    for number, damaged in step_folders(run).items():
+        if good < number <= step:
+            remove_folder(damaged)
+
+
+def _write_rest(folder: Path, what: Saved, snapshot: Snapshot, numbers: Numbers) -> None:
+    """All that one rank writes for all."""
+    run, cfg, tokenizer, _ = what
+    write_json(folder / CONFIG, snapshot.cfg.model_dump(mode="json"))
+    tokenizer.save(folder)
+    if (run / ORIGIN).is_dir():
+        keep_sidecar_files(run / ORIGIN, folder)
+    write_json(folder / "run.json", cfg.model_dump(mode="json"))
+    save_file({"window": numbers.window_WLE}, folder / "trainer.safetensors")
+    tokens = numbers.step * cfg.train.batch_size * cfg.data.seq_len
+    values = {"format": FORMAT, "tokens": tokens, **numbers._asdict()}
+    del values["window_WLE"]
+    write_json(folder / "trainer.json", values)
 
 
 def restore(
@@ -173,22 +194,10 @@ def restore(
     return numbers
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State as `{parameter name}.{exp_avg | exp_avg_sq | step}`, contiguous on the CPU.
-
-    Of matrices under Muon `{parameter name}.momentum_buffer`.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put a copy of `optimizer_tensors` back, on each parameter's device.
+    """Put a copy of `snapshot.optimizer_tensors` back, on each parameter's device.
 
     Raises:
         CheckpointError: a tensor belongs to no parameter, or has another shape.

@@ -1,0 +1,57 @@
+"""What a checkpoint holds of the model and its optimizer: as they are, or copied to write later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moestro.checkpoints.adapters import own_file
+from moestro.checkpoints.families import OWN
+from moestro.checkpoints.tensor_files import SINGLE, TensorFile, Written
+from moestro.checkpoints.transfer import outgoing
+from moestro.config import EncDecConfig, LoraConfig, ModelConfig
+from moestro.models.build import Model
+
+OPTIMIZER = "optimizer"  # the stem of its file
+
+
+class Snapshot(NamedTuple):
+    """The files that one rank writes, and the settings of the model."""
+
+    cfg: ModelConfig | EncDecConfig
+    files: tuple[TensorFile, ...]
+
+    def copied(self) -> Snapshot:
+        """The same with the numbers of now, on the CPU: what it writes no later step changes."""
+        return self._replace(files=tuple(file.copied() for file in self.files))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the files; their paths.
+
+        Raises:
+            OSError: the disk is full or the place cannot be written.
+        """
+        return [file.write(folder) for file in self.files]
+
+
+def of_whole(model: Model, optimizer: torch.optim.Optimizer, lora: LoraConfig | None) -> Snapshot:
+    """Of a model that is whole here; of adapters their tensors, the weights stay where they are."""
+    weights = TensorFile(SINGLE, outgoing(OWN, model)) if lora is None else own_file(model, lora)
+    state = optimizer_tensors(model, optimizer).items()
+    moments = TensorFile(f"{OPTIMIZER}.safetensors", [Written.of(*pair) for pair in state])
+    return Snapshot(model.cfg, (weights, moments))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State as `{parameter name}.{exp_avg | exp_avg_sq | step}`, not copied.
+
+    Of matrices under Muon `{parameter name}.momentum_buffer`.
+    """
+    return {
+        f"{name}.{key}": value.detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
