@@ -212,8 +212,9 @@ void Mixture::activate(const Task &task, int64_t b, float *out) {
 }
 
 Ahead Mixture::ahead(const Team &team) const {
-    if (file_ || tasks_.empty()) return {};
-    const int64_t count = blocks_of(w_.hidden), at = team.second(int64_t(tasks_.size()) * count, STREAM);
+    if (file_) return {};
+    const int64_t count = blocks_of(w_.hidden), all = int64_t(tasks_.size()) * count, at = team.second(all, STREAM);
+    if (at >= all) return {};
     return up_blocks(tasks_[size_t(at / count)], 0).ahead(at % count);
 }
 
@@ -245,7 +246,7 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
         hidden_.set(at, row);
     }
     const int64_t second = team.second(tasks * down_count, STREAM);
-    team.wait(file_ || !tasks ? Ahead{} : down_blocks(task[second / down_count]).ahead(second % down_count));
+    team.wait(file_ || second >= tasks * down_count ? Ahead{} : down_blocks(task[second / down_count]).ahead(second % down_count));
     while (team.take(tasks * down_count, STREAM, &from, &to))
         while (from < to) from += down(task[from / down_count], from % down_count, to - from, out);
     team.wait();

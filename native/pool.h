@@ -33,7 +33,7 @@ public:
         *to = at + chunk;
         return true;
     }
-    // Where the second thread's first chunk of a phase begins.
+    // Where the second thread's first chunk of a phase begins; the end or beyond it: there is none.
     int64_t second(int64_t tasks, int64_t max_chunk) const { return chunk_of(tasks, max_chunk); }
     void wait(Ahead next = {});  // end of a phase: until all threads are here
 

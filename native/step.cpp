@@ -201,7 +201,8 @@ bool Step::feed_forward(Team &team, int64_t l, Memory &memory) {
         if (layer.shared_gate)
             shared_weights_[size_t(from)] = sigmoid(kernels().dot(normed, layer.shared_gate, d_.dim));
     }
-    team.wait({layer.router, layer.router ? layer.experts.experts * d_.dim * 4 : 0});
+    const int64_t scored = layer.router ? layer.experts.experts * d_.dim * 4 : 0;
+    team.wait({layer.router, std::min(scored, Blocks::MOST_AHEAD)});
     if (layer.router) route(team, layer, chosen, given);
     return mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }

@@ -166,7 +166,8 @@ def _wanted(parts: Sequence[Tensor]) -> bool:
 def _plain(parts: Sequence[Tensor]) -> bool:
     """Whether they can lie in one tensor."""
     kinds = {(each.dtype, each.device, each.shape) for each in parts}
-    return len(kinds) == 1 and not parts[0].is_meta and type(parts[0]) is nn.Parameter
+    one = len(kinds) == 1 and not parts[0].is_meta and type(parts[0]) is nn.Parameter
+    return one and not any(each.is_inference() for each in parts)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> bool:

@@ -100,7 +100,9 @@ class NativeDecoder:
         self._like = [_empty(each) for each in self._step.past_kind.layers]
         mixtures = tuple(model.moe_layers)
         # None: all layers are.
-        self._mixtures = None if len(mixtures) == cfg.num_layers else torch.tensor(mixtures).long()
+        self._mixtures: Tensor | None = None
+        if len(mixtures) < cfg.num_layers:
+            self._mixtures = torch.tensor(mixtures, dtype=torch.int64, device=CPU)
 
     @torch.inference_mode()
     def step(

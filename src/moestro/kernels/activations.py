@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moestro.kernels.formats import UNGATED
+from moestro.errors import ShapeError
+from moestro.kernels.formats import ACTIVATIONS, GATED, UNGATED
 from moestro.kernels.reference import LIMITS, STEEPNESS, activate
 
 _aten = torch.ops.aten
@@ -43,6 +44,8 @@ def forward(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 def _halves(hidden_RH: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """What is activated, and what multiplies it."""
+    if activation not in GATED:
+        raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
     half = hidden_RH.shape[1] // 2
     gate_RF, up_RF = hidden_RH[:, :half], hidden_RH[:, half:]
     if activation not in LIMITS:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.errors import ShapeError
+from moestro.kernels.formats import ACTIVATIONS, UNGATED
 from moestro.kernels.formats import GATED as GATED
 
 # Where gates and what they multiply are cut, and how steep the sigmoid of clamped_swiglu is.
@@ -58,6 +60,8 @@ def activate(hidden_RH: Tensor, activation: Activation) -> Tensor:
         return F.gelu(gate_RF, approximate="none" if activation == "geglu" else "tanh") * up_RF
     if activation == "gelu":
         return F.gelu(hidden_RH)
+    if activation not in UNGATED:
+        raise ShapeError(f"activations are {', '.join(ACTIVATIONS)}; given {activation!r}")
     return F.relu(hidden_RH) if activation == "relu" else F.relu(hidden_RH).square()
 
 

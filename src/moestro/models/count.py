@@ -18,6 +18,7 @@ from moestro.config import (
     RelativeConfig,
     StackSpec,
 )
+from moestro.kernels.formats import GATED
 
 Embeddings = Literal["all", "output", "none"]
 
@@ -115,7 +116,7 @@ class Count(NamedTuple):
 
 def matrices(activation: str) -> int:
     """Matrices of one feed-forward network: gate, up and down, or up and down."""
-    return 3 if activation in ("swiglu", "geglu", "clamped_swiglu") else 2
+    return 3 if activation in GATED else 2
 
 
 def count(cfg: NetworkConfig) -> Count:

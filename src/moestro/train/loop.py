@@ -166,7 +166,7 @@ class Trainer:
         moe, num_mixtures = cfg.model.moe, len(self.model.mixtures())
         self._num_experts = moe.num_experts if moe is not None else 0
         self._watch = CollapseWatch(num_mixtures, self._num_experts, moe.top_k if moe else 1)
-        self._step, self._seconds = 0, 0.0
+        self._step, self._seconds, self._save_failed = 0, 0.0, False
         self._saver = self._new_saver(checkpoint)
         if checkpoint is not None:
             fingerprint = self.corpus.fingerprint
@@ -241,8 +241,10 @@ class Trainer:
                     stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
                 self._save()
-            elif self._saver.failed():  # the next step is the last, and its save raises
-                stop.signal = stop.signal or READER_LEFT
+            else:
+                self._save_failed = (
+                    self._saver.failed()
+                )  # the next step is the last: its save raises
         self._saver.finish()
         assert self._saver.checkpoint is not None  # at least one step ran, or it had been the last
         # Another rank may have got the signal that ended this one's loop.
@@ -267,7 +269,7 @@ class Trainer:
         names, sums_P = self._backward(step, batch, tally)
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         square = parallel.square(gradients, self._places).reshape(1)
-        asked = sums_P.new_tensor([float(stop.signal != 0)])
+        asked = sums_P.new_tensor([float(stop.signal != 0 or self._save_failed)])
         shared = self.ranks.sum_(torch.cat([sums_P, asked, square]))
         tally.reduce(self.ranks)
         # The step's only copy from the device.

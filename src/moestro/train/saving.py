@@ -59,6 +59,8 @@ class Saver:
             self._what.ranks.leave()
         elif self._thread is not None and issubclass(kind, Exception):
             self._thread.join(self._timeout_s)
+            if self._error is not None and isinstance(raised[0], Exception):
+                raised[0].add_note(f"The last save failed too: {self._error}")
 
     def save(self, numbers: state.Numbers) -> None:
         """Write a checkpoint, or begin to, once the one before is finished.
@@ -71,13 +73,14 @@ class Saver:
                 is raised by the next call of `save` or `finish`.
         """
         self.finish()
+        copied = self._copied() if self._in_background else None
         self._target = state.checkpoint_folder(self._what.run, numbers.step)
-        if self._snapshot is not None and self._in_background:
-            given = self._snapshot().copied(), numbers, self.checkpoint
+        if copied is not None:
+            given = copied, numbers, self.checkpoint
             # Daemon: a second Ctrl-C ends the process, and what is half-written does no harm.
             self._thread = threading.Thread(target=self._run, args=given, daemon=True)
             self._thread.start()
-        elif self._snapshot is not None:
+        elif self._snapshot is not None and not self._in_background:
             self._run(self._snapshot(), numbers, self.checkpoint)
         if not self._in_background:
             self.finish()
@@ -114,7 +117,25 @@ class Saver:
             self.finish()
         except TrainingError as error:
             return f"Before that, it {error}."
+        except Exception as error:  # another rank is gone: what is told now is why
+            return f"Before that, a save failed: {error}."
         return state.describe_last_good(self.checkpoint)
+
+    def _copied(self) -> Snapshot | None:
+        """What this rank writes, on all ranks or on none."""
+        copied, trouble = None, None
+        try:
+            copied = self._snapshot().copied() if self._snapshot is not None else None
+        except (MemoryError, RuntimeError) as error:  # of Python, and of torch
+            trouble = (
+                f"could not copy what the checkpoint holds on rank {self._ranks.rank}: "
+                f"{error or 'not enough memory'}. {state.describe_last_good(self.checkpoint)} Set "
+                "train.runtime.save to wait, which copies nothing"
+            )
+        trouble = self._ranks.first(trouble)
+        if trouble is not None:
+            raise TrainingError(trouble)
+        return copied
 
     def _run(self, snapshot: Snapshot, numbers: state.Numbers, last: Path | None) -> None:
         try:

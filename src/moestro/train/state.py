@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -133,7 +134,10 @@ def save(what: Saved, snapshot: Snapshot, numbers: Numbers, last: Path | None = 
             f"{describe_last_good(last)} Make room there, or make it writable"
         ) from error
     if ranks.writes:
-        prune(run, numbers.step, cfg.train.keep)
+        try:
+            prune(run, numbers.step, cfg.train.keep)
+        except OSError as error:  # what is new is whole
+            warnings.warn(f"an old checkpoint cannot be removed: {error}", stacklevel=2)
     return target
 
 
@@ -347,7 +351,8 @@ def prune(run: Path, step: int, keep: int) -> None:
 def clear_leftovers(run: Path) -> None:
     """Remove the temporary folders that killed saves left behind."""
     for path in (run / CHECKPOINTS).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
+        # A thread of this process may be writing there still, after a second Ctrl-C.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def describe_last_good(checkpoint: Path | None) -> str:

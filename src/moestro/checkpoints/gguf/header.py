@@ -249,10 +249,10 @@ class _Reader:
                     found.append(self.decoded(piece[start:end]))
                 continue
             self.at = at
-            text = self.string()
+            text = self.take(self.number("Q"))
             piece, at = self.piece, self.at
             if self.texts:
-                found.append(text)
+                found.append(self.decoded(text))
         self.at = at
         return found
 
