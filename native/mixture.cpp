@@ -246,7 +246,9 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
         hidden_.set(at, row);
     }
     const int64_t second = team.second(tasks * down_count, STREAM);
-    team.wait(file_ || second >= tasks * down_count ? Ahead{} : down_blocks(task[second / down_count]).ahead(second % down_count));
+    team.wait(file_ || second >= tasks * down_count
+                  ? Ahead{}
+                  : down_blocks(task[second / down_count]).ahead(second % down_count));
     while (team.take(tasks * down_count, STREAM, &from, &to))
         while (from < to) from += down(task[from / down_count], from % down_count, to - from, out);
     team.wait();
