@@ -255,3 +255,13 @@ def test_an_adapter_on_an_expert_is_not_passed_by():
     model.set_experts_implementation("moestro")
     with pytest.raises(BackendError, match=r"expert_3\.wi .* is a Adapted, .* merge"):
         output(model, texts())
+
+
+def test_weights_made_in_inference_mode_stay_where_they_are():
+    with torch.inference_mode():
+        model = build()
+        given = texts()
+        want = model(**given).logits
+        model.set_experts_implementation("moestro")
+        found = model(**given).logits
+    torch.testing.assert_close(found, want)

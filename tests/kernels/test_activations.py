@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moestro.errors import ShapeError
 from moestro.kernels import activations, reference
 from moestro.kernels.formats import ACTIVATIONS
 
@@ -45,3 +46,9 @@ def test_nothing_flows_back_through_a_cut_input(activation):
     torch.testing.assert_close(grad_RH, leaf_RH.grad)
     flows = [False, True, True, True, True, False, True, True, False, False, True, False]
     assert (grad_RH[0] != 0).tolist() == flows
+
+
+@pytest.mark.parametrize("activate", [reference.activate, activations.forward])
+def test_another_name_is_refused(activate):
+    with pytest.raises(ShapeError, match="activations are swiglu, .*given 'swish'"):
+        activate(torch.randn(2, 8), "swish")

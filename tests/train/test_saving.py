@@ -182,3 +182,25 @@ def test_a_save_that_fails_ends_the_run_before_the_next(
     with pytest.raises(TrainingError, match="could not save the checkpoint of step 8"):
         Trainer(cfg, run, tiny_corpus, Watcher(let_it_fail)).train()
     assert len(losses(run)) == 10
+
+
+def test_a_copy_without_memory_says_what_to_set(settings, tiny_corpus, tmp_path, monkeypatch):
+    def full(snapshot):
+        raise MemoryError
+
+    monkeypatch.setattr(Snapshot, "copied", full)
+    with pytest.raises(TrainingError, match=r"not enough memory.*Set train.runtime.save to wait"):
+        Trainer(settings(), tmp_path / "run", tiny_corpus).train()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_old_checkpoint_that_stays_is_only_warned_of(
+    settings, tiny_corpus, tmp_path, monkeypatch
+):
+    def stays(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(state, "remove_folder", stays)
+    with pytest.warns(UserWarning, match="an old checkpoint cannot be removed: .*denied"):
+        result = Trainer(settings("wait", keep=1), tmp_path / "run", tiny_corpus).train()
+    assert newest_checkpoint(tmp_path / "run") == result.checkpoint

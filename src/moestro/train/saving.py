@@ -129,7 +129,7 @@ class Saver:
         except (MemoryError, RuntimeError) as error:  # of Python, and of torch
             trouble = (
                 f"could not copy what the checkpoint holds on rank {self._ranks.rank}: "
-                f"{error or 'not enough memory'}. {state.describe_last_good(self.checkpoint)} Set "
+                f"{str(error) or 'not enough memory'}. {state.describe_last_good(self.checkpoint)} Set "
                 "train.runtime.save to wait, which copies nothing"
             )
         trouble = self._ranks.first(trouble)
