@@ -50,5 +50,5 @@ def test_nothing_flows_back_through_a_cut_input(activation):
 
 @pytest.mark.parametrize("activate", [reference.activate, activations.forward])
 def test_another_name_is_refused(activate):
-    with pytest.raises(ShapeError, match="activations are swiglu, .*given 'swish'"):
+    with pytest.raises(ShapeError, match=r"activations are swiglu, .*given 'swish'"):
         activate(torch.randn(2, 8), "swish")

@@ -127,10 +127,11 @@ class Saver:
         try:
             copied = self._snapshot().copied() if self._snapshot is not None else None
         except (MemoryError, RuntimeError) as error:  # of Python, and of torch
+            why, last = str(error) or "not enough memory", self.checkpoint
             trouble = (
-                f"could not copy what the checkpoint holds on rank {self._ranks.rank}: "
-                f"{str(error) or 'not enough memory'}. {state.describe_last_good(self.checkpoint)} Set "
-                "train.runtime.save to wait, which copies nothing"
+                f"could not copy what the checkpoint holds on rank {self._ranks.rank}: {why}. "
+                f"{state.describe_last_good(last)} Set train.runtime.save to wait, which copies "
+                "nothing"
             )
         trouble = self._ranks.first(trouble)
         if trouble is not None:
