@@ -211,11 +211,13 @@ void Mixture::activate(const Task &task, int64_t b, float *out) {
     }
 }
 
-Ahead Mixture::ahead(const Team &team) const {
-    if (file_) return {};
-    const int64_t count = blocks_of(w_.hidden), all = int64_t(tasks_.size()) * count, at = team.second(all, STREAM);
-    if (at >= all) return {};
-    return up_blocks(tasks_[size_t(at / count)], 0).ahead(at % count);
+Ahead Mixture::ahead(const Team &team) const { return ahead(team, tasks_.data(), int64_t(tasks_.size()), false); }
+
+Ahead Mixture::ahead(const Team &team, const Task *task, int64_t tasks, bool down) const {
+    const int64_t count = blocks_of(down ? w_.dim : w_.hidden), at = team.second(tasks * count, STREAM);
+    if (file_ || at >= tasks * count) return {};
+    const Task &second = task[at / count];
+    return (down ? down_blocks(second) : up_blocks(second, 0)).ahead(at % count);
 }
 
 bool Mixture::compute(Team &team) {
@@ -245,10 +247,7 @@ void Mixture::compute(Team &team, const Wave &begin, const Wave &end) {
         std::fill(row + w_.hidden, row + k, 0.0f);
         hidden_.set(at, row);
     }
-    const int64_t second = team.second(tasks * down_count, STREAM);
-    team.wait(file_ || second >= tasks * down_count
-                  ? Ahead{}
-                  : down_blocks(task[second / down_count]).ahead(second % down_count));
+    team.wait(ahead(team, task, tasks, true));
     while (team.take(tasks * down_count, STREAM, &from, &to))
         while (from < to) from += down(task[from / down_count], from % down_count, to - from, out);
     team.wait();

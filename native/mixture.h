@@ -45,6 +45,7 @@ private:
         int64_t places, tasks, rows;
     };
     void compute(Team &team, const Wave &from, const Wave &to);
+    Ahead ahead(const Team &team, const Task *task, int64_t tasks, bool down) const;
     // At most so many blocks from one on; returns how many were computed.
     int64_t up(const Task &task, int64_t block, int64_t most, float *out);
     int64_t down(const Task &task, int64_t block, int64_t most, float *out);

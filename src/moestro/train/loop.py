@@ -241,10 +241,8 @@ class Trainer:
                     stop.signal = stop.signal or READER_LEFT
             if last or stopping or self._step % cfg.save_every == 0:
                 self._save()
-            else:
-                self._save_failed = (
-                    self._saver.failed()
-                )  # the next step is the last: its save raises
+            else:  # if it did, the next step is the last, and its save raises
+                self._save_failed = self._saver.failed()
         self._saver.finish()
         assert self._saver.checkpoint is not None  # at least one step ran, or it had been the last
         # Another rank may have got the signal that ended this one's loop.

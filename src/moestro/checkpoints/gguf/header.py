@@ -11,10 +11,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
 from struct import Struct
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def read(path: Path, texts: bool = True) -> Header:
 
 
 class _Reader:
-    def __init__(self, path: Path, file: IO[bytes], texts: bool) -> None:
+    def __init__(self, path: Path, file: BufferedReader, texts: bool) -> None:
         self.path, self.file, self.texts = path, file, texts
         self.size = path.stat().st_size
         self.strings = 0
@@ -293,7 +294,7 @@ class _Reader:
         found = bytearray(count)
         found[: len(rest)] = rest
         with memoryview(found) as memory:
-            got = self.file.readinto(memory[len(rest) :])  # type: ignore[attr-defined]
+            got = self.file.readinto(memory[len(rest) :])
         if len(rest) + got < count:
             raise self.broken("it ends within its header")
         return found
