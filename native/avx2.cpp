@@ -16,30 +16,49 @@ namespace {
 #define MOESTRO_LANES 256  // bits of a register
 #include "elementwise.inc"
 
-// No fused multiply-add is needed: a product of two bf16 numbers is exact in fp32.
+constexpr int64_t PREFETCH_DISTANCE = 4096;  // bytes to prefetch ahead of a stream of weights
+
+// Registers of 8 columns that M rows keep sums of at once: with 16 of them, one row takes whole lines of a block.
+constexpr int wide(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
+
+// One row waits for memory: ask for what is so much further on.
+template <int M>
+inline void prefetch_ahead(const uint8_t *line) {
+    if (M == 1) _mm_prefetch(reinterpret_cast<const char *>(line + PREFETCH_DISTANCE), _MM_HINT_T0);
+}
+
+// Fused or not, the sums are the same: a product of two bf16 numbers is exact in fp32.
 template <int M>
 void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    constexpr int H = M == 1 ? 2 : 1;
     const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
-    for (int64_t part = 0; part < COLUMNS; part += 8) {  // 8 columns at a time
-        __m256 sum[M];
-        for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
+    for (int64_t part = 0; part < COLUMNS; part += 8 * H) {
+        __m256 sum[M][H];
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < H; h++) sum[m][h] = _mm256_setzero_ps();
         for (int64_t k = 0; k < x.k; k += PAIRS) {
-            __m256 even[M], odd[M];
-            for (int m = 0; m < M; m++) even[m] = odd[m] = _mm256_setzero_ps();
+            __m256 even[M][H], odd[M][H];
+            for (int m = 0; m < M; m++)
+                for (int h = 0; h < H; h++) even[m][h] = odd[m][h] = _mm256_setzero_ps();
             for (int64_t i = 0; i < PAIRS; i += 2) {
                 const uint8_t *line = b.data + ((k + i) / 2 * COLUMNS + part) * 4;
-                __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
-                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
-                for (int m = 0; m < M; m++) {
-                    const float *row = x.values + (at + m) * x.k + k + i;
-                    even[m] = _mm256_add_ps(even[m], _mm256_mul_ps(_mm256_broadcast_ss(row), first));
-                    odd[m] = _mm256_add_ps(odd[m], _mm256_mul_ps(_mm256_broadcast_ss(row + 1), second));
+                prefetch_ahead<M>(line);
+                for (int h = 0; h < H; h++) {
+                    __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32));
+                    __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+                    __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+                    for (int m = 0; m < M; m++) {
+                        const float *row = x.values + (at + m) * x.k + k + i;
+                        even[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(row), first, even[m][h]);
+                        odd[m][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(row + 1), second, odd[m][h]);
+                    }
                 }
             }
-            for (int m = 0; m < M; m++) sum[m] = _mm256_add_ps(sum[m], _mm256_add_ps(even[m], odd[m]));
+            for (int m = 0; m < M; m++)
+                for (int h = 0; h < H; h++) sum[m][h] = _mm256_add_ps(sum[m][h], _mm256_add_ps(even[m][h], odd[m][h]));
         }
-        for (int m = 0; m < M; m++) _mm256_storeu_ps(out + (at + m) * ld + part, sum[m]);
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < H; h++) _mm256_storeu_ps(out + (at + m) * ld + part + h * 8, sum[m][h]);
     }
 }
 
@@ -89,25 +108,39 @@ void transpose_all(const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t
     transpose_words(from, row_bytes, rows, w, words, to);
 }
 
-// Sum of four products of a byte from 0 and a signed one per column, exact: pairs stay within 16 bits.
-inline __m256i dot4_positive(__m256i sum, __m256i w, __m256i a) {
 #ifdef MOESTRO_WITH_VNNI
-    return _mm256_dpbusd_avx_epi32(sum, w, a);
+constexpr bool VNNI = true;
+inline __m256i dot4_unsigned(__m256i sum, __m256i w, __m256i a) { return _mm256_dpbusd_avx_epi32(sum, w, a); }
 #else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
+constexpr bool VNNI = false;
+inline __m256i dot4_unsigned(__m256i sum, __m256i, __m256i) { return sum; }
 #endif
+
+// Kinds whose products of 32 inputs, two by two, stay within 16 bits: 16 · 15 · 127 < 2^15. Without VNNI they are
+// summed there, and made 32 bits wide once for 32 inputs.
+constexpr bool is_narrow(int32_t kind) { return is_nibbles(kind) && kind != MOESTRO_IQ4_NL && kind != MOESTRO_NF4; }
+constexpr bool is_signed(int32_t kind) { return kind == MOESTRO_INT8 || has_table(kind); }
+
+// Sum of four products per column, exact. VNNI takes weights from 0: signed ones have 128 added. Else the sign of a
+// weight goes to the other byte.
+// Compilers that reorder the sums run out of registers.
+inline __m256i in_order(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
 }
 
-// Of signed weights the sign goes to the other byte.
-inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
-    return dot4_positive(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-}
-
-// Nibbles are 0 to 15: no sign to move, and int4's offset of 8 is taken off with the group's sum. A table has signs.
 template <int32_t KIND>
-inline __m256i dot4_nibbles(__m256i sum, __m256i w, __m256i table, __m256i a) {
-    if constexpr (has_table(KIND)) return dot4(sum, _mm256_shuffle_epi8(table, w), a);
-    else return dot4_positive(sum, w, a);
+inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
+    if constexpr (VNNI) return dot4_unsigned(sum, w, a);
+    if constexpr (is_signed(KIND)) a = _mm256_sign_epi8(a, w), w = _mm256_abs_epi8(w);
+    const __m256i pairs = _mm256_maddubs_epi16(w, a);
+    if constexpr (is_narrow(KIND)) return in_order(_mm256_add_epi16(sum, pairs));
+    return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+}
+
+template <int32_t KIND>
+inline __m256i to_32_bits(__m256i sum) {
+    return !VNNI && is_narrow(KIND) ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum;
 }
 
 inline __m256 halves(const uint8_t *from) {
@@ -120,50 +153,92 @@ inline __m256i four(const int8_t *bytes) {
     return _mm256_set1_epi32(value);
 }
 
-template <int M, int32_t KIND>
-void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
-    constexpr bool NIBBLES = is_nibbles(KIND);
-    const int64_t groups = x.k / b.group, bytes = group_bytes(KIND, b.group);
+template <int32_t KIND>
+inline __m256i table() {
+    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i *>(table_of(KIND)));
+    const __m256i both = _mm256_broadcastsi128_si256(values);
+    return VNNI ? _mm256_xor_si256(both, _mm256_set1_epi8(char(128))) : both;
+}
+
+// 32 inputs of 8·H columns, from `line` on, times M rows' bytes.
+template <int M, int32_t KIND, int H>
+inline void byte_line(const uint8_t *line, const int8_t *const (&rows)[M], int64_t from, __m256i (&dot)[M][H]) {
     const __m256i low = _mm256_set1_epi8(15);
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(table_of(KIND))));
-    for (int64_t part = 0; part < COLUMNS; part += 8) {
-        __m256 sum[M];
-        for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < groups; g++) {
-            const uint8_t *block = b.data + g * bytes;
-            __m256i dot[M];
-            for (int m = 0; m < M; m++)
-                dot[m] = _mm256_set1_epi32(KIND == MOESTRO_INT4 ? -8 * x.sums[(at + m) * groups + g] : 0);
-            for (int64_t q = 0; q < b.group / 4; q += NIBBLES ? 2 : 1) {
-                const uint8_t *line = block + head_bytes(KIND) + ((NIBBLES ? q / 2 : q) * COLUMNS + part) * 4;
-                __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line));
-                // One row waits for memory: ask for the block that follows this one.
-                if (M == 1 && part % 16 == 0)
-                    _mm_prefetch(reinterpret_cast<const char *>(line + groups * bytes), _MM_HINT_T0);
-                for (int m = 0; m < M; m++) {
-                    const int8_t *row = x.at(at + m, g, b.group) + q * 4;
-                    if constexpr (NIBBLES) {
-                        dot[m] = dot4_nibbles<KIND>(dot[m], _mm256_and_si256(w, low), table, four(row));
-                        __m256i upper = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
-                        dot[m] = dot4_nibbles<KIND>(dot[m], upper, table, four(row + 4));
-                    } else {
-                        dot[m] = dot4(dot[m], w, four(row));
-                    }
-                }
+#pragma GCC unroll 1
+    for (int64_t q = 0; q < (is_nibbles(KIND) ? 4 : 8); q++, line += COLUMNS * 4) {
+        __m256i w[2][H];
+        for (int h = 0; h < H; h++) {
+            if (h % 2 == 0) prefetch_ahead<M>(line + h * 32);
+            w[0][h] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32));
+            if constexpr (is_nibbles(KIND)) {
+                w[1][h] = _mm256_and_si256(_mm256_srli_epi16(w[0][h], 4), low);
+                w[0][h] = _mm256_and_si256(w[0][h], low);
+                if constexpr (has_table(KIND))
+                    for (auto &half : w) half[h] = _mm256_shuffle_epi8(table<KIND>(), half[h]);
+            } else if constexpr (VNNI) {
+                w[0][h] = _mm256_xor_si256(w[0][h], _mm256_set1_epi8(char(128)));
             }
-            const __m256 scale = halves(block + part * 2), minimum = halves(block + head_bytes(KIND) - 64 + part * 2);
+        }
+        for (int half = 0; half < (is_nibbles(KIND) ? 2 : 1); half++)
             for (int m = 0; m < M; m++) {
+                const __m256i a = four(rows[m] + from + (is_nibbles(KIND) ? q * 8 + half * 4 : q * 4));
+                for (int h = 0; h < H; h++) dot[m][h] = dot4<KIND>(dot[m][h], w[half][h], a);
+            }
+    }
+}
+
+// What weights had added is taken off as a multiple of the row's sum over the group.
+template <int M, int32_t KIND, int GROUP>
+void grouped_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    constexpr int H = wide(M);
+    constexpr int32_t OFFSET = KIND == MOESTRO_INT4 ? -8 : VNNI && is_signed(KIND) ? -128 : 0;
+    const int64_t groups = x.k / GROUP;
+    for (int64_t part = 0; part < COLUMNS; part += 8 * H) {
+        __m256 sum[M][H];
+        const int8_t *rows[M];
+        for (int m = 0; m < M; m++) {
+            rows[m] = x.at(at + m, 0, GROUP);
+            for (int h = 0; h < H; h++) sum[m][h] = _mm256_setzero_ps();
+        }
+        const uint8_t *block = b.data;
+        for (int64_t g = 0; g < groups; g++, block += group_bytes(KIND, GROUP)) {
+            __m256i whole[GROUP / 32][M][H];
+            for (int from = 0; from < GROUP; from += 32) {
+                auto &dot = whole[from / 32];
+                for (int m = 0; m < M; m++)
+                    for (int h = 0; h < H; h++) dot[m][h] = _mm256_setzero_si256();
+                byte_line<M, KIND, H>(block + head_bytes(KIND) + line_bytes(KIND, from) + part * 4, rows, from, dot);
+            }
+            __m256 scale[H], minimum[H];
+            for (int h = 0; h < H; h++)
+                scale[h] = halves(block + (part + h * 8) * 2),
+                minimum[h] = halves(block + head_bytes(KIND) - 64 + (part + h * 8) * 2);
+            for (int m = 0; m < M; m++) {
+                rows[m] += TILE * GROUP;
+                const int32_t total = x.sums[(at + m) * groups + g];
+                const __m256i offset = _mm256_set1_epi32(OFFSET * total);
                 const __m256 row_scale = _mm256_set1_ps(x.scales[(at + m) * groups + g]);
-                sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), _mm256_mul_ps(scale, row_scale), sum[m]);
-                if constexpr (has_minima(KIND)) {
-                    const __m256 whole = _mm256_set1_ps(float(x.sums[(at + m) * groups + g]));
-                    sum[m] = _mm256_fmadd_ps(whole, _mm256_mul_ps(minimum, row_scale), sum[m]);
+                for (int h = 0; h < H; h++) {
+                    __m256i dot = to_32_bits<KIND>(whole[0][m][h]);
+                    if constexpr (GROUP == 64) dot = _mm256_add_epi32(dot, to_32_bits<KIND>(whole[1][m][h]));
+                    if constexpr (OFFSET != 0) dot = _mm256_add_epi32(dot, offset);
+                    const __m256 both = _mm256_mul_ps(scale[h], row_scale);
+                    sum[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, sum[m][h]);
+                    if constexpr (has_minima(KIND))
+                        sum[m][h] = _mm256_fmadd_ps(_mm256_set1_ps(float(total)), _mm256_mul_ps(minimum[h], row_scale),
+                                                    sum[m][h]);
                 }
             }
         }
-        for (int m = 0; m < M; m++) _mm256_storeu_ps(out + (at + m) * ld + part, sum[m]);
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < H; h++) _mm256_storeu_ps(out + (at + m) * ld + part + h * 8, sum[m][h]);
     }
+}
+
+template <int M, int32_t KIND>
+void byte_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld) {
+    if (b.group == 32) return grouped_rows<M, KIND, 32>(b, x, at, out, ld);
+    if constexpr (!has_table(KIND)) grouped_rows<M, KIND, 64>(b, x, at, out, ld);
 }
 
 #include "by_rows.inc"
