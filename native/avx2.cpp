@@ -19,13 +19,7 @@ namespace {
 constexpr int64_t PREFETCH_DISTANCE = 4096;  // bytes to prefetch ahead of a stream of weights
 
 // Registers of 8 columns that M rows keep sums of at once: with 16 of them, one row takes whole lines of a block.
-constexpr int wide(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
-
-// One row waits for memory: ask for what is so much further on.
-template <int M>
-inline void prefetch_ahead(const uint8_t *line) {
-    if (M == 1) _mm_prefetch(reinterpret_cast<const char *>(line + PREFETCH_DISTANCE), _MM_HINT_T0);
-}
+constexpr int wide(int rows) { return rows <= 2 ? 4 : 2; }
 
 // Fused or not, the sums are the same: a product of two bf16 numbers is exact in fp32.
 template <int M>
@@ -42,7 +36,7 @@ void bf16_rows(const Block &b, const Rows &x, int64_t at, float *out, int64_t ld
                 for (int h = 0; h < H; h++) even[m][h] = odd[m][h] = _mm256_setzero_ps();
             for (int64_t i = 0; i < PAIRS; i += 2) {
                 const uint8_t *line = b.data + ((k + i) / 2 * COLUMNS + part) * 4;
-                prefetch_ahead<M>(line);
+                _mm_prefetch(reinterpret_cast<const char *>(line + PREFETCH_DISTANCE), _MM_HINT_T0);
                 for (int h = 0; h < H; h++) {
                     __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32));
                     __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
@@ -153,37 +147,35 @@ inline __m256i four(const int8_t *bytes) {
     return _mm256_set1_epi32(value);
 }
 
+// What dot4 takes of 8 columns at `from`: four inputs each, or half 0 or 1 of eight.
 template <int32_t KIND>
-inline __m256i table() {
+inline __m256i weights(const uint8_t *from, int half) {
+    const __m256i flip = _mm256_set1_epi8(char(128));
+    __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    if constexpr (!is_nibbles(KIND)) return VNNI ? _mm256_xor_si256(w, flip) : w;
+    w = _mm256_and_si256(half ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15));
+    if constexpr (!has_table(KIND)) return w;
     const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i *>(table_of(KIND)));
-    const __m256i both = _mm256_broadcastsi128_si256(values);
-    return VNNI ? _mm256_xor_si256(both, _mm256_set1_epi8(char(128))) : both;
+    const __m256i table = _mm256_broadcastsi128_si256(values);
+    return _mm256_shuffle_epi8(VNNI ? _mm256_xor_si256(table, flip) : table, w);
 }
 
 // 32 inputs of 8·H columns, from `line` on, times M rows' bytes.
 template <int M, int32_t KIND, int H>
 inline void byte_line(const uint8_t *line, const int8_t *const (&rows)[M], int64_t from, __m256i (&dot)[M][H]) {
-    const __m256i low = _mm256_set1_epi8(15);
+    constexpr int HALVES = is_nibbles(KIND) ? 2 : 1;
 #pragma GCC unroll 1
-    for (int64_t q = 0; q < (is_nibbles(KIND) ? 4 : 8); q++, line += COLUMNS * 4) {
-        __m256i w[2][H];
-        for (int h = 0; h < H; h++) {
-            if (h % 2 == 0) prefetch_ahead<M>(line + h * 32);
-            w[0][h] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(line + h * 32));
-            if constexpr (is_nibbles(KIND)) {
-                w[1][h] = _mm256_and_si256(_mm256_srli_epi16(w[0][h], 4), low);
-                w[0][h] = _mm256_and_si256(w[0][h], low);
-                if constexpr (has_table(KIND))
-                    for (auto &half : w) half[h] = _mm256_shuffle_epi8(table<KIND>(), half[h]);
-            } else if constexpr (VNNI) {
-                w[0][h] = _mm256_xor_si256(w[0][h], _mm256_set1_epi8(char(128)));
+    for (int64_t q = 0; q < 8 / HALVES; q++, line += COLUMNS * 4) {
+        for (int h = 0; h < H; h += 2)
+            _mm_prefetch(reinterpret_cast<const char *>(line + h * 32 + PREFETCH_DISTANCE), _MM_HINT_T0);
+        for (int half = 0; half < HALVES; half++) {
+            __m256i a[M];
+            for (int m = 0; m < M; m++) a[m] = four(rows[m] + from + (q * HALVES + half) * 4);
+            for (int h = 0; h < H; h++) {
+                const __m256i w = weights<KIND>(line + h * 32, half);
+                for (int m = 0; m < M; m++) dot[m][h] = dot4<KIND>(dot[m][h], w, a[m]);
             }
         }
-        for (int half = 0; half < (is_nibbles(KIND) ? 2 : 1); half++)
-            for (int m = 0; m < M; m++) {
-                const __m256i a = four(rows[m] + from + (is_nibbles(KIND) ? q * 8 + half * 4 : q * 4));
-                for (int h = 0; h < H; h++) dot[m][h] = dot4<KIND>(dot[m][h], w[half][h], a);
-            }
     }
 }
 
