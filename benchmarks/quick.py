@@ -2,7 +2,7 @@
 
 The 1.7B mixture with random weights, packed. What is compared takes turns in the same rounds, and
 a ratio is of the rates beside it. `of reading` is the share of plain reading: of weights once a
-step, of experts those that a step hits if tokens choose evenly, and of all keys and values.
+step, of experts those that the steps' routing hits, and of all keys and values.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from moestro.bench.speed import ReadBandwidth, weight_bytes
 from moestro.checkpoints.quantize import format_of, random_model
 from moestro.config import CacheKind, ModelConfig
-from moestro.infer.decoding import NativeDecoding
+from moestro.infer.decoding import NativeDecoding, Passed
 from moestro.models.blocks import cache_as
 from moestro.models.budget import cache_bytes
 from moestro.models.cache import KVCache
 from moestro.moe.layer import MoE
-from moestro.plan.work import share_hit
 from moestro.settings import load_settings
 
 CONTEXTS, MANY, TOKENS, PROMPT = (16, 512, 2048, 3900), (4, 16), 8, 512
@@ -57,25 +56,33 @@ class Subject:
                 way.read(past, self.ids[before:context])
                 self.pasts[cache, context] = past.fork()
 
-    def read_bytes(self, sequences: int, context: int, cache: CacheKind) -> float:
-        """Bytes that a step reads at least."""
+    def read_bytes(self, hit: float, kept: int) -> float:
+        """Bytes that a step reads at least: `hit` experts of a layer, `kept` of all caches."""
         mixtures = [each for each in self.model.modules() if isinstance(each, MoE)]
         experts = sum(each.experts.parts()["packed"].numel() for each in mixtures)
-        total, chosen = self.cfg.moe.num_experts, self.cfg.moe.top_k
-        more = share_hit(total, chosen, sequences) - chosen / total
-        kept = cache_bytes(self.cfg, context, sequences, 2, cache)
+        more = (hit - self.cfg.moe.top_k) / self.cfg.moe.num_experts
         return weight_bytes(self.model) + experts * more + kept
 
     def decoding(self, sequences: int, context: int, cache: CacheKind) -> Line:
         """Tokens after texts of one length."""
-        pasts = [self.pasts[cache, context].fork() for _ in range(sequences)]
         made = iter(self.ids * 100)
+        pasts, counted = (
+            [self.pasts[cache, context].fork() for _ in range(sequences)] for _ in range(2)
+        )
+
+        def step(pasts: list[KVCache]) -> list[Passed]:
+            return self.ways[cache].step([[next(made)] for _ in pasts], pasts)
 
         def run() -> None:
             for _ in range(TOKENS):
-                self.ways[cache].step([[next(made)] for _ in pasts], pasts)
+                step(pasts)
 
-        size = self.read_bytes(sequences, context, cache)
+        hits = []
+        for _ in range(TOKENS):
+            chosen = torch.cat([each.routed().experts_TLK for each in step(counted)])
+            hits += [len(layer.unique()) for layer in chosen.unbind(1)]
+        hit = statistics.mean(hits)
+        size = self.read_bytes(hit, cache_bytes(self.cfg, context, sequences, 2, cache))
         return Line(run, sequences * TOKENS, TOKENS * size)
 
     def prefill(self, tokens: int) -> Line:
