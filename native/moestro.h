@@ -6,7 +6,7 @@
  *
  * Every path (AMX, AVX-512, AVX2, portable) gives the same bits (training has AMX alone), whatever the number of rows,
  * the other rows and the number of threads: sums run in one fixed order. One exception: products of bf16 numbers
- * below 1.2e-38, where fp32 loses precision, are zero to AMX, and AVX-512 rounds bf16 products there once less.
+ * below 1.2e-38, where fp32 loses precision, are zero to AMX, and AVX-512 and AVX2 round bf16 products there once less.
  *
  * Functions return 0, or a negative MOESTRO_E... code; what is written then is of no use. Any number
  * of threads may call; they take turns. A child made by fork computes on one thread until it asks
