@@ -173,7 +173,9 @@ def in_group(limit: int | None, file: Path, command: list[str]) -> tuple[str | N
     None: it was killed or failed. The file is not in memory when it starts.
     """
     fd = os.open(file, os.O_RDONLY)
-    os.fsync(fd)  # pages that are to be written would stay, at the cost of the group that wrote them
+    os.fsync(
+        fd
+    )  # pages that are to be written would stay, at the cost of the group that wrote them
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
     for root, most, peak in GROUPS if limit is not None else ():

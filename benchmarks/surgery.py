@@ -52,8 +52,11 @@ def changes_of(layers: Layers, corpus: Corpus, tokens: int) -> dict[str, Change]
         for draw in range(DRAWS):
             kept = prune.at_random(layers.cfg, number, draw)
             found[f"{ratio} random {draw}"] = prune.pruned(layers.cfg, kept)
-        for method, groups_of in merge.METHODS.items():
-            groups = {layer: groups_of(each, number) for layer, each in seen.items()}
+        for method in merge.METHODS:
+            groups = {
+                layer: merge.groups_of(layers.cfg, each, method, number)
+                for layer, each in seen.items()
+            }
             for align in (False, True):
                 name = f"{ratio} {method}{' aligned' if align else ''}"
                 found[name] = merge.merged(layers.cfg, groups, seen, align)

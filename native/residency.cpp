@@ -131,17 +131,18 @@ int32_t Residency::read(const Wanted &wanted, int64_t *place) {
     const int64_t from = slabs.offset + wanted.expert * slabs.slab_bytes;
     for (int64_t done = 0; done < slabs.slab_bytes;) {
         *place = from + done;
+        const int flags = fcntl(fd_, F_GETFL);  // before the read: another reader may change them meanwhile
         const ssize_t got = pread(fd_, wanted.slot->data + done, size_t(slabs.slab_bytes - done), from + done);
         if (got == 0) return MOESTRO_READ_ENDS;
         if (got > 0) {
             done += got;
             continue;
         }
-        if (errno == EINTR) continue;
-        const int flags = fcntl(fd_, F_GETFL);
-        if (errno == EINVAL && flags >= 0 && (flags & O_DIRECT) && fcntl(fd_, F_SETFL, flags & ~O_DIRECT) == 0)
+        const int error = errno;
+        if (error == EINTR) continue;
+        if (error == EINVAL && flags >= 0 && (flags & O_DIRECT) && fcntl(fd_, F_SETFL, flags & ~O_DIRECT) == 0)
             continue;  // the file system reads through its cache only
-        return errno;
+        return error;
     }
     struct stat now{};
     if (fstat(fd_, &now) != 0) return errno;

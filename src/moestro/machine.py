@@ -46,7 +46,9 @@ def free_bytes() -> int | None:
     if there is None:
         return None
     room = [there * 1024, *(limit - used for limit, used in _limits())]
-    return resident_bytes() + int(max(0, min(room)) * (1 - SPARED))
+    own = _fields(Path("/proc/self/status"))
+    held = sum(own.get(name, 0) for name in ("RssAnon", "RssShmem")) * 1024  # files count as free
+    return held + int(max(0, min(room)) * (1 - SPARED))
 
 
 def resident_bytes() -> int:

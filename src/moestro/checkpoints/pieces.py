@@ -122,7 +122,15 @@ def open_pieces(folder: Path, stem: str) -> dict[str, Source]:
     for path in files:
         starts = _starts(path)
         for key, stored in open_file(path).items():
-            parts.setdefault(key, []).append((starts[key], stored))
+            start = starts.get(key, ())
+            if len(start) != len(stored.shape) or not all(
+                isinstance(each, int) and each >= 0 for each in start
+            ):
+                raise CheckpointError(
+                    f"{path} does not say where {key!r} {tuple(stored.shape)} lies; use another "
+                    "checkpoint"
+                )
+            parts.setdefault(key, []).append((start, stored))
     return {key: _joined(folder, key, found) for key, found in parts.items()}
 
 

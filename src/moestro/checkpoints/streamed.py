@@ -218,10 +218,10 @@ def _read_into(fd: int, path: Path, memory: mmap.mmap, to: int, place: int, size
 
 def _read_once(fd: int, path: Path, piece: memoryview, place: int) -> int:
     """Bytes read at a place, at least one."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # before the read: another thread may change them
     try:
         got = os.preadv(fd, [piece], place)
     except OSError as error:
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:  # only through the cache
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             return os.preadv(fd, [piece], place)

@@ -94,6 +94,11 @@ def convert(
         raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
     if per_expert and to != "peft":
         raise ConfigError("--per-expert is about PEFT's format; add --to peft")
+    if to == "peft" and (adapter or dtype or accept_field):
+        raise ConfigError(
+            "--to peft writes a run's adapters as they are; leave out --adapter, "
+            "--dtype and --accept-field"
+        )
     check_new(target)
     folder = find_checkpoint(source)
     if to == "peft":

@@ -59,7 +59,7 @@ def merge(
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.plan.sizes import parse_bytes
     from moestro.surgery.layers import Layers
-    from moestro.surgery.merge import METHODS, merged
+    from moestro.surgery.merge import groups_of, merged
     from moestro.surgery.prune import chosen, fewer, pruned
 
     memory_bytes = parse_bytes(memory)
@@ -68,7 +68,7 @@ def merge(
     layers.fields(fewer(layers.cfg, groups), family)  # refused before anything is read
     texts = read_texts(layers, text, source, calibration, tokens)
     seen = statistics_of(layers, texts, memory_bytes, every=method == "hc-smoe")
-    found = {layer: METHODS[method](each, groups) for layer, each in seen.items()}
+    found = {layer: groups_of(layers.cfg, each, method, groups) for layer, each in seen.items()}
     changes = {
         method: merged(layers.cfg, found, seen, align),
         "reap": pruned(layers.cfg, chosen(layers.cfg, seen, "reap", groups)),

@@ -74,7 +74,9 @@ def round(
     texts, format = read_texts(layers, text, source, calibration, tokens), format_of(weights)
     assert format is not None
     with ExitStack() as stack, writing(target):
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moestro-")))
+        beside = next(each for each in target.absolute().parents if each.is_dir())
+        made_in = tempfile.TemporaryDirectory(prefix=".moestro-", dir=beside)  # as large as a model
+        folder = Path(stack.enter_context(made_in))
         with bar("rounding, blocks") as progress:
             care = Care(clip, importance, feedback)
             made = rounded(layers, texts.tokens_NS, format.group, folder, progress, care)

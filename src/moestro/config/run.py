@@ -190,6 +190,11 @@ class RunConfig(Settings):
                 f"{self.train.accumulate} micro-batches"
             )
         router = self.model.moe.router if self.model.moe else None
+        if self.lora is not None and self.balance.bias_rate:
+            raise ValueError(
+                "balance.bias_rate changes the routers' selection biases, which adapters do not "
+                "keep; set balance.bias_rate = 0"
+            )
         if router and self.balance.bias_rate and not router.selection_bias:
             raise ValueError(
                 "balance.bias_rate is set, but the router has no bias; "

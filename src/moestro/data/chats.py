@@ -126,7 +126,7 @@ def _messages(given: Any) -> tuple[Mapping[str, Any], ...]:
 def _renamed(spoken: Any) -> dict[str, Any]:
     """A turn of ShareGPT's as a message."""
     said = spoken.get("from") if isinstance(spoken, dict) else None
-    if said not in _FROM:
+    if not isinstance(said, str) or said not in _FROM:
         raise DataError(f"a turn is from {said!r}; known are {', '.join(_FROM)}")
     return {"role": _FROM[said], "content": spoken.get("value")}
 

@@ -61,6 +61,7 @@ def _plain(chat: Chat, tokenizer: Tokenizer) -> Labelled:
     tokens, ends = tokenizer.encode_placed(chat.prompt + chat.completion)
     labels = [end > len(chat.prompt) for end in ends]
     if tokens[-1] in tokenizer.ends:
+        labels[-1] = True  # where the tokenizer adds it, it stands for no text
         return Labelled(tokens, labels)
     return Labelled([*tokens, tokenizer.end_of_text], [*labels, True])
 

@@ -213,14 +213,16 @@ class _Cut:
 
     def notes(self, number: int) -> list[str]:
         """What a person should know."""
-        if not self.cut:
-            return []
-        left_out = f"; {self.dropped:,} of them left no label and are left out" * (self.dropped > 0)
-        return [
-            f"{self.cut:,} of {number:,} documents are longer than {self.seq_len} tokens and lost "
-            f"their end, {self.tokens:,} tokens with {self.labels:,} labels{left_out}; "
-            "raise data.seq_len to keep it"
-        ]
+        found = []
+        if self.cut:
+            found.append(
+                f"{self.cut:,} of {number:,} documents are longer than {self.seq_len} tokens and "
+                f"lost their end, {self.tokens:,} tokens with {self.labels:,} labels; raise "
+                "data.seq_len to keep it"
+            )
+        if self.dropped:
+            found.append(f"{self.dropped:,} of {number:,} documents have no label and are left out")
+        return found
 
 
 def _build(
@@ -281,5 +283,5 @@ def _split(cfg: DataConfig, conversations: Sequence[Sequence[Labelled]]) -> tupl
 def _bytes_per_label(side: Side, tokenizer: Tokenizer) -> float:
     """Of the text that is predicted; a special token counts as one byte."""
     ids = side.tokens_T[side.predicted()].tolist()
-    special = sum(token in tokenizer.specials or token in tokenizer.ends for token in ids)
+    special = sum(token in tokenizer.specials for token in ids)
     return (len(utf8(tokenizer.decode(ids))) + special) / len(ids)

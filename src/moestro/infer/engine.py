@@ -302,7 +302,12 @@ class Session:
             len(new) if each.prompt and each.scored is not None else 1
             for each, new in zip(live, tokens, strict=True)
         ]
-        outputs = decoding.step(tokens, pasts, told)
+        try:
+            outputs = decoding.step(tokens, pasts, told)
+        except BaseException:
+            # Some layers may have the new tokens and others not: nothing goes on from such a past.
+            self._running = [each for each in self._running if all(each is not one for one in live)]
+            raise
         for each, new, passed in zip(live, tokens, outputs, strict=True):
             each.passed += new
             if each.prompt:

@@ -39,7 +39,7 @@ def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS)
         model: a decoder that was opened within a budget.
         residency: what reads its experts.
         seconds: about how long, if a token takes no longer than a tenth of that; up to
-            twice as long where experts are large.
+            twice as long where experts are large, and half as long again to fill memory first.
 
     Raises:
         CheckpointError: an expert cannot be read.
@@ -107,10 +107,8 @@ def _stepper(model: Decoder) -> Callable[[int, KVCache], Tensor]:
 
 def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float, ...]:
     """What so many misses of one mixture add, [M]: mixtures are called with experts not there."""
-    experts = [each for each in model.modules() if isinstance(each, PackedExperts)]
-    pairs = zip(experts, residency.mixtures, strict=True)
-    short = [each for each, slabs in pairs if slabs.kept < slabs.experts]
     top_k = max(layer.cfg.top_k for layer in model.mixtures())
+    short = _filled(model, residency, top_k, seconds)
     if not short:
         return (0.0,) * (top_k + 1)
     random, times = Random(0), [list[float]() for _ in range(top_k + 1)]
@@ -123,7 +121,6 @@ def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float
         times[made.misses].append(took_s)
         computed.append(took_s - made.waited_s)
 
-    _mix(short[0], list(range(top_k)))  # threads and buffers are made
     orders = [top_k, 0, top_k // 2, *range(1, top_k)]
     end = time.perf_counter() + seconds
     for number, (layer, wanted) in enumerate(zip(cycle(short), cycle(orders), strict=False)):
@@ -139,6 +136,23 @@ def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float
     known = [m for m, each in enumerate(times) if each]
     costs = [max(0.0, _usual(times[m]) - base) for m in known]
     return tuple(np.interp(range(top_k + 1), [0, *known], [0.0, *costs]).tolist())
+
+
+def _filled(
+    model: Decoder, residency: Residency, top_k: int, seconds: float
+) -> list[PackedExperts]:
+    """Mixtures that miss experts, at least one, with all places for those they keep taken once.
+
+    Memory that was never touched is slow the first time, some of it slower than the disk.
+    """
+    experts = [each for each in model.modules() if isinstance(each, PackedExperts)]
+    filled, end = list[PackedExperts](), time.perf_counter() + seconds
+    for layer, slabs in zip(experts, residency.mixtures, strict=True):
+        if slabs.kept < slabs.experts and (not filled or time.perf_counter() < end):
+            for first in range(0, slabs.kept, top_k):
+                _mix(layer, list(range(first, min(first + top_k, slabs.kept))))
+            filled.append(layer)
+    return filled
 
 
 def _usual(values: Sequence[float]) -> float:

@@ -199,7 +199,7 @@ class StepDecoder:
 
         Raises:
             ShapeError: shapes do not fit.
-            CheckpointError: experts that are stored could not be read; the pasts are as before.
+            CheckpointError: stored experts could not be read; the pasts are then of no use.
         """
         batch, half = len(pasts), turning_of(self.shape) // 2
         own = all(past.kind == self.past_kind for past in pasts)

@@ -108,11 +108,14 @@ class Residency:
             _ENDS: "it ends there; it was cut while the model was in use",
             _CHANGED: "it was written to while the model was in use",
         }
-        what = why.get(found.error) or os.strerror(found.error)
-        return CheckpointError(
-            f"cannot read {self.path} at byte {found.place}: {what}; remove it and open the model "
-            "again to pack its checkpoint again"
-        )
+        advice = "remove it and open the model again to pack its checkpoint again"
+        what = why.get(found.error)
+        if what is None:
+            what, advice = (
+                os.strerror(found.error),
+                "try again, and look at the disk if it stays so",
+            )
+        return CheckpointError(f"cannot read {self.path} at byte {found.place}: {what}; {advice}")
 
     def _counts(self) -> _Reads:
         counts = _Reads()

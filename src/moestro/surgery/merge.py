@@ -62,6 +62,29 @@ METHODS: Mapping[str, Callable[[LayerStatistics, int], Groups]] = {
 }
 
 
+def groups_of(cfg: ModelConfig, seen: LayerStatistics, method: str, number: int) -> Groups:
+    """The groups of one layer by a method of `METHODS`, each within one group of the router.
+
+    A router's groups are places in its rows: an expert that moved to another would be chosen with
+    other rivals.
+    """
+    assert cfg.moe is not None
+    parts, found = cfg.moe.router.num_groups, []
+    size = len(seen.counts_E) // parts
+    for first in range(0, parts * size, size):
+        own = slice(first, first + size)
+        part = LayerStatistics(
+            seen.counts_E[own],
+            seen.norms_E[own],
+            seen.weighted_E[own],
+            seen.alike_EE[own, own],
+            None if seen.means_ED is None else seen.means_ED[own],
+        )
+        groups = METHODS[method](part, number // parts)
+        found += [[first + expert for expert in group] for group in groups]
+    return found
+
+
 def merged(
     cfg: ModelConfig,
     groups: Mapping[int, Groups],

@@ -31,7 +31,8 @@ CRITERIA: Mapping[str, Callable[[LayerStatistics], Tensor]] = {
 def possible(cfg: ModelConfig) -> list[int]:
     """How many experts a model can be left with, ascending.
 
-    At least K, and as many in each group; K must find room in the groups that are open.
+    At least K, and as many in each group; K must find room in the groups that are open, and groups
+    that count by their best two have two.
 
     Raises:
         ConfigError: the model is dense, its router does not choose by score, or none can go.
@@ -46,6 +47,8 @@ def possible(cfg: ModelConfig) -> list[int]:
             "only models whose routers do can be pruned and merged"
         )
     least = -(-moe.top_k // router.top_groups) * router.num_groups
+    if router.num_groups > 1 and router.group_score == "top2":  # which takes two of each group
+        least = max(least, 2 * router.num_groups)
     numbers = list(range(least, moe.num_experts, router.num_groups))
     if not numbers:
         raise ConfigError(

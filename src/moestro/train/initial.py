@@ -6,7 +6,6 @@ the folder that it began from.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,11 +71,11 @@ def keep_origin(init: Path, run: Path) -> None:
     """Copy what comes with the weights into the run's folder, from where each checkpoint gets it.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or files of somebody else are there.
     """
     folder = run / state.ORIGIN
+    state.clear_origin(run)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         keep_sidecar_files(init, folder)
     except OSError as error:

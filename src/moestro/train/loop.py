@@ -282,7 +282,7 @@ class Trainer:
         set_learning_rate(self._optimizer, learning_rate(step, cfg.train.steps, cfg.optim))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        if cfg.balance.bias_rate:
+        if cfg.balance.bias_rate and "router" not in cfg.optim.freeze:
             for moe, counts_E in zip(self.model.mixtures(), tally.counts_LE, strict=True):
                 update_bias(cast(Tensor, moe.router.bias), counts_E, cfg.balance.bias_rate)
         self._step, self._counts_LE = step + 1, tally.counts_LE

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,14 @@ from moestro.errors import CheckpointError, ConfigError
 from moestro.files import write_json
 from moestro.settings import load_settings, read_values
 from moestro.train.distributed import Ranks
-from moestro.train.state import ORIGIN, SETTINGS_NAME, clear_leftovers, dotted, holds_run
+from moestro.train.state import (
+    ORIGIN,
+    SETTINGS_NAME,
+    clear_leftovers,
+    clear_origin,
+    dotted,
+    holds_run,
+)
 
 JOB_NAME = "job.json"
 RESTARTS, JOB = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"
@@ -147,4 +153,4 @@ def _clear(run: Path) -> None:
     clear_leftovers(run)
     with suppress(OSError):
         (run / CHECKPOINTS).rmdir()
-    shutil.rmtree(run / ORIGIN, ignore_errors=True)
+    clear_origin(run)

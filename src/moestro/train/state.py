@@ -41,15 +41,16 @@ from moestro.checkpoints.folders import (
     step_folders,
     unfinished,
 )
-from moestro.checkpoints.sidecar_files import keep_sidecar_files
-from moestro.checkpoints.tensor_files import read_tensors
+from moestro.checkpoints.reading import HF_CONFIG
+from moestro.checkpoints.sidecar_files import NAMES, keep_sidecar_files
+from moestro.checkpoints.tensor_files import read_tensors, some
 from moestro.config import DataConfig, RunConfig
 from moestro.data.rows import ChatCorpus, prepare_chats
 from moestro.data.windows import Corpus, prepare
 from moestro.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
-from moestro.text import Tokenizer
+from moestro.text import NOTE_FILE, Tokenizer
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
@@ -58,6 +59,7 @@ from moestro.train.snapshot import Snapshot
 SETTINGS_NAME = "config.json"
 # In a run that began from a checkpoint: the files that came with its weights.
 ORIGIN = "init"
+OF_ORIGIN = frozenset({*NAMES, NOTE_FILE, HF_CONFIG})
 FORMAT = 1
 # These change when something is looked at or written, or how fast, never what is learned.
 MAY_DIFFER = (
@@ -322,7 +324,7 @@ def open_run(
             "on; remove it, and start again with --init"
         )
     if not resume:
-        shutil.rmtree(run / ORIGIN, ignore_errors=True)  # of a start that came to nothing
+        clear_origin(run)
     if checkpoint is not None:
         check_settings(read_run_settings(checkpoint), cfg, checkpoint)
     elif (run / SETTINGS_NAME).exists():
@@ -334,6 +336,22 @@ def open_run(
     except OSError as error:
         raise _unwritable(run, error) from None
     return checkpoint
+
+
+def clear_origin(run: Path) -> None:
+    """Remove what a start that came to nothing left of the checkpoint that it began from.
+
+    Raises:
+        ConfigError: there are other files, which no run has put there.
+    """
+    folder = run / ORIGIN
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := names - OF_ORIGIN:
+        raise ConfigError(
+            f"{folder} holds {some(sorted(others))}, which no run has put there; choose another "
+            "folder with --out"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -64,7 +64,10 @@ def tuning_settings(
         if "lora.base" in stated:
             usual["optim.lr"] = LORA_LR
     if not any(name.startswith("balance.") for name in stated):
-        usual |= {f"balance.{name}": value for name, value in _own_balance(base, model).items()}
+        balance = _own_balance(base, model)
+        if "lora.base" in stated:  # adapters are all that is kept of such a run
+            balance["bias_rate"] = 0.0
+        usual |= {f"balance.{name}": value for name, value in balance.items()}
     derived = [f"{name}={json.dumps(value)}" for name, value in usual.items() if name not in stated]
     cfg = initial_settings(
         base, run, default, config, [*derived, *assignments], tuple(accept_fields)
@@ -133,6 +136,7 @@ def begin(
         The settings with the number of steps.
     """
     made = not run.exists()
+    there = {path.name for path in run.iterdir()} if run.is_dir() else set()
     state.claim_folder(run, resume=False)
     try:
         keep_origin(base, run)
@@ -143,7 +147,7 @@ def begin(
             cfg = cfg.model_copy(update={"train": train})
         save_step_zero(run, cfg, opened(), corpus)
     except BaseException:
-        for path in [run] if made else [run / name for name in (state.ORIGIN, "data")]:
+        for path in [run] if made else [run / name for name in {state.ORIGIN, "data"} - there]:
             shutil.rmtree(path, ignore_errors=True)
         raise
     return cfg
