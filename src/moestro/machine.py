@@ -46,9 +46,13 @@ def free_bytes() -> int | None:
     if there is None:
         return None
     room = [there * 1024, *(limit - used for limit, used in _limits())]
+    return _held_bytes() + int(max(0, min(room)) * (1 - SPARED))
+
+
+def _held_bytes() -> int:
+    """The memory of this process that does not count as free: not its mapped files."""
     own = _fields(Path("/proc/self/status"))
-    held = sum(own.get(name, 0) for name in ("RssAnon", "RssShmem")) * 1024  # files count as free
-    return held + int(max(0, min(room)) * (1 - SPARED))
+    return sum(own.get(name, 0) for name in ("RssAnon", "RssShmem")) * 1024 or resident_bytes()
 
 
 def resident_bytes() -> int:

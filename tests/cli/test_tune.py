@@ -111,6 +111,9 @@ def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats,
     for name, more in {"flat": [], "single": ["--per-expert"]}.items():
         assert main(["convert", str(whole), str(tmp_path / name), "--to", "peft", *more]) == 0
         targets[name] = ["--adapter", str(tmp_path / name)]
+    command = ["convert", str(whole), str(tmp_path / "no"), "--to", "peft", "--dtype", "bf16"]
+    assert main(command) == 2
+    assert "leave out --adapter, --dtype and --accept-field" in capsys.readouterr().err
     wanted = tensors(whole)
     before = tensors(published)
     assert any(not torch.equal(before[name], tensor) for name, tensor in wanted.items())
@@ -196,6 +199,27 @@ def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, caps
     capsys.readouterr()
     assert main(["tune", "--resume", "--out", str(out)]) == 2
     assert "holds no run to go on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["data", "init"])
+def test_what_was_in_the_folder_before_stays(folder, published, chats, tmp_path, capsys):
+    """A project's own folders, where tuning fails: on bad data, or since they are in the way."""
+    kept = tmp_path / folder / "chats.jsonl"
+    kept.parent.mkdir()
+    lines = chats.read_text() if folder == "init" else '{"messages": [{"role": "user"}]}'
+    kept.write_text(lines)
+    assert main(["tune", str(published), "--data", str(kept), "--out", str(tmp_path), *SETS]) == 2
+    assert ("no run has put there" in capsys.readouterr().err) == (folder == "init")
+    assert kept.read_text() == lines
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+
+
+def test_adapters_do_not_change_the_routers_biases(published, chats, tmp_path, capsys):
+    """Nothing but the adapters is kept of such a run."""
+    words = ["--data", str(chats), "--lora", "2", *SETS, "--set", "balance.bias_rate=0.001"]
+    assert main(["tune", str(published), *words, "--out", str(tmp_path / "run")]) == 2
+    assert "which adapters do not keep" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_preview_marks_what_is_learned(published, chats, capsys):

@@ -154,6 +154,20 @@ def test_a_text_is_learned_whole_and_a_prompt_not_at_all(tokenizer):
     assert learned == [*tokenizer.encode(" is it?"), end]
 
 
+def test_the_end_that_a_tokenizer_adds_is_learned():
+    """It stands for no text, so its place in the text says nothing."""
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    ending = SubwordTokenizer(inner, "file", 1, [1])
+    (pair,) = label(Chat("x", prompt="a ", completion="b"), ending, None, ChatConfig())
+    assert pair == ([0, 2, 3, 1], [False, False, True, True])
+
+
 def line(tmp_path, record):
     path = tmp_path / "chats.jsonl"
     path.write_text(record if isinstance(record, str) else json.dumps(record))
@@ -186,6 +200,7 @@ def test_every_shape_becomes_the_same_conversation(tmp_path):
         ({"messages": [ASK, {"role": "assistant", "content": 4}]}, "content 4; it is a text"),
         ({"messages": []}, "not a list of at least one"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "from .*human.*; known are"),
         ({"question": "x"}, "its fields are 'question'; expected messages"),
         ({"text": ""}, "its fields are 'text'|nothing to learn"),
         ("[1]", "not a JSON object"),

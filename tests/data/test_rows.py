@@ -57,6 +57,14 @@ def test_an_epoch_holds_each_document_once_with_its_labels(tmp_path):
     assert len(room) == 1 or filled[-1] + filled[-2] > 16
 
 
+def test_the_bytes_of_a_label_are_those_of_its_text(tmp_path):
+    """The end of a text is a byte of it here, and counted once."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("abc", "def")))
+    corpus = prepare_chats(settings(path), tmp_path / "data")
+    assert corpus.held_out(100)["chats"].bytes_per_token == 1
+
+
 def test_parts_of_ranks_are_the_batch_and_the_same_file_the_same_rows(tmp_path):
     cfg = settings(write(tmp_path, TEXTS), chat=ChatConfig(pack=False))
     corpus = prepare_chats(cfg, tmp_path / "data")

@@ -94,3 +94,32 @@ def test_a_request_that_is_dropped_leaves_its_past() -> None:
     again = session.add(f"{SYSTEM}?", SETTINGS)
     run(session, again)
     assert session.cached[again] == len(SYSTEM)
+
+
+@pytest.mark.parametrize("window", [None, "delta"])
+def test_a_failed_step_leaves_nothing_to_go_on_from(window: Any, monkeypatch: Any) -> None:
+    """An interrupt in a step: some layers have the new tokens, others not."""
+    delta = {"kind": "delta", "key_heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}
+    model = decoder(**({} if window is None else {"window": {**delta, "full_every": 3}}))
+    text = f"{SYSTEM}one"
+    session = Session(model, ByteTokenizer())
+    alone = run(session, session.add(text, SETTINGS))[0]
+    session = Session(model, ByteTokenizer(), cache_bytes=1 << 30)
+    number = session.add(text, SETTINGS)
+    for _ in range(4):
+        session.step()
+    (live,) = session._running
+    whole = live.decoding.step
+
+    def broken(*given: Any) -> Any:
+        whole(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.decoding, "step", broken)
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+    session.drop(number)
+    assert not session.live
+    assert run(session, again := session.add(text, SETTINGS))[again] == alone
+    assert session.cached[again] == 0

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from moestro.checkpoints.reading import read_model
+from moestro.config import ModelConfig
 from moestro.surgery.assignment import cheapest
 from moestro.surgery.calibration import LayerStatistics, collect
 from moestro.surgery.layers import Change, Layers
-from moestro.surgery.merge import by_output, by_router, merged
+from moestro.surgery.merge import METHODS, by_output, by_router, groups_of, merged
 
 from ..checkpoints.families import tiny
 
@@ -55,6 +56,24 @@ def test_the_rare_join_the_frequent_whose_logits_are_alike():
     seen = statistics([9, 1, 2, 8], alike=logits_TE.T @ logits_TE)
     assert by_router(seen, 2) == [[0, 1], [2, 3]]
     assert by_router(seen, 3) == [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_stay_in_their_group_of_the_router(method):
+    """Those of one group are alike to those of the other, and to no other of their own."""
+    means_ED = torch.eye(3, dtype=torch.float64).repeat(2, 1)
+    means_ED[2] += 0.1
+    seen = statistics([9, 8, 1, 1, 8, 9], means_ED, means_ED @ means_ED.T)
+    moe = {"hidden_dim": 8, "num_experts": 6, "top_k": 2}
+    cfg = ModelConfig(moe={**moe, "router": {"num_groups": 2, "top_groups": 1}})
+    groups = groups_of(cfg, seen, method, 4)
+    assert sorted(expert for group in groups for expert in group) == list(range(6))
+    assert all(len({expert // 3 for expert in group}) == 1 for group in groups)
+    assert [len({group[0] // 3}) for group in groups] == [1] * 4
+    assert sum(group[0] < 3 for group in groups) == 2
+    alone = ModelConfig(moe=moe)
+    assert groups_of(alone, seen, method, 4) == METHODS[method](seen, 4)
+    assert groups_of(alone, seen, method, 3) != groups_of(cfg, seen, method, 2)
 
 
 def test_the_mean_is_by_frequency_and_the_row_of_the_most_frequent(tmp_path):

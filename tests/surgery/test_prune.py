@@ -143,9 +143,12 @@ def test_too_few_experts_are_refused():
     grouped = ModelConfig(moe={**moe, "router": {"num_groups": 4, "top_groups": 2}})
     with pytest.raises(ConfigError, match="none of 8 experts can go"):
         possible(grouped)
-    grouped = ModelConfig(moe={**moe, "top_k": 2, "router": {"num_groups": 4, "top_groups": 2}})
+    router = {"num_groups": 4, "top_groups": 2, "group_score": "max"}
+    grouped = ModelConfig(moe={**moe, "top_k": 2, "router": router})
     with pytest.raises(ConfigError, match="left with 4 to 4, a multiple of its 4 groups"):
         fewer(grouped, 5)
+    best_two = {**moe, "num_experts": 16, "top_k": 2, "router": {**router, "group_score": "top2"}}
+    assert possible(ModelConfig(moe=best_two)) == [8, 12]
     with pytest.raises(ConfigError, match="dense"):
         possible(ModelConfig())
     with pytest.raises(ConfigError, match="hash"):
