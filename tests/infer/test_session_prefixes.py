@@ -96,11 +96,9 @@ def test_a_request_that_is_dropped_leaves_its_past() -> None:
     assert session.cached[again] == len(SYSTEM)
 
 
-@pytest.mark.parametrize("window", [None, "delta"])
-def test_a_failed_step_leaves_nothing_to_go_on_from(window: Any, monkeypatch: Any) -> None:
+def test_a_failed_step_leaves_nothing_to_go_on_from(monkeypatch: Any) -> None:
     """An interrupt in a step: some layers have the new tokens, others not."""
-    delta = {"kind": "delta", "key_heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}
-    model = decoder(**({} if window is None else {"window": {**delta, "full_every": 3}}))
+    model = decoder()
     text = f"{SYSTEM}one"
     session = Session(model, ByteTokenizer())
     alone = run(session, session.add(text, SETTINGS))[0]

@@ -94,7 +94,8 @@ class Residency:
         except BaseException:
             os.close(fd)
             raise
-        finalize(self, _close, library(), self.handle, fd)
+        # When the process ends the system takes it all back, also from a thread that computes.
+        finalize(self, _close, library(), self.handle, fd).atexit = False
 
     def reads(self) -> Reads:
         """What was wanted until now."""

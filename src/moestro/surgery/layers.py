@@ -164,7 +164,7 @@ class Layers:
                 model.get_submodule(path).load_state_dict(tensors, assign=True)
         inputs_NS = tokens_NS[:, :-1]
         first_NSD = models[0].embedded(inputs_NS)
-        states = [first_NSD.clone() for _ in changes]
+        states = [first_NSD, *(first_NSD.clone() for _ in changes[1:])]
         batches = [slice(start, start + BATCH) for start in range(0, len(tokens_NS), BATCH)]
         for layer in range(self.cfg.num_layers):
             made = self.block(layer, changes)
@@ -182,7 +182,13 @@ class Layers:
             moved(layer)
         return torch.stack(
             [
-                torch.cat([_bits(model, x_NSD[rows], tokens_NS[rows, 1:]) for rows in batches])
+                # One window at a time: a large vocabulary makes logits larger than all else.
+                torch.cat(
+                    [
+                        _bits(model, x_SD[None], tokens_S[None, 1:])
+                        for x_SD, tokens_S in zip(x_NSD, tokens_NS, strict=True)
+                    ]
+                )
                 for model, x_NSD in zip(models, states, strict=True)
             ]
         )
