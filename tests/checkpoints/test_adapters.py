@@ -144,10 +144,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         read_peft(model(), FAMILIES["gpt_oss"], tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for field, value in (("use_dora", True), ("peft_type", "IA3"), ("bias", "all")):
+    odd = {
+        "use_dora": True, "peft_type": "IA3", "bias": "all", "init_lora_weights": "pissa",
+        "alora_invocation_tokens": [1],
+    }  # fmt: skip
+    for field, value in odd.items():
         path.write_text(json.dumps({**config, field: value}))
         with pytest.raises(ConfigError, match=f"{field} = .* is not read"):
             read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+    path.write_text(json.dumps({**config, "r": None}))
+    with pytest.raises(ConfigError, match="has no numbers r and lora_alpha"):
+        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
     path.write_text(json.dumps(config))
     save_file({}, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="no adapter at all"):

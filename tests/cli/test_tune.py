@@ -6,6 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from moestro.checkpoints.adapters import own_settings
+from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.cli.main import main
 from moestro.cli.probe_model import open_probed
@@ -173,6 +175,7 @@ def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
         (["--qlora", "int4"], "needs --lora"),
         (["--set", "data.chat.turns=some"], "data.chat.turns"),
         (["--lora", "2", "--set", 'lora.targets=["dense"]'], "nothing of the kind"),
+        (["--lora", "2", "--set", 'lora.targets=["router"]', "--freeze", "router"], "router alone"),
         (["--set", "model.dim=8"], "model.dim"),
         (["--show", "-1"], "--show"),
     ],
@@ -199,6 +202,15 @@ def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, caps
     capsys.readouterr()
     assert main(["tune", "--resume", "--out", str(out)]) == 2
     assert "holds no run to go on with" in capsys.readouterr().err
+
+
+def test_a_settings_file_asks_for_adapters(published, chats, tmp_path):
+    config, run = tmp_path / "lora.toml", tmp_path / "run"
+    config.write_text("[lora]\nrank = 2\n")
+    words = ["--data", str(chats), "--config", str(config), *SETS, "--steps", "1"]
+    assert main(["tune", str(published), *words, "--out", str(run)]) == 0
+    kept = own_settings(find_checkpoint(run))
+    assert (kept.rank, kept.base) == (2, str(published.absolute()))
 
 
 @pytest.mark.parametrize("folder", ["data", "init"])

@@ -1,10 +1,15 @@
 """What fits, to the byte, and that what would have to give does make room."""
 
 import pytest
+import torch
 
+from moestro.checkpoints import packed_header
+from moestro.checkpoints.quantize import WEIGHTS, blank_model
+from moestro.checkpoints.streamed import sizes_of
+from moestro.config import ModelConfig
 from moestro.models import budget
 from moestro.models.count import count
-from moestro.plan.fit import fit
+from moestro.plan.fit import fit, streamed_needs
 from moestro.plan.memory import cache_bytes, weights
 from moestro.plan.parallel import rank
 from moestro.plan.presets import preset
@@ -116,3 +121,19 @@ def test_a_rumour_without_settings():
     answer = ask(80 * GIB, "gpt-4-rumour")
     assert answer.rows[0].longest_context is None
     assert answer.training is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_head_lies_in_the_file_beside_its_embedding(tied, dtype):
+    moe = {"hidden_dim": 128, "num_experts": 8, "top_k": 2}
+    attention = {"num_heads": 4, "context": 64}
+    cfg = ModelConfig(
+        vocab_size=8192, dim=128, num_layers=2, head={"tied": tied}, moe=moe, attention=attention
+    )
+    model = blank_model(cfg, lambda _: WEIGHTS[dtype]).to(torch.bfloat16)
+    _, sections, _ = packed_header.make(model, WEIGHTS[dtype], {})
+    run = budget.needs(*sizes_of(model, sections), budget.Use(64))
+    planned = streamed_needs(cfg, weights(count(cfg), dtype, cfg), dtype, budget.Use(64))
+    assert planned.dense == pytest.approx(run.dense, rel=0.02)
+    assert planned.mixtures == run.mixtures

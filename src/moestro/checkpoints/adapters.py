@@ -40,6 +40,9 @@ _PLAIN = {
     "use_dora": (False, None), "bias": ("none", None), "modules_to_save": (None, []),
     "fan_in_fan_out": (False, None), "lora_bias": (False, None), "layer_replication": (None,),
     "trainable_token_indices": (None,), "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    # The others begin from a base that they have changed (pissa, olora, loftq, corda).
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -161,6 +164,8 @@ def read_peft(model: Model, family: Family, folder: Path) -> None:
             f"{odd[0]} = {config[odd[0]]!r}" if odd else f"peft_type = {config.get('peft_type')!r}"
         )
         raise ConfigError(f"{folder}: {what} is not read; plain LoRA adapters are")
+    if not all(isinstance(config.get(name), int | float) for name in ("r", "lora_alpha")):
+        raise ConfigError(f"{folder / PEFT_CONFIG} has no numbers r and lora_alpha")
     stored = read_tensors(folder / PEFT_FILE)
     problems = [name for name in stored if not name.startswith(_BEGINS) or not name.endswith(_ENDS)]
     left = {name[len(_BEGINS) :] for name in stored if name not in problems}

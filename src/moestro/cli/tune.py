@@ -158,9 +158,10 @@ def _assignments(
 def _settings(
     base: Path, folder: Path, config: Path | None, stated: list[str], accepted: Sequence[str]
 ) -> RunConfig:
+    from moestro.settings import read_values
     from moestro.train.tuning import tuning_settings
 
-    if any(each.startswith("lora.") for each in stated):
+    if read_values(config, stated).get("lora") is not None:
         stated = [
             *stated, f"lora.base={json.dumps(str(base.absolute()))}",
             f"lora.accept_fields={json.dumps(list(accepted))}",

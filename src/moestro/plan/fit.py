@@ -17,6 +17,7 @@ from moestro.plan.memory import (
     cache_bytes,
     dtypes,
     number_bytes,
+    quantised,
     weights,
 )
 from moestro.plan.parallel import rank
@@ -102,8 +103,7 @@ def fit(
     changes = () if asked.fits else _changes(cfg, count, context, batch, asked, rows, memory_bytes)
     use, left, least = Use(context, batch, cache=cache), None, None
     if not asked.fits and cfg is not None:
-        sizes, number = weights(count, asked.dtype, cfg), number_bytes(asked.dtype)
-        wanted = streamed_needs(cfg, sizes, number, use)
+        wanted = streamed_needs(cfg, weights(count, asked.dtype, cfg), asked.dtype, use)
         left = None if wanted is None else _streamed(wanted, memory_bytes)
         least = None if wanted is None else budget.smallest(wanted)
     if training.activations is None or training.checkpointed is None:
@@ -122,7 +122,7 @@ def fit(
     )
 
 
-def streamed_needs(cfg: NetworkConfig, sizes: WeightBytes, number: int, use: Use) -> Needs | None:
+def streamed_needs(cfg: NetworkConfig, sizes: WeightBytes, dtype: str, use: Use) -> Needs | None:
     """What runs while experts are read as they are wanted; None: there are no experts."""
     moe = cfg.moe
     if moe is None:
@@ -130,7 +130,10 @@ def streamed_needs(cfg: NetworkConfig, sizes: WeightBytes, number: int, use: Use
     layers = sum(layer.mixture for stack in cfg.stacks() for layer in stack.layers)
     slab = -(-sizes.experts // (layers * moe.num_experts * _PAGE)) * _PAGE
     mixtures = [Mixture(slab, moe.num_experts, moe.top_k)] * layers
-    return budget.needs(cfg, number, sizes.total - sizes.experts, mixtures, use)
+    dense = sizes.total - sizes.experts
+    if cfg.head.tied and quantised(dtype) is None:
+        dense += sizes.tables  # the file has the head beside the embedding
+    return budget.needs(cfg, number_bytes(dtype), dense, mixtures, use)
 
 
 def _streamed(needs: Needs, memory_bytes: int) -> Budget | None:

@@ -61,11 +61,18 @@ def weights(count: Count, dtype: str, cfg: NetworkConfig | None = None) -> Weigh
     With settings they are those of the packed tensors, exactly: with what fills up blocks and
     pages, and a tied head beside its embedding. Else, and plain, they follow from the numbers.
     """
-    if cfg is not None and (packed := FORMATS.get(dtype)) and packed.kind in QUANTISED:
+    packed = quantised(dtype)
+    if cfg is not None and packed is not None:
         return _packed(count, cfg, packed)
     bits, tables = DTYPES[dtype], count.input_embedding
     numbers = (tables, count.expert, count.total - tables - count.expert)
     return WeightBytes(*(math.ceil(n * wide / 8) for n, wide in zip(numbers, bits, strict=True)))
+
+
+def quantised(dtype: str) -> Format | None:
+    """How integers of one of `DTYPES` are packed; None: its numbers are as they are, or some."""
+    format = FORMATS.get(dtype)
+    return format if format is not None and format.kind in QUANTISED else None
 
 
 def _packed(count: Count, cfg: NetworkConfig, format: Format) -> WeightBytes:

@@ -84,6 +84,11 @@ def without_frozen(cfg: RunConfig) -> RunConfig:
     if cfg.lora is None or "router" not in cfg.optim.freeze:
         return cfg
     targets = tuple(each for each in cfg.lora.targets if each != "router")
+    if not targets:
+        raise ConfigError(
+            "lora.targets is the router alone, which optim.freeze leaves as it is; name another "
+            "target, or train the router"
+        )
     return cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"targets": targets})})
 
 
