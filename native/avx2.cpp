@@ -115,14 +115,14 @@ inline __m256i dot4_unsigned(__m256i sum, __m256i, __m256i) { return sum; }
 constexpr bool is_narrow(int32_t kind) { return is_nibbles(kind) && kind != MOESTRO_IQ4_NL && kind != MOESTRO_NF4; }
 constexpr bool is_signed(int32_t kind) { return kind == MOESTRO_INT8 || has_table(kind); }
 
-// Sum of four products per column, exact. VNNI takes weights from 0: signed ones have 128 added. Else the sign of a
-// weight goes to the other byte.
 // Compilers that reorder the sums run out of registers.
 inline __m256i in_order(__m256i sum) {
     asm("" : "+x"(sum));
     return sum;
 }
 
+// Sum of four products per column, exact. VNNI takes weights from 0: signed ones have 128 added. Else the sign of a
+// weight goes to the other byte.
 template <int32_t KIND>
 inline __m256i dot4(__m256i sum, __m256i w, __m256i a) {
     if constexpr (VNNI) return dot4_unsigned(sum, w, a);

@@ -77,19 +77,19 @@ class Source:
 
     def rows(self) -> tuple[BlockRows, tuple[float, float]]:
         """A matrix as rows of blocks, and the squared error that making them adds, with squares."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of source has its own
 
     def entry(self, index: int) -> Source:
         """Entry `index` of the first axis, as a tensor of its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of source has its own
 
     def part(self, start: int, stop: int) -> Source:
         """Rows [start, stop) of the first axis, as a tensor of its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of source has its own
 
     def load(self, dtype: torch.dtype) -> Tensor:
         """The tensor on the CPU: a quantised one in `dtype`, another as it is stored."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of source has its own
 
     def load_into(self, target: Tensor) -> None:
         """Fill a tensor of this shape, converted to its dtype; a stack entry by entry."""

@@ -150,7 +150,7 @@ class NetworkConfig(Settings):
 
     def stacks(self) -> tuple[StackSpec, ...]:
         """The stacks of blocks in the order that they run; the last one predicts."""
-        raise NotImplementedError
+        raise NotImplementedError  # each network has its own
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) of a stack holds a mixture."""

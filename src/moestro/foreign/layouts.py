@@ -237,7 +237,7 @@ def _own_gate(experts: Any) -> str | None:
     return gate
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def _traits_of_gate(kind: Any) -> tuple[str | None, tuple[tuple[str, object], ...]]:
     """A class's gate and what it needs; the compiler asks once."""
     gate = kind._apply_gate

@@ -102,7 +102,7 @@ class Blocks(Source):
         kind = gguf.GGMLQuantizationType(self.kind.number)
         try:
             found = gguf.dequantize(rows.data.numpy(), kind)
-        except NotImplementedError:
+        except NotImplementedError:  # so gguf says that it does not know a kind
             raise CheckpointError(
                 f"{self.file}: {self.key} is in {self.kind.name}, which the installed gguf "
                 "package does not read; update it"

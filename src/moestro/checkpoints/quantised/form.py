@@ -63,7 +63,7 @@ class Form:
         Raises:
             ShapeError: a part has another shape, dtype or content than it should.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each form has its own
 
     def fill(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write the numbers that these parts stand for, rounded once, to the dtype of `out`.
@@ -75,7 +75,7 @@ class Form:
         Raises:
             ShapeError: see `shape`.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each form has its own
 
     @property
     def in_blocks(self) -> bool:
@@ -96,7 +96,7 @@ class Form:
         Raises:
             ShapeError: see `shape`; or the values are none that the blocks have.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each form has its own
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensor that these parts stand for, rounded once, to `dtype`.
