@@ -121,6 +121,21 @@ TRIALS = {
         for n in (16, 32, 64)
         for r in _RATES
     },
+    # Experts at a share of the learning rate.
+    **{
+        f"narrow-{n}-x{share}-lr{r}": _moe(
+            *_NARROW, *_experts(n, 2, 64), f"optim.lr={r}", f"optim.experts_lr={share}"
+        )
+        for n in (16, 32, 64)
+        for share in ("0.25", "0.5", "2")
+        for r in _RATES
+    },
+    **{
+        f"moe-{n}-x{share}-lr{r}": _moe(*_experts(n), f"optim.lr={r}", f"optim.experts_lr={share}")
+        for n in (16, 32)
+        for share in ("0.25", "0.5", "2")
+        for r in _RATES
+    },
     # What keeps experts evenly used, over seeds.
     "balance-none": _moe(*_BALANCE, "balance.switch=0", length=0.5),
     "balance-switch": _moe(*_BALANCE, length=0.5),

@@ -1,5 +1,7 @@
 """A packed file within a budget: the same bits, bounded reads, and errors that name the file."""
 
+import errno
+import fcntl
 import gc
 import os
 import re
@@ -198,6 +200,47 @@ def test_a_file_that_is_removed_is_read_on(own: Path, file: Path) -> None:
     own.write_bytes(b"another file")
     tokens_BS = torch.randint(0, 256, (1, 30))
     assert torch.equal(model(tokens_BS).logits, packed_files.load(file)(tokens_BS).logits)
+
+
+@pytest.mark.parametrize("moment", ["header", "weights"])
+def test_a_file_that_is_replaced_while_it_opens_is_refused(
+    own: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    place, name = (streamed, "checked") if moment == "header" else (streamed, "fill")
+    real = getattr(place, name)
+
+    def replaced(*given: Any) -> Any:
+        other = own.with_name("other")
+        other.write_bytes(own.read_bytes())
+        other.replace(own)
+        return real(*given)
+
+    monkeypatch.setattr(place, name, replaced)
+    with pytest.raises(CheckpointError, match=f"{own} was replaced or written to while"):
+        streamed.load(own, [1] * LAYERS)
+
+
+def test_a_reader_goes_on_where_another_has_just_given_up_direct_reads(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, real, refusals = streamed.open_direct(own), os.preadv, [errno.EINVAL]
+
+    def refused(fd: int, pieces: Any, place: int) -> int:
+        if not refusals:
+            return real(fd, pieces, place)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        raise OSError(refusals.pop(), "refused")
+
+    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+        os.close(fd)
+        pytest.skip("the file system reads through its cache only")
+    monkeypatch.setattr(os, "preadv", refused)
+    try:
+        with memoryview(bytearray(10)) as piece:
+            assert streamed._read_once(fd, own, piece, 0) == 10
+            assert bytes(piece) == own.read_bytes()[:10]
+    finally:
+        os.close(fd)
 
 
 def test_a_child_made_by_fork_reads_by_itself(file: Path) -> None:

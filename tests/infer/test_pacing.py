@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from moestro.checkpoints import packed_files, streamed
 from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
+from moestro.infer import pacing
 from moestro.infer.native_decoder import NativeDecoder, supports
 from moestro.infer.pacing import measure_pace
 from moestro.kernels import native_cpu
@@ -49,6 +51,26 @@ def test_what_misses_add(file: Path, kept: int) -> None:
     pasts = [[each.model.new_cache(1), each.model.new_cache(1)] for each in decoders]
     ours, theirs = (d.step(tokens, p).logits_NV for d, p in zip(decoders, pasts, strict=True))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("filled", [1, 2])
+def test_tokens_that_miss_into_untouched_memory_say_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch, filled: int
+) -> None:
+    model, real, found = streamed.load(file, [2, 2]), pacing._missed, list[tuple[float, ...]]()
+
+    def missed(*given: Any) -> tuple[float, ...]:
+        found.append(real(*given))
+        return found[-1]
+
+    slow = [pacing._Step(0.001, 1e3, 2)] * 4
+    monkeypatch.setattr(pacing, "_steps", lambda *_: slow)
+    monkeypatch.setattr(pacing, "_missed", missed)
+    whole = pacing._filled
+    monkeypatch.setattr(pacing, "_filled", lambda *given: whole(*given)[:filled])
+    pace = measure_pace(model, streamed.residency_of(model), 1.0)
+    most = 1.0 if filled == 1 else pacing._MOST_APART
+    assert pace.missed_M == tuple(most * cost for cost in found[0])
 
 
 def test_waiting_is_a_part_of_the_time_and_grows(file: Path) -> None:

@@ -116,10 +116,10 @@ def stored_experts(
 ) -> tuple[ExpertSlabs, ...]:
     """The experts of each mixture alone; raises as `load` does. Their biases are read."""
     opened = _opened(path, source)
-    model, sections, begin = opened
+    model, sections, _, _ = opened
     prefixes = {name.removesuffix("packed"): moe for name, moe in _experts(model).items()}
     own = {n: each for n, each in sections.items() if n.startswith(tuple(prefixes))}
-    biases = _read(path, begin, {n: each for n, each in own.items() if not n.endswith(".packed")})
+    biases = _read(path, opened, [name for name in own if not name.endswith(".packed")])
     for prefix, moe in prefixes.items():
         experts: Any = moe.experts
         names = {f"{prefix}{part}": part for part in experts.parts() if part != "packed"}
@@ -132,9 +132,9 @@ def stored_experts(
 
 
 def _filled(path: Path, opened: _Opened, kept: Sequence[int]) -> Model:
-    model, sections, begin = opened
+    model, sections, _, _ = opened
     experts = _experts(model)
-    tensors = _read(path, begin, {n: each for n, each in sections.items() if n not in experts})
+    tensors = _read(path, opened, [name for name in sections if name not in experts])
     tensors |= {name: sections[name].tensor for name in experts}
     fill(model, tensors)
     _keep(path, opened, kept)
@@ -143,14 +143,14 @@ def _filled(path: Path, opened: _Opened, kept: Sequence[int]) -> Model:
 
 def _keep(path: Path, opened: _Opened, kept: Sequence[int]) -> None:
     """Let experts be read as they are wanted, of each mixture so many in memory."""
-    model, sections, begin = opened
+    model, sections, begin, file = opened
     experts, slabs = _experts(model), []
     for (name, moe), most in zip(experts.items(), kept, strict=True):
         count, section = moe.cfg.num_experts, sections[name]
         size = section.tensor.numel() // count
         slabs.append(Slabs(begin + section.offset, size, count, min(most, count)))
     if slabs:
-        residency = Residency(path, slabs)
+        residency = Residency(path, slabs, file)
         for number, moe in enumerate(experts.values()):
             own: Any = moe.experts
             own.weights = own.weights._replace(stored=Stored(residency, number))
@@ -171,11 +171,16 @@ class _Opened(NamedTuple):
     model: Model
     sections: dict[str, Section]  # places from `begin` on
     begin: int
+    file: os.stat_result  # each later opening must find this one
 
 
 def _opened(path: Path, source: dict[str, str] | None) -> _Opened:
+    try:
+        file = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     header, begin = checked(path, source)
-    return _Opened(*packed_header.unfilled(path, header, path.stat().st_size - begin), begin)
+    return _Opened(*packed_header.unfilled(path, header, file.st_size - begin), begin, file)
 
 
 def _experts(model: Model) -> dict[str, MoE]:
@@ -192,13 +197,15 @@ def _whole(section: Section) -> int:
     return -(-section.tensor.nbytes // PAGE) * PAGE
 
 
-def _read(path: Path, begin: int, sections: dict[str, Section]) -> dict[str, Tensor]:
-    """The tensors of some sections, side by side in memory of their own."""
+def _read(path: Path, opened: _Opened, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some of the tensors, side by side in memory of their own."""
+    sections = {name: opened.sections[name] for name in names}
     memory, place, tensors = private_memory(sum(map(_whole, sections.values())) or PAGE), 0, {}
-    fd = open_direct(path)
+    fd = open_direct(path, opened.file)
     try:
         for name, section in sections.items():
-            _read_into(fd, path, memory, place, begin + section.offset, _whole(section))
+            start = opened.begin + section.offset
+            _read_into(fd, path, memory, place, start, _whole(section))
             tensors[name] = at(memory, place, section)
             place += _whole(section)
         if hasattr(os, "posix_fadvise"):  # what came through the page cache need not stay there

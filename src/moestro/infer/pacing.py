@@ -44,11 +44,14 @@ def measure_pace(model: Decoder, residency: Residency, seconds: float = SECONDS)
     Raises:
         CheckpointError: an expert cannot be read.
     """
-    with torch.inference_mode():
-        missed_M = _missed(model, residency, seconds / 2)
-        steps = _steps(model, residency, seconds / 2)
     short = sum(slabs.kept < slabs.experts for slabs in residency.mixtures)
-    return Pace(_usual([each.compute_s for each in steps]), _as_in_steps(missed_M, steps, short))
+    with torch.inference_mode():
+        filled = _filled(model, residency, seconds / 2)
+        missed_M = _missed(model, residency, filled, seconds / 2)
+        steps = _steps(model, residency, seconds / 2)
+    if len(filled) == short:  # else tokens miss into memory that was never touched
+        missed_M = _as_in_steps(missed_M, steps, short)
+    return Pace(_usual([each.compute_s for each in steps]), missed_M)
 
 
 def _as_in_steps(
@@ -105,10 +108,11 @@ def _stepper(model: Decoder) -> Callable[[int, KVCache], Tensor]:
     return step
 
 
-def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float, ...]:
+def _missed(
+    model: Decoder, residency: Residency, short: Sequence[PackedExperts], seconds: float
+) -> tuple[float, ...]:
     """What so many misses of one mixture add, [M]: mixtures are called with experts not there."""
     top_k = max(layer.cfg.top_k for layer in model.mixtures())
-    short = _filled(model, residency, top_k, seconds)
     if not short:
         return (0.0,) * (top_k + 1)
     random, times = Random(0), [list[float]() for _ in range(top_k + 1)]
@@ -138,13 +142,12 @@ def _missed(model: Decoder, residency: Residency, seconds: float) -> tuple[float
     return tuple(np.interp(range(top_k + 1), [0, *known], [0.0, *costs]).tolist())
 
 
-def _filled(
-    model: Decoder, residency: Residency, top_k: int, seconds: float
-) -> list[PackedExperts]:
+def _filled(model: Decoder, residency: Residency, seconds: float) -> list[PackedExperts]:
     """Mixtures that miss experts, at least one, with all places for those they keep taken once.
 
     Memory that was never touched is slow the first time, some of it slower than the disk.
     """
+    top_k = max(layer.cfg.top_k for layer in model.mixtures())
     experts = [each for each in model.modules() if isinstance(each, PackedExperts)]
     filled, end = list[PackedExperts](), time.perf_counter() + seconds
     for layer, slabs in zip(experts, residency.mixtures, strict=True):

@@ -77,17 +77,24 @@ class Residency:
     Args:
         path: of the file.
         mixtures: where the experts are, and how many of them are kept.
+        file: which file it was when `mixtures` were read from it; None: whatever is there.
         readers: threads that read.
 
     Raises:
-        CheckpointError: the file cannot be opened.
+        CheckpointError: the file cannot be opened, or is another one.
         MemoryError: there is no room for what is to be kept.
     """
 
-    def __init__(self, path: Path, mixtures: Sequence[Slabs], readers: int = READERS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        mixtures: Sequence[Slabs],
+        file: os.stat_result | None = None,
+        readers: int = READERS,
+    ) -> None:
         self.path, self.mixtures = path, tuple(mixtures)
         slabs = (_Slabs * len(self.mixtures))(*(_Slabs(*each) for each in self.mixtures))
-        self.handle, fd = PTR(), open_direct(path)
+        self.handle, fd = PTR(), open_direct(path, file)
         try:
             made = ctypes.byref(self.handle)
             call("residency_open", fd, slabs, len(slabs), readers, made, takes="experts in a file")
@@ -131,18 +138,34 @@ class Stored(NamedTuple):
     mixture: int
 
 
-def open_direct(path: Path) -> int:
+def open_direct(path: Path, file: os.stat_result | None = None) -> int:
     """A descriptor that reads past the page cache, where the file system can.
 
+    Args:
+        path: of the file.
+        file: what it was before; None: whatever is there.
+
     Raises:
-        CheckpointError: the file cannot be opened.
+        CheckpointError: the file cannot be opened, or is another one or changed.
     """
+    fd = _open(path)
+    if file is not None and _version(os.fstat(fd)) != _version(file):
+        os.close(fd)
+        raise CheckpointError(f"{path} was replaced or written to while it was opened; try again")
+    return fd
+
+
+def _open(path: Path) -> int:
     with suppress(OSError, AttributeError):
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _version(file: os.stat_result) -> tuple[int, ...]:
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 
 def _close(native: ctypes.CDLL, handle: ctypes.c_void_p, fd: int) -> None:
