@@ -34,6 +34,12 @@ def _experts(number: int, top_k: int = 2, hidden: int = 128) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _experts_of(side: str) -> tuple[str, ...]:
+    """Those of a trial called so; none: the demo's."""
+    number = side.removeprefix("moe-")
+    return _experts(int(number)) if number.isdigit() else ()
+
+
 _LOSS_FREE = (
     "model.moe.router.kind=sigmoid", "model.moe.router.selection_bias=true",
     "balance.switch=0", "balance.bias_rate=1e-3",
@@ -61,6 +67,13 @@ TRIALS = {
     # Steps of half as many tokens.
     **{f"moe-b8-lr{r}": _moe("train.batch_size=8", f"optim.lr={r}") for r in ("2e-3", "4e-3")},
     **{f"twin-b8-lr{r}": _twin("train.batch_size=8", f"optim.lr={r}") for r in ("2e-3", "4e-3")},
+    # Of a quarter, and fewer.
+    **{
+        f"{side}-b{b}-lr{r}": make(*_experts_of(side), f"train.batch_size={b}", f"optim.lr={r}")
+        for side, make in (("moe", _moe), ("moe-32", _moe), ("moe-64", _moe), ("twin", _twin))
+        for b in (2, 4)
+        for r in ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+    },
     # Muon for matrices.
     **{f"moe-muon-lr{r}": _moe(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
     **{f"twin-muon-lr{r}": _twin(*_MUON, f"optim.lr={r}") for r in _MUON_RATES},
@@ -120,6 +133,20 @@ TRIALS = {
         f"narrow-{n}-half-lr{r}": _moe(*_NARROW, *_experts(n, 2, 64), f"optim.lr={r}", length=0.5)
         for n in (16, 32, 64)
         for r in _RATES
+    },
+    # Both, a narrower model and smaller steps.
+    **{
+        f"narrow-{n}-b{b}-lr{r}": _moe(
+            *_NARROW, *_experts(n, 2, 64), f"train.batch_size={b}", f"optim.lr={r}"
+        )
+        for n in (16, 32, 64)
+        for b in (2, 4)
+        for r in ("1e-3", *_RATES)
+    },
+    **{
+        f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
+        for b in (2, 4)
+        for r in ("1e-3", *_RATES)
     },
     # Experts at a share of the learning rate.
     **{

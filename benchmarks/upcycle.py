@@ -4,7 +4,7 @@ Each side's learning rate is the best of the same trials, on one seed and one ha
 text; what is reported is of other seeds and the other half. A seed is the order of the text, what
 upcycling draws, and, where no model is given, the dense model itself. Differences are paired by
 seed; the interval is Student's, of 95 %. A side whose best rate is at the end of the list needs a
-longer list.
+longer list. A run that was interrupted goes on where it was; more rates may be given to it.
 
     .venv/bin/python benchmarks/upcycle.py --quick
     .venv/bin/python benchmarks/upcycle.py                                    # of a tiny model
@@ -14,6 +14,7 @@ longer list.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -86,7 +87,9 @@ def base_of(seed: int, args: argparse.Namespace) -> Path:
         sizes = ["dim=64", "num_layers=2", "dense.hidden_dim=128"] if args.quick else []
         sets = ["model.moe=null", *(f"model.{each}" for each in sizes)]
         sets += [f"train.seed={seed}", f"data.seed={seed}", f"train.steps={args.pretrain}"]
-        train(run, args, sets)
+        shutil.rmtree(args.out / "dense", ignore_errors=True)
+        train(args.out / "dense", args, sets)
+        (args.out / "dense").rename(run)
     return run
 
 
@@ -103,6 +106,10 @@ def train(run: Path, args: argparse.Namespace, sets: list[str], init: Path | Non
 def trained_on(side: str, seed: int, rate: float, study: Study, reported: bool) -> float:
     """Held-out bits per byte (per token in trials) of one side of one seed."""
     args, dense = study.args, base_of(seed, study.args)
+    path, key = args.out / "found.json", f"{side} seed {seed} rate {rate:g}"
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if key in found:
+        return found[key]
     begin, options = dense, SIDES[side]
     if options is not None:
         begin = args.out / "upcycled"
@@ -110,11 +117,13 @@ def trained_on(side: str, seed: int, rate: float, study: Study, reported: bool) 
         moestro("upcycle", dense, begin, *options, "--seed", seed)
     steps, run = steps_of(side, begin, dense, args), args.out / "run"
     sets = [f"optim.lr={rate}", f"train.steps={steps}", f"data.seed={seed}"]
+    shutil.rmtree(run, ignore_errors=True)
     train(run, args, sets, begin)
     model = open_checkpoint(find_checkpoint(run)).model
     bits = evaluate(model, study.half(reported), 8)[ALL]
     shutil.rmtree(run)
-    print(f"{side}, seed {seed}, rate {rate:g}: {steps} steps, {bits:.4f}", flush=True)
+    print(f"{key}: {steps} steps, {bits:.4f}", flush=True)
+    path.write_text(json.dumps(found | {key: bits}, indent=1))
     return bits
 
 
@@ -139,6 +148,12 @@ def row_of(side: str, rate: float, bits: list[float], dense: list[float]) -> dic
     }  # fmt: skip
 
 
+def _lasting(args: argparse.Namespace) -> dict[str, Any]:
+    """What all of a study's runs must share."""
+    names = ("quick", "dense", "pretrain", "steps", "batch", "tokens")
+    return {name: getattr(args, name) for name in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps of a tiny model")
@@ -156,9 +171,12 @@ def main() -> None:
     if args.quick:
         args.pretrain, args.steps, args.batch, args.seeds = 20, 20, 4, 2
         args.rates, args.sides, args.tokens = args.rates[:2], args.sides[:1], 4096
-    if args.out.exists():
-        raise SystemExit(f"{args.out} exists already; remove it, or give another --out")
-    write_texts(args.out / "text", 100_000 if args.quick else 3_000_000)
+    begun, given = args.out / "args.json", json.dumps(_lasting(args))
+    if args.out.exists() and not (begun.exists() and begun.read_text() == given):
+        raise SystemExit(f"{args.out} is of other arguments; remove it, or give another --out")
+    if not begun.exists():
+        write_texts(args.out / "text", 100_000 if args.quick else 3_000_000)
+        begun.write_text(given)
     held = DataConfig(
         sources=(str(args.out / "text" / "held"),), seq_len=SHORT_S, held_out=0.5,
         tokenizer=str(find_checkpoint(base_of(TUNING_SEED, args))),
