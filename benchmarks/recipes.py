@@ -38,16 +38,13 @@ from recipes_trials import TRIALS, Trial
 from moestro.cli.train import DEMO, fit_vocabulary
 from moestro.config import RunConfig
 from moestro.data.windows import Corpus, prepare
-from moestro.models.build import new_model
 from moestro.models.network import ModelOutput
 from moestro.models.twin import dense_twin
 from moestro.settings import load_settings
-from moestro.train import muon
 from moestro.train.compare import crossing
 from moestro.train.loop import Trainer
 from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import METRICS_NAME, Point, read_metrics
-from moestro.train.optim import make_optimizer
 
 RESULT = measure.RESULTS / "recipes.json"
 FIGURE = measure.ROOT / "docs" / "figures" / "balance-methods.png"
@@ -160,7 +157,7 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
             done = read()
             entry = done.setdefault(key, {
                 "trial": name, **trial._asdict(), "tokens": tokens,
-                "muon_flops": muon_flops(trial), "runs": {},
+                "runs": {},
                 "command": f"python benchmarks/recipes.py run {name} --tokens {tokens} --seed SEED",
             })  # fmt: skip
             entry["runs"][str(seed)] = trained._asdict() | {"machine": measure.machine()}
@@ -168,20 +165,6 @@ def run(names: list[str], seeds: list[int], tokens: int) -> None:
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
             loss = trained.points[-1]["bits_per_byte"]["all"]
             print(f"{key} seed {seed}: {loss:.4f} in {trained.cpu_s:.0f} CPU s", flush=True)
-
-
-def muon_flops(trial: Trial) -> int:
-    """Operations of one step that orthogonalising takes."""
-    cfg = settings(trial, 0, TOKENS)
-    with torch.device("meta"):
-        model = new_model(dense_twin(cfg.model) if trial.side == "twin" else cfg.model)
-    flops = 0
-    for group in make_optimizer(model, cfg.optim).param_groups:
-        for matrix in group["params"] if group.get("matrices") else ():
-            short, long = sorted(matrix.shape[-2:])
-            count = matrix.numel() // (short * long)
-            flops += count * muon.ITERATIONS * (4 * short * short * long + 2 * short**3)
-    return flops
 
 
 class Share(NamedTuple):
@@ -210,8 +193,7 @@ def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
     for entry in trials:
         for each in entry["runs"].values():
             last = each["points"][-1]
-            own = entry["muon_flops"] * last["step"]
-            each["token_flops"] = (last["train_flops"] + own) / last["tokens"]
+            each["token_flops"] = last["train_flops"] / last["tokens"]
     twins = {v["trial"]: v["runs"] for v in trials if v["side"] == "twin"}
     best = against or min(twins, key=lambda name: final(twins[name]["0"]))
     print(f"twin: {best}")

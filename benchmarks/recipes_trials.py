@@ -143,6 +143,13 @@ TRIALS = {
         for b in (2, 4)
         for r in ("1e-3", *_RATES)
     },
+    "narrow-32-b4-x0.25-lr4e-3": _moe(
+        *_NARROW,
+        *_experts(32, 2, 64),
+        "train.batch_size=4",
+        "optim.lr=4e-3",
+        "optim.experts_lr=0.25",
+    ),  # fmt: skip
     **{
         f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
         for b in (2, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,36 @@ def test_resume_reads_what_is_done_and_gives_the_same_result(
     assert json.loads(capsys.readouterr().out) == first
 
 
+def test_resume_begins_again_what_was_killed_before_its_first_save(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for save in (out / "dense" / "checkpoints").iterdir():
+        shutil.rmtree(save)
+    assert main(["compare", "--out", str(out), "--resume", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    ends = [
+        {curve["kind"]: curve["points"][-1]["bits_per_byte"] for curve in each["curves"]}
+        for each in (result, again)
+    ]
+    assert ends[0] == ends[1]
+
+
+def test_resume_refuses_runs_of_other_settings(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
+    path = out / "compare-settings.json"
+    saved = json.loads(path.read_text())
+    saved["run"]["optim"]["lr"] = 0.5
+    path.write_text(json.dumps(saved))
+    assert main(["compare", "--out", str(out), "--resume"]) == 2
+    assert "optim.lr = 0.5 (saved: 0.002)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -86,6 +117,11 @@ def test_resume_reads_what_is_done_and_gives_the_same_result(
         (["--out", "x", "--granularity", "0"], "takes numbers above 0"),
         (["--out", "x", "--budget", "0"], "a number of TFLOP above 0"),
         (["--out", "x", "--budget", "1", "--minutes", "1"], "both choose the steps"),
+        (
+            ["--out", "x", "--budget", "1", "--set", "train.steps=7"],
+            "leave --set train.steps=7 out",
+        ),
+        (["--out", "x", "--minutes", "1", "--set", "train.eval_every=7"], "--minutes chooses"),
         (["--resume", "--out", "x", "--experts", "8"], "takes the saved settings"),
     ],
 )

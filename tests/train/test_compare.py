@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from math import nan
 from pathlib import Path
 
 import pytest
 
-from moestro.config import RunConfig
+from moestro.config import OptimConfig, RunConfig
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.train import compare
-from moestro.train.compare import Comparison, Curve, crossing, judge, plan, sentence
+from moestro.train.compare import (
+    Comparison,
+    Curve,
+    crossing,
+    differences,
+    fitted,
+    judge,
+    models,
+    plan,
+    sentence,
+)
 from moestro.train.figures import comparison_figure, scaling_figure
+from moestro.train.intervals import half_width, student
 from moestro.train.metrics import Point
+from moestro.train.optim import step_flops
 from moestro.train.task import train_flops
 
 
@@ -65,6 +79,41 @@ def test_seeds_are_paired_and_summed_up() -> None:
     assert sentence(lost).startswith("With 1 of 2 seeds")
 
 
+def test_differences_are_paired_and_have_student_s_interval() -> None:
+    runs = [
+        curve
+        for seed, (moe, dense) in enumerate([(2.0, 3.0), (4.0, 5.5), (3.0, 3.5)])
+        for curve in curves([9.0, moe], [9.0, dense], seed=seed)
+    ]
+    (found,) = differences(judge(runs))
+    half = 4.303 * 0.5 / 3**0.5  # two degrees of freedom, a deviation of 0.5
+    assert found == ("moe", 3, -1.0, pytest.approx(-1 - half), pytest.approx(-1 + half))
+    told = sentence(judge(runs))
+    assert f"-1.0000 (paired by seed; the 95 % interval of its mean is {-1 - half:+.4f}" in told
+    (alone,) = differences(judge(runs[:2]))
+    assert (alone.mean, alone.low, alone.high) == (-1.0, None, None)
+
+
+def test_student_s_t() -> None:
+    # Of tables: 10, 30, 120 degrees of freedom.
+    for freedom, t in ((1, 12.706), (9, 2.262), (10, 2.228), (30, 2.042), (120, 1.980)):
+        assert student(freedom) == pytest.approx(t, abs=1e-3)
+    assert math.isnan(half_width([1.0]))
+
+
+def test_muon_s_products_are_a_part_of_the_compute(tmp_path: Path) -> None:
+    cfg = mixture()
+    muon = cfg.model_copy(update={"optim": OptimConfig(matrices="muon")})
+    more = step_flops(muon) - step_flops(cfg)
+    # Each of 2 layers: qkv and out of attention, and of 4 experts [2·8, 16] and [16, 8].
+    shapes = [(16, 48), (16, 16)] + [(16, 16), (8, 16)] * 4
+    assert more == 2 * sum(5 * (4 * a * a * b + 2 * a**3) for a, b in shapes)
+    asked = Comparison(budget_tflop=1e-1)
+    steps = [plan(each, tmp_path, asked)[0].cfg.train.steps for each in (cfg, muon)]
+    assert steps == [round(1e11 / step_flops(each)) for each in (cfg, muon)]
+    assert steps[0] > steps[1]
+
+
 def mixture() -> RunConfig:
     return RunConfig(
         model={"dim": 16, "num_layers": 2, "moe": {"hidden_dim": 8, "num_experts": 4}},
@@ -76,7 +125,7 @@ def mixture() -> RunConfig:
 def test_plan_gives_both_models_the_same_seed_text_and_cost(tmp_path: Path) -> None:
     entries = plan(mixture(), tmp_path, Comparison(seeds=2))
     assert [(e.kind, e.seed) for e in entries] == [
-        ("moe", 3), ("dense", 3), ("moe", 4), ("dense", 4)
+        ("moe", 3), ("dense", 3), ("dense", 4), ("moe", 4)
     ]  # fmt: skip
     assert len({e.folder for e in entries}) == 4
     moe, dense = entries[0].cfg, entries[1].cfg
@@ -132,6 +181,27 @@ def test_each_of_several_mixtures_is_judged_beside_the_same_twin() -> None:
     assert [line.split(":")[0] for line in sentence(verdicts).splitlines()] == [
         "experts4", "experts8"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [Comparison(experts=(4, 8)), Comparison(granularities=(1, 2))])
+def test_a_scaling_figure_where_no_mixture_reached_its_twin(
+    tmp_path: Path, asked: Comparison
+) -> None:
+    kinds = [kind for kind in models(mixture(), asked) if kind != "dense"]
+    runs = [Curve(kind, 0, points(5.0, 4.0)) for kind in kinds]
+    scaling_figure(
+        mixture(), asked, [*runs, Curve("dense", 0, points(5.0, 3.0))], tmp_path / "x.png"
+    )
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_no_number_is_no_law() -> None:
+    asked = Comparison(experts=(4, 8))
+    runs = [
+        Curve(k, 0, points(5.0, v))
+        for k, v in zip(models(mixture(), asked), (3.0, nan, 4.0), strict=True)
+    ]
+    assert fitted(mixture(), asked, runs) == []
 
 
 def test_scaling_figure_is_a_png(tmp_path: Path) -> None:

@@ -109,5 +109,12 @@ def test_the_law_of_granularity_is_found() -> None:
 def test_two_points_are_not_left_out_and_one_is_no_law() -> None:
     (law,) = laws({Mixture(8, 1): 1.5, Mixture(8, 2): 1.4}, 1.6, top_k=2)
     assert law.error is None
-    assert told(law).endswith("too few points to leave one out")
+    assert told(law).endswith("a line through 2 points; too few points to leave one out")
     assert laws({Mixture(8): 1.5}, 1.6, top_k=2) == []
+
+
+def test_as_many_experts_as_a_token_takes_are_a_point_beside_the_dense_one() -> None:
+    (law,) = laws({Mixture(2): 1.5, Mixture(8): 1.4}, 1.6, top_k=2)
+    assert law.points == 3
+    assert predict(law, 2, 2) == pytest.approx(math.sqrt(1.5 * 1.6))
+    assert "fitted to the 2 without E = 8" not in told(law)

@@ -105,6 +105,8 @@ def compare(
         cfg, corpus, comparison = _reopen(folder)
     else:
         comparison = _asked(seeds, experts, granularity, budget, minutes)
+        if budget or minutes:
+            _refuse_steps("--budget" if budget else "--minutes", stated)
         cfg, corpus = _open(folder, config, stated)
         cfg = _settle(cfg, corpus, folder, comparison, minutes)
         saved = {"comparison": comparison._asdict(), "run": cfg.model_dump(mode="json")}
@@ -143,6 +145,18 @@ def _asked(
     return Comparison(
         seeds or 1, _numbers("--experts", experts), _numbers("--granularity", granularity), budget
     )
+
+
+def _refuse_steps(option: str, stated: list[str]) -> None:
+    """An option that chooses the steps leaves none to be set."""
+    from moestro.errors import ConfigError
+
+    chosen = ("train.steps", "train.eval_every", "train.save_every")
+    for each in stated:
+        if each.partition("=")[0].strip() in chosen:
+            raise ConfigError(
+                f"{option} chooses {', '.join(chosen)}; leave --set {each} out, or {option}"
+            )
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...]:
@@ -235,14 +249,14 @@ def _train(entry: ComparedRun, corpus: Corpus, folder: Path) -> Curve:
     from moestro.train.loop import Trainer
     from moestro.train.metrics import METRICS_NAME, history, read_metrics
     from moestro.train.progress import ProgressDisplay
-    from moestro.train.state import newest_or_none
+    from moestro.train.state import holds_run
 
     if done(entry):
         return Curve(entry.kind, entry.seed, history(read_metrics(entry.folder / METRICS_NAME)))
     title = {MIXTURE: "mixture of experts", TWIN: "dense twin"}.get(entry.kind, entry.kind)
     with ProgressDisplay(f"{title}, seed {entry.seed}: {entry.folder}") as progress:
         trainer = Trainer(entry.cfg, entry.folder, corpus, progress)
-        result = trainer.train(resume=newest_or_none(entry.folder) is not None)
+        result = trainer.train(resume=holds_run(entry.folder))
     exit_if_stopped(result, f"compare --resume --out {shlex.quote(str(folder))}")
     return Curve(entry.kind, entry.seed, result.history)
 
@@ -264,9 +278,9 @@ def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
     counts = [count(model) for model in made.values()]
     table.add_row("parameters", *(f"{c.total:,}" for c in counts))
     table.add_row("active per token", *(f"{c.active:,}" for c in counts))
-    flops = [c.train_flops(cfg.data.seq_len) / 1e6 for c in counts]
-    table.add_row("training MFLOP per token", *(f"{f:.2f}" for f in flops))
     finals = [[c.final for c in curves if c.kind == kind] for kind in made]
+    flops = [points[0].train_flops / points[0].tokens / 1e6 for points in finals]
+    table.add_row("training MFLOP per token", *(f"{f:.2f}" for f in flops))
     speeds = [[p.tokens / p.seconds for p in points] for points in finals]
     table.add_row("tokens/s", *(f"{mean_and_spread(s)[0]:,.0f}" for s in speeds))
     for name in finals[0][0].bits_per_byte:

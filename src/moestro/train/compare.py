@@ -18,10 +18,11 @@ from moestro.models.count import count
 from moestro.models.twin import dense_twin
 from moestro.train import state
 from moestro.train.evaluate import ALL
+from moestro.train.intervals import half_width
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point
+from moestro.train.optim import step_flops
 from moestro.train.scaling import Law, Mixture, law_json, laws, mixture_of, mixtures, remade
-from moestro.train.task import train_flops
 
 # The kind of the only mixture of a comparison; several are called by their `Mixture.name`.
 MIXTURE, TWIN = "moe", "dense"
@@ -112,8 +113,10 @@ def plan(cfg: RunConfig, folder: Path, comparison: Comparison = ONE) -> list[Com
     """The runs of a comparison, in the order in which they are trained."""
     mixture_of(cfg)
     entries = []
-    for seed in range(cfg.train.seed, cfg.train.seed + comparison.seeds):
-        for kind, model in models(cfg, comparison).items():
+    for number in range(comparison.seeds):
+        seed, order = cfg.train.seed + number, list(models(cfg, comparison).items())
+        # Each second time the other way round: a machine that slows down favours no side.
+        for kind, model in reversed(order) if number % 2 else order:
             name = kind if comparison.seeds == 1 else f"{kind}-seed{seed}"
             run = cfg.model_copy(update={"model": model})
             chosen = {"seed": seed} | _steps(run, comparison.budget_tflop)
@@ -131,10 +134,10 @@ def _steps(cfg: RunConfig, budget_tflop: float | None) -> dict[str, int]:
     """Steps, and how often to evaluate and save, for a run of this compute."""
     if budget_tflop is None:
         return {}
-    step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
-    steps = round(budget_tflop * 1e12 / step_flops)
+    flops = step_flops(cfg)
+    steps = round(budget_tflop * 1e12 / flops)
     if steps < EVALUATIONS:
-        least = EVALUATIONS * step_flops / 1e12
+        least = EVALUATIONS * flops / 1e12
         raise ConfigError(
             f"--budget {budget_tflop:g} TFLOP is {steps} steps of this model; "
             f"{least:.3g} is the least, for {EVALUATIONS} steps"
@@ -167,9 +170,16 @@ def fit_to(
 
 
 def done(entry: ComparedRun) -> bool:
-    """Whether this run has been trained to its last step."""
+    """Whether this run has been trained to its last step.
+
+    Raises:
+        ConfigError: by other settings.
+    """
     last = state.checkpoint_folder(entry.folder, entry.cfg.train.steps)
-    return state.newest_or_none(entry.folder) == last
+    if state.newest_or_none(entry.folder) != last:
+        return False
+    state.check_settings(state.read_run_settings(last), entry.cfg, last)
+    return True
 
 
 def judge(curves: list[Curve]) -> list[Verdict]:
@@ -208,6 +218,34 @@ def crossing(points: list[Point], goal_bpb: float, cost: Callable[[Point], float
     return None
 
 
+class Difference(NamedTuple):
+    """Final held-out bits per byte of a mixture less its twin's, paired by seed.
+
+    Attributes:
+        kind: which mixture.
+        seeds: how many pairs.
+        mean: of the differences.
+        low, high: the 95 % interval of the mean (Student's t); None with one seed.
+    """
+
+    kind: str
+    seeds: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def differences(verdicts: list[Verdict]) -> list[Difference]:
+    """One for each mixture."""
+    found = []
+    for kind in dict.fromkeys(verdict.kind for verdict in verdicts):
+        pairs = [v.moe_bpb - v.dense_bpb for v in verdicts if v.kind == kind]
+        mean, half = statistics.fmean(pairs), half_width(pairs)
+        ends = (None, None) if math.isnan(half) else (mean - half, mean + half)
+        found.append(Difference(kind, len(pairs), mean, *ends))
+    return found
+
+
 def sentence(verdicts: list[Verdict]) -> str:
     """The result in one sentence for each mixture, whichever side won."""
     kinds = list(dict.fromkeys(verdict.kind for verdict in verdicts))
@@ -223,6 +261,12 @@ def _sentence(verdicts: list[Verdict]) -> str:
     moe = statistics.fmean(v.moe_bpb for v in verdicts)
     dense = statistics.fmean(v.dense_bpb for v in verdicts)
     ends = f"the mixture ended at {moe:.4f} bits per byte, the dense twin at {dense:.4f}"
+    (difference,) = differences(verdicts)
+    if difference.low is not None:
+        ends += (
+            f", a difference of {difference.mean:+.4f} (paired by seed; the 95 % interval of its "
+            f"mean is {difference.low:+.4f} to {difference.high:+.4f})"
+        )
     if len(verdicts) == 1 and reached:
         return (
             f"The mixture needed {reached[0]:.0%} of the dense twin's training compute to reach "
@@ -247,7 +291,10 @@ def fitted(cfg: RunConfig, comparison: Comparison, curves: list[Curve]) -> list[
     if not comparison.several:
         return []
     losses = {m: mean_loss(curves, m.name) for m in compared_mixtures(cfg, comparison)}
-    return laws(losses, mean_loss(curves, TWIN), mixture_of(cfg).top_k)
+    dense = mean_loss(curves, TWIN)
+    if not all(map(math.isfinite, (dense, *losses.values()))):
+        return []
+    return laws(losses, dense, mixture_of(cfg).top_k)
 
 
 def mean_loss(curves: list[Curve], kind: str) -> float:
@@ -260,11 +307,17 @@ def as_json(cfg: RunConfig, curves: list[Curve], comparison: Comparison = ONE) -
     verdicts = judge(curves)
     counts = {kind: count(model) for kind, model in models(cfg, comparison).items()}
     seq_len = cfg.data.seq_len
+    steps = {curve.kind: curve.final.step for curve in curves}
     return {
         "sentence": sentence(verdicts),
         "verdicts": [verdict._asdict() for verdict in verdicts],
+        "differences": [each._asdict() for each in differences(verdicts)],
         "models": {
-            kind: {**counted._asdict(), "train_flops_per_token": counted.train_flops(seq_len)}
+            kind: {
+                **counted._asdict(),
+                "train_flops_per_token": counted.train_flops(seq_len),
+                "steps": steps[kind],
+            }
             for kind, counted in counts.items()
         },
         "laws": [law_json(law) for law in fitted(cfg, comparison, curves)],

@@ -89,10 +89,13 @@ def scaling_figure(cfg: RunConfig, comparison: Comparison, curves: list[Curve], 
                 _law_line(right, law, at, mixture_of(cfg).top_k, color)
     right.axhline(mean_loss(curves, TWIN), color=VERMILION, lw=0.8, ls=":", label="dense twin")
     left.axhline(1, color=VERMILION, lw=0.8, ls=":")
+    places = sorted({_place(axis, m) for m in made})
+    left.set_xlim(places[0] / 1.15, places[-1] * 1.15)  # there may be no point to choose it by
+    if all(line.get_xdata().size == 0 for line in left.get_lines()[:-1]):
+        left.text(0.5, 0.5, "none reached it", transform=left.transAxes, ha="center")
     for axes in (left, right):
         _plain(axes)
         axes.set_xscale("log", base=2)
-        places = sorted({_place(axis, m) for m in made})
         axes.set_xticks(places, [str(place) for place in places])
         axes.set_xlabel("experts" if axis == "experts" else "granularity")
         axes.legend(frameon=False)

@@ -36,12 +36,12 @@ from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
 from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
 from moestro.train.objective import Objective, num_labels
-from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate
+from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate, step_flops
 from moestro.train.progress import ProgressDisplay
 from moestro.train.saving import Saver
 from moestro.train.sharded_state import Share, newest_together
 from moestro.train.snapshot import of_whole
-from moestro.train.task import Example, check_vocabulary, task_of, train_flops
+from moestro.train.task import Example, check_vocabulary, task_of
 
 
 class Result(NamedTuple):
@@ -100,7 +100,7 @@ class Trainer:
         self.layout = cfg.parallel.layout(ranks.world, experts)
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
-        self._step_flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+        self._step_flops = step_flops(cfg)
         chats = cfg.data.chat is not None
         self._task = task_of(cfg.model, corpus.tokenizer.end_of_text, chats)
         self._objective = Objective(cfg.balance, ranks)

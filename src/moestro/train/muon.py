@@ -85,6 +85,16 @@ class Muon(torch.optim.Optimizer):
                     weights.mul_(1 - lr * decay).add_(update, alpha=-lr * size)
 
 
+def flops(parameters: Iterable[Tensor]) -> int:
+    """Operations that orthogonalising these matrices [.., O, I] takes in one step."""
+    total = 0
+    for parameter in parameters:
+        short, long = sorted(parameter.shape[-2:])
+        count = parameter.numel() // (short * long)
+        total += count * ITERATIONS * (4 * short * short * long + 2 * short**3)
+    return total
+
+
 def _batches(pieces: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
     """Runs of pieces with as many numbers as are orthogonalised together, or one piece."""
     batch: list[tuple[Tensor, ...]] = []

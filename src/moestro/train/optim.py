@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moestro.config import OptimConfig
+from moestro.config import OptimConfig, RunConfig
+from moestro.models.build import new_model
 from moestro.moe.experts import Experts
+from moestro.train import muon
 from moestro.train.muon import Muon
+from moestro.train.task import train_flops
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -50,6 +53,20 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         _by_rate(groups, experts, cfg), lr=cfg.lr, betas=cfg.betas, fused=fused
     )
+
+
+def step_flops(cfg: RunConfig) -> float:
+    """FLOPs of one step: of the model, forward and backward, and of Muon's products.
+
+    AdamW's are a few for each parameter and not counted.
+    """
+    flops = cfg.train.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+    if cfg.optim.matrices == "muon":
+        with torch.device("meta"):
+            model = new_model(cfg.model)
+        groups = make_optimizer(model, cfg.optim).param_groups
+        flops += sum(muon.flops(group["params"]) for group in groups if group["matrices"])
+    return flops
 
 
 def _group(parameters: Parameters, weight_decay: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from moestro.errors import ConfigError
 GRANULARITY_EXPONENT = 0.58
 
 Axis = Literal["experts", "granularity"]
+Point = tuple[int, float]  # E or G, and the loss
 
 
 class Mixture(NamedTuple):
@@ -52,7 +53,8 @@ class Law(NamedTuple):
         axis: what is varied.
         fixed: the other number: G of the experts' law, E of the granularity's.
         offset, slope: as above, losses in bits per byte.
-        residual: largest |fitted - measured| / measured of the points.
+        points: How many were fitted.
+        residual: largest |fitted - measured| / measured of them.
         largest: the point left out of a second fit: E or G.
         predicted, measured: its loss; None with fewer than three points.
     """
@@ -61,6 +63,7 @@ class Law(NamedTuple):
     fixed: int
     offset: float
     slope: float
+    points: int
     residual: float
     largest: int | None
     predicted: float | None
@@ -127,11 +130,11 @@ def laws(losses: Mapping[Mixture, float], dense: float, top_k: int) -> list[Law]
     """
     found = []
     for fine in sorted({mixture.granularity for mixture in losses}):
-        row = {m.experts: loss for m, loss in losses.items() if m.granularity == fine}
+        row = [(m.experts, loss) for m, loss in losses.items() if m.granularity == fine]
         if len(row) > 1:
-            found.append(_law("experts", fine, {top_k: dense} | row, top_k))
+            found.append(_law("experts", fine, [(top_k, dense), *row], top_k))
     for number in sorted({mixture.experts for mixture in losses}):
-        row = {m.granularity: loss for m, loss in losses.items() if m.experts == number}
+        row = [(m.granularity, loss) for m, loss in losses.items() if m.experts == number]
         if len(row) > 1:
             found.append(_law("granularity", number, row, top_k))
     return found
@@ -150,13 +153,16 @@ def told(law: Law) -> str:
     else:
         form = f"loss = {law.offset:.4f} {law.slope:+.4f} · G^-{GRANULARITY_EXPONENT}"
         of = f" of {law.fixed} experts"
-    text = f"{law.axis}{of}: {form}, points within {law.residual:.2%}"
+    near = f"{law.points} points within {law.residual:.2%}"
+    if law.points == 2:
+        near = "a line through 2 points"
+    text = f"{law.axis}{of}: {form}, {near}"
     if law.error is None:
         return text + "; too few points to leave one out"
     letter = "E" if law.axis == "experts" else "G"
     return (
-        f"{text}; fitted without {letter} = {law.largest} it predicts {law.predicted:.4f} there, "
-        f"{law.error:+.2%} from the measured {law.measured:.4f}"
+        f"{text}; fitted to the {law.points - 1} without {letter} = {law.largest} it predicts "
+        f"{law.predicted:.4f} there, {law.error:+.2%} from the measured {law.measured:.4f}"
     )
 
 
@@ -182,23 +188,23 @@ def _listed(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _law(axis: Axis, fixed: int, points: dict[int, float], top_k: int) -> Law:
+def _law(axis: Axis, fixed: int, points: Sequence[Point], top_k: int) -> Law:
     """Fit all points, and again without the largest."""
     offset, slope = _fit(axis, points, top_k)
-    fitted = {n: _form(axis, offset, slope, n, top_k) for n in points}
-    residual = max(abs(fitted[n] / loss - 1) for n, loss in points.items())
-    largest = max(points)
-    rest = {n: loss for n, loss in points.items() if n != largest}
-    if len(rest) < 2:
-        return Law(axis, fixed, offset, slope, residual, None, None, None)
+    residual = max(abs(_form(axis, offset, slope, n, top_k) / loss - 1) for n, loss in points)
+    law = Law(axis, fixed, offset, slope, len(points), residual, None, None, None)
+    largest, measured = max(points)
+    rest = [(n, loss) for n, loss in points if n != largest]
+    if len({n for n, _ in rest}) < 2:
+        return law
     predicted = _form(axis, *_fit(axis, rest, top_k), largest, top_k)
-    return Law(axis, fixed, offset, slope, residual, largest, predicted, points[largest])
+    return law._replace(largest=largest, predicted=predicted, measured=measured)
 
 
-def _fit(axis: Axis, points: Mapping[int, float], top_k: int) -> tuple[float, float]:
+def _fit(axis: Axis, points: Sequence[Point], top_k: int) -> tuple[float, float]:
     """Least squares of the law's linear form."""
-    numbers = np.array(list(points), dtype=np.float64)
-    losses = np.array(list(points.values()))
+    numbers = np.array([n for n, _ in points], dtype=np.float64)
+    losses = np.array([loss for _, loss in points])
     if axis == "experts":
         x, y = np.log(numbers / top_k), np.log(losses)
     else:
