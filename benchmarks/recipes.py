@@ -42,6 +42,7 @@ from moestro.models.network import ModelOutput
 from moestro.models.twin import dense_twin
 from moestro.settings import load_settings
 from moestro.train.compare import crossing
+from moestro.train.intervals import half_width
 from moestro.train.loop import Trainer
 from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import METRICS_NAME, Point, read_metrics
@@ -195,7 +196,7 @@ def rows(tokens: int, against: str | None) -> list[dict[str, Any]]:
             last = each["points"][-1]
             each["token_flops"] = last["train_flops"] / last["tokens"]
     twins = {v["trial"]: v["runs"] for v in trials if v["side"] == "twin"}
-    best = against or min(twins, key=lambda name: final(twins[name]["0"]))
+    best = against or min(twins, key=lambda name: mean_final(twins[name]))
     print(f"twin: {best}")
     table = []
     for entry in trials:
@@ -260,6 +261,27 @@ def final(one: dict[str, Any]) -> float:
     return float(one["points"][-1]["bits_per_byte"]["all"])
 
 
+def mean_final(runs: dict[str, Any]) -> float:
+    """The mean of `final` over seeds."""
+    return statistics.fmean(final(each) for each in runs.values())
+
+
+def balance_rows(tokens: int) -> list[dict[str, Any]]:
+    """One row a method; differences to Switch's are paired by seed, with the 95 % interval."""
+    trials = _trials(tokens, balance=True)
+    (base,) = (each["runs"] for each in trials if each["trial"] == "balance-switch")
+    table = []
+    for entry in trials:
+        row, runs = _row(entry), entry["runs"]
+        if runs is not base:
+            more = [final(each) - final(base[seed]) for seed, each in runs.items() if seed in base]
+            mean, half = statistics.fmean(more), half_width(more)
+            error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else None
+            row |= {"difference": mean, "error": error, "low": mean - half, "high": mean + half}
+        table.append(row)
+    return table
+
+
 def spread(values: list[float]) -> float | None:
     """Standard deviation over seeds."""
     return statistics.stdev(values) if len(values) > 1 else None
@@ -294,7 +316,7 @@ def main() -> None:
         for name, trial in TRIALS.items():
             print(f"{name} ({trial.side}): {' '.join(trial.settings)}")
     elif args.what == "balance":
-        show([_row(entry) for entry in _trials(args.tokens, balance=True)])
+        show(balance_rows(args.tokens))
         figure(args.tokens)
     elif args.what == "table":
         show(rows(args.tokens, args.against))

@@ -149,7 +149,7 @@ TRIALS = {
         "train.batch_size=4",
         "optim.lr=4e-3",
         "optim.experts_lr=0.25",
-    ),  # fmt: skip
+    ),
     **{
         f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
         for b in (2, 4)

@@ -32,6 +32,7 @@ from moestro.config import DataConfig
 from moestro.data.builtin import library_texts
 from moestro.data.windows import Corpus, HeldOut, prepare
 from moestro.train.evaluate import ALL, evaluate
+from moestro.train.intervals import half_width
 from moestro.train.task import train_flops
 
 DENSE = "dense"
@@ -43,8 +44,6 @@ SIDES = {
 }
 HELD_OUT = 8  # one module in so many
 TUNING_SEED = 0
-# Student's t of 95 %, two-sided, by degrees of freedom.
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SHORT_S = 256
 
 
@@ -137,9 +136,7 @@ def steps_of(side: str, begin: Path, dense: Path, args: argparse.Namespace) -> i
 def row_of(side: str, rate: float, bits: list[float], dense: list[float]) -> dict[str, Any]:
     """Mean of the seeds, and the difference to the dense side with its interval."""
     more = [one - other for one, other in zip(bits, dense, strict=True)]
-    half = math.nan
-    if side != DENSE and len(more) > 1:
-        half = STUDENT[len(more) - 2] * statistics.stdev(more) / math.sqrt(len(more))
+    half = half_width(more) if side != DENSE else math.nan
     difference = statistics.fmean(more)
     return {
         "side": side, "learning rate": rate, "bits per byte": statistics.fmean(bits),
