@@ -92,7 +92,8 @@ def scaling_figure(cfg: RunConfig, comparison: Comparison, curves: list[Curve], 
     places = sorted({_place(axis, m) for m in made})
     left.set_xlim(places[0] / 1.15, places[-1] * 1.15)  # there may be no point to choose it by
     if all(line.get_xdata().size == 0 for line in left.get_lines()[:-1]):
-        left.text(0.5, 0.5, "none reached it", transform=left.transAxes, ha="center")
+        left.set_ylim(0, 1.2)
+        left.text(0.5, 0.4, "none reached it", transform=left.transAxes, ha="center")
     for axes in (left, right):
         _plain(axes)
         axes.set_xscale("log", base=2)
