@@ -143,13 +143,16 @@ TRIALS = {
         for b in (2, 4)
         for r in ("1e-3", *_RATES)
     },
-    "narrow-32-b4-x0.25-lr4e-3": _moe(
-        *_NARROW,
-        *_experts(32, 2, 64),
-        "train.batch_size=4",
-        "optim.lr=4e-3",
-        "optim.experts_lr=0.25",
-    ),
+    **{
+        f"narrow-32-b4-x{share}-lr4e-3": _moe(
+            *_NARROW,
+            *_experts(32, 2, 64),
+            "train.batch_size=4",
+            "optim.lr=4e-3",
+            f"optim.experts_lr={share}",
+        )
+        for share in ("0.25", "2", "4")
+    },
     **{
         f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
         for b in (2, 4)
