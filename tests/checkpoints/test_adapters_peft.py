@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from moestro.checkpoints.adapters import read_peft, write_peft
 from moestro.checkpoints.families import family_of
 from moestro.checkpoints.opening import open_checkpoint, use_adapter
+from moestro.checkpoints.peft import read_peft, write_peft
 from moestro.checkpoints.transfer import outgoing
 from moestro.config import LoraConfig
 from moestro.errors import CheckpointError, ConfigError
