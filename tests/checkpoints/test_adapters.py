@@ -11,10 +11,11 @@ from moestro.checkpoints.adapters import own_file, own_settings
 from moestro.checkpoints.fingerprints import digest
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.hub import given_name
-from moestro.checkpoints.opening import open_adapted, open_checkpoint, use_adapter
+from moestro.checkpoints.opening import in_blocks, open_adapted, open_checkpoint, use_adapter
 from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import LoraConfig, ModelConfig
 from moestro.errors import CheckpointError
+from moestro.kernels import native_cpu
 from moestro.models.adapters import attach
 from moestro.models.decoder import Decoder
 
@@ -105,6 +106,16 @@ def test_a_run_over_our_own_layout(tmp_path):
     (tmp_path / "other").rename(tmp_path / "base")
     with pytest.raises(CheckpointError, match="has changed since"):
         open_checkpoint(run)
+
+
+@pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
+def test_a_run_over_a_base_in_blocks_is_in_blocks(base, tmp_path):
+    run = run_over(base, tmp_path / "run")
+    assert not in_blocks(run)
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    assert in_blocks(run)
 
 
 def test_a_checkpoint_is_called_what_it_was_given_as(base, tmp_path):
