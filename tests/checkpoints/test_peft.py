@@ -3,6 +3,7 @@
 test_adapters_peft.py compares with peft itself, where that is installed.
 """
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro.checkpoints.families import FAMILIES
-from moestro.checkpoints.peft import read_peft, write_peft
+from moestro.checkpoints.peft import PEFT_FILE, read_peft, write_peft
 from moestro.config import LoraConfig, ModelConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.models.adapters import attach, attached, merge
@@ -135,6 +136,107 @@ def test_patterns_and_rslora_scale(tmp_path):
         assert (scaled[key] - expected).abs().max() < 1e-12
 
 
+def test_numbers_in_16_bits_are_scaled_exactly(tmp_path):
+    """Of scales that are no powers of two: one for the layer, or one for each of its matrices."""
+    net = random_adapters(model(), targets=["attention"])
+    write_peft(net, FAMILIES["qwen3_moe"], tmp_path / "a", "base")
+    path, tensors = tmp_path / "a" / "adapter_config.json", tmp_path / "a" / PEFT_FILE
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(tensors).items()}
+    save_file(stored, tensors)
+    config = json.loads(path.read_text()) | {"use_rslora": True, "alpha_pattern": {"v_proj": 5.0}}
+    path.write_text(json.dumps(config))
+    reread = model()
+    read_peft(reread, FAMILIES["qwen3_moe"], tmp_path / "a")
+    found = attached(reread)
+    for place, names in (("qkv", "qkv"), ("out", "o")):
+        expected = torch.cat([
+            (5.0 if name == "v" else 3.0) / 2**0.5
+            * stored[f"{LAYER}self_attn.{name}_proj.lora_B.weight"].double()
+            @ stored[f"{LAYER}self_attn.{name}_proj.lora_A.weight"].double()
+            for name in names
+        ])  # fmt: skip
+        adapter = found[f"blocks.0.attention.{place}.weight"]
+        delta = copy.deepcopy(adapter).double().delta()[0]
+        assert (delta - expected).norm() < 1e-6 * expected.norm()
+    assert found["blocks.0.attention.out.weight"].b.dtype == torch.bfloat16  # as it was stored
+
+
+def test_the_rank_is_that_of_the_matrices(tmp_path):
+    write_peft(random_adapters(model()), FAMILIES["qwen3_moe"], tmp_path / "a", "base")
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for wrong, words in (
+        ({"r": 1}, f"self_attn.q_proj has rank {N} in .* and 1 by"),
+        ({"rank_pattern": {"mlp.experts.gate_up_proj": 3}}, f"base_layer has rank {N} .* and 3 by"),
+        ({"rank_pattern": {"gate.weight": 4}}, f"mlp.gate has rank {N} .* and 4 by"),
+    ):
+        path.write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError, match=words):
+            read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0), ("r", -1), ("r", 2.5), ("r", True), ("r", "8"), ("r", None),
+        ("lora_alpha", None), ("lora_alpha", "16"),
+        ("rank_pattern", {"(": 3}), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": "8"}), ("alpha_pattern", {"[": 3}),
+        ("alpha_pattern", {"q_proj": None}), ("target_parameters", "gate"),
+        ("target_parameters", [1]), ("use_rslora", "false"),
+    ],
+)  # fmt: skip
+def test_a_value_that_says_nothing_is_refused_by_its_name(field, value, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | {field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"{field} = .*, which must be "):
+        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path)
+
+
+def test_numbers_that_are_no_adapters_are_refused(tmp_path):
+    write_peft(random_adapters(model()), FAMILIES["qwen3_moe"], tmp_path / "a", "base")
+    tensors = tmp_path / "a" / PEFT_FILE
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(tensors).items()}, tensors)
+    with pytest.raises(CheckpointError, match=r"as torch.int8; read are adapters in float64"):
+        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+
+
+def test_ranks_that_differ_are_named_as_peft_matches_them(tmp_path):
+    """By the name of a parameter where `target_parameters` has it, else by that of a module."""
+    net = model(shared={"hidden_dim": 4})
+    for rank, kinds in ((N, ["attention", "router"]), (4, ["experts"]), (3, ["dense"])):
+        attach(net, LoraConfig(rank=rank, targets=kinds))
+    write_peft(net, FAMILIES["qwen2_moe"], tmp_path / "a", "base")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["r"] == N
+    assert config["rank_pattern"] == {
+        "model.layers.0.mlp.experts.gate_up_proj": 4,
+        "model.layers.0.mlp.experts.down_proj": 4,
+        "model.layers.0.mlp.shared_expert.gate_proj.weight": 3,
+        "model.layers.0.mlp.shared_expert.up_proj.weight": 3,
+        "model.layers.0.mlp.shared_expert.down_proj.weight": 3,
+    }
+
+
+def test_an_adapter_of_a_module_that_takes_none_is_said_to_be(tmp_path):
+    net = random_adapters(model())
+    write_peft(net, FAMILIES["qwen3_moe"], tmp_path / "a", "base")
+    tensors = tmp_path / "a" / PEFT_FILE
+    known = load_file(tensors)
+    none = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(N, D),
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(N, 11),
+    }
+    save_file(known | none, tensors)
+    words = r"changes lm_head, model.embed_tokens, which take no adapters here"
+    with pytest.raises(ConfigError, match=words):
+        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+    other = {f"{LAYER}mlp.other.lora_A.weight": torch.ones(N, D)}
+    save_file(known | none | other, tensors)
+    with pytest.raises(CheckpointError, match=r"of another model .*takes model\S*mlp.other"):
+        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     write_peft(random_adapters(model()), FAMILIES["qwen3_moe"], tmp_path / "a", "base")
     for other in (model(hidden_dim=F + 2), model(num_experts=E + 1)):
@@ -153,7 +255,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=f"{field} = .* is not read"):
             read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
     path.write_text(json.dumps({**config, "r": None}))
-    with pytest.raises(ConfigError, match="has no numbers r and lora_alpha"):
+    with pytest.raises(ConfigError, match="r = None, which must be a whole number"):
         read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
     path.write_text(json.dumps(config))
     save_file({}, tmp_path / "a" / "adapter_model.safetensors")

@@ -29,7 +29,8 @@ from moestro.checkpoints.fingerprints import fingerprint
 from moestro.checkpoints.folders import is_pretrained, read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
-from moestro.checkpoints.peft import PEFT_CONFIG, read_peft
+from moestro.checkpoints.peft import read_peft
+from moestro.checkpoints.peft_settings import PEFT_CONFIG
 from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model, stream_model

@@ -4,14 +4,17 @@ PEFT keeps all experts of a stacked weight in two matrices (peft's tuners/lora/l
 ParamWrapper): lora_A [E · N, I] with the expert slowest, lora_B [O, N · E] with the expert fastest.
 The wrapper of gate_up lies inside that of down where there are both; a lone wrapper says in
 adapter_config.json alone which of the two it is. Other programs read one matrix per expert.
+
+I and O are those of the product. Where transformers stores a weight as [E, I, O] and its class does
+not say so (`is_transposed`), PEFT takes one for the other: A then has O columns, and B I rows.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,25 +24,23 @@ from torch import Tensor, nn
 
 from moestro.checkpoints.families.slices import TensorSlice, fused, slices
 from moestro.checkpoints.families.table import LAYOUTS, OF_ROWS, Family, apart, together
-from moestro.checkpoints.folders import atomic_folder, read_json
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.peft_settings import PEFT_CONFIG, PeftSettings, read_peft_settings
 from moestro.checkpoints.tensor_files import read_tensors, some
+from moestro.checkpoints.transfer import unique_tensors
 from moestro.errors import CheckpointError, ConfigError
 from moestro.files import write_json
 from moestro.models.adapters import Place, places
-from moestro.models.build import Model
+from moestro.models.build import Model, build_model
+from moestro.models.materialize import without_memory
 from moestro.moe.lora import Adapter
 
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 _BEGINS, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-# What else PEFT's adapters can be → the values at which they are not.
-_PLAIN = {
-    "use_dora": (False, None), "bias": ("none", None), "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    # The others begin from a base that they have changed (pissa, olora, loftq, corda).
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Families whose class of experts does not say that its weights are transposed.
+_UNSAID = frozenset({"llama4_text"})
 
 
 class Pair(NamedTuple):
@@ -48,6 +49,10 @@ class Pair(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
+
+    def turned(self) -> Pair:
+        """Of the transposed weight."""
+        return Pair(self.b.mT, self.a.mT, self.scale)
 
 
 def write_peft(
@@ -67,7 +72,7 @@ def write_peft(
     """
     pairs: dict[str, Pair] = {}
     inner = _wrapped_twice(model)
-    modules, parameters = set(), set()
+    modules, parameters, keys = set(), set(), {}
     for place in places(model):
         if place.adapter is None:
             continue
@@ -78,25 +83,26 @@ def write_peft(
                     f"{family.model_type} is published with all experts in one tensor, so it has "
                     "no names for each; leave --per-expert out"
                 )
-            pairs[_module(part.theirs, place, stack, inner)] = _outgoing(
-                place.adapter, part, model.cfg
-            )
+            name = _module(part.theirs, place, stack, inner)
+            pair = _outgoing(place.adapter, part, model.cfg)
+            pairs[name] = pair.turned() if stack and family.model_type in _UNSAID else pair
             # Of mixtures PEFT takes modules called gate_proj and the like for those of experts.
             if place.kind != "attention" and model.cfg.moe is not None:
-                parameters.add(re.sub(r"^.*layers\.\d+\.", "", part.theirs))
+                parameters.add(_of_any_layer(part.theirs))
+                keys[name] = part.theirs
             else:
-                modules.add(part.theirs.removesuffix(".weight"))
+                keys[name] = part.theirs.removesuffix(".weight")
+                modules.add(keys[name])
     ranks = {name: pair.a.shape[-2] for name, pair in pairs.items()}
     alphas = {name: pair.scale * ranks[name] for name, pair in pairs.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    named = {name: name.replace(".base_layer", "") for name in pairs}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "lora_dropout": 0.0, "r": rank, "lora_alpha": alpha,
         "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
-        "rank_pattern": {named[n]: value for n, value in ranks.items() if value != rank},
-        "alpha_pattern": {named[n]: value for n, value in alphas.items() if value != alpha},
+        "rank_pattern": {keys[name]: each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {keys[name]: each for name, each in alphas.items() if each != alpha},
     }  # fmt: skip
     stored = {}
     for name, pair in pairs.items():
@@ -112,41 +118,93 @@ def read_peft(model: Model, family: Family, folder: Path) -> None:
 
     Raises:
         CheckpointError: they belong to another model, or cannot be read.
-        ConfigError: they are of a kind that is not read.
+        ConfigError: they are of a kind, or for a weight, that is not read.
     """
-    config = read_json(folder / PEFT_CONFIG)
-    odd = [
-        name for name, plain in _PLAIN.items() if config.get(name) not in plain and name in config
-    ]
-    if config.get("peft_type") != "LORA" or odd:
-        what = (
-            f"{odd[0]} = {config[odd[0]]!r}" if odd else f"peft_type = {config.get('peft_type')!r}"
-        )
-        raise ConfigError(f"{folder}: {what} is not read; plain LoRA adapters are")
-    if not all(isinstance(config.get(name), int | float) for name in ("r", "lora_alpha")):
-        raise ConfigError(f"{folder / PEFT_CONFIG} has no numbers r and lora_alpha")
+    settings = read_peft_settings(folder)
     stored = read_tensors(folder / PEFT_FILE)
-    problems = [name for name in stored if not name.startswith(_BEGINS) or not name.endswith(_ENDS)]
-    left = {name[len(_BEGINS) :] for name in stored if name not in problems}
+    odd = sorted(name for name, tensor in stored.items() if tensor.dtype not in _DTYPES)
+    if odd:
+        raise CheckpointError(
+            f"{folder / PEFT_FILE} has {some(odd)} as {stored[odd[0]].dtype}; read are adapters in "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
+        )
+    left = {
+        name[len(_BEGINS) :] for name in stored if name.startswith(_BEGINS) and name.endswith(_ENDS)
+    }
+    strange = {name for name in stored if name.removeprefix(_BEGINS) not in left}
     for place in places(model):
         found: dict[TensorSlice, Pair] = {}
-        for part, module, stack in _readable(place, family, model.cfg, config, left):
+        for part, module, stack in _readable(place, family, model.cfg, settings, left):
             names = [f"{module}{end}" for end in _ENDS]
             if not left.issuperset(names):
                 continue
             a, b = (stored[f"{_BEGINS}{name}"] for name in names)
-            pair = _incoming(a, b, part, place, stack, model.cfg)
-            if pair is not None:
-                found[part] = pair._replace(b=pair.b * _scale(config, part.theirs, module))
-                left = left.difference(names)
+            turned = stack and family.model_type in _UNSAID
+            pair = _incoming(a, b, part, place, stack, turned, model.cfg)
+            if pair is None:
+                continue
+            key = part.theirs if stack else settings.key(part.theirs)
+            rank = len(a) // (place.shape[0] if stack else 1)
+            if rank != settings.rank(key):
+                raise CheckpointError(
+                    f"{folder}: {module} has rank {rank} in {PEFT_FILE}, and "
+                    f"{settings.rank(key)} by {PEFT_CONFIG}; the two are not of one adapter"
+                )
+            found[part] = pair._replace(scale=settings.scale(key))
+            left = left.difference(names)
         if found:
             _attach(place, found)
-    problems += [f"{name} {list(stored[_BEGINS + name].shape)}" for name in sorted(left)]
-    if problems or not stored:
-        raise CheckpointError(
-            f"the adapter {folder} is of another model than this one ({family.model_type}), in "
-            f"which nothing takes {some(problems or ['no adapter at all'])}"
+    if not stored or left or strange:
+        raise _misfit(
+            folder, family, model, stored, strange | {f"{_BEGINS}{each}" for each in left}
         )
+
+
+def _misfit(
+    folder: Path, family: Family, model: Model, stored: Mapping[str, Tensor], left: Iterable[str]
+) -> CheckpointError | ConfigError:
+    """What is wrong with tensors that nothing takes: they are of weights without adapters, or not.
+
+    Args:
+        folder: the adapter's.
+        family: the model's.
+        model: as it is here.
+        stored: all tensors.
+        left: names of those that nothing takes.
+    """
+    with without_memory():
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in unique_tensors(build_model(model.cfg)).items()
+        }
+    for place in places(model):
+        shapes.pop(place.path, None)
+    plain = [
+        part.theirs.removesuffix(".weight")
+        for rules in (family.rules, fused(family.rules, family.renamed))
+        for part in slices(rules, shapes, model.cfg)
+    ]
+    without = {*plain, "lm_head"}  # which has no weight of its own where it is tied
+    strange, known = [], []
+    for name in sorted(left):
+        match = _NAME.fullmatch(name)
+        if match is not None and match[1] in without:
+            known.append(_of_any_layer(match[1]))
+        else:
+            strange.append(f"{name.removeprefix(_BEGINS)} {list(stored[name].shape)}")
+    if known and not strange:
+        return ConfigError(
+            f"the adapter {folder} changes {some(dict.fromkeys(known))}, which take no adapters "
+            "here (docs/tuning.md says what does); train it without them"
+        )
+    return CheckpointError(
+        f"the adapter {folder} is of another model than this one ({family.model_type}), in "
+        f"which nothing takes {some(strange or ['no adapter at all'])}"
+    )
+
+
+def _of_any_layer(name: str) -> str:
+    return re.sub(r"^.*layers\.\d+\.", "", name)
 
 
 def _slices(place: Place, family: Family, cfg: Any, per_expert: bool) -> list[TensorSlice]:
@@ -171,15 +229,14 @@ def _module(theirs: str, place: Place, stack: bool, inner: bool) -> str:
 
 
 def _readable(
-    place: Place, family: Family, cfg: Any, config: Mapping[str, Any], left: Container[str]
+    place: Place, family: Family, cfg: Any, settings: PeftSettings, left: Container[str]
 ) -> Iterator[tuple[TensorSlice, str, bool]]:
     """Every slice of a weight that may have an adapter, its name in the file, whether stacked."""
     for part in _slices(place, family, cfg, per_expert=False):
         if place.kind == "experts":
             # A lone wrapper has the name of the outer one, whichever weight it is of.
             inner = f"{part.theirs.rpartition('.')[0]}.base_layer{_ENDS[0]}" in left
-            named = [str(name) for name in config.get("target_parameters") or ()]
-            if inner or not named or any(part.theirs.endswith(name) for name in named):
+            if inner or not settings.parameters or settings.is_named(part.theirs):
                 yield part, _module(part.theirs, place, True, inner), True
         else:
             yield part, part.theirs.removesuffix(".weight"), False
@@ -222,12 +279,14 @@ def _flat(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def _incoming(
-    a: Tensor, b: Tensor, part: TensorSlice, place: Place, stack: bool, cfg: Any
+    a: Tensor, b: Tensor, part: TensorSlice, place: Place, stack: bool, turned: bool, cfg: Any
 ) -> Pair | None:
     """The adapter of a slice from the two matrices that PEFT stores; None if they do not fit."""
     experts, outputs, inputs = place.shape
     if part.rows is not None:
         outputs = part.rows[1] - part.rows[0]
+    if turned:
+        outputs, inputs = inputs, outputs
     count = experts if stack else 1
     if a.dim() != 2 or b.dim() != 2 or len(a) % count or len(a) != b.shape[1]:
         return None
@@ -236,7 +295,8 @@ def _incoming(
     if stack:
         a = a.view(experts, -1, inputs)
         b = b.view(outputs, -1, experts).permute(2, 0, 1)
-    return Pair(a, _reordered(b, part.layout, cfg, outgoing=False), 1.0)
+    pair = Pair(a, b, 1.0).turned() if turned else Pair(a, b, 1.0)
+    return pair._replace(b=_reordered(pair.b, part.layout, cfg, outgoing=False))
 
 
 def _reordered(b: Tensor, layout: str, cfg: Any, *, outgoing: bool) -> Tensor:
@@ -251,21 +311,13 @@ def _reordered(b: Tensor, layout: str, cfg: Any, *, outgoing: bool) -> Tensor:
     return way(b, cfg)
 
 
-def _scale(config: Mapping[str, Any], theirs: str, module: str) -> float:
-    """Alpha / rank, or over its root, by the patterns of names that PEFT matches."""
-    values = []
-    for kind, default in (("alpha_pattern", "lora_alpha"), ("rank_pattern", "r")):
-        patterns = config.get(kind) or {}
-        names = (theirs, theirs.removesuffix(".weight"), module)
-        fits = [p for p in patterns for n in names if re.match(rf"(.*\.)?({p})$", n)]
-        values.append(float(patterns[fits[0]] if fits else config[default]))
-    alpha, rank = values
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 @torch.no_grad()
 def _attach(place: Place, found: Mapping[TensorSlice, Pair]) -> None:
-    """One adapter of all slices: a part for each slice of rows, of the largest rank."""
+    """One adapter of all slices: a part for each slice of rows, of the largest rank.
+
+    Its scale is theirs, so that numbers in 16 bits stay what they are; B of a slice whose scale is
+    another is multiplied in fp32.
+    """
     spans = sorted({part.rows or (0, place.shape[1]) for part in found})
     covered: list[tuple[int, int]] = []
     for span in spans:  # rows between them have an adapter of zeros
@@ -274,8 +326,14 @@ def _attach(place: Place, found: Mapping[TensorSlice, Pair]) -> None:
     if covered[-1][1] < place.shape[1]:
         covered.append((covered[-1][1], place.shape[1]))
     rank = max(pair.a.shape[-2] for pair in found.values())
-    adapter = place.attach(tuple(stop - start for start, stop in covered), rank, 1.0)
-    adapter.to(next(iter(found.values())).a.dtype)
+    scale = max((pair.scale for pair in found.values()), key=abs)
+    dtype = reduce(
+        torch.promote_types, (each.dtype for pair in found.values() for each in pair[:2])
+    )
+    if any(pair.scale != scale for pair in found.values()):
+        dtype = torch.promote_types(dtype, torch.float32)
+    adapter = place.attach(tuple(stop - start for start, stop in covered), rank, scale)
+    adapter.to(dtype)
     adapter.a.zero_()
     adapter.b.zero_()
     for part, pair in found.items():
@@ -283,5 +341,6 @@ def _attach(place: Place, found: Mapping[TensorSlice, Pair]) -> None:
         experts = slice(None) if part.entry is None else slice(part.entry, part.entry + 1)
         own, first = pair.a.shape[-2], covered.index((start, stop)) * rank
         adapter.a[experts, first : first + own] = pair.a
-        adapter.b[experts, start:stop, :own] = pair.b
+        share = 1.0 if pair.scale == scale else pair.scale / scale
+        adapter.b[experts, start:stop, :own] = pair.b.to(dtype) * share
     adapter.requires_grad_(False)
