@@ -228,7 +228,7 @@ def test_an_adapter_of_a_module_that_takes_none_is_said_to_be(tmp_path):
         "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(N, 11),
     }
     save_file(known | none, tensors)
-    words = r"changes lm_head, model.embed_tokens, which take no adapters here"
+    words = r"changes lm_head, model.embed_tokens: no adapters are taken"
     with pytest.raises(ConfigError, match=words):
         read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
     other = {f"{LAYER}mlp.other.lora_A.weight": torch.ones(N, D)}

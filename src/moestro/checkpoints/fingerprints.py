@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moestro.checkpoints.folders import CONFIG, MANIFEST, is_pretrained
 from moestro.checkpoints.gguf.folder import files_of
+from moestro.checkpoints.tensor_files import SINGLE
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -19,9 +20,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
     own layout has a manifest with the sums of all files, which is taken: it is verified when a
     checkpoint is found, unlike that of a folder in Hugging Face's layout, which others write to.
     """
-    manifest = folder / MANIFEST
-    sealed = manifest.is_file() and not is_pretrained(folder)
-    wanted = [manifest] if sealed else sorted(folder.glob("*.safetensors"))
+    manifest, single = folder / MANIFEST, folder / SINGLE
+    if manifest.is_file() and not is_pretrained(folder):
+        wanted = [manifest]
+    else:  # of a folder with one file of weights, others beside it are not read
+        wanted = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     files = [*wanted, folder / CONFIG, *files_of(folder)]
     return {path.name: _sampled(path) for path in files if path.is_file()}
 

@@ -194,8 +194,8 @@ def _misfit(
             strange.append(f"{name.removeprefix(_BEGINS)} {list(stored[name].shape)}")
     if known and not strange:
         return ConfigError(
-            f"the adapter {folder} changes {some(dict.fromkeys(known))}, which take no adapters "
-            "here (docs/tuning.md says what does); train it without them"
+            f"the adapter {folder} changes {some(dict.fromkeys(known))}: no adapters are taken "
+            "there (docs/tuning.md says where); train one without"
         )
     return CheckpointError(
         f"the adapter {folder} is of another model than this one ({family.model_type}), in "
