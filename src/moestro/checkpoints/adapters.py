@@ -49,7 +49,7 @@ def load_own(model: nn.Module, cfg: LoraConfig, folder: Path, base: Path) -> Non
         base: The folder of the checkpoint that the model is of.
 
     Raises:
-        CheckpointError: they belong to another model, or `cfg.base` has changed since.
+        CheckpointError: they belong to another model, or to what `cfg.base` was.
 
     Warns:
         UserWarning: they were trained over another checkpoint, of maybe the same weights.
@@ -73,8 +73,8 @@ def _check_base(cfg: LoraConfig, folder: Path, base: Path) -> None:
         return
     if _weights_of(Path(cfg.base)) == _weights_of(base):
         raise CheckpointError(
-            f"{cfg.base} has changed since the adapters in {folder} were trained over it; put back "
-            "the weights and config.json that it had, or tune again"
+            f"{cfg.base} has other weights or settings than those that the adapters in {folder} "
+            "were trained over; put back what it had, or tune again"
         )
     warnings.warn(
         f"the adapters in {folder} were trained over {cfg.base}, whose files are not those of "

@@ -57,15 +57,19 @@ def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = Non
     return folder if published else newest_checkpoint(folder, known)
 
 
+def name_in_hub(folder: Path) -> str | None:
+    """The `org/model` of a folder in the hub's cache; None: it is elsewhere."""
+    inner = folder.absolute()
+    store = inner.parent.parent.name
+    if inner.parent.name != "snapshots" or not store.startswith(_STORE):
+        return None
+    return store.removeprefix(_STORE).replace("--", "/")
+
+
 def given_name(folder: Path) -> str:
     """What a person calls a checkpoint: a folder's path, the GGUF file's, or `org/model`."""
     files = gguf.files_of(folder)
-    if files:
-        return str(files[0])
-    store = folder.absolute().parents[1] if len(folder.absolute().parents) > 1 else folder
-    if folder.absolute().parent.name == "snapshots" and store.name.startswith(_STORE):
-        return store.name.removeprefix(_STORE).replace("--", "/")
-    return str(folder)
+    return name_in_hub(folder) or str(files[0] if files else folder)
 
 
 def find_model(name: str | Path) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.direct_files import DirectFile
 from moestro.checkpoints.fingerprints import fingerprint
+from moestro.checkpoints.hub import name_in_hub
 from moestro.checkpoints.packed_header import Section
 from moestro.checkpoints.quantize import AS_STORED, read_packed
 from moestro.checkpoints.transfer import Progress
@@ -49,9 +50,8 @@ def default_path(folder: Path, format: Format) -> Path:
     """
     group = f"-{format.group}" if format.kind in QUANTISED else ""
     name = f"packed-{format.kind}{group}.moestro"
-    inner = folder.absolute()
-    of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
-    if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
+    ours = name_in_hub(folder) is None and os.access(folder, os.W_OK)
+    if ours or (folder / name).exists():
         return folder / name
     return cache_folder(json.dumps(fingerprint(folder))) / name
 
