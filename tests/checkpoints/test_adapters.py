@@ -1,161 +1,125 @@
-"""PEFT's format against what is known of it: names, shapes, and ΔW_e = alpha / r · B_e A_e.
-
-test_adapters_peft.py compares with peft itself, where that is installed.
-"""
+"""A run of adapters knows the checkpoint that it was trained over."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moestro.checkpoints.adapters import read_peft, write_peft
-from moestro.checkpoints.families import FAMILIES
+from moestro.checkpoints.adapters import own_file, own_settings
+from moestro.checkpoints.fingerprints import digest
+from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.hub import given_name
+from moestro.checkpoints.opening import in_blocks, open_adapted, open_checkpoint, use_adapter
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.config import LoraConfig, ModelConfig
-from moestro.errors import CheckpointError, ConfigError
-from moestro.models.adapters import attach, attached, merge
+from moestro.errors import CheckpointError
+from moestro.kernels import native_cpu
+from moestro.models.adapters import attach
 from moestro.models.decoder import Decoder
 
-E, D, F, N = 3, 8, 6, 2
-BODY = {"vocab_size": 11, "dim": D, "num_layers": 1, "attention": {"num_heads": 2}}
-MOE = {"num_experts": E, "hidden_dim": F, "top_k": 2}
-LAYER = "base_model.model.model.layers.0."
+
+def decoder(seed=0):
+    torch.manual_seed(seed)
+    moe = {"num_experts": 2, "hidden_dim": 4, "top_k": 2}
+    return Decoder(
+        ModelConfig(vocab_size=11, dim=8, num_layers=1, attention={"num_heads": 2}, moe=moe)
+    )
 
 
-def model(**changes):
-    torch.manual_seed(0)
-    return Decoder(ModelConfig(**{**BODY, "moe": {**MOE, **changes}})).double()
+@pytest.fixture
+def base(tmp_path):
+    write_pretrained(decoder(), tmp_path / "base", family="mixtral")
+    return tmp_path / "base"
 
 
-def random_adapters(net, **lora):
-    attach(net, LoraConfig(rank=N, alpha=3.0, **lora))
-    for adapter in attached(net).values():
-        torch.nn.init.normal_(adapter.b)
-        adapter.double()
-    return net
+def run_over(base, folder, **lora):
+    """The checkpoint of a run of adapters."""
+    net = decoder()
+    cfg = LoraConfig(base=str(base), base_digest=digest(base), rank=1, **lora)
+    attach(net, cfg)
+    with atomic_folder(folder) as inner:
+        own_file(net, cfg).write(inner)
+        (inner / "config.json").write_text(net.cfg.model_dump_json())
+    return folder
 
 
-def merged(net):
-    merge(net)
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+def change(base):
+    """Other weights of the same shapes, in place: the manifest beside them is left as it was."""
+    path = base / "model.safetensors"
+    stored = {name: tensor + 1 for name, tensor in load_file(path).items()}
+    save_file(stored, path, {"format": "pt"})
 
 
-def test_the_flat_format_has_the_expert_slowest_in_a_and_fastest_in_b(tmp_path):
-    net, before = random_adapters(model()), model().state_dict()
-    write_peft(net, FAMILIES["qwen3_moe"], tmp_path / "a", "base")
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    shapes = {
-        "self_attn.q_proj": ([N, D], [D, N]), "self_attn.k_proj": ([N, D], [D, N]),
-        "self_attn.v_proj": ([N, D], [D, N]), "self_attn.o_proj": ([N, D], [D, N]),
-        "mlp.gate": ([N, D], [E, N]),
-        "mlp.experts.base_layer": ([E * N, D], [2 * F, E * N]),
-        "mlp.experts": ([E * N, F], [D, E * N]),
-    }  # fmt: skip
-    assert {name: list(tensor.shape) for name, tensor in stored.items()} == {
-        f"{LAYER}{name}.lora_{letter}.weight": shape
-        for name, both in shapes.items()
-        for letter, shape in zip("AB", both, strict=True)
-    }
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (N, 3.0, "LORA")
-    assert config["target_parameters"] == [
-        "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight",
-    ]  # fmt: skip
-    after = merged(net)
-    for name, own in (("mlp.experts.base_layer", "gate_up"), ("mlp.experts", "down")):
-        a = stored[f"{LAYER}{name}.lora_A.weight"].view(E, N, -1)
-        b = stored[f"{LAYER}{name}.lora_B.weight"].view(-1, N, E)
-        path = f"blocks.0.ffn.experts.{own}"
-        for expert in range(E):
-            delta = 3.0 / N * b[:, :, expert] @ a[expert]
-            assert (after[path][expert] - before[path][expert] - delta).abs().max() < 1e-12
-    reread = model()
-    read_peft(reread, FAMILIES["qwen3_moe"], tmp_path / "a")
-    assert max((merged(reread)[name] - after[name]).abs().max() for name in after) < 1e-12
+def test_a_base_that_changed_in_place_is_refused_by_all_who_open_it(base, tmp_path):
+    run = run_over(base, tmp_path / "run")
+    open_checkpoint(run)
+    change(base)
+    for opened in (
+        lambda: open_checkpoint(run),
+        lambda: use_adapter(open_checkpoint(base), run),
+        lambda: open_adapted(run, own_settings(run), torch.float32, "cpu"),
+    ):
+        with pytest.raises(CheckpointError, match=r"base has other weights .* put back"):
+            opened()
+    write_pretrained(decoder(), tmp_path / "again", family="mixtral")
+    shutil.copy(tmp_path / "again" / "model.safetensors", base)
+    open_checkpoint(run)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="base has other weights or settings"):
+        open_checkpoint(run)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
-def test_an_adapter_for_each_expert_is_the_same_one(family, tmp_path):
-    net = random_adapters(model())
-    write_peft(net, FAMILIES[family], tmp_path / "a", "base", per_expert=True)
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    experts = [name for name in stored if ".experts." in name]
-    assert len(experts) == E * 3 * 2
-    assert all(tensor.dim() == 2 for tensor in stored.values())
-    after, reread = merged(net), model()
-    read_peft(reread, FAMILIES[family], tmp_path / "a")
-    # What was read as parts is written flat by a diagonal of blocks, and read again.
-    write_peft(reread, FAMILIES[family], tmp_path / "b", "base")
-    again = model()
-    read_peft(again, FAMILIES[family], tmp_path / "b")
-    for other in (merged(reread), merged(again)):
-        assert max((other[name] - after[name]).abs().max() for name in after) < 1e-12
+def test_a_copy_is_the_same_and_another_model_is_warned_of(base, tmp_path):
+    run = run_over(base, tmp_path / "run")
+    shutil.copytree(base, tmp_path / "copy", copy_function=shutil.copyfile)
+    use_adapter(open_checkpoint(tmp_path / "copy"), run)
+    change(tmp_path / "copy")
+    with pytest.warns(UserWarning, match=r"trained over .*base, whose files are not .*copy"):
+        use_adapter(open_checkpoint(tmp_path / "copy"), run)
+    (tmp_path / "link").symlink_to(base)  # the same place by another name
+    change(base)
+    with pytest.raises(CheckpointError, match="has other weights or settings"):
+        use_adapter(open_checkpoint(tmp_path / "link"), run)
 
 
-def test_interleaved_and_transposed_weights_have_factors_in_their_order(tmp_path):
-    changes = {"activation": "clamped_swiglu", "experts": {"bias": True}, "router": {"bias": True}}
-    net = random_adapters(model(**changes), targets=["experts"])
-    write_peft(net, FAMILIES["gpt_oss"], tmp_path / "a", "base")
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    b = stored[f"{LAYER}mlp.experts.base_layer.lora_B.weight"].view(2 * F, N, E)
-    own = net.blocks[0].ffn.experts.gate_up_adapter.b  # gate rows first
-    assert torch.equal(b[0::2].permute(2, 0, 1), own[:, :F])
-    assert torch.equal(b[1::2].permute(2, 0, 1), own[:, F:])
-    with pytest.raises(ConfigError, match="leave --per-expert out"):
-        write_peft(net, FAMILIES["gpt_oss"], tmp_path / "b", "base", per_expert=True)
-    assert not (tmp_path / "b").exists()
+def test_a_run_of_before_has_no_digest_and_is_taken(base, tmp_path):
+    run = run_over(base, tmp_path / "run")
+    path = run / "adapter.safetensors"
+    old = json.dumps({"base": str(base), "rank": 1})
+    with atomic_folder(tmp_path / "old") as inner:
+        save_file(load_file(path), inner / path.name, {"lora": old})
+        shutil.copy(run / "config.json", inner)
+    change(base)
+    open_checkpoint(tmp_path / "old")
 
 
-@pytest.mark.parametrize("only", ["gate_up", "down"])
-def test_a_lone_wrapper_is_told_by_the_config(only, tmp_path):
-    net = random_adapters(model(), targets=["experts"])
-    experts = net.blocks[0].ffn.experts
-    setattr(experts, f"{'down' if only == 'gate_up' else 'gate_up'}_adapter", None)
-    write_peft(net, FAMILIES["qwen3_moe"], tmp_path / "a", "base")
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert set(stored) == {f"{LAYER}mlp.experts.lora_{letter}.weight" for letter in "AB"}
-    after, reread = merged(net), model()
-    read_peft(reread, FAMILIES["qwen3_moe"], tmp_path / "a")
-    assert list(attached(reread)) == [f"blocks.0.ffn.experts.{only}"]
-    assert max((merged(reread)[name] - after[name]).abs().max() for name in after) < 1e-12
+def test_a_run_over_our_own_layout(tmp_path):
+    for name, seed in (("base", 0), ("other", 1)):
+        with atomic_folder(tmp_path / name) as inner:
+            save_model(decoder(seed), inner)
+    run = run_over(tmp_path / "base", tmp_path / "run")
+    open_checkpoint(run)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "other").rename(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="has other weights or settings"):
+        open_checkpoint(run)
 
 
-def test_patterns_and_rslora_scale(tmp_path):
-    net = random_adapters(model(), targets=["attention"])
-    write_peft(net, FAMILIES["qwen3_moe"], tmp_path / "a", "base")
-    path = tmp_path / "a" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "use_rslora": True, "alpha_pattern": {"o_proj": 6.0}}))
-    before, after, reread = model().state_dict(), merged(net), model()
-    read_peft(reread, FAMILIES["qwen3_moe"], tmp_path / "a")
-    scaled = merged(reread)
-    for name, factor in (("qkv", N**0.5), ("out", 2 * N**0.5)):
-        key = f"blocks.0.attention.{name}.weight"
-        expected = before[key] + factor * (after[key] - before[key])
-        assert (scaled[key] - expected).abs().max() < 1e-12
+@pytest.mark.skipif(native_cpu.available() is not None, reason="no native library")
+def test_a_run_over_a_base_in_blocks_is_in_blocks(base, tmp_path):
+    run = run_over(base, tmp_path / "run")
+    assert not in_blocks(run)
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    assert in_blocks(run)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path):
-    write_peft(random_adapters(model()), FAMILIES["qwen3_moe"], tmp_path / "a", "base")
-    for other in (model(hidden_dim=F + 2), model(num_experts=E + 1)):
-        with pytest.raises(CheckpointError, match=r"of another model .*mlp.experts"):
-            read_peft(other, FAMILIES["qwen3_moe"], tmp_path / "a")
-    with pytest.raises(CheckpointError, match="of another model"):
-        read_peft(model(), FAMILIES["gpt_oss"], tmp_path / "a")
-    path = tmp_path / "a" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    odd = {
-        "use_dora": True, "peft_type": "IA3", "bias": "all", "init_lora_weights": "pissa",
-        "alora_invocation_tokens": [1],
-    }  # fmt: skip
-    for field, value in odd.items():
-        path.write_text(json.dumps({**config, field: value}))
-        with pytest.raises(ConfigError, match=f"{field} = .* is not read"):
-            read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
-    path.write_text(json.dumps({**config, "r": None}))
-    with pytest.raises(ConfigError, match="has no numbers r and lora_alpha"):
-        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
-    path.write_text(json.dumps(config))
-    save_file({}, tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="no adapter at all"):
-        read_peft(model(), FAMILIES["qwen3_moe"], tmp_path / "a")
+def test_a_checkpoint_is_called_what_it_was_given_as(base, tmp_path):
+    store = tmp_path / "models--org--some-model" / "snapshots" / "0123"
+    store.mkdir(parents=True)
+    assert given_name(store) == "org/some-model"
+    assert given_name(base) == str(base)

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-from moestro.checkpoints.adapters import read_peft, write_peft
 from moestro.checkpoints.families import family_of
 from moestro.checkpoints.opening import open_checkpoint, use_adapter
+from moestro.checkpoints.peft import read_peft, write_peft
 from moestro.checkpoints.transfer import outgoing
 from moestro.config import LoraConfig
-from moestro.errors import CheckpointError, ConfigError
+from moestro.errors import ConfigError
 from moestro.models.adapters import attach, attached, merge
 
 from .families.tiny import build, save
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft = pytest.importorskip("peft")
 
-FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "llama", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "llama", "deepseek_v3", "llama4")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -66,6 +66,8 @@ def test_ours_in_peft(both, targets, tmp_path):
         attach(own, LoraConfig(rank=4, alpha=6.0, targets=targets))
     except ConfigError as error:  # a dense model has no experts
         pytest.skip(str(error))
+    if len(targets) > 1:  # of another rank and scale than the others
+        attach(own, LoraConfig(rank=2, alpha=5.0, targets=targets[-2:]))
     for adapter in attached(own).values():
         torch.nn.init.normal_(adapter.b)
         adapter.double()
@@ -91,7 +93,8 @@ def test_ours_in_peft(both, targets, tmp_path):
             "use_rslora": True,
             "alpha_pattern": {"v_proj": 3},
         },
-        {"target_modules": "all-linear"},
+        # Llama-4's router is a linear layer that returns a pair, which peft's wrapper cannot.
+        {"target_modules": "all-linear", "exclude_modules": ["router"]},
     ],
 )
 def test_peft_in_ours(both, options, tmp_path):
@@ -108,9 +111,31 @@ def test_peft_in_ours(both, options, tmp_path):
     own = ours(folder)
     if any("kv_b_proj" in name for name in wrapped.state_dict() if "lora" in name):
         # Decoding multiplies by parts of it, so it takes no adapter here.
-        with pytest.raises(CheckpointError, match="kv_b_proj"):
+        with pytest.raises(ConfigError, match=r"self_attn.kv_b_proj: no adapters are taken"):
             read_peft(own, family_of(theirs.config.model_type, ""), tmp_path / "adapter")
         return
     read_peft(own, family_of(theirs.config.model_type, ""), tmp_path / "adapter")
     assert gap(wrapped, theirs, tokens) > 1e-3
     assert gap(wrapped, merged(theirs, own), tokens) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("qwen2_moe", "mlp.shared_expert_gate"),
+        ("qwen3_next", "linear_attn.in_proj_ba, linear_attn.in_proj_qkvz, linear_attn.out_proj"),
+        ("lfm2", "conv.in_proj, conv.out_proj"),
+        ("deepseek_v32", "self_attn.indexer.weights_proj"),
+    ],
+)
+def test_modules_of_peft_that_take_no_adapters_here_are_named(name, modules, tmp_path):
+    theirs = build(name)
+    save(theirs, tmp_path / "base")
+    cfg = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    peft.get_peft_model(theirs, cfg).save_pretrained(tmp_path / "adapter")
+    family = family_of(theirs.config.model_type, "")
+    with pytest.raises(ConfigError, match="no adapters are taken there") as raised:
+        read_peft(ours(tmp_path / "base"), family, tmp_path / "adapter")
+    assert modules in str(raised.value)
+    assert "q_proj" not in str(raised.value)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from moestro import Decoder, ModelConfig
 from moestro.checkpoints import tensor_files
-from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.folders import atomic_folder, is_pretrained
 from moestro.checkpoints.opening import open_checkpoint
-from moestro.checkpoints.reading import is_pretrained, read_settings
+from moestro.checkpoints.reading import read_settings
 from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.errors import CheckpointError, ConfigError
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moestro.checkpoints import packed_files, streamed
+from moestro.checkpoints.fingerprints import fingerprint
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.quantize import WEIGHTS, pack
@@ -262,7 +263,7 @@ def test_a_checkpoint_is_packed_a_module_at_a_time(tmp_path: Path) -> None:
     ((budget, path),) = told
     assert budget.kept == (EXPERTS,) * LAYERS
     assert packed_files.is_of(path, path.parent)
-    packed, source = tmp_path / "whole", packed_files.fingerprint(path.parent)
+    packed, source = tmp_path / "whole", fingerprint(path.parent)
     whole = open_checkpoint(tmp_path / "run", weights="int8", packed=packed).model
     assert packed_files.load(packed, source).cfg == whole.cfg
     tokens_BS = torch.randint(0, 256, (2, 9))

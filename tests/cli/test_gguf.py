@@ -1,13 +1,20 @@
 """Every verb that takes a checkpoint takes a GGUF file."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from moestro.checkpoints.adapters import own_file
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.gguf.writing import write_gguf
+from moestro.checkpoints.hub import find_checkpoint
+from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import open_unread
 from moestro.cli.main import main
-from moestro.config import ModelConfig
+from moestro.config import LoraConfig, ModelConfig
+from moestro.models.adapters import attach, attached
 from moestro.models.decoder import Decoder
 from moestro.text import train_bpe
 
@@ -69,3 +76,31 @@ def test_what_was_converted_says_the_same(
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 0
     assert (tmp_path / "b.gguf").read_bytes() == Path(plain).read_bytes()
     capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore:.*packed in another form")
+def test_a_run_of_adapters_over_it_is_merged_or_given_to_peft(file: Path, tmp_path: Path) -> None:
+    base = find_checkpoint(file)
+    net = open_unread(base).model
+    lora = LoraConfig(base=str(base), rank=1)  # a folder of ours, which says nothing to others
+    attach(net, lora)
+    for adapter in attached(net).values():
+        torch.nn.init.normal_(adapter.b)
+    with atomic_folder(tmp_path / "run") as inner:
+        own_file(net, lora).write(inner)
+        (inner / "config.json").write_text(net.cfg.model_dump_json())
+    texts = [str(tmp_path / name) for name in ("hf", "moestro", "gguf", "peft")]
+    for text in texts:
+        assert main(["convert", str(tmp_path / "run"), text, "--to", Path(text).name]) == 0
+    plain, merged = (
+        open_checkpoint(name, dtype="bf16").model.state_dict() for name in (file, texts[0])
+    )
+    for name, adapter in attached(net).items():
+        delta = adapter.delta().detach().view(plain[name].shape)
+        assert torch.equal(merged[name], (plain[name].float() + delta).bfloat16()), name
+        assert not torch.equal(merged[name], plain[name])
+    for text in texts[1:3]:
+        again = open_checkpoint(text, dtype="bf16").model.state_dict()
+        assert all(torch.equal(again[key], merged[key]) for key in merged)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(file)

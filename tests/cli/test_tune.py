@@ -204,13 +204,30 @@ def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, caps
     assert "holds no run to go on with" in capsys.readouterr().err
 
 
-def test_a_settings_file_asks_for_adapters(published, chats, tmp_path):
+def test_a_settings_file_asks_for_adapters_and_their_base_must_stay(
+    published, chats, tmp_path, capsys
+):
     config, run = tmp_path / "lora.toml", tmp_path / "run"
+    base = shutil.copytree(published, tmp_path / "base")
     config.write_text("[lora]\nrank = 2\n")
     words = ["--data", str(chats), "--config", str(config), *SETS, "--steps", "1"]
-    assert main(["tune", str(published), *words, "--out", str(run)]) == 0
+    assert main(["tune", str(base), *words, "--out", str(run)]) == 0
     kept = own_settings(find_checkpoint(run))
-    assert (kept.rank, kept.base) == (2, str(published.absolute()))
+    assert (kept.rank, kept.base) == (2, str(base))
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    commands = (
+        ["tune", "--resume", "--out", str(run)],
+        ["eval", str(run)],
+        ["generate", str(run), "a"],
+        ["generate", str(base), "a", "--adapter", str(run)],
+        ["convert", str(run), str(tmp_path / "peft"), "--to", "peft"],
+    )
+    for command in commands:
+        assert main(command) == 2, command
+        assert "base has other weights or settings than" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("folder", ["data", "init"])

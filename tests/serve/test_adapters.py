@@ -9,9 +9,9 @@ import httpx2 as httpx
 import pytest
 import torch
 
-from moestro.checkpoints.adapters import write_peft
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.opening import adapted, open_checkpoint
+from moestro.checkpoints.peft import write_peft
 from moestro.cli.main import main
 from moestro.config import LoraConfig
 from moestro.errors import CheckpointError

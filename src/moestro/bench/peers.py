@@ -18,7 +18,7 @@ import torch
 from moestro.bench.speed import Round
 from moestro.checkpoints.families import FAMILIES
 from moestro.checkpoints.families.translate import to_fields
-from moestro.checkpoints.reading import is_pretrained
+from moestro.checkpoints.folders import is_pretrained
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 from moestro.machine import Energy

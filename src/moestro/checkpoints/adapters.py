@@ -1,57 +1,23 @@
-"""Adapters on disk: a run's own, and PEFT's format, written and read.
-
-PEFT keeps all experts of a stacked weight in two matrices (peft's tuners/lora/layer.py,
-ParamWrapper): lora_A [E · N, I] with the expert slowest, lora_B [O, N · E] with the expert fastest.
-The wrapper of gate_up lies inside that of down where there are both; a lone wrapper says in
-adapter_config.json alone which of the two it is. Other programs read one matrix per expert.
-"""
+"""A run's own adapters on disk, and the checkpoint that they were trained over."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from moestro.checkpoints.families.slices import TensorSlice, fused, slices
-from moestro.checkpoints.families.table import LAYOUTS, OF_ROWS, Family, apart, together
-from moestro.checkpoints.folders import atomic_folder, read_json
+from moestro.checkpoints.fingerprints import digest
+from moestro.checkpoints.gguf.folder import files_of
 from moestro.checkpoints.tensor_files import TensorFile, Written, read_tensors, some
 from moestro.config import LoraConfig
-from moestro.errors import CheckpointError, ConfigError
-from moestro.files import write_json
-from moestro.models.adapters import Place, attach, places, tensors
-from moestro.models.build import Model
-from moestro.moe.lora import Adapter
+from moestro.errors import CheckpointError
+from moestro.models.adapters import attach, tensors
 
 OWN_FILE = "adapter.safetensors"
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-_BEGINS, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-# What else PEFT's adapters can be → the values at which they are not.
-_PLAIN = {
-    "use_dora": (False, None), "bias": ("none", None), "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    # The others begin from a base that they have changed (pissa, olora, loftq, corda).
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
-
-
-class Pair(NamedTuple):
-    """An adapter of a slice of a weight: A [.., N, I], B [.., O, N], and its scale."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
 
 
 def own_file(model: nn.Module, cfg: LoraConfig) -> TensorFile:
@@ -73,11 +39,20 @@ def own_settings(folder: Path) -> LoraConfig | None:
 
 
 @torch.no_grad()
-def load_own(model: nn.Module, cfg: LoraConfig, folder: Path) -> None:
+def load_own(model: nn.Module, cfg: LoraConfig, folder: Path, base: Path) -> None:
     """Attach a run's adapters to the model that they were trained on.
 
+    Args:
+        model: Of `base`.
+        cfg: The run's settings.
+        folder: The run's checkpoint.
+        base: The folder of the checkpoint that the model is of.
+
     Raises:
-        CheckpointError: they belong to another model.
+        CheckpointError: they belong to another model, or to what `cfg.base` was.
+
+    Warns:
+        UserWarning: they were trained over another checkpoint, of maybe the same weights.
     """
     attach(model, cfg)
     stored, own = read_tensors(folder / OWN_FILE), dict(tensors(model))
@@ -87,242 +62,29 @@ def load_own(model: nn.Module, cfg: LoraConfig, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds adapters of another model than {cfg.base}: {some(wrong)}"
         )
+    _check_base(cfg, folder, base)
     for name, parameter in own.items():
         parameter.copy_(stored[name])
 
 
-def write_peft(
-    model: Model, family: Family, folder: Path, base: str, per_expert: bool = False
-) -> None:
-    """Write a model's adapters as PEFT does: a new folder, whole or not at all.
-
-    Args:
-        model: With adapters; its weights are not looked at.
-        family: Whose names to write.
-        folder: New.
-        base: What the config calls the model.
-        per_expert: Matrices for each expert, by the names that the family is published with.
-
-    Raises:
-        ConfigError: the family's experts are published in one tensor, so there are no such names.
-    """
-    pairs: dict[str, Pair] = {}
-    inner = _wrapped_twice(model)
-    modules, parameters = set(), set()
-    for place in places(model):
-        if place.adapter is None:
-            continue
-        for part in _slices(place, family, model.cfg, per_expert):
-            stack = place.kind == "experts" and part.entry is None
-            if stack and per_expert:
-                raise ConfigError(
-                    f"{family.model_type} is published with all experts in one tensor, so it has "
-                    "no names for each; leave --per-expert out"
-                )
-            pairs[_module(part.theirs, place, stack, inner)] = _outgoing(
-                place.adapter, part, model.cfg
-            )
-            # Of mixtures PEFT takes modules called gate_proj and the like for those of experts.
-            if place.kind != "attention" and model.cfg.moe is not None:
-                parameters.add(re.sub(r"^.*layers\.\d+\.", "", part.theirs))
-            else:
-                modules.add(part.theirs.removesuffix(".weight"))
-    ranks = {name: pair.a.shape[-2] for name, pair in pairs.items()}
-    alphas = {name: pair.scale * ranks[name] for name, pair in pairs.items()}
-    rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    named = {name: name.replace(".base_layer", "") for name in pairs}
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "inference_mode": True, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "lora_dropout": 0.0, "r": rank, "lora_alpha": alpha,
-        "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
-        "rank_pattern": {named[n]: value for n, value in ranks.items() if value != rank},
-        "alpha_pattern": {named[n]: value for n, value in alphas.items() if value != alpha},
-    }  # fmt: skip
-    stored = {}
-    for name, pair in pairs.items():
-        for end, flat in zip(_ENDS, _flat(pair), strict=True):
-            stored[f"{_BEGINS}{name}{end}"] = flat.contiguous()
-    with atomic_folder(folder) as inside:
-        write_json(inside / PEFT_CONFIG, config)
-        save_file(stored, inside / PEFT_FILE, {"format": "pt"})
-
-
-def read_peft(model: Model, family: Family, folder: Path) -> None:
-    """Attach PEFT's adapters, flat or for each expert, to the model that they belong to.
-
-    Raises:
-        CheckpointError: they belong to another model, or cannot be read.
-        ConfigError: they are of a kind that is not read.
-    """
-    config = read_json(folder / PEFT_CONFIG)
-    odd = [
-        name for name, plain in _PLAIN.items() if config.get(name) not in plain and name in config
-    ]
-    if config.get("peft_type") != "LORA" or odd:
-        what = (
-            f"{odd[0]} = {config[odd[0]]!r}" if odd else f"peft_type = {config.get('peft_type')!r}"
-        )
-        raise ConfigError(f"{folder}: {what} is not read; plain LoRA adapters are")
-    if not all(isinstance(config.get(name), int | float) for name in ("r", "lora_alpha")):
-        raise ConfigError(f"{folder / PEFT_CONFIG} has no numbers r and lora_alpha")
-    stored = read_tensors(folder / PEFT_FILE)
-    problems = [name for name in stored if not name.startswith(_BEGINS) or not name.endswith(_ENDS)]
-    left = {name[len(_BEGINS) :] for name in stored if name not in problems}
-    for place in places(model):
-        found: dict[TensorSlice, Pair] = {}
-        for part, module, stack in _readable(place, family, model.cfg, config, left):
-            names = [f"{module}{end}" for end in _ENDS]
-            if not left.issuperset(names):
-                continue
-            a, b = (stored[f"{_BEGINS}{name}"] for name in names)
-            pair = _incoming(a, b, part, place, stack, model.cfg)
-            if pair is not None:
-                found[part] = pair._replace(b=pair.b * _scale(config, part.theirs, module))
-                left = left.difference(names)
-        if found:
-            _attach(place, found)
-    problems += [f"{name} {list(stored[_BEGINS + name].shape)}" for name in sorted(left)]
-    if problems or not stored:
+def _check_base(cfg: LoraConfig, folder: Path, base: Path) -> None:
+    """See what `load_own` raises and warns; runs of before have no digest to compare."""
+    if not cfg.base_digest or digest(base) == cfg.base_digest:
+        return
+    if _weights_of(Path(cfg.base)) == _weights_of(base):
         raise CheckpointError(
-            f"the adapter {folder} is of another model than this one ({family.model_type}), in "
-            f"which nothing takes {some(problems or ['no adapter at all'])}"
+            f"{cfg.base} has other weights or settings than those that the adapters in {folder} "
+            "were trained over; put back what it had, or tune again"
         )
+    warnings.warn(
+        f"the adapters in {folder} were trained over {cfg.base}, whose files are not those of "
+        f"{base}; they fit only if its weights are the same",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
-def _slices(place: Place, family: Family, cfg: Any, per_expert: bool) -> list[TensorSlice]:
-    """The published tensors that a weight is, those of experts one by one or stacked."""
-    rules = family.rules if per_expert else fused(family.rules, family.renamed)
-    stacked = place.path.endswith(("gate_up", "down"))
-    return slices(rules, {place.path: place.shape if stacked else place.shape[1:]}, cfg)
-
-
-def _wrapped_twice(model: nn.Module) -> bool:
-    """Whether both weights of experts have adapters, so that one wrapper lies in the other."""
-    kinds = {place.name for place in places(model) if place.kind == "experts" and place.adapter}
-    return len(kinds) == 2
-
-
-def _module(theirs: str, place: Place, stack: bool, inner: bool) -> str:
-    """What PEFT calls the module of an adapter."""
-    if not stack:
-        return theirs.removesuffix(".weight")
-    parent = theirs.rpartition(".")[0]
-    return f"{parent}.base_layer" if inner and place.name == "gate_up" else parent
-
-
-def _readable(
-    place: Place, family: Family, cfg: Any, config: Mapping[str, Any], left: Container[str]
-) -> Iterator[tuple[TensorSlice, str, bool]]:
-    """Every slice of a weight that may have an adapter, its name in the file, whether stacked."""
-    for part in _slices(place, family, cfg, per_expert=False):
-        if place.kind == "experts":
-            # A lone wrapper has the name of the outer one, whichever weight it is of.
-            inner = f"{part.theirs.rpartition('.')[0]}.base_layer{_ENDS[0]}" in left
-            named = [str(name) for name in config.get("target_parameters") or ()]
-            if inner or not named or any(part.theirs.endswith(name) for name in named):
-                yield part, _module(part.theirs, place, True, inner), True
-        else:
-            yield part, part.theirs.removesuffix(".weight"), False
-    for part in _slices(place, family, cfg, per_expert=True):
-        if place.kind != "experts" or part.entry is not None:
-            yield part, part.theirs.removesuffix(".weight"), False
-
-
-def _outgoing(adapter: Adapter, part: TensorSlice, cfg: Any) -> Pair:
-    """A slice's adapter: that of the part of the weight that it lies in, or of all of them."""
-    entry = part.entry or 0
-    start, stop = part.rows or (0, adapter.b.shape[1])
-    a_parts, b_parts, at = [], [], 0
-    for rows, a_ENI in zip(
-        adapter.rows, torch.split(adapter.a.detach(), adapter.rank, 1), strict=True
-    ):
-        first, last = max(start, at), min(stop, at + rows)
-        if first < last:
-            a_parts.append(a_ENI)
-            b_parts.append(adapter.b.detach()[:, first:last])
-        at += rows
-    a_ENI = torch.cat(a_parts, 1)
-    # [E, O, P · N]: the rows of each part multiply its own A alone.
-    b_EON, first = a_ENI.new_zeros(len(a_ENI), stop - start, a_ENI.shape[1]), 0
-    for place, b_EPN in enumerate(b_parts):
-        columns = slice(place * adapter.rank, (place + 1) * adapter.rank)
-        b_EON[:, first : first + b_EPN.shape[1], columns] = b_EPN
-        first += b_EPN.shape[1]
-    pair = Pair(a_ENI, b_EON, adapter.scale)
-    if part.entry is not None or len(a_ENI) == 1:
-        pair = pair._replace(a=a_ENI[entry], b=b_EON[entry])
-    return pair._replace(b=_reordered(pair.b, part.layout, cfg, outgoing=True))
-
-
-def _flat(pair: Pair) -> tuple[Tensor, Tensor]:
-    """The two matrices that PEFT stores."""
-    if pair.a.dim() == 2:
-        return pair.a, pair.b
-    return pair.a.flatten(0, 1), pair.b.permute(1, 2, 0).flatten(1)
-
-
-def _incoming(
-    a: Tensor, b: Tensor, part: TensorSlice, place: Place, stack: bool, cfg: Any
-) -> Pair | None:
-    """The adapter of a slice from the two matrices that PEFT stores; None if they do not fit."""
-    experts, outputs, inputs = place.shape
-    if part.rows is not None:
-        outputs = part.rows[1] - part.rows[0]
-    count = experts if stack else 1
-    if a.dim() != 2 or b.dim() != 2 or len(a) % count or len(a) != b.shape[1]:
-        return None
-    if (a.shape[1], len(b)) != (inputs, outputs):
-        return None
-    if stack:
-        a = a.view(experts, -1, inputs)
-        b = b.view(outputs, -1, experts).permute(2, 0, 1)
-    return Pair(a, _reordered(b, part.layout, cfg, outgoing=False), 1.0)
-
-
-def _reordered(b: Tensor, layout: str, cfg: Any, *, outgoing: bool) -> Tensor:
-    """The rows of B in the order of the other side; a transposed weight has A and B as they are."""
-    if layout == "interleaved_transposed":
-        return together(b, -2) if outgoing else apart(b, -2)
-    if layout in ("same", "transposed"):
-        return b
-    if layout not in OF_ROWS:
-        raise ConfigError(f"adapters of weights with the layout {layout!r} are not read or written")
-    way = LAYOUTS[layout].save if outgoing else LAYOUTS[layout].load
-    return way(b, cfg)
-
-
-def _scale(config: Mapping[str, Any], theirs: str, module: str) -> float:
-    """Alpha / rank, or over its root, by the patterns of names that PEFT matches."""
-    values = []
-    for kind, default in (("alpha_pattern", "lora_alpha"), ("rank_pattern", "r")):
-        patterns = config.get(kind) or {}
-        names = (theirs, theirs.removesuffix(".weight"), module)
-        fits = [p for p in patterns for n in names if re.match(rf"(.*\.)?({p})$", n)]
-        values.append(float(patterns[fits[0]] if fits else config[default]))
-    alpha, rank = values
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-@torch.no_grad()
-def _attach(place: Place, found: Mapping[TensorSlice, Pair]) -> None:
-    """One adapter of all slices: a part for each slice of rows, of the largest rank."""
-    spans = sorted({part.rows or (0, place.shape[1]) for part in found})
-    covered: list[tuple[int, int]] = []
-    for span in spans:  # rows between them have an adapter of zeros
-        last = covered[-1][1] if covered else 0
-        covered += [(last, span[0])] * (last < span[0]) + [span]
-    if covered[-1][1] < place.shape[1]:
-        covered.append((covered[-1][1], place.shape[1]))
-    rank = max(pair.a.shape[-2] for pair in found.values())
-    adapter = place.attach(tuple(stop - start for start, stop in covered), rank, 1.0)
-    adapter.to(next(iter(found.values())).a.dtype)
-    adapter.a.zero_()
-    adapter.b.zero_()
-    for part, pair in found.items():
-        start, stop = part.rows or (0, place.shape[1])
-        experts = slice(None) if part.entry is None else slice(part.entry, part.entry + 1)
-        own, first = pair.a.shape[-2], covered.index((start, stop)) * rank
-        adapter.a[experts, first : first + own] = pair.a
-        adapter.b[experts, start:stop, :own] = pair.b
-    adapter.requires_grad_(False)
+def _weights_of(base: Path) -> Path:
+    """Where a checkpoint's weights are, by the path of its folder or of its GGUF file."""
+    files = files_of(base)
+    return (files[0] if files else base).resolve()

@@ -109,6 +109,12 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     )
 
 
+def is_pretrained(path: Path) -> bool:
+    """Whether a folder's config.json, or this file, names a model_type: Hugging Face's layout."""
+    path = path / CONFIG if path.is_dir() else path
+    return path.is_file() and "model_type" in read_json(path, finite=False)
+
+
 def verify_folder(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """Check every file of a checkpoint against its manifest.
 

@@ -14,12 +14,12 @@ from moestro.checkpoints.folders import (
     CHECKPOINTS,
     CONFIG,
     MANIFEST,
+    is_pretrained,
     newest_checkpoint,
     read_json,
     verify_folder,
 )
 from moestro.checkpoints.gguf import folder as gguf
-from moestro.checkpoints.reading import is_pretrained
 from moestro.checkpoints.tensor_files import INDEX, SINGLE
 from moestro.errors import CheckpointError
 
@@ -28,6 +28,7 @@ _REMOTE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # same weights again, in their makers' own layouts.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "*.model"]
 UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
+_STORE = "models--"  # begins a model's folder in the hub's cache: models--org--name/snapshots/hash
 INSTALL = "pip install 'moestro[hf]'"
 
 
@@ -54,6 +55,21 @@ def find_checkpoint(name: str | Path, known: Callable[[Path], bool] | None = Non
             verify_folder(folder)  # says more: which file was altered
         raise
     return folder if published else newest_checkpoint(folder, known)
+
+
+def name_in_hub(folder: Path) -> str | None:
+    """The `org/model` of a folder in the hub's cache; None: it is elsewhere."""
+    inner = folder.absolute()
+    store = inner.parent.parent.name
+    if inner.parent.name != "snapshots" or not store.startswith(_STORE):
+        return None
+    return store.removeprefix(_STORE).replace("--", "/")
+
+
+def given_name(folder: Path) -> str:
+    """What a person calls a checkpoint: a folder's path, the GGUF file's, or `org/model`."""
+    files = gguf.files_of(folder)
+    return name_in_hub(folder) or str(files[0] if files else folder)
 
 
 def find_model(name: str | Path) -> Path:

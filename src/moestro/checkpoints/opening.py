@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints import packed_files, streamed
-from moestro.checkpoints.adapters import PEFT_CONFIG, load_own, own_settings, read_peft
+from moestro.checkpoints.adapters import load_own, own_settings
 from moestro.checkpoints.families import family_of, text_part
-from moestro.checkpoints.folders import read_json
+from moestro.checkpoints.fingerprints import fingerprint
+from moestro.checkpoints.folders import is_pretrained, read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.hub import find_checkpoint
+from moestro.checkpoints.peft import read_peft
+from moestro.checkpoints.peft_settings import PEFT_CONFIG
 from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
 from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
-from moestro.checkpoints.reading import is_pretrained, origin, read_model, stream_model
+from moestro.checkpoints.reading import origin, read_model, stream_model
 from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.tensor_files import LeftOut
 from moestro.checkpoints.transfer import Progress
@@ -202,8 +205,12 @@ def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
         adapter: A run of adapters or its checkpoint, or a folder of PEFT's.
 
     Raises:
-        CheckpointError: they belong to another model, or cannot be read.
+        CheckpointError: they belong to another model, or to one that has changed since, or cannot
+            be read.
         ConfigError: they are of a kind that is not read.
+
+    Warns:
+        UserWarning: a run's were trained over another checkpoint, of maybe the same weights.
     """
     model = opened.model
     _read_adapter(model, opened, adapter)
@@ -236,7 +243,7 @@ def _read_adapter(model: Model, opened: Opened, adapter: str | Path) -> None:
         settings = own_settings(folder)
         if settings is None:
             raise CheckpointError(f"{folder} holds a whole model and no adapter; open it by itself")
-        load_own(model, settings, folder)
+        load_own(model, settings, folder, opened.folder)
     freeze(model)
     model.eval()
 
@@ -254,16 +261,16 @@ def open_adapted(
         backend: A kernel's name, or "auto".
 
     Raises:
-        CheckpointError: the base cannot be opened, or is another model.
+        CheckpointError: the base cannot be opened, or is not the one trained over.
         ConfigError: see `open_checkpoint`.
     """
     packed = lora.weights != AS_IS
-    model = open_checkpoint(
+    opened = open_checkpoint(
         lora.base, weights=lora.weights, keep=False, dtype=None if packed else dtype,
         device=device, backend=backend, accept_fields=lora.accept_fields,
-    ).model  # fmt: skip
-    load_own(model, lora, checkpoint)
-    return model
+    )  # fmt: skip
+    load_own(opened.model, lora, checkpoint, opened.folder)
+    return opened.model
 
 
 def _came_with(folder: Path) -> dict[str, Any] | None:
@@ -273,9 +280,14 @@ def _came_with(folder: Path) -> dict[str, Any] | None:
 
 
 def in_blocks(folder: Path) -> bool:
-    """Whether a checkpoint's weights are integers that packed ones can keep as they are."""
+    """Whether a checkpoint's weights, or a run of adapters' base's, are integers kept as they are.
+
+    Packed weights do that; see `quantize.AS_STORED`.
+    """
     if native_cpu.available() is not None:
         return False
+    if (own := own_settings(folder)) is not None:
+        folder = find_checkpoint(own.base, known=lambda _: True)  # it is read through when opened
     headers = headers_of(folder)
     if headers is not None:
         return any(info.kind.length > 1 for header in headers for info in header.tensors)
@@ -346,7 +358,7 @@ def _mapped_or_packed(
         path, source = packed_files.converted(folder, format, packed, *given)
         return streamed.load_within(path, within, source)
     path = packed or packed_files.default_path(folder, format)
-    source = packed_files.fingerprint(folder)
+    source = fingerprint(folder)
     if not path.exists():
         try:
             packed_files.convert(folder, path, format, source, progress, accept_fields)

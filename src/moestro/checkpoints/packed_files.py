@@ -7,7 +7,6 @@ header holds the model's settings, the place of each tensor, and the checkpoint'
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
 from moestro.checkpoints.direct_files import DirectFile
-from moestro.checkpoints.folders import CONFIG, MANIFEST
-from moestro.checkpoints.gguf.folder import files_of
+from moestro.checkpoints.fingerprints import fingerprint
+from moestro.checkpoints.hub import name_in_hub
 from moestro.checkpoints.packed_header import Section
 from moestro.checkpoints.quantize import AS_STORED, read_packed
 from moestro.checkpoints.transfer import Progress
@@ -34,8 +33,6 @@ from moestro.kernels.packing import QUANTISED, Format
 from moestro.machine import free_bytes
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
-
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 # Refuses what is about to be written.
 Check = Callable[[Model, dict[str, Section]], object]
@@ -53,23 +50,10 @@ def default_path(folder: Path, format: Format) -> Path:
     """
     group = f"-{format.group}" if format.kind in QUANTISED else ""
     name = f"packed-{format.kind}{group}.moestro"
-    inner = folder.absolute()
-    of_hub = inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--")
-    if (folder / name).exists() or (not of_hub and os.access(folder, os.W_OK)):
+    ours = name_in_hub(folder) is None and os.access(folder, os.W_OK)
+    if ours or (folder / name).exists():
         return folder / name
     return cache_folder(json.dumps(fingerprint(folder))) / name
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """What identifies a checkpoint: a SHA-256 for each file that holds its weights.
-
-    Of a large file only its size and 16 pieces of 64 KiB count, so that a start stays quick; one of
-    ours has a manifest with the sums of all its files, which is taken.
-    """
-    manifest = folder / MANIFEST
-    wanted = [manifest] if manifest.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [*wanted, folder / CONFIG, *files_of(folder)]
-    return {path.name: _sampled(path) for path in files if path.is_file()}
 
 
 def is_of(path: Path, folder: Path) -> bool:
@@ -297,16 +281,3 @@ def at(memory: mmap.mmap, place: int, section: Section) -> Tensor:
 
 def _write(file: DirectFile, tensor: Tensor, place: int) -> None:
     file.put(tensor.contiguous(), place)
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            digest.update(file.read())
-        else:
-            for sample in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

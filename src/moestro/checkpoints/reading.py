@@ -20,7 +20,7 @@ from moestro.checkpoints.adapters import OWN_FILE
 from moestro.checkpoints.families import OWN, family_of, names, text_part
 from moestro.checkpoints.families.table import Config, Family
 from moestro.checkpoints.families.translate import fields_with_meaning, to_settings
-from moestro.checkpoints.folders import CONFIG, read_json
+from moestro.checkpoints.folders import CONFIG, is_pretrained, read_json
 from moestro.checkpoints.gguf.folder import headers_of
 from moestro.checkpoints.gguf.header import is_gguf, read_parts
 from moestro.checkpoints.gguf.names import with_names
@@ -46,12 +46,6 @@ class Described(NamedTuple):
     cfg: Config
     family: Family
     fields: dict[str, Any]
-
-
-def is_pretrained(path: Path) -> bool:
-    """Whether a folder's config.json, or this file, names a model_type: Hugging Face's layout."""
-    path = path / CONFIG if path.is_dir() else path
-    return path.is_file() and "model_type" in read_json(path, finite=False)
 
 
 def origin(folder: Path) -> Path:

@@ -187,9 +187,10 @@ def _write_hf(
 
 def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool) -> str:
     """Write a run's adapters as PEFT does; what was written, in one sentence."""
-    from moestro.checkpoints.adapters import load_own, own_settings, write_peft
+    from moestro.checkpoints.adapters import load_own, own_settings
     from moestro.checkpoints.families import family_of
-    from moestro.checkpoints.hub import find_checkpoint
+    from moestro.checkpoints.hub import find_checkpoint, given_name
+    from moestro.checkpoints.peft import write_peft
     from moestro.checkpoints.reading import open_unread, read_settings
     from moestro.checkpoints.writing import only_family
 
@@ -199,11 +200,12 @@ def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool
     base = find_checkpoint(settings.base)
     described = read_settings(base, settings.accept_fields)
     model = open_unread(base, accept_fields=settings.accept_fields).model
-    load_own(model, settings, folder)
+    load_own(model, settings, folder, base)
     name = family or described.fields.get("model_type") or only_family(model.cfg)
+    given = given_name(base)
     with writing(target):
-        write_peft(model, family_of(name, "--family"), target, settings.base, per_expert)
-    return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {settings.base}"
+        write_peft(model, family_of(name, "--family"), target, given, per_expert)
+    return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {given}"
 
 
 def _write_gguf(

@@ -233,7 +233,7 @@ def _require_places(out: Path | None, report: Path | None) -> None:
 
 def _beside(path: str, opened: ProbedModel | None) -> Path:
     """The default output folder: a published checkpoint is not ours to write into."""
-    from moestro.checkpoints.reading import is_pretrained
+    from moestro.checkpoints.folders import is_pretrained
 
     if opened is not None and not is_pretrained(opened.folder):
         return opened.home / "probe"

@@ -44,9 +44,9 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> PlannedModel:
         if is_preset(name) or "/" not in name:
             return preset(name)
     # They import torch, which a preset does not need.
+    from moestro.checkpoints.folders import is_pretrained
     from moestro.checkpoints.gguf.header import is_gguf
     from moestro.checkpoints.hub import check_kind, find_settings
-    from moestro.checkpoints.reading import is_pretrained
 
     if path.is_dir():
         path = _config_in(path)

@@ -158,12 +158,16 @@ def _assignments(
 def _settings(
     base: Path, folder: Path, config: Path | None, stated: list[str], accepted: Sequence[str]
 ) -> RunConfig:
+    from moestro.checkpoints.fingerprints import digest
+    from moestro.checkpoints.gguf.folder import files_of
     from moestro.settings import read_values
     from moestro.train.tuning import tuning_settings
 
     if read_values(config, stated).get("lora") is not None:
+        files = files_of(base)  # what is beside a GGUF file is made of it
         stated = [
-            *stated, f"lora.base={json.dumps(str(base.absolute()))}",
+            *stated, f"lora.base={json.dumps(str(files[0] if files else base.absolute()))}",
+            f"lora.base_digest={json.dumps(digest(base))}",
             f"lora.accept_fields={json.dumps(list(accepted))}",
         ]  # fmt: skip
     return tuning_settings(base, folder, SETTINGS, config, stated, accepted)

@@ -101,6 +101,7 @@ class LoraConfig(Settings):
     """Low-rank adapters that are trained in place of the weights (Hu et al. 2021)."""
 
     base: str = Field("", description="The checkpoint that they belong to; `tune` sets it.")
+    base_digest: str = Field("", description="Tells when its files change; `tune` sets it.")
     rank: Positive = Field(16, description="Columns of each pair of matrices.")
     alpha: PositiveFloat | None = Field(
         None, description="Adapters count alpha / rank times; default: 2 · rank."

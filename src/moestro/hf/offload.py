@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moestro.checkpoints import packed_files, streamed
+from moestro.checkpoints.folders import is_pretrained
 from moestro.checkpoints.hub import find_checkpoint
-from moestro.checkpoints.reading import is_pretrained
 from moestro.errors import BackendError, CheckpointError
 from moestro.foreign import layouts
 from moestro.hf.forward import PACKED

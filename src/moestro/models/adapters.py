@@ -1,7 +1,7 @@
 """Where a decoder takes adapters, and how they are attached, merged and taken off.
 
-The embedding, the head, norms, DeltaNet layers, convolutions and latent attention's `kv_up` take
-none.
+The embedding, the head, norms, a shared expert's gate, DeltaNet layers, short convolutions, latent
+attention's `kv_up` and the indexer of sparse attention take none.
 """
 
 from __future__ import annotations
