@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,8 @@ from moestro.cli.main import main
 from moestro.cli.probe_model import open_probed
 from moestro.kernels import native_cpu
 from moestro.text import load_tokenizer
+from moestro.train import distributed, restarts
+from moestro.train.distributed import Ranks
 from moestro.train.metrics import read_metrics
 
 SMALL = [
@@ -178,6 +181,8 @@ def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
         (["--lora", "2", "--set", 'lora.targets=["router"]', "--freeze", "router"], "router alone"),
         (["--set", "model.dim=8"], "model.dim"),
         (["--show", "-1"], "--show"),
+        (["--set", "parallel.shard=2"], "parallel.shard = 2 does not fit 1 processes"),
+        (["--set", "train.runtime.backend=none"], "unknown kernel backend"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
@@ -188,6 +193,32 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     assert main(command) == 2
     assert words in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_what_two_processes_cannot_do_leaves_nothing(
+    published, chats, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(distributed, "joined", lambda *_, **__: nullcontext(Ranks(0, 2)))
+    monkeypatch.setattr(restarts, "goes_on", lambda *_: False)
+    out = ["--out", str(tmp_path / "run"), *SETS, "--set", "parallel.shard=2"]
+    for command, words in (
+        (["tune", str(published), "--data", str(chats), "--lora", "2"], "trained on whole models"),
+        (["train", "--init", str(published), "--source", __file__, "--set",
+          "optim.matrices=muon"], "Muon needs whole matrices"),
+    ):  # fmt: skip
+        assert main([*command, *out]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_packed_weights_on_a_gpu_leave_nothing(published, chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    words = ["--lora", "2", "--qlora", "int4", *SETS, "--set", "train.runtime.device=auto"]
+    command = ["tune", str(published), "--data", str(chats), "--out", str(tmp_path / "run"), *words]
+    assert main(command) == 2
+    assert "train.runtime.device = cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, capsys):

@@ -79,6 +79,7 @@ def train(
     from moestro.errors import ConfigError
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
+    from moestro.train.preflight import check_run
     from moestro.train.restarts import goes_on, meeting_settings
 
     keep_freed_memory()
@@ -95,6 +96,7 @@ def train(
         again = not resume and goes_on(folder, ranks, os.environ, {"--init": init})
         begin = None if init is None or again else find_checkpoint(init)
         cfg = _settings(folder, begin, config, stated, resume or again, accepted)
+        check_run(cfg, ranks)
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted, init)
         cfg, result = run_shown(cfg, folder, resume or again or begin is not None, ranks)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.models.build import Model
     from moestro.text import Tokenizer
+    from moestro.train.distributed import Ranks
 
 SETTINGS = Path(moestro.__file__).with_name("tune.toml")
 
@@ -120,7 +121,7 @@ def tune(
             cfg = without_frozen(settings_again(folder, config, stated, found))
         else:
             if ranks.writes:
-                _begin(folder, config, stated, begun, accept_field or ())
+                _begin(folder, config, stated, begun, accept_field or (), ranks)
             ranks.wait()
             cfg = read_run_settings(newest_checkpoint(folder))
         cfg, result = run_shown(cfg, folder, True, ranks)
@@ -175,15 +176,18 @@ def _begin(
     stated: list[str],
     begun: Mapping[str, Any],
     accepted: Sequence[str],
+    ranks: Ranks,
 ) -> None:
     """Save step 0 of the run; one process does."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.cli.opening import open_shown
+    from moestro.train.preflight import check_run
     from moestro.train.restarts import note_job
     from moestro.train.tuning import begin, new_adapters
 
     base = find_checkpoint(begun["PATH"])
     cfg = _settings(base, folder, config, stated, accepted)
+    check_run(cfg, ranks)
 
     def opened() -> Model:
         note_job(folder, os.environ, begun)

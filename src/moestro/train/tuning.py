@@ -86,7 +86,7 @@ def tuning_settings(
 def _covers(stated: Collection[str], name: str) -> bool:
     """Whether a setting, or the part that it belongs to, is stated."""
     part, _, _ = name.rpartition(".")
-    return name in stated or bool(part) and _covers(stated, part)
+    return name in stated or (bool(part) and _covers(stated, part))
 
 
 def without_frozen(cfg: RunConfig) -> RunConfig:
