@@ -55,7 +55,7 @@ def settings(base, tmp_path, *assignments, config=None):
     return tuning_settings(base, tmp_path / "run", default, config, assignments)
 
 
-# What each checkpoint was balanced by. A coefficient of config.json counts K = 2 / L = 2 times here.
+# What each checkpoint was balanced by. config.json's coefficient counts K / L = 1 times.
 MADE_WITH = {
     "plain": BalanceConfig(switch=0.004, z=0.0),
     "biased": BalanceConfig(switch=0.0, z=0.0),
