@@ -221,6 +221,54 @@ def test_packed_weights_on_a_gpu_leave_nothing(published, chats, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epochs", "3"], "leave --epochs out"),
+        (["--config", "own.toml"], "leave --config out"),
+        (["--accept-field", "frob", "--show", "2"], "leave --show, --accept-field out"),
+        (["--steps", "3"], "train.steps = 3 (saved: 2)"),
+        (["--set", "train.steps=3"], "train.steps = 3 (saved: 2)"),
+        (["--lora", "2"], "lora.rank"),
+    ],
+)
+def test_what_a_run_that_goes_on_does_not_take_is_refused(options, words, tuned, capsys):
+    assert main(["tune", "--resume", "--out", str(tuned), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_steps_are_those_that_are_given_anywhere(published, chats, tmp_path, capsys):
+    config = tmp_path / "own.toml"
+    config.write_text("[train]\nsteps = 1\n")
+    command = ["tune", str(published), "--data", str(chats), *SETS]
+    for name, given, steps in (
+        ("set", ["--set", "train.steps=1"], 1),
+        ("file", ["--config", str(config)], 1),
+        ("passes", ["--config", str(config), "--epochs", "0.4"], 2),
+    ):
+        run = tmp_path / name
+        assert main([*command, *given, "--out", str(run), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == steps
+    both = ["--set", "train.steps=1", "--epochs", "1", "--out", str(tmp_path / "both")]
+    assert main([*command, *both]) == 2
+    assert "--epochs, more than 0, or --steps" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_goes_on(tuned, tmp_path, capsys):
+    run = shutil.copytree(tuned, tmp_path / "run")
+    (run / "config.json").unlink()
+    assert main(["tune", "--resume", "--out", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+
+
+def test_several_processes_share_a_folder_that_is_named(published, chats, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for command in (["tune", str(published), "--data", str(chats)], ["train"]):
+        assert main(command) == 2
+        assert "several processes need --out FOLDER" in capsys.readouterr().err
+
+
 def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
