@@ -291,3 +291,20 @@ def test_what_cannot_be_marked_is_refused(tokenizer):
     hidden = Chat("x", (ASK, {"role": "assistant", "content": "\ufdd0"}))
     with pytest.raises(DataError, match=r"U\+FDD0"):
         list(label(hidden, tokenizer, all_marked, cfg))
+
+
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_an_empty_turn_is_refused_as_such_or_learned_to_its_end(content, tokenizer):
+    empty = {"role": "assistant", "content": content}
+    source = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|end|>"
+        "{{ m.content | string | trim('[] \n') }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"message 1\) is empty.*weight"):
+        list(label(Chat("x", (ASK, empty)), tokenizer, ChatTemplate(source, {}), ChatConfig()))
+    ending = source.replace("{% endfor %}", "<|eot|>{% endfor %}")
+    chat = Chat("x", (ASK, empty))
+    (found,) = label(chat, tokenizer, ChatTemplate(ending, {}), ChatConfig())
+    learned = [token for token, own in zip(*found, strict=True) if own]
+    assert [tokenizer.specials[token] for token in learned] == ["<|eot|>"]
