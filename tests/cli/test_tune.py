@@ -87,6 +87,7 @@ def test_a_published_checkpoint_is_tuned_resumed_bitwise_and_written_back(
 def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--freeze", "router"]
+    options += ["--set", "lora.dropout=0.3"]  # drawn again as it was, after the resume
     assert main(["tune", *options, "--steps", "6", "--out", str(whole)]) == 0
     options += ["--set", "train.runtime.save=background"]
     assert main(["tune", *options, "--steps", "6", "--out", str(cut)]) == 0
