@@ -47,7 +47,10 @@ def test_packed_weights_are_refused_where_auto_is_a_gpu(tiny_settings, monkeypat
         check_run(cfg)
 
 
-def test_packed_weights_are_refused_without_the_native_library(tiny_settings, monkeypatch):
+def test_packed_weights_are_refused_without_their_kernels(tiny_settings, monkeypatch):
+    other = {"device": "cpu", "backend": "segments"}
+    with pytest.raises(BackendError, match="'segments' was asked for"):
+        check_run(tiny_settings(lora={"weights": "int8"}, train={"runtime": other}))
     monkeypatch.setattr(native_cpu, "available", lambda: "it was left out")
     with pytest.raises(BackendError, match="it was left out"):
         check_run(tiny_settings(lora={"weights": "int8"}))

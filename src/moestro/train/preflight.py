@@ -56,7 +56,7 @@ def check_run(cfg: RunConfig, ranks: Ranks = ALONE) -> Placing:
                 f"train.runtime.device = {runtime.device} is {device.type} here; set "
                 "train.runtime.device = cpu, or leave --qlora out"
             )
-        backends.choose("auto", backends.PACKED)
+        backends.choose(runtime.backend, backends.PACKED)
     else:
         backends.choose(runtime.backend, backends.Work(device.type, dtype))
     if runtime.tensorboard and ranks.writes:

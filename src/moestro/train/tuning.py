@@ -78,7 +78,7 @@ def tuning_settings(
         raise ConfigError("data.chat is null, but conversations are what is learned; leave it out")
     cfg = without_frozen(cfg)
     why = cannot_pack(model)
-    if why is not None and cfg.data.chat is not None and cfg.data.chat.pack:
+    if why is not None and cfg.data.chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
     return cfg
 
