@@ -74,13 +74,13 @@ def tuning_settings(
     cfg = initial_settings(
         base, run, default, config, [*assignments, *derived], tuple(accept_fields)
     )
-    if cfg.data.chat is None:
+    chat = cfg.data.chat
+    if chat is None:
         raise ConfigError("data.chat is null, but conversations are what is learned; leave it out")
-    cfg = without_frozen(cfg)
     why = cannot_pack(model)
-    if why is not None and cfg.data.chat.pack:
+    if why is not None and chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
-    return cfg
+    return without_frozen(cfg)
 
 
 def _covers(stated: Collection[str], name: str) -> bool:
