@@ -187,6 +187,11 @@ def test_every_shape_becomes_the_same_conversation(tmp_path):
         (chat,) = read_chats(line(tmp_path, {**shape, "tools": [1]}))
         assert (chat.messages, chat.turns) == ((ASK, ANSWER), [1])
         assert chat.variables == {"tools": [1]}
+    nothing = dict.fromkeys(("messages", "conversations", "completion", "text", "tools"))
+    for shape in (*shapes, {"text": "a"}):
+        assert list(read_chats(line(tmp_path, nothing | shape))) == list(
+            read_chats(line(tmp_path, shape))
+        )
     with_history = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}
     (chat,) = read_chats(line(tmp_path, with_history))
     assert chat.turns == [3]
@@ -262,6 +267,9 @@ def test_weights_of_other_roles_and_of_sharegpt(tmp_path):
         ({"messages": []}, "not a list of at least one"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "from .*human.*; known are"),
+        ({"prompt": "a", "completion": [ANSWER]}, "prompt is 'a' and completion .*two texts, or"),
+        ({"completion": "a"}, "prompt is None and completion 'a'; give two texts"),
+        ({"messages": None}, "its fields are none; expected messages"),
         ({"question": "x"}, "its fields are 'question'; expected messages"),
         ({"text": ""}, "its fields are 'text'|nothing to learn"),
         ("[1]", "not a JSON object"),

@@ -84,6 +84,8 @@ def read_chats(cfg: DataConfig) -> Iterator[Chat]:
 def _chat(where: str, record: Any) -> Chat:
     if not isinstance(record, dict):
         raise DataError(f"not a JSON object; expected one with {_SHAPES}")
+    # One table of lines of several shapes has null for what a line has not.
+    record = {name: value for name, value in record.items() if value is not None}
     variables = _variables(record)
     if "messages" in record:
         return Chat(where, _messages(record["messages"]), 0, variables)
@@ -97,6 +99,11 @@ def _chat(where: str, record: Any) -> Chat:
         prompt, completion = record.get("prompt"), record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return Chat(where, prompt=_text(prompt), completion=_text(completion))
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            raise DataError(
+                f"prompt is {_short(prompt)} and completion {_short(completion)}; give two texts, "
+                "or two lists of messages"
+            )
         before = _messages(prompt)
         return Chat(where, (*before, *_messages(completion)), len(before), variables)
     if isinstance(record.get("text"), str):
