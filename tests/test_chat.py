@@ -300,3 +300,11 @@ def test_messages_are_data():
     with pytest.raises(DataError, match="plain data"):
         ChatTemplate("", {}).render([{"role": "user", "content": Odd()}])
     assert rendered("{{ strftime_now('%Y')|length }}{{ dict(a=1).a }}") == "41"
+
+
+def test_variables_of_any_name_reach_the_template():
+    """Those of the method's own arguments too."""
+    given = {"self": 1, "variables": 2, "marks": 3}
+    template = ChatTemplate("{{ variables }}{{ marks }}{{ messages[0].role }}", {})
+    assert template.render([{"role": "user"}], **given) == "23user"
+    assert template.render_marked([{"role": "user"}], **given) == ("23user", [])

@@ -37,6 +37,9 @@ LONGEST_TEMPLATE = 2**18
 # What a message calls the model's thoughts; templates ask for the first, gpt-oss' for the second.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
+# Variables of a template that are not the caller's own: a conversation says them itself.
+_SAID = ("messages", "add_generation_prompt", "reply", "tools")
+
 Message = Mapping[str, Any]
 
 
@@ -52,7 +55,7 @@ class ChatTemplate(NamedTuple):
     tokens: Mapping[str, str]
 
     def render(
-        self, messages: Sequence[Message], *, reply: bool = True, **variables: object
+        self, messages: Sequence[Message], /, *, reply: bool = True, **variables: object
     ) -> str:
         """The text of a conversation, special tokens spelled out.
 
@@ -74,7 +77,7 @@ class ChatTemplate(NamedTuple):
         return _GENERATION.search(self.source) is not None
 
     def render_marked(
-        self, messages: Sequence[Message], **variables: object
+        self, messages: Sequence[Message], /, **variables: object
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a whole conversation, and [from, to) of each {% generation %} block in it.
 
@@ -106,6 +109,11 @@ class ChatTemplate(NamedTuple):
             return render(self.source, given, marks=marks)
         except RefusedError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from None
+
+
+def set_elsewhere(variables: Mapping[str, Any]) -> str | None:
+    """The first of a person's template variables that the conversation itself says; None: none."""
+    return next((name for name in _SAID if name in variables), None)
 
 
 def load_chat(folder: Path, name: str = "default") -> ChatTemplate:

@@ -46,3 +46,9 @@ def test_every_verb(verb, published, tmp_path, capsys):
     assert main([*words, "--accept-field", "frob"]) == 2
     assert "unknown field knob for" in capsys.readouterr().err
     assert main([*words, "--accept-field", "frob", "--accept-field", "knob"]) == 0
+
+
+def test_train_takes_it_with_weights_alone(tmp_path, capsys):
+    assert main(["train", "--accept-field", "frob", "--out", str(tmp_path / "run")]) == 2
+    assert "--accept-field is about the weights of --init" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,8 @@ from moestro.cli.main import main
 from moestro.cli.probe_model import open_probed
 from moestro.kernels import native_cpu
 from moestro.text import load_tokenizer
+from moestro.train import distributed, restarts
+from moestro.train.distributed import Ranks
 from moestro.train.metrics import read_metrics
 
 SMALL = [
@@ -84,6 +87,7 @@ def test_a_published_checkpoint_is_tuned_resumed_bitwise_and_written_back(
 def test_adapters_are_trained_resumed_merged_and_given_to_peft(published, chats, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [str(published), "--data", str(chats), *SETS, "--lora", "3", "--freeze", "router"]
+    options += ["--set", "lora.dropout=0.3"]  # drawn again as it was, after the resume
     assert main(["tune", *options, "--steps", "6", "--out", str(whole)]) == 0
     options += ["--set", "train.runtime.save=background"]
     assert main(["tune", *options, "--steps", "6", "--out", str(cut)]) == 0
@@ -178,6 +182,8 @@ def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
         (["--lora", "2", "--set", 'lora.targets=["router"]', "--freeze", "router"], "router alone"),
         (["--set", "model.dim=8"], "model.dim"),
         (["--show", "-1"], "--show"),
+        (["--set", "parallel.shard=2"], "parallel.shard = 2 does not fit 1 processes"),
+        (["--set", "train.runtime.backend=none"], "unknown kernel backend"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
@@ -188,6 +194,80 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     assert main(command) == 2
     assert words in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_what_two_processes_cannot_do_leaves_nothing(
+    published, chats, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(distributed, "joined", lambda *_, **__: nullcontext(Ranks(0, 2)))
+    monkeypatch.setattr(restarts, "goes_on", lambda *_: False)
+    out = ["--out", str(tmp_path / "run"), *SETS, "--set", "parallel.shard=2"]
+    for command, words in (
+        (["tune", str(published), "--data", str(chats), "--lora", "2"], "trained on whole models"),
+        (["train", "--init", str(published), "--source", __file__, "--set",
+          "optim.matrices=muon"], "Muon needs whole matrices"),
+    ):  # fmt: skip
+        assert main([*command, *out]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_packed_weights_on_a_gpu_leave_nothing(published, chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    words = ["--lora", "2", "--qlora", "int4", *SETS, "--set", "train.runtime.device=auto"]
+    command = ["tune", str(published), "--data", str(chats), "--out", str(tmp_path / "run"), *words]
+    assert main(command) == 2
+    assert "train.runtime.device = cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epochs", "3"], "leave --epochs out"),
+        (["--config", "own.toml"], "leave --config out"),
+        (["--accept-field", "frob", "--show", "2"], "leave --show, --accept-field out"),
+        (["--steps", "3"], "train.steps = 3 (saved: 2)"),
+        (["--set", "train.steps=3"], "train.steps = 3 (saved: 2)"),
+        (["--lora", "2"], "lora.rank"),
+    ],
+)
+def test_what_a_run_that_goes_on_does_not_take_is_refused(options, words, tuned, capsys):
+    assert main(["tune", "--resume", "--out", str(tuned), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_steps_are_those_that_are_given_anywhere(published, chats, tmp_path, capsys):
+    config = tmp_path / "own.toml"
+    config.write_text("[train]\nsteps = 1\n")
+    command = ["tune", str(published), "--data", str(chats), *SETS]
+    for name, given, steps in (
+        ("set", ["--set", "train.steps=1"], 1),
+        ("file", ["--config", str(config)], 1),
+        ("passes", ["--config", str(config), "--epochs", "0.4"], 2),
+    ):
+        run = tmp_path / name
+        assert main([*command, *given, "--out", str(run), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == steps
+    both = ["--set", "train.steps=1", "--epochs", "1", "--out", str(tmp_path / "both")]
+    assert main([*command, *both]) == 2
+    assert "--epochs, more than 0, or --steps" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_goes_on(tuned, tmp_path, capsys):
+    run = shutil.copytree(tuned, tmp_path / "run")
+    (run / "config.json").unlink()
+    assert main(["tune", "--resume", "--out", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+
+
+def test_several_processes_share_a_folder_that_is_named(published, chats, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for command in (["tune", str(published), "--data", str(chats)], ["train"]):
+        assert main(command) == 2
+        assert "several processes need --out FOLDER" in capsys.readouterr().err
 
 
 def test_a_wrong_line_stops_before_anything_is_written(published, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import tokenizers
 from moestro.chat import ChatTemplate
 from moestro.config import ChatConfig, DataConfig
 from moestro.data.chats import Chat, read_chats
-from moestro.data.masks import label
+from moestro.data.masks import Labelled, label
 from moestro.errors import DataError
 from moestro.text import SubwordTokenizer
 
@@ -186,14 +187,79 @@ def test_every_shape_becomes_the_same_conversation(tmp_path):
         (chat,) = read_chats(line(tmp_path, {**shape, "tools": [1]}))
         assert (chat.messages, chat.turns) == ((ASK, ANSWER), [1])
         assert chat.variables == {"tools": [1]}
+    nothing = dict.fromkeys(("messages", "conversations", "completion", "text", "tools"))
+    for shape in (*shapes, {"text": "a"}):
+        assert list(read_chats(line(tmp_path, nothing | shape))) == list(
+            read_chats(line(tmp_path, shape))
+        )
     with_history = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}
     (chat,) = read_chats(line(tmp_path, with_history))
+    assert chat.turns == [3]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "sky"}], '[{"name": "sky"}]', [], "[]", "", None])
+def test_tools_calls_and_variables_may_be_json_as_a_text(tools, tmp_path):
+    called = {**CALL, "tool_calls": json.dumps(CALL["tool_calls"])}
+    record = {"messages": [ASK, called], "tools": tools, "chat_template_kwargs": '{"a": [1]}'}
+    (chat,) = read_chats(line(tmp_path, record))
+    assert chat.messages == (ASK, CALL)
+    wanted = {"tools": [{"name": "sky"}]} if tools and "sky" in str(tools) else {}
+    assert chat.variables == {"a": [1], **wanted}
+
+
+WEIGHED = [ASK, {**THOUGHT, "weight": 0}, ASK, {**ANSWER, "weight": 1}, ASK, THOUGHT]
+
+
+@pytest.mark.parametrize("name", ["marked", "headers"])
+@pytest.mark.parametrize("turns", ["all", "each"])
+def test_turns_of_weight_0_are_not_learned(name, turns, tokenizer, tmp_path):
+    """The tokens are the same, and the labels those of the other turns, token by token."""
+    (chat,) = read_chats(line(tmp_path, {"messages": WEIGHED}))
+    assert chat.turns == [3, 5]
+    cfg = ChatConfig(turns=turns)
+    found = list(label(chat, tokenizer, template(name), cfg))
+    plain = tuple({k: v for k, v in each.items() if k != "weight"} for each in WEIGHED)
+    if turns == "each":
+        assert found == list(label(Chat("x", plain), tokenizer, template(name), cfg))[1:]
+        return
+    (whole,) = label(Chat("x", plain), tokenizer, template(name), cfg)
+    (later,) = label(Chat("x", plain, first=2), tokenizer, template(name), cfg)
+    assert found == [Labelled(whole.tokens, later.labels)]
+    runs = [own for own, _ in itertools.groupby(whole.labels)]
+    assert runs.count(True) == 3
+    first = whole.labels.index(True)
+    end = whole.labels.index(False, first)
+    assert later.labels == [own and not first <= n < end for n, own in enumerate(whole.labels)]
+
+
+def test_weights_of_other_roles_and_of_sharegpt(tmp_path):
+    spoken = [
+        {"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b", "weight": 0},
+        {"from": "human", "value": "c", "weight": 0}, {"from": "gpt", "value": "d", "weight": 1.0},
+    ]  # fmt: skip
+    (chat,) = read_chats(line(tmp_path, {"conversations": spoken}))
     assert chat.turns == [3]
 
 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
+        ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "nothing to learn.*weight 0"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, r"message 1 \(assistant\) has the weight"),
+        ({"messages": [ASK, {**ANSWER, "weight": True}]}, r"weight True; it is 0 \(not learned\)"),
+        ({"messages": [ASK, {**ANSWER, "weight": "0"}]}, "weight '0'; it is 0"),
+        ({"messages": [{**ASK, "weight": 1}, ANSWER]}, r"message 0 \(user\).*only turns of the"),
+        ({"messages": [ASK, ANSWER], "tools": "sky"}, "tools is 'sky'; it is a list, or the JSON"),
+        ({"messages": [ASK, ANSWER], "tools": '{"name": "sky"}'}, "tools is .*it is a list"),
+        ({"messages": [ASK, ANSWER], "tools": "null"}, "tools is 'null'; it is a list"),
+        ({"messages": [ASK, ANSWER], "tools": {"name": "sky"}}, "tools is .*it is a list"),
+        ({"messages": [ASK, ANSWER], "tools": "[" * 10**5}, "tools is .*…; it is a list"),
+        ({"messages": [ASK, {**CALL, "tool_calls": "x"}]}, r"tool_calls of message 1 \(assis"),
+        ({"messages": [ASK, ANSWER], "chat_template_kwargs": "[]"}, "kwargs is .* an object"),
+        *(
+            ({"messages": [ASK, ANSWER], "chat_template_kwargs": {name: []}}, f"set {name}")
+            for name in ("messages", "add_generation_prompt", "reply", "tools")
+        ),
         ({"messages": [ASK]}, "no turn of the assistant"),
         ({"messages": [ASK, {"role": "robot", "content": "x"}]}, "role 'robot'; known are system"),
         ({"messages": [ASK, {"role": "assistant"}]}, "neither content nor tool_calls"),
@@ -201,6 +267,9 @@ def test_every_shape_becomes_the_same_conversation(tmp_path):
         ({"messages": []}, "not a list of at least one"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "from .*human.*; known are"),
+        ({"prompt": "a", "completion": [ANSWER]}, "prompt is 'a' and completion .*two texts, or"),
+        ({"completion": "a"}, "prompt is None and completion 'a'; give two texts"),
+        ({"messages": None}, "its fields are none; expected messages"),
         ({"question": "x"}, "its fields are 'question'; expected messages"),
         ({"text": ""}, "its fields are 'text'|nothing to learn"),
         ("[1]", "not a JSON object"),
@@ -230,3 +299,20 @@ def test_what_cannot_be_marked_is_refused(tokenizer):
     hidden = Chat("x", (ASK, {"role": "assistant", "content": "\ufdd0"}))
     with pytest.raises(DataError, match=r"U\+FDD0"):
         list(label(hidden, tokenizer, all_marked, cfg))
+
+
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_an_empty_turn_is_refused_as_such_or_learned_to_its_end(content, tokenizer):
+    empty = {"role": "assistant", "content": content}
+    source = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|end|>"
+        "{{ m.content | string | trim('[] \n') }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"message 1\) is empty.*weight"):
+        list(label(Chat("x", (ASK, empty)), tokenizer, ChatTemplate(source, {}), ChatConfig()))
+    ending = source.replace("{% endfor %}", "<|eot|>{% endfor %}")
+    chat = Chat("x", (ASK, empty))
+    (found,) = label(chat, tokenizer, ChatTemplate(ending, {}), ChatConfig())
+    learned = [token for token, own in zip(*found, strict=True) if own]
+    assert [tokenizer.specials[token] for token in learned] == ["<|eot|>"]

@@ -92,6 +92,27 @@ def test_equal_conversations_lie_on_one_side(tmp_path):
     assert not train & held
 
 
+def test_where_a_label_is_beyond_the_row_the_row_is_named(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    texts = [("abcdef", "gh"), ("ijklmn", "op"), ("a", "b"), ("c", "d")]
+    lines = [json.dumps({"prompt": prompt, "completion": end}) for prompt, end in texts]
+    path.write_text("\n".join(lines[:2]))
+    with pytest.raises(DataError) as raised:
+        prepare_chats(settings(path, seq_len=4), tmp_path / "data")
+    assert str(raised.value).startswith("0 different conversations")
+    assert "2 of 2 documents have their first label after 4 tokens" in str(raised.value)
+    assert "raise data.seq_len" in str(raised.value)
+    path.write_text("\n".join(lines))
+    corpus = prepare_chats(settings(path, seq_len=4), tmp_path / "data")
+    assert "2 of 4 documents have their first label after 4 tokens" in corpus.notes[1]
+    assert not any("have no label" in note for note in corpus.notes)
+
+
+def test_texts_that_differ_beyond_the_row_are_equal(tmp_path):
+    with pytest.raises(DataError, match=r"1 different .*2 of 2 documents are longer .*seq_len"):
+        prepare_chats(settings(write(tmp_path, ["abcx", "abcy"]), seq_len=4), tmp_path / "data")
+
+
 def test_too_little_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(DataError, match="1 different conversations"):
         prepare_chats(settings(write(tmp_path, ["a", "a"])), tmp_path / "data")

@@ -11,11 +11,17 @@ from moestro.models.decoder import Decoder
 from moestro.train.objective import IGNORED, Objective
 
 LENGTHS = ((3, 1, 9), (13,), (5, 4))
+# Of the documents, those of 9 and 13 tokens are stretched.
+LONGROPE = {
+    "kind": "longrope", "short_factor": [1.0, 1.5, 1.0, 2.0], "long_factor": [2.0, 3.0, 5.0, 7.0],
+    "original_context": 5, "short_scale": 1.1, "long_scale": 1.3,
+}  # fmt: skip
 MODELS = {
     "window": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": {"size": 4}}},
     "sinks": {"attention": {"num_heads": 2, "sinks": True, "qk_norm": "head"}},
     "latent": {"attention": {"num_heads": 2, "latent": {
         "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4}}},
+    "longrope": {"attention": {"num_heads": 2, "positions": {"scaling": LONGROPE}}},
     "mixture": {"moe": {"hidden_dim": 8, "num_experts": 4, "top_k": 2}},
 }  # fmt: skip
 
@@ -102,9 +108,13 @@ def test_what_cannot_keep_documents_apart_is_refused():
     torch.testing.assert_close(one, net(tokens[:, :3]).logits, rtol=0, atol=1e-6)
     with pytest.raises(ShapeError, match="padding by -1"):
         net(tokens, torch.tensor([[0, 0, 0]]))
-    longrope = {"theta": 1e4, "scaling": {
-        "kind": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-        "original_context": 3, "short_scale": 1.0, "long_scale": 1.0}}  # fmt: skip
-    stretched = model({"attention": {"num_heads": 2, "positions": longrope}})
-    with pytest.raises(ShapeError, match="longrope as one text"):
-        stretched(tokens, torch.tensor([[0, 0, 1, 1]]))
+
+
+@pytest.mark.parametrize("original", [3, 4, 5, 16])
+def test_padding_does_not_stretch_a_text(original):
+    """Alone in a longer row, a text has the angles of its own length."""
+    scaling = {**LONGROPE, "original_context": original}
+    net = model({"attention": {"num_heads": 2, "positions": {"scaling": scaling}}})
+    tokens = torch.arange(1, 9)[None]
+    found = net(tokens, torch.tensor([[0] * 4 + [-1] * 4])).logits[:, :4]
+    torch.testing.assert_close(found, net(tokens[:, :4]).logits, rtol=0, atol=1e-12)

@@ -4,8 +4,6 @@ import pytest
 
 from moestro.config import ParallelConfig
 from moestro.errors import ConfigError
-from moestro.train.distributed import Ranks
-from moestro.train.loop import Trainer
 
 
 def test_layouts_that_do_not_fit_are_refused_with_those_that_do():
@@ -22,10 +20,3 @@ def test_layouts_that_do_not_fit_are_refused_with_those_that_do():
     assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (1, 4, 1)
     layout = ParallelConfig(expert=4, shard=2).layout(16, 8)
     assert (layout.replicas, layout.expert_shard, layout.expert_replicas) == (8, 1, 4)
-
-
-def test_adapters_are_not_split(tiny_settings, tiny_corpus, tmp_path):
-    for parallel in ({"expert": 2}, {"shard": 2}):
-        cfg = tiny_settings(parallel=parallel, lora={"rank": 2})
-        with pytest.raises(ConfigError, match="adapters are trained on whole models"):
-            Trainer(cfg, tmp_path / "run", tiny_corpus, ranks=Ranks(0, 2)).time_steps(1)

@@ -2,12 +2,9 @@ import pytest
 import torch
 
 from moestro.config import EncDecConfig, ModelConfig, OptimConfig
-from moestro.errors import ConfigError
 from moestro.models.decoder import Decoder
 from moestro.models.encdec import EncDec
 from moestro.train import muon
-from moestro.train.distributed import Ranks
-from moestro.train.loop import Trainer
 from moestro.train.muon import orthogonalized
 from moestro.train.optim import make_optimizer, set_learning_rate, split_parameters
 
@@ -130,10 +127,3 @@ def test_an_experts_gradient_of_zero_moves_it_by_its_decay_alone():
     optimizer.step()
     assert torch.equal(experts[0].detach(), torch.full((4, 4), 1 - CFG.lr * CFG.weight_decay))
     assert not torch.equal(experts[1].detach(), experts[0].detach())
-
-
-def test_split_matrices_are_refused(tiny_settings, tiny_corpus, tmp_path):
-    for parallel in ({"expert": 2}, {"shard": 2}):
-        cfg = tiny_settings(parallel=parallel, optim={"matrices": "muon"})
-        with pytest.raises(ConfigError, match="Muon needs whole matrices"):
-            Trainer(cfg, tmp_path / "run", tiny_corpus, ranks=Ranks(0, 2)).time_steps(1)

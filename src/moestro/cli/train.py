@@ -79,22 +79,24 @@ def train(
     from moestro.errors import ConfigError
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
+    from moestro.train.preflight import check_run
     from moestro.train.restarts import goes_on, meeting_settings
 
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
     if resume and out is None:
         raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
-    if out is None and ranks_from(os.environ).world > 1:
-        raise ConfigError("several processes need --out FOLDER, which they all can reach")
     if resume and init is not None:
         raise ConfigError("--resume goes on from the run's own weights; leave --init out")
+    if accept_field and init is None:
+        raise ConfigError("--accept-field is about the weights of --init; leave it out")
     accepted = accept_field or ()
     device, timeout_s = meeting_settings(folder, DEMO, config, stated)
     with joined(pick_device(device, ranks_from(os.environ)), timeout_s=timeout_s) as ranks:
         again = not resume and goes_on(folder, ranks, os.environ, {"--init": init})
         begin = None if init is None or again else find_checkpoint(init)
         cfg = _settings(folder, begin, config, stated, resume or again, accepted)
+        check_run(cfg, ranks)
         if begin is not None:
             _begin(cfg, folder, begin, ranks, accepted, init)
         cfg, result = run_shown(cfg, folder, resume or again or begin is not None, ranks)
@@ -129,9 +131,12 @@ def prepare_options(
 ) -> tuple[Path, list[str]]:
     """The folder of a run, and what --set and --source say as assignments."""
     from moestro.errors import ConfigError
+    from moestro.train.distributed import ranks_from
 
     if out == Path() or "" in (sources or []):  # an empty one would mean the current folder
         raise ConfigError("--out and --source need a name; an empty one was given")
+    if out is None and ranks_from(os.environ).world > 1:
+        raise ConfigError("several processes need --out FOLDER, which they all can reach")
     stated = [f"data.sources={json.dumps(sources)}"] if sources else []
     return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"), [*(assignments or []), *stated]
 

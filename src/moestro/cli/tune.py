@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moestro.config import RunConfig
     from moestro.models.build import Model
     from moestro.text import Tokenizer
+    from moestro.train.distributed import Ranks
 
 SETTINGS = Path(moestro.__file__).with_name("tune.toml")
 
@@ -49,7 +50,8 @@ Data = Annotated[
     ),
 ]  # fmt: skip
 Epochs = Annotated[
-    float | None, typer.Option(help="Passes over the conversations; default 1, without --steps.")
+    float | None,
+    typer.Option(help="Passes over the conversations; default 1, where train.steps is not given."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Steps, instead of --epochs.")]
 Lora = Annotated[
@@ -93,34 +95,37 @@ def tune(
     finishes the step and saves; --resume continues from there.
     """
     from moestro.checkpoints.folders import newest_checkpoint
-    from moestro.config import RunConfig
-    from moestro.settings import load_settings
+    from moestro.settings import read_values
     from moestro.train.distributed import joined, pick_device, ranks_from
     from moestro.train.memory import keep_freed_memory
     from moestro.train.restarts import goes_on, meeting_settings, settings_again
-    from moestro.train.state import SETTINGS_NAME, claim_folder, read_run_settings
+    from moestro.train.state import claim_folder, dotted, read_run_settings
     from moestro.train.tuning import without_frozen
 
     keep_freed_memory()
-    _check_options(path, data, out, resume, epochs, steps, lora, qlora)
+    begins = {
+        "PATH": path, "--data": data, "--config": config, "--epochs": epochs, "--show": show,
+        "--accept-field": accept_field,
+    }  # fmt: skip
+    _check_options(begins, out, resume, lora, qlora)
     folder, stated = prepare_options(out, assignments, data)
     stated += _assignments(steps, lora, qlora, freeze)
+    own_steps = "train.steps" in dotted(read_values(config, stated))
+    _check_epochs(epochs, "train.steps" in dotted(read_values(None, stated)))
     if show is not None:
         return _show(path, folder, config, stated, show, accept_field or ())
     if resume:
         claim_folder(folder, resume)
-    passes = (epochs or 1.0) if steps is None else None
+    passes = None if own_steps and epochs is None else epochs or 1.0
     begun = {"PATH": path, "--epochs": passes}
     device, timeout_s = meeting_settings(folder, SETTINGS, config, stated)
     with joined(pick_device(device, ranks_from(os.environ)), timeout_s=timeout_s) as ranks:
-        if resume:
-            cfg = load_settings(RunConfig, folder / SETTINGS_NAME, stated)
-        elif goes_on(folder, ranks, os.environ, begun):
-            found = ("train.steps",) if steps is None else ()
+        if resume or goes_on(folder, ranks, os.environ, begun):
+            found = () if resume or passes is None else ("train.steps",)
             cfg = without_frozen(settings_again(folder, config, stated, found))
         else:
             if ranks.writes:
-                _begin(folder, config, stated, begun, accept_field or ())
+                _begin(folder, config, stated, begun, accept_field or (), ranks)
             ranks.wait()
             cfg = read_run_settings(newest_checkpoint(folder))
         cfg, result = run_shown(cfg, folder, True, ranks)
@@ -130,18 +135,26 @@ def tune(
 
 
 def _check_options(
-    path: str, data: list[str] | None, out: Path | None, resume: bool, epochs: float | None,
-    steps: int | None, lora: int | None, qlora: str | None,
-) -> None:  # fmt: skip
-    """Refuse options that do not go together."""
-    if resume and (path or data or out is None):
-        raise ConfigError("--resume goes on with the run in --out alone; leave PATH and --data out")
-    if not resume and not (path and data):
+    begins: Mapping[str, Any], out: Path | None, resume: bool, lora: int | None, qlora: str | None
+) -> None:
+    """Refuse options that do not go together; `begins` are those of a run that is to begin."""
+    given = [name for name, value in begins.items() if value not in (None, "", [])]
+    if resume and out is None:
+        raise ConfigError("--resume needs --out FOLDER, the folder of the run to go on with")
+    if resume and given:
+        raise ConfigError(
+            f"--resume goes on with the run in --out, as it was begun; leave {', '.join(given)} out"
+        )
+    if not resume and not {"PATH", "--data"} <= set(given):
         raise ConfigError("give the checkpoint to tune and --data FILE, its conversations")
-    if epochs is not None and (steps is not None or not 0 < epochs < 1e6):
-        raise ConfigError("give --epochs, more than 0, or --steps")
     if qlora is not None and (lora is None or qlora not in ("int8", "int4")):
         raise ConfigError("--qlora is int8 or int4, and needs --lora RANK")
+
+
+def _check_epochs(epochs: float | None, steps: bool) -> None:
+    """Refuse passes that are none, or that come with a number of steps."""
+    if epochs is not None and (steps or not 0 < epochs < 1e6):
+        raise ConfigError("give --epochs, more than 0, or --steps (train.steps)")
 
 
 def _assignments(
@@ -179,15 +192,18 @@ def _begin(
     stated: list[str],
     begun: Mapping[str, Any],
     accepted: Sequence[str],
+    ranks: Ranks,
 ) -> None:
     """Save step 0 of the run; one process does."""
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.cli.opening import open_shown
+    from moestro.train.preflight import check_run
     from moestro.train.restarts import note_job
     from moestro.train.tuning import begin, new_adapters
 
     base = find_checkpoint(begun["PATH"])
     cfg = _settings(base, folder, config, stated, accepted)
+    check_run(cfg, ranks)
 
     def opened() -> Model:
         note_job(folder, os.environ, begun)

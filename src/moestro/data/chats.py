@@ -5,14 +5,18 @@
     {"conversations": [{"from": "human", "value": …}, …], "system": …}   ShareGPT's
     {"text": …}                                                          all of it is learned
 
-"chat_template_kwargs" of a line are variables of its template, such as "enable_thinking".
+"chat_template_kwargs" of a line are variables of its template, such as "enable_thinking". A turn of
+the assistant with "weight": 0 (OpenAI's) is context alone. Tools, calls and variables may be the
+JSON of these as a text: so Arrow's tables keep what has other fields in each line.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moestro.chat import set_elsewhere
 from moestro.config import DataConfig
 from moestro.data.documents import read_lines, source_files
 from moestro.errors import DataError
@@ -48,9 +52,12 @@ class Chat(NamedTuple):
 
     @property
     def turns(self) -> list[int]:
-        """Numbers of the messages to learn: the assistant's."""
-        own = enumerate(self.messages)
-        return [n for n, each in own if each["role"] == "assistant" and n >= self.first]
+        """Numbers of the messages to learn: the assistant's, but those of weight 0."""
+        return [
+            n
+            for n, each in enumerate(self.messages)
+            if each["role"] == "assistant" and n >= self.first and each.get("weight") != 0
+        ]
 
 
 def read_chats(cfg: DataConfig) -> Iterator[Chat]:
@@ -66,8 +73,8 @@ def read_chats(cfg: DataConfig) -> Iterator[Chat]:
                 chat = _chat(where, record)
                 if not chat.completion and not chat.turns:
                     raise DataError(
-                        "nothing to learn: there is no turn of the assistant (or no completion); "
-                        "add one, or leave the line out"
+                        "nothing to learn: there is no turn of the assistant (or no completion), "
+                        "or each has the weight 0; add one, or leave the line out"
                     )
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
@@ -77,6 +84,8 @@ def read_chats(cfg: DataConfig) -> Iterator[Chat]:
 def _chat(where: str, record: Any) -> Chat:
     if not isinstance(record, dict):
         raise DataError(f"not a JSON object; expected one with {_SHAPES}")
+    # One table of lines of several shapes has null for what a line has not.
+    record = {name: value for name, value in record.items() if value is not None}
     variables = _variables(record)
     if "messages" in record:
         return Chat(where, _messages(record["messages"]), 0, variables)
@@ -90,6 +99,11 @@ def _chat(where: str, record: Any) -> Chat:
         prompt, completion = record.get("prompt"), record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return Chat(where, prompt=_text(prompt), completion=_text(completion))
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            raise DataError(
+                f"prompt is {_short(prompt)} and completion {_short(completion)}; give two texts, "
+                "or two lists of messages"
+            )
         before = _messages(prompt)
         return Chat(where, (*before, *_messages(completion)), len(before), variables)
     if isinstance(record.get("text"), str):
@@ -99,28 +113,66 @@ def _chat(where: str, record: Any) -> Chat:
 
 
 def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
-    stated = record.get("chat_template_kwargs") or {}
-    if not isinstance(stated, dict):
-        raise DataError("chat_template_kwargs is not an object of the template's variables")
-    return {**stated, **({"tools": record["tools"]} if record.get("tools") else {})}
+    stated = _unpacked(record.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
+    if (name := set_elsewhere(stated)) is not None:
+        raise DataError(f"chat_template_kwargs cannot set {name}; leave it out")
+    tools = _unpacked(record.get("tools") or [], list, "tools")
+    return {**stated, **({"tools": tools} if tools else {})}
+
+
+def _unpacked(given: Any, kind: type[list[Any]] | type[dict[Any, Any]], name: str) -> Any:
+    """A list or an object, or what the JSON of one says."""
+    found = given
+    if isinstance(given, str):
+        try:
+            found = json.loads(given)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, kind):
+        what = "a list" if kind is list else "an object"
+        raise DataError(f"{name} is {_short(given)}; it is {what}, or the JSON of one as a text")
+    return found
+
+
+def _short(given: Any) -> str:
+    """What was given, for messages."""
+    text = repr(given)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _messages(given: Any) -> tuple[Mapping[str, Any], ...]:
-    messages = _list(given, "messages")
-    for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise DataError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            raise DataError(f"message {number} ({role}) has neither content nor tool_calls")
-        if not isinstance(content, str | list | None):
-            raise DataError(
-                f"message {number} ({role}) has the content {content!r}; it is a text, or a list "
-                "of parts"
-            )
-        _text(content if isinstance(content, str) else "")
-    return tuple(messages)
+    return tuple(_message(number, one) for number, one in enumerate(_list(given, "messages")))
+
+
+def _message(number: int, message: Any) -> Mapping[str, Any]:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or role not in ROLES:
+        raise DataError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+    which, content = f"message {number} ({role})", message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise DataError(f"{which} has neither content nor tool_calls")
+    if not isinstance(content, str | list | None):
+        raise DataError(f"{which} has the content {content!r}; it is a text, or a list of parts")
+    _text(content if isinstance(content, str) else "")
+    _check_weight(which, role, message.get("weight"))
+    if not isinstance(message.get("tool_calls"), str):
+        return message
+    calls = _unpacked(message["tool_calls"], list, f"tool_calls of {which}")
+    return {**message, "tool_calls": calls}
+
+
+def _check_weight(which: str, role: str, weight: Any) -> None:
+    """1, as if there were none, or 0; what is not the assistant's is never learned."""
+    if weight is None:
+        return
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(
+            f"{which} has the weight {_short(weight)}; it is 0 (not learned) or 1 (learned)"
+        )
+    if weight == 1 and role != "assistant":
+        raise DataError(
+            f"{which} has the weight 1, but only turns of the assistant are learned; leave it out"
+        )
 
 
 def _renamed(spoken: Any) -> dict[str, Any]:
@@ -128,7 +180,8 @@ def _renamed(spoken: Any) -> dict[str, Any]:
     said = spoken.get("from") if isinstance(spoken, dict) else None
     if not isinstance(said, str) or said not in _FROM:
         raise DataError(f"a turn is from {said!r}; known are {', '.join(_FROM)}")
-    return {"role": _FROM[said], "content": spoken.get("value")}
+    kept = {"weight": spoken["weight"]} if "weight" in spoken else {}
+    return {"role": _FROM[said], "content": spoken.get("value"), **kept}
 
 
 def _list(given: Any, name: str) -> Sequence[Any]:

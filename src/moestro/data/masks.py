@@ -8,10 +8,10 @@ mask trains without complaint. A turn is learned to the token that ends it, if t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from moestro.chat import ChatTemplate
+from moestro.chat import THOUGHTS, ChatTemplate
 from moestro.config import ChatConfig
 from moestro.data.chats import Chat
 from moestro.errors import DataError
@@ -97,6 +97,11 @@ def _span(chat: Chat, template: ChatTemplate, turn: int, text: str) -> tuple[int
         ) from None
     if text.startswith(upto) and upto.startswith(before) and len(upto) > len(before):
         return len(before), len(upto)
+    if before.startswith(upto.rstrip()) and not _says_something(chat.messages[turn]):
+        raise DataError(
+            f"the assistant's turn (message {turn}) is empty, and the chat template writes nothing "
+            'for it that could be learned; leave the turn out, or give it "weight": 0'
+        )
     last = turn == len(chat.messages) - 1
     advice = "use a template with {% generation %}"
     if not last:
@@ -106,6 +111,13 @@ def _span(chat: Chat, template: ChatTemplate, turn: int, text: str) -> tuple[int
         f"{'begins a reply otherwise than it writes one' if last else 'rewrites earlier turns'}; "
         f"{advice}"
     )
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether there is more in a message than blanks."""
+    content = message.get("content")
+    text = content.strip() if isinstance(content, str) else content
+    return bool(text or message.get("tool_calls") or any(map(message.get, THOUGHTS)))
 
 
 def _masked(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Labelled:

@@ -198,7 +198,7 @@ class _Cut:
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
-        self.cut = self.tokens = self.labels = self.dropped = 0
+        self.cut = self.tokens = self.labels = self.emptied = self.dropped = 0
 
     def __call__(self, document: Labelled) -> Labelled | None:
         """The document, shorter if need be; None if no label is left."""
@@ -208,7 +208,10 @@ class _Cut:
         self.labels += sum(document.labels) - sum(labels)
         if any(labels[1:]):
             return Labelled(tokens, labels)
-        self.dropped += 1
+        if any(document.labels[1:]):
+            self.emptied += 1
+        else:
+            self.dropped += 1
         return None
 
     def notes(self, number: int) -> list[str]:
@@ -219,6 +222,11 @@ class _Cut:
                 f"{self.cut:,} of {number:,} documents are longer than {self.seq_len} tokens and "
                 f"lost their end, {self.tokens:,} tokens with {self.labels:,} labels; raise "
                 "data.seq_len to keep it"
+            )
+        if self.emptied:
+            found.append(
+                f"{self.emptied:,} of {number:,} documents have their first label after "
+                f"{self.seq_len} tokens and are left out; raise data.seq_len to learn them"
             )
         if self.dropped:
             found.append(f"{self.dropped:,} of {number:,} documents have no label and are left out")
@@ -236,7 +244,8 @@ def _build(
         kept = [short for document in documents if (short := cut(document)) is not None]
         if kept:
             conversations.append(kept)
-    sides = _split(cfg, conversations)
+    notes = cut.notes(number)
+    sides = _split(cfg, conversations, notes)
     tensors: dict[str, NDArray[Any]] = {}
     digest = hashlib.sha256()
     for name, side in zip(_SIDES, sides, strict=True):
@@ -247,13 +256,17 @@ def _build(
     meta = {
         "inputs": _inputs(cfg), "seq_len": cfg.seq_len, "seed": cfg.seed, "pack": cfg.chat.pack,
         "fingerprint": hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
-        "notes": cut.notes(number), "bytes_per_label": _bytes_per_label(sides[1], tokenizer),
+        "notes": notes, "bytes_per_label": _bytes_per_label(sides[1], tokenizer),
     }  # fmt: skip
     return tensors, meta
 
 
-def _split(cfg: DataConfig, conversations: Sequence[Sequence[Labelled]]) -> tuple[Side, Side]:
+def _split(
+    cfg: DataConfig, conversations: Sequence[Sequence[Labelled]], notes: Sequence[str]
+) -> tuple[Side, Side]:
     """Training and held-out documents; equal conversations lie on one side.
+
+    `notes` say what became of the others.
 
     Raises:
         DataError: there are not two different ones.
@@ -263,7 +276,7 @@ def _split(cfg: DataConfig, conversations: Sequence[Sequence[Labelled]]) -> tupl
     if len(ranked) < 2:
         raise DataError(
             f"{len(ranked)} different conversations with labels are left; one is to be learned "
-            "and another held out, so give at least 2"
+            f"and another held out, so give at least 2{''.join(f'. {each}' for each in notes)}"
         )
     wanted = min(max(1, round(cfg.held_out * len(ranked))), len(ranked) - 1)
     sides: tuple[list[Labelled], list[Labelled]] = ([], [])

@@ -19,7 +19,7 @@ from moestro.config import (
     RopeConfig,
     YarnScaling,
 )
-from moestro.errors import ConfigError, ShapeError
+from moestro.errors import ConfigError
 from moestro.kernels import pointwise
 
 
@@ -173,20 +173,24 @@ def packed_rotary(
 ) -> Rotary:
     """Angles of documents that lie one after another in each sequence: each begins at position 0.
 
-    Raises:
-        ShapeError: longrope would stretch the whole sequence, but not each document alone.
+    Each is stretched by longrope as it would be alone: by its own length.
     """
-    length, scaling = documents_BS.shape[1], _rope_of(cfg).scaling
-    if isinstance(scaling, LongRopeScaling) and _beyond(scaling, length):
-        raise ShapeError(
-            f"documents packed into {length} tokens would be stretched by longrope as one text; "
-            f"pack at most {scaling.original_context}"
-        )
-    places_S = torch.arange(length, device=documents_BS.device)
+    length, device = documents_BS.shape[1], documents_BS.device
+    places_S = torch.arange(length, device=device)
     begins_BS = documents_BS.diff(dim=1, prepend=documents_BS[:, :1] - 1) != 0
     first_BS = (places_S * begins_BS).cummax(dim=1).values
-    table = rotary(0, length, cfg, documents_BS.device, dtype)
-    return Rotary(*(each[places_S - first_BS] for each in table))
+    positions_BS = places_S - first_BS
+    angles = Rotary(*(each[positions_BS] for each in rotary(0, length, cfg, device, dtype)))
+    scaling = _rope_of(cfg).scaling
+    if not isinstance(scaling, LongRopeScaling) or not _beyond(scaling, length):
+        return angles
+    short = rotary(0, scaling.original_context, cfg, device, dtype)
+    ends_BS = documents_BS.diff(dim=1, append=documents_BS[:, -1:] - 1) != 0
+    last_BS = places_S.where(ends_BS, length).flip(1).cummin(dim=1).values.flip(1)
+    stretched_BS1 = (last_BS - first_BS >= scaling.original_context)[..., None]
+    nearest_BS = positions_BS.clamp(max=scaling.original_context - 1)
+    pairs = zip(angles, short, strict=True)
+    return Rotary(*(long.where(stretched_BS1, near[nearest_BS]) for long, near in pairs))
 
 
 def _rope_of(cfg: NetworkConfig) -> RopeConfig:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moestro.chat import set_elsewhere
 from moestro.errors import DataError
 from moestro.infer.writing import Constraint
 from moestro.serve import errors, tools
@@ -116,11 +117,10 @@ async def rendered(
         reply: end with what begins the model's reply.
     """
     template, plain = served.chat(), [_plain(message) for message in messages]
-    for name in ("messages", "add_generation_prompt", "reply", "tools"):
-        if name in variables:
-            raise errors.refused(
-                f"chat_template_kwargs cannot set {name}", f"chat_template_kwargs.{name}"
-            )
+    if (name := set_elsewhere(variables)) is not None:
+        raise errors.refused(
+            f"chat_template_kwargs cannot set {name}", f"chat_template_kwargs.{name}"
+        )
     more = {**variables, **({"tools": list(tools)} if tools else {})}
     try:
         return await asyncio.to_thread(lambda: template.render(plain, reply=reply, **more))

@@ -23,20 +23,21 @@ from moestro.checkpoints.opening import open_adapted, open_checkpoint
 from moestro.config import RunConfig
 from moestro.data.rows import ChatCorpus
 from moestro.data.windows import Corpus, HeldOut
-from moestro.errors import ConfigError, TrainingError
+from moestro.errors import TrainingError
 from moestro.models.build import Model, new_model
 from moestro.models.network import ModelOutput
 from moestro.moe import noise
 from moestro.moe.balance import update_bias
 from moestro.train import parallel, state
 from moestro.train.diagnose import first_bad_gradient, first_bad_output, first_bad_parameter
-from moestro.train.distributed import ALONE, Ranks, check_split, pick_device, pick_dtype
+from moestro.train.distributed import ALONE, Ranks
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
 from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
 from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate, step_flops
+from moestro.train.preflight import check_run
 from moestro.train.progress import ProgressDisplay
 from moestro.train.saving import Saver
 from moestro.train.sharded_state import Share, newest_together
@@ -90,14 +91,10 @@ class Trainer:
         progress: ProgressDisplay | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        check_split(cfg.train, ranks)
+        self.device, self.dtype, self.layout = check_run(cfg, ranks)
         check_vocabulary(cfg.model, corpus.tokenizer, cfg.data.seq_len)
         self.cfg, self.folder, self.corpus, self.ranks = cfg, folder, corpus, ranks
         self.progress = progress if ranks.writes else None
-        self.device = pick_device(cfg.train.runtime.device, ranks)
-        self.dtype = pick_dtype(cfg.train.dtype, self.device)
-        experts = cfg.model.moe.num_experts if cfg.model.moe else None
-        self.layout = cfg.parallel.layout(ranks.world, experts)
         self.model: Model
         self._step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self._step_flops = step_flops(cfg)
@@ -199,16 +196,6 @@ class Trainer:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         torch.manual_seed(cfg.train.seed)
         if self.layout.splits:
-            if cfg.optim.matrices == "muon":
-                raise ConfigError(
-                    "Muon needs whole matrices: set parallel.expert and .shard to 1, or "
-                    "optim.matrices to adamw"
-                )
-            if cfg.lora is not None:
-                raise ConfigError(
-                    "adapters are trained on whole models: set parallel.expert and .shard to "
-                    "1, or leave --lora out"
-                )
             timeout_s = cfg.parallel.timeout_s
             runs = parallel.Runs(self.device, weights, timeout_s)
             return parallel.build(cfg.model, backend, checkpoint, self.layout, runs)

@@ -147,13 +147,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard_writer(folder: Path, step: int) -> Any:
+def tensorboard_module() -> Any:
+    """Torch's module that writes event files.
+
+    Raises:
+        ConfigError: what it needs is not installed.
+    """
     # Imported by name: the extra is optional, and the module itself needs it at import.
     try:
-        module = importlib.import_module("torch.utils.tensorboard")
+        return importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise ConfigError(
             "train.runtime.tensorboard is on, but tensorboard is not installed; "
             "install it with: pip install 'moestro[tensorboard]' (metrics.jsonl needs nothing)"
         ) from None
-    return module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _tensorboard_writer(folder: Path, step: int) -> Any:
+    return tensorboard_module().SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -63,20 +63,30 @@ def tuning_settings(
         usual["data.seq_len"] = min(read_values(default)["data"]["seq_len"], context)
         if "lora.base" in stated:
             usual["optim.lr"] = LORA_LR
-    if not any(name.startswith("balance.") for name in stated):
-        balance = _own_balance(base, model)
-        if "lora.base" in stated:  # adapters are all that is kept of such a run
-            balance["bias_rate"] = 0.0
-        usual |= {f"balance.{name}": value for name, value in balance.items()}
-    derived = [f"{name}={json.dumps(value)}" for name, value in usual.items() if name not in stated]
+    balance = _own_balance(base, model)
+    if "lora.base" in stated:  # adapters are all that is kept of such a run
+        balance["bias_rate"] = 0.0
+    usual |= {f"balance.{name}": value for name, value in balance.items()}
+    derived = [
+        f"{name}={json.dumps(value)}" for name, value in usual.items() if not _covers(stated, name)
+    ]
+    # After what is stated: one assignment may replace a whole part, as in balance={z = 0.0}.
     cfg = initial_settings(
-        base, run, default, config, [*derived, *assignments], tuple(accept_fields)
+        base, run, default, config, [*assignments, *derived], tuple(accept_fields)
     )
-    cfg = without_frozen(cfg)
+    chat = cfg.data.chat
+    if chat is None:
+        raise ConfigError("data.chat is null, but conversations are what is learned; leave it out")
     why = cannot_pack(model)
-    if why is not None and cfg.data.chat is not None and cfg.data.chat.pack:
+    if why is not None and chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
-    return cfg
+    return without_frozen(cfg)
+
+
+def _covers(stated: Collection[str], name: str) -> bool:
+    """Whether a setting, or the part that it belongs to, is stated."""
+    part, _, _ = name.rpartition(".")
+    return name in stated or (bool(part) and _covers(stated, part))
 
 
 def without_frozen(cfg: RunConfig) -> RunConfig:

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.writing import write_pretrained
+from moestro.errors import ShapeError
 from moestro.infer.decoding import NativeDecoding
 from moestro.infer.native_decoder import supports
 from moestro.models.count import count
+from moestro.models.decoder import cannot_pack
 
 from . import tiny
 
@@ -84,6 +86,23 @@ def test_logits_and_routing(pair):
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+def test_packed_documents_are_what_each_is_alone_or_refused(pair):
+    """Of every family; the longest is beyond the context that longrope does not stretch."""
+    ours = pair.ours
+    texts = [tokens(1, length) for length in (9, 1, 44)]
+    row = torch.cat([*texts, tokens(1, 3)], dim=1)
+    lengths = torch.tensor([9, 1, 44, 3])
+    documents = torch.tensor([0, 1, 2, -1]).repeat_interleave(lengths)[None]
+    with torch.no_grad():
+        if cannot_pack(ours.cfg) is not None:
+            with pytest.raises(ShapeError, match="a row of its own"):
+                ours(row, documents)
+            return
+        packed = ours(row, documents).logits[:, :54].split([9, 1, 44], dim=1)
+        for found, text in zip(packed, texts, strict=True):
+            close(found, ours(text).logits)
 
 
 def test_counted_exactly(pair):
