@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moestro.config import LongRopeScaling, NetworkConfig, RopeConfig
 from moestro.infer.native_decoder import NativeDecoder, Stepped, supports
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
 from moestro.models.network import ModelOutput
+from moestro.models.passing import CHUNK, chunked
 from moestro.moe.routing import Routing
 
-# Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
-CHUNK = 512
 # Tokens whose experts may be counted later.
 MOST_UNCOUNTED = 16
 # Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
@@ -215,20 +213,6 @@ class NativeDecoding(Decoding):
             experts_LTK = torch.cat(self._uncounted, 1)
             self._uncounted.clear()
             self._count(_counts(experts_LTK, self.model.cfg.moe.num_experts))
-
-
-def chunked(cfg: NetworkConfig) -> bool:
-    """Whether a prompt may pass in chunks without changing what the model computes.
-
-    Not where tokens compete for an expert's capacity, nor where angles depend on the whole length,
-    nor through an encoder.
-    """
-    positions, moe = cfg.attention.positions, cfg.moe
-    if cfg.has_encoder:
-        return False
-    if isinstance(positions, RopeConfig) and isinstance(positions.scaling, LongRopeScaling):
-        return False
-    return moe is None or (moe.capacity is None and moe.router.kind != "expert_choice")
 
 
 def _passed(output: ModelOutput, told: int) -> Passed:
