@@ -7,7 +7,7 @@ import torch
 
 from moestro.checkpoints.quantize import format_of, pack
 from moestro.config import EncDecConfig, ModelConfig, NetworkConfig
-from moestro.infer.decoding import decoding_of
+from moestro.infer.decoding import NativeDecoding, decoding_of
 from moestro.kernels import attention, native_cpu
 from moestro.models import budget
 from moestro.models.budget import Mixture, Needs, Use, fit, needs, smallest
@@ -66,6 +66,38 @@ def test_numbers_read_back_from_an_int8_cache_are_counted_where_they_are_made(
     # Both as numbers, and while one is made, it and its product in fp32.
     most = sum(each.nbytes for each in made) + 2 * 4 * made[0].numel()
     assert whole.buffers - plain.buffers == most
+
+
+def test_earlier_texts_get_an_eighth_of_what_is_left() -> None:
+    """So that the smallest amount does not grow with itself."""
+    most = 40 << 20
+    use = USE._replace(kept_bytes=most, kept_shrinks=True)
+    wanted, without = counted(config(), use), counted(config(), USE)
+    assert smallest(wanted) == smallest(without)
+    for more in (0, 80 << 20, 1 << 30):
+        found = fit(wanted, smallest(wanted) + more)
+        left = smallest(wanted) + more - without.fixed - 2 * 2 * WEIGHTS
+        assert found.needs.spare == min(most, left // 8)
+        assert found.needs.cache == without.cache + found.needs.spare
+        assert found.needs.fixed + found.kept_bytes <= found.memory
+
+
+def test_logits_of_a_prompt_are_counted_where_they_may_be_echoed() -> None:
+    """As many as `Decoding.chunk` lets pass together, and what one is scored with."""
+    vocab, tokens = 65_536, 512
+    cfg = config().model_copy(update={"vocab_size": vocab})
+    use = Use(CONTEXT, texts=2)
+    plain, echoed = (counted(cfg, use._replace(echoed=each)).buffers for each in (False, True))
+    step = torch.nn.Module()
+    step.cfg = cfg
+    decoding = NativeDecoding.__new__(NativeDecoding)
+    decoding.model = step
+    rows = decoding.chunk([0] * tokens, told=True)
+    assert 1 < rows < tokens
+    assert 4 * vocab * rows < echoed - plain < 4 * vocab * (rows + 16)
+    longrope = config(positions={"scaling": LONGROPE})
+    plain, echoed = (counted(longrope, use._replace(echoed=e)).buffers for e in (False, True))
+    assert echoed - plain >= 4 * longrope.vocab_size * CONTEXT
 
 
 RELATIVE = {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12}

@@ -34,13 +34,21 @@ TRACE = "trace.npz"
 _READ_BYTES = 1 << 25
 
 
-def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
+def within(
+    memory: str,
+    folder: Path,
+    use: Use | None,
+    told: Callable[[Budget], object] | None = None,
+    process: int | None = None,
+) -> dict[str, Any]:
     """What `open_checkpoint` takes for a budget; nothing without one.
 
     Args:
         memory: what --memory says.
         folder: of the checkpoint.
         use: how the model will be used; None: one text as long as it can.
+        told: also called with what the budget gives.
+        process: see `Within.process`.
 
     Raises:
         ConfigError: the amount cannot be read, or the system does not say what is free.
@@ -51,7 +59,7 @@ def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
     amount = amount_of(memory)
     if amount is None:
         return {}
-    return {"within": Within(amount, use or Use(), Teller(folder))}
+    return {"within": Within(amount, use or Use(), Teller(folder, told), process)}
 
 
 def amount_of(memory: str) -> int | None:
@@ -92,10 +100,11 @@ def telling(model: Model, pieces: Iterable[Piece]) -> Iterator[Piece]:
 class Teller:
     """Says on stderr what a budget gives: before anything is loaded, and measured after that."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, told: Callable[[Budget], object] | None = None) -> None:
         from rich.console import Console
 
         self._folder, self._console = folder, Console(stderr=True, highlight=False)
+        self._told = told
         self._known: tuple[Budget, list[Shares], str] | None = None
 
     def __call__(self, budget: Budget, path: Path) -> None:
@@ -103,6 +112,8 @@ class Teller:
         from moestro.cli.tables import new_table
         from moestro.plan.sizes import bytes_text
 
+        if self._told is not None:
+            self._told(budget)
         needs = budget.needs
         table = new_table("memory", bytes_text(budget.memory))
         for name in ("process", "dense", "cache", "buffers"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.budget import NONE, Memory
+from moestro.cli.budget import NONE, Memory, amount_of
 from moestro.cli.held_out import open_chats, open_corpus
 from moestro.cli.opening import AcceptField, CacheName, ModelName, open_shown
 from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
@@ -91,11 +91,10 @@ def eval(
     pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
     if cache != "as-is":
         pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
+    options |= {"use": _use(seq_len), "process": _process()}
+    _check_memory(checkpoint, pairs, **options)
     rows = [
-        Score(
-            _named(kind, own),
-            measure(checkpoint, kind, held_out, task, own, use=_use(seq_len), **options),
-        )
+        Score(_named(kind, own), measure(checkpoint, kind, held_out, task, own, **options))
         for kind, own in pairs
     ]
     if as_json:
@@ -141,6 +140,34 @@ def _use(seq_len: int) -> Use:
     from moestro.models.budget import Use
 
     return Use(seq_len, texts=BATCH, tokens=BATCH * seq_len, scored=True)
+
+
+def _process() -> int:
+    """What the process takes before it opens a model; what the first leaves serves the others."""
+    from moestro.machine import resident_bytes, return_freed
+
+    return_freed()
+    return resident_bytes()
+
+
+def _check_memory(
+    checkpoint: Path,
+    pairs: Sequence[tuple[str, CacheKind]],
+    memory: str,
+    use: Use,
+    process: int,
+    accept_fields: Sequence[str] | None,
+) -> None:
+    """Refuse an amount that is too small for one of the rows before any is measured."""
+    from moestro.checkpoints.opening import check_budgets
+    from moestro.checkpoints.streamed import Within
+
+    amount = amount_of(memory)
+    if amount is not None:
+        ways = [
+            (kind, Within(amount, use._replace(cache=own), process=process)) for kind, own in pairs
+        ]
+        check_budgets(checkpoint, ways, accept_fields or ())
 
 
 def _named(kind: str, cache: CacheKind) -> str:

@@ -21,13 +21,11 @@ from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
 from moestro.models.network import ModelOutput
-from moestro.models.passing import CHUNK, chunked
+from moestro.models.passing import CHUNK, MOST_LOGITS, chunked
 from moestro.moe.routing import Routing
 
 # Tokens whose experts may be counted later.
 MOST_UNCOUNTED = 16
-# Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
-MOST_LOGITS = 2**24
 
 
 class Routed(NamedTuple):
@@ -217,7 +215,10 @@ class NativeDecoding(Decoding):
 
 def _passed(output: ModelOutput, told: int) -> Passed:
     experts = tuple(first_expert(routing) for routing in output.routings)
-    return Passed(output.logits[0, -told:], experts, partial(_routed, output.routings))
+    logits_NV = output.logits[0, -told:]
+    if told < output.logits.shape[1]:
+        logits_NV = logits_NV.clone()  # those of the whole prompt are not kept with it
+    return Passed(logits_NV, experts, partial(_routed, output.routings))
 
 
 def _counts(experts_LTK: Tensor, num_experts: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from moestro.config import CacheKind, NetworkConfig, RelativeConfig
 from moestro.errors import ConfigError
 from moestro.kernels.formats import UNGATED
-from moestro.models.passing import CHUNK, chunked, lacks
+from moestro.models.passing import CHUNK, MOST_LOGITS, chunked, lacks
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
@@ -25,10 +25,10 @@ PROCESS, GROWTH = 260 << 20, 32 << 20
 _SLACK = 8 << 20
 _TILE = 16  # rows to which each expert's are rounded up
 _ROWS = 256  # queries of a text that attention takes at once where it needs a mask
+_SCORING = 8  # logits' worth of what one token's probabilities are made with
 _MARKING = 24  # bytes for each of them and each position, for masks and while an indexer chooses
-_CHOICE = (
-    36  # bytes of each choice of an expert: its number, weight, and copies while it is counted
-)
+_PART = 8  # of what is left, for caches of earlier texts
+_CHOICE = 36  # bytes of each choice of an expert: number, weight, and copies to count it
 
 
 class Mixture(NamedTuple):
@@ -45,9 +45,11 @@ class Use(NamedTuple):
     context: int | None = None  # tokens of each text, its prompt included; None: the model's most
     texts: int = 1  # at once
     kept_bytes: int = 0  # for the caches of earlier texts
+    kept_shrinks: bool = False  # that is the most: an eighth of what else is left, if less
     prompt: int | None = None  # tokens of the longest; None: the whole context
     tokens: int | None = None  # that pass together; None: as prompts are read, one at a time
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
+    echoed: bool = False  # those of a prompt may be wanted, as many at once as `MOST_LOGITS` allows
     cache: CacheKind = "as-is"  # how keys and values are kept
 
 
@@ -59,6 +61,7 @@ class Needs(NamedTuple):
     cache: int  # keys and values, or states
     buffers: int  # what a step computes with
     mixtures: tuple[Mixture, ...]
+    spare: int = 0  # the most for caches of earlier texts that get an eighth of what is left
 
     @property
     def fixed(self) -> int:
@@ -108,6 +111,8 @@ class Budget(NamedTuple):
 def fit(needs: Needs, memory: int) -> Budget:
     """Keep as many experts as fit: of each mixture the same number, of the first ones one more.
 
+    The needs of the result have the caches of earlier texts as they are: `spare` of `cache`.
+
     Raises:
         ConfigError: not even one expert of each mixture fits; says the smallest budget that works.
     """
@@ -120,8 +125,11 @@ def fit(needs: Needs, memory: int) -> Budget:
             f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
             f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
             f"and one expert of each mixture {sizes[4]}; give at least "
-            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts"
+            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts (serve: --max-live and "
+            "--context; generate: --max-tokens)"
         )
+    earlier = min(needs.spare, (left - least) // _PART)
+    needs, left = needs._replace(cache=needs.cache + earlier, spare=earlier), left - earlier
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
         for n, each in enumerate(mixtures):
@@ -156,14 +164,15 @@ def needs(
         process: bytes that the process has before the model is opened.
     """
     context = min(use.context or cfg.attention.context, cfg.attention.context)
-    cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes
+    spare = use.kept_bytes if use.kept_shrinks else 0
+    cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes - spare
     use = use._replace(context=context, tokens=_together(cfg, use, context))
     buffers = _buffers(cfg, use, number, mixtures)
     if lacks(cfg) is not None:
         buffers += _in_python(cfg, use, number)
     if use.cache == "int8" and (use.scored or lacks(cfg) is not None):
         buffers += use.texts * _read_back(cfg, context, number)
-    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures))
+    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare)
 
 
 def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:
@@ -199,6 +208,9 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int, mixtures: Sequence[Mixtu
         shared = 0 if moe.shared is None else moe.shared.hidden_dim
         total += tokens * 4 * (2 * dim + 3 * shared)
     logits = 3 * tokens if use.scored else 2 * use.texts
+    if use.echoed and lacks(cfg) is None:  # layers in Python make all of them anyway
+        most = MOST_LOGITS // cfg.vocab_size if chunked(cfg) else tokens
+        logits += max(1, min(tokens, most)) + _SCORING
     scores = 64 * (use.context or 0) * cfg.attention.num_heads
     return total + 4 * (logits * cfg.vocab_size + scores)
 

@@ -9,6 +9,8 @@ from moestro.config import LongRopeScaling, ModelConfig, NetworkConfig, RopeConf
 
 # Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
 CHUNK = 512
+# Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
+MOST_LOGITS = 2**24
 # Routers whose choices the native step makes.
 _ROUTERS = ("softmax", "sigmoid", "sparsemixer")
 
