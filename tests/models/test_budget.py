@@ -10,11 +10,11 @@ from moestro.config import EncDecConfig, ModelConfig, NetworkConfig
 from moestro.infer.decoding import NativeDecoding, decoding_of
 from moestro.kernels import attention, native_cpu
 from moestro.models import budget
-from moestro.models.budget import Mixture, Needs, Use, fit, needs, smallest
+from moestro.models.budget import Budget, Mixture, Needs, Use, fit, needs, smallest
 from moestro.models.build import new_model
 from moestro.models.cache import WholeCache
 from moestro.models.indexer import Indexer
-from moestro.models.passing import lacks
+from moestro.models.passing import CHUNK, lacks
 from moestro.models.rotary import rotary
 
 CONTEXT, DIM, HIDDEN, EXPERTS, TOP_K = 256, 64, 96, 8, 2
@@ -98,6 +98,29 @@ def test_logits_of_a_prompt_are_counted_where_they_may_be_echoed() -> None:
     longrope = config(positions={"scaling": LONGROPE})
     plain, echoed = (counted(longrope, use._replace(echoed=e)).buffers for e in (False, True))
     assert echoed - plain >= 4 * longrope.vocab_size * CONTEXT
+
+
+def test_more_of_a_prompt_passes_together_where_experts_are_read_and_there_is_room() -> None:
+    cfg = config(context=8192)
+    mixtures = [Mixture(40 << 20, EXPERTS, TOP_K)] * 2
+
+    def fitted(memory: int, use: Use, cfg: ModelConfig = cfg) -> Budget:
+        found = fit(needs(cfg, 2, 0, mixtures, use), memory)
+        assert found.needs.fixed + found.kept_bytes <= found.memory
+        return found
+
+    use = Use(8192, prompt=4000)
+    least = smallest(needs(cfg, 2, 0, mixtures, use))
+    some, most = fitted(least + (80 << 20), use), fitted(least + (300 << 20), use)
+    assert CHUNK < some.together < most.together == 4000
+    whole = needs(cfg, 2, 0, mixtures, use._replace(tokens=4000))
+    assert abs(most.needs.buffers / whole.buffers - 1) < 0.01
+    assert fitted(least, use).together < CHUNK + 1000
+    assert fitted(1 << 40, use).together == CHUNK  # all are kept
+    assert fitted(least + (300 << 20), use._replace(prompt=None)).together == CHUNK
+    assert fitted(least + (300 << 20), use._replace(prompt=100)).together == CHUNK
+    python = config(context=8192, **PYTHON)  # other bits if it were cut elsewhere
+    assert fitted(least + (400 << 20), use, python).together == CHUNK
 
 
 RELATIVE = {"kind": "relative", "shared": True, "buckets": 8, "max_distance": 12}

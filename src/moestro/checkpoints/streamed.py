@@ -29,6 +29,7 @@ from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
 from moestro.machine import resident_bytes, return_freed
 from moestro.models.budget import Budget, Mixture, Needs, Use, fit, needs
 from moestro.models.build import Model
+from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
 from moestro.moe.packed import PackedExperts
 
@@ -99,7 +100,10 @@ def load_within(path: Path, within: Within, source: dict[str, str] | None = None
     budget = fit(within.needs(*opened[:2]), within.memory)
     if within.told is not None:
         within.told(budget, path)
-    return _filled(path, opened, budget.kept)
+    model = _filled(path, opened, budget.kept)
+    if isinstance(model, Decoder):
+        model.together = budget.together
+    return model
 
 
 def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) -> Model:

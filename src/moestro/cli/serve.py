@@ -51,7 +51,7 @@ CacheMemory = Annotated[
     str | None,
     typer.Option(
         help="Memory for what earlier texts begin with, so that it is computed once, such as 4GiB; "
-        "0B: none; default 2GiB, and of --memory an eighth at most."
+        "0B: none; default 2GiB, and with --memory an eighth of what is left at most."
     ),
 ]
 

@@ -93,8 +93,10 @@ class Decoding:
         """How many of a prompt's tokens go through in one pass; fewer if all logits are wanted."""
         if not chunked(self.model.cfg):
             return len(tokens)
+        if not self.cuts_exactly:
+            return CHUNK
         rows = MOST_LOGITS // self.model.cfg.vocab_size
-        return max(1, min(CHUNK, rows)) if told and self.cuts_exactly else CHUNK
+        return max(1, min(CHUNK, rows)) if told else max(CHUNK, self.model.together or 0)
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""

@@ -27,7 +27,7 @@ _TILE = 16  # rows to which each expert's are rounded up
 _ROWS = 256  # queries of a text that attention takes at once where it needs a mask
 _SCORING = 8  # logits' worth of what one token's probabilities are made with
 _MARKING = 24  # bytes for each of them and each position, for masks and while an indexer chooses
-_PART = 8  # of what is left, for caches of earlier texts
+_PART = 8  # of what is left, for caches of earlier texts, and for longer chunks of a prompt
 _CHOICE = 36  # bytes of each choice of an expert: number, weight, and copies to count it
 
 
@@ -46,7 +46,7 @@ class Use(NamedTuple):
     texts: int = 1  # at once
     kept_bytes: int = 0  # for the caches of earlier texts
     kept_shrinks: bool = False  # that is the most: an eighth of what else is left, if less
-    prompt: int | None = None  # tokens of the longest; None: the whole context
+    prompt: int | None = None  # tokens of the longest; None: not known, up to the whole context
     tokens: int | None = None  # that pass together; None: as prompts are read, one at a time
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
     echoed: bool = False  # those of a prompt may be wanted, as many at once as `MOST_LOGITS` allows
@@ -62,6 +62,8 @@ class Needs(NamedTuple):
     buffers: int  # what a step computes with
     mixtures: tuple[Mixture, ...]
     spare: int = 0  # the most for caches of earlier texts that get an eighth of what is left
+    token: int = 0  # of buffers for each token of a prompt that passes together with `CHUNK` others
+    more: int = 0  # how many such tokens a prompt has
 
     @property
     def fixed(self) -> int:
@@ -98,6 +100,11 @@ class Budget(NamedTuple):
         return self.kept_bytes / max(1, self.needs.all_experts)
 
     @property
+    def together(self) -> int:
+        """Tokens of a prompt that pass together, where it may be cut anywhere."""
+        return CHUNK + self.needs.more
+
+    @property
     def below_cycle(self) -> bool:
         """Whether some mixture keeps fewer experts than one token wants."""
         pairs = zip(self.needs.mixtures, self.kept, strict=True)
@@ -111,7 +118,9 @@ class Budget(NamedTuple):
 def fit(needs: Needs, memory: int) -> Budget:
     """Keep as many experts as fit: of each mixture the same number, of the first ones one more.
 
-    The needs of the result have the caches of earlier texts as they are: `spare` of `cache`.
+    Caches of earlier texts get an eighth of what is left at most; then, where experts would have to
+    be read for each chunk of a prompt, so do buffers to pass more of it together. The needs of the
+    result have both as they are.
 
     Raises:
         ConfigError: not even one expert of each mixture fits; says the smallest budget that works.
@@ -128,8 +137,13 @@ def fit(needs: Needs, memory: int) -> Budget:
             f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts (serve: --max-live and "
             "--context; generate: --max-tokens)"
         )
-    earlier = min(needs.spare, (left - least) // _PART)
-    needs, left = needs._replace(cache=needs.cache + earlier, spare=earlier), left - earlier
+    room, more = left - least, 0
+    earlier = min(needs.spare, room // _PART)
+    if needs.more and left - earlier < needs.all_experts:
+        more = min(needs.more, (room - earlier) // _PART // needs.token)
+    cache, buffers = needs.cache + earlier, needs.buffers + more * needs.token
+    needs = needs._replace(cache=cache, buffers=buffers, spare=earlier, more=more)
+    left = memory - needs.fixed
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
         for n, each in enumerate(mixtures):
@@ -166,13 +180,19 @@ def needs(
     context = min(use.context or cfg.attention.context, cfg.attention.context)
     spare = use.kept_bytes if use.kept_shrinks else 0
     cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes - spare
+    cuts = use.tokens is None and chunked(cfg) and lacks(cfg) is None
     use = use._replace(context=context, tokens=_together(cfg, use, context))
     buffers = _buffers(cfg, use, number, mixtures)
     if lacks(cfg) is not None:
         buffers += _in_python(cfg, use, number)
     if use.cache == "int8" and (use.scored or lacks(cfg) is not None):
         buffers += use.texts * _read_back(cfg, context, number)
-    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare)
+    token = more = 0
+    if use.prompt is not None and cuts:
+        more = max(0, min(use.prompt, context) - CHUNK)
+        longer = use._replace(tokens=CHUNK + 1)
+        token = _buffers(cfg, longer, number, mixtures) - buffers
+    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare, token, more)
 
 
 def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:
