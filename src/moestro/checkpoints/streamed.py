@@ -249,6 +249,11 @@ def _read_once(fd: int, path: Path, piece: memoryview, place: int) -> int:
     return got
 
 
+def read_room(piece: int) -> int:
+    """Bytes that `read_rate` takes for each thread: whole large pages, as experts lie."""
+    return -(-piece // _HUGE) * _HUGE
+
+
 def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) -> float:
     """Bytes per second of reading pieces at random places of a file, past the page cache.
 
@@ -264,8 +269,11 @@ def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) ->
 
     def read(seed: int) -> int:
         random, done = Random(seed), 0
-        room = -(-piece // _HUGE) * _HUGE  # as experts lie
-        with private_memory(room) as memory, memoryview(memory) as whole, whole[:piece] as view:
+        with (
+            private_memory(read_room(piece)) as memory,
+            memoryview(memory) as whole,
+            whole[:piece] as view,
+        ):
             while not done or time.perf_counter() < end:
                 done += _read_once(fd, path, view, random.choice(places))
         return done

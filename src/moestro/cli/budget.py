@@ -184,28 +184,30 @@ def _range(values: Iterable[float], form: str) -> str:
 
 def _rates(budget: Budget, path: Path) -> Rates:
     """What this machine does."""
-    from moestro.checkpoints.streamed import read_rate
-    from moestro.kernels import native_cpu
+    from moestro.checkpoints.streamed import read_rate, read_room
     from moestro.kernels.packing import PAGE
     from moestro.kernels.residency import READERS
     from moestro.models.pace import Rates
 
-    many, few = (native_cpu.aligned(size).fill_(1) for size in (_READ_BYTES, PAGE))
     slab = max(each.slab_bytes for each in budget.needs.mixtures)
+    # Of what is not loaded yet: as many slabs as will be read at once, if there is room for them.
+    room = (budget.memory - budget.needs.process) // read_room(slab)
     return Rates(
-        memory=_READ_BYTES / _fastest_s(lambda: native_cpu.read(many)),
-        call_s=_fastest_s(lambda: native_cpu.read(few)),
+        memory=_READ_BYTES / _fastest_s(_READ_BYTES),
+        call_s=_fastest_s(PAGE),
         alone=read_rate(path, slab, seconds=0.15),
-        together=read_rate(path, slab, READERS, seconds=0.15),
+        together=read_rate(path, slab, max(1, min(READERS, room)), seconds=0.15),
     )
 
 
-def _fastest_s(read: Callable[[], object]) -> float:
-    """Seconds, the best of three."""
-    best = float("inf")
+def _fastest_s(size: int) -> float:
+    """Seconds of reading so many bytes of memory, the best of three."""
+    from moestro.kernels import native_cpu
+
+    memory, best = native_cpu.aligned(size).fill_(1), float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        read()
+        native_cpu.read(memory)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -222,7 +224,7 @@ def expected_misses(folder: Path, budget: Budget) -> tuple[list[Shares], str]:
     from moestro.probe.recording.tracefile import read_trace
 
     if all(kept == m.experts for kept, m in zip(budget.kept, budget.needs.mixtures, strict=True)):
-        return [independent(budget, 1.0)], "all are kept"
+        return [independent(budget, 1.0)], "all are kept, once they were read"
     bounds: list[Shares] = [independent(budget, hit) for hit in hit_bounds(budget)]
     path = folder / TRACE
     if not path.is_file():
