@@ -91,8 +91,7 @@ def eval(
     pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
     if cache != "as-is":
         pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
-    options |= {"use": _use(seq_len), "process": _process()}
-    _check_memory(checkpoint, pairs, **options)
+    options |= _checked(checkpoint, pairs, memory, _use(seq_len), accept_field or ())
     rows = [
         Score(_named(kind, own), measure(checkpoint, kind, held_out, task, own, **options))
         for kind, own in pairs
@@ -142,32 +141,29 @@ def _use(seq_len: int) -> Use:
     return Use(seq_len, texts=BATCH, tokens=BATCH * seq_len, scored=True)
 
 
-def _process() -> int:
-    """What the process takes before it opens a model; what the first leaves serves the others."""
-    from moestro.machine import resident_bytes, return_freed
-
-    return_freed()
-    return resident_bytes()
-
-
-def _check_memory(
+def _checked(
     checkpoint: Path,
     pairs: Sequence[tuple[str, CacheKind]],
     memory: str,
     use: Use,
-    process: int,
-    accept_fields: Sequence[str] | None,
-) -> None:
-    """Refuse an amount that is too small for one of the rows before any is measured."""
+    accept_fields: Sequence[str],
+) -> dict[str, Any]:
+    """What `measure` takes for a budget, which is refused if it is too small for one of the rows.
+
+    What the first model leaves in the process serves the others, so it is counted once.
+    """
     from moestro.checkpoints.opening import check_budgets
     from moestro.checkpoints.streamed import Within
+    from moestro.machine import resident_bytes, return_freed
 
     amount = amount_of(memory)
-    if amount is not None:
-        ways = [
-            (kind, Within(amount, use._replace(cache=own), process=process)) for kind, own in pairs
-        ]
-        check_budgets(checkpoint, ways, accept_fields or ())
+    if amount is None:
+        return {}
+    return_freed()
+    process = resident_bytes()
+    ways = [(kind, Within(amount, use._replace(cache=own), None, process)) for kind, own in pairs]
+    check_budgets(checkpoint, ways, accept_fields)
+    return {"memory": f"{amount}B", "use": use, "process": process}
 
 
 def _named(kind: str, cache: CacheKind) -> str:

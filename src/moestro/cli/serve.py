@@ -24,7 +24,7 @@ from moestro.cli.opening import (
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moestro.models.budget import Budget, Use
+    from moestro.models.budget import Use
     from moestro.serve.served import Served
     from moestro.serve.settings import ServeSettings
 
@@ -116,14 +116,10 @@ def serve(
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
     limits["cache_bytes"] = _cache_bytes(cache_memory)
     keys, local = _keys(api_key_file), is_loopback(host)
-    paths = _paths(adapter, memory)
-    settings = ServeSettings(
-        api_keys=keys,
-        any_host=bool(keys) or not local,
-        **{field: value for field, value in limits.items() if value is not None},
-    )
+    paths, budgets = _paths(adapter, memory), list[Any]()
+    limits = {field: value for field, value in limits.items() if value is not None}
+    settings = ServeSettings(api_keys=keys, any_host=bool(keys) or not local, **limits)
     use = _use(settings, cache_memory is None)
-    budgets: list[Budget] = []
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         name = _other_than(paths, name or name_of(path, folder))
