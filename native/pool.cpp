@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "residency.h"
+
 namespace moestro {
 namespace {
 
@@ -92,12 +94,19 @@ int (*borrowed_count)() = nullptr;  // how many of the other runtime's threads a
 bool forked = false;                // this process is a child: the other runtime's threads are gone
 Pool *pool = nullptr;               // never destroyed at exit: threads may outlive static objects
 
-void before_fork() { compute_mutex.lock(); }
-void after_fork() { compute_mutex.unlock(); }
+// In the order in which a step locks them.
+void before_fork() {
+    compute_mutex.lock();
+    Residency::hold_all();
+}
+void after_fork() {
+    Residency::let_go_all();
+    compute_mutex.unlock();
+}
 void in_child() {
     pool = nullptr, borrowed = nullptr, forked = true;
     wanted = 1;
-    compute_mutex.unlock();
+    after_fork();
 }
 
 [[maybe_unused]] const int handled = pthread_atfork(before_fork, after_fork, in_child);

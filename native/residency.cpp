@@ -11,6 +11,19 @@
 #include <system_error>
 
 namespace moestro {
+namespace {
+
+// All that live; never destroyed: a thread may still ask when the process ends.
+struct Living {
+    std::mutex mutex;
+    std::vector<Residency *> all;
+};
+Living &living() {
+    static Living &them = *new Living;
+    return them;
+}
+
+}  // namespace
 
 Residency::Residency(int fd, const moestro_slabs *mixtures, int64_t count, int readers)
     : fd_(fd), owner_(getpid()), shelves_(size_t(count)) {
@@ -33,12 +46,24 @@ Residency::Residency(int fd, const moestro_slabs *mixtures, int64_t count, int r
     for (Shelf &shelf : shelves_)
         for (Slot &slot : shelf.slots) slot.data = at, at += shelf.slabs.slab_bytes;
     try {
+        std::lock_guard<std::mutex> lock(living().mutex);
+        living().all.push_back(this);
+    } catch (const std::bad_alloc &) {
+        munmap(memory_, bytes_);
+        throw;
+    }
+    try {
         for (int i = 0; i < readers; i++) readers_.emplace_back([this] { work(); });
     } catch (const std::system_error &) {  // with fewer, or none: the computing thread reads
     }
 }
 
 Residency::~Residency() {
+    {
+        std::lock_guard<std::mutex> lock(living().mutex);
+        auto &all = living().all;
+        all.erase(std::find(all.begin(), all.end(), this));
+    }
     {
         std::lock_guard<std::mutex> lock(mutex_);
         leaving_ = true;
@@ -201,6 +226,16 @@ void Residency::end() {
 moestro_reads Residency::counts() {
     std::lock_guard<std::mutex> lock(mutex_);
     return counts_;
+}
+
+void Residency::hold_all() {
+    living().mutex.lock();
+    for (Residency *each : living().all) each->mutex_.lock();
+}
+
+void Residency::let_go_all() {
+    for (Residency *each : living().all) each->mutex_.unlock();
+    living().mutex.unlock();
 }
 
 }  // namespace moestro

@@ -38,6 +38,10 @@ public:
 
     moestro_reads counts();
 
+    // Around fork: nobody reads or writes what any of them knows in between, so that a child finds it whole.
+    static void hold_all();
+    static void let_go_all();
+
 private:
     struct Slot {
         uint8_t *data = nullptr;

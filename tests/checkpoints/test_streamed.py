@@ -22,10 +22,12 @@ from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.writing import save_model
 from moestro.config import ModelConfig
 from moestro.errors import CheckpointError, ConfigError
+from moestro.infer import decoding
 from moestro.infer.engine import generate_batch
 from moestro.infer.native_decoder import NativeDecoder
 from moestro.infer.sampling import SamplingConfig
 from moestro.kernels import native_cpu
+from moestro.models import budget
 from moestro.models.budget import Use
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer
@@ -115,6 +117,37 @@ def test_a_prompt_reads_each_routed_expert_once_a_layer(file: Path) -> None:
     assert (found.hits, found.misses) == (0, wanted)
     slab = streamed.sizes(file)[3][0].slab_bytes
     assert found.bytes == wanted * slab
+
+
+def test_a_prompt_of_several_chunks_passes_in_one_where_the_budget_says_so(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, and each routed expert read once a layer."""
+    monkeypatch.setattr(decoding, "CHUNK", 16)
+    prompt, found = torch.randint(0, 256, (80,)).tolist(), []
+    for more in (0, 64):
+
+        def fit(needs: budget.Needs, memory: int, more: int = more) -> budget.Budget:
+            return budget.Budget(
+                memory, needs._replace(more=more - budget.CHUNK + 16), (2,) * LAYERS
+            )
+
+        monkeypatch.setattr(streamed, "fit", fit)
+        model = streamed.load_within(file, Within(1 << 40, Use(128, prompt=80)))
+        _, passed = decoding.decoding_of(model).begin(prompt)
+        routed = layered(passed.routed().experts_TLK)  # of the last pass
+        found.append((passed.logits_NV, reads(model).misses, len(routed)))
+    (first, read, _), (second, once, routed) = found
+    assert torch.equal(first, second)
+    assert once == routed
+    assert read > 2 * once
+
+
+def layered(experts_TLK: torch.Tensor) -> list[tuple[int, int]]:
+    """(layer, expert) of each choice."""
+    return [
+        (n, e) for n, layer in enumerate(experts_TLK.unbind(1)) for e in layer.unique().tolist()
+    ]
 
 
 def test_hits_are_those_of_the_simulated_cache(file: Path) -> None:

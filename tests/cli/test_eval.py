@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -6,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.checkpoints import streamed
+from moestro.cli import eval as eval_module
 from moestro.cli.main import main
 from moestro.infer.native_decoder import AsDecoded
 from moestro.kernels import native_cpu
+from moestro.models import budget
 
 NEEDS_NATIVE = pytest.mark.skipif(
     native_cpu.available() is not None, reason=str(native_cpu.available())
@@ -61,6 +65,38 @@ def test_within_a_budget_the_bits_are_the_same(
         rows.append(json.loads(capsys.readouterr().out)["rows"])
     assert rows[0] == rows[1]
     assert [row["weights"] for row in rows[0]] == ["int8", "int8, int8 cache"]
+
+
+@NEEDS_NATIVE
+def test_an_amount_is_enough_for_all_rows_before_the_first_is_measured(
+    published: Path,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what the first model leaves behind nothing is counted again."""
+    folder = shutil.copytree(published, tmp_path / "model")
+    words = ["eval", str(folder), "--source", text, "--tokens", "500", "--cache", "int8"]
+    words += ["--weights", "int8", "--weights", "int4", "--json", "--memory"]
+    measured, measure = [], eval_module.measure
+
+    def counted(*given: Any, **options: Any) -> dict[str, float]:
+        measured.append(given[1])
+        monkeypatch.setattr(streamed, "resident_bytes", lambda: 1 << 50)
+        return measure(*given, **options)
+
+    monkeypatch.setattr(eval_module, "measure", counted)
+    monkeypatch.setattr(budget, "_read_back", lambda *_: 1 << 30)
+    assert main([*words, "64MiB"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert not measured
+    assert not list(folder.glob("*.moestro"))
+    least = re.search(r"give at least (\d+)MiB", told)
+    assert least is not None
+    assert int(least[1]) > 8 << 10  # 8 texts of a batch
+    assert main([*words, f"{least[1]}MiB"]) == 0
+    assert measured == ["int8", "int8", "int4", "int4"]
 
 
 def test_as_is_needs_no_native_library(

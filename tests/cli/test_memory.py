@@ -16,6 +16,7 @@ from moestro.checkpoints import streamed
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.gguf.writing import write_gguf
 from moestro.checkpoints.writing import save_model
+from moestro.cli.budget import _rates
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.kernels import native_cpu
@@ -196,6 +197,24 @@ def test_an_int8_cache_of_a_model_that_decodes_in_python(
         assert main([*words, "--cache", "int8", "--memory", memory]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("room", "most"), [(1, 1), (3, 3), (9, 4)])
+def test_rates_are_measured_in_what_the_budget_leaves(
+    monkeypatch: pytest.MonkeyPatch, room: int, most: int
+) -> None:
+    """One mixture of large experts leaves room for few of them, and nothing is loaded yet."""
+    slab, asked = 100 << 20, list[int]()
+
+    def read_rate(_: Path, piece: int, threads: int = 1, seconds: float = 0) -> float:
+        assert piece == slab
+        asked.append(threads)
+        return 1.0
+
+    monkeypatch.setattr(streamed, "read_rate", read_rate)
+    needs = budget.Needs(300 << 20, 0, 0, 0, (budget.Mixture(slab, 9, 1),))
+    _rates(budget.fit(needs, (300 << 20) + room * slab), Path("file"))
+    assert asked == [1, most]
 
 
 def test_bench_says_what_was_hit_and_read(

@@ -67,6 +67,19 @@ def test_the_bits_of_experts_packed_in_memory(tmp_path, tight, name, kind):
     assert list(hf.check(ours, ids).ran) == [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
 
 
+def test_prompts_are_counted_whole_as_transformers_passes_them(tmp_path, monkeypatch):
+    folder, seen = saved("mixtral", tmp_path), []
+
+    def fit(needs, memory):
+        seen.append(needs.buffers)
+        return budget.fit(needs, memory)
+
+    monkeypatch.setattr(offloading, "fit", fit)
+    for texts in (Use(64, texts=2), Use(64, texts=2, tokens=128), Use(64, texts=2, tokens=64)):
+        hf.offload(folder, "64GiB", texts=texts)
+    assert seen[-4] == seen[-2] > seen[-1]
+
+
 def test_an_amount_is_kept_to_or_refused_with_the_smallest_that_works(tmp_path):
     folder = saved("mixtral", tmp_path)
     with pytest.raises(ConfigError, match=r"1 MiB is too small.*give at least \d+MiB") as refused:

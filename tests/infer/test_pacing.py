@@ -83,6 +83,31 @@ def test_waiting_is_a_part_of_the_time_and_grows(file: Path) -> None:
     assert found[-1].since(found[0]).misses == 4 * 2 * 3 - found[-1].since(found[0]).hits
 
 
+@pytest.mark.parametrize(("experts", "top_k", "kept"), [(2, 2, 1), (4, 4, 3), (4, 3, 1)])
+def test_a_token_wants_all_of_its_experts_also_where_there_are_few_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int, top_k: int, kept: int
+) -> None:
+    torch.manual_seed(0)
+    moe = {"hidden_dim": 64, "num_experts": experts, "top_k": top_k}
+    model, path = (
+        Decoder(ModelConfig(vocab_size=64, dim=64, num_layers=2, moe=moe)).eval(),
+        tmp_path / "packed",
+    )
+    pack(model, WEIGHTS["int8"])
+    packed_files.save(model, path, WEIGHTS["int8"], {})
+    opened, calls, mix = streamed.load(path, [kept, kept]), list[int](), pacing._mix
+
+    def counted(layer: Any, chosen: list[int]) -> None:
+        calls.append(len(set(chosen)))
+        mix(layer, chosen)
+
+    monkeypatch.setattr(pacing, "_filled", lambda model, *_: [model.blocks[0].ffn.experts])
+    monkeypatch.setattr(pacing, "_mix", counted)
+    pace = measure_pace(opened, streamed.residency_of(opened), 0.05)
+    assert set(calls) == {top_k}
+    assert pace.missed_M[0] == 0 < pace.missed_M[-1]
+
+
 def test_a_model_that_decodes_in_python(tmp_path: Path) -> None:
     torch.manual_seed(0)
     attention = {"positions": {"skipped_every": 2}}

@@ -1,6 +1,7 @@
 """How likely tokens were, of prompts and of texts, beside a forward of the model."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_a_prompt_in_pieces_beside_others_has_the_same_bits(
         (passed,) = way.step([[before]], [past])
         one_by_one.append(score(passed.logits_NV, token, 1))
     assert found == [one_by_one, one_by_one]
+
+
+@pytest.mark.parametrize("kind", ["native", "python"])
+def test_logits_of_a_whole_prompt_are_gone_before_the_next_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be as many as there is room for once, and the next request's come then."""
+    session = Session(model_of(kind, attention=LONG), BYTES)
+    whole, passed = session._decoding.step, []
+
+    def step(*given: Any) -> Any:
+        passed.append([each.logits_1V for each in session._running if each.logits_1V is not None])
+        return whole(*given)
+
+    monkeypatch.setattr(session._decoding, "step", step)
+    for _ in range(2):
+        session.add(PROMPT, SamplingConfig(max_tokens=3), top=1, prompt_scored=True)
+    run(session)
+    assert len(passed) > 3
+    assert passed == [[]] * len(passed)
 
 
 def test_what_is_read_in_one_piece_has_logits_between() -> None:

@@ -8,13 +8,14 @@ from moestro.checkpoints.quantize import WEIGHTS, pack
 from moestro.config import ModelConfig
 from moestro.errors import DataError, MoestroError
 from moestro.infer import decoding
-from moestro.infer.decoding import Decoding, chunked, decoding_of
+from moestro.infer.decoding import Decoding, decoding_of
 from moestro.infer.engine import Session, generate_batch, stream
 from moestro.infer.native_decoder import supports
 from moestro.infer.sampling import SamplingConfig
 from moestro.infer.writing import Piece
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
+from moestro.models.passing import chunked
 from moestro.text import ByteTokenizer
 
 BYTES = ByteTokenizer()

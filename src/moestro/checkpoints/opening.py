@@ -14,7 +14,7 @@ rules say what its keys are of ours; `reading.open_unread` takes safetensors' or
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moestro.checkpoints import packed_files, streamed
+from moestro.checkpoints import packed_files, packed_header, streamed
 from moestro.checkpoints.adapters import load_own, own_settings
 from moestro.checkpoints.families import family_of, text_part
 from moestro.checkpoints.fingerprints import fingerprint
@@ -32,7 +32,7 @@ from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.peft import read_peft
 from moestro.checkpoints.peft_settings import PEFT_CONFIG
 from moestro.checkpoints.quantised.methods import in_blocks as kept_in_blocks
-from moestro.checkpoints.quantize import AS_IS, AS_STORED, format_of, read_packed
+from moestro.checkpoints.quantize import AS_IS, AS_STORED, blank_packed, format_of, read_packed
 from moestro.checkpoints.reading import origin, read_model, stream_model
 from moestro.checkpoints.streamed import Within
 from moestro.checkpoints.tensor_files import LeftOut
@@ -43,6 +43,7 @@ from moestro.errors import CheckpointError, ConfigError
 from moestro.kernels import native_cpu
 from moestro.kernels.packing import Format
 from moestro.models.adapters import freeze, merge, shared
+from moestro.models.budget import fit, smallest
 from moestro.models.build import Model
 from moestro.moe.packed import Packed
 
@@ -170,6 +171,33 @@ def _check_budget(format: Format | None, adapter: str | Path | None, within: Wit
         )
     if adapter is not None:
         raise ConfigError(f"adapters need all experts in memory: leave out --memory, or {adapter}")
+
+
+def check_budgets(
+    folder: Path, ways: Sequence[tuple[str, Within]], accept_fields: Collection[str] = ()
+) -> None:
+    """Refuse an amount that is too small for one of several ways to open a checkpoint.
+
+    Args:
+        folder: from `find_checkpoint`.
+        ways: weights, and what they are opened within; of one amount.
+        accept_fields: see `reading.read_settings`.
+
+    Raises:
+        ConfigError: it is too small; says what is enough for all. See also `open_checkpoint`.
+    """
+    adapter, found = folder if own_settings(folder) is not None else None, []
+    for weights, within in ways:
+        format = format_of(weights) or (AS_STORED if in_blocks(folder) else None)
+        _check_budget(format, adapter, within)
+        assert format is not None
+        path = packed_files.default_path(folder, format)
+        if path.exists():
+            found.append(streamed.needs_of(path, within))
+        else:
+            model = blank_packed(folder, format, accept_fields)
+            found.append(within.needs(model, packed_header.make(model, format, {})[1]))
+    fit(max(found, key=smallest), ways[0][1].memory)
 
 
 def _with(opened: Opened, adapter: str | Path | None) -> Opened:

@@ -183,6 +183,11 @@ def read_packed(
     return made
 
 
+def blank_packed(folder: Path, format: Format, accept_fields: Collection[str] = ()) -> Model:
+    """What `read_packed` makes, without memory; raises as `reading.open_unread` does."""
+    return _blank(open_unread(folder, accept_fields=accept_fields), format)
+
+
 def _chosen(format: Format) -> Format | None:
     """What is asked for; None: what each module is stored in."""
     return None if format == AS_STORED else format

@@ -27,8 +27,9 @@ from moestro.kernels.native_packing import private_memory
 from moestro.kernels.packing import PAGE, ExpertSlabs
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
 from moestro.machine import resident_bytes, return_freed
-from moestro.models.budget import Budget, Mixture, Use, fit, needs
+from moestro.models.budget import Budget, Mixture, Needs, Use, fit, needs
 from moestro.models.build import Model
+from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
 from moestro.moe.packed import PackedExperts
 
@@ -43,11 +44,7 @@ def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
     Raises:
         CheckpointError: see `packed_files.load`.
     """
-    return _sizes(_opened(path, None))
-
-
-def _sizes(opened: _Opened) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
-    return sizes_of(*opened[:2])
+    return sizes_of(*_opened(path, None)[:2])
 
 
 def sizes_of(
@@ -69,6 +66,12 @@ class Within(NamedTuple):
     memory: int  # bytes
     use: Use
     told: Callable[[Budget, Path], None] | None = None  # what the budget gives, before it is used
+    process: int | None = None  # bytes that it has besides a model; None: what it holds now
+
+    def needs(self, model: Model, sections: dict[str, Section]) -> Needs:
+        """Of a file that may not be written yet."""
+        process = resident_bytes() if self.process is None else self.process
+        return needs(*sizes_of(model, sections), self.use, process)
 
 
 def refuse_too_small(within: Within, model: Model, sections: dict[str, Section]) -> None:
@@ -77,7 +80,12 @@ def refuse_too_small(within: Within, model: Model, sections: dict[str, Section])
     Raises:
         ConfigError: the memory is too small; see `budget.fit`.
     """
-    fit(needs(*sizes_of(model, sections), within.use, resident_bytes()), within.memory)
+    fit(within.needs(model, sections), within.memory)
+
+
+def needs_of(path: Path, within: Within) -> Needs:
+    """What a file's model takes; raises as `sizes` does."""
+    return within.needs(*_opened(path, None)[:2])
 
 
 def load_within(path: Path, within: Within, source: dict[str, str] | None = None) -> Model:
@@ -87,12 +95,15 @@ def load_within(path: Path, within: Within, source: dict[str, str] | None = None
         ConfigError: the memory is too small; see `budget.fit`.
         CheckpointError, MemoryError: see `load`.
     """
-    opened, (memory, use, told) = _opened(path, source), within
+    opened = _opened(path, source)
     return_freed()  # what writing the file took
-    budget = fit(needs(*_sizes(opened), use, resident_bytes()), memory)
-    if told is not None:
-        told(budget, path)
-    return _filled(path, opened, budget.kept)
+    budget = fit(within.needs(*opened[:2]), within.memory)
+    if within.told is not None:
+        within.told(budget, path)
+    model = _filled(path, opened, budget.kept)
+    if isinstance(model, Decoder):
+        model.together = budget.together
+    return model
 
 
 def load(path: Path, kept: Sequence[int], source: dict[str, str] | None = None) -> Model:
@@ -238,6 +249,11 @@ def _read_once(fd: int, path: Path, piece: memoryview, place: int) -> int:
     return got
 
 
+def read_room(piece: int) -> int:
+    """Bytes that `read_rate` takes for each thread: whole large pages, as experts lie."""
+    return -(-piece // _HUGE) * _HUGE
+
+
 def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) -> float:
     """Bytes per second of reading pieces at random places of a file, past the page cache.
 
@@ -253,8 +269,11 @@ def read_rate(path: Path, piece: int, threads: int = 1, seconds: float = 0.3) ->
 
     def read(seed: int) -> int:
         random, done = Random(seed), 0
-        room = -(-piece // _HUGE) * _HUGE  # as experts lie
-        with private_memory(room) as memory, memoryview(memory) as whole, whole[:piece] as view:
+        with (
+            private_memory(read_room(piece)) as memory,
+            memoryview(memory) as whole,
+            whole[:piece] as view,
+        ):
             while not done or time.perf_counter() < end:
                 done += _read_once(fd, path, view, random.choice(places))
         return done

@@ -216,7 +216,7 @@ def _open(plan: BenchPlan, kind: str) -> Any:
     if plan.folder is None:
         model: Any = random_model(plan.cfg, format_of(kind))
     else:
-        use = Use(plan.prompt + plan.tokens, cache=plan.cache)
+        use = Use(plan.prompt + plan.tokens, prompt=plan.prompt, cache=plan.cache)
         options = within(plan.memory, plan.folder, use)
         options |= {"weights": kind, "keep": False, "accept_fields": plan.accept_fields}
         model = open_checkpoint(plan.folder, verified=True, **options).model

@@ -34,13 +34,21 @@ TRACE = "trace.npz"
 _READ_BYTES = 1 << 25
 
 
-def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
+def within(
+    memory: str,
+    folder: Path,
+    use: Use | None,
+    told: Callable[[Budget], object] | None = None,
+    process: int | None = None,
+) -> dict[str, Any]:
     """What `open_checkpoint` takes for a budget; nothing without one.
 
     Args:
         memory: what --memory says.
         folder: of the checkpoint.
         use: how the model will be used; None: one text as long as it can.
+        told: also called with what the budget gives.
+        process: see `Within.process`.
 
     Raises:
         ConfigError: the amount cannot be read, or the system does not say what is free.
@@ -51,7 +59,7 @@ def within(memory: str, folder: Path, use: Use | None) -> dict[str, Any]:
     amount = amount_of(memory)
     if amount is None:
         return {}
-    return {"within": Within(amount, use or Use(), Teller(folder))}
+    return {"within": Within(amount, use or Use(), Teller(folder, told), process)}
 
 
 def amount_of(memory: str) -> int | None:
@@ -92,10 +100,11 @@ def telling(model: Model, pieces: Iterable[Piece]) -> Iterator[Piece]:
 class Teller:
     """Says on stderr what a budget gives: before anything is loaded, and measured after that."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, told: Callable[[Budget], object] | None = None) -> None:
         from rich.console import Console
 
         self._folder, self._console = folder, Console(stderr=True, highlight=False)
+        self._told = told
         self._known: tuple[Budget, list[Shares], str] | None = None
 
     def __call__(self, budget: Budget, path: Path) -> None:
@@ -103,6 +112,8 @@ class Teller:
         from moestro.cli.tables import new_table
         from moestro.plan.sizes import bytes_text
 
+        if self._told is not None:
+            self._told(budget)
         needs = budget.needs
         table = new_table("memory", bytes_text(budget.memory))
         for name in ("process", "dense", "cache", "buffers"):
@@ -173,28 +184,30 @@ def _range(values: Iterable[float], form: str) -> str:
 
 def _rates(budget: Budget, path: Path) -> Rates:
     """What this machine does."""
-    from moestro.checkpoints.streamed import read_rate
-    from moestro.kernels import native_cpu
+    from moestro.checkpoints.streamed import read_rate, read_room
     from moestro.kernels.packing import PAGE
     from moestro.kernels.residency import READERS
     from moestro.models.pace import Rates
 
-    many, few = (native_cpu.aligned(size).fill_(1) for size in (_READ_BYTES, PAGE))
     slab = max(each.slab_bytes for each in budget.needs.mixtures)
+    # Of what is not loaded yet: as many slabs as will be read at once, if there is room for them.
+    room = (budget.memory - budget.needs.process) // read_room(slab)
     return Rates(
-        memory=_READ_BYTES / _fastest_s(lambda: native_cpu.read(many)),
-        call_s=_fastest_s(lambda: native_cpu.read(few)),
+        memory=_READ_BYTES / _fastest_s(_READ_BYTES),
+        call_s=_fastest_s(PAGE),
         alone=read_rate(path, slab, seconds=0.15),
-        together=read_rate(path, slab, READERS, seconds=0.15),
+        together=read_rate(path, slab, max(1, min(READERS, room)), seconds=0.15),
     )
 
 
-def _fastest_s(read: Callable[[], object]) -> float:
-    """Seconds, the best of three."""
-    best = float("inf")
+def _fastest_s(size: int) -> float:
+    """Seconds of reading so many bytes of memory, the best of three."""
+    from moestro.kernels import native_cpu
+
+    memory, best = native_cpu.aligned(size).fill_(1), float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        read()
+        native_cpu.read(memory)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -211,7 +224,7 @@ def expected_misses(folder: Path, budget: Budget) -> tuple[list[Shares], str]:
     from moestro.probe.recording.tracefile import read_trace
 
     if all(kept == m.experts for kept, m in zip(budget.kept, budget.needs.mixtures, strict=True)):
-        return [independent(budget, 1.0)], "all are kept"
+        return [independent(budget, 1.0)], "all are kept, once they were read"
     bounds: list[Shares] = [independent(budget, hit) for hit in hit_bounds(budget)]
     path = folder / TRACE
     if not path.is_file():

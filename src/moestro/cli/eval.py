@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moestro.cli.budget import NONE, Memory
+from moestro.cli.budget import NONE, Memory, amount_of
 from moestro.cli.held_out import open_chats, open_corpus
 from moestro.cli.opening import AcceptField, CacheName, ModelName, open_shown
 from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
@@ -91,11 +91,9 @@ def eval(
     pairs: list[tuple[str, CacheKind]] = [(kind, "as-is") for kind in kinds]
     if cache != "as-is":
         pairs = [pair for kind, own in pairs for pair in ((kind, own), (kind, cache))]
+    options |= _checked(checkpoint, pairs, memory, _use(seq_len), accept_field or ())
     rows = [
-        Score(
-            _named(kind, own),
-            measure(checkpoint, kind, held_out, task, own, use=_use(seq_len), **options),
-        )
+        Score(_named(kind, own), measure(checkpoint, kind, held_out, task, own, **options))
         for kind, own in pairs
     ]
     if as_json:
@@ -141,6 +139,31 @@ def _use(seq_len: int) -> Use:
     from moestro.models.budget import Use
 
     return Use(seq_len, texts=BATCH, tokens=BATCH * seq_len, scored=True)
+
+
+def _checked(
+    checkpoint: Path,
+    pairs: Sequence[tuple[str, CacheKind]],
+    memory: str,
+    use: Use,
+    accept_fields: Sequence[str],
+) -> dict[str, Any]:
+    """What `measure` takes for a budget, which is refused if it is too small for one of the rows.
+
+    What the first model leaves in the process serves the others, so it is counted once.
+    """
+    from moestro.checkpoints.opening import check_budgets
+    from moestro.checkpoints.streamed import Within
+    from moestro.machine import resident_bytes, return_freed
+
+    amount = amount_of(memory)
+    if amount is None:
+        return {}
+    return_freed()
+    process = resident_bytes()
+    ways = [(kind, Within(amount, use._replace(cache=own), None, process)) for kind, own in pairs]
+    check_budgets(checkpoint, ways, accept_fields)
+    return {"memory": f"{amount}B", "use": use, "process": process}
 
 
 def _named(kind: str, cache: CacheKind) -> str:

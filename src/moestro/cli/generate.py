@@ -155,7 +155,7 @@ def _use(tokenizer: Tokenizer, start: str | list[int], sampling: SamplingConfig)
     from moestro.models.budget import Use
 
     read = tokenizer.encode_prompt(start) if isinstance(start, str) else start
-    return Use(len(read) + sampling.max_tokens)
+    return Use(len(read) + sampling.max_tokens, prompt=len(read))
 
 
 def _check_pairs(layer: int | None, show_experts: bool, system: str | None, chat: bool) -> None:

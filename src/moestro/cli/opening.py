@@ -15,7 +15,7 @@ from moestro.cli.budget import NONE, within
 if TYPE_CHECKING:
     from moestro.checkpoints.opening import Opened
     from moestro.config import CacheKind
-    from moestro.models.budget import Use
+    from moestro.models.budget import Budget, Use
 
 ModelName = Annotated[
     str,
@@ -90,6 +90,8 @@ def open_shown(
     memory: str = NONE,
     use: Use | None = None,
     cache: CacheKind = "as-is",
+    told: Callable[[Budget], object] | None = None,
+    process: int | None = None,
     **options: Any,
 ) -> Opened:
     """Open a checkpoint with a bar on stderr.
@@ -99,13 +101,15 @@ def open_shown(
         memory: what --memory says.
         use: how the model will be used, for that.
         cache: what --cache says.
+        told: called with what --memory gives.
+        process: see `moestro.checkpoints.streamed.Within.process`.
         options: of `moestro.checkpoints.opening.open_checkpoint`.
     """
     from moestro.checkpoints.opening import open_checkpoint
     from moestro.models.blocks import cache_as
     from moestro.models.budget import Use
 
-    options |= within(memory, folder, (use or Use())._replace(cache=cache))
+    options |= within(memory, folder, (use or Use())._replace(cache=cache), told, process)
     options["accept_fields"] = options.get("accept_fields") or ()
     with bar(f"reading {folder.name}", in_bytes=True) as progress:
         opened = open_checkpoint(folder, progress=progress, verified=True, **options)

@@ -221,7 +221,7 @@ def _list(as_json: bool) -> None:
     from rich.console import Console
 
     from moestro.checkpoints.families import FAMILIES
-    from moestro.models.budget import lacks
+    from moestro.models.passing import lacks
     from moestro.plan.presets import names, preset
     from moestro.plan.sizes import parameters_text
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moestro.cli.budget import NONE, Memory, amount_of
+from moestro.cli.budget import NONE, Memory
 from moestro.cli.opening import (
     AcceptField,
     CacheName,
@@ -24,7 +24,9 @@ from moestro.cli.opening import (
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moestro.models.budget import Use
     from moestro.serve.served import Served
+    from moestro.serve.settings import ServeSettings
 
 Host = Annotated[
     str, typer.Option(help="The address to answer at; 0.0.0.0 for all of this machine's.")
@@ -49,7 +51,7 @@ CacheMemory = Annotated[
     str | None,
     typer.Option(
         help="Memory for what earlier texts begin with, so that it is computed once, such as 4GiB; "
-        "0B: none; default 2GiB, and of --memory an eighth at most."
+        "0B: none; default 2GiB, and with --memory an eighth of what is left at most."
     ),
 ]
 
@@ -107,27 +109,25 @@ def serve(
         raise ConfigError(_MISSING) from None
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import adapted, kept_as
-    from moestro.models.budget import Use
     from moestro.serve.served import serve_model
     from moestro.serve.settings import ServeSettings
     from moestro.serve.state import new_state
 
     limits = {"max_live": max_live, "max_waiting": max_waiting, "context": context}
-    limits["cache_bytes"] = _cache_bytes(cache_memory, memory)
+    limits["cache_bytes"] = _cache_bytes(cache_memory)
     keys, local = _keys(api_key_file), is_loopback(host)
-    paths = _paths(adapter, memory)
-    settings = ServeSettings(
-        api_keys=keys,
-        any_host=bool(keys) or not local,
-        **{field: value for field, value in limits.items() if value is not None},
-    )
-    use = Use(context, settings.max_live, settings.cache_bytes)
+    paths, budgets = _paths(adapter, memory), list[Any]()
+    limits = {field: value for field, value in limits.items() if value is not None}
+    settings = ServeSettings(api_keys=keys, any_host=bool(keys) or not local, **limits)
+    use = _use(settings, cache_memory is None)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         name = _other_than(paths, name or name_of(path, folder))
         options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
-        options |= {"cache": cache, "accept_fields": accept_field}
+        options |= {"cache": cache, "accept_fields": accept_field, "told": budgets.append}
         opened = open_shown(folder, memory, use, **options)
+        if budgets and use.kept_shrinks:
+            settings = settings.model_copy(update={"cache_bytes": budgets[-1].needs.spare})
         models = {each: adapted(opened, place) for each, place in paths.items()}
         served = serve_model(name, opened.model, folder, context, models)
         address = f"http://{_shown(host)}:{bound.getsockname()[1]}"
@@ -193,15 +193,21 @@ def _report(path: str, folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _cache_bytes(cache_memory: str | None, memory: str) -> int | None:
+def _cache_bytes(cache_memory: str | None) -> int | None:
     """Memory for earlier texts; None: the settings' default."""
     from moestro.plan.sizes import parse_bytes
-    from moestro.serve.settings import ServeSettings
 
-    if cache_memory is not None:
-        return 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
-    amount = amount_of(memory)
-    return None if amount is None else min(ServeSettings().cache_bytes, amount // 8)
+    if cache_memory is None:
+        return None
+    return 0 if cache_memory in ("0", "0B") else parse_bytes(cache_memory)
+
+
+def _use(settings: ServeSettings, shrinks: bool) -> Use:
+    """What requests take at most; earlier texts less than that, if that `shrinks`."""
+    from moestro.models.budget import Use
+
+    live, kept = settings.max_live, settings.cache_bytes
+    return Use(settings.context, live, kept, kept_shrinks=shrinks, echoed=True)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

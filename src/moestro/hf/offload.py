@@ -66,8 +66,8 @@ def offload(
             transformers computes with, beyond what a step of ours takes, is not known to it.
         kind: how experts are packed: int8, int4, bfloat16 or float32.
         group: inputs that share a scale (int8, int4): 32 or 64.
-        texts: how long and how many texts are, and tokens that pass together; None: one of up to
-            4096 tokens.
+        texts: how long and how many texts are, and tokens that pass together, by default all of
+            all prompts; `scored` where logits of all are wanted. None: one of up to 4096 tokens.
         packed: the file of packed experts, written if it is missing with one packed module and its
             numbers in memory at a time; None: see `packed_files.default_path`.
         options: of transformers' `from_pretrained`.
@@ -89,7 +89,7 @@ def offload(
     amount = memory_of(memory) if isinstance(memory, str) else memory
     config = AutoConfig.from_pretrained(folder)
     base = _class_of(config)
-    use_, dense = texts or Use(_CONTEXT, scored=True), _dense(base, config, options)
+    use_, dense = texts or Use(_CONTEXT), _dense(base, config, options)
     fitted = partial(_fitted, dense, use_, _ENDLESS if amount is None else amount)
     path, source = packed_files.converted(
         folder, format, packed, check=lambda *blank: fitted(streamed.sizes_of(*blank))
@@ -141,6 +141,9 @@ class _Dense(NamedTuple):
 def _fitted(dense: _Dense, texts: Use, memory: int, sizes: tuple[Any, ...]) -> Budget:
     """What the memory holds of a packed file of these sizes, by `streamed.sizes`."""
     cfg, _, _, mixtures = sizes
+    if texts.tokens is None:  # transformers passes whole prompts
+        most = texts.prompt or texts.context or cfg.attention.context
+        texts = texts._replace(tokens=texts.texts * min(most, cfg.attention.context))
     return fit(needs(cfg, dense.number, dense.bytes, mixtures, texts, resident_bytes()), memory)
 
 

@@ -16,20 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moestro.config import LongRopeScaling, NetworkConfig, RopeConfig
 from moestro.infer.native_decoder import NativeDecoder, Stepped, supports
 from moestro.models.build import Model
 from moestro.models.cache import KVCache
 from moestro.models.encdec import START_TOKEN
 from moestro.models.network import ModelOutput
+from moestro.models.passing import CHUNK, MOST_LOGITS, chunked
 from moestro.moe.routing import Routing
 
-# Tokens of a prompt per pass: enough rows for each expert, few enough for their memory.
-CHUNK = 512
 # Tokens whose experts may be counted later.
 MOST_UNCOUNTED = 16
-# Logits that a pass may leave where those of a whole prompt are wanted: 64 MiB.
-MOST_LOGITS = 2**24
 
 
 class Routed(NamedTuple):
@@ -97,8 +93,10 @@ class Decoding:
         """How many of a prompt's tokens go through in one pass; fewer if all logits are wanted."""
         if not chunked(self.model.cfg):
             return len(tokens)
+        if not self.cuts_exactly:
+            return CHUNK
         rows = MOST_LOGITS // self.model.cfg.vocab_size
-        return max(1, min(CHUNK, rows)) if told and self.cuts_exactly else CHUNK
+        return max(1, min(CHUNK, rows)) if told else max(CHUNK, self.model.together or 0)
 
     def begin(self, tokens: Sequence[int]) -> tuple[KVCache, Passed]:
         """A new sequence that has read its prompt, and what the last token gave."""
@@ -217,23 +215,12 @@ class NativeDecoding(Decoding):
             self._count(_counts(experts_LTK, self.model.cfg.moe.num_experts))
 
 
-def chunked(cfg: NetworkConfig) -> bool:
-    """Whether a prompt may pass in chunks without changing what the model computes.
-
-    Not where tokens compete for an expert's capacity, nor where angles depend on the whole length,
-    nor through an encoder.
-    """
-    positions, moe = cfg.attention.positions, cfg.moe
-    if cfg.has_encoder:
-        return False
-    if isinstance(positions, RopeConfig) and isinstance(positions.scaling, LongRopeScaling):
-        return False
-    return moe is None or (moe.capacity is None and moe.router.kind != "expert_choice")
-
-
 def _passed(output: ModelOutput, told: int) -> Passed:
     experts = tuple(first_expert(routing) for routing in output.routings)
-    return Passed(output.logits[0, -told:], experts, partial(_routed, output.routings))
+    logits_NV = output.logits[0, -told:]
+    if told < output.logits.shape[1]:
+        logits_NV = logits_NV.clone()  # those of the whole prompt are not kept with it
+    return Passed(logits_NV, experts, partial(_routed, output.routings))
 
 
 def _counts(experts_LTK: Tensor, num_experts: int) -> Tensor:

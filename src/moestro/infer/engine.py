@@ -258,6 +258,7 @@ class Session:
                     made += [(each.number, piece) for piece in each.writer.choose(each.logits_1V)]
                 except MoestroError as error:
                     self.failed[each.number] = error
+                each.logits_1V = None  # it may be a part of those of a whole prompt
         self._leave()
         if self._running:
             made += self._pass()

@@ -20,13 +20,13 @@ from moestro.kernels.backends import Work
 from moestro.kernels.native_layers import Kept, StepDelta, StepLatent, StepLayer, StepShape
 from moestro.kernels.native_step import StepDecoder, StepPast
 from moestro.models.blocks import Block
-from moestro.models.budget import lacks
 from moestro.models.cache import KVCache, LayerCache
 from moestro.models.decoder import Decoder
 from moestro.models.delta import LENGTH_EPS, DeltaNet
 from moestro.models.latent import NORM_EPS, LatentAttention
 from moestro.models.network import ModelOutput
 from moestro.models.norms import LayerNorm, RMSNorm
+from moestro.models.passing import lacks
 from moestro.models.rotary import RotaryTable, turning_width
 from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter

@@ -135,7 +135,8 @@ def _missed(
         there = random.sample(range(layer.weights.num_experts), top_k)
         call(layer, there)
         others = [e for e in range(layer.weights.num_experts) if e not in there]
-        call(layer, there[wanted:] + random.sample(others, min(wanted, len(others))))
+        new = min(wanted, len(others))  # a token wants K experts also where there are few others
+        call(layer, there[new:] + random.sample(others, new))
     base = _usual(times[0]) if times[0] else min(computed)
     known = [m for m, each in enumerate(times) if each]
     costs = [max(0.0, _usual(times[m]) - base) for m in known]

@@ -146,10 +146,12 @@ class Stack(nn.Module):
 
     Attributes:
         cache_kind: how new caches keep keys and values; see `cache_as`.
+        together: tokens of a prompt that pass together where a memory budget says so.
     """
 
     cfg: Any
     cache_kind: CacheKind = "as-is"
+    together: int | None = None
     relative: RelativeBias | None
     blocks: nn.ModuleList
 

@@ -14,20 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.config import CacheKind, ModelConfig, NetworkConfig, RopeConfig, WindowConfig
+from moestro.config import CacheKind, NetworkConfig, RelativeConfig
 from moestro.errors import ConfigError
 from moestro.kernels.formats import UNGATED
+from moestro.models.passing import CHUNK, MOST_LOGITS, chunked, lacks
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
 # code that is first used, threads, small objects.
 PROCESS, GROWTH = 260 << 20, 32 << 20
 _SLACK = 8 << 20
-_CHUNK = 512  # tokens of a prompt that pass together
 _TILE = 16  # rows to which each expert's are rounded up
 _ROWS = 256  # queries of a text that attention takes at once where it needs a mask
-_MARKING = 24  # bytes for each of them and each position while an indexer chooses
-# Routers whose choices the native step makes.
-_ROUTERS = ("softmax", "sigmoid", "sparsemixer")
+_SCORING = 8  # logits' worth of what one token's probabilities are made with
+_MARKING = 24  # bytes for each of them and each position, for masks and while an indexer chooses
+_PART = 8  # of what is left, for caches of earlier texts, and for longer chunks of a prompt
+_CHOICE = 36  # bytes of each choice of an expert: number, weight, and copies to count it
 
 
 class Mixture(NamedTuple):
@@ -44,8 +45,11 @@ class Use(NamedTuple):
     context: int | None = None  # tokens of each text, its prompt included; None: the model's most
     texts: int = 1  # at once
     kept_bytes: int = 0  # for the caches of earlier texts
-    tokens: int = _CHUNK  # that pass together
+    kept_shrinks: bool = False  # that is the most: an eighth of what else is left, if less
+    prompt: int | None = None  # tokens of the longest; None: not known, up to the whole context
+    tokens: int | None = None  # that pass together; None: as prompts are read, one at a time
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
+    echoed: bool = False  # those of a prompt may be wanted, as many at once as `MOST_LOGITS` allows
     cache: CacheKind = "as-is"  # how keys and values are kept
 
 
@@ -57,6 +61,9 @@ class Needs(NamedTuple):
     cache: int  # keys and values, or states
     buffers: int  # what a step computes with
     mixtures: tuple[Mixture, ...]
+    spare: int = 0  # the most for caches of earlier texts that get an eighth of what is left
+    token: int = 0  # of buffers for each token of a prompt that passes together with `CHUNK` others
+    more: int = 0  # how many such tokens a prompt has
 
     @property
     def fixed(self) -> int:
@@ -93,6 +100,11 @@ class Budget(NamedTuple):
         return self.kept_bytes / max(1, self.needs.all_experts)
 
     @property
+    def together(self) -> int:
+        """Tokens of a prompt that pass together, where it may be cut anywhere."""
+        return CHUNK + self.needs.more
+
+    @property
     def below_cycle(self) -> bool:
         """Whether some mixture keeps fewer experts than one token wants."""
         pairs = zip(self.needs.mixtures, self.kept, strict=True)
@@ -106,6 +118,10 @@ class Budget(NamedTuple):
 def fit(needs: Needs, memory: int) -> Budget:
     """Keep as many experts as fit: of each mixture the same number, of the first ones one more.
 
+    Caches of earlier texts get an eighth of what is left at most; then, where experts would have to
+    be read for each chunk of a prompt, so do buffers to pass more of it together. The needs of the
+    result have both as they are.
+
     Raises:
         ConfigError: not even one expert of each mixture fits; says the smallest budget that works.
     """
@@ -118,8 +134,16 @@ def fit(needs: Needs, memory: int) -> Budget:
             f"a budget of {memory / 2**20:,.0f} MiB is too small: the process takes {sizes[0]}, "
             f"weights that every token needs {sizes[1]}, the cache {sizes[2]}, buffers {sizes[3]}, "
             f"and one expert of each mixture {sizes[4]}; give at least "
-            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts"
+            f"{smallest(needs) // 2**20}MiB, or use fewer or shorter texts (serve: --max-live and "
+            "--context; generate: --max-tokens)"
         )
+    room, more = left - least, 0
+    earlier = min(needs.spare, room // _PART)
+    if needs.more and left - earlier < needs.all_experts:
+        more = min(needs.more, (room - earlier) // _PART // needs.token)
+    cache, buffers = needs.cache + earlier, needs.buffers + more * needs.token
+    needs = needs._replace(cache=cache, buffers=buffers, spare=earlier, more=more)
+    left = memory - needs.fixed
     kept = [0] * len(mixtures)
     for number in range(max((each.experts for each in mixtures), default=0)):
         for n, each in enumerate(mixtures):
@@ -154,12 +178,21 @@ def needs(
         process: bytes that the process has before the model is opened.
     """
     context = min(use.context or cfg.attention.context, cfg.attention.context)
-    cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes
-    use = use._replace(context=context)
+    spare = use.kept_bytes if use.kept_shrinks else 0
+    cache = use.texts * text_bytes(cfg, context, number, use.cache) + use.kept_bytes - spare
+    cuts = use.tokens is None and chunked(cfg) and lacks(cfg) is None
+    use = use._replace(context=context, tokens=_together(cfg, use, context))
     buffers = _buffers(cfg, use, number, mixtures)
+    if lacks(cfg) is not None:
+        buffers += _in_python(cfg, use, number)
     if use.cache == "int8" and (use.scored or lacks(cfg) is not None):
         buffers += use.texts * _read_back(cfg, context, number)
-    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures))
+    token = more = 0
+    if use.prompt is not None and cuts:
+        more = max(0, min(use.prompt, context) - CHUNK)
+        longer = use._replace(tokens=CHUNK + 1)
+        token = _buffers(cfg, longer, number, mixtures) - buffers
+    return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare, token, more)
 
 
 def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:
@@ -168,14 +201,22 @@ def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind =
     return cache_bytes(cfg, most, 1, number, cache)
 
 
+def _together(cfg: NetworkConfig, use: Use, context: int) -> int:
+    """Tokens that pass together beside the next one of each text."""
+    if use.tokens is not None:
+        return use.tokens
+    return CHUNK if chunked(cfg) else min(use.prompt or context, context)
+
+
 def _buffers(cfg: NetworkConfig, use: Use, number: int, mixtures: Sequence[Mixture]) -> int:
     """What `native/step.cpp` computes with: rows, those of experts, scores, logits."""
-    tokens, dim = use.tokens + use.texts, cfg.dim
-    heads = (cfg.attention.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    total = tokens * 4 * (6 * dim + 3 * heads)
+    tokens, dim = (use.tokens or 0) + use.texts, cfg.dim
+    total = tokens * 4 * (6 * dim + 3 * _heads(cfg))
     moe = cfg.moe
     if moe is not None:
+        layers = sum(len(each.layers) for each in cfg.stacks())
         rows = tokens * moe.top_k
+        total += rows * layers * _CHOICE
         rows += min(moe.num_experts, rows) * (_TILE - 1)
         # What enters a matrix as bytes with scales, or as bf16 and fp32; what leaves it as fp32.
         weights = (2 if moe.activation in UNGATED else 3) * dim * moe.hidden_dim
@@ -183,21 +224,55 @@ def _buffers(cfg: NetworkConfig, use: Use, number: int, mixtures: Sequence[Mixtu
         row = 4 + (2 if whole else 6)
         total += rows * row * (dim + moe.hidden_dim) + tokens * 4 * moe.num_experts
         if number < 4:  # routers and norms as fp32
-            total += 4 * dim * moe.num_experts * sum(len(each.layers) for each in cfg.stacks())
+            total += 4 * dim * moe.num_experts * layers
         shared = 0 if moe.shared is None else moe.shared.hidden_dim
         total += tokens * 4 * (2 * dim + 3 * shared)
     logits = 3 * tokens if use.scored else 2 * use.texts
+    if use.echoed and lacks(cfg) is None:  # layers in Python make all of them anyway
+        most = MOST_LOGITS // cfg.vocab_size if chunked(cfg) else tokens
+        logits += max(1, min(tokens, most)) + _SCORING
     scores = 64 * (use.context or 0) * cfg.attention.num_heads
-    return total + 4 * (logits * cfg.vocab_size + scores) + _choosing(cfg, use, number)
+    return total + 4 * (logits * cfg.vocab_size + scores)
+
+
+def _heads(cfg: NetworkConfig) -> int:
+    """Width of queries, keys and values together."""
+    return (cfg.attention.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+
+
+def _in_python(cfg: NetworkConfig, use: Use, number: int) -> int:
+    """What torch's tensors take beside that where layers run in Python.
+
+    Rows, what routers say until all layers have passed, the logits of all of them, and what
+    attention makes for blocks of queries.
+    """
+    tokens, context = (use.tokens or 0) + use.texts, use.context or 0
+    total = tokens * number * (6 * cfg.dim + 3 * _heads(cfg))
+    if cfg.moe is not None:
+        layers = sum(len(each.layers) for each in cfg.stacks())
+        total += tokens * layers * 4 * (2 * cfg.moe.num_experts + 7 * cfg.moe.top_k)
+    logits = use.texts if cfg.has_encoder else tokens
+    total += logits * cfg.vocab_size * (number if number == 4 else number + 4)
+    total += _choosing(cfg, use, number)
+    latent, heads = cfg.attention.latent, cfg.attention.num_heads
+    if latent is not None:  # each head's keys and values, of one width where a kernel wants it
+        width = latent.nope_dim + latent.rope_dim
+        most = max(width, latent.value_dim)
+        made = latent.nope_dim + latent.value_dim + width
+        total += context * heads * number * (made + (2 * most if width != latent.value_dim else 0))
+    if isinstance(cfg.attention.positions, RelativeConfig):  # scores' biases, and a block's masked
+        rows = tokens if cfg.has_encoder else min(tokens, _ROWS)
+        total += heads * context * number * (tokens + rows)
+    return total
 
 
 def _choosing(cfg: NetworkConfig, use: Use, number: int) -> int:
-    """What an indexer chooses with: its keys in fp32; scores and marks of a block's rows."""
+    """Scores and marks of a block's rows; an indexer's keys in fp32."""
     latent, context = cfg.attention.latent, use.context or 0
-    if latent is None or latent.indexer is None:
-        return 0
-    keys = 0 if number >= 4 else 4 * use.texts * context * latent.indexer.head_dim
-    rows = min(use.tokens + use.texts, _ROWS * use.texts)
+    keys = 0
+    if latent is not None and latent.indexer is not None and number < 4:
+        keys = 4 * use.texts * context * latent.indexer.head_dim
+    rows = min((use.tokens or 0) + use.texts, _ROWS * use.texts)
     return keys + rows * context * _MARKING
 
 
@@ -263,29 +338,3 @@ def hit_bounds(budget: Budget) -> tuple[float, float]:
     """
     share = budget.share
     return share, 1 - (1 - share) ** 9
-
-
-def lacks(cfg: NetworkConfig) -> str | None:
-    """What in the settings the native step does not have; None: nothing."""
-    if not isinstance(cfg, ModelConfig):
-        return "no native step for encoder-decoders"
-    attention, moe = cfg.attention, cfg.moe
-    lacking = {
-        "relative positions": not isinstance(attention.positions, RopeConfig),
-        "layers without positions": isinstance(attention.positions, RopeConfig)
-        and attention.positions.skipped_every > 0,
-        "chunked attention": isinstance(attention.window, WindowConfig)
-        and attention.window.chunked,
-        "normed queries without gains": attention.qk_norm == "unit",
-        "an indexer of positions": attention.latent is not None
-        and attention.latent.indexer is not None,
-        "short convolutions": attention.conv is not None,
-        "a scaled residual with normed queries": cfg.norm.residual_scale != 1
-        and attention.qk_norm != "none",
-    }
-    if moe is not None:
-        router = moe.router
-        lacking["a capacity"] = moe.capacity is not None
-        lacking["weights of the experts' inputs"] = router.weighs == "input"
-        lacking[f"the {router.kind} router"] = router.kind not in _ROUTERS
-    return next((f"no native step for {what}" for what, absent in lacking.items() if absent), None)
