@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.reading import read_model
-from moestro.checkpoints.writing import write_pretrained
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.cli.main import main
 from moestro.cli.tables import that_fit
-from moestro.config import ModelConfig
+from moestro.config import ModelConfig, RunConfig
+from moestro.data.windows import prepare
+from moestro.files import write_json
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
+from moestro.text import ByteTokenizer
 
 
 @pytest.fixture
@@ -40,6 +44,7 @@ def test_prune_reports_its_cost_beside_random(
     assert list(rows) == ["whole", "reap", "random 1", "random 2", "random 3"]
     assert set(rows["reap"]["bits_per_byte"]) == {"all", "first", "second"}
     assert rows["reap"]["standard_error"] > 0
+    assert facts["measured_on"] == [text]
     less, whole = read_model(tmp_path / "less"), read_model(published)
     for layer, kept in facts["kept"].items():
         old, new = (model.blocks[int(layer)].ffn.experts.down for model in (whole, less))
@@ -50,6 +55,7 @@ def test_prune_reports_its_cost_beside_random(
     assert main([*words, "--keep", "0.75"]) == 0
     out = capsys.readouterr().out
     assert "3 of 4 experts in each mixture" in out
+    assert f"{facts['held_out_tokens']:,} tokens of {text}, held out from calibration\n" in out
     assert f"{rows['reap']['change']:+.4f}" in out
 
 
@@ -67,6 +73,44 @@ def test_prune_until_a_loss(
     if code:  # the fewest cost something, as they nearly always do
         assert "removing even the fewest experts, to 3 a layer, costs more than" in err
         assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_pruned_on_its_own_text_and_measured_on_what_it_held_out(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = {"hidden_dim": 8, "num_experts": 4, "top_k": 2}
+    attention = {"num_heads": 2, "context": 16}
+    model = {"dim": 16, "num_layers": 1, "attention": attention, "moe": moe, "vocab_size": 257}
+    cfg = RunConfig(model=model, data={"sources": [text], "seq_len": 16, "held_out": 0.2})
+    corpus = prepare(cfg.data, tmp_path / "run" / "data")
+    with atomic_folder(tmp_path / "run" / "checkpoints" / "step-000001") as inside:
+        save_model(Decoder(cfg.model), inside)
+        ByteTokenizer().save(inside)
+        write_json(inside / "run.json", cfg.model_dump(mode="json"))
+    words = ["prune", str(tmp_path / "run"), str(tmp_path / "less"), "--family", "mixtral"]
+    words += ["--experts", "3", "--tokens", "500", "--calibration", "4000"]
+    facts = facts_of(words, capsys)
+    assert facts["measured_on"] is None
+    held_out = corpus.held_out(500).values()
+    assert facts["held_out_tokens"] == sum(part.tokens_NS[:, 1:].numel() for part in held_out)
+    words[2] = str(tmp_path / "again")
+    assert main(words) == 0
+    assert f"{facts['held_out_tokens']} tokens that the run held out\n" in capsys.readouterr().out
+    words[2:3] = [str(tmp_path / "third"), "--source", str(Path(text) / "first.txt")]
+    assert main(words) == 0
+    assert "first.txt\n" in capsys.readouterr().out.partition("tokens of ")[2]
+
+
+@pytest.mark.parametrize(
+    "words", [["prune", "--keep", "0.75"], ["merge", "--groups", "3"], ["round"]]
+)
+def test_text_is_asked_for_where_no_run_left_any(
+    words: list[str], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "new"
+    assert main([words[0], str(published), str(target), *words[1:]]) == 2
+    assert "does not say what text it was trained on" in capsys.readouterr().err
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("method", [[], ["--method", "m-smoe", "--align"]])
@@ -111,6 +155,7 @@ def test_round_is_measured_as_int4(
     facts = facts_of(words, capsys)
     assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
     assert facts["matrices"] == 2 * (2 + 2 * 4)
+    assert facts["measured_on"] == [text]
     words = ["eval", str(tmp_path / "new"), "--source", text, "--tokens", "1000"]
     again = facts_of([*words, "--weights", "int4"], capsys)
     assert again["rows"][0]["bits_per_byte"] == facts["rows"][2]["bits_per_byte"]

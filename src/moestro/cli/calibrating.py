@@ -1,4 +1,4 @@
-"""What `prune` and `merge` share: text to calibrate and measure on, the table, the new folder."""
+"""What `prune`, `merge` and `round` share: text to calibrate and measure on; table; new folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ Target = Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")]
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text to calibrate on: file, folder, glob or 'builtin'; may be repeated; default: "
-        "what the run trained on. Half of it is kept for measuring. Domains are the sub-folders, "
-        "or the files' names."
+        help="Text to calibrate on: file, folder, glob or 'builtin'; may be repeated. Half of it "
+        "is kept for measuring, so best is text that the model was not trained on. Domains are the "
+        "sub-folders, or the files' names. Only a run can do without: what it trained on, measured "
+        "on what it held out."
     ),
 ]
 Source = Annotated[
@@ -55,10 +56,19 @@ _WIDTH = 50  # of the report's table without domains
 
 
 class Texts(NamedTuple):
-    """Windows to calibrate on, int64 [N, S + 1], and held-out ones by domain."""
+    """Text to calibrate on, and other text to measure on.
+
+    Attributes:
+        tokens_NS: windows to calibrate on, int64 [N, S + 1].
+        held_out: windows to measure on, by domain.
+        measured: the sources of those; none: what the run held out.
+        what: the same in words, for the report.
+    """
 
     tokens_NS: Tensor
     held_out: dict[str, HeldOut]
+    measured: tuple[str, ...]
+    what: str
 
 
 def read_texts(
@@ -73,6 +83,12 @@ def read_texts(
     from moestro.infer.prompts import check_known
 
     checkpoint, cfg = layers.folder, layers.cfg
+    if not text and not (checkpoint / "run.json").exists():
+        raise DataError(
+            f"{checkpoint} does not say what text it was trained on, so none is at hand that it "
+            "was not; give text like what the model is for with --text: half of it calibrates, "
+            "half measures"
+        )
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     with ExitStack() as stack:
 
@@ -99,7 +115,11 @@ def read_texts(
         for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
             known = (cfg.vocab_size, corpus.tokenizer, "the text")
             check_known(read_NS.flatten().tolist(), *known)
-    return Texts(tokens_NS, held_out)
+    sources = tuple(source or text or ())
+    what = f"tokens of {', '.join(sources)}" if sources else "tokens that the run held out"
+    if sources and not source:
+        what += ", held out from calibration"
+    return Texts(tokens_NS, held_out, sources, what)
 
 
 def statistics_of(
@@ -145,7 +165,7 @@ def conclude(
     family: str | None,
     method: str,
     changes: Mapping[str, Change],
-    held_out: Mapping[str, HeldOut],
+    texts: Texts,
     facts: dict[str, Any],
     *,
     seed: int,
@@ -163,17 +183,18 @@ def conclude(
         f"random {draw + 1}": pruned(layers.cfg, at_random(layers.cfg, number, seed + draw))
         for draw in range(DRAWS)
     }
-    rows = measure(layers, held_out, {**changes, **drawn}, memory_bytes)
+    rows = measure(layers, texts.held_out, {**changes, **drawn}, memory_bytes)
     with writing(target):
         layers.write(changes[method], target, family)
-    read = sum(domain.tokens_NS[:, 1:].numel() for domain in held_out.values())
+    read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
     told = {
         "checkpoint": str(layers.folder), "written": str(target), "method": method,
         "experts": number, "of": before.num_experts, "held_out_tokens": read,
+        "measured_on": texts.measured or None,
     }  # fmt: skip
     heading = (
         f"{target}: {number} of {before.num_experts} experts in each mixture; bits per byte of "
-        f"{read:,} held-out tokens"
+        f"{read:,} {texts.what}"
     )
     _report({**told, **facts}, rows, as_json, heading)
 

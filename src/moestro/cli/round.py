@@ -96,6 +96,7 @@ def round(
     read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
     if as_json:
         alone = {"alone": made.alone, "matrices": made.matrices, **care._asdict()}
-        typer.echo(json.dumps({**facts_of(target, read, rows), **alone}))
+        told = {"measured_on": texts.measured or None, **alone}
+        typer.echo(json.dumps({**facts_of(target, read, rows), **told}))
     else:
-        show(target, read, rows)
+        show(target, read, rows, texts.what)
