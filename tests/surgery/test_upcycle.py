@@ -87,6 +87,15 @@ def test_noise_and_drop_change_a_share_of_each_expert(tmp_path):
         (Recipe(6, 3, granularity=3), "granularity 3 does not divide the network's 20 hidden"),
         (Recipe(8, 3, granularity=2), "8 experts, 3 per token, do not make whole copies of 2"),
         (Recipe(6, 2, method="drop", share=0.0), "share to change is 0.0"),
+        (
+            Recipe(6, 2, method="drop", share=0.02),
+            r"0\.02 of the 20 hidden units .* least is 0\.05$",
+        ),
+        (Recipe(8, 4, 2, "drop", 0.05), r"0\.05 of the 10 hidden units .* least is 0\.1$"),
+        (
+            Recipe(6, 2, method="noise", share=1e-4),
+            r"0\.0001 of the 960 weights .* least is 0\.001$",
+        ),
     ],
 )
 def test_numbers_that_do_not_go_together(recipe, message, tmp_path):

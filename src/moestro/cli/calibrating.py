@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,12 +64,14 @@ class Texts(NamedTuple):
         held_out: windows to measure on, by domain.
         measured: the sources of those; none: what the run held out.
         what: the same in words, for the report.
+        more: what to do for more to calibrate on.
     """
 
     tokens_NS: Tensor
     held_out: dict[str, HeldOut]
     measured: tuple[str, ...]
     what: str
+    more: str
 
 
 def read_texts(
@@ -103,11 +106,14 @@ def read_texts(
             return found
 
         corpus = corpus_of(text)
-        windows = min(calibration // corpus.seq_len, corpus.windows_per_epoch)
+        windows, there = calibration // corpus.seq_len, corpus.windows_per_epoch
+        more = "give more text"
+        if windows < there:
+            more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
+        windows = min(windows, there)
         if windows < 1:
             raise DataError(
-                f"{calibration:,} tokens to calibrate on are less than one window of "
-                f"{corpus.seq_len:,}; raise --calibration, or give more text"
+                f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
             )
         tokens_NS = corpus.batch(0, windows)
         measured = corpus_of(source) if source else corpus
@@ -119,7 +125,7 @@ def read_texts(
     what = f"tokens of {', '.join(sources)}" if sources else "tokens that the run held out"
     if sources and not source:
         what += ", held out from calibration"
-    return Texts(tokens_NS, held_out, sources, what)
+    return Texts(tokens_NS, held_out, sources, what, more)
 
 
 def statistics_of(
@@ -131,15 +137,16 @@ def statistics_of(
 
     with bar("calibrating, blocks") as progress:
         seen = collect(
-            layers, texts.tokens_NS, every=every, memory_bytes=memory_bytes, progress=progress
-        )
+            layers, texts.tokens_NS, every=every, more=texts.more, memory_bytes=memory_bytes,
+            progress=progress,
+        )  # fmt: skip
     few = sum(int((each.counts_E < LEAST_TOKENS).sum()) for each in seen.values())
     if few:
         number = sum(len(each.counts_E) for each in seen.values())
         typer.echo(
             f"moestro: {few} of {number} experts saw fewer than {LEAST_TOKENS} of the "
             f"{texts.tokens_NS[:, 1:].numel():,} tokens, so little is known of them; "
-            "more text and a larger --calibration show more",
+            f"to know more, {texts.more}",
             err=True,
         )
     return seen
@@ -207,7 +214,7 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
                 "model": name,
                 "bits_per_byte": cost.bits,
                 "change": cost.change,
-                "standard_error": cost.error if cost.error == cost.error else None,
+                "standard_error": None if math.isnan(cost.error) else cost.error,
                 "relative": cost.relative,
             }
             for name, cost in rows.items()
@@ -225,7 +232,8 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
     shown, others = domain_columns(domains, console.width - _WIDTH)
     table = new_table("model", ALL, "change", "±", "relative", *shown)
     for name, cost in rows.items():
-        change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
+        error = "" if math.isnan(cost.error) else f"{cost.error:.4f}"  # of a single window
+        change = [f"{cost.change:+.4f}", error, f"{cost.relative:+.2%}"]
         change = change if name != WHOLE else [""] * 3
         each_domain = [f"{cost.bits[domain]:.4f}" for domain in shown]
         table.add_row(name, f"{cost.bits[ALL]:.4f}", *change, *each_domain)

@@ -146,7 +146,9 @@ def _search(
         }
 
     if not half(0):
-        raise ConfigError("--until needs two held-out windows of a domain; raise --tokens")
+        raise ConfigError(
+            "--until needs two held-out windows of a domain; raise --tokens, or give more text"
+        )
 
     def fits(number: int) -> bool:
         change = pruned(layers.cfg, chosen(layers.cfg, seen, method, number))

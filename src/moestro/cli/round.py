@@ -83,8 +83,8 @@ def round(
         layers.write(made.change, target, family)
     if made.alone:
         typer.echo(
-            f"moestro: {made.alone} of {made.matrices} matrices saw too little of the text, so "
-            "their weights were rounded each for itself; more text helps",
+            f"moestro: {made.alone} of {made.matrices} matrices saw too few of the tokens, so "
+            f"their weights were rounded each for itself; for better ones, {texts.more}",
             err=True,
         )
     kinds = (("bf16", layers.folder), (weights, layers.folder), (weights, target))

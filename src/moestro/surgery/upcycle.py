@@ -148,6 +148,17 @@ def _check(cfg: ModelConfig, recipe: Recipe) -> None:
         )
     if not 0 < recipe.share <= 1:
         raise ConfigError(f"the share to change is {recipe.share}; it must be above 0, at most 1")
+    units = hidden // slices
+    number, what = {
+        "copy": (0, ""),
+        "noise": (units * cfg.dim, "weights of an expert's down projection"),
+        "drop": (units, "hidden units of an expert"),
+    }[recipe.method]
+    if number and not round(recipe.share * number):
+        raise ConfigError(
+            f"a share of {recipe.share:g} of the {number:,} {what} is none of them; the least is "
+            f"{1 / number:.2g}"
+        )
 
 
 def _settings(cfg: ModelConfig, recipe: Recipe, family: str) -> ModelConfig:
