@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from moestro.checkpoints.gguf.writing import write_gguf
+from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.reading import read_model
 from moestro.surgery.calibration import LayerStatistics
 from moestro.surgery.layers import Layers
@@ -121,3 +123,19 @@ def test_other_wide_tensors_are_computed_as_wide(tmp_path):
     assert layers.dtype == torch.float32
     found = layers.bits(TOKENS, [layers.unchanged()])[0]
     assert torch.allclose(found, bits_of(read_model(tmp_path, dtype=torch.float32)), atol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [(), (ROUTER,)])
+def test_fp32_of_gguf_alone_makes_nothing_wider(wide, tmp_path):
+    """There norms and routers are always fp32: those whose numbers bf16 holds were not before."""
+    stored("mixtral", tmp_path / "old", *wide)
+    model = read_model(tmp_path / "old", dtype=torch.float32)
+    write_gguf(model, tmp_path / "m.gguf", family="mixtral", kind="bf16")
+    layers = Layers(find_checkpoint(tmp_path / "m.gguf"))
+    layers.write(pruned(layers.cfg, dict.fromkeys(range(3), KEPT)), tmp_path / "new")
+    after = load_file(tmp_path / "new" / "model.safetensors")
+    before = load_file(tmp_path / "old" / "model.safetensors")
+    for key, tensor in after.items():
+        if key.endswith(ROUTER):
+            assert torch.equal(tensor, before[key][KEPT]), key
+        assert tensor.dtype == (torch.float32 if key.endswith(wide) else torch.bfloat16), key

@@ -69,7 +69,9 @@ class Layers:
         dtype: the widest that a parameter is stored in, except those of norms and routers, which
             compute in fp32 anyway: what the rest is computed in.
         stored: the dtype of each parameter by name, in which it is written too: the widest of its
-            parts; of a quantised one the embedding's, or bf16 if that is quantised.
+            parts; of a quantised one the embedding's, or bf16 if that is quantised. A GGUF file
+            holds norms and routers in fp32 whatever they were: of one whose numbers are in the
+            embedding's dtype, that.
         hf_config: the config.json of Hugging Face's layout that the weights came with, or {}.
     """
 
@@ -282,7 +284,16 @@ def _stored(unread: Unread) -> dict[str, torch.dtype]:
     found = dict[str, list[torch.dtype]]()
     for place, source in unread.sources:
         found.setdefault(place.ours, []).append(source.dtype or unread.dtype)
-    return {name: _widest(found[name]) for name, _ in unread.model.named_parameters()}
+    stored = {name: _widest(found[name]) for name, _ in unread.model.named_parameters()}
+    for name in [
+        name for name, dtype in stored.items() if unread.of_gguf and dtype != unread.dtype
+    ]:
+        shape = unread.model.get_parameter(name).shape
+        numbers = torch.empty(shape, dtype=stored[name], device="cpu")
+        load_tensors(unread.part({name}), into={name: numbers})
+        if torch.equal(numbers.to(unread.dtype).to(numbers.dtype), numbers):
+            stored[name] = unread.dtype
+    return stored
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
