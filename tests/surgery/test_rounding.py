@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from moestro.checkpoints.gguf.writing import write_gguf
+from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.reading import read_model
+from moestro.checkpoints.writing import write_pretrained
+from moestro.config import ModelConfig
 from moestro.kernels.packing import Format, dequantise, quantise
+from moestro.models.decoder import Decoder
 from moestro.surgery.layers import Layers
 from moestro.surgery.rounding import Care, Moments, on_grid, rounded
 
@@ -81,6 +86,27 @@ def test_every_packed_matrix_of_the_blocks_is_on_the_grid(name, tmp_path):
         else:
             assert torch.equal(old, new), key
     assert count == made.matrices > made.alone
+
+
+def test_gguf_in_q4_0_holds_the_same_numbers_of_the_blocks(tmp_path):
+    moe = {"hidden_dim": 96, "num_experts": 4, "top_k": 2}
+    attention = {"num_heads": 2, "num_kv_heads": 1, "context": 64}
+    cfg = ModelConfig(
+        vocab_size=tiny.VOCABULARY, dim=64, num_layers=2, attention=attention, moe=moe
+    )
+    write_pretrained(Decoder(cfg).bfloat16(), tmp_path / "whole", family="mixtral")
+    layers = Layers(tmp_path / "whole")
+    (tmp_path / "blocks").mkdir()
+    layers.write(rounded(layers, TOKENS, 32, tmp_path / "blocks").change, tmp_path / "rounded")
+    for name in ("whole", "rounded"):
+        model, file = read_model(tmp_path / name, dtype=torch.float32), tmp_path / f"{name}.gguf"
+        write_gguf(model, file, family="mixtral", kind="q4_0")
+        again = read_model(find_checkpoint(str(file)), dtype=torch.float32)
+        blocks, others = model.blocks.state_dict(), again.blocks.state_dict()
+        moved = {key for key, each in blocks.items() if not torch.equal(others[key], each)}
+        assert not torch.equal(again.embed.weight, model.embed.weight)
+        matrices = {key for key, each in blocks.items() if each.dim() > 1 and "router" not in key}
+        assert moved == (matrices if name == "whole" else set())
 
 
 def test_moments_are_of_what_each_matrix_multiplies(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""What `prune` and `merge` share: text to calibrate and measure on, the table, the new folder."""
+"""What `prune`, `merge` and `round` share: text to calibrate and measure on; table; new folder."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +27,10 @@ Target = Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")]
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text to calibrate on: file, folder, glob or 'builtin'; may be repeated; default: "
-        "what the run trained on. Half of it is kept for measuring. Domains are the sub-folders, "
-        "or the files' names."
+        help="Text to calibrate on: file, folder, glob or 'builtin'; may be repeated. Half of it "
+        "is kept for measuring, so best is text that the model was not trained on. Domains are the "
+        "sub-folders, or the files' names. Only a run can do without: what it trained on, measured "
+        "on what it held out."
     ),
 ]
 Source = Annotated[
@@ -55,10 +57,21 @@ _WIDTH = 50  # of the report's table without domains
 
 
 class Texts(NamedTuple):
-    """Windows to calibrate on, int64 [N, S + 1], and held-out ones by domain."""
+    """Text to calibrate on, and other text to measure on.
+
+    Attributes:
+        tokens_NS: windows to calibrate on, int64 [N, S + 1].
+        held_out: windows to measure on, by domain.
+        measured: the sources of those; none: what the run held out.
+        what: the same in words, for the report.
+        more: what to do for more to calibrate on.
+    """
 
     tokens_NS: Tensor
     held_out: dict[str, HeldOut]
+    measured: tuple[str, ...]
+    what: str
+    more: str
 
 
 def read_texts(
@@ -73,6 +86,12 @@ def read_texts(
     from moestro.infer.prompts import check_known
 
     checkpoint, cfg = layers.folder, layers.cfg
+    if not text and not (checkpoint / "run.json").exists():
+        raise DataError(
+            f"{checkpoint} does not say what text it was trained on, so none is at hand that it "
+            "was not; give text like what the model is for with --text: half of it calibrates, "
+            "half measures"
+        )
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     with ExitStack() as stack:
 
@@ -87,11 +106,14 @@ def read_texts(
             return found
 
         corpus = corpus_of(text)
-        windows = min(calibration // corpus.seq_len, corpus.windows_per_epoch)
+        windows, there = calibration // corpus.seq_len, corpus.windows_per_epoch
+        more = "give more text"
+        if windows < there:
+            more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
+        windows = min(windows, there)
         if windows < 1:
             raise DataError(
-                f"{calibration:,} tokens to calibrate on are less than one window of "
-                f"{corpus.seq_len:,}; raise --calibration, or give more text"
+                f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
             )
         tokens_NS = corpus.batch(0, windows)
         measured = corpus_of(source) if source else corpus
@@ -99,7 +121,11 @@ def read_texts(
         for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
             known = (cfg.vocab_size, corpus.tokenizer, "the text")
             check_known(read_NS.flatten().tolist(), *known)
-    return Texts(tokens_NS, held_out)
+    sources = tuple(source or text or ())
+    what = f"tokens of {', '.join(sources)}" if sources else "tokens that the run held out"
+    if sources and not source:
+        what += ", held out from calibration"
+    return Texts(tokens_NS, held_out, sources, what, more)
 
 
 def statistics_of(
@@ -111,15 +137,16 @@ def statistics_of(
 
     with bar("calibrating, blocks") as progress:
         seen = collect(
-            layers, texts.tokens_NS, every=every, memory_bytes=memory_bytes, progress=progress
-        )
+            layers, texts.tokens_NS, every=every, more=texts.more, memory_bytes=memory_bytes,
+            progress=progress,
+        )  # fmt: skip
     few = sum(int((each.counts_E < LEAST_TOKENS).sum()) for each in seen.values())
     if few:
         number = sum(len(each.counts_E) for each in seen.values())
         typer.echo(
             f"moestro: {few} of {number} experts saw fewer than {LEAST_TOKENS} of the "
             f"{texts.tokens_NS[:, 1:].numel():,} tokens, so little is known of them; "
-            "more text and a larger --calibration show more",
+            f"to know more, {texts.more}",
             err=True,
         )
     return seen
@@ -145,7 +172,7 @@ def conclude(
     family: str | None,
     method: str,
     changes: Mapping[str, Change],
-    held_out: Mapping[str, HeldOut],
+    texts: Texts,
     facts: dict[str, Any],
     *,
     seed: int,
@@ -163,17 +190,18 @@ def conclude(
         f"random {draw + 1}": pruned(layers.cfg, at_random(layers.cfg, number, seed + draw))
         for draw in range(DRAWS)
     }
-    rows = measure(layers, held_out, {**changes, **drawn}, memory_bytes)
+    rows = measure(layers, texts.held_out, {**changes, **drawn}, memory_bytes)
     with writing(target):
         layers.write(changes[method], target, family)
-    read = sum(domain.tokens_NS[:, 1:].numel() for domain in held_out.values())
+    read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
     told = {
         "checkpoint": str(layers.folder), "written": str(target), "method": method,
         "experts": number, "of": before.num_experts, "held_out_tokens": read,
+        "measured_on": texts.measured or None,
     }  # fmt: skip
     heading = (
         f"{target}: {number} of {before.num_experts} experts in each mixture; bits per byte of "
-        f"{read:,} held-out tokens"
+        f"{read:,} {texts.what}"
     )
     _report({**told, **facts}, rows, as_json, heading)
 
@@ -186,7 +214,7 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
                 "model": name,
                 "bits_per_byte": cost.bits,
                 "change": cost.change,
-                "standard_error": cost.error if cost.error == cost.error else None,
+                "standard_error": None if math.isnan(cost.error) else cost.error,
                 "relative": cost.relative,
             }
             for name, cost in rows.items()
@@ -204,7 +232,8 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
     shown, others = domain_columns(domains, console.width - _WIDTH)
     table = new_table("model", ALL, "change", "±", "relative", *shown)
     for name, cost in rows.items():
-        change = [f"{cost.change:+.4f}", f"{cost.error:.4f}", f"{cost.relative:+.2%}"]
+        error = "" if math.isnan(cost.error) else f"{cost.error:.4f}"  # of a single window
+        change = [f"{cost.change:+.4f}", error, f"{cost.relative:+.2%}"]
         change = change if name != WHOLE else [""] * 3
         each_domain = [f"{cost.bits[domain]:.4f}" for domain in shown]
         table.add_row(name, f"{cost.bits[ALL]:.4f}", *change, *each_domain)

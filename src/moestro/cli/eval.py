@@ -220,7 +220,7 @@ def facts_of(checkpoint: Path, tokens: int, rows: list[Score]) -> dict[str, Any]
     }
 
 
-def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
+def show(checkpoint: Path, tokens: int, rows: list[Score], what: str = "held-out tokens") -> None:
     """The table, for a person."""
     from rich.console import Console
 
@@ -228,9 +228,7 @@ def show(checkpoint: Path, tokens: int, rows: list[Score]) -> None:
     from moestro.train.evaluate import ALL
 
     console = Console(highlight=False)
-    console.print(
-        f"{checkpoint}: bits per byte of {tokens:,} held-out tokens", markup=False, soft_wrap=True
-    )
+    console.print(f"{checkpoint}: bits per byte of {tokens:,} {what}", markup=False, soft_wrap=True)
     domains = [name for name in rows[0].bits if name != ALL]
     shown, others = domain_columns(domains, console.width - _WIDTH)
     table = new_table("weights", ALL, "change", *shown)

@@ -77,6 +77,6 @@ def merge(
         "groups": found, "aligned": align, "calibration_tokens": texts.tokens_NS[:, 1:].numel(),
     }  # fmt: skip
     conclude(
-        layers, target, family, method, changes, texts.held_out, facts,
+        layers, target, family, method, changes, texts, facts,
         seed=seed, memory_bytes=memory_bytes, as_json=as_json,
     )  # fmt: skip

@@ -95,9 +95,9 @@ def prune(
     layers.fields(fewer(layers.cfg, number), family)  # refused before anything is read
     texts = read_texts(layers, text, source, calibration, tokens)
     seen = statistics_of(layers, texts, memory_bytes)
-    held_out = texts.held_out
     if limit is not None:
         number, held_out = _search(layers, seen, method, texts, limit, memory_bytes, numbers)
+        texts = texts._replace(held_out=held_out)
     kept = chosen(layers.cfg, seen, method, number)
     facts: dict[str, Any] = {
         "kept": {layer: each.tolist() for layer, each in kept.items()},
@@ -105,7 +105,7 @@ def prune(
     }
     changes: dict[str, Change] = {method: pruned(layers.cfg, kept)}
     conclude(
-        layers, target, family, method, changes, held_out, facts,
+        layers, target, family, method, changes, texts, facts,
         seed=seed, memory_bytes=memory_bytes, as_json=as_json,
     )  # fmt: skip
 
@@ -146,7 +146,9 @@ def _search(
         }
 
     if not half(0):
-        raise ConfigError("--until needs two held-out windows of a domain; raise --tokens")
+        raise ConfigError(
+            "--until needs two held-out windows of a domain; raise --tokens, or give more text"
+        )
 
     def fits(number: int) -> bool:
         change = pruned(layers.cfg, chosen(layers.cfg, seen, method, number))

@@ -83,8 +83,8 @@ def round(
         layers.write(made.change, target, family)
     if made.alone:
         typer.echo(
-            f"moestro: {made.alone} of {made.matrices} matrices saw too little of the text, so "
-            "their weights were rounded each for itself; more text helps",
+            f"moestro: {made.alone} of {made.matrices} matrices saw too few of the tokens, so "
+            f"their weights were rounded each for itself; for better ones, {texts.more}",
             err=True,
         )
     kinds = (("bf16", layers.folder), (weights, layers.folder), (weights, target))
@@ -96,6 +96,7 @@ def round(
     read = sum(domain.tokens_NS[:, 1:].numel() for domain in texts.held_out.values())
     if as_json:
         alone = {"alone": made.alone, "matrices": made.matrices, **care._asdict()}
-        typer.echo(json.dumps({**facts_of(target, read, rows), **alone}))
+        told = {"measured_on": texts.measured or None, **alone}
+        typer.echo(json.dumps({**facts_of(target, read, rows), **told}))
     else:
-        show(target, read, rows)
+        show(target, read, rows, texts.what)

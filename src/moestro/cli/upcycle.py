@@ -66,7 +66,7 @@ def upcycle(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    same = "the dense model's outputs" if method == "copy" else f"{method} on {share:.0%}"
+    same = "the dense model's outputs" if method == "copy" else f"{method} on {100 * share:.3g}%"
     typer.echo(
         f"{target}: {name}, {experts} experts, {top_k} per token, {same}; {after.total:,} "
         f"parameters, {after.active:,} active, from {before.total:,} dense"

@@ -53,7 +53,7 @@ def without_memory() -> Iterator[None]:
 
 def materialize(
     model: nn.Module,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str | torch.device,
     without: Container[nn.Module] = (),
 ) -> None:
@@ -63,7 +63,7 @@ def materialize(
 
     Args:
         model: changed in place.
-        dtype: of the parameters.
+        dtype: of the parameters; None: as they are.
         device: where they go.
         without: modules in it whose own tensors stay without memory.
     """
@@ -74,7 +74,9 @@ def materialize(
             continue
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if old not in made:
-                made[old] = nn.Parameter(_empty(old.shape, dtype, device), old.requires_grad)
+                made[old] = nn.Parameter(
+                    _empty(old.shape, dtype or old.dtype, device), old.requires_grad
+                )
             setattr(module, name, made[old])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, device=device))

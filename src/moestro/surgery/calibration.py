@@ -119,6 +119,7 @@ def collect(
     *,
     every: bool = False,
     least: int = LEAST_TOKENS,
+    more: str = "give more text",
     memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> dict[int, LayerStatistics]:
@@ -129,6 +130,7 @@ def collect(
         tokens_NS: windows, int64 [N, S + 1].
         every: also the mean outputs over all tokens, which costs E / K times as much.
         least: tokens that each expert should see, on average.
+        more: what to do where they see fewer.
         memory_bytes: most for hidden states; see `Layers.bits`.
         progress: called with (blocks so far, blocks in all).
 
@@ -140,8 +142,8 @@ def collect(
     tokens, needed = tokens_NS[:, 1:].numel(), -(-least * moe.num_experts // moe.top_k)
     if tokens < needed:
         raise DataError(
-            f"the text has {tokens:,} tokens, but {moe.num_experts} experts with {moe.top_k} per "
-            f"token need {needed:,} to see {least} each on average; give more text"
+            f"{tokens:,} tokens to calibrate on are too few: {moe.num_experts} experts with "
+            f"{moe.top_k} per token need {needed:,} to see {least} each on average; {more}"
         )
     watched: dict[int, Watched] = {}
     watch: Callable[[int, Block], None] = partial(_install, watched, every)

@@ -6,8 +6,8 @@ Letters: C changes, N windows, S sequence, D width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +19,7 @@ from moestro.checkpoints.families import OWN, family_of
 from moestro.checkpoints.families.translate import QUANTISATION, SPECIAL, to_fields
 from moestro.checkpoints.folders import read_json
 from moestro.checkpoints.reading import open_unread, origin, read_settings
-from moestro.checkpoints.transfer import Progress, load_tensors
+from moestro.checkpoints.transfer import Progress, Unread, load_tensors
 from moestro.checkpoints.writing import only_family, write_pretrained
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
@@ -27,6 +27,8 @@ from moestro.models.blocks import Block
 from moestro.models.build import build_model
 from moestro.models.decoder import Decoder
 from moestro.models.materialize import materialize, without_memory
+from moestro.models.norms import LayerNorm, RMSNorm
+from moestro.moe.routers import Router
 
 Tensors = Mapping[str, Tensor]  # of one module, by their names in it
 BATCH = 8  # windows in one forward pass
@@ -64,7 +66,12 @@ class Layers:
     Attributes:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
         cfg: the settings.
-        dtype: of the stored embedding (bf16 if that is quantised): what is computed and written in.
+        dtype: the widest that a parameter is stored in, except those of norms and routers, which
+            compute in fp32 anyway: what the rest is computed in.
+        stored: the dtype of each parameter by name, in which it is written too: the widest of its
+            parts; of a quantised one the embedding's, or bf16 if that is quantised. A GGUF file
+            holds norms and routers in fp32 whatever they were: of one whose numbers are in the
+            embedding's dtype, that.
         hf_config: the config.json of Hugging Face's layout that the weights came with, or {}.
     """
 
@@ -81,7 +88,13 @@ class Layers:
                 f"{folder} is an encoder-decoder; decoders can be upcycled, pruned and merged"
             )
         self._unread = open_unread(folder, accept_fields=accept_fields)
-        self.folder, self.cfg, self.dtype = folder, cfg, self._unread.dtype
+        self.folder, self.cfg = folder, cfg
+        self.stored = _stored(self._unread)
+        alone = _in_own_dtype(self._unread.model)
+        self.dtype = _widest(
+            dtype for name, dtype in self.stored.items() if name.rpartition(".")[0] not in alone
+        )
+        _in_dtypes(self._unread.model, self.stored.__getitem__)
         if family is OWN:
             came_with = origin(folder)
             fields = read_json(came_with, finite=False) if came_with.is_file() else {}
@@ -94,13 +107,13 @@ class Layers:
         return Change(self.cfg, lambda _, tensors: tensors)
 
     def tensors(self, path: str) -> Tensors:
-        """The tensors of the module at `path`, in memory that is nobody else's.
+        """The tensors of the module at `path`, as stored, in memory that is nobody else's.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
         module = self._unread.model.get_submodule(path)
-        materialize(module, self.dtype, "cpu")
+        materialize(module, None, "cpu")
         found = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         load_tensors(self._unread.part({f"{path}.{name}" for name in found}))
         module.to_empty(device="meta")
@@ -161,7 +174,7 @@ class Layers:
         outer = {path: self.tensors(path) for path in _outer(models[0])}
         for model in models:
             for path, tensors in outer.items():
-                model.get_submodule(path).load_state_dict(tensors, assign=True)
+                self._run_on(model.get_submodule(path), tensors)
         inputs_NS = tokens_NS[:, :-1]
         first_NSD = models[0].embedded(inputs_NS)
         states = [first_NSD, *(first_NSD.clone() for _ in changes[1:])]
@@ -171,7 +184,7 @@ class Layers:
             for model, x_NSD in zip(models, states, strict=True):
                 block = model.blocks[layer]
                 assert isinstance(block, Block)
-                block.load_state_dict(made.pop(0), assign=True)
+                self._run_on(block, made.pop(0))
                 if watch is not None and model is models[0]:
                     watch(layer, block)
                 for rows in batches:
@@ -192,6 +205,23 @@ class Layers:
                 for model, x_NSD in zip(models, states, strict=True)
             ]
         )
+
+    def _run_on(self, module: torch.nn.Module, tensors: Tensors) -> None:
+        """Give a module these tensors, in the dtypes that it computes with."""
+        alone = _in_own_dtype(module)
+        cast = {
+            name: tensors[name].to(self.dtype)
+            for name, _ in module.named_parameters()
+            if name.rpartition(".")[0] not in alone
+        }
+        module.load_state_dict({**tensors, **cast}, assign=True)
+
+    def _written(self, name: str) -> torch.dtype:
+        """The dtype to write a parameter in: as stored, or one that holds those it is made of."""
+        if name in self.stored:
+            return self.stored[name]
+        place = name[: name.index(_NETWORK) + len(_NETWORK)]
+        return _widest(self.stored[one] for one in self.stored if one.startswith(place))
 
     def fields(self, cfg: ModelConfig, family: str | None = None) -> dict[str, Any]:
         """The config.json for changed settings.
@@ -230,11 +260,12 @@ class Layers:
                 return made(int(way[1]))[".".join(way[2:])]
             return other(way[0])[".".join(way[1:])]
 
+        model = skeleton(change.cfg)
+        _in_dtypes(model, self._written)
         write_pretrained(
-            skeleton(change.cfg),
+            model,
             target,
             hf_config=self.fields(change.cfg, family),
-            dtype=self.dtype,
             sidecar_files=self.folder,
             tensors=tensor,
         )
@@ -246,6 +277,40 @@ def skeleton(cfg: ModelConfig) -> Decoder:
         model = build_model(cfg)
     assert isinstance(model, Decoder)
     return model.requires_grad_(False).eval()
+
+
+def _stored(unread: Unread) -> dict[str, torch.dtype]:
+    """The dtype of each parameter by name; the widest of those that it consists of."""
+    found = dict[str, list[torch.dtype]]()
+    for place, source in unread.sources:
+        found.setdefault(place.ours, []).append(source.dtype or unread.dtype)
+    stored = {name: _widest(found[name]) for name, _ in unread.model.named_parameters()}
+    for name in [
+        name for name, dtype in stored.items() if unread.of_gguf and dtype != unread.dtype
+    ]:
+        shape = unread.model.get_parameter(name).shape
+        numbers = torch.empty(shape, dtype=stored[name], device="cpu")
+        load_tensors(unread.part({name}), into={name: numbers})
+        if torch.equal(numbers.to(unread.dtype).to(numbers.dtype), numbers):
+            stored[name] = unread.dtype
+    return stored
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest that holds the numbers of all exactly."""
+    return reduce(torch.promote_types, dtypes)
+
+
+def _in_own_dtype(module: torch.nn.Module) -> set[str]:
+    """The paths of what computes in fp32 and takes parameters of any dtype: norms and routers."""
+    kinds = (RMSNorm, LayerNorm, Router)
+    return {path for path, each in module.named_modules() if isinstance(each, kinds)}
+
+
+def _in_dtypes(model: torch.nn.Module, of: Callable[[str], torch.dtype]) -> None:
+    """Give each parameter of a model without memory its dtype."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(of(name))
 
 
 def _outer(model: Decoder) -> list[str]:

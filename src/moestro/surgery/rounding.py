@@ -162,7 +162,8 @@ def rounded(
                 stack = weight if weight.dim() == 3 else weight[None]
                 pairs = zip(stack, moments, strict=True)
                 new = [on_grid(one, its, group, care) for one, its in pairs]
-                made[f"{path}.{name}"] = torch.stack(new).view_as(weight).to(weight.dtype)
+                stored = layers.stored[f"blocks.{layer}.{path}.{name}"]
+                made[f"{path}.{name}"] = torch.stack(new).view_as(weight).to(stored)
                 counts[0] += sum(its.rows < LEAST_TOKENS for its in moments)
                 counts[1] += len(moments)
         seen.clear()

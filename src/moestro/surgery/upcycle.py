@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.families import family_of
+from moestro.checkpoints.families import FAMILIES, family_of
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 from moestro.kernels.reference import GATED
@@ -22,7 +22,8 @@ from moestro.surgery.layers import Change, Layers, Tensors
 
 ROUTER_STD = 0.02  # of the router's rows at the start, as in drop-upcycling
 NOISE_STD = 0.02
-# Model types to write, the first that fits; the later ones for their shared experts.
+# Model types to write, the first that fits; the later ones for their shared experts. After them
+# come all others, of which most have a kind of attention of their own.
 TARGETS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "hunyuan_v1_moe", "dots1", "glm4_moe")
 Method = Literal["copy", "noise", "drop"]
 
@@ -63,27 +64,59 @@ def upcycled(layers: Layers, recipe: Recipe, family: str | None = None) -> tuple
     Args:
         layers: of the dense model.
         recipe: what to make.
-        family: None: the first of `TARGETS` that can express the mixture.
+        family: None: the first of `TARGETS`, then of all, that can express the mixture.
 
     Raises:
         ConfigError: the model is a mixture, numbers do not go together, or no family can express
-            the mixture; says why.
+            the mixture; says why, and whether one could with a shared expert, or without.
     """
     _check(layers.cfg, recipe)
-    reason = ""
-    for name in (family,) if family else TARGETS:
-        try:
-            cfg = _settings(layers.cfg, recipe, name)
-            layers.fields(cfg, name)
-        except ConfigError as error:
-            if family:
-                raise
-            reason = reason or str(error)
-            continue
-        return Change.of_networks(cfg, partial(_network, cfg, recipe)), name
+    if family:
+        name, cfg = family, _expressed(layers, recipe, family)
+    else:
+        name, cfg = _first(layers, recipe)
+    return Change.of_networks(cfg, partial(_network, cfg, recipe)), name
+
+
+def _expressed(layers: Layers, recipe: Recipe, family: str) -> ModelConfig:
+    """The mixture's settings in a family.
+
+    Raises:
+        ConfigError: it cannot express them.
+    """
+    cfg = _settings(layers.cfg, recipe, family)
+    layers.fields(cfg, family)
+    return cfg
+
+
+def _first(layers: Layers, recipe: Recipe) -> tuple[str, ModelConfig]:
+    """The first family that can express the mixture, and its settings there.
+
+    Raises:
+        ConfigError: none can.
+    """
+
+    def able(recipe: Recipe) -> tuple[str, ModelConfig] | ConfigError:
+        refused: list[ConfigError] = []
+        for name in dict.fromkeys((*TARGETS, *FAMILIES)):
+            try:
+                return name, _expressed(layers, recipe, name)
+            except ConfigError as error:
+                refused.append(error)
+        return refused[0]
+
+    found = able(recipe)
+    if isinstance(found, tuple):
+        return found
+    other = able(recipe._replace(shared=not recipe.shared))
+    how = "without a shared expert" if recipe.shared else "with a shared expert"
+    hint = (
+        f"{how[0].upper()}{how[1:]} {other[0]} can"
+        if isinstance(other, tuple)
+        else f"Nor can one {how}; name a family to see what is in its way"
+    )
     raise ConfigError(
-        f"none of {', '.join(TARGETS)} can express the mixture: {reason}. Try with a shared "
-        "expert, or without, or name one to see what is in its way"
+        f"no family can express the mixture; what is in the way of {TARGETS[0]}: {found}. {hint}"
     )
 
 
@@ -115,6 +148,17 @@ def _check(cfg: ModelConfig, recipe: Recipe) -> None:
         )
     if not 0 < recipe.share <= 1:
         raise ConfigError(f"the share to change is {recipe.share}; it must be above 0, at most 1")
+    units = hidden // slices
+    number, what = {
+        "copy": (0, ""),
+        "noise": (units * cfg.dim, "weights of an expert's down projection"),
+        "drop": (units, "hidden units of an expert"),
+    }[recipe.method]
+    if number and not round(recipe.share * number):
+        raise ConfigError(
+            f"a share of {recipe.share:g} of the {number:,} {what} is none of them; the least is "
+            f"{1 / number:.2g}"
+        )
 
 
 def _settings(cfg: ModelConfig, recipe: Recipe, family: str) -> ModelConfig:

@@ -1,5 +1,7 @@
 """The families' tables: config.json ↔ settings, layouts, and which tensor is whose part."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -227,6 +229,27 @@ def test_settings_that_a_family_cannot_express(change, name):
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     with pytest.raises(ConfigError, match=name):
         to_fields(FAMILIES["mixtral"], ModelConfig(**values), {})
+
+
+MIXES = [
+    {"size": 4},
+    {"kind": "conv", "attention_layers": [1]},
+    {"kind": "delta", "key_heads": 2, "value_heads": 2, "key_dim": 4, "value_dim": 4},
+]
+
+
+@pytest.mark.parametrize("window", MIXES)
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+def test_layers_of_another_kind_are_refused_by_every_family(window, qk_norm):
+    attention = {"num_heads": 4, "context": 16, "qk_norm": qk_norm, "window": window}
+    moe = {"hidden_dim": 8, "num_experts": 4}
+    for settings in ({}, {"moe": moe}, {"moe": {**moe, "shared": {"hidden_dim": 8, "gate": True}}}):
+        cfg = ModelConfig(vocab_size=20, dim=16, num_layers=4, attention=attention, **settings)
+        for family in FAMILIES.values():
+            with suppress(ConfigError):  # and no other error
+                to_fields(family, cfg, {})
+    with pytest.raises(ConfigError, match=r"attention\.window"):
+        to_fields(FAMILIES["qwen3_next" if window.get("kind") != "delta" else "lfm2_moe"], cfg, {})
 
 
 def test_what_only_training_reads_is_no_hindrance():

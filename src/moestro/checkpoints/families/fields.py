@@ -48,11 +48,12 @@ def setting(cfg: Config, dotted: str) -> Any:
     """The value of our setting `dotted`, such as `attention.num_heads`.
 
     Raises:
-        ConfigError: a part of the way is unset, such as `moe` in a dense model.
+        ConfigError: a part of the way is unset, such as `moe` in a dense model, or of another kind,
+            such as `attention.window`.
     """
     value: Any = cfg
     for part in dotted.split("."):
-        if value is None:
+        if not hasattr(value, part):
             raise ConfigError(f"{dotted} is not set, and this layout needs it")
         value = getattr(value, part)
     return value
@@ -178,7 +179,7 @@ def window(default: int | None = None, *, switch: bool = False) -> Entry:
         return {"attention.window": None if size is None else {"size": size}}
 
     def write(cfg: Config, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = _sliding(cfg)
+        window = sliding(cfg)
         values: dict[str, Any] = {"sliding_window": None if window is None else window.size}
         return values | ({"use_sliding_window": window is not None} if switch else {})
 
@@ -210,7 +211,7 @@ def layer_types(slides: Callable[[Mapping[str, Any]], list[bool]], *, switch: bo
         return {"attention.window": {"size": size, "full_every": _full_every(sliding)}}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = _sliding(cfg)
+        window = sliding(cfg)
         values: dict[str, Any] = {
             "sliding_window": None if window is None else window.size,
             "layer_types": [_KINDS[cfg.window(n) is None] for n in range(cfg.num_layers)],
@@ -232,12 +233,13 @@ def layer_types(slides: Callable[[Mapping[str, Any]], list[bool]], *, switch: bo
 _KINDS = ("sliding_attention", "full_attention")
 
 
-def _sliding(cfg: Any) -> WindowConfig | None:
+def sliding(cfg: Any) -> WindowConfig | None:
     """The window of a model whose layers all have attention."""
     window = cfg.attention.window
     if window is not None and not isinstance(window, WindowConfig):
         raise ConfigError(
-            "this layout has attention in every layer; attention.window is of the kind delta"
+            "this layout has attention in every layer; attention.window is of the kind "
+            f"{window.kind}"
         )
     return window
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moestro.checkpoints.families.fields import choice, field, num_layers
+from moestro.checkpoints.families.fields import choice, field, num_layers, sliding
 from moestro.checkpoints.families.llama import (
     BIAS,
     BLOCK,
@@ -92,7 +92,7 @@ def _pieces() -> Entry:
         return {"attention.window": {"size": size, "full_every": every, "chunked": True}}
 
     def write(cfg: Any, original: Mapping[str, Any]) -> dict[str, Any]:
-        window = cfg.attention.window
+        window = sliding(cfg)
         kinds = [_KINDS[cfg.window(n) is None] for n in range(cfg.num_layers)]
         return {names[0]: None if window is None else window.size, names[1]: kinds}
 
