@@ -144,34 +144,9 @@ TRIALS = {
         for r in ("1e-3", *_RATES)
     },
     **{
-        f"narrow-32-b4-x{share}-lr4e-3": _moe(
-            *_NARROW,
-            *_experts(32, 2, 64),
-            "train.batch_size=4",
-            "optim.lr=4e-3",
-            f"optim.experts_lr={share}",
-        )
-        for share in ("0.25", "2", "4")
-    },
-    **{
         f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
         for b in (2, 4)
         for r in ("1e-3", *_RATES)
-    },
-    # Experts at a share of the learning rate.
-    **{
-        f"narrow-{n}-x{share}-lr{r}": _moe(
-            *_NARROW, *_experts(n, 2, 64), f"optim.lr={r}", f"optim.experts_lr={share}"
-        )
-        for n in (16, 32, 64)
-        for share in ("0.25", "0.5", "2")
-        for r in _RATES
-    },
-    **{
-        f"moe-{n}-x{share}-lr{r}": _moe(*_experts(n), f"optim.lr={r}", f"optim.experts_lr={share}")
-        for n in (16, 32)
-        for share in ("0.25", "0.5", "2")
-        for r in _RATES
     },
     # What keeps experts evenly used, over seeds.
     "balance-none": _moe(*_BALANCE, "balance.switch=0", length=0.5),

@@ -80,29 +80,6 @@ def test_decay_shrinks_matrices_and_leaves_norms():
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_experts_take_their_share_of_the_learning_rate(matrices):
-    model, whole = tiny(), tiny()
-    whole.load_state_dict(model.state_dict())
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for each, share in ((model, 0.25), (whole, 1.0)):
-        cfg = OptimConfig(lr=0.1, experts_lr=share, matrices=matrices)
-        optimizer = make_optimizer(each, cfg)
-        set_learning_rate(optimizer, 0.1)
-        torch.manual_seed(0)
-        for parameter in each.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        in_groups = [p for group in optimizer.param_groups for p in group["params"]]
-        assert sorted(map(id, in_groups)) == sorted(map(id, each.parameters()))
-    moved = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        share = 0.25 if ".experts." in name else 1.0
-        change = moved[name].detach() - before[name]
-        torch.testing.assert_close(parameter.detach(), before[name] + share * change)
-    assert sum(".experts." in name for name in moved) == 2
-
-
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)

@@ -133,7 +133,8 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, packed, within, **told)
     else:
         model = read_packed(folder, format, **told)
-    return _with(Opened(model, folder, _came_with(folder)), adapter)
+    opened = Opened(model, folder, _came_with(folder))
+    return opened if adapter is None else use_adapter(opened, adapter)
 
 
 def open_streamed(
@@ -198,10 +199,6 @@ def check_budgets(
             model = blank_packed(folder, format, accept_fields)
             found.append(within.needs(model, packed_header.make(model, format, {})[1]))
     fit(max(found, key=smallest), ways[0][1].memory)
-
-
-def _with(opened: Opened, adapter: str | Path | None) -> Opened:
-    return opened if adapter is None else use_adapter(opened, adapter)
 
 
 def _checked_format(

@@ -80,9 +80,6 @@ class OptimConfig(Settings):
         "is AdamW's.",
     )
     lr: PositiveFloat = 2e-3
-    experts_lr: PositiveFloat = Field(
-        1.0, description="Learning rate of routed experts, as a share of that of all else."
-    )
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: Fraction = Field(0.05, description="Share of the steps spent warming up.")
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

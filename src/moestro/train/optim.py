@@ -14,9 +14,7 @@ from torch import nn
 
 from moestro.config import OptimConfig, RunConfig
 from moestro.models.build import new_model
-from moestro.moe.experts import Experts
 from moestro.train import muon
-from moestro.train.muon import Muon
 from moestro.train.task import train_flops
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -29,14 +27,10 @@ _NOT_MUONS = {"router", "head", "relative"}
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all trainable parameters of `model`, fused where torch has it.
 
-    Routed experts are groups of their own where `cfg.experts_lr` is not 1: an expert sees K of E
-    tokens, so its gradient is noisier than that of what every token passes.
-
     With `cfg.matrices` = "muon" the matrices that decay follow Muon, but for those of routers,
     the output head and relative positions: scores and tables, not maps of one vector to another.
     """
     decayed, free = split_parameters(model)
-    experts = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
     if cfg.matrices == "muon":
         adamw = {
@@ -47,12 +41,10 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
             _group(adamw, cfg.weight_decay) | {"matrices": False},
             _group(free, 0.0) | {"matrices": False},
         ]
-        groups = [each for each in _by_rate(groups, experts, cfg) if each["params"]]
-        return Muon(groups, cfg.lr, cfg.betas, fused)
+        groups = [each for each in groups if each["params"]]
+        return muon.Muon(groups, cfg.lr, cfg.betas, fused)
     groups = [_group(decayed, cfg.weight_decay), _group(free, 0.0)]
-    return torch.optim.AdamW(
-        _by_rate(groups, experts, cfg), lr=cfg.lr, betas=cfg.betas, fused=fused
-    )
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 
 def step_flops(cfg: RunConfig) -> float:
@@ -71,20 +63,6 @@ def step_flops(cfg: RunConfig) -> float:
 
 def _group(parameters: Parameters, weight_decay: float) -> dict[str, Any]:
     return {"params": list(parameters.values()), "weight_decay": weight_decay}
-
-
-def _by_rate(
-    groups: list[dict[str, Any]], experts: set[int], cfg: OptimConfig
-) -> list[dict[str, Any]]:
-    """The groups, and those of the experts among them with their share of the learning rate."""
-    if cfg.experts_lr == 1.0:
-        return groups
-    parts = []
-    for group in groups:
-        for among, share in ((False, 1.0), (True, cfg.experts_lr)):
-            params = [p for p in group["params"] if (id(p) in experts) == among]
-            parts.append(group | {"params": params, "lr_share": share})
-    return [part for part in parts if part["params"]]
 
 
 def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
@@ -120,9 +98,9 @@ def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group the learning rate, or its share of it."""
+    """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = value * group.get("lr_share", 1.0)
+        group["lr"] = value
 
 
 def _share(step: int, start: int, steps: int) -> float:
