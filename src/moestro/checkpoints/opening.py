@@ -133,8 +133,7 @@ def open_checkpoint(
         model = _mapped_or_packed(folder, format, packed, within, **told)
     else:
         model = read_packed(folder, format, **told)
-    opened = Opened(model, folder, _came_with(folder))
-    return opened if adapter is None else use_adapter(opened, adapter)
+    return use_adapter(Opened(model, folder, _came_with(folder)), adapter)
 
 
 def open_streamed(
@@ -222,12 +221,12 @@ def _check_single(folder: Path, adapter: str | Path | None) -> None:
         )
 
 
-def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
+def use_adapter(opened: Opened, adapter: str | Path | None) -> Opened:
     """Give a model adapters, in place: added to its weights, or beside those that are packed.
 
     Args:
         opened: The model, with plain weights or packed ones.
-        adapter: A run of adapters or its checkpoint, or a folder of PEFT's.
+        adapter: A run of adapters or its checkpoint, or a folder of PEFT's; None: no adapters.
 
     Raises:
         CheckpointError: they belong to another model, or to one that has changed since, or cannot
@@ -238,6 +237,8 @@ def use_adapter(opened: Opened, adapter: str | Path) -> Opened:
         UserWarning: a run's were trained over another checkpoint, of maybe the same weights.
     """
     model = opened.model
+    if adapter is None:
+        return opened
     _read_adapter(model, opened, adapter)
     if not any(isinstance(module, Packed) for module in model.modules()):
         merge(model)
