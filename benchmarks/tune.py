@@ -9,7 +9,7 @@ its last checkpoint come the bytes that are trained, and those of their optimize
     .venv/bin/python benchmarks/tune.py --quick
     MOESTRO_SMOLLM2=SmolLM2-135M-Instruct.Q4_1.gguf .venv/bin/python benchmarks/tune.py
 
-Without the variable the dense model is a tiny one, trained here first on built-in text.
+A run that was interrupted goes on where it was. Without the variable the dense model is a tiny one, trained here first on built-in text.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def dense_model(out: Path, quick: bool) -> tuple[str, str, bool]:
     if not quick:
         sizes = ["train.steps=800"]
     sets = [word for each in ("model.moe=null", *sizes) for word in ("--set", each)]
-    moestro("train", "--out", out / "pretrained", *sets)
+    if not (out / "pretrained").exists():
+        shutil.rmtree(out / "begun", ignore_errors=True)
+        moestro("train", "--out", out / "begun", *sets)
+        (out / "begun").rename(out / "pretrained")
     return str(out / "pretrained"), "tiny", False
 
 
@@ -76,8 +79,13 @@ def stored(path: Path) -> int:
 
 def tuned(name: str, base: str, way: str, options: list[str], args: argparse.Namespace,
           chats: Path, chat: bool) -> dict[str, Any]:  # fmt: skip
-    """One tuning, as a row."""
+    """One tuning, as a row; one that was made before is read."""
     run = args.out / f"{name}, {way}".replace(" ", "-").replace(",", "")
+    path = args.out / f"{run.name}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    shutil.rmtree(run, ignore_errors=True)
     words = [
         "--data", chats / "train.jsonl", "--out", run, "--steps", args.steps,
         "--set", f"data.seq_len={args.seq_len}", "--set", f"train.batch_size={args.batch}",
@@ -96,6 +104,7 @@ def tuned(name: str, base: str, way: str, options: list[str], args: argparse.Nam
         "peak MB": (done.peak_bytes - idle.peak_bytes) / 1e6, "sample": sample(run, chat),
     }  # fmt: skip
     print(f"{name}, {way}: {row['before']:.4f} → {row['after']:.4f}", flush=True)
+    path.write_text(json.dumps(row))
     return row
 
 
@@ -112,14 +121,19 @@ def main() -> None:
     args.out = args.out.absolute()
     if args.quick:
         args.steps, args.batch, args.tokens = min(args.steps, 10), min(args.batch, 2), 4096
-    if args.out.exists():
-        raise SystemExit(f"{args.out} exists already; remove it, or give another --out")
+    begun, given = args.out / "args.json", [args.steps, args.batch, args.seq_len, args.tokens]
+    if args.out.exists() and not (begun.exists() and json.loads(begun.read_text()) == given):
+        raise SystemExit(f"{args.out} is of other arguments; remove it, or give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(given))
     dense, name, chat = dense_model(args.out, args.quick)
     chats = args.out / "chats"
     words = [sys.executable, ROOT / "examples" / "library_chats.py", chats]
     words += [*([] if chat else ["--plain"]), *(["--most", "150"] if args.quick else [])]
+    shutil.rmtree(chats, ignore_errors=True)
     subprocess.run(words, check=True)
-    moestro("upcycle", dense, args.out / "mixture", "--experts", 8, "--top-k", 2)
+    if not (args.out / "mixture").exists():  # it appears whole or not at all
+        moestro("upcycle", dense, args.out / "mixture", "--experts", 8, "--top-k", 2)
     print(f"before: {sample(dense, chat)}")
     rows = [
         tuned(model, base, way, (WAYS if chat else TINY_WAYS)[way], args, chats, chat)
