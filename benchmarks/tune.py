@@ -9,7 +9,8 @@ its last checkpoint come the bytes that are trained, and those of their optimize
     .venv/bin/python benchmarks/tune.py --quick
     MOESTRO_SMOLLM2=SmolLM2-135M-Instruct.Q4_1.gguf .venv/bin/python benchmarks/tune.py
 
-A run that was interrupted goes on where it was. Without the variable the dense model is a tiny one, trained here first on built-in text.
+Without the variable the dense model is a tiny one, trained here first on built-in text. A run that
+was interrupted goes on where it was.
 """
 
 from __future__ import annotations

@@ -168,3 +168,43 @@ def test_bad_options(
 ) -> None:
     assert main(["eval", str(published), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+TINY = [
+    "--set", "model.dim=16", "--set", "model.num_layers=1", "--set", "model.moe.hidden_dim=8",
+    "--set", "model.moe.num_experts=4", "--set", "data.seq_len=16", "--set", "data.held_out=0.3",
+    "--set", "train.batch_size=4", "--set", "train.steps=2", "--set", "train.eval_tokens=300",
+]  # fmt: skip
+
+
+def test_what_a_run_held_out_is_made_again_only_if_it_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, run = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.txt").write_text(f"text {number} says {number * number} " * 20)
+    assert main(["train", "--out", str(run), "--source", str(text), *TINY]) == 0
+    words = ["eval", str(run), "--weights", "fp32", "--json"]
+    capsys.readouterr()
+    assert main(words) == 0
+    before = capsys.readouterr().out
+    shutil.rmtree(run / "data")
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(before)
+    (text / "3.txt").write_text("another text " * 30)
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert "has changed since" in told.err
+    assert "give --source" in told.err
+    assert main([*words, "--source", str(text)]) == 0
+
+
+def test_built_in_text_is_named_where_no_run_held_any_out(
+    published: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(published), "--weights", "fp32", "--tokens", "300"]
+    assert main(words) == 0
+    assert "measured on built-in text" in capsys.readouterr().err
+    assert main([*words, "--source", text]) == 0
+    assert "built-in" not in capsys.readouterr().err

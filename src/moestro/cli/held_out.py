@@ -28,12 +28,14 @@ def open_corpus(
         stack: what is made for the time of a call is removed with it.
 
     Raises:
-        DataError: there is no text.
+        DataError: there is no text, or what the run held out is gone and cannot be made again.
     """
+    import typer
+
     from moestro.config import DataConfig
     from moestro.data.rows import prepare_chats
     from moestro.data.windows import prepare
-    from moestro.train.state import read_run_settings
+    from moestro.train.state import corpus_fingerprint, read_run_settings
 
     own = str(checkpoint)  # its tokenizer is the one it was trained with, not a new one
     cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
@@ -50,7 +52,19 @@ def open_corpus(
         cfg = cfg.model_copy(
             update={"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
         )
-    return prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
+    elif not (checkpoint / "run.json").exists():
+        typer.echo(
+            f"{checkpoint} says of no text that it was held out: measured on built-in text, which it "
+            "may have been trained on; --source names other",
+            err=True,
+        )
+    corpus = prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
+    if not sources and corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
+        raise DataError(
+            f"what the run of {checkpoint} held out is gone from {data}, and what it was made of has "
+            "changed since, so text that was trained on might be measured; give --source"
+        )
+    return corpus
 
 
 def open_chats(
