@@ -111,6 +111,14 @@ class ChatTemplate(NamedTuple):
             raise DataError(f"the chat template refuses these messages: {error}") from None
 
 
+def called_with(arguments: str) -> Any:
+    """A call's arguments as templates write them out: what their JSON says, or the text."""
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+
+
 def set_elsewhere(variables: Mapping[str, Any]) -> str | None:
     """The first of a person's template variables that the conversation itself says; None: none."""
     return next((name for name in _SAID if name in variables), None)

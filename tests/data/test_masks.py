@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from moestro.chat import ChatTemplate
+from moestro.chat import ChatTemplate, called_with
 from moestro.config import ChatConfig, DataConfig
 from moestro.data.chats import Chat, read_chats
 from moestro.data.masks import Labelled, label
@@ -205,6 +205,22 @@ def test_tools_calls_and_variables_may_be_json_as_a_text(tools, tmp_path):
     assert chat.messages == (ASK, CALL)
     wanted = {"tools": [{"name": "sky"}]} if tools and "sky" in str(tools) else {}
     assert chat.variables == {"a": [1], **wanted}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [('{"at": "Bonn"}', {"at": "Bonn"}), ("", {}), ("not JSON", "not JSON"), ({"a": 1}, {"a": 1})],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_of_calls_are_what_the_server_gives_a_template(written, read, nested, tmp_path):
+    def called(arguments):
+        call = {"name": "sky", "arguments": arguments}
+        return {**CALL, "tool_calls": [{"type": "function", "function": call} if nested else call]}
+
+    (chat,) = read_chats(line(tmp_path, {"messages": [ASK, called(written)]}))
+    assert chat.messages == (ASK, called(read))
+    if isinstance(written, str):
+        assert called_with(written) == read  # which serve calls
 
 
 WEIGHED = [ASK, {**THOUGHT, "weight": 0}, ASK, {**ANSWER, "weight": 1}, ASK, THOUGHT]

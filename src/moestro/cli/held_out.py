@@ -54,15 +54,15 @@ def open_corpus(
         )
     elif not (checkpoint / "run.json").exists():
         typer.echo(
-            f"{checkpoint} says of no text that it was held out: measured on built-in text, which it "
-            "may have been trained on; --source names other",
+            f"{checkpoint} says of no text that it was held out: measured on built-in text, "
+            "which it may have been trained on; --source names other",
             err=True,
         )
     corpus = prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
     if not sources and corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
         raise DataError(
-            f"what the run of {checkpoint} held out is gone from {data}, and what it was made of has "
-            "changed since, so text that was trained on might be measured; give --source"
+            f"what the run of {checkpoint} held out is gone from {data}, and what it was made of "
+            "has changed since, so text that was trained on might be measured; give --source"
         )
     return corpus
 

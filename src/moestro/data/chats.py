@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moestro.chat import set_elsewhere
+from moestro.chat import called_with, set_elsewhere
 from moestro.config import DataConfig
 from moestro.data.documents import read_lines, source_files
 from moestro.errors import DataError
@@ -155,10 +155,20 @@ def _message(number: int, message: Any) -> Mapping[str, Any]:
         raise DataError(f"{which} has the content {content!r}; it is a text, or a list of parts")
     _text(content if isinstance(content, str) else "")
     _check_weight(which, role, message.get("weight"))
-    if not isinstance(message.get("tool_calls"), str):
+    if not message.get("tool_calls"):
         return message
     calls = _unpacked(message["tool_calls"], list, f"tool_calls of {which}")
-    return {**message, "tool_calls": calls}
+    return {**message, "tool_calls": [_call(each) for each in calls]}
+
+
+def _call(call: Any) -> Any:
+    """A call with its arguments as an object, as the server gives them to templates."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"])}
+    written = call.get("arguments")
+    return {**call, "arguments": called_with(written)} if isinstance(written, str) else call
 
 
 def _check_weight(which: str, role: str, weight: Any) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moestro.chat import set_elsewhere
+from moestro.chat import called_with, set_elsewhere
 from moestro.errors import DataError
 from moestro.infer.writing import Constraint
 from moestro.serve import errors, tools
@@ -148,8 +147,4 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
 
 def _called(function: CalledFunction) -> dict[str, Any]:
     """A call with its arguments as an object, which is what templates write out."""
-    try:
-        arguments = json.loads(function.arguments or "{}")
-    except ValueError:
-        arguments = function.arguments
-    return {"name": function.name, "arguments": arguments}
+    return {"name": function.name, "arguments": called_with(function.arguments)}
