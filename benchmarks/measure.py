@@ -49,6 +49,15 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(slow) / statistics.median(fast)
 
 
+def claim(out: Path, given: dict[str, Any]) -> None:
+    """Take a folder for a study of these arguments, or go on with one of the same."""
+    begun = out / "args.json"
+    if out.exists() and not (begun.exists() and json.loads(begun.read_text()) == given):
+        raise SystemExit(f"{out} is of other arguments; remove it, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(given))
+
+
 class Done(NamedTuple):
     """What a command printed, and its peak resident set."""
 

@@ -122,11 +122,8 @@ def main() -> None:
     args.out = args.out.absolute()
     if args.quick:
         args.steps, args.batch, args.tokens = min(args.steps, 10), min(args.batch, 2), 4096
-    begun, given = args.out / "args.json", [args.steps, args.batch, args.seq_len, args.tokens]
-    if args.out.exists() and not (begun.exists() and json.loads(begun.read_text()) == given):
-        raise SystemExit(f"{args.out} is of other arguments; remove it, or give another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(given))
+    lasting = ("quick", "steps", "batch", "seq_len", "tokens")  # alike in all runs
+    measure.claim(args.out, {name: getattr(args, name) for name in lasting})
     dense, name, chat = dense_model(args.out, args.quick)
     chats = args.out / "chats"
     words = [sys.executable, ROOT / "examples" / "library_chats.py", chats]

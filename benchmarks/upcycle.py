@@ -145,12 +145,6 @@ def row_of(side: str, rate: float, bits: list[float], dense: list[float]) -> dic
     }  # fmt: skip
 
 
-def _lasting(args: argparse.Namespace) -> dict[str, Any]:
-    """What all of a study's runs must share."""
-    names = ("quick", "dense", "pretrain", "steps", "batch", "tokens")
-    return {name: getattr(args, name) for name in names}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps of a tiny model")
@@ -168,12 +162,9 @@ def main() -> None:
     if args.quick:
         args.pretrain, args.steps, args.batch, args.seeds = 20, 20, 4, 2
         args.rates, args.sides, args.tokens = args.rates[:2], args.sides[:1], 4096
-    begun, given = args.out / "args.json", json.dumps(_lasting(args))
-    if args.out.exists() and not (begun.exists() and begun.read_text() == given):
-        raise SystemExit(f"{args.out} is of other arguments; remove it, or give another --out")
-    if not begun.exists():
-        write_texts(args.out / "text", 100_000 if args.quick else 3_000_000)
-        begun.write_text(given)
+    lasting = ("quick", "dense", "pretrain", "steps", "batch", "tokens")  # alike in all runs
+    measure.claim(args.out, {name: getattr(args, name) for name in lasting})
+    write_texts(args.out / "text", 100_000 if args.quick else 3_000_000)
     held = DataConfig(
         sources=(str(args.out / "text" / "held"),), seq_len=SHORT_S, held_out=0.5,
         tokenizer=str(find_checkpoint(base_of(TUNING_SEED, args))),

@@ -111,12 +111,15 @@ class ChatTemplate(NamedTuple):
             raise DataError(f"the chat template refuses these messages: {error}") from None
 
 
-def called_with(arguments: str) -> Any:
-    """A call's arguments as templates write them out: what their JSON says, or the text."""
+def from_json(text: str) -> Any:
+    """What a text says as JSON, {} if it is empty; the text itself if it is none.
+
+    So a call's arguments are given to templates, which write objects out.
+    """
     try:
-        return json.loads(arguments or "{}")
+        return json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return arguments
+        return text
 
 
 def set_elsewhere(variables: Mapping[str, Any]) -> str | None:

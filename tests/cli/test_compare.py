@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,12 +29,20 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text")
 
 
-def test_compare_trains_both_and_says_what_it_measured(
+@pytest.fixture
+def compared(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+) -> tuple[Path, dict[str, Any]]:
+    """A finished comparison's folder, and what was printed."""
     out = tmp_path / "out"
     assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
-    result = json.loads(capsys.readouterr().out)
+    return out, json.loads(capsys.readouterr().out)
+
+
+def test_compare_trains_both_and_says_what_it_measured(
+    compared: tuple[Path, dict[str, Any]],
+) -> None:
+    out, result = compared
     assert result == json.loads((out / "compare.json").read_text())
     assert {curve["kind"] for curve in result["curves"]} == {"moe", "dense"}
     for curve in result["curves"]:
@@ -63,21 +72,17 @@ def test_several_mixtures_share_a_twin_and_get_their_laws(
 
 
 def test_resume_reads_what_is_done_and_gives_the_same_result(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
-    first = json.loads(capsys.readouterr().out)
+    out, first = compared
     assert main(["compare", "--out", str(out), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first
 
 
 def test_resume_begins_again_what_was_killed_before_its_first_save(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
-    result = json.loads(capsys.readouterr().out)
+    out, result = compared
     for save in (out / "dense" / "checkpoints").iterdir():
         shutil.rmtree(save)
     assert main(["compare", "--out", str(out), "--resume", "--json"]) == 0
@@ -90,10 +95,9 @@ def test_resume_begins_again_what_was_killed_before_its_first_save(
 
 
 def test_resume_refuses_runs_of_other_settings(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert main(["compare", "--out", str(out), "--source", text, "--json", *TINY]) == 0
+    out, _ = compared
     path = out / "compare-settings.json"
     saved = json.loads(path.read_text())
     saved["run"]["optim"]["lr"] = 0.5

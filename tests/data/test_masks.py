@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from moestro.chat import ChatTemplate, called_with
+from moestro.chat import ChatTemplate, from_json
 from moestro.config import ChatConfig, DataConfig
 from moestro.data.chats import Chat, read_chats
 from moestro.data.masks import Labelled, label
@@ -220,7 +220,7 @@ def test_arguments_of_calls_are_what_the_server_gives_a_template(written, read, 
     (chat,) = read_chats(line(tmp_path, {"messages": [ASK, called(written)]}))
     assert chat.messages == (ASK, called(read))
     if isinstance(written, str):
-        assert called_with(written) == read  # which serve calls
+        assert from_json(written) == read  # which serve calls
 
 
 WEIGHED = [ASK, {**THOUGHT, "weight": 0}, ASK, {**ANSWER, "weight": 1}, ASK, THOUGHT]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moestro.checkpoints.fingerprints import digest
-from moestro.checkpoints.gguf.folder import files_of
+from moestro.checkpoints.gguf.folder import given_path
 from moestro.checkpoints.tensor_files import TensorFile, Written, read_tensors, some
 from moestro.config import LoraConfig
 from moestro.errors import CheckpointError
@@ -71,7 +71,7 @@ def _check_base(cfg: LoraConfig, folder: Path, base: Path) -> None:
     """See what `load_own` raises and warns; runs of before have no digest to compare."""
     if not cfg.base_digest or digest(base) == cfg.base_digest:
         return
-    if _weights_of(Path(cfg.base)) == _weights_of(base):
+    if given_path(Path(cfg.base)).resolve() == given_path(base).resolve():
         raise CheckpointError(
             f"{cfg.base} has other weights or settings than those that the adapters in {folder} "
             "were trained over; put back what it had, or tune again"
@@ -82,9 +82,3 @@ def _check_base(cfg: LoraConfig, folder: Path, base: Path) -> None:
         UserWarning,
         stacklevel=2,
     )
-
-
-def _weights_of(base: Path) -> Path:
-    """Where a checkpoint's weights are, by the path of its folder or of its GGUF file."""
-    files = files_of(base)
-    return (files[0] if files else base).resolve()

@@ -68,8 +68,7 @@ def name_in_hub(folder: Path) -> str | None:
 
 def given_name(folder: Path) -> str:
     """What a person calls a checkpoint: a folder's path, the GGUF file's, or `org/model`."""
-    files = gguf.files_of(folder)
-    return name_in_hub(folder) or str(files[0] if files else folder)
+    return name_in_hub(folder) or str(gguf.given_path(folder))
 
 
 def find_model(name: str | Path) -> Path:

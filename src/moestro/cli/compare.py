@@ -150,12 +150,14 @@ def _asked(
 def _refuse_steps(option: str, stated: list[str]) -> None:
     """An option that chooses the steps leaves none to be set."""
     from moestro.errors import ConfigError
+    from moestro.settings import read_values
+    from moestro.train.state import dotted
 
     chosen = ("train.steps", "train.eval_every", "train.save_every")
-    for each in stated:
-        if each.partition("=")[0].strip() in chosen:
+    for name, value in dotted(read_values(None, stated)).items():
+        if name in chosen:
             raise ConfigError(
-                f"{option} chooses {', '.join(chosen)}; leave --set {each} out, or {option}"
+                f"{option} chooses {', '.join(chosen)}; leave --set {name}={value} out, or {option}"
             )
 
 

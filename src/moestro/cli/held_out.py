@@ -39,7 +39,8 @@ def open_corpus(
 
     own = str(checkpoint)  # its tokenizer is the one it was trained with, not a new one
     cfg = DataConfig(seq_len=min(256, context), held_out=0.5, tokenizer=own)
-    if (checkpoint / "run.json").exists():
+    of_a_run = (checkpoint / "run.json").exists()
+    if of_a_run:
         cfg = read_run_settings(checkpoint).data
         cfg = cfg.model_copy(update={} if cfg.tokenizer == "bytes" else {"tokenizer": own})
     if not sources:
@@ -52,7 +53,7 @@ def open_corpus(
         cfg = cfg.model_copy(
             update={"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
         )
-    elif not (checkpoint / "run.json").exists():
+    elif not of_a_run:
         typer.echo(
             f"{checkpoint} says of no text that it was held out: measured on built-in text, "
             "which it may have been trained on; --source names other",

@@ -172,14 +172,14 @@ def _settings(
     base: Path, folder: Path, config: Path | None, stated: list[str], accepted: Sequence[str]
 ) -> RunConfig:
     from moestro.checkpoints.fingerprints import digest
-    from moestro.checkpoints.gguf.folder import files_of
+    from moestro.checkpoints.gguf.folder import given_path
     from moestro.settings import read_values
     from moestro.train.tuning import tuning_settings
 
     if read_values(config, stated).get("lora") is not None:
-        files = files_of(base)  # what is beside a GGUF file is made of it
+        given = given_path(base).absolute()  # what is beside a GGUF file is made of it
         stated = [
-            *stated, f"lora.base={json.dumps(str(files[0] if files else base.absolute()))}",
+            *stated, f"lora.base={json.dumps(str(given))}",
             f"lora.base_digest={json.dumps(digest(base))}",
             f"lora.accept_fields={json.dumps(list(accepted))}",
         ]  # fmt: skip

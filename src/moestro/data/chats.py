@@ -12,11 +12,10 @@ JSON of these as a text: so Arrow's tables keep what has other fields in each li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moestro.chat import called_with, set_elsewhere
+from moestro.chat import from_json, set_elsewhere
 from moestro.config import DataConfig
 from moestro.data.documents import read_lines, source_files
 from moestro.errors import DataError
@@ -122,12 +121,7 @@ def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unpacked(given: Any, kind: type[list[Any]] | type[dict[Any, Any]], name: str) -> Any:
     """A list or an object, or what the JSON of one says."""
-    found = given
-    if isinstance(given, str):
-        try:
-            found = json.loads(given)
-        except (ValueError, RecursionError):
-            found = None
+    found = from_json(given) if isinstance(given, str) else given
     if not isinstance(found, kind):
         what = "a list" if kind is list else "an object"
         raise DataError(f"{name} is {_short(given)}; it is {what}, or the JSON of one as a text")
@@ -168,7 +162,7 @@ def _call(call: Any) -> Any:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call(call["function"])}
     written = call.get("arguments")
-    return {**call, "arguments": called_with(written)} if isinstance(written, str) else call
+    return {**call, "arguments": from_json(written)} if isinstance(written, str) else call
 
 
 def _check_weight(which: str, role: str, weight: Any) -> None:

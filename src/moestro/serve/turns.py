@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moestro.chat import called_with, set_elsewhere
+from moestro.chat import from_json, set_elsewhere
 from moestro.errors import DataError
 from moestro.infer.writing import Constraint
 from moestro.serve import errors, tools
@@ -147,4 +147,4 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
 
 def _called(function: CalledFunction) -> dict[str, Any]:
     """A call with its arguments as an object, which is what templates write out."""
-    return {"name": function.name, "arguments": called_with(function.arguments)}
+    return {"name": function.name, "arguments": from_json(function.arguments)}

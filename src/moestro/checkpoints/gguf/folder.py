@@ -81,6 +81,11 @@ def files_of(folder: Path) -> list[Path]:
     return [Path(each["path"]) for each in note["files"]]
 
 
+def given_path(folder: Path) -> Path:
+    """The file that was given for a folder: the first GGUF file it stands for, else the folder."""
+    return next(iter(files_of(folder)), folder)
+
+
 def headers_of(folder: Path) -> list[Header] | None:
     """The headers of the files that a folder stands for, without the tokenizer's texts.
 
