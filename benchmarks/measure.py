@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,17 +65,27 @@ class Done(NamedTuple):
     peak_bytes: int
 
 
+# What the system tells of a child that has ended is at least the peak of its parent until then.
+_WITH_PEAK = """
+import sys
+from pathlib import Path
+from moestro.cli.main import main
+from moestro.machine import peak_bytes
+status = main(sys.argv[2:])
+Path(sys.argv[1]).write_text(str(peak_bytes()))
+sys.exit(status)
+"""
+
+
 def moestro(*words: object) -> Done:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "moestro", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        text = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return Done(text, used.ru_maxrss * 1024)
+    given = [str(word) for word in words]
+    with tempfile.NamedTemporaryFile("r") as peak:
+        command = [sys.executable, "-c", _WITH_PEAK, peak.name, *given]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise SystemExit(f"moestro {' '.join(given)} failed")
+        return Done(done.stdout, int(peak.read()))
 
 
 def machine() -> dict[str, Any]:
@@ -113,12 +123,14 @@ def report(name: str, rows: list[dict[str, Any]], claims: dict[str, Any]) -> Non
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = {"benchmark": name, "machine": machine(), "claims": claims, "rows": rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(f"written to {path.relative_to(ROOT)}")
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def arguments(description: str, repeats: int) -> argparse.ArgumentParser:

@@ -165,8 +165,8 @@ async def beside(
         if not over and stream.times[-1] < read:
             during.append(read - stream.times[-1])
     return {
-        "gap_max_s": max(during, default=math.nan),
-        "gap_before_s": statistics.median(alone) if alone else math.nan,
+        "gap_max_s": max(during, default=None),
+        "gap_before_s": statistics.median(alone) if alone else None,
         "long_first_s": first.first_s,
         "health_max_s": max(health),
         "health_p50_s": statistics.median(health),

@@ -2,9 +2,8 @@
 
 The conversations are examples/library_chats.py's, and what is measured is the assistant's text
 about modules of which nothing was learned: bits per byte before and after, and a sample. Each
-tuning is a process of its own. Its memory is the peak resident set less that of a process which
-only reads the conversations: weights, adapters, gradients, optimizer state and activations. From
-its last checkpoint come the bytes that are trained, and those of their optimizer state.
+tuning is a process of its own; its memory is the peak resident set of all of it. From its last
+checkpoint come the bytes that are trained, and those of their optimizer state.
 
     .venv/bin/python benchmarks/tune.py --quick
     MOESTRO_SMOLLM2=SmolLM2-135M-Instruct.Q4_1.gguf .venv/bin/python benchmarks/tune.py
@@ -93,7 +92,6 @@ def tuned(name: str, base: str, way: str, options: list[str], args: argparse.Nam
         "--set", "train.eval_every=1000000", "--set", "train.eval_tokens=4096",
         "--set", "train.save_every=1000000",
     ]  # fmt: skip
-    idle = moestro("tune", base, *words, *options, "--show", 1)
     done = moestro("tune", base, *words, *options)
     last = run / "checkpoints" / f"step-{args.steps:06d}"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -102,7 +100,7 @@ def tuned(name: str, base: str, way: str, options: list[str], args: argparse.Nam
         "model": name, "trained": way, "before": held_out(base, chats, args.tokens),
         "after": held_out(run, chats, args.tokens), "s / step": lines[-1]["seconds"] / args.steps,
         "trained MB": trained / 1e6, "optimizer MB": stored(last / "optimizer.safetensors") / 1e6,
-        "peak MB": (done.peak_bytes - idle.peak_bytes) / 1e6, "sample": sample(run, chat),
+        "peak MB": done.peak_bytes / 1e6, "sample": sample(run, chat),
     }  # fmt: skip
     print(f"{name}, {way}: {row['before']:.4f} → {row['after']:.4f}", flush=True)
     path.write_text(json.dumps(row))

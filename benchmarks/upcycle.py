@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import zlib
@@ -136,11 +135,11 @@ def steps_of(side: str, begin: Path, dense: Path, args: argparse.Namespace) -> i
 def row_of(side: str, rate: float, bits: list[float], dense: list[float]) -> dict[str, Any]:
     """Mean of the seeds, and the difference to the dense side with its interval."""
     more = [one - other for one, other in zip(bits, dense, strict=True)]
-    half = half_width(more) if side != DENSE else math.nan
-    difference = statistics.fmean(more)
+    half, difference = half_width(more), statistics.fmean(more)
+    low, high = (None, None) if side == DENSE else (difference - half, difference + half)
     return {
         "side": side, "learning rate": rate, "bits per byte": statistics.fmean(bits),
-        "difference": difference, "low": difference - half, "high": difference + half,
+        "difference": difference, "low": low, "high": high,
         "each seed": " ".join(f"{each:.4f}" for each in bits),
     }  # fmt: skip
 

@@ -252,29 +252,43 @@ bool pack_block(int32_t kind, int32_t group, const Source &s, int64_t block, uin
     return true;
 }
 
-void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int64_t k, int64_t block, float *dst) {
-    for (int64_t c = 0; c < COLUMNS && block * COLUMNS + c < n; c++)
-        for (int64_t i = 0; i < k; i++) {
-            float &place = dst[(block * COLUMNS + c) * k + i];
-            if (kind == MOESTRO_F32) {
-                place = reinterpret_cast<const float *>(in)[i * COLUMNS + c];
-                continue;
-            }
-            if (kind == MOESTRO_BF16) {
-                place = from_bf16(reinterpret_cast<const uint16_t *>(in)[(i / 2 * COLUMNS + c) * 2 + i % 2]);
-                continue;
-            }
-            const uint8_t *at = in + i / group * group_bytes(kind, group), *lines = at + head_bytes(kind);
-            const float scale = from_half(reinterpret_cast<const uint16_t *>(at)[c]);
-            const int64_t quad = i % group / 4;
-            if (kind == MOESTRO_INT8) {
-                place = scale * float(int8_t(lines[(quad * COLUMNS + c) * 4 + i % 4]));
-                continue;
-            }
-            const int nibble = lines[(quad / 2 * COLUMNS + c) * 4 + i % 4] >> (quad % 2 ? 4 : 0) & 15;
-            place = scale * float(table_of(kind)[nibble]);
-            if (has_minima(kind)) place += from_half(reinterpret_cast<const uint16_t *>(at)[COLUMNS + c]);
+// A group of one row, whose first four numbers are at `lines`.
+MOESTRO_INLINE void unpack_group(int32_t kind, int64_t group, const uint8_t *lines, float scale, float minimum,
+                                 float *out) {
+    if (kind == MOESTRO_INT8) {
+        for (int64_t i = 0; i < group; i += 4, lines += COLUMNS * 4)
+            for (int64_t j = 0; j < 4; j++) out[i + j] = scale * float(int8_t(lines[j]));
+        return;
+    }
+    const int8_t *table = table_of(kind);
+    for (int64_t i = 0; i < group; i += 8, lines += COLUMNS * 4)
+        for (int64_t j = 0; j < 4; j++) {
+            out[i + j] = scale * float(table[lines[j] & 15]) + minimum;
+            out[i + 4 + j] = scale * float(table[lines[j] >> 4]) + minimum;
         }
+}
+
+MOESTRO_WIDE void unpack_block(int32_t kind, int32_t group, const uint8_t *in, int64_t n, int64_t k, float *out) {
+    if (is_float(kind)) {
+        for (int64_t c = 0; c < n; c++)
+            for (int64_t i = 0; i < k; i++)
+                out[c * k + i] =
+                    kind == MOESTRO_F32
+                        ? reinterpret_cast<const float *>(in)[i * COLUMNS + c]
+                        : from_bf16(reinterpret_cast<const uint16_t *>(in)[(i / 2 * COLUMNS + c) * 2 + i % 2]);
+        return;
+    }
+    float made[64];
+    for (int64_t i = 0; i < k; i += group, in += group_bytes(kind, group)) {
+        const auto heads = reinterpret_cast<const uint16_t *>(in);
+        const int64_t count = std::min<int64_t>(group, k - i);
+        for (int64_t c = 0; c < n; c++) {
+            const uint8_t *lines = in + head_bytes(kind) + c * 4;
+            const float scale = from_half(heads[c]), minimum = has_minima(kind) ? from_half(heads[COLUMNS + c]) : 0.0f;
+            unpack_group(kind, group, lines, scale, minimum, made);
+            memcpy(out + c * k + i, made, size_t(count) * 4);
+        }
+    }
 }
 
 // Bytes of a row of k numbers; 0: there is no such dtype, or k is no multiple of its blocks.
@@ -324,9 +338,10 @@ int32_t moestro_pack(int32_t kind, int32_t group, int32_t dtype, const void *src
 int32_t moestro_unpack(int32_t kind, int32_t group, const void *src, int64_t n, int64_t k, int64_t step, float *dst) {
     if (!valid(kind, group) || plain(kind) || n < 1 || k < 1 || (step != 1 && step != 2) || !src || !dst)
         return MOESTRO_EBAD;
-    const int64_t blocks = blocks_of(n), bytes = block_bytes(kind, group, k);
-    for (int64_t b = 0; b < blocks; b++)
-        unpack_block(kind, group, static_cast<const uint8_t *>(src) + b * step * bytes, n, k, b, dst);
+    const int64_t bytes = block_bytes(kind, group, k);
+    for (int64_t first = 0; first < n; first += COLUMNS)
+        unpack_block(kind, group, static_cast<const uint8_t *>(src) + first / COLUMNS * step * bytes,
+                     std::min(COLUMNS, n - first), k, dst + first * k);
     return 0;
 }
 

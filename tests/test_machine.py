@@ -1,5 +1,8 @@
 """What the system tells: memory, its peak, the processor, energy."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,27 @@ def test_the_peak_counts_from_where_it_was_forgotten():
     if machine.peak_bytes() == before:
         pytest.skip("this system cannot forget a peak")
     assert machine.peak_bytes() < before
-    assert machine.children_peak_bytes() >= 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
+def test_a_programs_peak_is_its_own_whatever_its_parent_holds(tmp_path: Path) -> None:
+    block = np.ones(400 << 20, dtype=np.uint8)
+    held = []
+    for size in (0, 150 << 20):
+        program = f"import time; x = b'1' * {size}; time.sleep(0.3); print('done')"
+        done, peak = machine.run_watched([sys.executable, "-c", program], str(tmp_path), 60)
+        assert (done.returncode, done.stdout) == (0, "done\n")
+        held.append(peak)
+    assert held[0] < 100 << 20 < 150 << 20 < held[1] < len(block)
+
+
+def test_a_program_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        machine.run_watched(
+            [sys.executable, "-c", "import time; time.sleep(60)"], str(tmp_path), 0.5
+        )
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("version", [1, 2])

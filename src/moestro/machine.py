@@ -6,9 +6,12 @@ import ctypes
 import os
 import platform
 import resource
+import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 POWERCAP = Path("/sys/class/powercap")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -16,6 +19,7 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 # What is left to the system of the memory that is free now.
 SPARED = 0.05
 _CLEAR_PEAK = "5"
+_WATCHED_S = 0.02
 
 
 def cpu_name() -> str:
@@ -132,9 +136,38 @@ def peak_bytes() -> int:
     return held or _largest(resource.RUSAGE_SELF)
 
 
-def children_peak_bytes() -> int:
-    """The most memory that any child of this process held."""
-    return _largest(resource.RUSAGE_CHILDREN)
+def run_watched(
+    words: Sequence[str], cwd: str, timeout_s: float
+) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run a program to its end; what it printed, and the most memory that it was seen to hold.
+
+    Seen while it runs: of a process that has ended Linux tells no less than its parent held when it
+    began.
+
+    Raises:
+        OSError, subprocess.TimeoutExpired: as `subprocess.run` does.
+    """
+    peak, ended = 0, Event()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=cwd) as process:
+
+        def watch() -> None:
+            nonlocal peak
+            while not ended.wait(_WATCHED_S):
+                peak = max(peak, _fields(Path(f"/proc/{process.pid}/status")).get("VmHWM", 0))
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        try:
+            printed = process.communicate(timeout=timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            ended.set()
+            watcher.join()
+    done = subprocess.CompletedProcess(words, process.returncode, *printed)
+    return done, peak * 1024 or _largest(resource.RUSAGE_CHILDREN)
 
 
 def _largest(whose: int) -> int:

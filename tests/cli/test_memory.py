@@ -15,10 +15,11 @@ import torch
 from moestro.checkpoints import streamed
 from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.gguf.writing import write_gguf
-from moestro.checkpoints.writing import save_model
+from moestro.checkpoints.writing import save_model, write_pretrained
 from moestro.cli.budget import _rates
 from moestro.cli.main import main
 from moestro.config import ModelConfig
+from moestro.errors import ConfigError
 from moestro.kernels import native_cpu
 from moestro.models import budget
 from moestro.models.decoder import Decoder
@@ -125,6 +126,40 @@ def test_what_is_refused(
     assert not list(run.rglob("packed-*"))  # refused before anything is written
 
 
+@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize(("chunk", "more"), [(None, 0), (100, 0), (600, 88), (9000, 4096 - 512)])
+def test_a_longer_chunk_of_a_prompt_is_asked_for(
+    command: str, chunk: int | None, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = SIZES["attention"] | {"context": 4096}
+    with atomic_folder(tmp_path / "run/checkpoints/step-000001") as folder:
+        cfg = ModelConfig(vocab_size=257, **SIZES | {"attention": attention})
+        save_model(Decoder(cfg).eval(), folder)
+        ByteTokenizer().save(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found = []
+
+    def fit(needs: budget.Needs, memory: int) -> budget.Budget:
+        found.append(needs.more)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(streamed, "fit", fit)
+    words = [command, str(tmp_path / "run"), "--weights", "int8", "--memory", "64GiB"]
+    words += ["--port", "0"] if command == "serve" else []
+    assert main(words + ([] if chunk is None else ["--chunk", str(chunk)])) == 2
+    assert set(found) == {more}
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_chunk_without_a_budget_is_refused(
+    run: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints/step-000001/chat_template.jinja").write_text("{{ messages[0].content }}")
+    words = [command, str(run), "--chunk", "600"]
+    assert main(words + (["--port", "0"] if command == "serve" else [])) == 2
+    assert "--chunk 600 is for experts" in " ".join(capsys.readouterr().err.split())
+
+
 def test_weights_as_they_are_cannot_be_read_an_expert_at_a_time(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +175,38 @@ def test_the_smallest_budget_that_is_named_works(
     least = re.search(r"give at least (\d+MiB)", " ".join(capsys.readouterr().err.split()))
     assert least is not None
     assert main([*words, least[1]]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
+def test_the_smallest_budget_holds_what_packing_takes(tmp_path: Path) -> None:
+    """One mixture of many experts, whose packed form is larger than what running takes."""
+    attention, moe = {"context": 128}, {"hidden_dim": 1024, "num_experts": 64, "top_k": 2}
+    cfg = ModelConfig(vocab_size=257, dim=512, num_layers=1, attention=attention, moe=moe)
+    write_pretrained(Decoder(cfg).bfloat16().eval(), tmp_path / "model", family="mixtral")
+    ByteTokenizer().save(tmp_path / "model")
+
+    def generate(memory: str) -> tuple[int, str, int]:
+        words = ["generate", str(tmp_path / "model"), "a", "--weights", "int8", "--memory", memory]
+        code = f"import sys; from moestro.cli.main import main; status = main({words + GENERATE})"
+        code += "; print(open('/proc/self/status').read()); sys.exit(status)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+        assert peak is not None, done.stderr
+        return done.returncode, " ".join(done.stderr.split()), int(peak[1]) << 10
+
+    leasts = []
+    for _ in range(2):  # the second time the packed form is there
+        status, told, _ = generate("1MiB")
+        least = re.search(r"give at least (\d+)MiB", told)
+        assert (status, least is None) == (2, False)
+        leasts.append(int(least[1]) << 20)
+        status, told, peak = generate(f"{least[1]}MiB")
+        assert status == 0, told
+        assert peak <= 1.02 * leasts[-1]
+    assert leasts[1] < leasts[0] - (32 << 20)
 
 
 def limited_group() -> tuple[Path, str, str]:

@@ -119,6 +119,9 @@ def test_more_of_a_prompt_passes_together_where_experts_are_read_and_there_is_ro
     assert fitted(1 << 40, use).together == CHUNK  # all are kept
     assert fitted(least + (300 << 20), use._replace(prompt=None)).together == CHUNK
     assert fitted(least + (300 << 20), use._replace(prompt=100)).together == CHUNK
+    asked = use._replace(prompt=None, chunk=4000)  # of a server
+    assert fitted(least + (300 << 20), asked) == most
+    assert fitted(least + (300 << 20), asked._replace(chunk=700)).together == 700
     python = config(context=8192, **PYTHON)  # other bits if it were cut elsewhere
     assert fitted(least + (400 << 20), use, python).together == CHUNK
 

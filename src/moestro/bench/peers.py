@@ -21,7 +21,7 @@ from moestro.checkpoints.families.translate import to_fields
 from moestro.checkpoints.folders import is_pretrained
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError
-from moestro.machine import Energy
+from moestro.machine import Energy, run_watched
 from moestro.strictjson import parse
 
 if TYPE_CHECKING:
@@ -161,35 +161,35 @@ def llama_rounds(
     else from an empty cache. Arguments and errors are those of `llama_bench`.
     """
     common = [*words, "-m", str(path.resolve()), "-r", "1", "-t", str(threads), "-o", "json"]
-    options, after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
+    (options, _), after = _run([words[0], "--help"], strict=False), ["-n", str(tokens)]
     if " -gp " in options:
         after = ["-n", "0", "-gp", f"{prompt},{tokens}"]
     elif " -d, " in options:
         after = ["-n", str(tokens), "-d", str(prompt)]
 
     def run() -> Round:
-        prefill = _rate(words[0], _run([*common, "-p", str(prompt), "-n", "0"]), "n_prompt")
-        decode = _rate(words[0], _run([*common, "-p", "0", *after]), "n_gen")
-        return Round(prompt / prefill, prompt / prefill, tokens / decode)
+        read, read_peak = _run([*common, "-p", str(prompt), "-n", "0"])
+        written, peak = _run([*common, "-p", "0", *after])
+        prefill_s = prompt / _rate(words[0], read, "n_prompt")
+        decode_s = tokens / _rate(words[0], written, "n_gen")
+        return Round(prefill_s, prefill_s, decode_s, peak_bytes=max(read_peak, peak))
 
     return run
 
 
-def _run(words: list[str], strict: bool = True) -> str:
-    """What the program prints; `strict`: it must end well. Files that it writes are not kept."""
+def _run(words: list[str], strict: bool = True) -> tuple[str, int]:
+    """What the program prints, and its peak; `strict`: it must end well. Files are not kept."""
     program = Path(words[0])
     words = [str(program.resolve()) if program.exists() else words[0], *words[1:]]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run(
-                words, capture_output=True, text=True, timeout=LONGEST_S, check=False, cwd=folder
-            )
+            done, peak = run_watched(words, folder, LONGEST_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"cannot run {words[0]}: {error}; give the path of llama-bench") from None
     if done.returncode and strict:
         last = "\n".join(done.stderr.strip().splitlines()[-3:])
         raise ConfigError(f"{words[0]} failed with code {done.returncode}: {last}")
-    return done.stdout
+    return done.stdout, peak
 
 
 def _rate(program: str, printed: str, field: str) -> float:

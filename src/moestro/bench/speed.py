@@ -19,7 +19,7 @@ from moestro.infer.decoding import decoding_of
 from moestro.infer.sampling import SamplingConfig, new_generator, next_tokens
 from moestro.kernels import native_cpu
 from moestro.kernels.residency import Reads
-from moestro.machine import Energy, children_peak_bytes
+from moestro.machine import Energy
 from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
 from moestro.moe.packed import Packed
@@ -37,6 +37,7 @@ class Round(NamedTuple):
         decode_s: of the tokens after it.
         joules: of the decoding; None if the machine does not report them.
         reads: of experts in a file during the decoding; None: all are in memory.
+        peak_bytes: the most memory that another process held; None: it ran in this one.
     """
 
     prefill_s: float
@@ -44,6 +45,7 @@ class Round(NamedTuple):
     decode_s: float
     joules: float | None = None
     reads: Reads | None = None
+    peak_bytes: int | None = None
 
 
 class Speed(NamedTuple):
@@ -84,7 +86,7 @@ class Variant(NamedTuple):
         weights: their format.
         run: one round.
         weight_bytes: weights read per decoded token.
-        peak: the most memory that it held, in bytes; None: a child process holds it.
+        peak: the most memory that it held, in bytes; None: its rounds say it.
         reads: whether its share of plain reading is wanted.
     """
 
@@ -132,7 +134,7 @@ def _speed(
         weight_bytes=variant.weight_bytes,
         read_per_s=median(reads) if reads else None,
         share=median(shares) if shares else None,
-        peak_bytes=children_peak_bytes() if variant.peak is None else variant.peak,
+        peak_bytes=variant.peak or max(each.peak_bytes or 0 for each in made),
         joules=median(energies) if energies else None,
         hit_rate=median(each.hit_rate for each in reads_of) if reads_of else None,
         file_bytes=median(each.bytes / tokens for each in reads_of) if reads_of else None,

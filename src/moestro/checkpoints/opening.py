@@ -196,7 +196,7 @@ def check_budgets(
             found.append(streamed.needs_of(path, within))
         else:
             model = blank_packed(folder, format, accept_fields)
-            found.append(within.needs(model, packed_header.make(model, format, {})[1]))
+            found.append(within.needs_of_packing(model, packed_header.make(model, format, {})[1]))
     fit(max(found, key=smallest), ways[0][1].memory)
 
 

@@ -128,10 +128,11 @@ def read_packed(
     accept_fields: Collection[str] = (),
     begin: Begin | None = None,
 ) -> Model:
-    """Load a checkpoint straight into packed form, module by module.
+    """Load a checkpoint straight into packed form, module by module and expert by expert.
 
-    Memory peaks at the packed model and the numbers of one module; where packed modules are taken
-    away, at one, its numbers and those that the taker still holds, or at what is not packed.
+    Memory peaks at the packed model and the numbers of one matrix, or of an expert in each thread;
+    where packed modules are taken away, at one and those that the taker still holds, or at what is
+    not packed.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
@@ -152,6 +153,8 @@ def read_packed(
     unread = open_unread(folder, accept_fields=accept_fields)
     model, total, done = unread.model, unread.bytes, 0
     rounded, chosen = Rounding(), _chosen(format)
+    # Plain numbers as the model would hold them; beside quantised ones as they are.
+    dtype = None if unread.quantised else unread.dtype
 
     def moved(part: Unread) -> None:
         nonlocal done
@@ -164,21 +167,21 @@ def read_packed(
         load_tensors(part, progress and (lambda now, _: progress(before + now, total)))
         moved(part)
 
-    def from_blocks(path: str, module: Packable, names: Sequence[str]) -> Packed:
-        """The same without numbers of its own on the way: they are packed as they are stored."""
+    def from_file(path: str, module: Packable, names: Sequence[str]) -> Packed:
+        """Packed as it is stored, without numbers of its own on the way."""
         part = unread.part(set(names))
         own = names[0].rpartition(".")[0]
-        stored, others = stored_module(part.sources, own, model.cfg, chosen)
+        stored, others = stored_module(part.sources, own, model.cfg, chosen, dtype)
         if others:
             fill(others)
         made = packed(path, module, format, stored)
-        moved(part.part(set(names) - set(others)))
+        if path != "head" or not model.cfg.head.tied:  # else the embedding's, which is read again
+            moved(part.part(set(names) - set(others)))
         rounded.add(stored)
         return made
 
     taken = begin and begin(_blank(unread, format))
-    blocks = from_blocks if unread.quantised else None
-    made = _pack_in_turn(model, unread.dtype, format, fill, blocks, taken)
+    made = _pack_in_turn(model, unread.dtype, format, fill, from_file, taken)
     rounded.warn(folder.name)
     return made
 
@@ -246,7 +249,7 @@ def _pack_in_turn(
     dtype: torch.dtype,
     format: Format,
     fill: Callable[[Iterable[str]], None],
-    from_blocks: Callable[[str, Packable, Sequence[str]], Packed] | None = None,
+    from_file: Callable[[str, Packable, Sequence[str]], Packed] | None = None,
     taken: Taken | None = None,
 ) -> Model:
     """Give a model without memory its numbers, and pack each module before the next has any.
@@ -256,7 +259,7 @@ def _pack_in_turn(
         dtype: of what is not packed.
         format: of what is.
         fill: writes the tensors of some names.
-        from_blocks: packs a module whose numbers need not be written before; given its path, the
+        from_file: packs a module whose numbers need not be written before; given its path, the
             module and the full names of its tensors.
         taken: is given each packed module.
     """
@@ -268,11 +271,11 @@ def _pack_in_turn(
     for path, module in alone.items():
         materialize(module, dtype, "cpu")  # memory that nothing is written to costs none
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        if from_blocks is None:
+        if from_file is None:
             fill(own)
             made[path] = packed(path, module, format)
         else:
-            made[path] = from_blocks(path, module, own)
+            made[path] = from_file(path, module, own)
         if taken is not None:
             taken(path, made[path])
         names = {name: None for name in names if name not in own}
@@ -282,7 +285,7 @@ def _pack_in_turn(
     for path, module in made.items():
         model.set_submodule(path, module)
     if tied:  # beside the embedding, which stays
-        head = from_blocks("head", model.head, ["embed.weight"]) if from_blocks else None
+        head = from_file("head", model.head, ["embed.weight"]) if from_file else None
         head = head or packed("head", model.head, format)
         if taken is not None:
             taken("head", head)

@@ -291,6 +291,7 @@ class StoredModule:
         cfg: the model's settings.
         format: of the packed module; None: what keeps the numbers, exactly, as in `format`, or as 8
             bits in groups of 32.
+        dtype: that plain numbers are rounded to first; None: they are taken as they are.
 
     Attributes:
         format: of the packed module. Down projections have one of their own where it is chosen
@@ -298,8 +299,14 @@ class StoredModule:
         rounding: see `packing.StoredRows`.
     """
 
-    def __init__(self, parts: Parts, cfg: Any, format: Format | None = None) -> None:
-        self._parts, self._cfg, self._adding = parts, cfg, Lock()
+    def __init__(
+        self,
+        parts: Parts,
+        cfg: Any,
+        format: Format | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._parts, self._cfg, self._dtype, self._adding = parts, cfg, dtype, Lock()
         self.rounding = torch.zeros(2, dtype=torch.float64, device="cpu")
         if format is None:
             kind, down = (self._kind(names) for names in ({*parts} - {"down"}, {"down"}))
@@ -330,7 +337,11 @@ class StoredModule:
                 with self._adding:
                     self.rounding += torch.tensor(added, dtype=torch.float64, device="cpu")
                 return rows._replace(data=ROWS[layout](rows.data, self._cfg).contiguous())
-        numbers = source.load(torch.float32).float()
+        numbers = source.load(torch.float32)
+        if self._dtype is not None and source.dtype is not None:
+            numbers = numbers.to(self._dtype)
+        if numbers.dtype != torch.bfloat16:  # what the kernels pack, beside fp32
+            numbers = numbers.float()
         return LAYOUTS[layout].load(numbers, self._cfg).contiguous()
 
     def kinds(self) -> Counter[str]:
@@ -367,7 +378,11 @@ def _whole(name: str, parts: Sequence[Part]) -> bool:
 
 
 def stored_module(
-    found: Iterable[tuple[TensorSlice, Source]], path: str, cfg: Any, format: Format | None
+    found: Iterable[tuple[TensorSlice, Source]],
+    path: str,
+    cfg: Any,
+    format: Format | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[StoredModule, list[str]]:
     """The matrices of a module among what fills a model's tensors, and what is not among them.
 
@@ -376,6 +391,7 @@ def stored_module(
         path: of the module.
         cfg: the model's settings.
         format: see `StoredModule`.
+        dtype: see there too.
 
     Returns:
         The matrices, and the full names of the module's vectors.
@@ -397,4 +413,4 @@ def stored_module(
         }
         for name, entries in parts.items()
     }
-    return StoredModule(ordered, cfg, format), list(others)
+    return StoredModule(ordered, cfg, format, dtype), list(others)

@@ -28,6 +28,15 @@ Memory = Annotated[
         "file is mapped.",
     ),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="With --memory, the most tokens of a prompt that pass at once; default 512. More "
+        "reads experts fewer times for a long prompt, takes memory, and makes other texts wait.",
+    ),
+]
 NONE = "none"
 # What `moestro probe --trace` of this model wrote, if it lies beside the checkpoint.
 TRACE = "trace.npz"
@@ -60,6 +69,16 @@ def within(
     if amount is None:
         return {}
     return {"within": Within(amount, use or Use(), Teller(folder, told), process)}
+
+
+def refuse_chunk(chunk: int | None, memory: str) -> None:
+    """--chunk without a budget, which alone it is for."""
+    from moestro.errors import ConfigError
+
+    if chunk is not None and memory == NONE:
+        raise ConfigError(
+            f"--chunk {chunk} is for experts that are read from the file; give --memory too"
+        )
 
 
 def amount_of(memory: str) -> int | None:
@@ -119,6 +138,8 @@ class Teller:
         for name in ("process", "dense", "cache", "buffers"):
             label = "weights of every token" if name == "dense" else name
             table.add_row(label, bytes_text(getattr(needs, name)))
+        if needs.token:
+            table.add_row("of a prompt at once", f"{budget.together:,} tokens")
         if needs.mixtures:
             least, most = min(budget.kept), max(budget.kept)
             kept = f"{least}" if least == most else f"{least} to {most}"

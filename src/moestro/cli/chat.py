@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moestro.cli.budget import NONE, Memory, telling
+from moestro.cli.budget import NONE, Chunk, Memory, refuse_chunk, telling
 from moestro.cli.generate import (
     PICTURES,
     chosen_layers,
@@ -82,6 +82,7 @@ def chat(
     packed: PackedFile = None,
     cache: CacheName = "as-is",
     memory: Memory = NONE,
+    chunk: Chunk = None,
     accept_field: AcceptField = None,
 ) -> None:
     """Talk with a model, by its own chat template.
@@ -106,7 +107,8 @@ def chat(
     sampling = stated_or_given(folder, {"max_tokens": 2048, **given})
     options: Any = {"device": device, "dtype": dtype, "weights": weights, "packed": packed}
     options |= {"cache": cache, "accept_fields": accept_field}
-    use = Use(texts=2)
+    refuse_chunk(chunk, memory)
+    use = Use(texts=2, chunk=chunk)
     model = open_shown(folder, memory, use, **options).model
     if model.cfg.has_encoder:
         raise ConfigError("an encoder-decoder answers one text at a time: use `moestro generate`")

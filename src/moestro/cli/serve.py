@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moestro.cli.budget import NONE, Memory
+from moestro.cli.budget import NONE, Chunk, Memory, refuse_chunk
 from moestro.cli.opening import (
     AcceptField,
     CacheName,
@@ -97,6 +97,7 @@ def serve(
     packed: PackedFile = None,
     cache: CacheName = "as-is",
     memory: Memory = NONE,
+    chunk: Chunk = None,
     accept_field: AcceptField = None,
 ) -> None:
     """Serve a model over HTTP, in the shapes that OpenAI's clients speak.
@@ -119,7 +120,8 @@ def serve(
     paths, budgets = _paths(adapter, memory), list[Any]()
     limits = {field: value for field, value in limits.items() if value is not None}
     settings = ServeSettings(api_keys=keys, any_host=bool(keys) or not local, **limits)
-    use = _use(settings, cache_memory is None)
+    refuse_chunk(chunk, memory)
+    use = _use(settings, cache_memory is None)._replace(chunk=chunk)
     with bind(host, port) as bound:
         folder = find_checkpoint(path, kept_as(weights, packed))
         name = _other_than(paths, name or name_of(path, folder))

@@ -25,8 +25,10 @@ from moestro.kernels.native_packing import pack_expert as pack_expert
 from moestro.kernels.native_packing import pack_experts as pack_experts
 from moestro.kernels.native_packing import pack_matrix as pack_matrix
 from moestro.kernels.native_packing import read_rows as read_rows
+from moestro.kernels.native_packing import unpack_down as unpack_down
 from moestro.kernels.native_packing import unpack_expert as unpack_expert
 from moestro.kernels.native_packing import unpack_matrix as unpack_matrix
+from moestro.kernels.native_packing import unpack_up as unpack_up
 from moestro.kernels.packing import ACTIVATIONS, KINDS, UNGATED, ExpertSlabs, Format, PackedMatrix
 from moestro.kernels.packing import matrix_bytes as matrix_bytes
 from moestro.kernels.packing import slab_bytes as slab_bytes

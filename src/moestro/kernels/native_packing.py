@@ -206,7 +206,10 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
         ShapeError: it is plain, or its data is not what it says.
     """
     data, rows, columns, format, _ = packed
-    return _unpack(packed_at(data, matrix_bytes(rows, columns, format)), rows, columns, format, 1)
+    at = packed_at(data, matrix_bytes(rows, columns, format))
+    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
+    _unpack_into(w_OI, at, format, 1)
+    return w_OI
 
 
 def unpack_expert(packed: ExpertSlabs, expert: int) -> tuple[Tensor, Tensor]:
@@ -215,14 +218,35 @@ def unpack_expert(packed: ExpertSlabs, expert: int) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError: see `unpack_matrix`; or there is no such expert.
     """
-    dim, hidden, format = packed.dim, packed.hidden_dim, packed.format
-    size = slab_bytes(dim, hidden, packed.activation, format)
+    return unpack_up(packed, expert), unpack_down(packed, expert)
+
+
+def unpack_up(packed: ExpertSlabs, expert: int) -> Tensor:
+    """The fp32 matrix [H, D] of one expert; raises as `unpack_expert` does."""
+    at, (places, step, _) = _slab_at(packed, expert)
+    up_NFD = torch.empty(
+        len(places), packed.hidden_dim, packed.dim, dtype=torch.float32, device=CPU
+    )
+    for offset, up_FD in zip(places, up_NFD, strict=True):
+        _unpack_into(up_FD, at + offset, packed.format, step)
+    return up_NFD.flatten(0, 1)
+
+
+def unpack_down(packed: ExpertSlabs, expert: int) -> Tensor:
+    """The fp32 matrix [D, F] of one expert; raises as `unpack_expert` does."""
+    at, (_, _, offset) = _slab_at(packed, expert)
+    down_DF = torch.empty(packed.dim, packed.hidden_dim, dtype=torch.float32, device=CPU)
+    _unpack_into(down_DF, at + offset, packed.format.of_down, 1)
+    return down_DF
+
+
+def _slab_at(packed: ExpertSlabs, expert: int) -> tuple[int, tuple[Sequence[int], int, int]]:
+    """Address of an expert's slab, and where in it its matrices are."""
+    sizes = (packed.dim, packed.hidden_dim, packed.activation, packed.format)
     if not 0 <= expert < packed.num_experts:
         raise ShapeError(f"experts are 0 to {packed.num_experts - 1}; given {expert}")
-    at = packed_at(packed.data, packed.num_experts * size) + expert * size
-    ups, step, down = _within(dim, hidden, packed.activation, format)
-    up_HD = torch.cat([_unpack(at + offset, hidden, dim, format, step) for offset in ups])
-    return up_HD, _unpack(at + down, dim, hidden, format.of_down, 1)
+    size = slab_bytes(*sizes)
+    return packed_at(packed.data, packed.num_experts * size) + expert * size, _within(*sizes)
 
 
 def read_rows(rows: BlockRows) -> Tensor:
@@ -314,8 +338,6 @@ def _rows_of(part: Tensor | BlockRows, columns: int) -> tuple[int, int, int]:
     return len(part.data), ROWS_BLOCKS + part.number, place
 
 
-def _unpack(at: int, rows: int, columns: int, format: Format, step: int) -> Tensor:
-    w_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
+def _unpack_into(w_OI: Tensor, at: int, format: Format, step: int) -> None:
     kind = KINDS.index(format.kind)
-    call("unpack", kind, format.group, at, rows, columns, step, w_OI.data_ptr())
-    return w_OI
+    call("unpack", kind, format.group, at, *w_OI.shape, step, w_OI.data_ptr())

@@ -47,6 +47,9 @@ class Use(NamedTuple):
     kept_bytes: int = 0  # for the caches of earlier texts
     kept_shrinks: bool = False  # that is the most: an eighth of what else is left, if less
     prompt: int | None = None  # tokens of the longest; None: not known, up to the whole context
+    chunk: int | None = (
+        None  # the most of a prompt at once, if it may be cut; None: all of `prompt`
+    )
     tokens: int | None = None  # that pass together; None: as prompts are read, one at a time
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
     echoed: bool = False  # those of a prompt may be wanted, as many at once as `MOST_LOGITS` allows
@@ -188,8 +191,9 @@ def needs(
     if use.cache == "int8" and (use.scored or lacks(cfg) is not None):
         buffers += use.texts * _read_back(cfg, context, number)
     token = more = 0
-    if use.prompt is not None and cuts:
-        more = max(0, min(use.prompt, context) - CHUNK)
+    chunk = use.prompt if use.chunk is None else use.chunk
+    if chunk is not None and cuts:
+        more = max(0, min(chunk, context) - CHUNK)
         longer = use._replace(tokens=CHUNK + 1)
         token = _buffers(cfg, longer, number, mixtures) - buffers
     return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare, token, more)

@@ -6,6 +6,7 @@ neither moves nor converts them, and they are saved by `moestro.checkpoints.pack
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from moestro.errors import MoestroError
 from moestro.kernels import backends, native_cpu, packing
-from moestro.kernels.packing import Format, StoredRows
+from moestro.kernels.packing import ExpertSlabs, Format, StoredRows
 from moestro.kernels.torch_grouped import Groups
 from moestro.moe import dispatch
 from moestro.moe.lora import Adapter, Adapters, unpacked_mm
@@ -146,17 +147,18 @@ class PackedStack(Packed):
         """Each row through its expert, which is unpacked for it; in the rows' dtype."""
         weights = self.weights
 
-        def product(which: int, bias_EO: Tensor | None, x_RI: Tensor) -> Tensor:
-            y_RO = unpacked_mm(
-                x_RI, lambda e: native_cpu.unpack_expert(weights, e)[which], offsets_E, experts_E
-            )
+        def product(
+            unpack: Callable[[ExpertSlabs, int], Tensor], bias_EO: Tensor | None, x_RI: Tensor
+        ) -> Tensor:
+            y_RO = unpacked_mm(x_RI, partial(unpack, weights), offsets_E, experts_E)
             if bias_EO is not None:
                 y_RO = (
                     y_RO + bias_EO.to(y_RO.dtype)[Groups(offsets_E, experts_E).experts_R(len(y_RO))]
                 )
             return y_RO
 
-        up, down = partial(product, 0, weights.up_bias), partial(product, 1, weights.down_bias)
+        up = partial(product, native_cpu.unpack_up, weights.up_bias)
+        down = partial(product, native_cpu.unpack_down, weights.down_bias)
         adapters = Adapters(self.gate_up_adapter, self.down_adapter)
         return adapters.ffn(rows_RD, up, down, weights.activation, offsets_E, experts_E)
 
