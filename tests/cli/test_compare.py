@@ -115,6 +115,9 @@ def test_resume_refuses_runs_of_other_settings(
         (["--resume", "--out", "nowhere", "--minutes", "4"], "takes the saved settings"),
         (["--out", "x", "--set", "model.moe=null"], "nothing to compare"),
         (["--out", "x", "--set", "model.moe.top_k=99"], "only 16 experts"),
+        (["--out", "x", "--source", "empty.txt"], "there is no text in empty.txt"),
+        (["--out", "x", "--set", "train.runtime.device=toaster"], "is not a device"),
+        (["--out", "x", "--budget", "1e-9"], "is the least, for 20 steps"),
         (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),
         (["--out", "x", "--seeds", "0"], "seeds"),
         (["--out", "x", "--experts", "8,x"], "takes numbers above 0"),
@@ -137,9 +140,11 @@ def test_bad_input_is_one_sentence_and_exit_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
     assert main(["compare", *words]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
     assert captured.out == ""
 
 

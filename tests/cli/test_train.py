@@ -18,6 +18,7 @@ from moestro.cli.main import main
 from moestro.config import EncDecConfig
 from moestro.models.encdec import EncDec
 from moestro.text import ByteTokenizer, load_tokenizer
+from moestro.train.initial import keep_origin
 from moestro.train.metrics import read_metrics
 
 TINY = [
@@ -117,7 +118,14 @@ def test_bad_input_is_one_sentence_and_leaves_no_run(words, tmp_path, capsys, mo
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_in_the_folder_stays_where_a_run_does_not_begin(words, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("")
+    assert main(words("--source", "nowhere.txt")) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 def test_an_unwritable_place_is_bad_input(words, tmp_path, capsys):
@@ -336,7 +344,10 @@ def test_a_run_stopped_before_its_first_save_starts_anew(words, published, tmp_p
     """Such a run must never go on from random weights."""
     run = tmp_path / "run"
     assert main(start(tmp_path, published, "--source", "nowhere")) == 2
+    assert not run.exists()
     capsys.readouterr()
+    run.mkdir()
+    keep_origin(published, run)  # killed after that
     assert main(["train", "--resume", "--out", str(run)]) == 2
     assert "holds no run" in capsys.readouterr().err
     (run / "checkpoints").mkdir()
@@ -357,9 +368,16 @@ def test_what_torchrun_starts_again_begins_or_goes_on(
     config = tmp_path / "own.toml"  # says nothing of the model
     config.write_text("[optim]\nlr = 0.5")
     command = start(tmp_path, init, "--config", str(config))
+
+    def fail(*_):
+        shutil.copytree(run, tmp_path / "killed")  # what a kill would leave now
+        Path("nothing").stat()
+
     with monkeypatch.context() as patched:
-        patched.setattr("moestro.train.state.seal", lambda *_: Path("nothing").stat())
+        patched.setattr("moestro.train.state.seal", fail)
         assert main(command) == 1
+    assert not run.exists()
+    (tmp_path / "killed").rename(run)
     assert (run / "checkpoints").exists()
     assert main(command) == 0
     shutil.rmtree(init)

@@ -177,6 +177,8 @@ def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
     [
         (["--epochs", "1", "--steps", "2"], "--epochs, more than 0, or --steps"),
         (["--qlora", "int4"], "needs --lora"),
+        (["--steps", "2", "--set", "train.steps=3"], "train.steps=3 and an option that makes it 2"),
+        (["--lora", "2", "--set", "lora={rank=3}"], "lora.rank=3 and an option that makes it 2"),
         (["--set", "data.chat.turns=some"], "data.chat.turns"),
         (["--lora", "2", "--set", 'lora.targets=["dense"]'], "nothing of the kind"),
         (["--lora", "2", "--set", 'lora.targets=["router"]', "--freeze", "router"], "router alone"),

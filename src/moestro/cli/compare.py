@@ -107,10 +107,7 @@ def compare(
         comparison = _asked(seeds, experts, granularity, budget, minutes)
         if budget or minutes:
             _refuse_steps("--budget" if budget else "--minutes", stated)
-        cfg, corpus = _open(folder, config, stated)
-        cfg = _settle(cfg, corpus, folder, comparison, minutes)
-        saved = {"comparison": comparison._asdict(), "run": cfg.model_dump(mode="json")}
-        write_json(folder / SETTINGS_NAME, saved)
+        cfg, corpus = _begin(folder, config, stated, comparison, minutes)
     curves = [_train(entry, corpus, folder) for entry in plan(cfg, folder, comparison)]
     result = to_json(cfg, curves, comparison)
     write_json(folder / "compare.json", result)
@@ -173,13 +170,20 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConfig, Corpus]:
+def _begin(
+    folder: Path, config: Path | None, stated: list[str], comparison: Comparison,
+    minutes: float | None,
+) -> tuple[RunConfig, Corpus]:  # fmt: skip
     """Settings and text of a new comparison, in a folder that holds nothing of the kind."""
     from moestro.config import RunConfig
     from moestro.data.windows import prepare
     from moestro.errors import ConfigError
+    from moestro.files import write_json
     from moestro.settings import load_settings
-    from moestro.train.state import claim_folder, holds_run
+    from moestro.train.compare import plan
+    from moestro.train.initial import claimed
+    from moestro.train.preflight import check_run
+    from moestro.train.state import holds_run
 
     if (folder / SETTINGS_NAME).exists():
         raise ConfigError(f"{folder} holds a comparison already; add --resume, or choose --out")
@@ -188,8 +192,15 @@ def _open(folder: Path, config: Path | None, stated: list[str]) -> tuple[RunConf
     cfg = load_settings(RunConfig, config or DEMO, stated)
     if cfg.data.chat is not None:
         raise ConfigError("compare trains on text; leave data.chat out, which is moestro tune's")
-    claim_folder(folder, resume=False)
-    return cfg, prepare(cfg.data, folder / "data")
+    # Refuses what cannot be trained before text is read; the steps of a budget are known after it.
+    for entry in plan(cfg, folder, comparison._replace(budget_tflop=None)):
+        check_run(entry.cfg)
+    with claimed(folder):
+        corpus = prepare(cfg.data, folder / "data")
+        cfg = _settle(cfg, corpus, folder, comparison, minutes)
+        saved = {"comparison": comparison._asdict(), "run": cfg.model_dump(mode="json")}
+        write_json(folder / SETTINGS_NAME, saved)
+    return cfg, corpus
 
 
 def _reopen(folder: Path) -> tuple[RunConfig, Corpus, Comparison]:
@@ -226,7 +237,7 @@ def _settle(
     from moestro.train.compare import fit_to, plan
 
     cfg = fit_vocabulary(cfg, corpus)
-    entries = plan(cfg, folder, comparison)  # refuses a dense model before anything is timed
+    entries = plan(cfg, folder, comparison)
     for note in corpus.notes:
         typer.echo(note, err=True)
     if minutes is not None:

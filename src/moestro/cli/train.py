@@ -171,16 +171,17 @@ def _begin(
 ) -> None:
     """Save the weights to begin from as the run's step 0; one process does, the others wait."""
     from moestro.cli.opening import open_shown
-    from moestro.train.initial import keep_origin, save_step_zero
+    from moestro.train.initial import claimed, keep_origin, save_step_zero
     from moestro.train.restarts import note_job
-    from moestro.train.state import claim_folder, corpus_of
+    from moestro.train.state import corpus_of
 
     if ranks.writes:
-        claim_folder(folder, resume=False)
-        note_job(folder, os.environ, {"--init": init})
-        model = open_shown(begin, dtype="fp32", accept_fields=accept_fields).model
-        keep_origin(begin, folder)
-        save_step_zero(folder, cfg, model, corpus_of(folder / "data", cfg.data, None))
+        with claimed(folder):
+            note_job(folder, os.environ, {"--init": init})
+            keep_origin(begin, folder)
+            corpus = corpus_of(folder / "data", cfg.data, None)
+            model = open_shown(begin, dtype="fp32", accept_fields=accept_fields).model
+            save_step_zero(folder, cfg, model, corpus)
     ranks.wait()
 
 
@@ -202,14 +203,19 @@ def run_shown(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> tuple
 
 def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus | ChatCorpus:
     """Prepare the text in the run's folder: one process writes it, the others read it then."""
+    from moestro.train.initial import claimed
     from moestro.train.restarts import note_job
     from moestro.train.sharded_state import newest_together
     from moestro.train.state import claim_folder, corpus_of
 
+    if ranks.writes and not resume:
+        with claimed(folder):
+            note_job(folder, os.environ, {"--init": None})
+            corpus = corpus_of(folder / "data", cfg.data, None)
+        ranks.wait()
+        return corpus
     if ranks.writes:
         claim_folder(folder, resume)
-        if not resume:
-            note_job(folder, os.environ, {"--init": None})
     checkpoint = newest_together(folder, ranks) if resume else None
     if not ranks.writes:
         ranks.wait()

@@ -109,7 +109,7 @@ def tune(
     }  # fmt: skip
     _check_options(begins, out, resume, lora, qlora)
     folder, stated = prepare_options(out, assignments, data)
-    stated += _assignments(steps, lora, qlora, freeze)
+    stated += _assignments(steps, lora, qlora, freeze, dotted(read_values(None, stated)))
     own_steps = "train.steps" in dotted(read_values(config, stated))
     _check_epochs(epochs, "train.steps" in dotted(read_values(None, stated)))
     if show is not None:
@@ -158,14 +158,21 @@ def _check_epochs(epochs: float | None, steps: bool) -> None:
 
 
 def _assignments(
-    steps: int | None, lora: int | None, qlora: str | None, freeze: str | None
-) -> list[str]:
-    """What the options say as settings."""
+    steps: int | None, lora: int | None, qlora: str | None, freeze: str | None,
+    stated: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """What the options say as settings; refused if --set, which is `stated`, says another."""
     given = {
         "train.steps": steps, "lora.rank": lora, "lora.weights": qlora,
         "optim.freeze": None if freeze is None else [freeze],
     }  # fmt: skip
-    return [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name in stated and stated[name] != value:
+            raise ConfigError(
+                f"--set {name}={stated[name]} and an option that makes it {value}; give one of them"
+            )
+    return [f"{name}={json.dumps(value)}" for name, value in given.items()]
 
 
 def _settings(

@@ -1,4 +1,4 @@
-"""A run that begins from a checkpoint's weights: its step 0 is saved before it is trained.
+"""How runs begin, and those that begin from a checkpoint's weights: their step 0 is saved first.
 
 From then on it is a run like any other: it resumes from its own checkpoints, and no longer needs
 the folder that it began from.
@@ -6,7 +6,9 @@ the folder that it began from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,24 @@ from moestro.train.health import CollapseWatch
 from moestro.train.optim import make_optimizer
 from moestro.train.snapshot import of_whole
 from moestro.train.task import vocabulary
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Claim a new run's folder; what is put into it is removed if this ends with an error.
+
+    Raises:
+        ConfigError: it holds a run, or cannot be written.
+    """
+    made = not run.exists()
+    there = set() if made or not run.is_dir() else {path.name for path in run.iterdir()}
+    state.claim_folder(run, resume=False)
+    try:
+        yield
+    except BaseException:
+        for path in [run] if made else [run / name for name in {state.ORIGIN, "data"} - there]:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def initial_settings(

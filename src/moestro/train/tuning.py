@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moestro.models.decoder import cannot_pack
 from moestro.moe.balance import COEFFICIENTS, converted
 from moestro.settings import read_values
 from moestro.train import state
-from moestro.train.initial import initial_settings, keep_origin, save_step_zero
+from moestro.train.initial import claimed, initial_settings, keep_origin, save_step_zero
 
 # The weight of the balance loss where a family's configuration names none, as transformers counts.
 USUAL_BALANCE = 0.001
@@ -150,10 +149,7 @@ def begin(
     Returns:
         The settings with the number of steps.
     """
-    made = not run.exists()
-    there = {path.name for path in run.iterdir()} if run.is_dir() else set()
-    state.claim_folder(run, resume=False)
-    try:
+    with claimed(run):
         keep_origin(base, run)
         corpus = state.corpus_of(run / "data", cfg.data, None)
         if epochs is not None:
@@ -161,8 +157,4 @@ def begin(
             train = cfg.train.model_copy(update={"steps": max(1, steps)})
             cfg = cfg.model_copy(update={"train": train})
         save_step_zero(run, cfg, opened(), corpus)
-    except BaseException:
-        for path in [run] if made else [run / name for name in {state.ORIGIN, "data"} - there]:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
     return cfg
