@@ -59,6 +59,12 @@ _FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
 _MUON_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
 _NARROW = ("model.dim=64", "model.dense.hidden_dim=128")
 _RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
+# More of each token's compute in what experts replace; words for bytes; both.
+_SHAPES = {
+    "wide": (256, ("model.dense.hidden_dim=512",)),
+    "bpe": (128, ("data.tokenizer=bpe:2048",)),
+    "bpe-wide": (256, ("data.tokenizer=bpe:2048", "model.dense.hidden_dim=512")),
+}
 
 TRIALS = {
     # Learning rates, as many for each side.
@@ -147,6 +153,17 @@ TRIALS = {
         f"narrow-twin-b{b}-lr{r}": _twin(*_NARROW, f"train.batch_size={b}", f"optim.lr={r}")
         for b in (2, 4)
         for r in ("1e-3", *_RATES)
+    },
+    **{
+        f"{name}-twin-lr{r}": _twin(*_experts(16, 2, hidden), *shape, f"optim.lr={r}")
+        for name, (hidden, shape) in _SHAPES.items()
+        for r in _RATES
+    },
+    **{
+        f"{name}-{n}-lr{r}": _moe(*_experts(n, 2, hidden), *shape, f"optim.lr={r}")
+        for name, (hidden, shape) in _SHAPES.items()
+        for n in (16, 32, 64)
+        for r in _RATES
     },
     # What keeps experts evenly used, over seeds.
     "balance-none": _moe(*_BALANCE, "balance.switch=0", length=0.5),
