@@ -51,6 +51,46 @@ def test_compare_trains_both_and_says_what_it_measured(
     assert (out / "compare.png").is_file()
 
 
+ENCODER_DECODER = """
+[model]
+dim = 16
+encoder_layers = 1
+decoder_layers = 1
+[model.attention]
+positions = {kind = "relative", shared = true}
+num_heads = 2
+context = 64
+[model.moe]
+num_experts = 4
+top_k = 2
+hidden_dim = 8
+[data]
+seq_len = 32
+[train]
+steps = 4
+batch_size = 4
+eval_every = 2
+eval_tokens = 300
+"""
+
+
+@pytest.mark.parametrize("kind", ["muon", "encoder-decoder"])
+def test_the_compute_of_a_token_is_what_training_counts(
+    kind: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.toml").write_text(ENCODER_DECODER)
+    own = ["--config", str(tmp_path / "own.toml")]
+    words = [*TINY, "--set", "optim.matrices=muon"] if kind == "muon" else own
+    out = ["--out", str(tmp_path / "out"), "--source", text, "--json"]
+    assert main(["compare", *out, *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for curve in result["curves"]:
+        last, made = curve["points"][-1], result["models"][curve["kind"]]
+        counted = made["train_flops_per_token"] * last["tokens"]
+        assert counted == pytest.approx(last["train_flops"], rel=1e-9)
+        assert made["steps"] == last["step"]
+
+
 def test_several_mixtures_share_a_twin_and_get_their_laws(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +158,20 @@ def test_resume_refuses_runs_of_other_settings(
         (["--out", "x", "--source", "empty.txt"], "there is no text in empty.txt"),
         (["--out", "x", "--set", "train.runtime.device=toaster"], "is not a device"),
         (["--out", "x", "--budget", "1e-9"], "is the least, for 20 steps"),
+        (["--out", "x", "--budget", "1e300"], "1,000,000,000 is the most"),
+        (
+            [
+                "--out",
+                "x",
+                "--experts",
+                "8,10",
+                "--set",
+                "model.moe.router.num_groups=4",
+                "--set",
+                "model.moe.router.top_groups=2",
+            ],
+            "experts10 (--experts 10, --granularity 1): 10 experts do not split",
+        ),
         (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),
         (["--out", "x", "--seeds", "0"], "seeds"),
         (["--out", "x", "--experts", "8,x"], "takes numbers above 0"),

@@ -127,7 +127,7 @@ def test_what_is_refused(
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
-@pytest.mark.parametrize(("chunk", "more"), [(None, 0), (100, 0), (600, 88), (9000, 4096 - 512)])
+@pytest.mark.parametrize(("chunk", "more"), [(None, 0), (512, 0), (600, 88), (9000, 4096 - 512)])
 def test_a_longer_chunk_of_a_prompt_is_asked_for(
     command: str, chunk: int | None, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,11 +179,25 @@ def test_the_smallest_budget_that_is_named_works(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
-def test_the_smallest_budget_holds_what_packing_takes(tmp_path: Path) -> None:
-    """One mixture of many experts, whose packed form is larger than what running takes."""
-    attention, moe = {"context": 128}, {"hidden_dim": 1024, "num_experts": 64, "top_k": 2}
-    cfg = ModelConfig(vocab_size=257, dim=512, num_layers=1, attention=attention, moe=moe)
-    write_pretrained(Decoder(cfg).bfloat16().eval(), tmp_path / "model", family="mixtral")
+@pytest.mark.parametrize(
+    ("vocabulary", "tied", "dtype", "experts", "hidden"),
+    [
+        (257, False, torch.bfloat16, 64, 1024),
+        (65536, True, torch.float16, 4, 64),
+        (65536, True, torch.float32, 4, 64),
+    ],
+    ids=["many experts", "a tied head in fp16", "a tied head in fp32"],
+)
+def test_the_smallest_budget_holds_what_packing_takes(
+    vocabulary: int, tied: bool, dtype: torch.dtype, experts: int, hidden: int, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One mixture of many experts, whose packed form is larger than what running takes; a head."""
+    cfg = ModelConfig(
+        vocab_size=vocabulary, dim=512, num_layers=1, attention={"context": 128},
+        moe={"hidden_dim": hidden, "num_experts": experts, "top_k": 2}, head={"tied": tied},
+    )  # fmt: skip
+    write_pretrained(Decoder(cfg).to(dtype).eval(), tmp_path / "model", family="mixtral")
     ByteTokenizer().save(tmp_path / "model")
 
     def generate(memory: str) -> tuple[int, str, int]:
@@ -206,7 +220,18 @@ def test_the_smallest_budget_holds_what_packing_takes(tmp_path: Path) -> None:
         status, told, peak = generate(f"{least[1]}MiB")
         assert status == 0, told
         assert peak <= 1.02 * leasts[-1]
+    if tied:
+        return
     assert leasts[1] < leasts[0] - (32 << 20)
+    assert main(["plan", str(tmp_path / "model"), "--dtype", "int8", "--memory", "100MiB"]) == 0
+    said = capsys.readouterr().out
+    planned = (
+        re.search(r"runs from --memory (\d+)MiB", said),
+        re.search(r"takes --memory (\d+)", said),
+    )
+    for least, found in zip(reversed(leasts), planned, strict=True):
+        assert found is not None, said
+        assert abs((int(found[1]) << 20) / least - 1) < 0.15
 
 
 def limited_group() -> tuple[Path, str, str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moestro.checkpoints import packed_header
@@ -28,7 +27,7 @@ from moestro.kernels.native_packing import private_memory
 from moestro.kernels.packing import PAGE, ExpertSlabs
 from moestro.kernels.residency import Residency, Slabs, Stored, open_direct
 from moestro.machine import resident_bytes, return_freed
-from moestro.models.budget import Budget, Mixture, Needs, Use, fit, needs, smallest
+from moestro.models.budget import Budget, Mixture, Needs, Use, fit, needs, packing_bytes
 from moestro.models.build import Model
 from moestro.models.decoder import Decoder
 from moestro.moe.layer import MoE
@@ -37,7 +36,6 @@ from moestro.moe.packed import PackedExperts
 # Read at once: a file system may refuse more.
 _PIECE = 1 << 28
 _HUGE = 2 << 20
-_NUMBERS = 8  # times the bytes of a packed expert, at most: its numbers in fp32
 
 
 def sizes(path: Path) -> tuple[NetworkConfig, int, int, tuple[Mixture, ...]]:
@@ -76,17 +74,9 @@ class Within(NamedTuple):
         return needs(*sizes_of(model, sections), self.use, process)
 
     def needs_of_packing(self, model: Model, sections: dict[str, Section]) -> Needs:
-        """The same where the file will be written first; what that takes more is in the buffers.
-
-        A mixture's packed experts are in memory together, and the numbers of one in each thread.
-        """
+        """The same where the file will be written first."""
         found = self.needs(model, sections)
-        packing = max(
-            (each.slab_bytes * (each.experts + _NUMBERS * torch.get_num_threads())
-             for each in found.mixtures), default=0,
-        )  # fmt: skip
-        more = found.process + packing - smallest(found)
-        return found._replace(buffers=found.buffers + max(0, more))
+        return found._replace(packing=packing_bytes(model.cfg, found.mixtures))
 
 
 def refuse_too_small(within: Within, model: Model, sections: dict[str, Section]) -> None:

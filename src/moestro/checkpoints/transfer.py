@@ -26,6 +26,7 @@ from moestro.models.build import Model
 
 Progress = Callable[[int, int], None]
 
+_PIECE = 1 << 20  # numbers of a matrix that are read at once, to be packed
 _MOST_READERS = 4  # one reads while others convert, or wait for their memory
 # The matrices of modules that can be packed.
 _MATRICES = ("weight", "gate_up", "down")
@@ -313,7 +314,7 @@ class StoredModule:
             format = Format(kind or "bfloat16", 32, down if down != kind else None)
         self.format = format
 
-    def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+    def rows(self, name: str, entry: int | None = None) -> Iterable[BlockRows | Tensor]:
         """See `packing.StoredRows`."""
         entries = self._parts[name]
         if entry in entries:
@@ -323,7 +324,9 @@ class StoredModule:
             parts = [(source.entry(entry), layout) for source, layout in entries[None]]
         whole = _whole(name, parts)
         format = self.format.of_down if name == "down" else self.format
-        found = [self._part(source, layout, format if whole else None) for source, layout in parts]
+        if whole and name == "weight":
+            parts = [piece for part in parts for piece in _pieces(*part)]
+        found = (self._part(source, layout, format if whole else None) for source, layout in parts)
         if whole:
             return found
         return [torch.cat([each for each in found if isinstance(each, Tensor)])]
@@ -370,6 +373,20 @@ class StoredModule:
             # Packed as numbers, which these kinds do not take.
             kinds = {kind: blocks for kind, blocks in kinds.items() if kind not in TABLES}
         return next((kind for kind in kinds if numbers <= {*kinds[kind]}), "int8")
+
+
+def _pieces(source: Source, layout: str) -> list[Part]:
+    """Blocks of a plain matrix's rows, of `_PIECE` numbers at most, if these keep their order."""
+    rows = max(1, _PIECE // COLUMNS // max(1, source.shape[-1])) * COLUMNS
+    if (
+        layout != "same"
+        or source.dtype is None
+        or len(source.shape) != 2
+        or source.shape[0] <= rows
+    ):
+        return [(source, layout)]
+    starts = range(0, source.shape[0], rows)
+    return [(source.part(at, min(at + rows, source.shape[0])), layout) for at in starts]
 
 
 def _whole(name: str, parts: Sequence[Part]) -> bool:

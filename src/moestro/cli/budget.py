@@ -31,10 +31,11 @@ Memory = Annotated[
 Chunk = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        min=512,
         metavar="TOKENS",
-        help="With --memory, the most tokens of a prompt that pass at once; default 512. More "
-        "reads experts fewer times for a long prompt, takes memory, and makes other texts wait.",
+        help="With --memory, the most tokens of a prompt that pass at once; 512 unless given, and "
+        "where all experts are kept. More reads experts fewer times for a long prompt, takes up to "
+        "an eighth of what is left, and makes other texts wait.",
     ),
 ]
 NONE = "none"

@@ -82,8 +82,9 @@ def compare(
     """Train a mixture and its dense twin on the same text, and report the compute saved.
 
     The twin has the same active parameters per token, so both cost the same compute. With
-    --experts or --granularity several mixtures are compared with it, and the published laws are
-    fitted to what they reached. Progress goes to stderr, the result to stdout; the run folder
+    --experts or --granularity several mixtures are compared with the twin of the settings' own:
+    they cost more by their larger routers, which is counted. The published laws are fitted to what
+    they reached. Progress goes to stderr, the result to stdout; the run folder
     gets compare.json and compare.png, and scaling.png of several mixtures.
     """
     from moestro.errors import ConfigError

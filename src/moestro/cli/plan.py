@@ -340,6 +340,8 @@ def _print_fit(answer: Report, fit: Fit, question: Question, console: Console) -
     elif fit.streamed_least is not None:
         least = fit.streamed_least >> 20
         say(f"With its experts in a file it runs from --memory {least}MiB on.")
+    if fit.packing_least is not None and fit.packing_least > fit.memory_bytes:
+        say(f"Writing the packed file first takes --memory {fit.packing_least >> 20}MiB.")
     if fit.changes:
         say(f"{question.dtype} does not fit; any one of these makes room:")
         for change in fit.changes:

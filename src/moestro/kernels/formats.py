@@ -36,6 +36,9 @@ BLOCKS = {
     Q4_0: (32, 18), Q4_1: (32, 20), 6: (32, 22), 7: (32, 24), Q8_0: (32, 34), Q4_K: (256, 144),
     13: (256, 176), 14: (256, 210), IQ4_NL: (32, 18), MXFP4: (32, 17), NF4: (32, 18),
 }  # fmt: skip
+# Bytes of numbers on their way into packed form, where more than one expert is packed at once; of
+# each number, as it is stored, in 16 bits and in fp32, at most.
+SIDE_BY_SIDE, UNPACKED = 128 << 20, 6
 # What each kind holds bit by bit in groups of 32.
 EXACT = {
     "int4": (Q4_0,), "mxfp4": (MXFP4,), "iq4_nl": (IQ4_NL,), "nf4": (NF4,), "uint4": (Q4_0, Q4_1),
@@ -145,3 +148,8 @@ def block_row_bytes(number: int, columns: int) -> int:
     if not length or columns < 1 or columns % length:
         raise ShapeError(f"rows of {columns} numbers cannot be blocks of kind {number}")
     return columns // length * size
+
+
+def packed_at_once(numbers: int, most: int) -> int:
+    """How many experts of so many numbers are packed side by side, up to `most`."""
+    return max(1, min(most, SIDE_BY_SIDE // (UNPACKED * numbers)))

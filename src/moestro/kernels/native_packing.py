@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moestro.errors import ShapeError
 from moestro.kernels.addresses import CPU, ROWS, UINT8, address, check
+from moestro.kernels.formats import packed_at_once
 from moestro.kernels.native_library import call
 from moestro.kernels.packing import (
     ACTIVATIONS,
@@ -97,7 +98,7 @@ def pack_matrix(
     Raises:
         ShapeError: it is not an fp32 or bf16 matrix, or holds values that cannot be packed.
     """
-    parts: Sequence[Tensor | BlockRows]
+    parts: Iterable[Tensor | BlockRows]
     parts = [_packable(w_OI)] if stored is None else stored.rows("weight")
     blank = blank_matrix(w_OI, format, bias_O)
     data = aligned(blank.data.numel())
@@ -139,7 +140,7 @@ def pack_experts(
     def pack(expert: int) -> None:
         try:
             if stored is not None:
-                ups, down = stored.rows("gate_up", expert), stored.rows("down", expert)
+                ups, down = (list(stored.rows(name, expert)) for name in ("gate_up", "down"))
                 sizes = (blank.dim, blank.hidden_dim)
                 _pack_slab(ups, down, sizes, activation, format, slabs[expert], added_E2[expert])
                 return
@@ -151,7 +152,8 @@ def pack_experts(
         except ShapeError as error:
             raise ShapeError(f"expert {expert}: {error}") from error
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as packers:
+    numbers = blank.dim * (up_EHD[0].numel() // blank.dim + blank.hidden_dim)
+    with ThreadPoolExecutor(packed_at_once(numbers, torch.get_num_threads())) as packers:
         list(packers.map(pack, range(blank.num_experts)))
     if stored is not None:
         stored.rounding += added_E2.sum(0)
@@ -299,7 +301,7 @@ def _packable(w_OI: Tensor) -> Tensor:
 
 
 def _pack(
-    parts: Sequence[Tensor | BlockRows],
+    parts: Iterable[Tensor | BlockRows],
     shape: Sequence[int],
     format: Format,
     at: int,

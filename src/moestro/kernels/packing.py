@@ -17,6 +17,7 @@ Letters: O/I out and in of a matrix, Q group length, E experts, D width, F hidde
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -101,8 +102,10 @@ class StoredRows(Protocol):
 
     rounding: Tensor
 
-    def rows(self, name: str, entry: int | None = None) -> list[BlockRows | Tensor]:
+    def rows(self, name: str, entry: int | None = None) -> Iterable[BlockRows | Tensor]:
         """The parts of a tensor of the module, or of entry `entry` of its first axis, in order.
+
+        Each is read when it is reached.
 
         Gate and up are two parts, or one; of others all but the last have a multiple of 32 rows.
         Plain numbers are fp32 or bf16.

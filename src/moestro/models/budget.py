@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from moestro.config import CacheKind, NetworkConfig, RelativeConfig
 from moestro.errors import ConfigError
-from moestro.kernels.formats import UNGATED
+from moestro.kernels.formats import UNGATED, UNPACKED, packed_at_once
 from moestro.models.passing import CHUNK, MOST_LOGITS, chunked, lacks
 
 # What a process that has torch loaded takes before it opens a model, and what it grows by later:
@@ -67,6 +67,7 @@ class Needs(NamedTuple):
     spare: int = 0  # the most for caches of earlier texts that get an eighth of what is left
     token: int = 0  # of buffers for each token of a prompt that passes together with `CHUNK` others
     more: int = 0  # how many such tokens a prompt has
+    packing: int = 0  # beside the process, while a packed file is written that is missing
 
     @property
     def fixed(self) -> int:
@@ -130,6 +131,14 @@ def fit(needs: Needs, memory: int) -> Budget:
     """
     left, mixtures = memory - needs.fixed, needs.mixtures
     least = sum(each.slab_bytes for each in mixtures)
+    if left >= least and memory < needs.process + needs.packing:
+        raise ConfigError(
+            f"a budget of {memory / 2**20:,.0f} MiB is too small to write the packed form: the "
+            f"process takes {needs.process / 2**20:,.0f} MiB, and a layer's packed experts with "
+            f"numbers on their way {needs.packing / 2**20:,.0f} MiB; give at least "
+            f"{smallest(needs) // 2**20}MiB once. When the file is there, "
+            f"{smallest(needs._replace(packing=0)) // 2**20}MiB are enough"
+        )
     if left < least:
         parts = (needs.process, needs.dense, needs.cache, needs.buffers, least)
         sizes = [f"{each / 2**20:,.0f} MiB" for each in parts]
@@ -159,6 +168,7 @@ def fit(needs: Needs, memory: int) -> Budget:
 def smallest(needs: Needs) -> int:
     """A budget that works, in whole 16 MiB: another process may hold a little more than this."""
     least = needs.fixed + sum(each.slab_bytes for each in needs.mixtures)
+    least = max(least, needs.process + needs.packing)
     return -(-(least + _SLACK) // (2 * _SLACK)) * (2 * _SLACK)
 
 
@@ -197,6 +207,20 @@ def needs(
         longer = use._replace(tokens=CHUNK + 1)
         token = _buffers(cfg, longer, number, mixtures) - buffers
     return Needs(process + GROWTH, dense, cache, buffers, tuple(mixtures), spare, token, more)
+
+
+def packing_bytes(cfg: NetworkConfig, mixtures: Sequence[Mixture]) -> int:
+    """What writing a packed file takes: a layer's packed experts, and numbers on their way."""
+    moe, hidden = cfg.moe, [cfg.dense.hidden_dim]
+    experts = max((each.experts for each in mixtures), default=1)
+    wide = _heads(cfg) * cfg.dim
+    if moe is not None:
+        hidden.append(0 if moe.shared is None else moe.shared.hidden_dim)
+        one = 3 * cfg.dim * moe.hidden_dim
+        wide = max(wide, one * packed_at_once(one, experts))
+    numbers = max(wide, 3 * cfg.dim * max(hidden))
+    packed = max((each.experts * each.slab_bytes for each in mixtures), default=0)
+    return packed + UNPACKED * numbers
 
 
 def text_bytes(cfg: NetworkConfig, context: int, number: int, cache: CacheKind = "as-is") -> int:

@@ -59,6 +59,7 @@ class Fit(NamedTuple):
     # it fits, where there are no experts, or where even one of each mixture is too much.
     streamed: Budget | None = None
     streamed_least: int | None = None  # the smallest amount that `--memory` takes of it
+    packing_least: int | None = None  # the same where the packed file is to be written first
 
 
 def fit(
@@ -101,13 +102,17 @@ def fit(
     rows = {name: row(name) for name in dtypes(count, dtype)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
     changes = () if asked.fits else _changes(cfg, count, context, batch, asked, rows, memory_bytes)
-    use, left, least = Use(context, batch, cache=cache), None, None
+    use, left, least, first = Use(context, batch, cache=cache), None, None, None
     if not asked.fits and cfg is not None:
         wanted = streamed_needs(cfg, weights(count, asked.dtype, cfg), asked.dtype, use)
-        left = None if wanted is None else _streamed(wanted, memory_bytes)
-        least = None if wanted is None else budget.smallest(wanted)
+        if wanted is not None:
+            left, least = _streamed(wanted, memory_bytes), budget.smallest(wanted)
+            packing = budget.packing_bytes(cfg, wanted.mixtures)
+            first = budget.smallest(wanted._replace(packing=packing))
     if training.activations is None or training.checkpointed is None:
-        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, left, least)
+        return Fit(
+            memory_bytes, tuple(rows.values()), changes, None, None, None, left, least, first
+        )
     sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
     room = memory_bytes - training.checkpointed - ((sharded.gathered if sharded else None) or 0)
     return Fit(
@@ -119,6 +124,7 @@ def fit(
         math.ceil(training.state / room) if room > 0 else None,
         left,
         least,
+        first,
     )
 
 

@@ -28,6 +28,7 @@ from moestro.train.scaling import Law, Mixture, law_json, laws, mixture_of, mixt
 MIXTURE, TWIN = "moe", "dense"
 CALIBRATION_STEPS = 8
 EVALUATIONS = 20
+MOST_STEPS = 10**9
 # Share of the given minutes that is planned for: speed drifts, saving and figures take time.
 PLANNED_SHARE = 0.9
 
@@ -135,7 +136,13 @@ def _steps(cfg: RunConfig, budget_tflop: float | None) -> dict[str, int]:
     if budget_tflop is None:
         return {}
     flops = step_flops(cfg)
-    steps = round(budget_tflop * 1e12 / flops)
+    wanted = budget_tflop * 1e12 / flops
+    if wanted > MOST_STEPS:
+        raise ConfigError(
+            f"--budget {budget_tflop:g} TFLOP is {wanted:.3g} steps of this model; "
+            f"{MOST_STEPS:,} is the most, for {MOST_STEPS * flops / 1e12:.3g} TFLOP"
+        )
+    steps = round(wanted)
     if steps < EVALUATIONS:
         least = EVALUATIONS * flops / 1e12
         raise ConfigError(
@@ -305,8 +312,8 @@ def mean_loss(curves: list[Curve], kind: str) -> float:
 def as_json(cfg: RunConfig, curves: list[Curve], comparison: Comparison = ONE) -> dict[str, Any]:
     """Everything that was measured, for compare.json and --json."""
     verdicts = judge(curves)
-    counts = {kind: count(model) for kind, model in models(cfg, comparison).items()}
-    seq_len = cfg.data.seq_len
+    made = models(cfg, comparison)
+    tokens = cfg.train.batch_size * cfg.data.seq_len
     steps = {curve.kind: curve.final.step for curve in curves}
     return {
         "sentence": sentence(verdicts),
@@ -314,11 +321,12 @@ def as_json(cfg: RunConfig, curves: list[Curve], comparison: Comparison = ONE) -
         "differences": [each._asdict() for each in differences(verdicts)],
         "models": {
             kind: {
-                **counted._asdict(),
-                "train_flops_per_token": counted.train_flops(seq_len),
+                **count(model)._asdict(),
+                "train_flops_per_token": step_flops(cfg.model_copy(update={"model": model}))
+                / tokens,
                 "steps": steps[kind],
             }
-            for kind, counted in counts.items()
+            for kind, model in made.items()
         },
         "laws": [law_json(law) for law in fitted(cfg, comparison, curves)],
         "curves": [

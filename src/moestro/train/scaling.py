@@ -1,6 +1,8 @@
 """A comparison over several mixtures: more experts, finer experts, and the laws fitted to both.
 
-All mixtures of one comparison share the dense twin, since none changes the active experts' size.
+All mixtures of one comparison share the dense twin, since none changes the active experts' size;
+their routers, which grow with E·G, are counted in what each costs. With a budget of compute the
+laws' numbers of tokens are not quite the same, then.
 """
 
 from __future__ import annotations
@@ -116,7 +118,12 @@ def remade(cfg: RunConfig, mixture: Mixture) -> ModelConfig | EncDecConfig:
     }
     # Left unset it would depend on K, which is multiplied here.
     router = {**moe.router.model_dump(), "renormalize": moe.renormalizes}
-    checked = MoEConfig(**{**moe.model_dump(), "router": router, **changed})
+    try:
+        checked = MoEConfig(**{**moe.model_dump(), "router": router, **changed})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{mixture.name} (--experts {mixture.experts}, --granularity {fine}): {error}"
+        ) from None
     return cfg.model.model_copy(update={"moe": checked})
 
 
