@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moestro.checkpoints.transfer import ROWS, StoredModule
+from moestro.checkpoints.families.table import ROWS
+from moestro.checkpoints.stored_modules import StoredModule
 from moestro.kernels.packing import IQ4_NL, Q4_0
 
 

@@ -18,13 +18,8 @@ import torch
 from torch import nn
 
 from moestro.checkpoints.reading import open_unread
-from moestro.checkpoints.transfer import (
-    Progress,
-    StoredModule,
-    Unread,
-    load_tensors,
-    stored_module,
-)
+from moestro.checkpoints.stored_modules import StoredModule, stored_module
+from moestro.checkpoints.transfer import Progress, Unread, load_tensors
 from moestro.config import EncDecConfig, ModelConfig
 from moestro.errors import ConfigError, MoestroError, ShapeError
 from moestro.kernels import backends
@@ -130,9 +125,8 @@ def read_packed(
 ) -> Model:
     """Load a checkpoint straight into packed form, module by module and expert by expert.
 
-    Memory peaks at the packed model and the numbers of one matrix, or of an expert in each thread;
-    where packed modules are taken away, at one and those that the taker still holds, or at what is
-    not packed.
+    Memory peaks at the packed model and numbers of a few experts or rows; where packed modules are
+    taken away, at one and those that the taker still holds, or at what is not packed.
 
     Args:
         folder: from `moestro.checkpoints.hub.find_checkpoint`.
@@ -151,10 +145,8 @@ def read_packed(
     """
     backends.choose("auto", backends.PACKED)
     unread = open_unread(folder, accept_fields=accept_fields)
-    model, total, done = unread.model, unread.bytes, 0
-    rounded, chosen = Rounding(), _chosen(format)
-    # Plain numbers as the model would hold them; beside quantised ones as they are.
-    dtype = None if unread.quantised else unread.dtype
+    model, total, done, rounded = unread.model, unread.bytes, 0, Rounding()
+    rounds_to = None if unread.quantised else unread.dtype  # plain numbers beside others do not
 
     def moved(part: Unread) -> None:
         nonlocal done
@@ -171,7 +163,7 @@ def read_packed(
         """Packed as it is stored, without numbers of its own on the way."""
         part = unread.part(set(names))
         own = names[0].rpartition(".")[0]
-        stored, others = stored_module(part.sources, own, model.cfg, chosen, dtype)
+        stored, others = stored_module(part.sources, own, model.cfg, _chosen(format), rounds_to)
         if others:
             fill(others)
         made = packed(path, module, format, stored)

@@ -102,17 +102,12 @@ def fit(
     rows = {name: row(name) for name in dtypes(count, dtype)}
     asked = rows.get(dtype, rows["bf16"])  # a dense model has no experts to keep narrower
     changes = () if asked.fits else _changes(cfg, count, context, batch, asked, rows, memory_bytes)
-    use, left, least, first = Use(context, batch, cache=cache), None, None, None
+    within = _Streamed()
     if not asked.fits and cfg is not None:
-        wanted = streamed_needs(cfg, weights(count, asked.dtype, cfg), asked.dtype, use)
-        if wanted is not None:
-            left, least = _streamed(wanted, memory_bytes), budget.smallest(wanted)
-            packing = budget.packing_bytes(cfg, wanted.mixtures)
-            first = budget.smallest(wanted._replace(packing=packing))
+        use, sizes = Use(context, batch, cache=cache), weights(count, asked.dtype, cfg)
+        within = _streamed(cfg, streamed_needs(cfg, sizes, asked.dtype, use), memory_bytes)
     if training.activations is None or training.checkpointed is None:
-        return Fit(
-            memory_bytes, tuple(rows.values()), changes, None, None, None, left, least, first
-        )
+        return Fit(memory_bytes, tuple(rows.values()), changes, None, None, None, *within)
     sharded = rank(cfg, count, training, "fsdp", 2, context * batch, number_bytes(dtype))
     room = memory_bytes - training.checkpointed - ((sharded.gathered if sharded else None) or 0)
     return Fit(
@@ -122,9 +117,7 @@ def fit(
         training.state + training.activations <= memory_bytes,
         training.state + training.checkpointed <= memory_bytes,
         math.ceil(training.state / room) if room > 0 else None,
-        left,
-        least,
-        first,
+        *within,
     )
 
 
@@ -142,12 +135,24 @@ def streamed_needs(cfg: NetworkConfig, sizes: WeightBytes, dtype: str, use: Use)
     return budget.needs(cfg, number_bytes(dtype), dense, mixtures, use)
 
 
-def _streamed(needs: Needs, memory_bytes: int) -> Budget | None:
-    """The experts that stay in memory; None: not even one of each mixture."""
+class _Streamed(NamedTuple):
+    """The last three fields of `Fit`."""
+
+    streamed: Budget | None = None
+    least: int | None = None
+    packing_least: int | None = None
+
+
+def _streamed(cfg: NetworkConfig, needs: Needs | None, memory_bytes: int) -> _Streamed:
+    """The experts that stay in memory, unless not even one of each mixture does; what would."""
+    if needs is None:
+        return _Streamed()
     try:
-        return budget.fit(needs, memory_bytes)
+        kept = budget.fit(needs, memory_bytes)
     except ConfigError:
-        return None
+        kept = None
+    first = needs._replace(packing=budget.packing_bytes(cfg, needs.mixtures))
+    return _Streamed(kept, budget.smallest(needs), budget.smallest(first))
 
 
 def _most(cost: Callable[[int], int], left: int, limit: int) -> int:
