@@ -91,11 +91,17 @@ def read_documents(cfg: DataConfig) -> Iterator[Document]:
 
 def source_files(cfg: DataConfig) -> list[SourceFile]:
     """The files of all sources but 'builtin', each once, in the order of the sources, sorted."""
+    also = f", or '{BUILTIN}'" if cfg.chat is None else ""
     if not cfg.sources:
-        raise DataError("data.sources is empty; give files, folders, globs, or 'builtin'")
+        raise DataError(f"data.sources is empty; give files, folders, globs{also}")
+    if BUILTIN in cfg.sources and not also:
+        raise DataError(
+            f"data.sources has '{BUILTIN}', which is text and holds no conversations; give .jsonl "
+            "files of conversations"
+        )
     files: dict[Path, SourceFile] = {}
     for source in cfg.sources:
-        for file in [] if source == BUILTIN else resolve(source):
+        for file in [] if source == BUILTIN else resolve(source, also):
             files.setdefault(file.path.resolve(), file)
     return list(files.values())
 
@@ -116,8 +122,8 @@ def source_state(cfg: DataConfig) -> list[tuple[str, int, int]]:
     return state
 
 
-def resolve(source: str) -> list[SourceFile]:
-    """The text files that one path or glob stands for, sorted.
+def resolve(source: str, also: str = "") -> list[SourceFile]:
+    """The text files that one path or glob stands for, sorted; `also` ends what may be given.
 
     A file named by its own path is read whatever its extension; inside folders and globs only
     text extensions count, and names that begin with a dot are passed over.
@@ -134,8 +140,7 @@ def resolve(source: str) -> list[SourceFile]:
         return found
     if not glob.has_magic(source):
         raise DataError(
-            f"no such file or folder: {source}; give a path, a glob such as 'texts/*.md', or "
-            f"'{BUILTIN}'"
+            f"no such file or folder: {source}; give a path, or a glob such as 'texts/*.md'{also}"
         )
     return _resolve_glob(source, path)
 
