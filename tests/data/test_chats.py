@@ -185,9 +185,9 @@ def test_a_line_of_no_known_shape_is_named(record, words, tmp_path):
 @pytest.mark.parametrize(
     ("sources", "words"),
     [
-        (("nothere.jsonl",), r"no such file or folder: nothere\.jsonl; give a path"),
+        (("nothere.jsonl",), r"no such file or folder: nothere\.jsonl; give a \.jsonl file"),
         ((), "data.sources is empty"),
-        (("builtin",), "'builtin', which is text and holds no conversations; give .jsonl"),
+        (("builtin",), "'builtin', which is text, not conversations; give a .jsonl"),
     ],
 )
 def test_built_in_text_is_neither_read_nor_offered(sources, words):

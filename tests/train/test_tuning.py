@@ -115,5 +115,5 @@ def test_a_rate_for_biases_needs_a_checkpoint_with_biases(stated, bases, tmp_pat
 def test_a_dense_model_has_no_router_to_freeze(bases, tmp_path):
     freeze = 'optim.freeze=["router"]'
     assert settings(bases / "plain", tmp_path, freeze).optim.freeze == ("router",)
-    with pytest.raises(ConfigError, match="dense and has no router to freeze; leave --freeze"):
+    with pytest.raises(ConfigError, match="is a dense model, with no router to freeze"):
         settings(bases / "dense", tmp_path, freeze)

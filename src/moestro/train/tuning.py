@@ -81,7 +81,7 @@ def tuning_settings(
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
     if "router" in cfg.optim.freeze and not any(map(model.is_moe_layer, range(model.num_layers))):
         raise ConfigError(
-            f"{base} is dense and has no router to freeze; leave --freeze (optim.freeze) out"
+            f"{base} is a dense model, with no router to freeze; leave --freeze (optim.freeze) out"
         )
     return without_frozen(cfg)
 
