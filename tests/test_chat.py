@@ -156,6 +156,15 @@ def test_null_and_thoughts_are_shown_as_by_transformers(tokenizer, reply):
     assert ChatTemplate(CALLS, {}).render(talk, reply=False) == wanted
 
 
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_developer_is_the_system_to_every_template(marks):
+    """Asked for a reply and learned alike."""
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    template, talk = ChatTemplate(source, {}), [{"role": "developer", "content": "Be short."}]
+    text = template.render_marked(talk)[0] if marks else template.render(talk)
+    assert text == "system: Be short."
+
+
 def test_a_prompt_is_encoded_as_transformers_does(tokenizer, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)

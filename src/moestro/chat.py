@@ -62,7 +62,7 @@ class ChatTemplate(NamedTuple):
         Args:
             messages: Each at least with `role` and `content`; plain data, as in JSON. A value of
                 None, such as content beside tool calls, counts as not given. Thoughts may go by
-                any name of `THOUGHTS`.
+                any name of `THOUGHTS`. A developer is the system, which every template knows.
             reply: End with what begins the model's reply (`add_generation_prompt`).
             variables: What else this template takes, such as `tools` or `enable_thinking`.
 
@@ -192,8 +192,10 @@ def _listed(value: Any, path: Path) -> dict[str, str]:
 
 
 def _as_templates_ask(message: Message) -> dict[str, Any]:
-    """A message without values of None, its thoughts by each name that templates ask for."""
+    """A message without values of None, by the role and the names of thoughts that they know."""
     given = {key: value for key, value in message.items() if value is not None}
+    if given.get("role") == "developer":
+        given["role"] = "system"
     for name in THOUGHTS:
         if name in given:
             return {"thinking": given[name], **given, "reasoning_content": given[name]}

@@ -184,6 +184,8 @@ def test_what_torchrun_starts_again_goes_on_with_the_same_options_only(
         (["--lora", "2", "--set", 'lora.targets=["router"]', "--freeze", "router"], "router alone"),
         (["--set", "model.dim=8"], "model.dim"),
         (["--show", "-1"], "--show"),
+        (["--show", "1", "--json"], "have no --json"),
+        (["--set", "balance.bias_rate=0.1"], "leave balance.bias_rate out"),
         (["--set", "parallel.shard=2"], "parallel.shard = 2 does not fit 1 processes"),
         (["--set", "train.runtime.backend=none"], "unknown kernel backend"),
     ],
@@ -325,12 +327,12 @@ def test_what_was_in_the_folder_before_stays(folder, published, chats, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
-def test_adapters_do_not_change_the_routers_biases(published, chats, tmp_path, capsys):
-    """Nothing but the adapters is kept of such a run."""
-    words = ["--data", str(chats), "--lora", "2", *SETS, "--set", "balance.bias_rate=0.001"]
-    assert main(["tune", str(published), *words, "--out", str(tmp_path / "run")]) == 2
-    assert "which adapters do not keep" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("where", ["--set", "--config"])
+def test_a_rank_among_the_settings_is_enough_for_packed_weights(where, published, chats, tmp_path):
+    (tmp_path / "lora.toml").write_text("[lora]\nrank = 2\n")
+    given = {"--set": "lora.rank=2", "--config": str(tmp_path / "lora.toml")}[where]
+    words = [where, given, "--qlora", "int8", "--show", "1", *SETS]
+    assert main(["tune", str(published), "--data", str(chats), *words]) == 0
 
 
 def test_the_preview_marks_what_is_learned(published, chats, capsys):

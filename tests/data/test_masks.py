@@ -1,13 +1,12 @@
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 import tokenizers
 
-from moestro.chat import ChatTemplate, from_json
-from moestro.config import ChatConfig, DataConfig
-from moestro.data.chats import Chat, read_chats
+from moestro.chat import ChatTemplate
+from moestro.config import ChatConfig
+from moestro.data.chats import Chat
 from moestro.data.masks import Labelled, label
 from moestro.errors import DataError
 from moestro.text import SubwordTokenizer
@@ -155,6 +154,15 @@ def test_a_text_is_learned_whole_and_a_prompt_not_at_all(tokenizer):
     assert learned == [*tokenizer.encode(" is it?"), end]
 
 
+def test_a_text_without_a_token_gives_only_its_end():
+    """As of blanks, where the tokenizer strips them."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, unk_token="</s>"))
+    inner.normalizer = tokenizers.normalizers.Strip()
+    stripping = SubwordTokenizer(inner, "file", 0)
+    for chat in (Chat("x", prompt=" ", completion=" "), Chat("x", completion=" ")):
+        assert list(label(chat, stripping, None, ChatConfig())) == [([0], [True])]
+
+
 def test_the_end_that_a_tokenizer_adds_is_learned():
     """It stands for no text, so its place in the text says nothing."""
     words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
@@ -169,68 +177,14 @@ def test_the_end_that_a_tokenizer_adds_is_learned():
     assert pair == ([0, 2, 3, 1], [False, False, True, True])
 
 
-def line(tmp_path, record):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(record if isinstance(record, str) else json.dumps(record))
-    return DataConfig(sources=(str(path),), chat=ChatConfig())
-
-
-def test_every_shape_becomes_the_same_conversation(tmp_path):
-    shapes = [
-        {"messages": [ASK, ANSWER]},
-        {"prompt": [ASK], "completion": [ANSWER]},
-        {"conversations": [
-            {"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": ANSWER["content"]},
-        ]},
-    ]  # fmt: skip
-    for shape in shapes:
-        (chat,) = read_chats(line(tmp_path, {**shape, "tools": [1]}))
-        assert (chat.messages, chat.turns) == ((ASK, ANSWER), [1])
-        assert chat.variables == {"tools": [1]}
-    nothing = dict.fromkeys(("messages", "conversations", "completion", "text", "tools"))
-    for shape in (*shapes, {"text": "a"}):
-        assert list(read_chats(line(tmp_path, nothing | shape))) == list(
-            read_chats(line(tmp_path, shape))
-        )
-    with_history = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}
-    (chat,) = read_chats(line(tmp_path, with_history))
-    assert chat.turns == [3]
-
-
-@pytest.mark.parametrize("tools", [[{"name": "sky"}], '[{"name": "sky"}]', [], "[]", "", None])
-def test_tools_calls_and_variables_may_be_json_as_a_text(tools, tmp_path):
-    called = {**CALL, "tool_calls": json.dumps(CALL["tool_calls"])}
-    record = {"messages": [ASK, called], "tools": tools, "chat_template_kwargs": '{"a": [1]}'}
-    (chat,) = read_chats(line(tmp_path, record))
-    assert chat.messages == (ASK, CALL)
-    wanted = {"tools": [{"name": "sky"}]} if tools and "sky" in str(tools) else {}
-    assert chat.variables == {"a": [1], **wanted}
-
-
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [('{"at": "Bonn"}', {"at": "Bonn"}), ("", {}), ("not JSON", "not JSON"), ({"a": 1}, {"a": 1})],
-)
-@pytest.mark.parametrize("nested", [True, False])
-def test_arguments_of_calls_are_what_the_server_gives_a_template(written, read, nested, tmp_path):
-    def called(arguments):
-        call = {"name": "sky", "arguments": arguments}
-        return {**CALL, "tool_calls": [{"type": "function", "function": call} if nested else call]}
-
-    (chat,) = read_chats(line(tmp_path, {"messages": [ASK, called(written)]}))
-    assert chat.messages == (ASK, called(read))
-    if isinstance(written, str):
-        assert from_json(written) == read  # which serve calls
-
-
 WEIGHED = [ASK, {**THOUGHT, "weight": 0}, ASK, {**ANSWER, "weight": 1}, ASK, THOUGHT]
 
 
 @pytest.mark.parametrize("name", ["marked", "headers"])
 @pytest.mark.parametrize("turns", ["all", "each"])
-def test_turns_of_weight_0_are_not_learned(name, turns, tokenizer, tmp_path):
+def test_turns_of_weight_0_are_not_learned(name, turns, tokenizer):
     """The tokens are the same, and the labels those of the other turns, token by token."""
-    (chat,) = read_chats(line(tmp_path, {"messages": WEIGHED}))
+    chat = Chat("x", tuple(WEIGHED))
     assert chat.turns == [3, 5]
     cfg = ChatConfig(turns=turns)
     found = list(label(chat, tokenizer, template(name), cfg))
@@ -246,56 +200,6 @@ def test_turns_of_weight_0_are_not_learned(name, turns, tokenizer, tmp_path):
     first = whole.labels.index(True)
     end = whole.labels.index(False, first)
     assert later.labels == [own and not first <= n < end for n, own in enumerate(whole.labels)]
-
-
-def test_weights_of_other_roles_and_of_sharegpt(tmp_path):
-    spoken = [
-        {"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b", "weight": 0},
-        {"from": "human", "value": "c", "weight": 0}, {"from": "gpt", "value": "d", "weight": 1.0},
-    ]  # fmt: skip
-    (chat,) = read_chats(line(tmp_path, {"conversations": spoken}))
-    assert chat.turns == [3]
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        ({"messages": [ASK, {**ANSWER, "weight": 0}]}, "nothing to learn.*weight 0"),
-        ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, r"message 1 \(assistant\) has the weight"),
-        ({"messages": [ASK, {**ANSWER, "weight": True}]}, r"weight True; it is 0 \(not learned\)"),
-        ({"messages": [ASK, {**ANSWER, "weight": "0"}]}, "weight '0'; it is 0"),
-        ({"messages": [{**ASK, "weight": 1}, ANSWER]}, r"message 0 \(user\).*only turns of the"),
-        ({"messages": [ASK, ANSWER], "tools": "sky"}, "tools is 'sky'; it is a list, or the JSON"),
-        ({"messages": [ASK, ANSWER], "tools": '{"name": "sky"}'}, "tools is .*it is a list"),
-        ({"messages": [ASK, ANSWER], "tools": "null"}, "tools is 'null'; it is a list"),
-        ({"messages": [ASK, ANSWER], "tools": {"name": "sky"}}, "tools is .*it is a list"),
-        ({"messages": [ASK, ANSWER], "tools": "[" * 10**5}, "tools is .*…; it is a list"),
-        ({"messages": [ASK, {**CALL, "tool_calls": "x"}]}, r"tool_calls of message 1 \(assis"),
-        ({"messages": [ASK, ANSWER], "chat_template_kwargs": "[]"}, "kwargs is .* an object"),
-        *(
-            ({"messages": [ASK, ANSWER], "chat_template_kwargs": {name: []}}, f"set {name}")
-            for name in ("messages", "add_generation_prompt", "reply", "tools")
-        ),
-        ({"messages": [ASK]}, "no turn of the assistant"),
-        ({"messages": [ASK, {"role": "robot", "content": "x"}]}, "role 'robot'; known are system"),
-        ({"messages": [ASK, {"role": "assistant"}]}, "neither content nor tool_calls"),
-        ({"messages": [ASK, {"role": "assistant", "content": 4}]}, "content 4; it is a text"),
-        ({"messages": []}, "not a list of at least one"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'; known are"),
-        ({"conversations": [{"from": ["human"], "value": "x"}]}, "from .*human.*; known are"),
-        ({"prompt": "a", "completion": [ANSWER]}, "prompt is 'a' and completion .*two texts, or"),
-        ({"completion": "a"}, "prompt is None and completion 'a'; give two texts"),
-        ({"messages": None}, "its fields are none; expected messages"),
-        ({"question": "x"}, "its fields are 'question'; expected messages"),
-        ({"text": ""}, "its fields are 'text'|nothing to learn"),
-        ("[1]", "not a JSON object"),
-        ("{", "is not JSON"),
-    ],
-)
-def test_a_line_of_no_known_shape_is_named(record, words, tmp_path):
-    with pytest.raises(DataError, match=words) as raised:
-        list(read_chats(line(tmp_path, record)))
-    assert "line 1" in str(raised.value)
 
 
 def test_what_cannot_be_marked_is_refused(tokenizer):
@@ -317,12 +221,12 @@ def test_what_cannot_be_marked_is_refused(tokenizer):
         list(label(hidden, tokenizer, all_marked, cfg))
 
 
-@pytest.mark.parametrize("content", ["", " \n", []])
+@pytest.mark.parametrize("content", ["", " \n"])
 def test_an_empty_turn_is_refused_as_such_or_learned_to_its_end(content, tokenizer):
     empty = {"role": "assistant", "content": content}
     source = (
         "{% for m in messages %}<|start|>{{ m.role }}<|end|>"
-        "{{ m.content | string | trim('[] \n') }}{% endfor %}"
+        "{{ m.content | string | trim(' \n') }}{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
     )
     with pytest.raises(DataError, match=r"message 1\) is empty.*weight"):

@@ -24,7 +24,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders: a Mixtral that names its coefficient, a model with selection bias, a run's."""
+    """Folders: a Mixtral that names its coefficient, one with selection bias, a run's, a dense."""
     root = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
     plain = ModelConfig(**MODEL, moe={"hidden_dim": 8, "num_experts": 4, "top_k": 2})
@@ -38,6 +38,8 @@ def bases(tmp_path_factory):
         (root / name).mkdir()
         cfg = ModelConfig(**MODEL, moe=mixture)
         save_model(Decoder(cfg), root / name)
+    (root / "dense").mkdir()
+    save_model(Decoder(ModelConfig(**MODEL)), root / "dense")
     run = RunConfig(model=cfg, data={"seq_len": 16}, balance=OWN)
     (root / "run" / "run.json").write_text(run.model_dump_json())
     for folder in root.iterdir():
@@ -98,3 +100,20 @@ def test_a_part_that_is_stated_whole_keeps_what_else_suits_the_model(bases, tmp_
 def test_what_is_no_part_of_settings_is_refused(stated, words, bases, tmp_path):
     with pytest.raises(ConfigError, match=words):
         settings(bases / "plain", tmp_path, stated)
+
+
+@pytest.mark.parametrize("stated", ["balance.bias_rate=0.1", "balance={bias_rate=0.1}"])
+def test_a_rate_for_biases_needs_a_checkpoint_with_biases(stated, bases, tmp_path):
+    """Its model is what it is: no setting adds them."""
+    with pytest.raises(ConfigError, match=r"no selection bias.*leave balance\.bias_rate out"):
+        settings(bases / "plain", tmp_path, stated)
+    assert settings(bases / "biased", tmp_path, stated).balance.bias_rate == 0.1
+    with pytest.raises(ConfigError, match="which adapters do not keep"):
+        settings(bases / "biased", tmp_path, stated, "lora.rank=2", "lora.base=x")
+
+
+def test_a_dense_model_has_no_router_to_freeze(bases, tmp_path):
+    freeze = 'optim.freeze=["router"]'
+    assert settings(bases / "plain", tmp_path, freeze).optim.freeze == ("router",)
+    with pytest.raises(ConfigError, match="is a dense model, with no router to freeze"):
+        settings(bases / "dense", tmp_path, freeze)

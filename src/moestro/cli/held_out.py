@@ -59,7 +59,10 @@ def open_corpus(
             "which it may have been trained on; --source names other",
             err=True,
         )
-    corpus = prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
+    if cfg.chat is None:
+        corpus: Corpus | ChatCorpus = prepare(cfg, folder)
+    else:
+        corpus = prepare_chats(cfg, folder, model=checkpoint)
     if not sources and corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
         raise DataError(
             f"what the run of {checkpoint} held out is gone from {data}, and what it was made of "

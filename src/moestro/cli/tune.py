@@ -107,9 +107,9 @@ def tune(
         "PATH": path, "--data": data, "--config": config, "--epochs": epochs, "--show": show,
         "--accept-field": accept_field,
     }  # fmt: skip
-    _check_options(begins, out, resume, lora, qlora)
+    _check_options(begins, out, resume, as_json)
     folder, stated = prepare_options(out, assignments, data)
-    stated += _assignments(steps, lora, qlora, freeze, dotted(read_values(None, stated)))
+    stated += _assignments(steps, lora, qlora, freeze, config, stated)
     own_steps = "train.steps" in dotted(read_values(config, stated))
     _check_epochs(epochs, "train.steps" in dotted(read_values(None, stated)))
     if show is not None:
@@ -135,7 +135,7 @@ def tune(
 
 
 def _check_options(
-    begins: Mapping[str, Any], out: Path | None, resume: bool, lora: int | None, qlora: str | None
+    begins: Mapping[str, Any], out: Path | None, resume: bool, as_json: bool
 ) -> None:
     """Refuse options that do not go together; `begins` are those of a run that is to begin."""
     given = [name for name, value in begins.items() if value not in (None, "", [])]
@@ -147,8 +147,10 @@ def _check_options(
         )
     if not resume and not {"PATH", "--data"} <= set(given):
         raise ConfigError("give the checkpoint to tune and --data FILE, its conversations")
-    if qlora is not None and (lora is None or qlora not in ("int8", "int4")):
-        raise ConfigError("--qlora is int8 or int4, and needs --lora RANK")
+    if as_json and "--show" in given:
+        raise ConfigError(
+            "--show prints conversations, which have no --json; leave one of them out"
+        )
 
 
 def _check_epochs(epochs: float | None, steps: bool) -> None:
@@ -159,9 +161,16 @@ def _check_epochs(epochs: float | None, steps: bool) -> None:
 
 def _assignments(
     steps: int | None, lora: int | None, qlora: str | None, freeze: str | None,
-    stated: Mapping[str, Any],
+    config: Path | None, assignments: list[str],
 ) -> list[str]:  # fmt: skip
-    """What the options say as settings; refused if --set, which is `stated`, says another."""
+    """What the options say as settings; refused if they do not fit those that are given."""
+    from moestro.settings import read_values
+    from moestro.train.state import dotted
+
+    adapted = lora is not None or read_values(config, assignments).get("lora") is not None
+    if qlora is not None and not (adapted and qlora in ("int8", "int4")):
+        raise ConfigError("--qlora is int8 or int4, and needs --lora RANK (lora.rank)")
+    stated = dotted(read_values(None, assignments))
     given = {
         "train.steps": steps, "lora.rank": lora, "lora.weights": qlora,
         "optim.freeze": None if freeze is None else [freeze],

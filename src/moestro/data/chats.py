@@ -5,6 +5,7 @@
     {"conversations": [{"from": "human", "value": …}, …], "system": …}   ShareGPT's
     {"text": …}                                                          all of it is learned
 
+"system" beside messages is the first of them; content may be a list of parts that have text.
 "chat_template_kwargs" of a line are variables of its template, such as "enable_thinking". A turn of
 the assistant with "weight": 0 (OpenAI's) is context alone. Tools, calls and variables may be the
 JSON of these as a text: so Arrow's tables keep what has other fields in each line.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moestro.chat import from_json, set_elsewhere
+from moestro.chat import THOUGHTS, from_json, set_elsewhere
 from moestro.config import DataConfig
 from moestro.data.documents import read_lines, source_files
 from moestro.errors import DataError
@@ -87,28 +88,58 @@ def _chat(where: str, record: Any) -> Chat:
     record = {name: value for name, value in record.items() if value is not None}
     variables = _variables(record)
     if "messages" in record:
-        return Chat(where, _messages(record["messages"]), 0, variables)
+        return Chat(where, _after_system(record, _messages(record["messages"])), 0, variables)
     if "conversations" in record:
         spoken = _list(record["conversations"], "conversations")
-        messages = [_renamed(each) for each in spoken]
-        if isinstance(record.get("system"), str):
-            messages.insert(0, {"role": "system", "content": record["system"]})
-        return Chat(where, _messages(messages), 0, variables)
+        messages = _messages([_renamed(each) for each in spoken])
+        return Chat(where, _after_system(record, messages), 0, variables)
     if "completion" in record:
-        prompt, completion = record.get("prompt"), record["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Chat(where, prompt=_text(prompt), completion=_text(completion))
-        if not (isinstance(prompt, list) and isinstance(completion, list)):
-            raise DataError(
-                f"prompt is {_short(prompt)} and completion {_short(completion)}; give two texts, "
-                "or two lists of messages"
-            )
-        before = _messages(prompt)
-        return Chat(where, (*before, *_messages(completion)), len(before), variables)
+        return _prompted(where, record, variables)
     if isinstance(record.get("text"), str):
         return Chat(where, completion=_text(record["text"]))
     known = ", ".join(map(repr, record)) or "none"
     raise DataError(f"its fields are {known}; expected {_SHAPES}")
+
+
+def _prompted(where: str, record: Mapping[str, Any], variables: Mapping[str, Any]) -> Chat:
+    """A prompt and its completion, both of them texts or both messages."""
+    prompt, completion = record.get("prompt"), record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if _system(record):
+            raise DataError(
+                f"system is {_short(record['system'])}, but prompt and completion are texts, in "
+                "which it has no place; write it into the prompt, or give lists of messages"
+            )
+        return Chat(where, prompt=_text(prompt), completion=_text(completion))
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise DataError(
+            f"prompt is {_short(prompt)} and completion {_short(completion)}; give two texts, "
+            "or two lists of messages"
+        )
+    learned = _messages(completion)
+    messages = _after_system(record, (*_messages(prompt), *learned))
+    return Chat(where, messages, len(messages) - len(learned), variables)
+
+
+def _system(record: Mapping[str, Any]) -> str:
+    """What stands in "system" beside the messages; empty where there is none."""
+    given = record.get("system")
+    return "" if given is None else _content("system", given)
+
+
+def _after_system(
+    record: Mapping[str, Any], messages: tuple[Mapping[str, Any], ...]
+) -> tuple[Mapping[str, Any], ...]:
+    """The messages, with what stands in "system" beside them as the first."""
+    if not (text := _system(record)):
+        return messages
+    for number, message in enumerate(messages):
+        if message["role"] in ("system", "developer"):
+            raise DataError(
+                f"system is {_short(text)}, but message {number} ({message['role']}) is the "
+                "system's too; leave one of them out"
+            )
+    return ({"role": "system", "content": text}, *messages)
 
 
 def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +147,8 @@ def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
     if (name := set_elsewhere(stated)) is not None:
         raise DataError(f"chat_template_kwargs cannot set {name}; leave it out")
     tools = _unpacked(record.get("tools") or [], list, "tools")
+    _check_texts("chat_template_kwargs", stated)
+    _check_texts("tools", tools)
     return {**stated, **({"tools": tools} if tools else {})}
 
 
@@ -145,14 +178,36 @@ def _message(number: int, message: Any) -> Mapping[str, Any]:
     which, content = f"message {number} ({role})", message.get("content")
     if content is None and not message.get("tool_calls"):
         raise DataError(f"{which} has neither content nor tool_calls")
-    if not isinstance(content, str | list | None):
-        raise DataError(f"{which} has the content {content!r}; it is a text, or a list of parts")
-    _text(content if isinstance(content, str) else "")
     _check_weight(which, role, message.get("weight"))
-    if not message.get("tool_calls"):
-        return message
-    calls = _unpacked(message["tool_calls"], list, f"tool_calls of {which}")
-    return {**message, "tool_calls": [_call(each) for each in calls]}
+    for name in THOUGHTS:
+        if not isinstance(message.get(name), str | None):
+            raise DataError(f"{which} has the {name} {_short(message[name])}; it is a text")
+    found = dict(message)
+    if content is not None:
+        found["content"] = _content(which, content)
+    if message.get("tool_calls"):
+        calls = _unpacked(message["tool_calls"], list, f"tool_calls of {which}")
+        found["tool_calls"] = [_call(each) for each in calls]
+    _check_texts(which, found)
+    return found
+
+
+def _content(which: str, given: Any) -> str:
+    """A text, or the texts of parts joined, as the server joins them."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list) or not given:
+        raise DataError(
+            f"{which} has the content {_short(given)}; it is a text, or a list of parts such as "
+            '{"type": "text", "text": …}'
+        )
+    for part in given:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{which} has the part {_short(part)}, which has no text; text is all that is "
+                'learned, so give {"type": "text", "text": …}, or leave the line out'
+            )
+    return "".join(part["text"] for part in given)
 
 
 def _call(call: Any) -> Any:
@@ -192,6 +247,22 @@ def _list(given: Any, name: str) -> Sequence[Any]:
     if not isinstance(given, list) or not given:
         raise DataError(f"{name} is not a list of at least one")
     return given
+
+
+def _check_texts(which: str, value: Any) -> None:
+    """Refuse halves of surrogate pairs in a value, however deep."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str(text):
+                try:
+                    utf8(text)
+                except DataError as error:
+                    raise DataError(f"{which}: {error}") from None
+            case dict(fields):
+                left += [*fields, *fields.values()]
+            case list(items):
+                left += items
 
 
 def _text(text: str) -> str:

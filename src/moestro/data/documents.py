@@ -40,6 +40,8 @@ _WHAT_IS_TEXT = (
     "read are .txt, .md, .jsonl and source code such as .py, also with .gz; name a file by its own "
     "path to read it whatever its extension"
 )
+_TEXTS = f"a path, a glob such as 'texts/*.md', or '{BUILTIN}'"
+_CHATS = "a .jsonl file of conversations, or a glob such as 'chats/*.jsonl'"
 _CHUNK_BYTES = 1 << 20
 # Longer text files are cut at a line, so that memory does not depend on the length of a file.
 LONGEST_DOCUMENT = 16 << 20
@@ -91,11 +93,16 @@ def read_documents(cfg: DataConfig) -> Iterator[Document]:
 
 def source_files(cfg: DataConfig) -> list[SourceFile]:
     """The files of all sources but 'builtin', each once, in the order of the sources, sorted."""
+    allowed = _TEXTS if cfg.chat is None else _CHATS
     if not cfg.sources:
-        raise DataError("data.sources is empty; give files, folders, globs, or 'builtin'")
+        raise DataError(f"data.sources is empty; give {allowed}")
+    if cfg.chat is not None and BUILTIN in cfg.sources:
+        raise DataError(
+            f"data.sources has '{BUILTIN}', which is text, not conversations; give {allowed}"
+        )
     files: dict[Path, SourceFile] = {}
     for source in cfg.sources:
-        for file in [] if source == BUILTIN else resolve(source):
+        for file in [] if source == BUILTIN else resolve(source, allowed):
             files.setdefault(file.path.resolve(), file)
     return list(files.values())
 
@@ -116,8 +123,8 @@ def source_state(cfg: DataConfig) -> list[tuple[str, int, int]]:
     return state
 
 
-def resolve(source: str) -> list[SourceFile]:
-    """The text files that one path or glob stands for, sorted.
+def resolve(source: str, allowed: str) -> list[SourceFile]:
+    """The text files that one path or glob stands for, sorted; messages say what is `allowed`.
 
     A file named by its own path is read whatever its extension; inside folders and globs only
     text extensions count, and names that begin with a dot are passed over.
@@ -133,10 +140,7 @@ def resolve(source: str) -> list[SourceFile]:
             raise DataError(f"no text file in the folder {source}: {_WHAT_IS_TEXT}")
         return found
     if not glob.has_magic(source):
-        raise DataError(
-            f"no such file or folder: {source}; give a path, a glob such as 'texts/*.md', or "
-            f"'{BUILTIN}'"
-        )
+        raise DataError(f"no such file or folder: {source}; give {allowed}")
     return _resolve_glob(source, path)
 
 

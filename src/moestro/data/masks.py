@@ -60,7 +60,7 @@ def _plain(chat: Chat, tokenizer: Tokenizer) -> Labelled:
         return Labelled([*tokens, tokenizer.end_of_text], [True] * (len(tokens) + 1))
     tokens, ends = tokenizer.encode_placed(chat.prompt + chat.completion)
     labels = [end > len(chat.prompt) for end in ends]
-    if tokens[-1] in tokenizer.ends:
+    if tokens and tokens[-1] in tokenizer.ends:
         labels[-1] = True  # where the tokenizer adds it, it stands for no text
         return Labelled(tokens, labels)
     return Labelled([*tokens, tokenizer.end_of_text], [*labels, True])
@@ -115,8 +115,7 @@ def _span(chat: Chat, template: ChatTemplate, turn: int, text: str) -> tuple[int
 
 def _says_something(message: Mapping[str, Any]) -> bool:
     """Whether there is more in a message than blanks."""
-    content = message.get("content")
-    text = content.strip() if isinstance(content, str) else content
+    text = (message.get("content") or "").strip()
     return bool(text or message.get("tool_calls") or any(map(message.get, THOUGHTS)))
 
 

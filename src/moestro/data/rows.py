@@ -150,18 +150,22 @@ class ChatCorpus:
         return permutation(len(self._rows), "rows", self._seed, epoch)
 
 
-def prepare_chats(cfg: DataConfig, folder: Path, trained: str | None = None) -> ChatCorpus:
+def prepare_chats(
+    cfg: DataConfig, folder: Path, trained: str | None = None, model: Path | None = None
+) -> ChatCorpus:
     """Tokenise and mask the conversations into `folder`, or reuse what is there.
 
     Args:
-        cfg: With `chat`; its tokenizer is the folder of the model, whose template is taken.
+        cfg: With `chat`.
         folder: Made if missing; the file in it appears whole or not at all.
         trained: The fingerprint of what a run goes on with: reused whatever became of the sources.
+        model: The folder with the chat template; None: that of the tokenizer.
 
     Raises:
         DataError: see `read_chats` and `masks.label`; or too few conversations are left.
     """
-    tokenizer, template = build_tokenizer(cfg.tokenizer, ()), _template(cfg)
+    tokenizer = build_tokenizer(cfg.tokenizer, ())
+    template = _template(model or Path(cfg.tokenizer))
     if (folder / FILE).exists():
         there = ChatCorpus(folder, tokenizer, template)
         if there.fingerprint == trained or there.inputs == _inputs(cfg):
@@ -179,10 +183,10 @@ def prepare_chats(cfg: DataConfig, folder: Path, trained: str | None = None) -> 
     return ChatCorpus(folder, tokenizer, template)
 
 
-def _template(cfg: DataConfig) -> ChatTemplate | None:
+def _template(model: Path) -> ChatTemplate | None:
     """The model's chat template; None for one that has none, such as a base model."""
     try:
-        return load_chat(Path(cfg.tokenizer))
+        return load_chat(model)
     except DataError:
         return None
 

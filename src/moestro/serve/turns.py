@@ -129,8 +129,7 @@ async def rendered(
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
     """A message as templates know it."""
-    role = "system" if message.role == "developer" else message.role
-    plain: dict[str, Any] = {"role": role, "content": message.text}
+    plain: dict[str, Any] = {"role": message.role, "content": message.text}
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             plain[name] = value

@@ -65,8 +65,9 @@ def initial_settings(
         accept_fields: see `checkpoints.reading.read_settings`.
 
     Raises:
-        ConfigError: they state a different model or tokenizer, windows are longer than the model's
-            context, or its vocabulary is too small for the tokenizer.
+        ConfigError: they state a different model or tokenizer, or a rate for biases that its
+            routers do not have; windows are longer than the model's context, or its vocabulary is
+            too small for the tokenizer.
     """
     model = read_settings(init, accept_fields).cfg
     stated = read_values(config, assignments)
@@ -145,6 +146,14 @@ def _check_stated(stated: Mapping[str, Any], model: ModelConfig | EncDecConfig, 
         raise ConfigError(
             f"the model comes from {init}; these settings differ: {'; '.join(differing)}. "
             "Leave them out"
+        )
+    balance = stated.get("balance", {})
+    rate = balance.get("bias_rate") if isinstance(balance, Mapping) else None
+    router = model.moe.router if isinstance(model, ModelConfig) and model.moe else None
+    if rate and router and not router.selection_bias:
+        raise ConfigError(
+            f"balance.bias_rate is {rate}, but the routers of {init} have no selection bias that "
+            "it could change; leave balance.bias_rate out"
         )
     data = stated.get("data", {})
     if isinstance(data, Mapping) and data.get("tokenizer") is not None:

@@ -50,7 +50,7 @@ from moestro.data.windows import Corpus, prepare
 from moestro.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moestro.files import UNFINISHED, write_json
 from moestro.models.build import Model
-from moestro.text import NOTE_FILE, Tokenizer
+from moestro.text import NOTE_FILE, ByteTokenizer, Tokenizer
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.metrics import METRICS_NAME
 from moestro.train.sharded_state import Share, misfit, open_optimizer
@@ -249,16 +249,18 @@ def check_settings(saved: RunConfig, given: RunConfig, checkpoint: Path) -> None
 
 
 def corpus_of(data: Path, cfg: DataConfig, checkpoint: Path | None) -> Corpus | ChatCorpus:
-    """The text that a run goes on with: as it left it in the folder `data`, else prepared again.
+    """The text that a run goes on with: as it left it in its folder `data`, else prepared again.
 
     Nothing is written where `cfg` is not what the checkpoint was trained with.
     """
+    # Bytes have no folder in which a chat template could be.
+    model = data.parent / ORIGIN if cfg.tokenizer == ByteTokenizer.name else None
     if checkpoint is None:
-        return prepare(cfg, data) if cfg.chat is None else prepare_chats(cfg, data)
+        return prepare(cfg, data) if cfg.chat is None else prepare_chats(cfg, data, model=model)
     saved = read_run_settings(checkpoint)
     check_settings(saved, saved.model_copy(update={"data": cfg}), checkpoint)
     if cfg.chat is not None:
-        return prepare_chats(cfg, data, corpus_fingerprint(checkpoint))
+        return prepare_chats(cfg, data, corpus_fingerprint(checkpoint), model)
     with suppress(DataError):
         corpus = Corpus(data)
         if corpus.fingerprint == corpus_fingerprint(checkpoint):

@@ -49,8 +49,8 @@ def tuning_settings(
         accept_fields: See `checkpoints.reading.read_settings`.
 
     Raises:
-        ConfigError: see `initial_settings`; or the model is an encoder-decoder, or one that cannot
-            pack conversations is to.
+        ConfigError: see `initial_settings`; or the model is an encoder-decoder, one that cannot
+            pack conversations is to, or one without routers is to keep them.
     """
     model = read_settings(base, accept_fields).cfg
     if not isinstance(model, ModelConfig):
@@ -79,6 +79,10 @@ def tuning_settings(
     why = cannot_pack(model)
     if why is not None and chat.pack:
         raise ConfigError(f"{why}, so conversations cannot be packed; set data.chat.pack = false")
+    if "router" in cfg.optim.freeze and not any(map(model.is_moe_layer, range(model.num_layers))):
+        raise ConfigError(
+            f"{base} is a dense model, with no router to freeze; leave --freeze (optim.freeze) out"
+        )
     return without_frozen(cfg)
 
 
