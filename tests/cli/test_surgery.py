@@ -225,6 +225,9 @@ def test_round_is_measured_as_int4(
         (["merge", "--groups", "4"], "4 experts would be left"),
         (["merge", "--groups", "1"], "1 experts would be left"),
         (["upcycle"], "a mixture of 4 experts already"),
+        (["upcycle", "--seed", "1000000000000000"], "1000000000000000 is not in the range 0<=x"),
+        (["prune", "--keep", "0.75", "--seed", "99999999999999999999"], "is not in the range 0<=x"),
+        (["merge", "--groups", "3", "--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(

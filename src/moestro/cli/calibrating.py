@@ -48,9 +48,14 @@ Family = Annotated[
     ),
 ]
 Memory = Annotated[
-    str, typer.Option(help="Most memory for hidden states, as in 4GB; beside it is one layer.")
+    str,
+    typer.Option(
+        help="Most memory for hidden states, as in 4GB; beside it are a layer as it is and one that "
+        "is changed, the embedding and the head."
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
+# Small enough that upcycling, which draws each layer by a seed of its own, stays within 64 bits.
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 CALIBRATION, TOKENS, MEMORY = 65_536, 65_536, "4GB"
 DRAWS = 3
 _WIDTH = 50  # of the report's table without domains
