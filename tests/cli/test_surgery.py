@@ -187,6 +187,29 @@ def test_upcycle_says_what_it_made(
     assert "drop on 0.5%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("slices", "exact", "said"),
+    [
+        (2, True, "per token, the dense model's outputs; "),
+        (3, False, "per token, the dense model's outputs up to rounding to bfloat16; "),
+    ],
+)
+def test_upcycle_says_exact_only_where_it_is(
+    slices: int, exact: bool, said: str, published: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    attention, network = {"num_heads": 2, "context": 64}, {"hidden_dim": 24}
+    cfg = ModelConfig(vocab_size=260, dim=16, num_layers=1, attention=attention, dense=network)
+    dense = Decoder(cfg).bfloat16()
+    write_pretrained(dense, tmp_path / "dense", family="llama", sidecar_files=published)
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "mixture"), "--experts", "6"]
+    words += ["--granularity", str(slices), "--top-k", str(slices)]
+    assert facts_of(words, capsys)["exact"] is exact
+    words[2] = str(tmp_path / "again")
+    assert main(words) == 0
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available()))
 def test_round_is_measured_as_int4(
     published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -225,9 +248,18 @@ def test_round_is_measured_as_int4(
         (["merge", "--groups", "4"], "4 experts would be left"),
         (["merge", "--groups", "1"], "1 experts would be left"),
         (["upcycle"], "a mixture of 4 experts already"),
-        (["upcycle", "--seed", "1000000000000000"], "1000000000000000 is not in the range 0<=x"),
-        (["prune", "--keep", "0.75", "--seed", "99999999999999999999"], "is not in the range 0<=x"),
-        (["merge", "--groups", "3", "--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+        (
+            ["upcycle", "--seed", "1000000000000000"],
+            "--seed': Input should be less than or equal to 42949",
+        ),
+        (
+            ["prune", "--keep", "0.75", "--seed", "99999999999999999999"],
+            "less than or equal to 4294967295",
+        ),
+        (
+            ["merge", "--groups", "3", "--seed", "-1"],
+            "--seed': Input should be greater than or equal to 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(

@@ -50,8 +50,8 @@ Family = Annotated[
 Memory = Annotated[
     str,
     typer.Option(
-        help="Most memory for hidden states, as in 4GB; beside it are a layer as it is and one that "
-        "is changed, the embedding and the head."
+        help="Most memory for hidden states, as in 4GB; beside it are a layer as it is and one "
+        "that is changed, the embedding and the head."
     ),
 ]
 # Small enough that upcycling, which draws each layer by a seed of its own, stays within 64 bits.

@@ -33,6 +33,9 @@ from moestro.moe.routers import Router
 Tensors = Mapping[str, Tensor]  # of one module, by their names in it
 BATCH = 8  # windows in one forward pass
 _NETWORK = "ffn."
+_NO_FAMILY = (
+    "start from a model that one can express, since surgery writes Hugging Face's layout alone"
+)
 
 
 class Change(NamedTuple):
@@ -235,7 +238,7 @@ class Layers:
         Raises:
             ConfigError: no family can express the settings, or several can, or not this one.
         """
-        name = family or self.hf_config.get("model_type") or only_family(cfg)
+        name = family or self.hf_config.get("model_type") or only_family(cfg, _NO_FAMILY)
         table, before = family_of(name, "family"), self.hf_config
         if before.get("model_type") == name:
             return to_fields(table, cfg, before)
