@@ -33,9 +33,7 @@ from moestro.moe.routers import Router
 Tensors = Mapping[str, Tensor]  # of one module, by their names in it
 BATCH = 8  # windows in one forward pass
 _NETWORK = "ffn."
-_NO_FAMILY = (
-    "start from a model that one can express, since surgery writes Hugging Face's layout alone"
-)
+_NO_FAMILY = "give a model that one can express: surgery writes Hugging Face's layout alone"
 
 
 class Change(NamedTuple):

@@ -36,9 +36,9 @@ class Recipe(NamedTuple):
         experts: E.
         top_k: K.
         granularity: G, slices of the network, each an expert of F / G hidden units.
-        method: copy; noise: N(0, 0.02) on a share of the weights as written; drop: a share of each expert's
-            hidden units drawn again, normal with the mean and deviation of those that they
-            replace, the same units in gate, up and down.
+        method: copy; noise: N(0, 0.02) on a share of the weights as written; drop: a share of each
+            expert's hidden units drawn again, normal with the mean and deviation of those that
+            they replace, the same units in gate, up and down.
         share: of the weights or units that noise and drop change.
         shared: a shared expert, a copy of the dense network, beside the routed ones.
         seed: of what is drawn.
