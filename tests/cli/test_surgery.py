@@ -15,6 +15,7 @@ from moestro.cli.main import main
 from moestro.cli.tables import that_fit
 from moestro.config import ModelConfig, RunConfig
 from moestro.data.windows import HeldOut, prepare
+from moestro.errors import DataError
 from moestro.files import write_json
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
@@ -273,6 +274,29 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     err = capsys.readouterr().err
     assert message in err
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("texts", "sources", "least", "message"),
+    [
+        (["short"], None, 0, "short.txt has 6 tokens; give at least 260: half of it is held out, "),
+        (["short"], None, 1000, "at least 2,000: .* of the other half 1,000 are needed$"),
+        (["text", "short"], None, 0, "domain 'short' of the text .* 6 tokens; .* 260 of each dom"),
+        (["text"], ["short"], 1000, "short.txt has 6 tokens; give at least 260: "),
+        (["empty"], None, 0, "every file is empty or blank"),
+    ],
+)
+def test_text_too_short_says_how_much_is_needed(
+    texts: list[str], sources: list[str] | None, least: int, message: str, published: Path,
+    text: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    paths = {"text": text, "short": str(tmp_path / "short.txt"), "empty": str(tmp_path / "e.txt")}
+    Path(paths["short"]).write_text("short")
+    Path(paths["empty"]).write_text("")
+    given, other = ([paths[name] for name in names or ()] for names in (texts, sources))
+    with pytest.raises(DataError, match=message) as raised:
+        read_texts(Layers(published), given, other, 2000, 1000, least=least)
+    assert "data." not in str(raised.value)
 
 
 def test_an_existing_target_is_left_alone(

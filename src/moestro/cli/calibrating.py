@@ -80,12 +80,26 @@ class Texts(NamedTuple):
 
 
 def read_texts(
-    layers: Layers, text: list[str] | None, source: list[str] | None, calibration: int, tokens: int
+    layers: Layers,
+    text: list[str] | None,
+    source: list[str] | None,
+    calibration: int,
+    tokens: int,
+    *,
+    least: int = 0,
 ) -> Texts:
     """The text of the options.
 
+    Args:
+        layers: of the model.
+        text: to calibrate on; half of it to measure on.
+        source: other text to measure on.
+        calibration: tokens to calibrate on, at most.
+        tokens: tokens to measure on, at most.
+        least: tokens to calibrate on that are needed.
+
     Raises:
-        DataError: there is none, or it is of another vocabulary.
+        DataError: there is none, too little, or it is of another vocabulary.
     """
     from moestro.data.rows import ChatCorpus
     from moestro.infer.prompts import check_known
@@ -100,9 +114,9 @@ def read_texts(
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     with ExitStack() as stack:
 
-        def corpus_of(sources: list[str] | None) -> Corpus:
-            context = cfg.attention.context
-            found = open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+        def corpus_of(sources: list[str] | None, least: int) -> Corpus:
+            context, given = cfg.attention.context, tuple(sources or ())
+            found = open_corpus(checkpoint, home / "data", given, context, stack, least)
             if isinstance(found, ChatCorpus):
                 raise DataError(
                     f"{checkpoint} learned conversations, and experts are judged on text; give "
@@ -110,7 +124,7 @@ def read_texts(
                 )
             return found
 
-        corpus = corpus_of(text)
+        corpus = corpus_of(text, least)
         windows, there = calibration // corpus.seq_len, corpus.windows_per_epoch
         more = "give more text"
         if windows < there:
@@ -121,7 +135,7 @@ def read_texts(
                 f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
             )
         tokens_NS = corpus.batch(0, windows)
-        measured = corpus_of(source) if source else corpus
+        measured = corpus_of(source, 0) if source else corpus
         held_out = measured.held_out(tokens)
         for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
             known = (cfg.vocab_size, corpus.tokenizer, "the text")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.checkpoints.transfer import Progress
+from moestro.config import MoEConfig
 from moestro.errors import DataError
 from moestro.models.blocks import Block
 from moestro.moe.layer import MoE
@@ -124,6 +125,11 @@ def unweighted(
     return f_RD
 
 
+def tokens_needed(moe: MoEConfig, least: int = LEAST_TOKENS) -> int:
+    """Tokens of which each expert sees `least` on average."""
+    return -(-least * moe.num_experts // moe.top_k)
+
+
 def collect(
     layers: Layers,
     tokens_NS: Tensor,
@@ -150,7 +156,7 @@ def collect(
     """
     moe = layers.cfg.moe
     assert moe is not None
-    tokens, needed = tokens_NS[:, 1:].numel(), -(-least * moe.num_experts // moe.top_k)
+    tokens, needed = tokens_NS[:, 1:].numel(), tokens_needed(moe, least)
     if tokens < needed:
         raise DataError(
             f"{tokens:,} tokens to calibrate on are too few: {moe.num_experts} experts with "
