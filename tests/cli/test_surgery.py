@@ -215,8 +215,12 @@ def test_upcycle_says_exact_only_where_it_is(
 def test_round_is_measured_as_int4(
     published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    killed = tmp_path / ".unfinished-new-layers"  # what a kill leaves
+    killed.mkdir()
+    (killed / "9.safetensors").write_bytes(b"part")
     words = ["round", str(published), str(tmp_path / "new"), "--text", text, "--tokens", "1000"]
     facts = facts_of(words, capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "text"}
     assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
     assert facts["matrices"] == 2 * (2 + 2 * 4)
     assert facts["measured_on"] == [text]
