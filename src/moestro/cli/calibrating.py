@@ -125,16 +125,7 @@ def read_texts(
             return found
 
         corpus = corpus_of(text, least)
-        windows, there = calibration // corpus.seq_len, corpus.windows_per_epoch
-        more = "give more text"
-        if windows < there:
-            more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
-        windows = min(windows, there)
-        if windows < 1:
-            raise DataError(
-                f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
-            )
-        tokens_NS = corpus.batch(0, windows)
+        tokens_NS, more = _to_calibrate(corpus, calibration)
         measured = corpus_of(source, 0) if source else corpus
         held_out = measured.held_out(tokens)
         for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
@@ -145,6 +136,23 @@ def read_texts(
     if sources and not source:
         what += ", held out from calibration"
     return Texts(tokens_NS, held_out, sources, what, more)
+
+
+def _to_calibrate(corpus: Corpus, most: int) -> tuple[Tensor, str]:
+    """Windows to calibrate on, of at most so many tokens, and what to do for more.
+
+    Raises:
+        DataError: not one window.
+    """
+    windows, there = most // corpus.seq_len, corpus.windows_per_epoch
+    more = "give more text"
+    if windows < there:
+        more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
+    if min(windows, there) < 1:
+        raise DataError(
+            f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
+        )
+    return corpus.batch(0, min(windows, there)), more
 
 
 def statistics_of(

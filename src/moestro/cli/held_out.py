@@ -58,20 +58,16 @@ def open_corpus(
     if sources:
         by = "field" if cfg.domains == "field" else "folder"
         # The run did not train on it as far as can be known: half of it is plenty to choose from.
-        cfg = cfg.model_copy(
-            update={"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
-        )
-    elif not of_a_run:
+        other = {"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
+        return _prepared(cfg.model_copy(update=other), folder, least)
+    if not of_a_run:
         typer.echo(
             f"{checkpoint} says of no text that it was held out: measured on built-in text, "
             "which it may have been trained on; --source names other",
             err=True,
         )
-    try:
-        corpus = prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
-    except DataError as error:  # it speaks of settings, which the caller has none of
-        raise (_too_short(cfg, least) if sources else None) or error from None
-    if not sources and corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
+    corpus = prepare(cfg, folder) if cfg.chat is None else prepare_chats(cfg, folder)
+    if corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
         raise DataError(
             f"what the run of {checkpoint} held out is gone from {data}, and what it was made of "
             "has changed since, so text that was trained on might be measured; give --source"
@@ -104,6 +100,20 @@ def open_chats(
         chat=ChatConfig(pack=cannot_pack(model) is None),
     )  # fmt: skip
     return prepare_chats(cfg, folder)
+
+
+def _prepared(cfg: DataConfig, folder: Path, least: int) -> Corpus:
+    """The text, cut in two; what is wrong with it is said without settings that nobody gave.
+
+    Raises:
+        DataError: see `open_corpus`.
+    """
+    from moestro.data.windows import prepare
+
+    try:
+        return prepare(cfg, folder)
+    except DataError as error:
+        raise _too_short(cfg, least) or error from None
 
 
 def _too_short(cfg: DataConfig, least: int) -> DataError | None:
