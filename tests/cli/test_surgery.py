@@ -303,6 +303,19 @@ def test_text_too_short_says_how_much_is_needed(
     assert "data." not in str(raised.value)
 
 
+@pytest.mark.parametrize("words", [["prune", "--keep", "0.75"], ["merge", "--groups", "3"]])
+def test_text_too_short_for_the_experts_is_refused_before_it_is_read(
+    words: list[str], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("moestro.surgery.calibration.tokens_needed", lambda moe: 1000)
+    (tmp_path / "short.txt").write_text("short")
+    given = [str(published), str(tmp_path / "new"), "--text", str(tmp_path / "short.txt")]
+    assert main([words[0], *given, *words[1:]]) == 2
+    assert "of the other half 1,000 are needed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_existing_target_is_left_alone(
     published: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
