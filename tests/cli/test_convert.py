@@ -8,11 +8,14 @@ from safetensors.torch import load_file
 
 from moestro.chat import load_chat
 from moestro.checkpoints import opening
+from moestro.checkpoints.adapters import own_file
 from moestro.checkpoints.folders import atomic_folder, verify_folder
 from moestro.checkpoints.opening import open_checkpoint
+from moestro.checkpoints.reading import open_unread
 from moestro.checkpoints.writing import save_model
 from moestro.cli.main import main
-from moestro.config import ModelConfig
+from moestro.config import LoraConfig, ModelConfig
+from moestro.models.adapters import attach
 from moestro.models.decoder import Decoder
 from moestro.text import ByteTokenizer, load_tokenizer
 
@@ -136,6 +139,20 @@ def test_bad_input_writes_nothing(own, tmp_path, capsys, words, message):
     assert message in err
     assert "Traceback" not in err
     assert listing(tmp_path) == before
+
+
+def test_adapters_are_written_with_the_names_of_their_base(published, tmp_path, capsys):
+    net = open_unread(published).model
+    lora = LoraConfig(base=str(published), rank=1)
+    attach(net, lora)
+    with atomic_folder(tmp_path / "run") as inner:
+        own_file(net, lora).write(inner)
+        (inner / "config.json").write_text(net.cfg.model_dump_json())
+    words = ["convert", str(tmp_path / "run"), str(tmp_path / "new"), "--to", "peft", "--family"]
+    assert main([*words, "olmoe"]) == 2
+    assert "a mixtral, whose names PEFT looks for; leave --family out" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main([*words, "mixtral"]) == 0
 
 
 def test_a_source_that_cannot_be_read_is_named(own, tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from moestro.cli.main import main
 from moestro.cli.tables import that_fit
 from moestro.config import ModelConfig, RunConfig
 from moestro.data.windows import HeldOut, prepare
+from moestro.errors import DataError
 from moestro.files import write_json
 from moestro.kernels import native_cpu
 from moestro.models.decoder import Decoder
@@ -187,12 +188,39 @@ def test_upcycle_says_what_it_made(
     assert "drop on 0.5%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("slices", "exact", "said"),
+    [
+        (2, True, "per token, the dense model's outputs; "),
+        (3, False, "per token, the dense model's outputs up to rounding to bfloat16; "),
+    ],
+)
+def test_upcycle_says_exact_only_where_it_is(
+    slices: int, exact: bool, said: str, published: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    attention, network = {"num_heads": 2, "context": 64}, {"hidden_dim": 24}
+    cfg = ModelConfig(vocab_size=260, dim=16, num_layers=1, attention=attention, dense=network)
+    dense = Decoder(cfg).bfloat16()
+    write_pretrained(dense, tmp_path / "dense", family="llama", sidecar_files=published)
+    words = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "mixture"), "--experts", "6"]
+    words += ["--granularity", str(slices), "--top-k", str(slices)]
+    assert facts_of(words, capsys)["exact"] is exact
+    words[2] = str(tmp_path / "again")
+    assert main(words) == 0
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.skipif(native_cpu.available() is not None, reason=str(native_cpu.available()))
 def test_round_is_measured_as_int4(
     published: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    killed = tmp_path / ".unfinished-new-layers"  # what a kill leaves
+    killed.mkdir()
+    (killed / "9.safetensors").write_bytes(b"part")
     words = ["round", str(published), str(tmp_path / "new"), "--text", text, "--tokens", "1000"]
     facts = facts_of(words, capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "text"}
     assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
     assert facts["matrices"] == 2 * (2 + 2 * 4)
     assert facts["measured_on"] == [text]
@@ -225,6 +253,18 @@ def test_round_is_measured_as_int4(
         (["merge", "--groups", "4"], "4 experts would be left"),
         (["merge", "--groups", "1"], "1 experts would be left"),
         (["upcycle"], "a mixture of 4 experts already"),
+        (
+            ["upcycle", "--seed", "1000000000000000"],
+            "--seed': Input should be less than or equal to 42949",
+        ),
+        (
+            ["prune", "--keep", "0.75", "--seed", "99999999999999999999"],
+            "less than or equal to 4294967295",
+        ),
+        (
+            ["merge", "--groups", "3", "--seed", "-1"],
+            "--seed': Input should be greater than or equal to 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
@@ -238,6 +278,42 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     err = capsys.readouterr().err
     assert message in err
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("texts", "sources", "least", "message"),
+    [
+        (["short"], None, 0, "short.txt has 6 tokens; give at least 260: half of it is held out, "),
+        (["short"], None, 1000, "at least 2,000: .* of the other half 1,000 are needed$"),
+        (["text", "short"], None, 0, "domain 'short' of the text .* 6 tokens; .* 260 of each dom"),
+        (["text"], ["short"], 1000, "short.txt has 6 tokens; give at least 260: "),
+        (["empty"], None, 0, "every file is empty or blank"),
+    ],
+)
+def test_text_too_short_says_how_much_is_needed(
+    texts: list[str], sources: list[str] | None, least: int, message: str, published: Path,
+    text: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    paths = {"text": text, "short": str(tmp_path / "short.txt"), "empty": str(tmp_path / "e.txt")}
+    Path(paths["short"]).write_text("short")
+    Path(paths["empty"]).write_text("")
+    given, other = ([paths[name] for name in names or ()] for names in (texts, sources))
+    with pytest.raises(DataError, match=message) as raised:
+        read_texts(Layers(published), given, other, 2000, 1000, least=least)
+    assert "data." not in str(raised.value)
+
+
+@pytest.mark.parametrize("words", [["prune", "--keep", "0.75"], ["merge", "--groups", "3"]])
+def test_text_too_short_for_the_experts_is_refused_before_it_is_read(
+    words: list[str], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("moestro.surgery.calibration.tokens_needed", lambda moe: 1000)
+    (tmp_path / "short.txt").write_text("short")
+    given = [str(published), str(tmp_path / "new"), "--text", str(tmp_path / "short.txt")]
+    assert main([words[0], *given, *words[1:]]) == 2
+    assert "of the other half 1,000 are needed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_existing_target_is_left_alone(

@@ -79,10 +79,10 @@ def test_experts_stay_in_their_group_of_the_router(method):
 def test_the_mean_is_by_frequency_and_the_row_of_the_most_frequent(tmp_path):
     tiny.save(tiny.build("gpt_oss").double(), tmp_path)
     layers = Layers(tmp_path)
-    old = layers.block(1, [layers.unchanged()])[0]
+    old = layers.block(1, layers.unchanged())
     groups = [[0, 3], [1], [2, 4], [5]]
     seen = dict.fromkeys(range(3), statistics([1, 5, 0, 3, 0, 2]))
-    new = layers.block(1, [merged(layers.cfg, dict.fromkeys(range(3), groups), seen)])[0]
+    new = layers.block(1, merged(layers.cfg, dict.fromkeys(range(3), groups), seen))
     for name in ("experts.gate_up", "experts.down", "experts.gate_up_bias", "experts.down_bias"):
         before, after = old[f"ffn.{name}"], new[f"ffn.{name}"]
         assert torch.allclose(after[0], 0.25 * before[0] + 0.75 * before[3], rtol=1e-14)

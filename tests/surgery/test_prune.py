@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.reading import read_model
+from moestro.checkpoints.writing import save_model
 from moestro.config import ModelConfig
 from moestro.data.windows import HeldOut
 from moestro.errors import ConfigError
+from moestro.models.decoder import Decoder
 from moestro.surgery.calibration import LayerStatistics
 from moestro.surgery.cost import ALL, WHOLE, costs, fewest
 from moestro.surgery.layers import Layers
@@ -72,6 +75,18 @@ def test_pruned_is_the_whole_model_with_a_masked_router(name, tmp_path, monkeypa
     # And transformers runs it.
     theirs = tiny.load(tmp_path / "pruned").float()(TOKENS).logits
     assert (theirs - got).abs().max() < 1e-3
+
+
+def test_settings_that_no_family_has_are_refused_with_what_to_do(tmp_path):
+    moe = {"hidden_dim": 8, "num_experts": 4, "top_k": 2}
+    moe["router"] = {"kind": "sigmoid", "selection_bias": True}
+    cfg = ModelConfig(dim=16, num_layers=1, vocab_size=tiny.VOCABULARY, moe=moe)
+    with atomic_folder(tmp_path / "own") as inside:
+        save_model(Decoder(cfg), inside)
+    layers = Layers(tmp_path / "own")
+    message = "no family .* in the way, or give a model that one can express: surgery writes"
+    with pytest.raises(ConfigError, match=message):
+        layers.fields(fewer(cfg, 3))
 
 
 def test_windows_in_several_passes_cost_the_same(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from moestro.checkpoints.reading import read_model
 from moestro.errors import ConfigError
 from moestro.surgery.layers import Layers
-from moestro.surgery.upcycle import Recipe, upcycled
+from moestro.surgery.upcycle import Recipe, rounds_to, upcycled
 
 from ..checkpoints.families import tiny
 
@@ -54,9 +54,9 @@ def test_computes_what_the_dense_model_did(name, recipe, family, tmp_path):
 def experts_of(folder, recipe):
     layers = Layers(folder)
     change, _ = upcycled(layers, recipe)
-    first, again = (layers.block(1, [change])[0] for _ in range(2))
+    first, again = (layers.block(1, change) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)  # when, and how often
-    return layers.block(1, [layers.unchanged()])[0], first
+    return layers.block(1, layers.unchanged()), first
 
 
 def test_noise_and_drop_change_a_share_of_each_expert(tmp_path):
@@ -77,6 +77,50 @@ def test_noise_and_drop_change_a_share_of_each_expert(tmp_path):
     was_F = old["ffn.down"][0][:, downs[0]]
     assert abs(new_F.mean() - was_F.mean()) < 0.3 * was_F.std()
     assert 0.8 < new_F.std() / was_F.std() < 1.2
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(8, 8, 4), Recipe(6, 2, shared=True), Recipe(8, 4, 2, shared=True)]
+)
+def test_noise_is_on_the_weights_as_written(recipe, tmp_path):
+    """Whatever they were multiplied by before."""
+    tiny.save(tiny.build("llama").double(), tmp_path)
+    layers = Layers(tmp_path)
+    copies, noisy = (
+        layers.block(1, upcycled(layers, recipe._replace(method=method, share=1.0))[0])
+        for method in ("copy", "noise")
+    )
+    for name in ("gate_up", "down"):
+        added = noisy[f"ffn.experts.{name}"] - copies[f"ffn.experts.{name}"]
+        assert added.std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe", "rounded"),
+    [
+        (torch.bfloat16, Recipe(4, 2), None),
+        (torch.bfloat16, Recipe(4, 4, 2), None),
+        (torch.bfloat16, Recipe(6, 3, 3), torch.bfloat16),
+        (torch.bfloat16, Recipe(8, 4, 4, shared=True), None),
+        (torch.bfloat16, Recipe(6, 3, 3, shared=True), torch.bfloat16),
+        (torch.float32, Recipe(6, 3, 3), None),
+    ],
+)
+def test_copies_are_exact_unless_a_factor_needs_more_bits(
+    dtype, recipe, rounded, tmp_path, monkeypatch
+):
+    kind, changes = tiny.TINY["llama"]
+    monkeypatch.setitem(tiny.TINY, "llama", (kind, {**changes, "intermediate_size": 24}))
+    tiny.save(tiny.build("llama").to(dtype), tmp_path / "dense")
+    layers = Layers(tmp_path / "dense")
+    assert rounds_to(layers, recipe) == rounded
+    change, family = upcycled(layers, recipe)
+    layers.write(change, tmp_path / "mixture", family)
+    before, after = (
+        read_model(tmp_path / name, dtype=torch.float32) for name in ("dense", "mixture")
+    )
+    gap = (before(TOKENS).logits - after(TOKENS).logits).abs().max()
+    assert gap < 1e-5 if rounded is None else gap > 1e-4
 
 
 @pytest.mark.parametrize(

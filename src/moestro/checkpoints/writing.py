@@ -89,8 +89,12 @@ def write_pretrained(
             copy_sidecar_files(sidecar_files, inner)
 
 
-def only_family(cfg: Config) -> str:
+def only_family(cfg: Config, otherwise: str = "save in this project's own layout") -> str:
     """The one family that can express these settings.
+
+    Args:
+        cfg: the settings.
+        otherwise: what to do where none can.
 
     Raises:
         ConfigError: none can, or several.
@@ -108,5 +112,5 @@ def only_family(cfg: Config) -> str:
         raise ConfigError(f"these settings fit {names(able)}; choose one as the family")
     raise ConfigError(
         f"no family can express these settings; name one of {names(FAMILIES)} to see what is in "
-        "the way, or save in this project's own layout"
+        f"the way, or {otherwise}"
     )

@@ -48,9 +48,14 @@ Family = Annotated[
     ),
 ]
 Memory = Annotated[
-    str, typer.Option(help="Most memory for hidden states, as in 4GB; beside it is one layer.")
+    str,
+    typer.Option(
+        help="Most memory for hidden states, as in 4GB; beside it are a layer as it is and one "
+        "that is changed, the embedding and the head."
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
+# Small enough that upcycling, which draws each layer by a seed of its own, stays within 64 bits.
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 CALIBRATION, TOKENS, MEMORY = 65_536, 65_536, "4GB"
 DRAWS = 3
 _WIDTH = 50  # of the report's table without domains
@@ -75,12 +80,26 @@ class Texts(NamedTuple):
 
 
 def read_texts(
-    layers: Layers, text: list[str] | None, source: list[str] | None, calibration: int, tokens: int
+    layers: Layers,
+    text: list[str] | None,
+    source: list[str] | None,
+    calibration: int,
+    tokens: int,
+    *,
+    least: int = 0,
 ) -> Texts:
     """The text of the options.
 
+    Args:
+        layers: of the model.
+        text: to calibrate on; half of it to measure on.
+        source: other text to measure on.
+        calibration: tokens to calibrate on, at most.
+        tokens: tokens to measure on, at most.
+        least: tokens to calibrate on that are needed.
+
     Raises:
-        DataError: there is none, or it is of another vocabulary.
+        DataError: there is none, too little, or it is of another vocabulary.
     """
     from moestro.data.rows import ChatCorpus
     from moestro.infer.prompts import check_known
@@ -95,9 +114,9 @@ def read_texts(
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     with ExitStack() as stack:
 
-        def corpus_of(sources: list[str] | None) -> Corpus:
-            context = cfg.attention.context
-            found = open_corpus(checkpoint, home / "data", tuple(sources or ()), context, stack)
+        def corpus_of(sources: list[str] | None, least: int) -> Corpus:
+            context, given = cfg.attention.context, tuple(sources or ())
+            found = open_corpus(checkpoint, home / "data", given, context, stack, least)
             if isinstance(found, ChatCorpus):
                 raise DataError(
                     f"{checkpoint} learned conversations, and experts are judged on text; give "
@@ -105,18 +124,9 @@ def read_texts(
                 )
             return found
 
-        corpus = corpus_of(text)
-        windows, there = calibration // corpus.seq_len, corpus.windows_per_epoch
-        more = "give more text"
-        if windows < there:
-            more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
-        windows = min(windows, there)
-        if windows < 1:
-            raise DataError(
-                f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
-            )
-        tokens_NS = corpus.batch(0, windows)
-        measured = corpus_of(source) if source else corpus
+        corpus = corpus_of(text, least)
+        tokens_NS, more = _to_calibrate(corpus, calibration)
+        measured = corpus_of(source, 0) if source else corpus
         held_out = measured.held_out(tokens)
         for read_NS in (tokens_NS, *(domain.tokens_NS for domain in held_out.values())):
             known = (cfg.vocab_size, corpus.tokenizer, "the text")
@@ -126,6 +136,23 @@ def read_texts(
     if sources and not source:
         what += ", held out from calibration"
     return Texts(tokens_NS, held_out, sources, what, more)
+
+
+def _to_calibrate(corpus: Corpus, most: int) -> tuple[Tensor, str]:
+    """Windows to calibrate on, of at most so many tokens, and what to do for more.
+
+    Raises:
+        DataError: not one window.
+    """
+    windows, there = most // corpus.seq_len, corpus.windows_per_epoch
+    more = "give more text"
+    if windows < there:
+        more = f"raise --calibration; the text has {there * corpus.seq_len:,} to calibrate on"
+    if min(windows, there) < 1:
+        raise DataError(
+            f"the tokens to calibrate on are less than one window of {corpus.seq_len:,}; {more}"
+        )
+    return corpus.batch(0, min(windows, there)), more
 
 
 def statistics_of(

@@ -34,7 +34,7 @@ Family = Annotated[
     str | None,
     typer.Option(
         help="With --to hf or gguf: the model_type to write; default the one that the model came "
-        "from, or the only one that fits."
+        "from, or the only one that fits. With --to peft: that of a base that names none."
     ),
 ]
 Kind = Annotated[
@@ -201,8 +201,13 @@ def _write_peft(folder: Path, target: Path, family: str | None, per_expert: bool
     described = read_settings(base, settings.accept_fields)
     model = open_unread(base, accept_fields=settings.accept_fields).model
     load_own(model, settings, folder, base)
-    name = family or described.fields.get("model_type") or only_family(model.cfg)
-    given = given_name(base)
+    given, own = given_name(base), described.fields.get("model_type")
+    if family is not None and own not in (None, family):
+        raise ConfigError(
+            f"--family is {family}, but the adapters belong to {given}, a {own}, whose names PEFT "
+            "looks for; leave --family out"
+        )
+    name = family or own or only_family(model.cfg)
     with writing(target):
         write_peft(model, family_of(name, "--family"), target, given, per_expert)
     return f"{target}: adapters of rank {settings.rank} in PEFT's format, of {given}"

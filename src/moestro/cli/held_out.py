@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def open_corpus(
-    checkpoint: Path, data: Path, sources: tuple[str, ...], context: int, stack: ExitStack
+    checkpoint: Path,
+    data: Path,
+    sources: tuple[str, ...],
+    context: int,
+    stack: ExitStack,
+    least: int = 0,
 ) -> Corpus | ChatCorpus:
     """What the run held out, or other `sources`: text, split as the run split its own.
 
@@ -26,9 +32,11 @@ def open_corpus(
         sources: files, folders or globs; none: the run's own, which may be conversations.
         context: of the model.
         stack: what is made for the time of a call is removed with it.
+        least: tokens that the caller needs beside those held out.
 
     Raises:
-        DataError: there is no text, or what the run held out is gone and cannot be made again.
+        DataError: there is no text, or too little, or what the run held out is gone and cannot be
+            made again.
     """
     import typer
 
@@ -50,10 +58,9 @@ def open_corpus(
     if sources:
         by = "field" if cfg.domains == "field" else "folder"
         # The run did not train on it as far as can be known: half of it is plenty to choose from.
-        cfg = cfg.model_copy(
-            update={"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
-        )
-    elif not of_a_run:
+        other = {"sources": sources, "domains": by, "held_out": 0.5, "chat": None}
+        return _prepared(cfg.model_copy(update=other), folder, least)
+    if not of_a_run:
         typer.echo(
             f"{checkpoint} says of no text that it was held out: measured on built-in text, "
             "which it may have been trained on; --source names other",
@@ -63,7 +70,7 @@ def open_corpus(
         corpus: Corpus | ChatCorpus = prepare(cfg, folder)
     else:
         corpus = prepare_chats(cfg, folder, model=checkpoint)
-    if not sources and corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
+    if corpus_fingerprint(checkpoint) not in (None, corpus.fingerprint):
         raise DataError(
             f"what the run of {checkpoint} held out is gone from {data}, and what it was made of "
             "has changed since, so text that was trained on might be measured; give --source"
@@ -96,6 +103,48 @@ def open_chats(
         chat=ChatConfig(pack=cannot_pack(model) is None),
     )  # fmt: skip
     return prepare_chats(cfg, folder)
+
+
+def _prepared(cfg: DataConfig, folder: Path, least: int) -> Corpus:
+    """The text, cut in two; what is wrong with it is said without settings that nobody gave.
+
+    Raises:
+        DataError: see `open_corpus`.
+    """
+    from moestro.data.windows import prepare
+
+    try:
+        return prepare(cfg, folder)
+    except DataError as error:
+        raise _too_short(cfg, least) or error from None
+
+
+def _too_short(cfg: DataConfig, least: int) -> DataError | None:
+    """What to say of sources that cannot be cut in two; None: they have tokens enough."""
+    from moestro.data.documents import read_documents
+    from moestro.text import build_tokenizer
+
+    tokenizer, counts = build_tokenizer(cfg.tokenizer, ()), Counter[str]()
+    each = 4 * (cfg.seq_len + 1)  # twice a window for each half: they part at documents or lines
+    enough = max(each, 2 * least)
+    for document in read_documents(cfg):
+        if counts[document.domain] < enough:
+            counts[document.domain] += len(tokenizer.encode(document.text)) + 1
+    what, total = f"the text in {', '.join(cfg.sources)}", counts.total()
+    why = f"half of it is held out, in windows of {cfg.seq_len + 1:,} tokens"
+    if not total:
+        return None  # which has an error of its own
+    if total < enough:
+        if enough > each:
+            why += f", and of the other half {least:,} are needed"
+        return DataError(f"{what} has {total:,} tokens; give at least {enough:,}: {why}")
+    for domain, count in counts.items():
+        if count < each:
+            return DataError(
+                f"domain {domain!r} of {what} has {count:,} tokens; give at least {each:,} of "
+                f"each domain, or leave it out: {why}"
+            )
+    return None
 
 
 def _as_left(checkpoint: Path, data: Path, cfg: DataConfig) -> Corpus | ChatCorpus:

@@ -58,6 +58,7 @@ def merge(
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.plan.sizes import parse_bytes
+    from moestro.surgery.calibration import tokens_needed
     from moestro.surgery.layers import Layers
     from moestro.surgery.merge import groups_of, merged
     from moestro.surgery.prune import chosen, fewer, pruned
@@ -66,7 +67,9 @@ def merge(
     check_new(target)
     layers = Layers(find_checkpoint(path), accept_field or ())
     layers.fields(fewer(layers.cfg, groups), family)  # refused before anything is read
-    texts = read_texts(layers, text, source, calibration, tokens)
+    assert layers.cfg.moe is not None
+    least = tokens_needed(layers.cfg.moe)
+    texts = read_texts(layers, text, source, calibration, tokens, least=least)
     seen = statistics_of(layers, texts, memory_bytes, every=method == "hc-smoe")
     found = {layer: groups_of(layers.cfg, each, method, groups) for layer, each in seen.items()}
     changes = {

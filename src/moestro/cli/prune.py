@@ -77,6 +77,7 @@ def prune(
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.plan.sizes import parse_bytes
+    from moestro.surgery.calibration import tokens_needed
     from moestro.surgery.layers import Layers
     from moestro.surgery.prune import chosen, fewer, possible, pruned
 
@@ -93,7 +94,7 @@ def prune(
     if limit is not None:
         number = numbers[0]
     layers.fields(fewer(layers.cfg, number), family)  # refused before anything is read
-    texts = read_texts(layers, text, source, calibration, tokens)
+    texts = read_texts(layers, text, source, calibration, tokens, least=tokens_needed(moe))
     seen = statistics_of(layers, texts, memory_bytes)
     if limit is not None:
         number, held_out = _search(layers, seen, method, texts, limit, memory_bytes, numbers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,24 @@ Feedback = Annotated[
 ]
 
 
+@contextmanager
+def _layers_of(target: Path) -> Iterator[Path]:
+    """A folder for rounded layers near the target, as large as it; gone after the block.
+
+    What a kill left of one is removed first.
+    """
+    from moestro.checkpoints.folders import unfinished
+
+    near = next(each for each in target.absolute().parents if each.is_dir())
+    folder = unfinished(near / f"{target.name}-layers")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def round(
     path: ModelName,
     target: Target,
@@ -73,10 +92,7 @@ def round(
     layers.fields(layers.cfg, family)
     texts, format = read_texts(layers, text, source, calibration, tokens), format_of(weights)
     assert format is not None
-    with ExitStack() as stack, writing(target):
-        beside = next(each for each in target.absolute().parents if each.is_dir())
-        made_in = tempfile.TemporaryDirectory(prefix=".moestro-", dir=beside)  # as large as a model
-        folder = Path(stack.enter_context(made_in))
+    with writing(target), _layers_of(target) as folder:
         with bar("rounding, blocks") as progress:
             care = Care(clip, importance, feedback)
             made = rounded(layers, texts.tokens_NS, format.group, folder, progress, care)

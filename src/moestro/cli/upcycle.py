@@ -43,13 +43,14 @@ def upcycle(
 ) -> None:
     """Make a dense model a mixture, for training to go on from.
 
-    Copies compute exactly what the dense model did. Writes Hugging Face's layout; `moestro train
+    Copies compute what the dense model did: exactly, unless weights of 16 bits are multiplied by a
+    number of slices that is no power of two. Writes Hugging Face's layout; `moestro train
     --init OUT` goes on from there.
     """
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.models.count import count
     from moestro.surgery.layers import Layers
-    from moestro.surgery.upcycle import Recipe, upcycled
+    from moestro.surgery.upcycle import Recipe, rounds_to, upcycled
 
     check_new(target)
     layers = Layers(find_checkpoint(path), accept_field or ())
@@ -57,16 +58,19 @@ def upcycle(
     change, name = upcycled(layers, recipe, family)
     with writing(target):
         layers.write(change, target, name)
+    rounded = rounds_to(layers, recipe)
     before, after = count(layers.cfg), count(change.cfg)
     facts = {
         "checkpoint": str(layers.folder), "written": str(target), "model_type": name,
-        **recipe._asdict(), "exact": method == "copy",
+        **recipe._asdict(), "exact": method == "copy" and rounded is None,
         "parameters": after.total, "active": after.active, "dense": before.total,
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))
         return
     same = "the dense model's outputs" if method == "copy" else f"{method} on {100 * share:.3g}%"
+    if method == "copy" and rounded is not None:
+        same += f" up to rounding to {str(rounded).removeprefix('torch.')}"
     typer.echo(
         f"{target}: {name}, {experts} experts, {top_k} per token, {same}; {after.total:,} "
         f"parameters, {after.active:,} active, from {before.total:,} dense"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.checkpoints.transfer import Progress
+from moestro.config import MoEConfig
 from moestro.errors import DataError
 from moestro.models.blocks import Block
 from moestro.moe.layer import MoE
@@ -42,34 +43,26 @@ class LayerStatistics(NamedTuple):
     means_ED: Tensor | None
 
 
-class Watched(nn.Module):
-    """Experts that add up what they do; what they return stays the same.
+class Sums:
+    """`LayerStatistics` so far. It outlives the experts, of which one layer is in memory.
 
     Args:
-        experts: called as `experts(x_TD, routing)`, any kind.
         every: each token also goes to all experts, for `means_ED`.
     """
 
-    def __init__(self, experts: nn.Module, num_experts: int, every: bool = False) -> None:
-        super().__init__()
-        self.experts = experts
+    def __init__(self, num_experts: int, every: bool = False) -> None:
         zeros_E = torch.zeros(num_experts, dtype=torch.float64, device="cpu")
         self.counts_E, self.norms_E, self.weighted_E = zeros_E, zeros_E.clone(), zeros_E.clone()
         self.alike_EE = zeros_E.new_zeros(num_experts, num_experts)
         self.sums_ED: Tensor | None = None
         self.tokens, self._every = 0, every
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """See `Experts.forward`."""
-        y_TD: Tensor = self.experts(x_TD, routing)
-        self._add(x_TD, routing)
-        return y_TD
-
-    def _add(self, x_TD: Tensor, routing: Routing) -> None:
+    def add(self, experts: nn.Module, x_TD: Tensor, routing: Routing) -> None:
+        """Count what the experts do with these tokens."""
         keep_R = slice(None) if routing.kept_R is None else routing.kept_R
         tokens_R, experts_R = routing.tokens_R[keep_R], routing.experts_R[keep_R]
         weights_R = routing.weights_R[keep_R].double()
-        norms_R = unweighted(self.experts, x_TD, routing, tokens_R, experts_R).double().norm(dim=-1)
+        norms_R = unweighted(experts, x_TD, routing, tokens_R, experts_R).double().norm(dim=-1)
         self.counts_E.index_add_(0, experts_R, torch.ones_like(weights_R))
         self.norms_E.index_add_(0, experts_R, norms_R)
         self.weighted_E.index_add_(0, experts_R, weights_R * norms_R)
@@ -77,15 +70,15 @@ class Watched(nn.Module):
         self.alike_EE += logits_TE.T @ logits_TE
         self.tokens += len(x_TD)
         if self._every:
-            self._add_every(x_TD, routing)
+            self._add_every(experts, x_TD, routing)
 
-    def _add_every(self, x_TD: Tensor, routing: Routing) -> None:
+    def _add_every(self, experts: nn.Module, x_TD: Tensor, routing: Routing) -> None:
         number = routing.num_experts
         all_T = torch.arange(len(x_TD), device=x_TD.device)
         for tokens_T in torch.split(all_T, max(1, _ROWS // number)):
             experts_R = torch.arange(number, device=x_TD.device).repeat(len(tokens_T))
             tokens_R = tokens_T.repeat_interleave(number)
-            f_RD = unweighted(self.experts, x_TD, routing, tokens_R, experts_R)
+            f_RD = unweighted(experts, x_TD, routing, tokens_R, experts_R)
             sums_ED = f_RD.view(-1, number, f_RD.shape[1]).double().sum(0)
             self.sums_ED = sums_ED if self.sums_ED is None else self.sums_ED + sums_ED
 
@@ -95,6 +88,25 @@ class Watched(nn.Module):
         return LayerStatistics(
             self.counts_E, self.norms_E, self.weighted_E, self.alike_EE, means_ED
         )
+
+
+class Watched(nn.Module):
+    """Experts that say what they do; what they return stays the same.
+
+    Args:
+        experts: called as `experts(x_TD, routing)`, any kind.
+        sums: what they add it to.
+    """
+
+    def __init__(self, experts: nn.Module, sums: Sums) -> None:
+        super().__init__()
+        self.experts, self._sums = experts, sums
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """See `Experts.forward`."""
+        y_TD: Tensor = self.experts(x_TD, routing)
+        self._sums.add(self.experts, x_TD, routing)
+        return y_TD
 
 
 def unweighted(
@@ -111,6 +123,11 @@ def unweighted(
     alone = Routing(each_R, experts_R, ones_R, nothing_RE, nothing_RE, top_k=1)
     f_RD: Tensor = experts(x_TD[tokens_R], alone)
     return f_RD
+
+
+def tokens_needed(moe: MoEConfig, least: int = LEAST_TOKENS) -> int:
+    """Tokens of which each expert sees `least` on average."""
+    return -(-least * moe.num_experts // moe.top_k)
 
 
 def collect(
@@ -139,23 +156,21 @@ def collect(
     """
     moe = layers.cfg.moe
     assert moe is not None
-    tokens, needed = tokens_NS[:, 1:].numel(), -(-least * moe.num_experts // moe.top_k)
+    tokens, needed = tokens_NS[:, 1:].numel(), tokens_needed(moe, least)
     if tokens < needed:
         raise DataError(
             f"{tokens:,} tokens to calibrate on are too few: {moe.num_experts} experts with "
             f"{moe.top_k} per token need {needed:,} to see {least} each on average; {more}"
         )
-    watched: dict[int, Watched] = {}
-    watch: Callable[[int, Block], None] = partial(_install, watched, every)
+    sums: dict[int, Sums] = {}
+    watch: Callable[[int, Block], None] = partial(_install, sums, every)
     layers.bits(tokens_NS, [layers.unchanged()], watch, memory_bytes, progress)
-    return {layer: each.statistics() for layer, each in watched.items()}
+    return {layer: each.statistics() for layer, each in sums.items()}
 
 
-def _install(watched: dict[int, Watched], every: bool, layer: int, block: Block) -> None:
-    """Put the layer's watch, an earlier pass's if there was one, around the block's experts."""
+def _install(sums: dict[int, Sums], every: bool, layer: int, block: Block) -> None:
+    """Watch the block's experts; what an earlier pass added up is added to."""
     if isinstance(block.ffn, MoE):
-        experts = block.ffn.experts
-        if layer not in watched:
-            watched[layer] = Watched(experts, block.ffn.cfg.num_experts, every)
-        watched[layer].experts = experts
-        block.ffn.experts = watched[layer]
+        if layer not in sums:
+            sums[layer] = Sums(block.ffn.cfg.num_experts, every)
+        block.ffn.experts = Watched(block.ffn.experts, sums[layer])

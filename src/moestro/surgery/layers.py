@@ -33,6 +33,7 @@ from moestro.moe.routers import Router
 Tensors = Mapping[str, Tensor]  # of one module, by their names in it
 BATCH = 8  # windows in one forward pass
 _NETWORK = "ffn."
+_NO_FAMILY = "give a model that one can express: surgery writes Hugging Face's layout alone"
 
 
 class Change(NamedTuple):
@@ -122,10 +123,9 @@ class Layers:
         return found
 
     @torch.no_grad()
-    def block(self, layer: int, changes: Sequence[Change]) -> list[Tensors]:
-        """The tensors of one block after each change; those of equal names may be the same."""
-        stored = self.tensors(f"blocks.{layer}")
-        return [each.block(layer, stored) for each in changes]
+    def block(self, layer: int, change: Change) -> Tensors:
+        """The tensors of one block after a change."""
+        return change.block(layer, self.tensors(f"blocks.{layer}"))
 
     @torch.no_grad()
     def bits(
@@ -138,7 +138,8 @@ class Layers:
     ) -> Tensor:
         """Bits of the predicted tokens of each window under each change. float64 [C, N].
 
-        Each block is read once, runs on all windows, and goes.
+        Each block is read once, made into that of one change after the other, of which each runs
+        on all windows and goes: in memory are the block as it is and one that is changed.
 
         Args:
             tokens_NS: int64 [N, S + 1].
@@ -180,11 +181,11 @@ class Layers:
         states = [first_NSD, *(first_NSD.clone() for _ in changes[1:])]
         batches = [slice(start, start + BATCH) for start in range(0, len(tokens_NS), BATCH)]
         for layer in range(self.cfg.num_layers):
-            made = self.block(layer, changes)
-            for model, x_NSD in zip(models, states, strict=True):
+            stored = self.tensors(f"blocks.{layer}")
+            for change, model, x_NSD in zip(changes, models, states, strict=True):
                 block = model.blocks[layer]
                 assert isinstance(block, Block)
-                self._run_on(block, made.pop(0))
+                self._run_on(block, change.block(layer, stored))
                 if watch is not None and model is models[0]:
                     watch(layer, block)
                 for rows in batches:
@@ -192,6 +193,8 @@ class Layers:
                     shared = model.shared(x_BSD, inputs_NS[rows])
                     x_NSD[rows] = block(x_BSD, shared, None, None)[0]
                 model.blocks[layer] = torch.nn.Identity()
+                del block  # before the next is made
+            del stored
             moved(layer)
         return torch.stack(
             [
@@ -233,7 +236,7 @@ class Layers:
         Raises:
             ConfigError: no family can express the settings, or several can, or not this one.
         """
-        name = family or self.hf_config.get("model_type") or only_family(cfg)
+        name = family or self.hf_config.get("model_type") or only_family(cfg, _NO_FAMILY)
         table, before = family_of(name, "family"), self.hf_config
         if before.get("model_type") == name:
             return to_fields(table, cfg, before)
@@ -251,8 +254,12 @@ class Layers:
         Raises:
             ConfigError, CheckpointError, OSError: see `write_pretrained`.
         """
-        made = lru_cache(maxsize=1)(lambda layer: self.block(layer, [change])[0])
         other = lru_cache(maxsize=1)(self.tensors)
+
+        @lru_cache(maxsize=1)
+        def made(layer: int) -> Tensors:
+            made.cache_clear()  # the last one goes before this one is made
+            return self.block(layer, change)
 
         def tensor(ours: str) -> Tensor:
             way = ours.split(".")

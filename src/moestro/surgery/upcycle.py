@@ -8,6 +8,7 @@ Letters: D width, F hidden width of the dense network, G its slices, E experts, 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -35,9 +36,9 @@ class Recipe(NamedTuple):
         experts: E.
         top_k: K.
         granularity: G, slices of the network, each an expert of F / G hidden units.
-        method: copy; noise: N(0, 0.02) on a share of the weights; drop: a share of each expert's
-            hidden units drawn again, normal with the mean and deviation of those that they
-            replace, the same units in gate, up and down.
+        method: copy; noise: N(0, 0.02) on a share of the weights as written; drop: a share of each
+            expert's hidden units drawn again, normal with the mean and deviation of those that
+            they replace, the same units in gate, up and down.
         share: of the weights or units that noise and drop change.
         shared: a shared expert, a copy of the dense network, beside the routed ones.
         seed: of what is drawn.
@@ -76,6 +77,26 @@ def upcycled(layers: Layers, recipe: Recipe, family: str | None = None) -> tuple
     else:
         name, cfg = _first(layers, recipe)
     return Change.of_networks(cfg, partial(_network, cfg, recipe)), name
+
+
+def rounds_to(layers: Layers, recipe: Recipe) -> torch.dtype | None:
+    """The dtype that copies' `down` is rounded to; None: copies compute what the dense model did.
+
+    Times a power of two a number is exact in any dtype, and in fp32 and float64 rounding is that of
+    the computation itself.
+    """
+    mantissa, _ = math.frexp(_scale(recipe))
+    narrow = {
+        dtype
+        for name, dtype in layers.stored.items()
+        if name.endswith(".ffn.down") and dtype.itemsize < 4
+    }
+    return next(iter(narrow), None) if mantissa != 0.5 else None
+
+
+def _scale(recipe: Recipe) -> float:
+    """What routed experts' `down` is multiplied by."""
+    return recipe.granularity * (0.5 if recipe.shared else 1.0)
 
 
 def _expressed(layers: Layers, recipe: Recipe, family: str) -> ModelConfig:
@@ -198,7 +219,7 @@ def _network(cfg: ModelConfig, recipe: Recipe, layer: int, tensors: Tensors) -> 
     # Hidden units of each slice: of gate and up alike.
     halves = up_HD.chunk(2) if moe.activation in GATED else (up_HD,)
     up_GHD = torch.cat([torch.unflatten(half, 0, (slices, -1)) for half in halves], dim=1)
-    down_GDF = torch.unflatten(down_DF, 1, (slices, -1)).transpose(0, 1)
+    down_GDF = torch.unflatten(down_DF * _scale(recipe), 1, (slices, -1)).transpose(0, 1)
     up_EHD, down_EDF = up_GHD.repeat(copies, 1, 1), down_GDF.repeat(copies, 1, 1)
     if recipe.method == "noise":
         up_EHD, down_EDF = (_noisy(each, recipe.share, draw) for each in (up_EHD, down_EDF))
@@ -206,13 +227,12 @@ def _network(cfg: ModelConfig, recipe: Recipe, layer: int, tensors: Tensors) -> 
         for up_HD, down_DF in zip(up_EHD, down_EDF, strict=True):
             _draw_again(up_HD, down_DF, len(halves), recipe.share, draw)
     gated_shared = moe.shared is not None and moe.shared.gate
-    routed = slices * (0.5 if recipe.shared else 1.0)
     rows_CD = (
         torch.randn(copies, cfg.dim, generator=draw, dtype=torch.float32, device="cpu") * ROUTER_STD
     )
     made = {
         "experts.gate_up": up_EHD,
-        "experts.down": down_EDF * routed,
+        "experts.down": down_EDF,
         "router.weight": rows_CD.repeat_interleave(slices, dim=0).to(up_HD.dtype),
     }
     for name, wanted in (("bias", moe.router.selection_bias), ("logit_bias", moe.router.bias)):
