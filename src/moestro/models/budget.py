@@ -11,6 +11,7 @@ A head width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -217,7 +218,7 @@ def packing_bytes(cfg: NetworkConfig, mixtures: Sequence[Mixture]) -> int:
     if moe is not None:
         hidden.append(0 if moe.shared is None else moe.shared.hidden_dim)
         one = 3 * cfg.dim * moe.hidden_dim
-        wide = max(wide, one * packed_at_once(one, experts))
+        wide = max(wide, one * packed_at_once(one, min(experts, os.cpu_count() or 1)))
     numbers = max(wide, 3 * cfg.dim * max(hidden))
     packed = max((each.experts * each.slab_bytes for each in mixtures), default=0)
     return packed + UNPACKED * numbers
