@@ -132,8 +132,7 @@ def forget_peak() -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has held, since `forget_peak` where the system can."""
-    held = _fields(Path("/proc/self/status")).get("VmHWM", 0) * 1024
-    return held or _largest(resource.RUSAGE_SELF)
+    return _peak_of("self") or _largest(resource.RUSAGE_SELF)
 
 
 def run_watched(
@@ -154,7 +153,7 @@ def run_watched(
         def watch() -> None:
             nonlocal peak
             while not ended.wait(_WATCHED_S):
-                peak = max(peak, _fields(Path(f"/proc/{process.pid}/status")).get("VmHWM", 0))
+                peak = max(peak, _peak_of(process.pid))
 
         watcher = Thread(target=watch)
         watcher.start()
@@ -167,7 +166,12 @@ def run_watched(
             ended.set()
             watcher.join()
     done = subprocess.CompletedProcess(words, process.returncode, *printed)
-    return done, peak * 1024 or _largest(resource.RUSAGE_CHILDREN)
+    return done, peak or _largest(resource.RUSAGE_CHILDREN)
+
+
+def _peak_of(process: int | str) -> int:
+    """The most memory that a process which runs has held, in bytes; 0 where none is told."""
+    return _fields(Path(f"/proc/{process}/status")).get("VmHWM", 0) * 1024
 
 
 def _largest(whose: int) -> int:

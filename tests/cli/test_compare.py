@@ -51,6 +51,7 @@ def test_compare_trains_both_and_says_what_it_measured(
     assert (out / "compare.png").is_file()
 
 
+GROUPS = "model.moe.router={num_groups=4, top_groups=2}"
 ENCODER_DECODER = """
 [model]
 dim = 16
@@ -160,16 +161,7 @@ def test_resume_refuses_runs_of_other_settings(
         (["--out", "x", "--budget", "1e-9"], "is the least, for 20 steps"),
         (["--out", "x", "--budget", "1e300"], "1,000,000,000 is the most"),
         (
-            [
-                "--out",
-                "x",
-                "--experts",
-                "8,10",
-                "--set",
-                "model.moe.router.num_groups=4",
-                "--set",
-                "model.moe.router.top_groups=2",
-            ],
+            ["--out", "x", "--experts", "8,10", "--set", GROUPS],
             "experts10 (--experts 10, --granularity 1): 10 experts do not split",
         ),
         (["--out", "x", "--set", "model.moe.topk=2"], "did you mean top_k?"),

@@ -10,14 +10,8 @@ from moestro.data.chats import read_chats
 from moestro.errors import DataError
 from moestro.serve.schema import ChatMessage
 
-ASK, ANSWER = {"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": " Ünn é "}
-SYSTEM = {"role": "system", "content": "Be short."}
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "sky", "arguments": {"at": "Bonn"}}}],
-}
-THOUGHT = {"role": "assistant", "content": "Me.", "reasoning_content": "hm"}
+from .messages import ANSWER, ASK, CALL, SYSTEM, THOUGHT
+
 DEVELOPER = {"role": "developer", "content": "Be long."}
 SPOKEN = {
     "conversations": [

@@ -11,21 +11,14 @@ from moestro.data.masks import Labelled, label
 from moestro.errors import DataError
 from moestro.text import SubwordTokenizer
 
+from .messages import ANSWER, ASK, CALL, SYSTEM, THOUGHT, TOOL
+
 TEMPLATES = Path(__file__).parent.parent / "templates"
 SPECIALS = (
     "<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>", "<|im_start|>", "<|im_end|>",
     "<|channel|>", "<|message|>", "<|return|>",
 )  # fmt: skip
 ENDS = ("</s>", "<|eot|>", "<|im_end|>", "<|return|>")
-ASK, ANSWER = {"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": " Ünn é "}
-SYSTEM = {"role": "system", "content": "Be short."}
-TOOL = {"role": "tool", "content": "12 °C"}
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "sky", "arguments": {"at": "Bonn"}}}],
-}
-THOUGHT = {"role": "assistant", "content": "Me.", "reasoning_content": "hm"}
 
 
 @pytest.fixture(scope="module")

@@ -208,18 +208,16 @@ def _corpus(cfg: RunConfig, folder: Path, resume: bool, ranks: Ranks) -> Corpus 
     from moestro.train.sharded_state import newest_together
     from moestro.train.state import claim_folder, corpus_of
 
-    if ranks.writes and not resume:
-        with claimed(folder):
+    begins = ranks.writes and not resume
+    with claimed(folder) if begins else nullcontext():
+        if begins:
             note_job(folder, os.environ, {"--init": None})
-            corpus = corpus_of(folder / "data", cfg.data, None)
-        ranks.wait()
-        return corpus
-    if ranks.writes:
-        claim_folder(folder, resume)
-    checkpoint = newest_together(folder, ranks) if resume else None
-    if not ranks.writes:
-        ranks.wait()
-    corpus = corpus_of(folder / "data", cfg.data, checkpoint)
+        elif ranks.writes:
+            claim_folder(folder, resume)
+        checkpoint = newest_together(folder, ranks) if resume else None
+        if not ranks.writes:
+            ranks.wait()
+        corpus = corpus_of(folder / "data", cfg.data, checkpoint)
     if ranks.writes:
         ranks.wait()
     return corpus

@@ -152,7 +152,7 @@ def pack_experts(
         except ShapeError as error:
             raise ShapeError(f"expert {expert}: {error}") from error
 
-    numbers = blank.dim * (up_EHD[0].numel() // blank.dim + blank.hidden_dim)
+    numbers = up_EHD[0].numel() + down_EDF[0].numel()
     with ThreadPoolExecutor(packed_at_once(numbers, torch.get_num_threads())) as packers:
         list(packers.map(pack, range(blank.num_experts)))
     if stored is not None:

@@ -48,9 +48,7 @@ class Use(NamedTuple):
     kept_bytes: int = 0  # for the caches of earlier texts
     kept_shrinks: bool = False  # that is the most: an eighth of what else is left, if less
     prompt: int | None = None  # tokens of the longest; None: not known, up to the whole context
-    chunk: int | None = (
-        None  # the most of a prompt at once, if it may be cut; None: all of `prompt`
-    )
+    chunk: int | None = None  # the most of a prompt at once, if it may be cut; None: all of it
     tokens: int | None = None  # that pass together; None: as prompts are read, one at a time
     scored: bool = False  # the logits of all of them are wanted, not of each text's last alone
     echoed: bool = False  # those of a prompt may be wanted, as many at once as `MOST_LOGITS` allows
