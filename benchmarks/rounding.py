@@ -20,9 +20,10 @@ from measure import moestro
 
 # What each step adds to the one before.
 STEPS = {
-    "nearest, clipped by least error": ["--no-importance", "--no-feedback"],
-    "and weighed by the inputs": ["--no-feedback"],
-    "and errors fed back": [],
+    "blocks, clipped by least error": ["--no-importance", "--no-feedback", "--no-head"],
+    "and weighed by the inputs": ["--no-feedback", "--no-head"],
+    "and errors fed back": ["--no-head"],
+    "and the head": [],
 }
 
 

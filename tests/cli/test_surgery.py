@@ -222,7 +222,7 @@ def test_round_is_measured_as_int4(
     facts = facts_of(words, capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "text"}
     assert [row["weights"] for row in facts["rows"]] == ["bf16", "int4", "int4, rounded"]
-    assert facts["matrices"] == 2 * (2 + 2 * 4)
+    assert facts["matrices"] == 2 * (2 + 2 * 4) + 1
     assert facts["measured_on"] == [text]
     words = ["eval", str(tmp_path / "new"), "--source", text, "--tokens", "1000"]
     again = facts_of([*words, "--weights", "int4"], capsys)

@@ -67,28 +67,69 @@ def test_each_care_is_a_choice_and_helps():
     assert weights[2] == min(weights)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2"])
-def test_every_packed_matrix_of_the_blocks_is_on_the_grid(name, tmp_path):
+@pytest.mark.parametrize("group", [32, 64])
+def test_the_order_of_a_groups_inputs_does_not_matter(group):
+    """The largest come first, wherever they stand."""
+    x_RI = torch.randn(600, 100) @ (torch.randn(100, 100) + 3 * torch.eye(100))
+    x_RI *= torch.logspace(-0.5, 0.5, 100)[torch.randperm(100)]
+    w_OI, moments, moved = torch.randn(48, 100), Moments(100), Moments(100)
+    moments.add(x_RI)
+    order_I = torch.cat(
+        [each[torch.randperm(len(each))] for each in torch.arange(100).split(group)]
+    )
+    moved.add(x_RI[:, order_I])
+    made_OI = on_grid(w_OI, moments, group)
+    same = on_grid(w_OI[:, order_I], moved, group).isclose(made_OI[:, order_I])
+    assert same.all(1).sum() > 46  # of 48 rows; sums in another order may part a tie
+
+
+def test_rows_of_a_matrix_are_rounded_each_for_itself(monkeypatch):
+    w_OI, moments = torch.randn(50, 64), Moments(64)
+    moments.add(torch.randn(300, 64))
+    made_OI = on_grid(w_OI, moments, 32)
+    monkeypatch.setattr("moestro.surgery.rounding.ROWS", 7)
+    assert torch.allclose(on_grid(w_OI, moments, 32), made_OI)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v2", "llama_scaled"])
+def test_every_packed_matrix_is_on_the_grid(name, head, tmp_path):
     tiny.save(tiny.build(name), tmp_path / "whole")
     layers = Layers(tmp_path / "whole")
     (tmp_path / "blocks").mkdir()
-    made = rounded(layers, TOKENS, 32, tmp_path / "blocks")
+    made = rounded(layers, TOKENS, 32, tmp_path / "blocks", care=Care(head=head))
     layers.write(made.change, tmp_path / "rounded")
     before, after = (read_model(tmp_path / each) for each in ("whole", "rounded"))
-    count = 0
-    for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+    assert after.cfg.head.tied == (before.cfg.head.tied and not head)
+    count, olds = 0, dict(before.named_parameters(remove_duplicate=False))
+    for key, new in after.named_parameters(remove_duplicate=False):
+        old = olds.pop(key)
         matrix = old.dim() > 1 and "bias" not in key and key.startswith("blocks.")
-        if matrix and not any(word in key for word in ("router", "gate.weight", "kv_up")):
+        matrix = matrix and not any(word in key for word in ("router", "gate.weight", "kv_up"))
+        if matrix or (head and key == "head.weight"):
             each = new.detach()
             assert torch.equal(nearest(each.flatten(0, -2)).view_as(each), each), key
             assert not torch.equal(old, new)
             count += 1 if old.dim() == 2 else len(old)
         else:
             assert torch.equal(old, new), key
+    assert not olds
     assert count == made.matrices > made.alone
 
 
-def test_gguf_in_q4_0_holds_the_same_numbers_of_the_blocks(tmp_path):
+def test_what_is_measured_is_what_is_written_whatever_the_head_was(tmp_path):
+    tiny.save(tiny.build("llama_scaled"), tmp_path / "whole")
+    layers = Layers(tmp_path / "whole")
+    (tmp_path / "blocks").mkdir()
+    change = rounded(layers, TOKENS, 32, tmp_path / "blocks").change
+    layers.write(change, tmp_path / "rounded")
+    again = Layers(tmp_path / "rounded")
+    bits = layers.bits(TOKENS, [change, layers.unchanged()])
+    assert torch.equal(bits[:1], again.bits(TOKENS, [again.unchanged()]))
+    assert not torch.allclose(bits[0], bits[1])
+
+
+def test_gguf_in_q4_0_holds_the_same_numbers(tmp_path):
     moe = {"hidden_dim": 96, "num_experts": 4, "top_k": 2}
     attention = {"num_heads": 2, "num_kv_heads": 1, "context": 64}
     cfg = ModelConfig(
@@ -102,10 +143,13 @@ def test_gguf_in_q4_0_holds_the_same_numbers_of_the_blocks(tmp_path):
         model, file = read_model(tmp_path / name, dtype=torch.float32), tmp_path / f"{name}.gguf"
         write_gguf(model, file, family="mixtral", kind="q4_0")
         again = read_model(find_checkpoint(str(file)), dtype=torch.float32)
-        blocks, others = model.blocks.state_dict(), again.blocks.state_dict()
-        moved = {key for key, each in blocks.items() if not torch.equal(others[key], each)}
+        parts, others = (
+            {key: each for key, each in one.state_dict().items() if not key.startswith("embed")}
+            for one in (model, again)
+        )
+        moved = {key for key, each in parts.items() if not torch.equal(others[key], each)}
         assert not torch.equal(again.embed.weight, model.embed.weight)
-        matrices = {key for key, each in blocks.items() if each.dim() > 1 and "router" not in key}
+        matrices = {key for key, each in parts.items() if each.dim() > 1 and "router" not in key}
         assert moved == (matrices if name == "whole" else set())
 
 

@@ -41,6 +41,13 @@ Feedback = Annotated[
         "--feedback/--no-feedback", help="Make up for an error by the inputs that are to come."
     ),
 ]
+Head = Annotated[
+    bool,
+    typer.Option(
+        "--head/--no-head",
+        help="Round the head too; one that is tied to the embedding becomes a matrix of its own.",
+    ),
+]
 
 
 @contextmanager
@@ -69,6 +76,7 @@ def round(
     clip: Clip = True,
     importance: Importance = True,
     feedback: Feedback = True,
+    head: Head = True,
     source: Source = None,
     calibration: Calibration = CALIBRATION,
     tokens: HeldOutTokens = TOKENS,
@@ -85,16 +93,16 @@ def round(
     from moestro.checkpoints.quantize import format_of
     from moestro.cli.eval import Score, facts_of, measure, show
     from moestro.surgery.layers import Layers
-    from moestro.surgery.rounding import Care, rounded
+    from moestro.surgery.rounding import Care, rounded, settings
 
     check_new(target)
     layers = Layers(find_checkpoint(path), accept_field or ())
-    layers.fields(layers.cfg, family)
+    care = Care(clip, importance, feedback, head)
+    layers.fields(settings(layers.cfg, care), family)
     texts, format = read_texts(layers, text, source, calibration, tokens), format_of(weights)
     assert format is not None
     with writing(target), _layers_of(target) as folder:
         with bar("rounding, blocks") as progress:
-            care = Care(clip, importance, feedback)
             made = rounded(layers, texts.tokens_NS, format.group, folder, progress, care)
         layers.write(made.change, target, family)
     if made.alone:

@@ -5,7 +5,6 @@ Letters: T tokens, R assignments, E experts, D width, N windows, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -163,14 +162,14 @@ def collect(
             f"{moe.top_k} per token need {needed:,} to see {least} each on average; {more}"
         )
     sums: dict[int, Sums] = {}
-    watch: Callable[[int, Block], None] = partial(_install, sums, every)
+    watch = partial(_install, sums, every)
     layers.bits(tokens_NS, [layers.unchanged()], watch, memory_bytes, progress)
     return {layer: each.statistics() for layer, each in sums.items()}
 
 
-def _install(sums: dict[int, Sums], every: bool, layer: int, block: Block) -> None:
+def _install(sums: dict[int, Sums], every: bool, layer: int, block: nn.Module) -> None:
     """Watch the block's experts; what an earlier pass added up is added to."""
-    if isinstance(block.ffn, MoE):
+    if isinstance(block, Block) and isinstance(block.ffn, MoE):
         if layer not in sums:
             sums[layer] = Sums(block.ffn.cfg.num_experts, every)
         block.ffn.experts = Watched(block.ffn.experts, sums[layer])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.checkpoints.families import OWN, family_of
@@ -31,6 +31,7 @@ from moestro.models.norms import LayerNorm, RMSNorm
 from moestro.moe.routers import Router
 
 Tensors = Mapping[str, Tensor]  # of one module, by their names in it
+Watch = Callable[[int, nn.Module], None]
 BATCH = 8  # windows in one forward pass
 _NETWORK = "ffn."
 _NO_FAMILY = "give a model that one can express: surgery writes Hugging Face's layout alone"
@@ -42,11 +43,13 @@ class Change(NamedTuple):
     Attributes:
         cfg: its new settings.
         block: (layer, the tensors of its block) → the new ones, the same each time it is called.
-            What is outside the blocks stays.
+        head: the tensors of the head, with a weight of its own or the embedding's → the new ones.
+            What else is outside the blocks stays.
     """
 
     cfg: ModelConfig
     block: Callable[[int, Tensors], Tensors]
+    head: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
     @classmethod
     def of_networks(cls, cfg: ModelConfig, network: Callable[[int, Tensors], Tensors]) -> Self:
@@ -132,7 +135,7 @@ class Layers:
         self,
         tokens_NS: Tensor,
         changes: Sequence[Change],
-        watch: Callable[[int, Block], None] | None = None,
+        watch: Watch | None = None,
         memory_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -144,7 +147,8 @@ class Layers:
         Args:
             tokens_NS: int64 [N, S + 1].
             changes: of this model.
-            watch: called with (layer, block) before a block of the first change runs.
+            watch: called with (layer, block) before a block of the first change runs, and with
+                (L, the model without blocks) before its head does.
             memory_bytes: most for hidden states; where those of all windows need more, the
                 windows go in several passes, each of which reads the checkpoint again.
             progress: called with (blocks so far, blocks in all).
@@ -167,15 +171,16 @@ class Layers:
         self,
         tokens_NS: Tensor,
         changes: Sequence[Change],
-        watch: Callable[[int, Block], None] | None,
+        watch: Watch | None,
         moved: Callable[[int], None],
     ) -> Tensor:
         """`bits` of windows whose hidden states are in memory together."""
         models = [skeleton(each.cfg) for each in changes]
         outer = {path: self.tensors(path) for path in _outer(models[0])}
-        for model in models:
+        for change, model in zip(changes, models, strict=True):
             for path, tensors in outer.items():
-                self._run_on(model.get_submodule(path), tensors)
+                made = change.head(tensors) if path == "head" else tensors
+                self._run_on(model.get_submodule(path), made)
         inputs_NS = tokens_NS[:, :-1]
         first_NSD = models[0].embedded(inputs_NS)
         states = [first_NSD, *(first_NSD.clone() for _ in changes[1:])]
@@ -196,6 +201,8 @@ class Layers:
                 del block  # before the next is made
             del stored
             moved(layer)
+        if watch is not None:
+            watch(self.cfg.num_layers, models[0])
         return torch.stack(
             [
                 # One window at a time: a large vocabulary makes logits larger than all else.
@@ -254,7 +261,11 @@ class Layers:
         Raises:
             ConfigError, CheckpointError, OSError: see `write_pretrained`.
         """
-        other = lru_cache(maxsize=1)(self.tensors)
+
+        @lru_cache(maxsize=1)
+        def other(path: str) -> Tensors:
+            found = self.tensors(path)
+            return change.head(found) if path == "head" else found
 
         @lru_cache(maxsize=1)
         def made(layer: int) -> Tensors:
@@ -292,6 +303,7 @@ def _stored(unread: Unread) -> dict[str, torch.dtype]:
     for place, source in unread.sources:
         found.setdefault(place.ours, []).append(source.dtype or unread.dtype)
     stored = {name: _widest(found[name]) for name, _ in unread.model.named_parameters()}
+    tied = unread.model.cfg.head.tied
     for name in [
         name for name, dtype in stored.items() if unread.of_gguf and dtype != unread.dtype
     ]:
@@ -300,7 +312,7 @@ def _stored(unread: Unread) -> dict[str, torch.dtype]:
         load_tensors(unread.part({name}), into={name: numbers})
         if torch.equal(numbers.to(unread.dtype).to(numbers.dtype), numbers):
             stored[name] = unread.dtype
-    return stored
+    return {**stored, "head.weight": stored["embed.weight"]} if tied else stored
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
