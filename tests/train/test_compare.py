@@ -222,3 +222,36 @@ def test_figure_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "compare.png"
     comparison_figure(curves([5.0, 3.0, 2.0], [5.0, 4.0, 3.0]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+class _OneSecond:
+    """A trainer whose steps take a second each."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def time_steps(self, _: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_minutes_choose_steps_or_are_refused_with_the_least(
+    seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "Trainer", _OneSecond)
+    train = mixture().train.model_copy(update={"eval_tokens": 128})
+    cfg, asked = mixture().model_copy(update={"train": train}), Comparison(seeds=seeds)
+
+    def steps(minutes: float) -> int:
+        found = compare.fit_to(cfg, None, tmp_path, asked, minutes)  # type: ignore[arg-type]
+        assert found.train.steps == compare.EVALUATIONS * found.train.eval_every
+        return found.train.steps
+
+    hour = steps(60 * seeds)
+    assert 0.5 * 3600 / 2 < hour < 3600 / 2
+    with pytest.raises(ConfigError, match="is 0 steps of each model on this machine") as refused:
+        steps(0.1)
+    least = int(str(refused.value).split("about ")[1].split()[0])
+    assert compare.EVALUATIONS <= steps(least) < hour
+    with pytest.raises(ConfigError, match=f"about {least} is the least"):
+        steps(least - 1.5)

@@ -160,6 +160,9 @@ def fit_to(
 
     A few steps of each model are timed on this machine, so the number of steps, and with it the
     result, depends on its speed.
+
+    Raises:
+        ConfigError: the minutes are too few for as many steps as there are evaluations.
     """
     long = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": 10**6})})
     entries = plan(long, folder, comparison._replace(seeds=1))
@@ -169,8 +172,15 @@ def fit_to(
     # An evaluation runs forward only: a third of a step's work for each of its tokens.
     evaluation_steps = EVALUATIONS * cfg.train.eval_tokens / step_tokens / 3
     budget_s = PLANNED_SHARE * 60 * minutes / comparison.seeds
-    steps = int(budget_s / seconds - evaluation_steps)
-    steps = max(EVALUATIONS, steps - steps % EVALUATIONS)
+    steps = max(0, int(budget_s / seconds - evaluation_steps))
+    if steps < EVALUATIONS:
+        least_s = (EVALUATIONS + evaluation_steps + 1) * seconds
+        least = math.ceil(least_s * comparison.seeds / PLANNED_SHARE / 60)
+        raise ConfigError(
+            f"--minutes {minutes:g} is {steps} steps of each model on this machine; about {least} "
+            f"is the least, for {EVALUATIONS} steps and as many evaluations"
+        )
+    steps -= steps % EVALUATIONS
     every = steps // EVALUATIONS
     chosen = {"steps": steps, "eval_every": every, "save_every": 5 * every}
     return cfg.model_copy(update={"train": cfg.train.model_copy(update=chosen)})
