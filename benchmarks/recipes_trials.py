@@ -59,8 +59,9 @@ _FALL = ("optim.schedule=wsd", "optim.decay=0.99", "optim.final_lr=0")
 _MUON_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
 _NARROW = ("model.dim=64", "model.dense.hidden_dim=128")
 _RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
-# More of each token's compute in what experts replace; words for bytes; both.
+# More of each token's compute in what experts replace, and less; words for bytes; both.
 _SHAPES = {
+    "slim": (32, ()),
     "wide": (256, ("model.dense.hidden_dim=512",)),
     "bpe": (128, ("data.tokenizer=bpe:2048",)),
     "bpe-wide": (256, ("data.tokenizer=bpe:2048", "model.dense.hidden_dim=512")),
@@ -162,7 +163,7 @@ TRIALS = {
     **{
         f"{name}-{n}-lr{r}": _moe(*_experts(n, 2, hidden), *shape, f"optim.lr={r}")
         for name, (hidden, shape) in _SHAPES.items()
-        for n in (16, 32, 64)
+        for n in (16, 32, 64, 128)
         for r in _RATES
     },
     # What keeps experts evenly used, over seeds.
