@@ -11,9 +11,12 @@ from openai import OpenAI
 from moestro.data.windows import HeldOut
 from moestro.infer import engine
 from moestro.infer.sampling import SamplingConfig
+from moestro.serve.logprobs import echoed
 from moestro.serve.served import Served
+from moestro.text import ByteTokenizer, Tokenizer
 from moestro.train.evaluate import evaluate
 
+from ..vocabularies import byte_fallback
 from .test_chat import HELLO, events, post
 
 
@@ -98,6 +101,66 @@ def test_echo_of_a_text_and_nothing_more(address: str) -> None:
     whole = post(address, "/v1/completions", prompt="Once", echo=True, max_tokens=4, seed=1).json()
     bare = post(address, "/v1/completions", prompt="Once", max_tokens=4, seed=1).json()
     assert whole["choices"][0]["text"] == "Once" + bare["choices"][0]["text"]
+
+
+def joined(chunks: list[Any]) -> dict[str, Any]:
+    """The text and its log-probabilities, from a stream of one choice."""
+    text, logprobs = "", dict[str, list[Any]]()
+    for (choice,) in (each["choices"] for each in chunks):
+        text += choice["text"]
+        for name, values in choice["logprobs"].items():
+            logprobs.setdefault(name, []).extend(values)
+    return {"text": text, "logprobs": logprobs}
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_where_each_token_begins(address: str, echo: bool) -> None:
+    """Bytes at random: characters of several tokens, broken ones, and special tokens."""
+    asked: dict[str, Any] = {
+        "prompt": "hé🎻 x", "echo": echo, "max_tokens": 120, "temperature": 3, "top_k": 0,
+        "logprobs": 0, "logit_bias": {"259": 8},
+    }  # fmt: skip
+    for seed in range(2):
+        whole = post(address, "/v1/completions", **asked, seed=seed).json()["choices"][0]
+        chunks = events(post(address, "/v1/completions", **asked, seed=seed, stream=True))
+        assert joined(chunks) == {"text": whole["text"], "logprobs": whole["logprobs"]}
+        text, offsets = whole["text"], whole["logprobs"]["text_offset"]
+        if echo:
+            assert offsets[:10] == [0, 0, 1, 1, 2, 2, 2, 2, 3, 4]
+            assert offsets[10] == len("hé🎻 x")
+        assert any(len(char.encode()) > 1 for char in text)
+        assert "<|reply|>" in whole["logprobs"]["tokens"]
+        seen = 0
+        for token, offset in zip(whole["logprobs"]["tokens"], offsets, strict=True):
+            if len(token) == 1 and token != "\ufffd":
+                # A byte that began a character, and did not, comes with the next token.
+                assert text[offset:].lstrip("\ufffd")[0] == token
+                seen += 1
+        assert seen > 10
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "parts"),
+    [
+        (ByteTokenizer(), "aé", ["a", "", "é"]),
+        (ByteTokenizer(), "", [""]),
+        (
+            byte_fallback(),
+            "ab ü</s> 🎻x",
+            ["a", "b", " ", "", "ü", "</s>", "", " ", *[""] * 3, "🎻", "x"],
+        ),
+    ],
+)
+def test_an_echo_by_token(tokenizer: Tokenizer, text: str, parts: list[str]) -> None:
+    tokens = tokenizer.encode_prompt(text) or [tokenizer.end_of_text]
+    found = echoed(tokenizer, text, tokens)
+    assert "".join(found) == text
+    assert found == parts
+    plain = echoed(tokenizer, tokens, tokens)
+    assert "".join(plain) == tokenizer.decode(tokens)
+    assert [len(each) for each in plain if each] == [1] * len(tokenizer.decode(tokens))
+    beyond = tokenizer.vocab_size + 1
+    assert echoed(tokenizer, [beyond, *tokens], [beyond, *tokens]) == ["", *plain]
 
 
 def test_the_bits_do_not_depend_on_echo(address: str) -> None:

@@ -13,7 +13,7 @@ from moestro.infer.writing import Piece, Scored
 from moestro.serve import errors
 from moestro.serve.engine import Job
 from moestro.serve.events import DONE, PING, EventStream, pieces_of, sse, while_connected, whole
-from moestro.serve.logprobs import of_completion
+from moestro.serve.logprobs import echoed, of_completion
 from moestro.serve.replies import Reply, gather, head, usage
 from moestro.serve.routing import routed_fields, token_of
 from moestro.serve.schema import CompletionRequest
@@ -77,9 +77,11 @@ class _Text:
             return []
         tokens = self._job.asks[self._index].tokens
         given = self._wanted.prompts[self._index // self._wanted.count]
-        text = given if isinstance(given, str) else self._spelled(given)
+        if self._wanted.top is None:
+            text = given if isinstance(given, str) else self._spelled(given)
+            return [_Part(text, tokens[0], None)]
+        texts = echoed(self._served.tokenizer, given, tokens)
         scored = [None, *self._job.scored.get(self._index, [None] * (len(tokens) - 1))]
-        texts = [text, *[""] * (len(tokens) - 1)]
         return [_Part(*each) for each in zip(texts, tokens, scored, strict=True)]
 
     def _spelled(self, tokens: Sequence[int]) -> str:
@@ -99,9 +101,10 @@ class _Text:
         told = [part for part in parts if part is not None]
         logprobs = None
         if self._wanted.top is not None:
-            tokens = [part.token for part in told]
-            tokenizer, scored = self._served.tokenizer, [part.scored for part in told]
-            logprobs = of_completion(tokenizer, tokens, scored, self._offset)
+            tokens, texts = [part.token for part in told], [part.text for part in told]
+            scored = [part.scored for part in told]
+            tokenizer = self._served.tokenizer
+            logprobs = of_completion(tokenizer, tokens, texts, scored, self._offset)
         text = "".join(part.text for part in told)
         self._offset += len(text)
         nothing = reply.finish is not None and self._wanted.max_tokens == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from moestro.infer.writing import Piece, Scored
+from moestro.streaming import StreamDecoder
 from moestro.text import Tokenizer
 
 
@@ -17,26 +19,52 @@ def name_of(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token])
 
 
+def echoed(tokenizer: Tokenizer, prompt: str | Sequence[int], tokens: Sequence[int]) -> list[str]:
+    """What each token of an echoed prompt adds to the text; joined, they are the echo.
+
+    A character that several tokens spell comes with the last of them, as while a text is written.
+
+    Args:
+        tokenizer: has read the prompt.
+        prompt: as it was given.
+        tokens: what the model reads of it.
+    """
+    if isinstance(prompt, str):
+        _, ends = tokenizer.encode_placed(prompt)
+        starts, covered = list[int](), 0
+        for token, end in zip(tokens, ends or [0], strict=True):
+            inside = end == covered > 0 and token not in tokenizer.specials
+            starts.append(max([covered - inside, *starts[-1:]]))
+            covered = max(covered, end)
+        stops = [*starts[1:], len(prompt)]
+        return [prompt[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    # The model may know more tokens than the tokenizer.
+    stream, known = StreamDecoder(tokenizer), tokenizer.vocab_size
+    texts = [stream.push(token) if token < known else "" for token in tokens]
+    return [*texts[:-1], texts[-1] + stream.flush()]
+
+
 def of_completion(
-    tokenizer: Tokenizer, tokens: Sequence[int], scored: Sequence[Scored | None], offset: int = 0
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    texts: Sequence[str],
+    scored: Sequence[Scored | None],
+    offset: int = 0,
 ) -> dict[str, Any]:
     """Tokens, their log-probabilities, the likeliest beside them, and where each begins.
 
     Args:
         tokenizer: spells them.
         tokens: of the prompt, of the text, or of both.
+        texts: what each adds to the text.
         scored: of each; None for the first of a prompt, before which nothing stands.
         offset: characters before the first.
     """
-    names = [name_of(tokenizer, token) for token in tokens]
-    offsets = [offset]
-    for token, name in zip(tokens, names, strict=True):
-        offsets.append(offsets[-1] + (0 if token in tokenizer.specials else len(name)))
     return {
-        "tokens": names,
+        "tokens": [name_of(tokenizer, token) for token in tokens],
         "token_logprobs": [None if each is None else each.logprob for each in scored],
         "top_logprobs": [_top(tokenizer, each) for each in scored],
-        "text_offset": offsets[:-1],
+        "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
     }
 
 
