@@ -2,21 +2,24 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from openai import OpenAI
 
+from moestro.checkpoints.opening import open_checkpoint
 from moestro.data.windows import HeldOut
 from moestro.infer import engine
 from moestro.infer.sampling import SamplingConfig
 from moestro.serve.logprobs import echoed
-from moestro.serve.served import Served
+from moestro.serve.served import Served, serve_model
 from moestro.text import ByteTokenizer, Tokenizer
 from moestro.train.evaluate import evaluate
 
 from ..vocabularies import byte_fallback
+from .serving import at_work, state_of
 from .test_chat import HELLO, events, post
 
 
@@ -101,6 +104,28 @@ def test_echo_of_a_text_and_nothing_more(address: str) -> None:
     whole = post(address, "/v1/completions", prompt="Once", echo=True, max_tokens=4, seed=1).json()
     bare = post(address, "/v1/completions", prompt="Once", max_tokens=4, seed=1).json()
     assert whole["choices"][0]["text"] == "Once" + bare["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("context", [None, 5])
+def test_an_echo_that_fills_the_context(folder: Path, context: int | None) -> None:
+    """The model's own, and less: of nothing to be written, nothing needs room."""
+    served = serve_model("tiny", open_checkpoint(folder).model, folder, context)
+    prompt = [1, 2, 3, 4, 5] * (served.context // 5) + [6] * (served.context % 5)
+    asked: dict[str, Any] = {"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}
+    with at_work(state_of(served)) as address:
+        whole = post(address, "/v1/completions", **asked).json()
+        assert whole["usage"]["prompt_tokens"] == whole["usage"]["total_tokens"] == served.context
+        own, _ = likely(served, prompt)
+        found = whole["choices"][0]["logprobs"]["token_logprobs"]
+        assert found == [None, *(pytest.approx(each, abs=1e-4) for each in own)]
+        for more, said in (
+            ({"prompt": [*prompt, 1]}, f"{served.context} tokens; send a shorter prompt"),
+            ({"max_tokens": 1}, "of which the answer needs at least 1"),
+            ({"echo": False, "max_tokens": 1}, "of which the answer needs at least 1"),
+        ):
+            refused = post(address, "/v1/completions", **asked | more)
+            assert refused.status_code == 413
+            assert said in refused.json()["error"]["message"]
 
 
 def joined(chunks: list[Any]) -> dict[str, Any]:

@@ -26,9 +26,10 @@ async def complete(request: Request, state: State, wanted: CompletionRequest) ->
     served = state.served
     served.check_name(wanted.model)
     _check(wanted)
-    prompts = await encode_all(served, wanted.prompts)
     most = 16 if wanted.max_tokens is None else wanted.max_tokens
-    most = 1 if most == 0 and wanted.echo else most  # the text is left out later
+    nothing = most == 0 and wanted.echo is True
+    prompts = await encode_all(served, wanted.prompts, room=0 if nothing else 1)
+    most = 1 if nothing else most  # the text is left out later
     job = state.submit(served.asks(wanted, prompts, most))
     start = head("cmpl", "text_completion", served.check_name(wanted.model))
     texts = [_Text(job, index, served, wanted) for index in range(len(job.asks))]

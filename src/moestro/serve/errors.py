@@ -81,12 +81,13 @@ def unknown_model(name: str, served: Sequence[str]) -> ApiError:
     )
 
 
-def too_long(tokens: int, context: int) -> ApiError:
-    """A prompt that leaves no room for an answer."""
+def too_long(tokens: int, context: int, room: int) -> ApiError:
+    """A prompt that leaves no room for the answer, or for itself where that is empty."""
+    need = f", of which the answer needs at least {room}" if room else ""
     return ApiError(
         413,
-        f"the prompt is {tokens} tokens long, and this server's context is {context} tokens, of "
-        "which the answer needs at least one; send a shorter prompt",
+        f"the prompt is {tokens} tokens long, and this server's context is {context} tokens{need}; "
+        "send a shorter prompt",
         code="context_length_exceeded",
         more={"n_prompt_tokens": tokens, "n_ctx": context},
     )

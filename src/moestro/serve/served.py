@@ -79,8 +79,15 @@ class Served(NamedTuple):
             )
         return self.template
 
-    def encode(self, prompt: str | Sequence[int], *, templated: bool = False) -> list[int]:
+    def encode(
+        self, prompt: str | Sequence[int], *, templated: bool = False, room: int = 1
+    ) -> list[int]:
         """What the model reads, all of it.
+
+        Args:
+            prompt: text, or tokens.
+            templated: see `Tokenizer.encode_prompt`.
+            room: tokens that the context must have left for an answer.
 
         Raises:
             ApiError: it is too long.
@@ -89,9 +96,9 @@ class Served(NamedTuple):
         if templated and isinstance(prompt, str):
             prompt = self.tokenizer.encode_prompt(prompt, templated=True)
         tokens, dropped = encode(self.model.cfg, self.tokenizer, prompt)
-        no_room = not self.model.cfg.has_encoder and len(tokens) >= self.context
-        if dropped or no_room or len(tokens) > self.context:
-            raise errors.too_long(len(tokens) + dropped, self.context)
+        room = 0 if self.model.cfg.has_encoder else room
+        if dropped or len(tokens) + room > self.context:
+            raise errors.too_long(len(tokens) + dropped, self.context, room)
         return tokens
 
     def sampling(self, wanted: Generation, most: int | None, room: int) -> SamplingConfig:
@@ -155,7 +162,8 @@ class Served(NamedTuple):
         found = []
         for tokens in prompts:
             own = 0 if self.model.cfg.has_encoder else len(tokens)
-            sampling = self.sampling(wanted, most, self.context - own)
+            # The engine writes at least one, also where it is left out of the answer.
+            sampling = self.sampling(wanted, most, max(1, self.context - own))
             found += [
                 Ask(
                     tokens,
@@ -196,11 +204,15 @@ def serve_model(
 
 
 async def encode_all(
-    served: Served, prompts: Sequence[str | Sequence[int]], *, templated: bool = False
+    served: Served,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    templated: bool = False,
+    room: int = 1,
 ) -> list[list[int]]:
     """`Served.encode` of each, in a thread, so that others' streams go on."""
 
     def all_of_them() -> list[list[int]]:
-        return [served.encode(prompt, templated=templated) for prompt in prompts]
+        return [served.encode(each, templated=templated, room=room) for each in prompts]
 
     return await asyncio.to_thread(all_of_them)
