@@ -26,6 +26,23 @@ def test_a_key_is_asked_for(serving) -> None:
     assert httpx.get(f"{address}/v1/models", headers=strange).status_code == 401
 
 
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+def test_a_key_of_any_letters(serving, header: str) -> None:
+    """As UTF-8, or as Latin-1 where it can be; the last byte of à is a space in Latin-1."""
+    url = f"{serving(api_keys=('schlüssel', 'voilà', 'ключ'))}/v1/models"
+    scheme = b"Bearer " if header == "authorization" else b""
+
+    def status(key: bytes) -> int:
+        return httpx.get(url, headers={header: scheme + key}).status_code
+
+    for key in ("schlüssel", "voilà", "ключ"):
+        assert status(key.encode()) == 200, key
+    assert status("schlüssel".encode("latin-1")) == 200
+    for wrong in ("schlüsse", "schlussel", "voil", "voilÃ", "ключ ключ"):
+        assert status(wrong.encode()) == 401, wrong
+    assert status("ключ".encode("koi8-r")) == 401
+
+
 def test_a_body_beyond_the_limit(serving) -> None:
     address = serving(body_limit=1000)
     path = f"{address}/v1/completions"

@@ -46,6 +46,7 @@ document.getElementById("f").addEventListener("load", async () => {
   seen.title = page.title;
   seen.rows = page.querySelectorAll("#strip .layer").length;
   seen.cells = page.querySelectorAll("#strip i").length;
+  $("key").value = "ключ";  // which no header takes as it is
   $("seed").value = "5"; $("max_tokens").value = "12";
   $("text").value = "Hello <img src=x onerror=document.title='taken'>";
   key($("text"), "Enter");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +22,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app, self._settings = app, settings
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._keys = [each for key in settings.api_keys for each in _sent(key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -42,9 +43,11 @@ class Gate:
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:
             return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if not _same_as_one(given.encode("utf-8", "surrogateescape"), self._keys):
+        # In bytes: `Headers` takes each for a character, and the last of `à` for a space.
+        scheme, _, token = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        given = headers.get("x-api-key", "").encode("latin-1")
+        given = token.strip(b" ") if scheme.lower() == b"bearer" else given
+        if not _same_as_one(given, self._keys):
             raise ApiError(
                 401,
                 "this server needs a key, and the request has "
@@ -90,6 +93,14 @@ class Gate:
             return message
 
         return counting
+
+
+def _sent(key: str) -> set[bytes]:
+    """A key in the bytes that clients send: UTF-8's, or Latin-1's, as some do where they can."""
+    found = {key.encode()}
+    with suppress(UnicodeEncodeError):
+        found.add(key.encode("latin-1"))
+    return found
 
 
 def _same_as_one(given: bytes, keys: Iterable[bytes]) -> bool:
