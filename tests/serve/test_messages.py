@@ -10,7 +10,7 @@ from openai import OpenAI
 
 from moestro.chat import ChatTemplate
 
-from .scripted import NAN, counting
+from .scripted import NAN, counting, reciting
 from .serving import at_work
 from .test_chat import HELLO, post
 from .test_structure import SCHEMA, check
@@ -101,6 +101,24 @@ def test_a_call_and_what_it_gave(speaker: Anthropic, stream: bool) -> None:
     assert after.usage.output_tokens <= 2
 
 
+def test_a_stream_has_the_blocks_of_the_whole() -> None:
+    """In the order in which they were written."""
+    call = '<tool_call>\n{"name": "travel", "arguments": {}}\n</tool_call>'
+    text = f"<think>Hm.</think>One.\n{call}\nTwo.{call}{call}"
+    asked: Any = {"model": "counting", "messages": HELLO, "max_tokens": 900}
+    asked["extra_body"] = {"temperature": 0}
+    asked["tools"] = [{"name": "travel", "input_schema": {"type": "object"}}]
+    with at_work(reciting(text)) as address, Anthropic(base_url=address, api_key="none") as speaker:
+        whole = speaker.messages.create(**asked)
+        with speaker.messages.stream(**asked) as stream:
+            final = stream.get_final_message()
+    for found in (whole, final):
+        assert [
+            each.thinking if each.type == "thinking" else each.text if each.type == "text" else {}
+            for each in found.content
+        ] == ["Hm.", "One.", {}, "\nTwo.", {}, {}]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -114,6 +132,18 @@ def test_a_call_and_what_it_gave(speaker: Anthropic, stream: bool) -> None:
 def test_what_is_refused(speaker: Anthropic, wrong: dict[str, Any]) -> None:
     with pytest.raises(anthropic.BadRequestError):
         speaker.messages.create(**{**ASKED, **wrong})
+
+
+def test_an_error_names_the_message_that_was_given(address: str) -> None:
+    """Not its place among those that the template gets, where the system's comes first."""
+    block: Any = {"type": "tool_use", "id": "a", "input": {}}
+    messages = [*HELLO, {"role": "assistant", "content": [block]}]
+    asked: Any = {**ASKED, "messages": messages, "system": "Be brief."}
+    said = post(address, "/v1/messages", **asked).json()["error"]["message"]
+    assert said.startswith("messages.1.content.0 = ")
+    tools = [TOOLS[1], {"name": "a b", "input_schema": {}}]
+    said = post(address, "/v1/messages", **{**ASKED, "tools": tools}).json()["error"]["message"]
+    assert said.startswith("tools.1.name = 'a b' is not allowed")
 
 
 def test_errors_have_its_shape(address: str, speaker: Anthropic) -> None:

@@ -1,12 +1,13 @@
 """/v1/responses, as the openai package and what speaks nothing else see it."""
 
+import json
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
-from .scripted import NAN, counting
+from .scripted import NAN, counting, reciting
 from .serving import at_work
 from .test_chat import HELLO, post
 from .test_structure import SCHEMA, check
@@ -16,6 +17,9 @@ TOOLS: Any = [
     {"type": "function", "name": "travel", "parameters": SCHEMA, "strict": True},
     {"type": "web_search"},
 ]
+IMAGE = {"type": "input_image", "image_url": "x"}
+FLY = {"type": "function", "name": "fly"}
+UNKNOWN = {"format": {"type": "json_schema", "schema": {"not": {"type": "string"}}}}
 
 
 def test_the_same_text_as_chat(client: OpenAI) -> None:
@@ -83,23 +87,66 @@ def test_text_of_a_schema(client: OpenAI) -> None:
     check(client.responses.create(model="tiny", input="Hello", text=text).output_text)
 
 
+CALL = '<tool_call>\n{"name": "travel", "arguments": {}}\n</tool_call>'
+REPLIES: dict[str, tuple[list[str], int]] = {  # what each has, and how much of it is thoughts
+    "<think>Hé</think>\nYes.": (["reasoning:Hé", "message:Yes."], len(b"<think>H\xc3\xa9")),
+    "<think>Hm. And": (["reasoning:Hm. And"], len("<think>Hm. And")),
+    "<think></think>": (["message:"], 0),
+    "": (["message:"], 0),
+    f"One.\n{CALL}\nTwo.{CALL}{CALL}": (
+        ["message:One.", "function_call:{}", "message:\nTwo.", *["function_call:{}"] * 2], 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REPLIES)
+def test_a_stream_has_the_items_of_the_whole(text: str) -> None:
+    """In the order in which they were written."""
+    tool = {"type": "function", "name": "travel", "parameters": {"type": "object"}}
+    asked: Any = {"input": "Hello", "temperature": 0, "tools": [tool]}
+    with at_work(reciting(text)) as address:
+        whole = post(address, "/v1/responses", **asked).json()
+        streamed = post(address, "/v1/responses", **asked, stream=True).text
+    *_, (_, last) = (each.split("\ndata: ") for each in streamed.strip().split("\n\n"))
+    want, reasoned = REPLIES[text]
+    for found in (whole, json.loads(last)["response"]):
+        items = [
+            f"{each['type']}:{each.get('arguments') or each['content'][0]['text']}"
+            for each in found["output"]
+        ]
+        assert items == want
+        assert found["usage"]["output_tokens_details"]["reasoning_tokens"] == reasoned
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "param"),
     [
-        {"input": []},
-        {"input": 5},
-        {"input": [{"type": "function_call"}]},
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-        {"input": "a", "previous_response_id": "resp_1"},
-        {"input": "a", "text": {"format": {"type": "json_schema"}}},
-        {"input": "a", "max_output_tokens": 0},
-        {"input": "a", "tools": TOOLS, "tool_choice": {"type": "function", "name": "fly"}},
+        ({"input": []}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
+        ({"input": [{"content": "a"}]}, "input.0"),
+        ({"input": [{"role": "user"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": "a"}, {"type": "function_call"}]}, "input.1"),
+        ({"input": [{"type": "function_call_output"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": [IMAGE]}], "instructions": "a"}, "input.0"),
+        ({"input": [{"role": "tool", "content": "a"}]}, "input.0.role"),
+        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"input": "a", "text": UNKNOWN}, "text.format"),
+        ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "a", "tools": [{"type": "function"}]}, "tools.0"),
+        ({"input": "a", "tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
+        ({"input": "a", "tools": TOOLS, "tool_choice": FLY}, "tool_choice"),
+        ({"input": [{"type": "function_call_output", "output": "a"}]}, "input"),
     ],
 )
-def test_what_is_refused(address: str, wrong: dict[str, Any]) -> None:
+def test_what_is_refused(address: str, wrong: dict[str, Any], param: str) -> None:
+    """By the names of this route's fields; the template knows no results without tools."""
     response = post(address, "/v1/responses", **wrong)
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert "response_format" not in error["message"]
 
 
 def test_another_model(client: OpenAI) -> None:

@@ -123,6 +123,20 @@ def explaining() -> Iterator[None]:
         raise explained(error) from None
 
 
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Turns the field that an answer names into what the route's own requests call it."""
+    try:
+        yield
+    except ApiError as error:
+        name = (error.param or "").partition(".")[0]
+        if name not in names:
+            raise
+        reason = error.message.removeprefix(name)
+        message = error.message if reason == error.message else names[name] + reason
+        raise refused(message, names[name], error.code) from None
+
+
 def explained(error: ValidationError) -> ApiError:
     """One thing that is wrong with a body, in a sentence."""
     # Where a value may have one of several types, pydantic tells what each makes of it: what is

@@ -44,12 +44,7 @@ async def message(request: Request, state: State, wanted: MessagesRequest) -> Re
         return EventStream(job, _stream(job, state, wanted, start, turn), _failed)
     with job:
         (reply,) = await while_connected(request, gather(job, turn.new_reply))
-    blocks: list[dict[str, Any]] = []
-    if reply.reasoning:
-        blocks.append({"type": "thinking", "thinking": reply.reasoning, "signature": ""})
-    if reply.content:
-        blocks.append({"type": "text", "text": reply.content})
-    blocks += [{**_called(call), "input": json.loads(call.arguments)} for call in reply.calls]
+    blocks = list(map(_whole, reply.parts))
     usage = _usage(job, turn, reply.tokens)
     return JSONResponse({**start, **_end(reply), "content": blocks, "usage": usage})
 
@@ -80,6 +75,15 @@ def _end(reply: Reply) -> dict[str, Any]:
     if reply.stop is not None and reply.finish == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
     return {"stop_reason": _REASONS[reply.finish], "stop_sequence": None}
+
+
+def _whole(part: Delta) -> dict[str, Any]:
+    """The block of a part of a reply."""
+    if part.calls:
+        return {**_called(part.calls[0]), "input": json.loads(part.calls[0].arguments)}
+    if part.reasoning:
+        return {"type": "thinking", "thinking": part.reasoning, "signature": ""}
+    return {"type": "text", "text": part.content}
 
 
 def _called(call: Call) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from moestro.infer.channels import FINAL, HEADER, function_of
@@ -33,6 +34,8 @@ class Reply:
     Attributes:
         content: What is said to the user.
         reasoning: What the model thought aloud.
+        reasoned: How many tokens gave thoughts; those without text of their own, such as a
+            character's first bytes, go with what comes next.
         calls: The tools that it calls.
         pieces: It as it came, the token that ends it included.
         finish: Why it ended; None before.
@@ -46,17 +49,43 @@ class Reply:
             thoughts: sets thoughts apart; None: the text has none.
             reader: finds calls; None: the text has none.
         """
-        self.content, self.reasoning = "", ""
+        self.content, self.reasoning, self.reasoned = "", "", 0
         self.pieces: list[Piece] = []
         self.calls: list[Call] = []
         self.finish: FinishReason | None = None
         self.stop: str | None = None
         self._thoughts, self._reader = thoughts, reader
+        self._deltas: list[Delta] = []
+        self._silent = 0  # the last tokens that gave nothing so far
 
     @property
     def tokens(self) -> int:
         """How many it has."""
         return len(self.pieces)
+
+    @property
+    def parts(self) -> list[Delta]:
+        """What it has in the order in which it came, each part thoughts, text or one call."""
+        found = []
+        for kind, run in groupby(self._in_order(), key=lambda each: each[0]):
+            values = [value for _, value in run]
+            if kind == "reasoning":
+                found.append(Delta(reasoning="".join(values)))
+            elif kind == "content":
+                found.append(Delta("".join(values)))
+            else:
+                found += [Delta(calls=[call]) for call in values]
+        return found
+
+    def _in_order(self) -> Iterator[tuple[str, Any]]:
+        """All that was added, each with its field."""
+        for delta in self._deltas:
+            if delta.reasoning:
+                yield "reasoning", delta.reasoning
+            if delta.content:
+                yield "content", delta.content
+            for call in delta.calls:
+                yield "calls", call
 
     def push(self, piece: Piece) -> Delta:
         """Take the next piece."""
@@ -81,6 +110,12 @@ class Reply:
             self.finish, self.stop = _REASONS[piece.finish], piece.stop
             if self.calls and self.finish == "stop":
                 self.finish = "tool_calls"
+        self._silent += 1
+        if thought:
+            self.reasoned += self._silent
+        if thought or said or calls:
+            self._silent = 0
+            self._deltas.append(Delta(said, thought, calls))
         return Delta(said, thought, calls)
 
 

@@ -21,13 +21,16 @@ from moestro.serve.tools import Call
 from moestro.serve.turns import Turn, prepare
 
 _KINDS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+# What a request here calls the fields of a conversation.
+_NAMES = {"messages": "input", "response_format": "text.format"}
 
 
 async def respond(request: Request, state: State, wanted: ResponsesRequest) -> Response:
     """Answer one request."""
-    with errors.explaining():
-        asked = wanted.as_chat()
-    turn = await prepare(state, asked)
+    with errors.renaming(_NAMES):
+        with errors.explaining():
+            asked = wanted.as_chat()
+        turn = await prepare(state, asked)
     job = state.submit(turn.asks)
     start = _start(wanted, state.served.check_name(wanted.model))
     if wanted.stream:
@@ -35,13 +38,8 @@ async def respond(request: Request, state: State, wanted: ResponsesRequest) -> R
         return EventStream(job, _stream(job, state, stream, turn), stream.failed)
     with job:
         (reply,) = await while_connected(request, gather(job, turn.new_reply))
-    items = []
-    if reply.reasoning:
-        items.append(_item("reasoning", content=[_thought(reply.reasoning)]))
-    if reply.content or not reply.calls:
-        items.append(_item("message", content=[_text(reply.content)]))
-    items += [_call(call) for call in reply.calls]
-    return JSONResponse({**start, **_end(job, reply, turn), "output": items})
+    output = list(map(_whole, reply.parts or [Delta()]))
+    return JSONResponse({**start, **_end(job, reply, turn), "output": output})
 
 
 def _start(wanted: ResponsesRequest, name: str) -> dict[str, Any]:
@@ -87,10 +85,19 @@ def _end(job: Job, reply: Reply, turn: Turn) -> dict[str, Any]:
             "input_tokens": turn.read,
             "input_tokens_details": {"cached_tokens": job.cached.get(0, 0)},
             "output_tokens": reply.tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": reply.reasoned},
             "total_tokens": turn.read + reply.tokens,
         },
     }
+
+
+def _whole(part: Delta) -> dict[str, Any]:
+    """The item of a part of a reply; an empty message where there is nothing."""
+    if part.calls:
+        return _call(part.calls[0])
+    if part.reasoning:
+        return _item("reasoning", content=[_thought(part.reasoning)])
+    return _item("message", content=[_text(part.content)])
 
 
 def _item(kind: str, status: str = "completed", **fields: Any) -> dict[str, Any]:

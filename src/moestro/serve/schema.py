@@ -16,6 +16,7 @@ MOST_LOGPROBS = 20
 
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
 class Body(BaseModel):
@@ -137,6 +138,15 @@ class Part(Body):
     text: str | None = None
 
 
+def check_parts(content: str | list[Part] | None) -> None:
+    """Refuse parts that are no text."""
+    for part in content if isinstance(content, list) else ():
+        if part.text is None:
+            raise ValueError(
+                f"a part of type {part.type[:40]!r} has no text, and text is all that is read"
+            )
+
+
 class CalledFunction(Body):
     """The function that a model called."""
 
@@ -167,11 +177,7 @@ class ChatMessage(Body):
     def _says_something(self) -> Self:
         if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of role {self.role} needs content")
-        for part in self.content if isinstance(self.content, list) else ():
-            if part.text is None:
-                raise ValueError(
-                    f"a part of type {part.type[:40]!r} has no text, and text is all that is read"
-                )
+        check_parts(self.content)
         return self
 
     @property
@@ -207,7 +213,7 @@ class ResponseFormat(Body):
 class Function(Body):
     """What a model may call."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moestro.serve.schema import MOST_STOPS, Body, ChatRequest, Stop
+from moestro.serve.schema import MOST_STOPS, Body, ChatRequest, FunctionName, Stop
 
 _READ = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
@@ -33,6 +33,8 @@ class Block(Body):
             )
         if self.type == "text" and self.text is None:
             raise ValueError("a block of type text needs text")
+        if self.type == "tool_use" and self.name is None:
+            raise ValueError("a block of type tool_use needs name")
         return self
 
 
@@ -46,7 +48,7 @@ class Message(Body):
 class InputTool(Body):
     """A tool; those that Anthropic's own servers run have no schema and are passed by."""
 
-    name: str
+    name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 

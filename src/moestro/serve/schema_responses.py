@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moestro.serve import errors
-from moestro.serve.schema import Body, ChatRequest, Part
+from moestro.serve.schema import Body, ChatRequest, FunctionName, Part, check_parts
+
+# What items need that are read.
+_NEEDED = {
+    "message": ("role", "content"), "function_call": ("name",), "function_call_output": ("output",),
+}  # fmt: skip
 
 
 class Item(Body):
@@ -22,14 +27,30 @@ class Item(Body):
     arguments: str | None = None
     output: str | list[Part] | None = None
 
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        for name in _NEEDED.get(self.type, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"an item of type {self.type} needs {name}")
+        if self.type in _NEEDED:
+            check_parts(self.content)
+            check_parts(self.output)
+        return self
+
 
 class FlatTool(Body):
     """A tool; those that are no functions are passed by."""
 
     type: str
-    name: str | None = None
+    name: FunctionName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        if self.type == "function" and self.name is None:
+            raise ValueError("a tool of type function needs name")
+        return self
 
 
 class FlatChoice(Body):
@@ -85,6 +106,11 @@ class ResponsesRequest(Body):
                     "conversation as input",
                     name,
                 )
+        messages = list(self._messages())
+        if not messages:
+            raise errors.refused(
+                "input has no message, no call, and nothing that one gave", "input"
+            )
         choice: Any = self.tool_choice
         if isinstance(choice, FlatChoice):
             choice = {"type": "function", "function": {"name": choice.name}}
@@ -92,7 +118,7 @@ class ResponsesRequest(Body):
         return ChatRequest.model_validate(
             {name: getattr(self, name) for name in same}
             | {
-                "messages": list(self._messages()),
+                "messages": messages,
                 "max_completion_tokens": self.max_output_tokens,
                 "response_format": self._format(),
                 "tools": [_tool(each) for each in self.tools or ()],
