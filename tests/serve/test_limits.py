@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import threading
@@ -221,6 +222,45 @@ def test_what_takes_longer_than_the_end_may_is_told() -> None:
 
     with at_work(state) as address:
         on(address, work)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_client_that_stalls_is_cut_off_quietly(
+    whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that reads nothing of a stream, and one that stops in the middle of its request."""
+    model, state = counting()
+    bound, ready = bind("127.0.0.1", 0), threading.Event()
+    loop = server(state, ready.set)
+    loop.config.timeout_graceful_shutdown = 0.2  # type: ignore[assignment]
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+    thread = threading.Thread(target=loop.run, args=([bound],))
+    thread.start()
+    body = json.dumps(asked(max_tokens=4000, stream=True)).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    try:
+        assert ready.wait(30)
+        with socket.create_connection(bound.getsockname()) as client:
+            model.go.clear()
+            client.sendall(head + (body if whole else body[:9]))
+            end = time.monotonic() + 20
+            while not loop.server_state.tasks or state.engine.running != whole:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            loop.should_exit = True
+            while "Cancel 1 running task(s)" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            model.go.set()
+            thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        model.go.set()
+        loop.should_exit = True
+        thread.join(30)
+        logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert "Traceback" not in caplog.text
+    assert "CancelledError" not in caplog.text
 
 
 def test_a_silent_stream_is_kept_open() -> None:

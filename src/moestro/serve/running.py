@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import ipaddress
@@ -99,6 +100,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._state, self._ready = state, ready
         self._asked_at: float | None = None  # to end
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin, and say so."""
@@ -118,7 +120,12 @@ class _Server(uvicorn.Server):
         """Finish what runs; asked a second time, end at once."""
         if self._asked_at is not None:
             self.force_exit = self.should_exit = True
-            # What is cut off now was asked for, and is no news.
+            # The application's end is cut off, too, which it tells in words.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._asked_at = time.monotonic()
         self._state.engine.refuse()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether it is no trace of a request that was cut off, as is done once the time is over."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
