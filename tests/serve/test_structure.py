@@ -255,3 +255,43 @@ def test_a_wrong_form_is_the_packages_error(client: OpenAI) -> None:
                 "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}},
             },
         )
+
+
+def endless(**more: Any) -> dict[str, Any]:
+    """A schema whose last part refers to itself and nothing else."""
+    own = {"allOf": [{"$ref": "#/$defs/own"}]}
+    first = {"type": "object", "properties": more, "required": list(more), "$defs": {"own": own}}
+    return {**first, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("where", ["response_format", "tools"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_cannot_go_on_is_the_requests_fault_and_no_news(
+    address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+    where: str, stream: bool,
+) -> None:  # fmt: skip
+    """Neither the log nor the answer tells the text so far, or the schema."""
+    schema = endless(key={"const": "KEPT PRIVATE"}, last={"$ref": "#/$defs/own"})
+    asked: dict[str, Any] = {"response_format": {"type": "json_object", "schema": schema}}
+    if where == "tools":
+        function = {"name": "f", "parameters": schema}
+        tools = [{"type": "function", "function": function}]
+        asked = {"tools": tools, "tool_choice": "required"}
+    response = post(address, messages=HELLO, seed=1, stream=stream, **asked)
+    assert response.status_code == (200 if stream else 400)
+    last = response.text.split("data: ")[-2] if stream else response.text
+    error = json.loads(last)["error"]
+    assert "refers to itself without end" in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "no_choice")
+    told = caplog.text + "".join(capfd.readouterr())
+    assert not any(word in told + error["message"] for word in ("PRIVATE", "json", "const"))
+
+
+def test_a_schema_that_refers_to_itself_alone_is_refused_at_once(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = {"type": "json_object", "schema": {"$ref": "#"}}
+    response = post(address, messages=HELLO, response_format=form, stream=True)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "response_format"
+    assert not caplog.text

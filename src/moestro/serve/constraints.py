@@ -14,7 +14,6 @@ import llguidance
 import torch
 from torch import Tensor
 
-from moestro.errors import MoestroError
 from moestro.infer.writing import Constraint
 from moestro.serve import errors
 from moestro.text import HF_FILE, ByteTokenizer, Tokenizer
@@ -47,10 +46,16 @@ class Grammars:
             ApiError: it holds what llguidance does not know; says what.
         """
         words = self._read()
-        matcher = llguidance.LLMatcher(words, grammar, log_level=0)
+        # Else its errors have the text and the grammar in them, and they are for no log.
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(words, grammar, log_level=0, limits=limits)
         wrong = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
         if wrong:
             raise errors.refused(f"{param} cannot be kept to: {_reason(wrong[0])}", param)
+        try:
+            _Matched(matcher.deep_copy()).allowed()
+        except errors.GrammarError as error:
+            raise errors.refused(f"{param} cannot be kept to: {error}", param) from None
         return lambda: _Matched(matcher.deep_copy())
 
     def _read(self) -> llguidance.LLTokenizer:
@@ -99,8 +104,10 @@ class _Matched:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = _reason(self._matcher.get_error())
-            raise MoestroError(f"the text cannot be kept to its grammar: {reason}")
+            raise errors.GrammarError(
+                "the text cannot go on: its schema refers to itself without end, or allows more "
+                "at this place than can be followed; make the schema smaller"
+            )
 
 
 def of_json(schema: Mapping[str, Any], *, thinking: str = "") -> str:
