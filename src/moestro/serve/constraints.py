@@ -140,7 +140,7 @@ def of_calls(
         between: what parts calls that share their marks; None: each has its own.
         value_end: see `bodies`.
         must: the reply is a call; else it may be text, with calls in it.
-        several: more than one call may come.
+        several: more than one call may come; else the reply ends with the first.
         thinking: as for `of_json`.
     """
     body = "(" + " | ".join(bodies) + ")"
@@ -156,8 +156,9 @@ def of_calls(
         return f"%llguidance {{}}\nstart: {start}{rules}{text}"
     mark, rest = begin.rstrip(), begin[len(begin.rstrip()) :]
     inner = f"{quoted(rest)} {body}" if rest else body
+    # Text that follows a call would take further marks; `call*` meets each of them first.
     return (
-        f"%llguidance {{}}\nstart: call{'*' if several and between is None else '?'} TEXT\n"
+        f"%llguidance {{}}\nstart: {'call* TEXT' if several else 'call | TEXT'}\n"
         f"call: opening {inner}\nopening[lazy]: TEXT {quoted(mark)}\n{rules}TEXT: {_ANYTHING}\n"
     )
 

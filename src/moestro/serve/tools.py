@@ -234,11 +234,10 @@ def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
     if not functions or form.call is None or not (must or form.begin):
         return None
     bodies = [_body(form, name, each.parameters or {}) for name, each in functions.items()]
-    several = wanted.parallel_tool_calls is not False and not isinstance(choice, ChosenTool)
     value_end = form.value[1] if form.value is not None else None
     return of_calls(
         bodies, form.begin, form.end, between=form.between, value_end=value_end, must=must,
-        several=several, thinking=thinking,
+        several=wanted.several_calls, thinking=thinking,
     )  # fmt: skip
 
 
@@ -266,14 +265,16 @@ def _body(form: Form, name: str, schema: Mapping[str, Any]) -> str:
 class Reader:
     """Takes a reply apart while it comes: text for the user, and calls."""
 
-    def __init__(self, form: Form, schemas: Schemas) -> None:
+    def __init__(self, form: Form, schemas: Schemas, *, several: bool = True) -> None:
         """Begin a reply.
 
         Args:
             form: of its calls.
             schemas: of the functions' arguments, by name.
+            several: tell more than the first call.
         """
         self._form, self._schemas = form, schemas
+        self._left: int | None = None if several else 1  # calls that may still be told
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._held, self._said = "", False
         self._to, self._sent = "", ""  # the function that a message is for, and what it says
@@ -291,13 +292,13 @@ class Reader:
             self._sent += text
             return before
         said, calls = self._own(text)
-        return before[0] + said, before[1] + calls
+        return before[0] + said, before[1] + self._first(calls)
 
     def _delivered(self) -> tuple[str, list[Call]]:
         """The call that a message makes."""
         sent, self._sent = self._sent, ""
         found = self._calls(f"{self._to}\n{sent}") if self._to else []
-        return ("", found) if found else (sent, [])
+        return ("", self._first(found)) if found else (sent, [])
 
     def _own(self, text: str) -> tuple[str, list[Call]]:
         self._held += text
@@ -326,7 +327,14 @@ class Reader:
         rest = self._take(len(self._held))
         body = "" if self._said or self._form.shut else rest.strip().removeprefix(self._begin)
         found = self._calls(body)
-        return ("", found) if found else (rest, [])
+        return ("", self._first(found)) if found else (rest, [])
+
+    def _first(self, calls: list[Call]) -> list[Call]:
+        """Those that are told."""
+        if self._left is not None:
+            calls = calls[: self._left]
+            self._left -= len(calls)
+        return calls
 
     def _take(self, length: int) -> str:
         taken, self._held = self._held[:length], self._held[length:]

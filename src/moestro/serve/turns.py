@@ -64,7 +64,9 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     schemas = {name: each.parameters or {} for name, each in functions.items()}
 
     def new_reply() -> Reply:
-        reader = tools.Reader(form, schemas) if form is not None else None
+        reader = None
+        if form is not None:
+            reader = tools.Reader(form, schemas, several=wanted.several_calls)
         return Reply(Thoughts(opened, marks) if marks is not None else None, reader)
 
     return Turn(asks, new_reply)
