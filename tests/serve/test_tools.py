@@ -127,6 +127,29 @@ def test_calls_are_read_however_a_reply_is_cut(name: str, places: list[int]) -> 
     assert not found[0].strip()
 
 
+MARKS = (
+    "</tool_call>", "</function>", "</parameter>", "</arg_value>", "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁end｜>", "<tool_call>", "<parameter=x>", "<｜tool▁calls▁begin｜>", " and ",
+)  # fmt: skip
+
+
+@given(NAMES, PLACES, st.lists(st.sampled_from(MARKS), max_size=4))
+def test_an_argument_may_spell_marks_out(name: str, places: list[int], marks: list[str]) -> None:
+    case, form, city = CASES[name], form_like(CASES[name]), f"say {' '.join(marks)} here"
+    call = case.begin + case.oslo.replace("42", city) + case.end
+    assert taken(held(form, tool_choice="auto")(), call) == len(call.encode())
+    assert read(form, cut(f"So:\n{call}", places)) == ("So:", [("weather", {"city": city})])
+
+
+@given(NAMES, PLACES)
+def test_a_call_behind_one_that_is_none(name: str, places: list[int]) -> None:
+    case = CASES[name]
+    bad = case.begin + case.rome.replace("weather", "wether") + case.end
+    good = case.begin + case.oslo + case.end
+    found = read(form_like(case), cut(f"{bad} so\n{good}", places))
+    assert found == (f"{bad} so", [("weather", OSLO)])
+
+
 @given(NAMES, st.integers(1, 60))
 def test_what_is_no_call_stays_text(name: str, place: int) -> None:
     """Another function, and a call that ends in its middle, where a name or its arguments lack."""

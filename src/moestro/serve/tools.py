@@ -71,12 +71,19 @@ def _read_json(body: str, _: Schemas) -> Said | None:
     return found
 
 
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+# An end mark ends a part only where the next part, or nothing, follows: texts may hold such marks.
+_FUNCTION = re.compile(
+    r"\s*<function=([^>\n]+)>(.*?)</function>(?=\s*(?:<function=|\Z))", re.DOTALL
+)
+_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
+)
+_ARGUMENT = re.compile(
+    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))", re.DOTALL
+)
 _DEEPSEEK = re.compile(
     r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n]+)\n```json\n(.*?)\n```|"
-    r"([^\n]+?)<｜tool▁sep｜>(.*?))<｜tool▁call▁end｜>",
+    r"([^\n]+?)<｜tool▁sep｜>(.*?))<｜tool▁call▁end｜>(?=\s*(?:<｜tool▁call▁begin｜>|\Z))",
     re.DOTALL,
 )
 
@@ -277,6 +284,7 @@ class Reader:
         self._left: int | None = None if several else 1  # calls that may still be told
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._held, self._said = "", False
+        self._tried = 0  # of what follows a call's mark, how much holds no end of it
         self._to, self._sent = "", ""  # the function that a message is for, and what it says
 
     def push(self, text: str, to: str = "") -> tuple[str, list[Call]]:
@@ -308,25 +316,45 @@ class Reader:
                 return "", []
             self._said = True
             return self._take(len(self._held)), []
+        return self._marked()
+
+    def _marked(self, *, last: bool = False) -> tuple[str, list[Call]]:
+        """What is certain of what is held; at the end of the reply, all of it."""
         said, calls = "", list[Call]()
         while (start := self._held.find(self._begin)) >= 0:
-            stop = self._held.find(self._end, start)
-            if stop < 0:
-                return said + self._take(start).rstrip("\n"), calls
-            found = self._calls(self._held[start + len(self._begin) : stop])
-            before = self._take(start)
-            body = self._take(stop + len(self._end) - start)
+            found, stop = self._call_at(start, last=last)
+            if not found and not last:
+                return said + self._take(len(self._held[:start].rstrip("\n"))), calls
+            before, body = self._take(start), self._take(stop - start)
             said += before.rstrip("\n") if found else before + body
             calls += found
-        return said + self._take(len(self._held) - self._beginning()), calls
+            self._tried = 0
+        kept = 0 if last else self._beginning()
+        return said + self._take(len(self._held) - kept), calls
+
+    def _call_at(self, start: int, *, last: bool) -> tuple[list[Call], int]:
+        """The calls that begin at a place, and where they end; an argument may hold end marks."""
+        inner = start + len(self._begin)
+        stop = self._held.find(self._end, inner + self._tried)
+        while stop >= 0:
+            if found := self._calls(self._held[inner:stop]):
+                return found, stop + len(self._end)
+            self._tried = stop + 1 - inner
+            stop = self._held.find(self._end, stop + 1)
+        if last and not self._form.shut and (found := self._calls(self._held[inner:])):
+            return found, len(self._held)
+        first = self._held.find(self._end, inner)
+        return [], inner if first < 0 else first + len(self._end)
 
     def flush(self) -> tuple[str, list[Call]]:
         """What is left at the end."""
         if self._to:
             return self._delivered()
+        if self._begin:
+            said, calls = self._marked(last=True)
+            return said, self._first(calls)
         rest = self._take(len(self._held))
-        body = "" if self._said or self._form.shut else rest.strip().removeprefix(self._begin)
-        found = self._calls(body)
+        found = [] if self._said else self._calls(rest)
         return ("", self._first(found)) if found else (rest, [])
 
     def _first(self, calls: list[Call]) -> list[Call]:
