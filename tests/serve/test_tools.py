@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.infer.writing import Constraint, Piece
-from moestro.serve.constraints import Grammars
+from moestro.serve.grammars import Grammars
 from moestro.serve.replies import Reply
 from moestro.serve.schema import ChatRequest
 from moestro.serve.thoughts import Thoughts, marks_of
@@ -160,6 +161,14 @@ def test_what_is_no_call_stays_text(name: str, place: int) -> None:
     assert read(form, [half]) == (half, [])
 
 
+GRAMMARS = Grammars(ByteTokenizer())
+
+
+@cache
+def compiled(text: str) -> Callable[[], Constraint]:
+    return GRAMMARS.constraint(text, "tools")
+
+
 def held(form: Form, **asked: Any) -> Callable[[], Constraint]:
     """Makes what holds a reply with tools."""
     tools = [
@@ -171,7 +180,7 @@ def held(form: Form, **asked: Any) -> Callable[[], Constraint]:
     )
     found = grammar(wanted, form, thinking="")
     assert found is not None
-    return Grammars(ByteTokenizer()).constraint(found, "tools")
+    return compiled(found)
 
 
 def taken(constraint: Constraint, text: str) -> int:

@@ -289,11 +289,11 @@ class EngineThread:
         for number, error in failed.items():
             job, index = self._texts[number]
             if isinstance(error, errors.GrammarError):
-                told = errors.refused(str(error), code="no_choice")
+                answer = errors.refused(str(error), code="no_choice")
             else:
                 LOG.error("a request ends with an error: %s", error)
-                told = ApiError(500, str(error), code="no_choice")
-            found.append((job, Event(index, told)))
+                answer = ApiError(500, str(error), code="no_choice")
+            found.append((job, Event(index, answer)))
         ended = [number for number, piece in made if piece.finish is not None]
         self._forget([*ended, *failed])  # first, so that who has the answer finds the place free
         self._deliver(found)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from moestro.chat import from_json, set_elsewhere
 from moestro.errors import DataError
-from moestro.infer.writing import Constraint
 from moestro.serve import errors, tools
 from moestro.serve.constraints import of_json
 from moestro.serve.engine import Ask
@@ -51,7 +50,8 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     marks = marks_of(source)
     opened = marks is not None and text.rstrip().endswith(marks[0])
     thinking = marks[1] if marks is not None and opened else ""
-    make = await asyncio.to_thread(_constraint, state, wanted, form, thinking)
+    wish = await asyncio.to_thread(_grammar, wanted, form, thinking)
+    make = None if wish is None else await state.grammars.make(*wish)
     most = wanted.max_completion_tokens
     most = wanted.max_tokens if most is None else most
     asks = served.asks(wanted, [tokens], most)
@@ -79,20 +79,18 @@ async def conversation(served: Served, wanted: ChatRequest) -> str:
     return await rendered(served, wanted.messages, variables, described)
 
 
-def _constraint(
-    state: State, wanted: ChatRequest, form: tools.Form | None, thinking: str
-) -> Callable[[], Constraint] | None:
-    """Makes what holds each reply to its form; None where it may be anything."""
+def _grammar(wanted: ChatRequest, form: tools.Form | None, thinking: str) -> tuple[str, str] | None:
+    """What each reply is held to, and the field that says so; None where it may be anything."""
     wish = wanted.response_format
     if form is not None:
         grammar = tools.grammar(wanted, form, thinking=thinking)
         if grammar is not None:
-            return state.grammars.constraint(grammar, "tools")
+            return grammar, "tools"
     if wish is None or wish.type == "text":
         return None
     schema = wish.json_schema.schema_ if wish.json_schema is not None else wish.schema_
     schema = {"type": "object"} if schema is None else schema
-    return state.grammars.constraint(of_json(schema, thinking=thinking), "response_format")
+    return of_json(schema, thinking=thinking), "response_format"
 
 
 def _described(function: Function) -> dict[str, Any]:
