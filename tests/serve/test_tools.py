@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.infer.writing import Constraint, Piece
+from moestro.serve.constraints import json_of
 from moestro.serve.grammars import Grammars
 from moestro.serve.replies import Reply
 from moestro.serve.schema import ChatRequest
@@ -169,7 +170,9 @@ def compiled(text: str) -> Callable[[], Constraint]:
     return GRAMMARS.constraint(text, "tools")
 
 
-def held(form: Form, **asked: Any) -> Callable[[], Constraint]:
+def held(
+    form: Form, *, otherwise: str | None = None, thinking: str = "", **asked: Any
+) -> Callable[[], Constraint]:
     """Makes what holds a reply with tools."""
     tools = [
         {"type": "function", "function": {"name": each, "parameters": schema}}
@@ -178,7 +181,7 @@ def held(form: Form, **asked: Any) -> Callable[[], Constraint]:
     wanted = ChatRequest.model_validate(
         {"messages": [{"role": "user", "content": "a"}], "tools": tools, **asked}
     )
-    found = grammar(wanted, form, thinking="")
+    found = grammar(wanted, form, thinking=thinking, otherwise=otherwise)
     assert found is not None
     return compiled(found)
 
@@ -227,6 +230,25 @@ def test_every_call_is_held_not_the_first_alone(name: str, several: bool) -> Non
     assert after == (len(f"\n{bad}".partition("hether")[0].encode()) if several else 0)
     assert taken(text := new(), "a < b, no call") == 14
     assert text.allowed()[end]
+
+
+@pytest.mark.parametrize("thinking", ["", "</think>"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_beside_a_form_for_text_a_reply_is_a_call_or_has_it(name: str, thinking: str) -> None:
+    case, form = CASES[name], form_like(CASES[name])
+    call = case.begin + case.oslo + case.end
+    otherwise, thoughts = json_of({"enum": [{"x": 1}]}), "Hm.</think>\n" if thinking else ""
+    new = held(form, tool_choice="auto", otherwise=otherwise, thinking=thinking)
+    for reply, length in (
+        (call, len(call.encode())),
+        ('{"x": 1}', 8),
+        ("I ask.", 0),
+        ('{"x": 2}', 6),
+        (call.replace("weather", "whether"), len(call.partition("eather")[0].encode())),
+    ):
+        one = new()
+        assert taken(one, thoughts + reply) == len(thoughts) + length
+        assert bool(one.allowed()[ByteTokenizer.end_of_text]) == (length == len(reply.encode()))
 
 
 @pytest.mark.parametrize("name", ["bare", *CASES, "harmony"])

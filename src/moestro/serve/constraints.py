@@ -30,6 +30,7 @@ def of_calls(
     value_end: str | None,
     must: bool,
     several: bool,
+    otherwise: str | None = None,
     thinking: str = "",
 ) -> str:
     """The grammar of a reply with calls of functions.
@@ -42,6 +43,8 @@ def of_calls(
         value_end: see `bodies`.
         must: the reply is a call; else it may be text, with calls in it.
         several: more than one call may come; else the reply ends with the first.
+        otherwise: the grammar of a reply without calls, which has no text beside them then; None:
+            any text.
         thinking: as for `of_json`.
     """
     body = "(" + " | ".join(bodies) + ")"
@@ -49,10 +52,11 @@ def of_calls(
         body += f" ({quoted(between) if between else ''} {body})*"
     body += f" {quoted(end)}" if end else ""
     rules = f"plain[lazy]: TEXT {quoted(value_end)}\n" if value_end is not None else ""
-    if must:
+    if must or otherwise is not None:
         call = f"{quoted(begin)} {body}" if begin else body
         more = f' ("\\n" {call})*' if several and begin and between is None else ""
-        start = _after_thoughts(f"{call}{more}", thinking)
+        choices = call + more if otherwise is None else f"({call}{more} | {otherwise})"
+        start = _after_thoughts(choices, thinking)
         text = "" if thinking or not rules else f"TEXT: {_ANYTHING}\n"
         return f"%llguidance {{}}\nstart: {start}{rules}{text}"
     mark, rest = begin.rstrip(), begin[len(begin.rstrip()) :]

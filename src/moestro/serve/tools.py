@@ -208,16 +208,19 @@ def form_of(source: str) -> Form:
     return next(form for marks, form in FORMS if all(mark in source for mark in marks))
 
 
-def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
-    """What a reply with tools is held to; None where it may be anything.
+def grammar(
+    wanted: ChatRequest, form: Form, *, thinking: str, otherwise: str | None = None
+) -> str | None:
+    """What a reply with tools is held to; None where tools hold it to nothing.
 
     Args:
         wanted: the request.
         form: of its calls.
+        otherwise: the grammar of a reply without calls; None: any text.
         thinking: see `of_calls`.
 
     Raises:
-        ApiError: the tool that has to be called is none of the request's, or no call can be forced.
+        ApiError: there is no such tool, or a call cannot be forced, or not told from other replies.
     """
     functions, choice = wanted.functions, wanted.tool_choice
     if isinstance(choice, ChosenTool):
@@ -238,13 +241,21 @@ def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
             "tool_choice may be auto or none",
             "tool_choice",
         )
-    if not functions or form.call is None or not (must or form.begin):
+    if not functions or form.call is None:
+        return None
+    if not (must or form.begin):
+        if otherwise is not None:
+            raise errors.refused(
+                "this model writes calls as JSON without marks, which cannot be told from the JSON "
+                "of a response_format; leave it or the tools out, or set tool_choice to required",
+                "response_format",
+            )
         return None
     bodies = [_body(form, name, each.parameters or {}) for name, each in functions.items()]
-    value_end = form.value[1] if form.value is not None else None
     return of_calls(
-        bodies, form.begin, form.end, between=form.between, value_end=value_end, must=must,
-        several=wanted.several_calls, thinking=thinking,
+        bodies, form.begin, form.end, between=form.between,
+        value_end=form.value[1] if form.value is not None else None, must=must,
+        several=wanted.several_calls, otherwise=None if must else otherwise, thinking=thinking,
     )  # fmt: skip
 
 
