@@ -66,7 +66,7 @@ def test_nothing_waits_for_a_schema_that_is_compiled(
 ) -> None:
     """Nor the server's end: what is compiled then is ended."""
     monkeypatch.setattr(grammars, "MOST_SECONDS", 60.0)
-    state = state_of(served)
+    state, before = state_of(served), {*threading.enumerate()}
     form = {"type": "json_object", "schema": ENDLESS}
     body = {"messages": HELLO, "response_format": form, "max_tokens": 1}
     limits = httpx.Limits(max_connections=40)  # more than asyncio has threads on any machine
@@ -83,7 +83,9 @@ def test_nothing_waits_for_a_schema_that_is_compiled(
         assert not any(each.done() for each in held)
         state.grammars.close()
         assert {each.result().status_code for each in held} == {503}
-    assert not any(each.name.startswith("moestro-grammars") for each in threading.enumerate())
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_the_servers_end_closes_its_grammars(served: Served) -> None:

@@ -22,7 +22,7 @@ from moestro.text import HF_FILE, ByteTokenizer, Tokenizer
 from moestro.worker import EndedError, Worker
 
 # What a grammar may take to compile: seconds of processor time, and of waiting on a busy machine.
-# Of most schemas it is some milliseconds; 1 s is a multipleOf of 100,000 without small factors.
+# Of most schemas it is some milliseconds; 1 s is a prime multipleOf between 100,000 and 200,000.
 MOST_SECONDS = 1.0
 LONGEST_WAIT_S = 30.0
 _START = "from moestro.serve.compiling import serve; serve()"
