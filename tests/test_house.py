@@ -20,6 +20,7 @@ LEVELS = {
     "strictjson": 0,
     "settings": 1,
     "templates": 0,
+    "worker": 0,
     "sandbox": 1,
     "streaming": 1,
     "machine": 1,

@@ -14,6 +14,7 @@ import pytest
 from moestro import sandbox
 from moestro.errors import DataError
 from moestro.sandbox import RefusedError, render
+from moestro.worker import KEPT_VARIABLES
 
 # Two equal values of 60 small parts each, which take 2**60 steps to print, compare or hash.
 LISTS = (
@@ -144,7 +145,7 @@ def test_the_process_has_nothing():
     assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
     assert resource.prlimit(pid, resource.RLIMIT_AS)[0] == sandbox.MOST_MEMORY
     kept = Path(f"/proc/{pid}/environ").read_text()
-    assert not kept or kept.startswith(sandbox._KEPT_VARIABLES)
+    assert not kept or kept.startswith(KEPT_VARIABLES)
     with pytest.raises(DataError, match="Too many open files"):
         render("{{ 'x'.encode('cp1252') }}", {})
     # What jinja2 and Python load when first used was loaded before.

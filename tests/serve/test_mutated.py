@@ -29,7 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "messages": MESSAGES,
         "max_tokens": 2,
         "tools": TOOLS,
-        "tool_choice": "auto",
+        "tool_choice": "required",
         "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
         "stream_options": None,
         "logit_bias": {},

@@ -255,3 +255,90 @@ def test_a_wrong_form_is_the_packages_error(client: OpenAI) -> None:
                 "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}},
             },
         )
+
+
+def endless(**more: Any) -> dict[str, Any]:
+    """A schema whose last part refers to itself and nothing else."""
+    own = {"allOf": [{"$ref": "#/$defs/own"}]}
+    first = {"type": "object", "properties": more, "required": list(more), "$defs": {"own": own}}
+    return {**first, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("where", ["response_format", "tools"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_cannot_go_on_is_the_requests_fault_and_no_news(
+    address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+    where: str, stream: bool,
+) -> None:  # fmt: skip
+    """Neither the log nor the answer tells the text so far, or the schema."""
+    schema = endless(key={"const": "KEPT PRIVATE"}, last={"$ref": "#/$defs/own"})
+    asked: dict[str, Any] = {"response_format": {"type": "json_object", "schema": schema}}
+    if where == "tools":
+        function = {"name": "f", "parameters": schema}
+        tools = [{"type": "function", "function": function}]
+        asked = {"tools": tools, "tool_choice": "required"}
+    response = post(address, messages=HELLO, seed=1, stream=stream, **asked)
+    assert response.status_code == (200 if stream else 400)
+    last = response.text.split("data: ")[-2] if stream else response.text
+    error = json.loads(last)["error"]
+    assert "refers to itself without end" in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "no_choice")
+    told = caplog.text + "".join(capfd.readouterr())
+    assert not any(word in told + error["message"] for word in ("PRIVATE", "json", "const"))
+
+
+def test_a_schema_that_refers_to_itself_alone_is_refused_at_once(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = {"type": "json_object", "schema": {"$ref": "#"}}
+    response = post(address, messages=HELLO, response_format=form, stream=True)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "response_format"
+    assert not caplog.text
+
+
+def test_a_form_for_text_holds_beside_tools(marked: OpenAI) -> None:
+    schema = {"enum": [{"x": 1}]}
+    asked: Any = {"type": "json_schema", "name": "x", "schema": schema}
+    wish: Any = {"type": "json_schema", "json_schema": asked}
+    found = set()
+    for seed in range(6):
+        message = marked.chat.completions.create(
+            model="tiny", messages=HELLO, tools=TOOLS, response_format=wish, seed=seed,
+            temperature=3, parallel_tool_calls=False,
+        ).choices[0].message  # fmt: skip
+        for call in message.tool_calls or ():
+            assert call.type == "function"
+            check(call.function.arguments)
+        assert message.content is None or json.loads(message.content) == {"x": 1}
+        found.add(message.content is None)
+    assert found == {False, True}
+    flat: Any = [{"type": "function", **TOOLS[0]["function"], "strict": None}]
+    answer = marked.responses.create(
+        model="tiny", input="Hello", tools=flat, text={"format": asked}, temperature=1,
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    (item,) = answer.output
+    assert item.type == "function_call" or json.loads(answer.output_text) == {"x": 1}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+def test_a_form_for_text_beside_calls_without_marks(address: str, choice: str) -> None:
+    """Nobody could tell one from the other, where both may come."""
+    asked: Any = {"tools": TOOLS, "tool_choice": choice, "response_format": {"type": "json_object"}}
+    response = post(address, messages=HELLO, **asked, max_tokens=2)
+    assert response.status_code == (400 if choice == "auto" else 200)
+    if choice == "auto":
+        assert response.json()["error"]["param"] == "response_format"
+        assert "without marks" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["tools", "response_format"])
+def test_of_tools_and_a_form_the_one_that_cannot_be_is_named(address: str, field: str) -> None:
+    bad, good = {"not": {}}, {"type": "object"}
+    function = {"name": "f", "parameters": bad if field == "tools" else good}
+    form = {"type": "json_object", "schema": good if field == "tools" else bad}
+    asked: Any = {"tools": [{"type": "function", "function": function}], "response_format": form}
+    response = post(address, messages=HELLO, tool_choice="required", **asked)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field

@@ -2,18 +2,21 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.infer.writing import Piece
-from moestro.serve.constraints import Grammars
+from moestro.infer.writing import Constraint, Piece
+from moestro.serve.constraints import json_of
+from moestro.serve.grammars import Grammars
 from moestro.serve.replies import Reply
 from moestro.serve.schema import ChatRequest
 from moestro.serve.thoughts import Thoughts, marks_of
-from moestro.serve.tools import FORMS, HARMONY, Form, Reader, form_of, grammar
+from moestro.serve.tools import BARE, FORMS, HARMONY, Form, Reader, form_of, grammar
 from moestro.text import ByteTokenizer
 
 PARAMETERS: dict[str, Any] = {
@@ -126,6 +129,29 @@ def test_calls_are_read_however_a_reply_is_cut(name: str, places: list[int]) -> 
     assert not found[0].strip()
 
 
+MARKS = (
+    "</tool_call>", "</function>", "</parameter>", "</arg_value>", "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁end｜>", "<tool_call>", "<parameter=x>", "<｜tool▁calls▁begin｜>", " and ",
+)  # fmt: skip
+
+
+@given(NAMES, PLACES, st.lists(st.sampled_from(MARKS), max_size=4))
+def test_an_argument_may_spell_marks_out(name: str, places: list[int], marks: list[str]) -> None:
+    case, form, city = CASES[name], form_like(CASES[name]), f"say {' '.join(marks)} here"
+    call = case.begin + case.oslo.replace("42", city) + case.end
+    assert taken(held(form, tool_choice="auto")(), call) == len(call.encode())
+    assert read(form, cut(f"So:\n{call}", places)) == ("So:", [("weather", {"city": city})])
+
+
+@given(NAMES, PLACES)
+def test_a_call_behind_one_that_is_none(name: str, places: list[int]) -> None:
+    case = CASES[name]
+    bad = case.begin + case.rome.replace("weather", "wether") + case.end
+    good = case.begin + case.oslo + case.end
+    found = read(form_like(case), cut(f"{bad} so\n{good}", places))
+    assert found == (f"{bad} so", [("weather", OSLO)])
+
+
 @given(NAMES, st.integers(1, 60))
 def test_what_is_no_call_stays_text(name: str, place: int) -> None:
     """Another function, and a call that ends in its middle, where a name or its arguments lack."""
@@ -136,20 +162,44 @@ def test_what_is_no_call_stays_text(name: str, place: int) -> None:
     assert read(form, [half]) == (half, [])
 
 
-@pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("choice", ["auto", "required"])
-def test_a_grammar_takes_what_the_model_was_taught(name: str, choice: str) -> None:
-    case, form = CASES[name], form_like(CASES[name])
+GRAMMARS = Grammars(ByteTokenizer())
+
+
+@cache
+def compiled(text: str) -> Callable[[], Constraint]:
+    return GRAMMARS.constraint(text, "tools")
+
+
+def held(
+    form: Form, *, otherwise: str | None = None, thinking: str = "", **asked: Any
+) -> Callable[[], Constraint]:
+    """Makes what holds a reply with tools."""
     tools = [
         {"type": "function", "function": {"name": each, "parameters": schema}}
         for each, schema in SCHEMAS.items()
     ]
     wanted = ChatRequest.model_validate(
-        {"messages": [{"role": "user", "content": "a"}], "tools": tools, "tool_choice": choice}
+        {"messages": [{"role": "user", "content": "a"}], "tools": tools, **asked}
     )
-    held = grammar(wanted, form, thinking="")
-    assert held is not None
-    new, end = Grammars(ByteTokenizer()).constraint(held, "tools"), ByteTokenizer.end_of_text
+    found = grammar(wanted, form, thinking=thinking, otherwise=otherwise)
+    assert found is not None
+    return compiled(found)
+
+
+def taken(constraint: Constraint, text: str) -> int:
+    """How many bytes of a text are allowed."""
+    for place, byte in enumerate(text.encode()):
+        if not constraint.allowed()[byte]:
+            return place
+        constraint.push(byte)
+    return len(text.encode())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_grammar_takes_what_the_model_was_taught(name: str, choice: str) -> None:
+    case, end = CASES[name], ByteTokenizer.end_of_text
+    new = held(form_like(case), tool_choice=choice)
     calls = case.begin + case.parted.join((case.rome, case.now, case.oslo)) + case.end
     right = new()
     for byte in calls.encode():
@@ -165,9 +215,67 @@ def test_a_grammar_takes_what_the_model_was_taught(name: str, choice: str) -> No
         assert not new().allowed()[end]
 
 
-def harmony(text: str) -> Reply:
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("several", [False, True])
+def test_every_call_is_held_not_the_first_alone(name: str, several: bool) -> None:
+    """In a second block too the schema holds; where one call may come, no other begins."""
+    case, end = CASES[name], ByteTokenizer.end_of_text
+    new = held(form_like(case), tool_choice="auto", parallel_tool_calls=several)
+    good = f"I ask.\n{case.begin}{case.rome}{case.end}"
+    bad = good.replace("weather", "whether")
+    one = new()
+    assert taken(one, good) == len(good.encode())
+    assert one.allowed()[end]
+    after = taken(one, f"\n{bad}")
+    assert after == (len(f"\n{bad}".partition("hether")[0].encode()) if several else 0)
+    assert taken(text := new(), "a < b, no call") == 14
+    assert text.allowed()[end]
+
+
+@pytest.mark.parametrize("thinking", ["", "</think>"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_beside_a_form_for_text_a_reply_is_a_call_or_has_it(name: str, thinking: str) -> None:
+    case, form = CASES[name], form_like(CASES[name])
+    call = case.begin + case.oslo + case.end
+    otherwise, thoughts = json_of({"enum": [{"x": 1}]}), "Hm.</think>\n" if thinking else ""
+    new = held(form, tool_choice="auto", otherwise=otherwise, thinking=thinking)
+    for reply, length in (
+        (call, len(call.encode())),
+        ('{"x": 1}', 8),
+        ("I ask.", 0),
+        ('{"x": 2}', 6),
+        (call.replace("weather", "whether"), len(call.partition("eather")[0].encode())),
+    ):
+        one = new()
+        assert taken(one, thoughts + reply) == len(thoughts) + length
+        assert bool(one.allowed()[ByteTokenizer.end_of_text]) == (length == len(reply.encode()))
+
+
+@pytest.mark.parametrize("name", ["bare", *CASES, "harmony"])
+def test_of_calls_that_nothing_holds_the_first_is_told(name: str) -> None:
+    if name == "harmony":
+        reply = harmony(
+            f"commentary to=functions.weather|{json.dumps(OSLO)}||commentary to=functions.now|{{}}",
+            several=False,
+        )
+        assert ([each.name for each in reply.calls], reply.content) == (["weather"], "")
+        return
+    form, both = (
+        BARE,
+        f'[{{"name": "weather", "arguments": {json.dumps(OSLO)}}}, {{"name": "now"}}]',
+    )
+    if name != "bare":
+        case = CASES[name]
+        form = form_like(case)
+        both = case.begin + case.parted.join((case.oslo, case.now)) + case.end
+    reader = Reader(form, SCHEMAS, several=False)
+    calls = [*reader.push(both)[1], *reader.flush()[1]]
+    assert [each.name for each in calls] == ["weather"]
+
+
+def harmony(text: str, *, several: bool = True) -> Reply:
     """A reply of gpt-oss in its channels, as `infer.channels` names them."""
-    reply = Reply(None, Reader(HARMONY, SCHEMAS))
+    reply = Reply(None, Reader(HARMONY, SCHEMAS, several=several))
     parts = [part.split("|") for part in text.split("||")]
     for channel, said in parts:
         for letter in said:

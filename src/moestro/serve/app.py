@@ -57,6 +57,7 @@ def build_app(state: State) -> Starlette:
         try:
             yield
         finally:
+            state.grammars.close()
             state.engine.stop()
 
     app = Starlette(

@@ -288,8 +288,12 @@ class EngineThread:
             found.append((job, Event(index, piece)))
         for number, error in failed.items():
             job, index = self._texts[number]
-            LOG.error("a request ends with an error: %s", error)
-            found.append((job, Event(index, ApiError(500, str(error), code="no_choice"))))
+            if isinstance(error, errors.GrammarError):
+                answer = errors.refused(str(error), code="no_choice")
+            else:
+                LOG.error("a request ends with an error: %s", error)
+                answer = ApiError(500, str(error), code="no_choice")
+            found.append((job, Event(index, answer)))
         ended = [number for number, piece in made if piece.finish is not None]
         self._forget([*ended, *failed])  # first, so that who has the answer finds the place free
         self._deliver(found)

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+from moestro.errors import MoestroError
+
 _TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error", 500: "server_error", 503: "unavailable_error",
@@ -64,6 +66,10 @@ class ApiError(Exception):
         """The whole answer to a request for a path."""
         body = self.body(anthropic=path.startswith("/v1/messages"))
         return JSONResponse(body, self.status, self.headers)
+
+
+class GrammarError(MoestroError):
+    """A text that cannot go on as its grammar wants it; says nothing of either."""
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -276,6 +276,13 @@ class ChatRequest(Generation):
         found = [tool.function for tool in self.tools or () if tool.type == "function"]
         return {each.name: each for each in found if each is not None}
 
+    @property
+    def several_calls(self) -> bool:
+        """Whether a reply may have more than one call."""
+        return self.parallel_tool_calls is not False and not isinstance(
+            self.tool_choice, ChosenTool
+        )
+
 
 class TokenizeRequest(Body):
     """Of /tokenize: a text, or a conversation; `content` is what llama.cpp calls the prompt."""

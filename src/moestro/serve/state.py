@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moestro.serve.constraints import Grammars
 from moestro.serve.engine import Ask, EngineThread, Job
+from moestro.serve.grammars import Grammars
 from moestro.serve.metrics import Metrics
 from moestro.serve.served import Served
 from moestro.serve.settings import ServeSettings

@@ -71,12 +71,19 @@ def _read_json(body: str, _: Schemas) -> Said | None:
     return found
 
 
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+# An end mark ends a part only where the next part, or nothing, follows: texts may hold such marks.
+_FUNCTION = re.compile(
+    r"\s*<function=([^>\n]+)>(.*?)</function>(?=\s*(?:<function=|\Z))", re.DOTALL
+)
+_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
+)
+_ARGUMENT = re.compile(
+    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))", re.DOTALL
+)
 _DEEPSEEK = re.compile(
     r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>([^\n]+)\n```json\n(.*?)\n```|"
-    r"([^\n]+?)<｜tool▁sep｜>(.*?))<｜tool▁call▁end｜>",
+    r"([^\n]+?)<｜tool▁sep｜>(.*?))<｜tool▁call▁end｜>(?=\s*(?:<｜tool▁call▁begin｜>|\Z))",
     re.DOTALL,
 )
 
@@ -201,16 +208,19 @@ def form_of(source: str) -> Form:
     return next(form for marks, form in FORMS if all(mark in source for mark in marks))
 
 
-def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
-    """What a reply with tools is held to; None where it may be anything.
+def grammar(
+    wanted: ChatRequest, form: Form, *, thinking: str, otherwise: str | None = None
+) -> str | None:
+    """What a reply with tools is held to; None where tools hold it to nothing.
 
     Args:
         wanted: the request.
         form: of its calls.
+        otherwise: the grammar of a reply without calls; None: any text.
         thinking: see `of_calls`.
 
     Raises:
-        ApiError: the tool that has to be called is none of the request's, or no call can be forced.
+        ApiError: there is no such tool, or a call cannot be forced, or not told from other replies.
     """
     functions, choice = wanted.functions, wanted.tool_choice
     if isinstance(choice, ChosenTool):
@@ -231,14 +241,21 @@ def grammar(wanted: ChatRequest, form: Form, *, thinking: str) -> str | None:
             "tool_choice may be auto or none",
             "tool_choice",
         )
-    if not functions or form.call is None or not (must or form.begin):
+    if not functions or form.call is None:
+        return None
+    if not (must or form.begin):
+        if otherwise is not None:
+            raise errors.refused(
+                "this model writes calls as JSON without marks, which cannot be told from the JSON "
+                "of a response_format; leave it or the tools out, or set tool_choice to required",
+                "response_format",
+            )
         return None
     bodies = [_body(form, name, each.parameters or {}) for name, each in functions.items()]
-    several = wanted.parallel_tool_calls is not False and not isinstance(choice, ChosenTool)
-    value_end = form.value[1] if form.value is not None else None
     return of_calls(
-        bodies, form.begin, form.end, between=form.between, value_end=value_end, must=must,
-        several=several, thinking=thinking,
+        bodies, form.begin, form.end, between=form.between,
+        value_end=form.value[1] if form.value is not None else None, must=must,
+        several=wanted.several_calls, otherwise=None if must else otherwise, thinking=thinking,
     )  # fmt: skip
 
 
@@ -266,16 +283,19 @@ def _body(form: Form, name: str, schema: Mapping[str, Any]) -> str:
 class Reader:
     """Takes a reply apart while it comes: text for the user, and calls."""
 
-    def __init__(self, form: Form, schemas: Schemas) -> None:
+    def __init__(self, form: Form, schemas: Schemas, *, several: bool = True) -> None:
         """Begin a reply.
 
         Args:
             form: of its calls.
             schemas: of the functions' arguments, by name.
+            several: tell more than the first call.
         """
         self._form, self._schemas = form, schemas
+        self._left: int | None = None if several else 1  # calls that may still be told
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._held, self._said = "", False
+        self._tried = 0  # of what follows a call's mark, how much holds no end of it
         self._to, self._sent = "", ""  # the function that a message is for, and what it says
 
     def push(self, text: str, to: str = "") -> tuple[str, list[Call]]:
@@ -291,13 +311,13 @@ class Reader:
             self._sent += text
             return before
         said, calls = self._own(text)
-        return before[0] + said, before[1] + calls
+        return before[0] + said, before[1] + self._first(calls)
 
     def _delivered(self) -> tuple[str, list[Call]]:
         """The call that a message makes."""
         sent, self._sent = self._sent, ""
         found = self._calls(f"{self._to}\n{sent}") if self._to else []
-        return ("", found) if found else (sent, [])
+        return ("", self._first(found)) if found else (sent, [])
 
     def _own(self, text: str) -> tuple[str, list[Call]]:
         self._held += text
@@ -307,26 +327,53 @@ class Reader:
                 return "", []
             self._said = True
             return self._take(len(self._held)), []
+        return self._marked()
+
+    def _marked(self, *, last: bool = False) -> tuple[str, list[Call]]:
+        """What is certain of what is held; at the end of the reply, all of it."""
         said, calls = "", list[Call]()
         while (start := self._held.find(self._begin)) >= 0:
-            stop = self._held.find(self._end, start)
-            if stop < 0:
-                return said + self._take(start).rstrip("\n"), calls
-            found = self._calls(self._held[start + len(self._begin) : stop])
-            before = self._take(start)
-            body = self._take(stop + len(self._end) - start)
+            found, stop = self._call_at(start, last=last)
+            if not found and not last:
+                return said + self._take(len(self._held[:start].rstrip("\n"))), calls
+            before, body = self._take(start), self._take(stop - start)
             said += before.rstrip("\n") if found else before + body
             calls += found
-        return said + self._take(len(self._held) - self._beginning()), calls
+            self._tried = 0
+        kept = 0 if last else self._beginning()
+        return said + self._take(len(self._held) - kept), calls
+
+    def _call_at(self, start: int, *, last: bool) -> tuple[list[Call], int]:
+        """The calls that begin at a place, and where they end; an argument may hold end marks."""
+        inner = start + len(self._begin)
+        stop = self._held.find(self._end, inner + self._tried)
+        while stop >= 0:
+            if found := self._calls(self._held[inner:stop]):
+                return found, stop + len(self._end)
+            self._tried = stop + 1 - inner
+            stop = self._held.find(self._end, stop + 1)
+        if last and not self._form.shut and (found := self._calls(self._held[inner:])):
+            return found, len(self._held)
+        first = self._held.find(self._end, inner)
+        return [], inner if first < 0 else first + len(self._end)
 
     def flush(self) -> tuple[str, list[Call]]:
         """What is left at the end."""
         if self._to:
             return self._delivered()
+        if self._begin:
+            said, calls = self._marked(last=True)
+            return said, self._first(calls)
         rest = self._take(len(self._held))
-        body = "" if self._said or self._form.shut else rest.strip().removeprefix(self._begin)
-        found = self._calls(body)
-        return ("", found) if found else (rest, [])
+        found = [] if self._said else self._calls(rest)
+        return ("", self._first(found)) if found else (rest, [])
+
+    def _first(self, calls: list[Call]) -> list[Call]:
+        """Those that are told."""
+        if self._left is not None:
+            calls = calls[: self._left]
+            self._left -= len(calls)
+        return calls
 
     def _take(self, length: int) -> str:
         taken, self._held = self._held[:length], self._held[length:]

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from moestro.chat import from_json, set_elsewhere
 from moestro.errors import DataError
-from moestro.infer.writing import Constraint
 from moestro.serve import errors, tools
-from moestro.serve.constraints import of_json
+from moestro.serve.constraints import json_of, of_json
 from moestro.serve.engine import Ask
 from moestro.serve.replies import Reply
 from moestro.serve.schema import CalledFunction, ChatMessage, ChatRequest, Function
@@ -51,7 +50,9 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     marks = marks_of(source)
     opened = marks is not None and text.rstrip().endswith(marks[0])
     thinking = marks[1] if marks is not None and opened else ""
-    make = await asyncio.to_thread(_constraint, state, wanted, form, thinking)
+    make = None
+    for grammar, param in await asyncio.to_thread(_grammars, wanted, form, thinking):
+        make = await state.grammars.make(grammar, param)
     most = wanted.max_completion_tokens
     most = wanted.max_tokens if most is None else most
     asks = served.asks(wanted, [tokens], most)
@@ -64,7 +65,9 @@ async def prepare(state: State, wanted: ChatRequest) -> Turn:
     schemas = {name: each.parameters or {} for name, each in functions.items()}
 
     def new_reply() -> Reply:
-        reader = tools.Reader(form, schemas) if form is not None else None
+        reader = None
+        if form is not None:
+            reader = tools.Reader(form, schemas, several=wanted.several_calls)
         return Reply(Thoughts(opened, marks) if marks is not None else None, reader)
 
     return Turn(asks, new_reply)
@@ -77,20 +80,24 @@ async def conversation(served: Served, wanted: ChatRequest) -> str:
     return await rendered(served, wanted.messages, variables, described)
 
 
-def _constraint(
-    state: State, wanted: ChatRequest, form: tools.Form | None, thinking: str
-) -> Callable[[], Constraint] | None:
-    """Makes what holds each reply to its form; None where it may be anything."""
-    wish = wanted.response_format
+def _grammars(wanted: ChatRequest, form: tools.Form | None, thinking: str) -> list[tuple[str, str]]:
+    """The grammars to make, and their fields; replies are held to the last, which has the others.
+
+    Each field's own is made as well, so that an error names the field that it comes from.
+    """
+    wish, schema = wanted.response_format, None
+    if wish is not None and wish.type != "text":
+        schema = wish.json_schema.schema_ if wish.json_schema is not None else wish.schema_
+        schema = {"type": "object"} if schema is None else schema
+    found = []
+    if schema is not None:
+        found.append((of_json(schema, thinking=thinking), "response_format"))
     if form is not None:
-        grammar = tools.grammar(wanted, form, thinking=thinking)
+        otherwise = json_of(schema) if schema is not None else None
+        grammar = tools.grammar(wanted, form, thinking=thinking, otherwise=otherwise)
         if grammar is not None:
-            return state.grammars.constraint(grammar, "tools")
-    if wish is None or wish.type == "text":
-        return None
-    schema = wish.json_schema.schema_ if wish.json_schema is not None else wish.schema_
-    schema = {"type": "object"} if schema is None else schema
-    return state.grammars.constraint(of_json(schema, thinking=thinking), "response_format")
+            found.append((grammar, "tools"))
+    return found
 
 
 def _described(function: Function) -> dict[str, Any]:
