@@ -258,6 +258,7 @@ def print_outcome(folder: Path, cfg: RunConfig, result: Result, as_json: bool) -
 
 
 def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
+    from moestro.data.domains import ALL
     from moestro.train.progress import duration
 
     typer.echo(f"trained {result.step} of {cfg.train.steps} steps")
@@ -266,10 +267,10 @@ def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
         typer.echo(
             f"held-out bits per byte after step {last.step} ({last.tokens:,} tokens, "
             f"{duration(last.seconds)}, {last.train_flops:.3g} FLOPs): "
-            f"{last.bits_per_byte['all']:.4f}"
+            f"{last.bits_per_byte[ALL]:.4f}"
         )
         for domain, value in last.bits_per_byte.items():
-            if domain != "all":
+            if domain != ALL:
                 typer.echo(f"  {domain:<20} {value:.4f}")
     typer.echo(f"checkpoint: {result.checkpoint}")
     if not result.stopped_by:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from moestro.config import DataConfig
 from moestro.data import builtin
+from moestro.data.domains import ALL
 from moestro.errors import DataError
 from moestro.text import utf8
 
@@ -203,7 +204,7 @@ def character_start(text: bytearray | mmap.mmap, place: int) -> int:
 
 
 def _builtin_documents(cfg: DataConfig) -> Iterator[Document]:
-    one = "all" if cfg.domains == "none" else ""
+    one = ALL if cfg.domains == "none" else ""
     for module, *texts in builtin.library_texts():
         group = f"{BUILTIN}/{module}"
         for kind, text in zip(("code", "english"), texts, strict=True):
@@ -263,7 +264,7 @@ def _is_text(path: Path) -> bool:
 
 def _domain(file: SourceFile, cfg: DataConfig) -> str:
     if cfg.domains == "none":
-        return "all"
+        return ALL
     below = file.path.relative_to(file.root).parts
     if cfg.domains == "folder" and len(below) > 1:
         return below[0]

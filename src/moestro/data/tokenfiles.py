@@ -21,6 +21,7 @@ from pydantic import Field
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
+from moestro.data.domains import check_domains
 from moestro.errors import DataError
 from moestro.settings import Settings
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
@@ -76,6 +77,7 @@ def write_token_files(cfg: DataConfig, folder: Path) -> TokenFiles:
         raise DataError(
             f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
         )
+    check_domains(domains)
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if cfg.domain_bytes is not None:
             ranges = _capped(ranges, text, cfg.domain_bytes)
