@@ -193,6 +193,17 @@ def test_one_domain_with_too_little_text(sources: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(("text", "changes"), [("x", {}), ("é" * 99, {"domain_bytes": 1})])
+def test_a_domain_of_a_byte_or_none(tmp_path: Path, text: str, changes: dict) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("line\n" * 99)
+    (texts / "b.txt").write_text(text)
+    with pytest.raises(DataError, match=r"'b' has \d held-out .*|only 2 tokens are left"):
+        prepare(config(texts, **changes), tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [texts]
+
+
 def test_a_domain_called_as_all_of_them(sources: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     for name in ("all.txt", "other.txt"):

@@ -158,9 +158,10 @@ def _split(
     for number, domain in enumerate(domains):
         inside_N = ranges.domains_N == number
         train, held = ranges.where(inside_N & ~held_N), ranges.where(inside_N & held_N)
-        if min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
-            whole = ranges.where(inside_N)
-            total = int(whole.sizes_N.sum())
+        whole = ranges.where(inside_N)
+        total = int(whole.sizes_N.sum())
+        # What cannot be cut at all is refused with what is too short: see `_check_length`.
+        if total > 1 and min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
             train, held = _cut(whole, text, max(int(total * cfg.held_out), min(total // 2, least)))
             notes.append(
                 f"domain {domain!r} has too few documents to hold some out whole, so it is cut in "
