@@ -204,6 +204,28 @@ def test_a_domain_of_a_byte_or_none(tmp_path: Path, text: str, changes: dict) ->
     assert list(tmp_path.iterdir()) == [texts]
 
 
+@pytest.mark.parametrize(
+    ("name", "domains", "message"),
+    [
+        (
+            "caf\udce9.txt",
+            "file",
+            r"the domain 'caf\\udce9' of 'texts/caf\\udce9\.txt' is not text",
+        ),
+        ("r.jsonl", "field", r"the domain '\\ud800x' of 'texts/r\.jsonl#2' is not text"),
+    ],
+)
+def test_domains_that_are_not_utf8(tmp_path: Path, name: str, domains: str, message: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [{"text": "line " * 99, "domain": domain} for domain in ("fine", "\ud800x")]
+    (texts / name).write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=message):
+        prepare(config(texts, domains=domains), tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [texts]
+    prepare(config(texts, domains="none"), tmp_path / "data")
+
+
 def test_a_domain_called_as_all_of_them(sources: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     for name in ("all.txt", "other.txt"):

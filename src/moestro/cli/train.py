@@ -130,13 +130,22 @@ def prepare_options(
     out: Path | None, assignments: list[str] | None, sources: list[str] | None
 ) -> tuple[Path, list[str]]:
     """The folder of a run, and what --set and --source say as assignments."""
-    from moestro.errors import ConfigError
+    from moestro.errors import ConfigError, DataError
+    from moestro.text import utf8
     from moestro.train.distributed import ranks_from
 
     if out == Path() or "" in (sources or []):  # an empty one would mean the current folder
         raise ConfigError("--out and --source need a name; an empty one was given")
     if out is None and ranks_from(os.environ).world > 1:
         raise ConfigError("several processes need --out FOLDER, which they all can reach")
+    for source in sources or []:
+        try:
+            utf8(source)
+        except DataError:
+            raise ConfigError(
+                f"the path {source!r} is not text in UTF-8, as saved settings are; rename it, or "
+                "give a folder above it"
+            ) from None
     stated = [f"data.sources={json.dumps(sources)}"] if sources else []
     return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"), [*(assignments or []), *stated]
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
-from moestro.data.domains import check_domains
+from moestro.data.domains import check_domain, check_domains
 from moestro.errors import DataError
 from moestro.settings import Settings
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
@@ -119,7 +119,10 @@ def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Ranges]:
     for document in read_documents(cfg):
         place += stream.write(utf8(document.text))
         stops.append(place)
-        domains.append(numbers.setdefault(document.domain, len(numbers)))
+        if document.domain not in numbers:
+            check_domain(document.domain, document.name)
+            numbers[document.domain] = len(numbers)
+        domains.append(numbers[document.domain])
         # Two hashes: with one, a capped domain would keep just the documents to hold out.
         orders.append(stable_hash("order", cfg.seed, document.name))
         groups.append(stable_hash("held out", cfg.seed, document.group or document.name))
