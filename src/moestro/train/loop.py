@@ -203,9 +203,10 @@ class Trainer:
             return new_model(cfg.model, backend).to(self.device, weights)
         if cfg.lora is not None:
             return open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
-        return open_checkpoint(
+        opened = open_checkpoint(
             checkpoint, device=str(self.device), backend=backend, verified=True
-        ).model
+        )
+        return opened.model.to(weights)  # step 0 of --init is fp32 whatever is trained in
 
     def _run(
         self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None
