@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,6 +95,7 @@ def compare(
     from moestro.train.figures import comparison_figure, scaling_figure
     from moestro.train.memory import keep_freed_memory
 
+    _refuse_ranks()
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
     if resume:
@@ -143,6 +145,18 @@ def _asked(
     return Comparison(
         seeds or 1, _numbers("--experts", experts), _numbers("--granularity", granularity), budget
     )
+
+
+def _refuse_ranks() -> None:
+    """Every process would train every run in the same folders."""
+    from moestro.errors import ConfigError
+    from moestro.train.distributed import ranks_from
+
+    if (world := ranks_from(os.environ).world) > 1:
+        raise ConfigError(
+            f"compare trains one run after the other in one process, not in {world}; start it "
+            "without torchrun"
+        )
 
 
 def _refuse_steps(option: str, stated: list[str]) -> None:
