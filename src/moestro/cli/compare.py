@@ -294,6 +294,7 @@ def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moestro.cli.tables import cell
     from moestro.data.domains import ALL
     from moestro.models.count import count
     from moestro.train.compare import MIXTURE, TWIN, fitted, mean_and_spread, models
@@ -317,7 +318,7 @@ def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
         for points in finals:
             mean, spread = mean_and_spread([p.bits_per_byte[name] for p in points])
             cells.append(f"{mean:.4f}" if len(points) == 1 else f"{mean:.4f} ± {spread:.4f}")
-        table.add_row(name, *cells, style="bold" if name == ALL else "")
+        table.add_row(cell(name), *cells, style="bold" if name == ALL else "")
     Console().print(table)
     for law in fitted(cfg, comparison, curves):
         typer.echo(f"law of {told(law)}")

@@ -15,6 +15,7 @@ import typer
 
 import moestro
 from moestro.cli.opening import AcceptField
+from moestro.cli.tables import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -240,7 +241,7 @@ def _describe(cfg: RunConfig, corpus: Corpus | ChatCorpus) -> str:
     moe = cfg.model.moe
     kind = f"{moe.num_experts} experts, {moe.top_k} per token" if moe else "dense"
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
-    domains = ", ".join(f"{name} {n:,}" for name, n in corpus.domain_tokens.items())
+    domains = ", ".join(f"{printable(name)} {n:,}" for name, n in corpus.domain_tokens.items())
     return (
         f"model: {kind}; {parameters.total:,} parameters, {parameters.active:,} active per token\n"
         f"text: {corpus.num_train_tokens:,} tokens ({domains}); training on {tokens:,}"
@@ -280,7 +281,7 @@ def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
         )
         for domain, value in last.bits_per_byte.items():
             if domain != ALL:
-                typer.echo(f"  {domain:<20} {value:.4f}")
+                typer.echo(f"  {printable(domain):<20} {value:.4f}")
     typer.echo(f"checkpoint: {result.checkpoint}")
     if not result.stopped_by:
         run = shlex.quote(str(folder))
