@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,17 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 
+_POLL_S = 0.1
+
+
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock of an existing folder; without one where the system or the disk has none.
+
+    Args:
+        run: the folder.
+        wait_s: how long to wait for another process to end: a network disk may take a minute or
+            two to notice that a node is gone.
 
     Raises:
         ConfigError: another process holds it, or another lock of this process.
@@ -25,18 +34,26 @@ def locked(run: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    folder = os.open(run, os.O_RDONLY)
+    folder, until_s = os.open(run, os.O_RDONLY), time.monotonic() + wait_s
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process trains the run in {run}, and two would destroy each other's "
-                "checkpoints; wait until it ends, stop it with Ctrl-C, or choose another folder "
-                "with --out"
-            ) from None
-        except OSError:  # some network disks
-            pass
+        while not _taken(folder):
+            if time.monotonic() >= until_s:
+                raise ConfigError(
+                    f"another process trains the run in {run}, and two would destroy each other's "
+                    "checkpoints; wait until it ends, stop it with Ctrl-C, or choose another "
+                    "folder with --out"
+                )
+            time.sleep(_POLL_S)
         yield
     finally:
         os.close(folder)
+
+
+def _taken(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network disks have no locks
+        pass
+    return True

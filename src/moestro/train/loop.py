@@ -121,7 +121,9 @@ class Trainer:
         with ExitStack() as stack:
             if self.ranks.writes:
                 state.claim_folder(self.folder, resume)
-                stack.enter_context(locked(self.folder))
+                # What torchrun starts again may come before the disk lets go of a node that died.
+                wait_s = self.cfg.parallel.timeout_s / 4 if self.ranks.world > 1 else 0.0
+                stack.enter_context(locked(self.folder, wait_s))
             return self._train(resume)
 
     def _train(self, resume: bool) -> Result:
