@@ -213,7 +213,8 @@ class Trainer:
         if checkpoint is None:
             return new_model(cfg.model, backend).to(self.device, weights)
         if cfg.lora is not None:
-            return open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
+            adapted = open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
+            return adapted.double() if self.dtype == torch.float64 else adapted
         opened = open_checkpoint(
             checkpoint, device=str(self.device), backend=backend, verified=True
         )
