@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.reading import read_model
+from moestro.data.domains import ALL
 from moestro.data.windows import Corpus, HeldOut
 from moestro.surgery import merge, prune
 from moestro.surgery.calibration import collect
-from moestro.surgery.cost import ALL, WHOLE, Cost, costs
+from moestro.surgery.cost import WHOLE, Cost, costs
 from moestro.surgery.layers import Change, Layers
 from moestro.train.evaluate import evaluate
 

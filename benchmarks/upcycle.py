@@ -29,8 +29,9 @@ from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.reading import read_settings
 from moestro.config import DataConfig
 from moestro.data.builtin import library_texts
+from moestro.data.domains import ALL
 from moestro.data.windows import Corpus, HeldOut, prepare
-from moestro.train.evaluate import ALL, evaluate
+from moestro.train.evaluate import evaluate
 from moestro.train.intervals import half_width
 from moestro.train.task import train_flops
 

@@ -51,6 +51,26 @@ def test_compare_trains_both_and_says_what_it_measured(
     assert (out / "compare.png").is_file()
 
 
+def test_a_domain_may_be_called_as_markup_is(tmp_path, capsys) -> None:
+    lines = [
+        {"text": f"{domain} {number} " * 60, "domain": domain}
+        for domain in ("[/b]", "fine")
+        for number in range(6)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["compare", "--out", str(tmp_path / "out"), "--source", str(tmp_path / "text.jsonl")]
+    assert main([*words, *TINY, "--set", "data.domains=field", "--set", "train.steps=2"]) == 0
+    assert "│ [/b] " in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(text, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["compare", "--out", str(tmp_path / "out"), "--source", text, *TINY]) == 2
+    assert "in one process, not in 2; start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 GROUPS = "model.moe.router={num_groups=4, top_groups=2}"
 ENCODER_DECODER = """
 [model]

@@ -219,11 +219,20 @@ def test_a_run_goes_on_when_its_sources_are_gone(words, tmp_path, capsys):
     assert "trained 6 of 6 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--out", ""], ["--source", ""]])
-def test_an_empty_name_is_not_the_current_folder(more, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out", ""], "an empty one was given"),
+        (["--source", ""], "an empty one was given"),
+        (["--source", "caf\udce9"], r"the path 'caf\udce9' is not text in UTF-8"),
+    ],
+)
+def test_names_that_are_refused_before_anything_is_made(
+    more, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *more]) == 2
-    assert "an empty one was given" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

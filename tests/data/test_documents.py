@@ -251,6 +251,17 @@ def test_pipes_and_dangling_links_in_a_folder_are_passed_over(tree: Path) -> Non
     assert len(read(tree)) == 4
 
 
+def test_links_to_folders_are_not_followed_and_told(tree: Path, tmp_path: Path) -> None:
+    whole = read(tree)
+    write(tmp_path / "elsewhere" / "four.txt", "four")
+    (tree / "b" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tree / "b" / "up").symlink_to(tree)
+    with pytest.warns(UserWarning, match=r"not followed: .*b/linked and 1 more in .*root; to"):
+        assert read(tree) == whole
+    assert [each.text for each in read(tree / "b" / "linked")] == ["four"]
+    assert [each.text for each in read(f"{tree}/b/link*")] == ["four"]
+
+
 def test_state_changes_with_the_files(tree: Path) -> None:
     cfg = DataConfig(sources=(str(tree),))
     before = source_state(cfg)

@@ -193,6 +193,61 @@ def test_one_domain_with_too_little_text(sources: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(("text", "changes"), [("x", {}), ("é" * 99, {"domain_bytes": 1})])
+def test_a_domain_of_a_byte_or_none(tmp_path: Path, text: str, changes: dict) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("line\n" * 99)
+    (texts / "b.txt").write_text(text)
+    with pytest.raises(DataError, match=r"'b' has \d held-out .*|only 2 tokens are left"):
+        prepare(config(texts, **changes), tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "domains", "message"),
+    [
+        (
+            "caf\udce9.txt",
+            "file",
+            r"the domain 'caf\\udce9' of 'texts/caf\\udce9\.txt' is not text",
+        ),
+        ("r.jsonl", "field", r"the domain '\\ud800x' of 'texts/r\.jsonl#2' is not text"),
+    ],
+)
+def test_domains_that_are_not_utf8(tmp_path: Path, name: str, domains: str, message: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [{"text": "line " * 99, "domain": domain} for domain in ("fine", "\ud800x")]
+    (texts / name).write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=message):
+        prepare(config(texts, domains=domains), tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [texts]
+    prepare(config(texts, domains="none"), tmp_path / "data")
+
+
+def test_a_domain_called_as_all_of_them(sources: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    for name in ("all.txt", "other.txt"):
+        texts.mkdir(exist_ok=True)
+        (texts / name).write_text((sources / "a" / "6.txt").read_text() * 9)
+    with pytest.raises(DataError, match=r"one of 2 domains is called 'all'.*rename its folder"):
+        prepare(config(texts), tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [texts]
+    prepare(config(texts, domains="none"), tmp_path / "data")
+    # One that was prepared when the name was allowed.
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    for counts in ("train_tokens", "held_tokens", "held_bytes"):
+        meta[counts]["other"] = meta[counts].get("other", 0)
+    total = meta["held_tokens"]["all"]
+    meta["held_tokens"] = {"all": total - SEQ, "other": SEQ}
+    meta["held_bytes"]["other"] = SEQ
+    meta["domains"] = ["all", "other"]
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="one of 2 domains is called 'all'"):
+        Corpus(tmp_path / "data")
+
+
 def test_documents_of_unequal_size_are_cut_by_position(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("x" * 5000 + "\0tiny")
     corpus = prepare(config(tmp_path / "t.txt"), tmp_path / "data")

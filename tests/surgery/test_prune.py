@@ -10,11 +10,12 @@ from moestro.checkpoints.folders import atomic_folder
 from moestro.checkpoints.reading import read_model
 from moestro.checkpoints.writing import save_model
 from moestro.config import ModelConfig
+from moestro.data.domains import ALL
 from moestro.data.windows import HeldOut
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, DataError
 from moestro.models.decoder import Decoder
 from moestro.surgery.calibration import LayerStatistics
-from moestro.surgery.cost import ALL, WHOLE, costs, fewest
+from moestro.surgery.cost import WHOLE, costs, fewest
 from moestro.surgery.layers import Layers
 from moestro.surgery.prune import CRITERIA, at_random, fewer, highest, possible, pruned
 
@@ -116,6 +117,8 @@ def test_costs_are_paired_and_by_domain(tmp_path):
     assert found[WHOLE].error == 0
     alone = costs(layers, {"a": HeldOut(TOKENS[:1], 2.0)}, {})
     assert math.isnan(alone[WHOLE].error)
+    with pytest.raises(DataError, match="one of 2 domains is called 'all'"):
+        costs(layers, {"a": held_out["a"], "all": held_out["b"]}, {})
 
 
 def test_criteria_in_plain_numbers():

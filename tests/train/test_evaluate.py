@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moestro.data.windows import HeldOut
+from moestro.errors import DataError
 from moestro.models.decoder import Decoder
 from moestro.train.distributed import Ranks
 from moestro.train.evaluate import evaluate
@@ -41,6 +42,13 @@ def test_bits_per_byte_by_definition():
     found = evaluate(Unigram([0.5, 0.25, 0.25]), texts, batch_size=2)
     assert found == pytest.approx({"a": 5 / 4, "b": 4 / 8, "all": 9 / 12})
     assert next(iter(found)) == "all"
+
+
+def test_no_domain_takes_the_place_of_all_of_them():
+    model, domain = Unigram([0.5, 0.5]), held([[0, 1]])
+    with pytest.raises(DataError, match=r"one of 2 domains is called 'all'.*rename"):
+        evaluate(model, {"all": domain, "other": domain}, 1)
+    assert evaluate(model, {"all": domain}, 1) == {"all": pytest.approx(1.0)}
 
 
 def test_the_first_token_of_a_window_is_not_predicted():

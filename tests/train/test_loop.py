@@ -7,14 +7,20 @@ from functools import partialmethod
 import pytest
 import torch
 
+from moestro.checkpoints.adapters import OWN_FILE
 from moestro.checkpoints.folders import newest_checkpoint
 from moestro.checkpoints.opening import open_checkpoint
 from moestro.checkpoints.tensor_files import read_tensors
+from moestro.config import LoraConfig
 from moestro.data.windows import DataConfig, prepare
 from moestro.errors import ConfigError, TrainingError
+from moestro.models.build import new_model
+from moestro.train.initial import save_step_zero
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
+from moestro.train.preflight import check_run
 from moestro.train.progress import ProgressDisplay
+from moestro.train.tuning import new_adapters
 
 TIMES = ("seconds", "tokens_per_s")
 BIASED = {"router": {"selection_bias": True}}
@@ -341,3 +347,29 @@ def test_a_compiled_run_learns_the_same(tiny_settings, tiny_corpus, tmp_path, mo
         result = Trainer(cfg, tmp_path / str(compiled), tiny_corpus).train()
         finals.append(result.history[-1].bits_per_byte["all"])
     assert finals[0] == pytest.approx(finals[1], rel=1e-4)
+
+
+def test_float64_from_weights_in_fp32(tiny_settings, tiny_corpus, tmp_path):
+    """A step 0 of other weights is fp32: what goes on from it is what it would be from theirs."""
+    cfg = tiny_settings(BIASED, train={"dtype": "float64", "steps": 2})
+    torch.manual_seed(cfg.train.seed)
+    save_step_zero(tmp_path / "begun", cfg, new_model(cfg.model), tiny_corpus)
+    for name in ("begun", "new"):
+        Trainer(cfg, tmp_path / name, tiny_corpus).train(resume=name == "begun")
+    begun, new = (newest_checkpoint(tmp_path / name) for name in ("begun", "new"))
+    assert open_checkpoint(begun).model.embed.weight.dtype == torch.float64
+    assert_same_checkpoint(begun, new)
+
+
+def test_adapters_in_float64(tiny_settings, tiny_corpus, tmp_path):
+    cfg = tiny_settings(train={"dtype": "float64", "steps": 2})
+    base = save_step_zero(tmp_path / "base", cfg, new_model(cfg.model), tiny_corpus)
+    cfg = cfg.model_copy(update={"lora": LoraConfig(base=str(base), rank=2)})
+    save_step_zero(tmp_path / "run", cfg, new_adapters(base, cfg), tiny_corpus)
+    checkpoint = Trainer(cfg, tmp_path / "run", tiny_corpus).train(resume=True).checkpoint
+    for name in (OWN_FILE, "optimizer.safetensors"):
+        tensors = read_tensors(checkpoint / name).values()
+        assert {each.dtype for each in tensors if each.ndim} == {torch.float64}
+    packed = cfg.model_copy(update={"lora": cfg.lora.model_copy(update={"weights": "int8"})})
+    with pytest.raises(ConfigError, match=r"do not compute in float64; set train\.dtype"):
+        check_run(packed)

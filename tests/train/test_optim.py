@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from moestro.config import ModelConfig, OptimConfig
+from moestro.config import EncDecConfig, ModelConfig, OptimConfig
 from moestro.models.decoder import Decoder
+from moestro.models.encdec import EncDec
 from moestro.train.optim import (
     learning_rate,
     make_optimizer,
@@ -64,6 +65,29 @@ def test_only_matrices_decay_and_every_parameter_is_in_one_group():
     assert all(parameter.ndim >= 2 for parameter in decayed.values())
     assert {name.rsplit(".", 1)[-1] for name in decayed} >= {"gate_up", "down", "weight"}
     assert all("norm" in name or "gate" in name or "embed" in name for name in free)
+
+
+def test_no_bias_decays_nor_is_a_matrix_of_muons():
+    both = {"experts": {"bias": True}, "router": {"bias": True, "selection_bias": True}}
+    moe = {"hidden_dim": 8, "num_experts": 4, **both}
+    shape = {"dim": 16, "moe": moe, "head": {"tied": False}}
+    attention = {"num_heads": 2, "context": 8}
+    hybrid = {**attention, "bias": "all", "sinks": True}
+    decoder = Decoder(ModelConfig(num_layers=2, **shape, attention=hybrid))
+    positions = {"kind": "relative", "shared": True}
+    t5 = EncDecConfig(
+        encoder_layers=1, decoder_layers=1, **shape, attention={**attention, "positions": positions}
+    )
+    for model in (decoder, EncDec(t5)):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        biases = {name for name in names.values() if "bias" in name or "relative" in name}
+        assert {"gate_up_bias", "down_bias"} < {name.rsplit(".", 1)[-1] for name in biases}
+        decayed, free = split_parameters(model)
+        assert biases <= free.keys()
+        assert {name.rsplit(".", 1)[-1] for name in decayed} == {"weight", "gate_up", "down"}
+        for group in make_optimizer(model, OptimConfig(matrices="muon")).param_groups:
+            decays = group["matrices"] or group["weight_decay"]
+            assert not decays or not biases & {names[id(p)] for p in group["params"]}
 
 
 def test_decay_shrinks_matrices_and_leaves_norms():

@@ -19,7 +19,7 @@ from moestro.train import state
 from moestro.train.loop import Trainer
 from moestro.train.metrics import METRICS_NAME, read_metrics
 from moestro.train.optim import make_optimizer
-from moestro.train.snapshot import optimizer_tensors
+from moestro.train.snapshot import load_optimizer_tensors, optimizer_tensors
 from moestro.train.state import checkpoint_folder, clear_leftovers, prune
 
 from ..ranks import start_ranks
@@ -72,13 +72,17 @@ def test_optimizer_state_comes_back_bitwise(tiny_settings):
     tensors = {k: v.clone() for k, v in optimizer_tensors(model, optimizer).items()}
     other, restored = fresh()
     other.load_state_dict(model.state_dict())
-    state.load_optimizer_tensors(other, restored, tensors)
+    load_optimizer_tensors(other, restored, tensors)
     step(model, optimizer)
     step(other, restored)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
     with pytest.raises(CheckpointError, match="fits no parameter"):
-        state.load_optimizer_tensors(other, restored, {"nothing.exp_avg": torch.zeros(2)})
+        load_optimizer_tensors(other, restored, {"nothing.exp_avg": torch.zeros(2)})
+    name = "blocks.0.ffn.experts.gate_up"
+    average = {f"{name}.momentum_buffer": torch.zeros_like(model.get_parameter(name))}
+    with pytest.raises(CheckpointError, match=f"{name}.momentum_buffer is not what updates"):
+        load_optimizer_tensors(other, restored, average)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [5, 6]), (9, [1, 2, 3, 4, 5, 6])])

@@ -251,7 +251,8 @@ def _report(facts: dict[str, Any], rows: Mapping[str, Cost], as_json: bool, head
     from rich.console import Console
 
     from moestro.cli.tables import domain_columns, new_table
-    from moestro.surgery.cost import ALL, WHOLE
+    from moestro.data.domains import ALL
+    from moestro.surgery.cost import WHOLE
 
     console = Console(highlight=False)
     console.print(heading, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,6 +95,7 @@ def compare(
     from moestro.train.figures import comparison_figure, scaling_figure
     from moestro.train.memory import keep_freed_memory
 
+    _refuse_ranks()
     keep_freed_memory()
     folder, stated = prepare_options(out, assignments, source)
     if resume:
@@ -143,6 +145,18 @@ def _asked(
     return Comparison(
         seeds or 1, _numbers("--experts", experts), _numbers("--granularity", granularity), budget
     )
+
+
+def _refuse_ranks() -> None:
+    """Every process would train every run in the same folders."""
+    from moestro.errors import ConfigError
+    from moestro.train.distributed import ranks_from
+
+    if (world := ranks_from(os.environ).world) > 1:
+        raise ConfigError(
+            f"compare trains one run after the other in one process, not in {world}; start it "
+            "without torchrun"
+        )
 
 
 def _refuse_steps(option: str, stated: list[str]) -> None:
@@ -280,6 +294,8 @@ def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moestro.cli.tables import cell
+    from moestro.data.domains import ALL
     from moestro.models.count import count
     from moestro.train.compare import MIXTURE, TWIN, fitted, mean_and_spread, models
     from moestro.train.scaling import told
@@ -302,7 +318,7 @@ def _print(cfg: RunConfig, curves: list[Curve], comparison: Comparison) -> None:
         for points in finals:
             mean, spread = mean_and_spread([p.bits_per_byte[name] for p in points])
             cells.append(f"{mean:.4f}" if len(points) == 1 else f"{mean:.4f} ± {spread:.4f}")
-        table.add_row(name, *cells, style="bold" if name == "all" else "")
+        table.add_row(cell(name), *cells, style="bold" if name == ALL else "")
     Console().print(table)
     for law in fitted(cfg, comparison, curves):
         typer.echo(f"law of {told(law)}")

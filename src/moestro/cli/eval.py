@@ -203,7 +203,7 @@ def measure(
 
 def _over(row: Score, first: Score) -> float:
     """Relative increase in bits over the first format."""
-    from moestro.train.evaluate import ALL
+    from moestro.data.domains import ALL
 
     return row.bits[ALL] / first.bits[ALL] - 1
 
@@ -225,7 +225,7 @@ def show(checkpoint: Path, tokens: int, rows: list[Score], what: str = "held-out
     from rich.console import Console
 
     from moestro.cli.tables import domain_columns, new_table
-    from moestro.train.evaluate import ALL
+    from moestro.data.domains import ALL
 
     console = Console(highlight=False)
     console.print(f"{checkpoint}: bits per byte of {tokens:,} {what}", markup=False, soft_wrap=True)

@@ -24,6 +24,7 @@ import typer
 from typer.exceptions import TyperException
 
 from moestro import __version__
+from moestro.cli.tables import printable
 from moestro.errors import MoestroError, TrainingError
 
 VERBS = {
@@ -153,7 +154,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def _printable(message: str) -> str:
     """A message without control characters, which names in damaged files can hold."""
     shown = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} …"
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
+    return printable(shown, keep="\n")
 
 
 def _report(message: str, code: int) -> int:

@@ -283,7 +283,9 @@ def _print(reports: list[Report], question: Question) -> None:
             _print_fit(answer, answer.fit, question, console)
     for answer in reports:
         if answer.note:
-            console.print(f"{answer.title}: {answer.note}", style="dim", highlight=False)
+            console.print(
+                f"{answer.title}: {answer.note}", style="dim", highlight=False, markup=False
+            )
 
 
 def _print_costs(models: list[Report], question: Question, console: Console) -> None:

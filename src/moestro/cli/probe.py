@@ -11,6 +11,7 @@ import typer
 
 from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
 from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
+from moestro.cli.tables import printable
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
@@ -286,9 +287,9 @@ def _print(study: Study, answers: Answers, layer: int | None, files: list[str]) 
         on = f"what the model read and the {generated:,} tokens that it wrote"
         print_comparison(console, answers.written, on, "read", "written")
     for sentence in answers.summary:
-        console.print(f"• {sentence}", markup=False)
+        console.print(f"• {printable(sentence)}", markup=False)
     for note in findings.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {printable(note)}", markup=False)
     for line in files:
         console.print(line, markup=False, soft_wrap=True)
 

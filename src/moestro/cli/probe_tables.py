@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from moestro.cli.tables import new_table
+from moestro.cli.tables import cell, new_table, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,8 +54,6 @@ def print_findings(
 
 def print_table(console: Console, table: Table) -> None:
     """A table under its title, which may be wider than the columns."""
-    from rich.markup import escape
-
     from moestro.probe.report.table import TERMINAL, grid
 
     assert table.terminal is not None
@@ -63,10 +61,10 @@ def print_table(console: Console, table: Table) -> None:
     left = _left_out(content, console.width)
     shown = len(content.headings) - left
     more = f"; {left} more are in the files" if left else ""
-    console.print(f"\n{content.title}{more}", style="bold", markup=False)
+    console.print(f"\n{printable(content.title)}{more}", style="bold", markup=False)
     rows = new_table(*content.headings[:shown])
     for cells in content.rows:
-        rows.add_row(*map(escape, cells[:shown]))
+        rows.add_row(*map(cell, cells[:shown]))
     console.print(rows)
 
 

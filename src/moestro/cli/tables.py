@@ -1,4 +1,4 @@
-"""The look of every table on a terminal."""
+"""The look of every table on a terminal, and of names that others gave."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
+    from rich.text import Text
 
 
 # Between two columns, and the narrowest column of numbers.
@@ -37,13 +38,24 @@ def that_fit(names: Sequence[str], room: int) -> list[str]:
     return shown
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text with its control characters spelled out, but those to keep: names may hold any."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def cell(name: str) -> Text:
+    """A name as it is: without rich's markup, which would read "[/b]" as an end tag."""
+    from rich.text import Text
+
+    return Text(printable(name))
+
+
 def new_table(*headings: str) -> Table:
     """An empty table: names to the left in the first column, numbers to the right in the others."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if place else "left")
+        table.add_column(cell(heading), justify="right" if place else "left")
     return table

@@ -15,6 +15,7 @@ import typer
 
 import moestro
 from moestro.cli.opening import AcceptField
+from moestro.cli.tables import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,13 +131,22 @@ def prepare_options(
     out: Path | None, assignments: list[str] | None, sources: list[str] | None
 ) -> tuple[Path, list[str]]:
     """The folder of a run, and what --set and --source say as assignments."""
-    from moestro.errors import ConfigError
+    from moestro.errors import ConfigError, DataError
+    from moestro.text import utf8
     from moestro.train.distributed import ranks_from
 
     if out == Path() or "" in (sources or []):  # an empty one would mean the current folder
         raise ConfigError("--out and --source need a name; an empty one was given")
     if out is None and ranks_from(os.environ).world > 1:
         raise ConfigError("several processes need --out FOLDER, which they all can reach")
+    for source in sources or []:
+        try:
+            utf8(source)
+        except DataError:
+            raise ConfigError(
+                f"the path {source!r} is not text in UTF-8, as saved settings are; rename it, or "
+                "give a folder above it"
+            ) from None
     stated = [f"data.sources={json.dumps(sources)}"] if sources else []
     return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"), [*(assignments or []), *stated]
 
@@ -231,7 +241,7 @@ def _describe(cfg: RunConfig, corpus: Corpus | ChatCorpus) -> str:
     moe = cfg.model.moe
     kind = f"{moe.num_experts} experts, {moe.top_k} per token" if moe else "dense"
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
-    domains = ", ".join(f"{name} {n:,}" for name, n in corpus.domain_tokens.items())
+    domains = ", ".join(f"{printable(name)} {n:,}" for name, n in corpus.domain_tokens.items())
     return (
         f"model: {kind}; {parameters.total:,} parameters, {parameters.active:,} active per token\n"
         f"text: {corpus.num_train_tokens:,} tokens ({domains}); training on {tokens:,}"
@@ -258,6 +268,7 @@ def print_outcome(folder: Path, cfg: RunConfig, result: Result, as_json: bool) -
 
 
 def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
+    from moestro.data.domains import ALL
     from moestro.train.progress import duration
 
     typer.echo(f"trained {result.step} of {cfg.train.steps} steps")
@@ -266,11 +277,11 @@ def _print_result(folder: Path, cfg: RunConfig, result: Result) -> None:
         typer.echo(
             f"held-out bits per byte after step {last.step} ({last.tokens:,} tokens, "
             f"{duration(last.seconds)}, {last.train_flops:.3g} FLOPs): "
-            f"{last.bits_per_byte['all']:.4f}"
+            f"{last.bits_per_byte[ALL]:.4f}"
         )
         for domain, value in last.bits_per_byte.items():
-            if domain != "all":
-                typer.echo(f"  {domain:<20} {value:.4f}")
+            if domain != ALL:
+                typer.echo(f"  {printable(domain):<20} {value:.4f}")
     typer.echo(f"checkpoint: {result.checkpoint}")
     if not result.stopped_by:
         run = shlex.quote(str(folder))

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from moestro.config import DataConfig
 from moestro.data import builtin
+from moestro.data.domains import ALL
 from moestro.errors import DataError
 from moestro.text import utf8
 
@@ -128,6 +130,9 @@ def resolve(source: str, allowed: str) -> list[SourceFile]:
 
     A file named by its own path is read whatever its extension; inside folders and globs only
     text extensions count, and names that begin with a dot are passed over.
+
+    Warns:
+        UserWarning: inside a folder there are links to folders, which are not followed.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -203,7 +208,7 @@ def character_start(text: bytearray | mmap.mmap, place: int) -> int:
 
 
 def _builtin_documents(cfg: DataConfig) -> Iterator[Document]:
-    one = "all" if cfg.domains == "none" else ""
+    one = ALL if cfg.domains == "none" else ""
     for module, *texts in builtin.library_texts():
         group = f"{BUILTIN}/{module}"
         for kind, text in zip(("code", "english"), texts, strict=True):
@@ -235,12 +240,20 @@ def _walk(root: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error)
 
-    found = []
+    found, links = [], []
     for folder, inner, names in os.walk(root, onerror=refuse):
         inner[:] = [name for name in inner if not name.startswith(".") and name != "__pycache__"]
+        links += [path for name in inner if (path := Path(folder, name)).is_symlink()]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         # is_file also passes over pipes and links to nowhere.
         found += [path for path in paths if _is_text(path) and path.is_file()]
+    if links:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        warnings.warn(
+            f"links to folders are not followed: {min(links)}{more} in {root}; to read them too, "
+            "name them as sources, or give a glob that matches them",
+            stacklevel=2,
+        )
     return sorted(found)
 
 
@@ -263,7 +276,7 @@ def _is_text(path: Path) -> bool:
 
 def _domain(file: SourceFile, cfg: DataConfig) -> str:
     if cfg.domains == "none":
-        return "all"
+        return ALL
     below = file.path.relative_to(file.root).parts
     if cfg.domains == "folder" and len(below) > 1:
         return below[0]

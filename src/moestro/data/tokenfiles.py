@@ -21,6 +21,7 @@ from pydantic import Field
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import character_start, choose_held_out, read_documents, stable_hash
+from moestro.data.domains import check_domain, check_domains
 from moestro.errors import DataError
 from moestro.settings import Settings
 from moestro.text import ByteTokenizer, Tokenizer, build_tokenizer, utf8
@@ -76,6 +77,7 @@ def write_token_files(cfg: DataConfig, folder: Path) -> TokenFiles:
         raise DataError(
             f"there is no text in {', '.join(cfg.sources)}: every file is empty or blank"
         )
+    check_domains(domains)
     with spool.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         if cfg.domain_bytes is not None:
             ranges = _capped(ranges, text, cfg.domain_bytes)
@@ -117,7 +119,10 @@ def _spool(cfg: DataConfig, stream: IO[bytes]) -> tuple[list[str], Ranges]:
     for document in read_documents(cfg):
         place += stream.write(utf8(document.text))
         stops.append(place)
-        domains.append(numbers.setdefault(document.domain, len(numbers)))
+        if document.domain not in numbers:
+            check_domain(document.domain, document.name)
+            numbers[document.domain] = len(numbers)
+        domains.append(numbers[document.domain])
         # Two hashes: with one, a capped domain would keep just the documents to hold out.
         orders.append(stable_hash("order", cfg.seed, document.name))
         groups.append(stable_hash("held out", cfg.seed, document.group or document.name))
@@ -156,9 +161,10 @@ def _split(
     for number, domain in enumerate(domains):
         inside_N = ranges.domains_N == number
         train, held = ranges.where(inside_N & ~held_N), ranges.where(inside_N & held_N)
-        if min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
-            whole = ranges.where(inside_N)
-            total = int(whole.sizes_N.sum())
+        whole = ranges.where(inside_N)
+        total = int(whole.sizes_N.sum())
+        # What cannot be cut at all is refused with what is too short: see `_check_length`.
+        if total > 1 and min(train.sizes_N.sum(), held.sizes_N.sum()) < context:
             train, held = _cut(whole, text, max(int(total * cfg.held_out), min(total // 2, least)))
             notes.append(
                 f"domain {domain!r} has too few documents to hold some out whole, so it is cut in "

@@ -25,6 +25,7 @@ from torch import Tensor
 from moestro.config import DataConfig
 from moestro.config.number import Positive
 from moestro.data.documents import source_state, stable_hash
+from moestro.data.domains import check_domains
 from moestro.data.tokenfiles import (
     ENDS_FILE,
     HELD_FILE,
@@ -97,10 +98,15 @@ class Corpus:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open what `prepare` wrote; an incomplete folder is refused."""
+        """Open what `prepare` wrote.
+
+        Raises:
+            DataError: the folder is incomplete or altered, or one of several domains is "all".
+        """
         meta = _read_meta(folder)
         if meta is None:
             raise DataError(f"{folder} is not a complete data folder; prepare it again")
+        check_domains(meta.domains)
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.domains, self.notes, self.seq_len = meta.domains, meta.notes, meta.seq_len
         self.fingerprint = meta.fingerprint

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moestro.checkpoints.transfer import Progress
+from moestro.data.domains import ALL, check_domains
 from moestro.data.windows import HeldOut
 from moestro.surgery.layers import Change, Layers
 
-ALL = "all"
 WHOLE = "whole"
 
 
@@ -55,7 +55,11 @@ def costs(
         changes: by name.
         memory_bytes: see `Layers.bits`.
         progress: see `Layers.bits`.
+
+    Raises:
+        DataError: one of several domains is called `all`.
     """
+    check_domains(held_out)
     tokens_NS = torch.cat([domain.tokens_NS for domain in held_out.values()])
     named = {WHOLE: layers.unchanged(), **changes}
     bits_CN = layers.bits(tokens_NS, list(named.values()), None, memory_bytes, progress)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moestro.config import EncDecConfig, ModelConfig, RunConfig
+from moestro.data.domains import ALL
 from moestro.data.windows import Corpus
 from moestro.errors import ConfigError
 from moestro.models.count import count
 from moestro.models.twin import dense_twin
 from moestro.train import state
-from moestro.train.evaluate import ALL
 from moestro.train.intervals import half_width
 from moestro.train.loop import Trainer
 from moestro.train.metrics import Point

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moestro.data.domains import ALL, check_domains
 from moestro.data.windows import HeldOut
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.task import NEXT_TOKEN, Example, Task
 
-ALL = "all"
 HELD_OUT = "held out"
 
 
@@ -39,7 +39,11 @@ def evaluate(
         dtype: float32, or bfloat16 for autocast.
         ranks: Each process takes its share of the windows; all get the same result.
         task: What the model is to predict.
+
+    Raises:
+        DataError: one of several domains is called `all`.
     """
+    check_domains(held_out)
     device = next(model.parameters()).device
     bits_N = torch.zeros(len(held_out), dtype=torch.float64, device=device)
     was_training = model.training

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moestro.config import RunConfig
+from moestro.data.domains import ALL
 from moestro.train.compare import (
     TWIN,
     Comparison,
@@ -19,7 +20,6 @@ from moestro.train.compare import (
     judge,
     mean_loss,
 )
-from moestro.train.evaluate import ALL
 from moestro.train.scaling import Axis, Law, Mixture, mixture_of, predict
 
 # Okabe and Ito's blue and vermilion: apart for every kind of colour vision.

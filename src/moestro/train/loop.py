@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,6 +34,7 @@ from moestro.train.distributed import ALONE, Ranks
 from moestro.train.evaluate import evaluate
 from moestro.train.health import CollapseWatch, LayerHealth, Tally
 from moestro.train.interrupt import READER_LEFT, StopRequest
+from moestro.train.locking import locked
 from moestro.train.metrics import METRICS_NAME, MetricsLog, Point, history, read_metrics
 from moestro.train.objective import Objective, num_labels
 from moestro.train.optim import learning_rate, make_optimizer, set_learning_rate, step_flops
@@ -112,10 +113,20 @@ class Trainer:
             resume: Go on from the newest good checkpoint of the folder; bitwise on the CPU.
 
         Raises:
-            ConfigError: the folder holds a run already, or settings differ from the saved ones.
+            ConfigError: the folder holds a run already, another process trains it, or settings
+                differ from the saved ones.
             CheckpointError: there are checkpoints to resume from, and all are damaged.
             TrainingError: the loss or a gradient is not finite, or nothing can be written.
         """
+        with ExitStack() as stack:
+            if self.ranks.writes:
+                state.claim_folder(self.folder, resume)
+                # What torchrun starts again may come before the disk lets go of a node that died.
+                wait_s = self.cfg.parallel.timeout_s / 4 if self.ranks.world > 1 else 0.0
+                stack.enter_context(locked(self.folder, wait_s))
+            return self._train(resume)
+
+    def _train(self, resume: bool) -> Result:
         self._build(self._open(resume))
         held_out = self.corpus.held_out(self.cfg.train.eval_tokens)
         log = None
@@ -202,10 +213,12 @@ class Trainer:
         if checkpoint is None:
             return new_model(cfg.model, backend).to(self.device, weights)
         if cfg.lora is not None:
-            return open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
-        return open_checkpoint(
+            adapted = open_adapted(checkpoint, cfg.lora, self.dtype, str(self.device), backend)
+            return adapted.double() if self.dtype == torch.float64 else adapted
+        opened = open_checkpoint(
             checkpoint, device=str(self.device), backend=backend, verified=True
-        ).model
+        )
+        return opened.model.to(weights)  # step 0 of --init is fp32 whatever is trained in
 
     def _run(
         self, stop: StopRequest, held_out: Mapping[str, HeldOut], log: MetricsLog | None

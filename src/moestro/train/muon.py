@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
+# The state of a matrix: the running average of its gradients.
+MOMENTUM_STATE = "momentum_buffer"
 # The quintic's coefficients, its iterations, and what keeps a zero gradient from dividing by 0.
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 # An orthogonal update times this and the root of the longer side is as large as AdamW's (RMS).
@@ -67,9 +69,9 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             state, shape = self.state[parameter], parameter.shape[-2:]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+            if MOMENTUM_STATE not in state:
+                state[MOMENTUM_STATE] = torch.zeros_like(parameter)
+            average = state[MOMENTUM_STATE].lerp_(parameter.grad, 1 - MOMENTUM)
             gradient = parameter.grad.reshape(-1, *shape)
             matrices = (parameter.view(-1, *shape), gradient, average.view(-1, *shape))
             several = max(1, TOGETHER // shape.numel())

@@ -1,7 +1,8 @@
 """The optimizer with its parameter groups, and the learning rate of each step.
 
 Weight decay pulls on matrices only: the weights of linear layers, routers and experts. Norms,
-biases, gates of one row and the token embedding (also where it is tied to the output) are free.
+biases, also those of stacked experts and of relative positions, gates of one row and the token
+embedding (also where it is tied to the output) are free.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 
 from moestro.config import OptimConfig, RunConfig
 from moestro.models.build import new_model
+from moestro.models.relative import RelativeBias
 from moestro.train import muon
 from moestro.train.task import train_flops
 
@@ -21,14 +23,14 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 Parameters = dict[str, nn.Parameter]
 # Modules whose matrices AdamW updates where Muon updates others.
-_NOT_MUONS = {"router", "head", "relative"}
+_NOT_MUONS = {"router", "head"}
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all trainable parameters of `model`, fused where torch has it.
 
-    With `cfg.matrices` = "muon" the matrices that decay follow Muon, but for those of routers,
-    the output head and relative positions: scores and tables, not maps of one vector to another.
+    With `cfg.matrices` = "muon" the matrices that decay follow Muon, but for those of routers and
+    the output head: scores, not maps of one vector to another.
     """
     decayed, free = split_parameters(model)
     fused = all(p.device.type in FUSED_DEVICES for p in model.parameters())
@@ -67,13 +69,16 @@ def _group(parameters: Parameters, weight_decay: float) -> dict[str, Any]:
 
 def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
     """Split the trainable parameters by name into those that decay and those that do not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = (nn.Embedding, RelativeBias)
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, tables)}
     decayed: Parameters = {}
     free: Parameters = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
-            group = decayed if matrix and id(parameter) not in embeddings else free
+            # The biases of stacked experts are [E, O].
+            bias = name.rpartition(".")[2].endswith("bias")
+            matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1 and not bias
+            group = decayed if matrix and id(parameter) not in looked_up else free
             group[name] = parameter
     return decayed, free
 

@@ -105,6 +105,8 @@ def spread(model: Model, layout: Layout, runs: Runs) -> None:
             _shard(mixture.experts, sparse)
     for module in model.modules():
         if isinstance(module, Block):
+            if module.cross is not None:  # the network calls it before the block's forward
+                _shard(module.cross.kv, dense)
             _shard(module, dense)
     _shard(model, dense)
     for module in model.modules():

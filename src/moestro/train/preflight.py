@@ -30,7 +30,7 @@ def check_run(cfg: RunConfig, ranks: Ranks = ALONE) -> Placing:
     Raises:
         ConfigError: the device is not here, the batch, the experts or the weights cannot be
             shared as asked, adapters or Muon are to work on a part of the weights, packed
-            weights are to lie on a GPU, or TensorBoard is not installed.
+            weights are to lie on a GPU or to compute in float64, or TensorBoard is not installed.
         BackendError: the kernel backend is not known, or cannot run here; or there is none for
             packed weights.
     """
@@ -55,6 +55,11 @@ def check_run(cfg: RunConfig, ranks: Ranks = ALONE) -> Placing:
                 f"lora.weights = {cfg.lora.weights}: packed weights compute on the CPU, but "
                 f"train.runtime.device = {runtime.device} is {device.type} here; set "
                 "train.runtime.device = cpu, or leave --qlora out"
+            )
+        if dtype == torch.float64:
+            raise ConfigError(
+                f"lora.weights = {cfg.lora.weights}: packed weights do not compute in float64; set "
+                "train.dtype = float32, or leave --qlora out"
             )
         backends.choose(runtime.backend, backends.PACKED)
     else:

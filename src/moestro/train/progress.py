@@ -95,7 +95,7 @@ class ProgressDisplay:
         # In a table, as a bar on its own does not end its line.
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=self._steps, completed=self._record.get("step", 0)))
-        return Panel(Group(bar, grid), title=self.title)
+        return Panel(Group(bar, grid), title=Text(self.title))
 
 
 def describe(record: Mapping[str, Any], steps: int) -> str:

@@ -32,7 +32,7 @@ from moestro.errors import CheckpointError
 from moestro.models.build import Model
 from moestro.train.distributed import Ranks
 from moestro.train.parallel import Place, local
-from moestro.train.snapshot import OPTIMIZER, Snapshot
+from moestro.train.snapshot import OPTIMIZER, Snapshot, misfit
 
 
 class Share(NamedTuple):
@@ -140,11 +140,3 @@ def open_optimizer(checkpoint: Path) -> Mapping[str, Source]:
     if in_pieces(checkpoint, OPTIMIZER):
         return open_pieces(checkpoint, OPTIMIZER)
     return open_file(checkpoint / f"{OPTIMIZER}.safetensors")
-
-
-def misfit(name: str, shape: tuple[int, ...]) -> CheckpointError:
-    """The error for an optimizer's tensor that has no place."""
-    return CheckpointError(
-        f"the optimizer's tensor {name} {list(shape)} fits no parameter of the model; the "
-        "checkpoint was made by another model"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ from moestro.checkpoints.families import OWN
 from moestro.checkpoints.tensor_files import SINGLE, TensorFile, Written
 from moestro.checkpoints.transfer import outgoing
 from moestro.config import EncDecConfig, LoraConfig, ModelConfig
+from moestro.errors import CheckpointError
 from moestro.models.build import Model
+from moestro.train.muon import MOMENTUM_STATE
 
 OPTIMIZER = "optimizer"  # the stem of its file
 
@@ -55,3 +58,41 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put a copy of `optimizer_tensors` back, on each parameter's device.
+
+    Raises:
+        CheckpointError: a tensor belongs to no parameter, has another shape, or is the average of
+            a matrix under Muon where the parameter is AdamW's, or the other way round.
+    """
+    parameters = dict(model.named_parameters())
+    muons = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("matrices")
+        for parameter in group["params"]
+    }
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim and value.shape != parameter.shape):
+            raise misfit(full_name, tuple(value.shape))
+        if (key == MOMENTUM_STATE) != (id(parameter) in muons):
+            raise CheckpointError(
+                f"the optimizer's tensor {full_name} is not what updates {name} now: with "
+                "optim.matrices = muon, versions before this one gave Muon the biases of experts "
+                "too; begin a run from the weights with --init"
+            )
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def misfit(name: str, shape: tuple[int, ...]) -> CheckpointError:
+    """The error for an optimizer's tensor that has no place."""
+    return CheckpointError(
+        f"the optimizer's tensor {name} {list(shape)} fits no parameter of the model; the "
+        "checkpoint was made by another model"
+    )

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.checkpoints.folders import (
     CHECKPOINTS,
@@ -53,8 +53,8 @@ from moestro.models.build import Model
 from moestro.text import NOTE_FILE, ByteTokenizer, Tokenizer
 from moestro.train.distributed import ALONE, Ranks
 from moestro.train.metrics import METRICS_NAME
-from moestro.train.sharded_state import Share, misfit, open_optimizer
-from moestro.train.snapshot import Snapshot
+from moestro.train.sharded_state import Share, open_optimizer
+from moestro.train.snapshot import Snapshot, load_optimizer_tensors
 
 SETTINGS_NAME = "config.json"
 # In a run that began from a checkpoint: the files that came with its weights.
@@ -198,23 +198,6 @@ def restore(
         tensors = {name: one.load(torch.float32) for name, one in stored}
         load_optimizer_tensors(model, optimizer, tensors)
     return numbers
-
-
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put a copy of `snapshot.optimizer_tensors` back, on each parameter's device.
-
-    Raises:
-        CheckpointError: a tensor belongs to no parameter, or has another shape.
-    """
-    parameters = dict(model.named_parameters())
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition(".")
-        parameter = parameters.get(name)
-        if parameter is None or (value.ndim and value.shape != parameter.shape):
-            raise misfit(full_name, tuple(value.shape))
-        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def read_run_settings(folder: Path, name: str = "run.json") -> RunConfig:
