@@ -197,7 +197,7 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         ([run, "--tokens", 0], "--tokens"),
         ([run, "--by", "language", "--out", tmp_path / "o"], "give NAME=REGEX"),
         ([run, "--by", "language=(", "--out", tmp_path / "o"], "language"),
-        ([run, "--compare", run, "--ablate", 1], "leave out --report, --ablate"),
+        ([run, "--compare", run, "--ablate", 1], "so leave out --ablate, or probe"),
         ([run, "--checkpoints", "--out", tmp_path / "o"], "not a run with several checkpoints"),
         ([tmp_path / "no.npz"], "no.npz"),
     ):
@@ -206,6 +206,25 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         assert message in err
         assert err.startswith("moestro: error: ")
         assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("a.npz --tokens 5 --source texts", "--source, --tokens, or give the model"),
+        ("a.npz --transformers --generate 3", "--generate, --transformers, or give the model"),
+        ("a.npz --accept-field name --checkpoints", "--accept-field, --checkpoints, or give"),
+        ("a.npz --compare b.npz --tokens 5", "a.npz is a trace: nothing is run"),
+        ("RUN --compare b.npz --by zz --layer 0", "only, so leave out --by, --layer, or"),
+        ("RUN --compare RUN --generate 5", "only, so leave out --generate, or"),
+        ("RUN --transformers --accept-field name", "leave out --accept-field or --transformers"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(run, words, named, capsys) -> None:
+    assert main(["probe", *words.replace("RUN", str(run)).split()]) == 2
+    out, err = capsys.readouterr()
+    assert named in err
+    assert out == ""
 
 
 def test_a_published_model_is_probed_where_one_stands(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
-from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
+from moestro.cli.options import AsJson, HeldOutSource
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from moestro.cli.probe_model import ProbedModel
     from moestro.probe.measures.saturation import Saturation
@@ -27,6 +27,13 @@ Out = Annotated[
     typer.Option(
         help="Folder for the figures and numbers; default: probe in the run folder, probe-NAME "
         "here for a published model or a trace."
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most held-out tokens to read, shared evenly by the domains; default 65,536.",
     ),
 ]
 Layer = Annotated[
@@ -75,24 +82,33 @@ Transformers = Annotated[
 ]
 
 TRACE = ".npz"
+TOKENS = 65_536
 
 
 class Recording(NamedTuple):
     """How a model is to be run: on which text, and what is kept."""
 
-    tokens: int
-    sources: tuple[str, ...]
-    generate: int
-    ablate: int
-    trace: Path | None
-    transformers: bool
-    accept_fields: tuple[str, ...]
+    tokens: int | None = None  # None: TOKENS
+    sources: tuple[str, ...] = ()
+    generate: int = 0
+    trace: Path | None = None
+    transformers: bool = False
+    accept_fields: tuple[str, ...] = ()
+
+
+class Questions(NamedTuple):
+    """What is asked of one model beyond what is always measured."""
+
+    layer: int | None = None
+    ablate: int = 0
+    checkpoints: bool = False
+    seed: int = 0
 
 
 def probe(
     path: ModelName,
     out: Out = None,
-    tokens: HeldOutTokens = 65_536,
+    tokens: Tokens = None,
     source: HeldOutSource = None,
     layer: Layer = None,
     by: By = None,
@@ -114,25 +130,30 @@ def probe(
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
     how = Recording(
-        tokens, tuple(source or ()), generate, ablate, trace, transformers,
-        tuple(accept_field or ()),
-    )  # fmt: skip
+        tokens, tuple(source or ()), generate, trace, transformers, tuple(accept_field or ())
+    )
+    if transformers and accept_field:
+        raise ConfigError(
+            "--transformers runs the model by its own code, which asks about no field; leave out "
+            "--accept-field or --transformers"
+        )
     if compare is not None:
-        if report or ablate or checkpoints or trace:
-            raise ConfigError(
-                "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
-                "and --trace, or probe each model by itself"
-            )
+        only_one = {
+            "--report": report, "--ablate": ablate, "--checkpoints": checkpoints, "--trace": trace,
+            "--by": by, "--layer": layer is not None, "--generate": generate,
+        }  # fmt: skip
+        _leave_out(only_one, "--compare writes a comparison only", "probe each model by itself")
         _compare((path, compare), how, out, as_json, seed)
         return
+    asked = Questions(layer, ablate, checkpoints, seed)
     _groupings((), by)  # what is wrong with these is said before the model runs
     _require_places(out, report)
-    study, opened = _study(path, how)
+    study, opened = _study(path, how, asked)
     if report is not None:
         study.require_tokenizer()
     groupings = _groupings(study.trace.domains, by)
     folder = _made(out or _beside(path, opened))
-    answers = _answers(study, opened, groupings, layer, ablate, checkpoints, seed)
+    answers = _answers(study, opened, groupings, asked)
     files = study.save(answers, folder, layer=layer, sources=how.sources, seed=seed)
     if report is not None:
         study.write_page(answers, report)
@@ -145,48 +166,52 @@ def probe(
 
 
 def _answers(
-    study: Study,
-    opened: ProbedModel | None,
-    groupings: tuple[Grouping, ...],
-    layer: int | None,
-    ablate: int,
-    checkpoints: bool,
-    seed: int,
+    study: Study, opened: ProbedModel | None, groupings: tuple[Grouping, ...], asked: Questions
 ) -> Answers:
     """All that was asked for, with a display of what is under way."""
     from rich.console import Console
 
     from moestro.probe.recording.traces import place_of
 
-    if layer is not None:
-        place_of(layer, study.trace.subject.moe_layers)
+    if asked.layer is not None:
+        place_of(asked.layer, study.trace.subject.moe_layers)
     with Console(stderr=True).status("measuring"):
-        answers = study.measure(groupings, seed)
-    if checkpoints:
-        answers = answers._replace(saturation=_saturation(study, opened, seed))
-    if ablate:
+        answers = study.measure(groupings, asked.seed)
+    if asked.checkpoints:
+        answers = answers._replace(saturation=_saturation(study, opened, asked.seed))
+    if asked.ablate:
         with bar("silencing experts") as progress:
-            answers = answers._replace(ablations=study.ablate(ablate, seed, progress))
+            ablations = study.ablate(asked.ablate, asked.seed, progress)
+        answers = answers._replace(ablations=ablations)
     return answers
 
 
+def _leave_out(given: Mapping[str, object], why: str, otherwise: str) -> None:
+    """Refuse the options that were given, rather than ignore them."""
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise ConfigError(f"{why}, so leave out {', '.join(names)}, or {otherwise}")
+
+
 def _study(
-    path: str, how: Recording, passages: Sequence[Passage] = ()
+    path: str, how: Recording, asked: Questions, passages: Sequence[Passage] = ()
 ) -> tuple[Study, ProbedModel | None]:
     """Record a model on its text, or on passages of a different one; or read a trace."""
     from moestro.probe.study import read_study, record_study
 
     if _is_trace(path):
-        if how.trace or how.ablate or how.generate or how.sources:
-            raise ConfigError(
-                f"{path} is a trace: nothing is run, so leave out --source, --trace, --ablate and "
-                "--generate, or give the model"
-            )
+        of_models = {
+            "--source": how.sources, "--tokens": how.tokens, "--generate": how.generate,
+            "--trace": how.trace, "--transformers": how.transformers,
+            "--accept-field": how.accept_fields, "--ablate": asked.ablate,
+            "--checkpoints": asked.checkpoints,
+        }  # fmt: skip
+        _leave_out(of_models, f"{path} is a trace: nothing is run", "give the model")
         return read_study(Path(path)), None
     from moestro.cli.probe_model import open_probed
 
     opened = open_probed(path, how.transformers, how.generate, how.accept_fields)
-    passages = passages or opened.passages(how.sources, how.tokens)
+    passages = passages or opened.passages(how.sources, how.tokens or TOKENS)
     with bar("probing held-out text") as progress:
         study = record_study(
             opened.model, opened.tokenizer, passages, name=str(opened.folder),
@@ -329,11 +354,12 @@ def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     from moestro.probe.study import same_tokens
 
     files = [_is_trace(each) for each in (path, other)]
-    of_trace = how._replace(sources=(), generate=0)  # nothing is run
-    first, _ = _study(path, of_trace if files[0] else how)
+    # What was given of text and of running is for the one that is run, if there is one.
+    first_how, second_how = (Recording() if file and not all(files) else how for file in files)
+    first, _ = _study(path, first_how, Questions())
     if how.sources or any(files):
-        return first, _study(other, of_trace if files[1] else how)[0]
-    second, _ = _study(other, how, first.passages)
+        return first, _study(other, second_how, Questions())[0]
+    second, _ = _study(other, how, Questions(), first.passages)
     if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
         raise ConfigError(
             f"{path} and {other} have different tokenizers, so the tokens that one held out mean "
