@@ -129,6 +129,10 @@ def probe(
     alone, repetition, caches, and on request the effect of silencing an expert. Figures (PNG and
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
+    from rich.console import Console
+
+    from moestro.cli.probe_tables import print_study
+
     how = Recording(
         tokens, tuple(source or ()), generate, trace, transformers, tuple(accept_field or ())
     )
@@ -143,18 +147,23 @@ def probe(
             "--by": by, "--layer": layer is not None, "--generate": generate,
         }  # fmt: skip
         _leave_out(only_one, "--compare writes a comparison only", "probe each model by itself")
+        _require_places(out, None)
         _compare((path, compare), how, out, as_json, seed)
         return
     asked = Questions(layer, ablate, checkpoints, seed)
     _groupings((), by)  # what is wrong with these is said before the model runs
     _require_places(out, report)
-    study, opened = _study(path, how, asked)
+    opened = None if _is_trace(path) else _open(path, how)
+    folder = out or _beside(path, opened)
+    _require_places(folder, None)
+    if opened is None:
+        study = _read(path, how, asked)
+    else:
+        study = _record(opened, how, _passages(opened, how, asked))
     if report is not None:
         study.require_tokenizer()
-    groupings = _groupings(study.trace.domains, by)
-    folder = _made(out or _beside(path, opened))
-    answers = _answers(study, opened, groupings, asked)
-    files = study.save(answers, folder, layer=layer, sources=how.sources, seed=seed)
+    answers = _answers(study, opened, _groupings(study.trace.domains, by), asked)
+    files = study.save(answers, _made(folder), layer=layer, sources=how.sources, seed=seed)
     if report is not None:
         study.write_page(answers, report)
     if as_json:
@@ -162,7 +171,7 @@ def probe(
     else:
         lines = [f"\nwritten to {folder}: {', '.join(files)}"]
         lines += [f"to read in a browser: {report}"] if report is not None else []
-        _print(study, answers, layer, lines)
+        print_study(Console(highlight=False), study, answers, layer, lines)
 
 
 def _answers(
@@ -171,13 +180,9 @@ def _answers(
     """All that was asked for, with a display of what is under way."""
     from rich.console import Console
 
-    from moestro.probe.recording.traces import place_of
-
-    if asked.layer is not None:
-        place_of(asked.layer, study.trace.subject.moe_layers)
     with Console(stderr=True).status("measuring"):
         answers = study.measure(groupings, asked.seed)
-    if asked.checkpoints:
+    if asked.checkpoints and opened is not None:
         answers = answers._replace(saturation=_saturation(study, opened, asked.seed))
     if asked.ablate:
         with bar("silencing experts") as progress:
@@ -193,31 +198,56 @@ def _leave_out(given: Mapping[str, object], why: str, otherwise: str) -> None:
         raise ConfigError(f"{why}, so leave out {', '.join(names)}, or {otherwise}")
 
 
-def _study(
-    path: str, how: Recording, asked: Questions, passages: Sequence[Passage] = ()
-) -> tuple[Study, ProbedModel | None]:
-    """Record a model on its text, or on passages of a different one; or read a trace."""
-    from moestro.probe.study import read_study, record_study
-
-    if _is_trace(path):
-        of_models = {
-            "--source": how.sources, "--tokens": how.tokens, "--generate": how.generate,
-            "--trace": how.trace, "--transformers": how.transformers,
-            "--accept-field": how.accept_fields, "--ablate": asked.ablate,
-            "--checkpoints": asked.checkpoints,
-        }  # fmt: skip
-        _leave_out(of_models, f"{path} is a trace: nothing is run", "give the model")
-        return read_study(Path(path)), None
+def _open(path: str, how: Recording) -> ProbedModel:
+    """The model, to be run."""
     from moestro.cli.probe_model import open_probed
 
-    opened = open_probed(path, how.transformers, how.generate, how.accept_fields)
-    passages = passages or opened.passages(how.sources, how.tokens or TOKENS)
+    return open_probed(path, how.transformers, how.generate, how.accept_fields)
+
+
+def _passages(opened: ProbedModel, how: Recording, asked: Questions) -> Sequence[Passage]:
+    """What the model is to read; questions that it cannot answer are refused before it does."""
+    from moestro.probe.recording.reader import reader_of
+    from moestro.probe.recording.traces import place_of
+    from moestro.probe.study import require_ablatable
+
+    if asked.layer is not None:
+        place_of(asked.layer, [each.layer for each in reader_of(opened.model).mixtures])
+    if asked.checkpoints:
+        _steps(opened)
+    passages = opened.passages(how.sources, how.tokens or TOKENS)
+    if asked.ablate:
+        require_ablatable(opened.model, passages)
+    return passages
+
+
+def _record(opened: ProbedModel, how: Recording, passages: Sequence[Passage]) -> Study:
+    """What the model decides on these passages."""
+    from moestro.probe.study import record_study
+
     with bar("probing held-out text") as progress:
-        study = record_study(
+        return record_study(
             opened.model, opened.tokenizer, passages, name=str(opened.folder),
             generate=how.generate, keep=how.trace, progress=progress,
         )  # fmt: skip
-    return study, opened
+
+
+def _read(path: str, how: Recording, asked: Questions) -> Study:
+    """What a trace says; whatever is about running a model is refused."""
+    from moestro.probe.recording.traces import place_of
+    from moestro.probe.study import read_study
+
+    of_models = {
+        "--source": how.sources, "--tokens": how.tokens, "--generate": how.generate,
+        "--trace": how.trace, "--transformers": how.transformers,
+        "--accept-field": how.accept_fields, "--ablate": asked.ablate,
+        "--checkpoints": asked.checkpoints,
+    }  # fmt: skip
+    _leave_out(of_models, f"{path} is a trace: nothing is run", "give the model")
+    study = read_study(Path(path))
+    if asked.layer is not None:
+        place_of(asked.layer, study.trace.subject.moe_layers)
+    return study
 
 
 def _is_trace(path: str) -> bool:
@@ -276,46 +306,24 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _saturation(study: Study, opened: ProbedModel | None, seed: int) -> Saturation:
-    """How much of the final routing each checkpoint of the run has, on the same text."""
+def _steps(opened: ProbedModel) -> dict[int, Path]:
+    """The folders of the run's checkpoints by step: two or more."""
     from moestro.checkpoints.folders import step_folders
 
-    folders = {} if opened is None else step_folders(opened.home)
+    folders = step_folders(opened.home)
     if len(folders) < 2:
         raise ConfigError(
-            f"{'a trace' if opened is None else opened.home} is not a run with several "
-            "checkpoints, which --checkpoints compares; train with train.keep at 2 or "
-            "more, or leave it out"
+            f"{opened.home} is not a run with several checkpoints, which --checkpoints compares; "
+            "train with train.keep at 2 or more, or leave it out"
         )
+    return folders
+
+
+def _saturation(study: Study, opened: ProbedModel, seed: int) -> Saturation:
+    """How much of the final routing each checkpoint of the run has, on the same text."""
+    folders = _steps(opened)
     models = (open_shown(folder).model for folder in folders.values())
     return study.saturation(models, list(folders), seed)
-
-
-def _print(study: Study, answers: Answers, layer: int | None, files: list[str]) -> None:
-    """The tables and the summary, for a person."""
-    from rich.console import Console
-
-    from moestro.cli.probe_tables import print_comparison, print_findings
-
-    console, findings = Console(highlight=False), answers.findings
-    domains = len(findings.domains)
-    console.print(
-        f"{findings.model}: {findings.tokens_M.sum():,} tokens of {domains} "
-        f"{'domain' if domains == 1 else 'domains'}",
-        markup=False,
-        soft_wrap=True,
-    )
-    print_findings(console, findings, layer, answers.ablations, answers.saturation)
-    if answers.written is not None:
-        generated = study.trace.generated_T.sum()
-        on = f"what the model read and the {generated:,} tokens that it wrote"
-        print_comparison(console, answers.written, on, "read", "written")
-    for sentence in answers.summary:
-        console.print(f"• {sentence}", markup=False)
-    for note in findings.notes:
-        console.print(f"note: {note}", markup=False)
-    for line in files:
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def _compare(
@@ -349,6 +357,14 @@ def _compare(
         console.print(f"written to {file}", markup=False, soft_wrap=True)
 
 
+def _study(path: str, how: Recording) -> Study:
+    """A trace, or what a model decides on its text."""
+    if _is_trace(path):
+        return _read(path, how, Questions())
+    opened = _open(path, how)
+    return _record(opened, how, _passages(opened, how, Questions()))
+
+
 def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     """Studies of both: of documents of the same sources, or of the first one's passages."""
     from moestro.probe.study import same_tokens
@@ -356,10 +372,10 @@ def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     files = [_is_trace(each) for each in (path, other)]
     # What was given of text and of running is for the one that is run, if there is one.
     first_how, second_how = (Recording() if file and not all(files) else how for file in files)
-    first, _ = _study(path, first_how, Questions())
+    first = _study(path, first_how)
     if how.sources or any(files):
-        return first, _study(other, second_how, Questions())[0]
-    second, _ = _study(other, how, Questions(), first.passages)
+        return first, _study(other, second_how)
+    second = _record(_open(other, how), how, first.passages)
     if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
         raise ConfigError(
             f"{path} and {other} have different tokenizers, so the tokens that one held out mean "
