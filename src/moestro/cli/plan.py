@@ -140,6 +140,11 @@ def plan(
     from moestro.plan.sizes import parse_bytes
 
     if list_presets:
+        if model is not None or against or figure is not None:
+            raise ConfigError(
+                "--list lists the presets and plans for none; leave out MODEL, --against and "
+                "--figure, or --list"
+            )
         _list(as_json)
         return
     if model is None:
