@@ -11,6 +11,7 @@ import typer
 
 from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
 from moestro.cli.options import AsJson, HeldOutSource
+from moestro.cli.probe_tables import print_comparison, print_study
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
@@ -129,10 +130,6 @@ def probe(
     alone, repetition, caches, and on request the effect of silencing an expert. Figures (PNG and
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
-    from rich.console import Console
-
-    from moestro.cli.probe_tables import print_study
-
     how = Recording(
         tokens, tuple(source or ()), generate, trace, transformers, tuple(accept_field or ())
     )
@@ -156,10 +153,7 @@ def probe(
     opened = None if _is_trace(path) else _open(path, how)
     folder = out or _beside(path, opened)
     _require_places(folder, None)
-    if opened is None:
-        study = _read(path, how, asked)
-    else:
-        study = _record(opened, how, _passages(opened, how, asked))
+    study = _study(path, opened, how, asked)
     if report is not None:
         study.require_tokenizer()
     answers = _answers(study, opened, _groupings(study.trace.domains, by), asked)
@@ -168,10 +162,10 @@ def probe(
         study.write_page(answers, report)
     if as_json:
         typer.echo((folder / "probe.json").read_text(encoding="utf-8").rstrip())
-    else:
-        lines = [f"\nwritten to {folder}: {', '.join(files)}"]
-        lines += [f"to read in a browser: {report}"] if report is not None else []
-        print_study(Console(highlight=False), study, answers, layer, lines)
+        return
+    lines = [f"\nwritten to {folder}: {', '.join(files)}"]
+    lines += [f"to read in a browser: {report}"] if report is not None else []
+    print_study(study, answers, layer, lines)
 
 
 def _answers(
@@ -196,6 +190,13 @@ def _leave_out(given: Mapping[str, object], why: str, otherwise: str) -> None:
     names = [name for name, value in given.items() if value]
     if names:
         raise ConfigError(f"{why}, so leave out {', '.join(names)}, or {otherwise}")
+
+
+def _study(path: str, opened: ProbedModel | None, how: Recording, asked: Questions) -> Study:
+    """What a model decides on its text, or what a trace says where none is open."""
+    if opened is None:
+        return _read(path, how, asked)
+    return _record(opened, how, _passages(opened, how, asked))
 
 
 def _open(path: str, how: Recording) -> ProbedModel:
@@ -332,7 +333,6 @@ def _compare(
     """Compare two models or traces; print the table, and write compare.json with --out."""
     from rich.console import Console
 
-    from moestro.cli.probe_tables import print_comparison
     from moestro.probe.measures.measure import to_json
     from moestro.probe.measures.versus import compare
     from moestro.probe.report.table import save_text
@@ -357,14 +357,6 @@ def _compare(
         console.print(f"written to {file}", markup=False, soft_wrap=True)
 
 
-def _study(path: str, how: Recording) -> Study:
-    """A trace, or what a model decides on its text."""
-    if _is_trace(path):
-        return _read(path, how, Questions())
-    opened = _open(path, how)
-    return _record(opened, how, _passages(opened, how, Questions()))
-
-
 def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     """Studies of both: of documents of the same sources, or of the first one's passages."""
     from moestro.probe.study import same_tokens
@@ -372,9 +364,10 @@ def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     files = [_is_trace(each) for each in (path, other)]
     # What was given of text and of running is for the one that is run, if there is one.
     first_how, second_how = (Recording() if file and not all(files) else how for file in files)
-    first = _study(path, first_how)
+    first = _study(path, None if files[0] else _open(path, how), first_how, Questions())
     if how.sources or any(files):
-        return first, _study(other, second_how)
+        opened = None if files[1] else _open(other, how)
+        return first, _study(other, opened, second_how, Questions())
     second = _record(_open(other, how), how, first.passages)
     if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
         raise ConfigError(

@@ -30,11 +30,11 @@ MEANING = {
 }
 
 
-def print_study(
-    console: Console, study: Study, answers: Answers, layer: int | None, files: list[str]
-) -> None:
+def print_study(study: Study, answers: Answers, layer: int | None, files: list[str]) -> None:
     """The tables and the summary of a study, and where its files are."""
-    findings = answers.findings
+    from rich.console import Console
+
+    console, findings = Console(highlight=False), answers.findings
     domains = len(findings.domains)
     console.print(
         f"{findings.model}: {findings.tokens_M.sum():,} tokens of {domains} "
