@@ -251,6 +251,8 @@ def test_a_figure(tmp_path: Path, capsys) -> None:
     ("words", "message"),
     [
         ([], "--list"),
+        (["gpt-3", "--list"], "leave out MODEL, --against and --figure, or --list"),
+        (["--list", "--figure", "plan.png"], "leave out MODEL, --against and --figure"),
         (["mixtral-8x7"], "did you mean mixtral-8x7b"),
         (["mixtral-8x7b", "--against", "nothing-like-it"], "no preset 'nothing-like-it'"),
         (["nowhere.toml"], "there is no file nowhere.toml"),

@@ -14,8 +14,11 @@ from moestro.config import RunConfig
 from moestro.data.windows import prepare
 from moestro.files import write_json
 from moestro.models.decoder import Decoder
+from moestro.probe import study
 from moestro.probe.recording.tracefile import read_trace, write_parts
 from moestro.text import ByteTokenizer
+
+from ..probe.worlds import world
 
 WORDS = {"animals": "cat dog hen cow", "numbers": "12 90 74 33", "shouts": "HEY WOW NO GO"}
 FIGURES = {"load", "experts_by_domain", "specialisation", "repetition", "caching"}
@@ -197,7 +200,7 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         ([run, "--tokens", 0], "--tokens"),
         ([run, "--by", "language", "--out", tmp_path / "o"], "give NAME=REGEX"),
         ([run, "--by", "language=(", "--out", tmp_path / "o"], "language"),
-        ([run, "--compare", run, "--ablate", 1], "leave out --report, --ablate"),
+        ([run, "--compare", run, "--ablate", 1], "so leave out --ablate, or probe"),
         ([run, "--checkpoints", "--out", tmp_path / "o"], "not a run with several checkpoints"),
         ([tmp_path / "no.npz"], "no.npz"),
     ):
@@ -206,6 +209,53 @@ def test_bad_input_is_one_sentence_and_exit_2(run, tmp_path, texts, capsys) -> N
         assert message in err
         assert err.startswith("moestro: error: ")
         assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("a.npz --tokens 5 --source texts", "--source, --tokens, or give the model"),
+        ("a.npz --transformers --generate 3", "--generate, --transformers, or give the model"),
+        ("a.npz --accept-field name --checkpoints", "--accept-field, --checkpoints, or give"),
+        ("a.npz --compare b.npz --tokens 5", "a.npz is a trace: nothing is run"),
+        ("RUN --compare b.npz --by zz --layer 0", "only, so leave out --by, --layer, or"),
+        ("RUN --compare RUN --generate 5", "only, so leave out --generate, or"),
+        ("RUN --transformers --accept-field name", "leave out --accept-field or --transformers"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(run, words, named, capsys) -> None:
+    assert main(["probe", *words.replace("RUN", str(run)).split()]) == 2
+    out, err = capsys.readouterr()
+    assert named in err
+    assert out == ""
+
+
+@pytest.mark.filterwarnings("ignore:expert_choice routing is not causal")
+def test_questions_without_an_answer_are_refused_before_the_model_reads(
+    run, tmp_path, texts, capsys, monkeypatch
+) -> None:
+    kept, alone = tmp_path / "kept.npz", tmp_path / "alone"
+    write_parts(kept, [world(0)])
+    for name in ("one", "two"):
+        (alone / name).mkdir(parents=True)
+        (alone / name / "a.txt").write_text(f"{name} document " * 20)
+    choosing = write_run(tmp_path / "choosing", texts, router={"kind": "expert_choice"})
+    taken = write_run(tmp_path / "run", texts, num_experts=4) / "probe"
+    taken.write_text("a file where the folder would be")
+    monkeypatch.setattr(study, "record_study", None)  # nothing is recorded
+    out = tmp_path / "out"
+    for words, message in (
+        ([run, "--layer", 0, "--out", out], "choose one of 1, 2"),
+        ([run, "--checkpoints", "--out", out], "not a run with several checkpoints"),
+        ([run, "--ablate", 2, "--source", alone, "--out", out], "two documents each"),
+        ([choosing, "--ablate", 2, "--out", out], "ablation needs a model whose tokens choose"),
+        ([taken.parent], f"cannot write to {taken}"),
+        ([run, "--compare", run, "--out", taken / "inside"], "choose another folder with --out"),
+        ([kept, "--layer", 99, "--out", out], "choose one of 0"),
+    ):
+        assert main(["probe", *map(str, words)]) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_a_published_model_is_probed_where_one_stands(

@@ -253,6 +253,7 @@ def test_round_is_measured_as_int4(
         (["merge", "--groups", "4"], "4 experts would be left"),
         (["merge", "--groups", "1"], "1 experts would be left"),
         (["upcycle"], "a mixture of 4 experts already"),
+        (["upcycle", "--share", "0.9"], "--share is what --method noise and drop change"),
         (
             ["upcycle", "--seed", "1000000000000000"],
             "--seed': Input should be less than or equal to 42949",

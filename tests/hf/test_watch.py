@@ -59,6 +59,21 @@ def test_a_mask_that_was_told_holds_for_one_pass():
     assert (first[0], second[0]) == (REAL.sum() * 3, 18 * 3)
 
 
+@pytest.mark.parametrize("unwatched", ["no_grad", "eval", "failed"])
+def test_that_pass_need_not_be_watched(unwatched):
+    model, batch = training(), tokens()
+    balancer = hf.balance(model, switch=1.0)
+    balancer.valid(REAL)
+    if unwatched == "failed":
+        with pytest.raises(ValueError, match="specify"):
+            model()
+    else:
+        with torch.set_grad_enabled(unwatched == "eval"):
+            model.train(unwatched == "no_grad")(batch)
+    _, counts = loss_of(model.train(), balancer, batch)
+    assert counts == [18 * 3] * 2
+
+
 @pytest.mark.parametrize("mask", [REAL.long(), ADDED[:, None, 5:], SAME[:, None, 5:]])
 def test_with_a_cache_the_mask_is_longer(mask):
     model, batch = training(), tokens()

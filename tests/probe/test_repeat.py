@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 
@@ -25,7 +27,7 @@ def test_repetition_of_known_sequences():
     found = repetition(trace_of(np.array(a + b)[:, None], [5, 5], [0, 1], 4))
     np.testing.assert_allclose(found.first_LM, [[1.0, 0.0]])
     np.testing.assert_allclose(found.any_LM, [[1.0, 0.5]])
-    np.testing.assert_allclose(found.first_shuffled_LM, [[1.0, (4 + 1 + 1 + 1) / 25]])
+    np.testing.assert_allclose(found.first_shuffled_LM, [[1.0, 2 / (5 * 4)]])
     assert np.isnan(found.first_error_LM).all()
 
 
@@ -52,6 +54,34 @@ def test_skewed_loads_repeat_by_themselves_and_the_shuffled_null_says_so():
     np.testing.assert_allclose(found.first_LM, expected, atol=0.03)
     np.testing.assert_allclose(found.first_shuffled_LM, expected, atol=0.03)
     np.testing.assert_array_equal(found.any_LM, found.first_LM)  # K = 1
+
+
+def test_shuffled_is_the_mean_over_all_orders_of_the_tokens():
+    rng = np.random.default_rng(0)
+    experts_TK = np.argsort(rng.random((6, 4)))[:, :2]
+    every = [experts_TK[list(order)] for order in permutations(range(6))]
+    found = [repetition(trace_of(own_TK[:, None], [6], [0], 4)) for own_TK in every]
+    first, any_ = (np.mean([each[field] for each in found]) for field in (0, 1))
+    assert 0 < first < any_ < 1
+    np.testing.assert_allclose(found[0].first_shuffled_LM, first)
+    # From draws, so the mean over what each order drew.
+    assert np.mean([each.any_shuffled_LM for each in found]) == pytest.approx(any_, abs=0.01)
+
+
+def test_no_token_is_its_own_neighbour():
+    experts = np.array([[0, 1], [2, 3], [4, 5]])[:, None]  # no two share any
+    found = repetition(trace_of(experts, [3], [0], 6))
+    assert found.first_shuffled_LM.tolist() == found.any_shuffled_LM.tolist() == [[0.0]]
+
+
+def test_neighbours_that_know_nothing_of_each_other_are_on_average_as_shuffled():
+    """Many experts and short domains, where a token that is paired with itself would be seen."""
+    excess = []
+    for seed in range(40):
+        trace = world(seed, documents=(12,) * 7, length=36, experts=128, vocabulary=50)
+        found = repetition(trace)
+        excess.append((found.first_LM - found.first_shuffled_LM).mean())
+    assert abs(np.mean(excess)) < 3 * np.std(excess, ddof=1) / len(excess) ** 0.5
 
 
 def test_what_has_no_neighbours():

@@ -140,7 +140,7 @@ def plan(
     from moestro.plan.sizes import parse_bytes
 
     if list_presets:
-        _list(as_json)
+        _list(as_json, alone=not (model or against or figure))
         return
     if model is None:
         raise ConfigError("name a model to plan for; `moestro plan --list` shows the presets")
@@ -216,15 +216,21 @@ def _draw(reports: list[Report], path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
-def _list(as_json: bool) -> None:
+def _list(as_json: bool, alone: bool) -> None:
     """All presets: what they count, what layout their weights have, and how they decode."""
     from rich.console import Console
 
     from moestro.checkpoints.families import FAMILIES
+    from moestro.errors import ConfigError
     from moestro.models.passing import lacks
     from moestro.plan.presets import names, preset
     from moestro.plan.sizes import parameters_text
 
+    if not alone:
+        raise ConfigError(
+            "--list lists the presets and plans for none; leave out MODEL, --against and "
+            "--figure, or --list"
+        )
     subjects = [preset(name) for name in names()]
     why = [None if s.cfg is None else lacks(s.cfg) for s in subjects]
     ways = [

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moestro.cli.opening import AcceptField, ModelName, bar, open_shown
-from moestro.cli.options import AsJson, HeldOutSource, HeldOutTokens
-from moestro.cli.tables import printable
+from moestro.cli.options import AsJson, HeldOutSource
+from moestro.cli.probe_tables import print_comparison, print_study
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from moestro.cli.probe_model import ProbedModel
     from moestro.probe.measures.saturation import Saturation
@@ -28,6 +28,13 @@ Out = Annotated[
     typer.Option(
         help="Folder for the figures and numbers; default: probe in the run folder, probe-NAME "
         "here for a published model or a trace."
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most held-out tokens to read, shared evenly by the domains; default 65,536.",
     ),
 ]
 Layer = Annotated[
@@ -76,24 +83,33 @@ Transformers = Annotated[
 ]
 
 TRACE = ".npz"
+TOKENS = 65_536
 
 
 class Recording(NamedTuple):
     """How a model is to be run: on which text, and what is kept."""
 
-    tokens: int
-    sources: tuple[str, ...]
-    generate: int
-    ablate: int
-    trace: Path | None
-    transformers: bool
-    accept_fields: tuple[str, ...]
+    tokens: int | None = None  # None: TOKENS
+    sources: tuple[str, ...] = ()
+    generate: int = 0
+    trace: Path | None = None
+    transformers: bool = False
+    accept_fields: tuple[str, ...] = ()
+
+
+class Questions(NamedTuple):
+    """What is asked of one model beyond what is always measured."""
+
+    layer: int | None = None
+    ablate: int = 0
+    checkpoints: bool = False
+    seed: int = 0
 
 
 def probe(
     path: ModelName,
     out: Out = None,
-    tokens: HeldOutTokens = 65_536,
+    tokens: Tokens = None,
     source: HeldOutSource = None,
     layer: Layer = None,
     by: By = None,
@@ -115,85 +131,124 @@ def probe(
     SVG), tables (CSV) and probe.json go to the folder --out. PATH may also be a trace.
     """
     how = Recording(
-        tokens, tuple(source or ()), generate, ablate, trace, transformers,
-        tuple(accept_field or ()),
-    )  # fmt: skip
+        tokens, tuple(source or ()), generate, trace, transformers, tuple(accept_field or ())
+    )
+    if transformers and accept_field:
+        raise ConfigError(
+            "--transformers runs the model by its own code, which asks about no field; leave out "
+            "--accept-field or --transformers"
+        )
     if compare is not None:
-        if report or ablate or checkpoints or trace:
-            raise ConfigError(
-                "--compare writes a comparison only; leave out --report, --ablate, --checkpoints "
-                "and --trace, or probe each model by itself"
-            )
+        only_one = {
+            "--report": report, "--ablate": ablate, "--checkpoints": checkpoints, "--trace": trace,
+            "--by": by, "--layer": layer is not None, "--generate": generate,
+        }  # fmt: skip
+        _leave_out(only_one, "--compare writes a comparison only", "probe each model by itself")
+        _require_places(out, None)
         _compare((path, compare), how, out, as_json, seed)
         return
+    asked = Questions(layer, ablate, checkpoints, seed)
     _groupings((), by)  # what is wrong with these is said before the model runs
     _require_places(out, report)
-    study, opened = _study(path, how)
+    opened = None if _is_trace(path) else _open(path, how)
+    folder = out or _beside(path, opened)
+    _require_places(folder, None)
+    study = _study(path, opened, how, asked)
     if report is not None:
         study.require_tokenizer()
-    groupings = _groupings(study.trace.domains, by)
-    folder = _made(out or _beside(path, opened))
-    answers = _answers(study, opened, groupings, layer, ablate, checkpoints, seed)
-    files = study.save(answers, folder, layer=layer, sources=how.sources, seed=seed)
+    answers = _answers(study, opened, _groupings(study.trace.domains, by), asked)
+    files = study.save(answers, _made(folder), layer=layer, sources=how.sources, seed=seed)
     if report is not None:
         study.write_page(answers, report)
     if as_json:
         typer.echo((folder / "probe.json").read_text(encoding="utf-8").rstrip())
-    else:
-        lines = [f"\nwritten to {folder}: {', '.join(files)}"]
-        lines += [f"to read in a browser: {report}"] if report is not None else []
-        _print(study, answers, layer, lines)
+        return
+    lines = [f"\nwritten to {folder}: {', '.join(files)}"]
+    lines += [f"to read in a browser: {report}"] if report is not None else []
+    print_study(study, answers, layer, lines)
 
 
 def _answers(
-    study: Study,
-    opened: ProbedModel | None,
-    groupings: tuple[Grouping, ...],
-    layer: int | None,
-    ablate: int,
-    checkpoints: bool,
-    seed: int,
+    study: Study, opened: ProbedModel | None, groupings: tuple[Grouping, ...], asked: Questions
 ) -> Answers:
     """All that was asked for, with a display of what is under way."""
     from rich.console import Console
 
-    from moestro.probe.recording.traces import place_of
-
-    if layer is not None:
-        place_of(layer, study.trace.subject.moe_layers)
     with Console(stderr=True).status("measuring"):
-        answers = study.measure(groupings, seed)
-    if checkpoints:
-        answers = answers._replace(saturation=_saturation(study, opened, seed))
-    if ablate:
+        answers = study.measure(groupings, asked.seed)
+    if asked.checkpoints and opened is not None:
+        answers = answers._replace(saturation=_saturation(study, opened, asked.seed))
+    if asked.ablate:
         with bar("silencing experts") as progress:
-            answers = answers._replace(ablations=study.ablate(ablate, seed, progress))
+            ablations = study.ablate(asked.ablate, asked.seed, progress)
+        answers = answers._replace(ablations=ablations)
     return answers
 
 
-def _study(
-    path: str, how: Recording, passages: Sequence[Passage] = ()
-) -> tuple[Study, ProbedModel | None]:
-    """Record a model on its text, or on passages of a different one; or read a trace."""
-    from moestro.probe.study import read_study, record_study
+def _leave_out(given: Mapping[str, object], why: str, otherwise: str) -> None:
+    """Refuse the options that were given, rather than ignore them."""
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise ConfigError(f"{why}, so leave out {', '.join(names)}, or {otherwise}")
 
-    if _is_trace(path):
-        if how.trace or how.ablate or how.generate or how.sources:
-            raise ConfigError(
-                f"{path} is a trace: nothing is run, so leave out --source, --trace, --ablate and "
-                "--generate, or give the model"
-            )
-        return read_study(Path(path)), None
+
+def _study(path: str, opened: ProbedModel | None, how: Recording, asked: Questions) -> Study:
+    """What a model decides on its text, or what a trace says where none is open."""
+    if opened is None:
+        return _read(path, how, asked)
+    return _record(opened, how, _passages(opened, how, asked))
+
+
+def _open(path: str, how: Recording) -> ProbedModel:
+    """The model, to be run."""
     from moestro.cli.probe_model import open_probed
 
-    opened = open_probed(path, how.transformers, how.generate, how.accept_fields)
-    passages = passages or opened.passages(how.sources, how.tokens)
+    return open_probed(path, how.transformers, how.generate, how.accept_fields)
+
+
+def _passages(opened: ProbedModel, how: Recording, asked: Questions) -> Sequence[Passage]:
+    """What the model is to read; questions that it cannot answer are refused before it does."""
+    from moestro.probe.recording.reader import reader_of
+    from moestro.probe.recording.traces import place_of
+    from moestro.probe.study import require_ablatable
+
+    if asked.layer is not None:
+        place_of(asked.layer, [each.layer for each in reader_of(opened.model).mixtures])
+    if asked.checkpoints:
+        _steps(opened)
+    passages = opened.passages(how.sources, how.tokens or TOKENS)
+    if asked.ablate:
+        require_ablatable(opened.model, passages)
+    return passages
+
+
+def _record(opened: ProbedModel, how: Recording, passages: Sequence[Passage]) -> Study:
+    """What the model decides on these passages."""
+    from moestro.probe.study import record_study
+
     with bar("probing held-out text") as progress:
-        study = record_study(
+        return record_study(
             opened.model, opened.tokenizer, passages, name=str(opened.folder),
             generate=how.generate, keep=how.trace, progress=progress,
         )  # fmt: skip
-    return study, opened
+
+
+def _read(path: str, how: Recording, asked: Questions) -> Study:
+    """What a trace says; whatever is about running a model is refused."""
+    from moestro.probe.recording.traces import place_of
+    from moestro.probe.study import read_study
+
+    of_models = {
+        "--source": how.sources, "--tokens": how.tokens, "--generate": how.generate,
+        "--trace": how.trace, "--transformers": how.transformers,
+        "--accept-field": how.accept_fields, "--ablate": asked.ablate,
+        "--checkpoints": asked.checkpoints,
+    }  # fmt: skip
+    _leave_out(of_models, f"{path} is a trace: nothing is run", "give the model")
+    study = read_study(Path(path))
+    if asked.layer is not None:
+        place_of(asked.layer, study.trace.subject.moe_layers)
+    return study
 
 
 def _is_trace(path: str) -> bool:
@@ -252,46 +307,24 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _saturation(study: Study, opened: ProbedModel | None, seed: int) -> Saturation:
-    """How much of the final routing each checkpoint of the run has, on the same text."""
+def _steps(opened: ProbedModel) -> dict[int, Path]:
+    """The folders of the run's checkpoints by step: two or more."""
     from moestro.checkpoints.folders import step_folders
 
-    folders = {} if opened is None else step_folders(opened.home)
+    folders = step_folders(opened.home)
     if len(folders) < 2:
         raise ConfigError(
-            f"{'a trace' if opened is None else opened.home} is not a run with several "
-            "checkpoints, which --checkpoints compares; train with train.keep at 2 or "
-            "more, or leave it out"
+            f"{opened.home} is not a run with several checkpoints, which --checkpoints compares; "
+            "train with train.keep at 2 or more, or leave it out"
         )
+    return folders
+
+
+def _saturation(study: Study, opened: ProbedModel, seed: int) -> Saturation:
+    """How much of the final routing each checkpoint of the run has, on the same text."""
+    folders = _steps(opened)
     models = (open_shown(folder).model for folder in folders.values())
     return study.saturation(models, list(folders), seed)
-
-
-def _print(study: Study, answers: Answers, layer: int | None, files: list[str]) -> None:
-    """The tables and the summary, for a person."""
-    from rich.console import Console
-
-    from moestro.cli.probe_tables import print_comparison, print_findings
-
-    console, findings = Console(highlight=False), answers.findings
-    domains = len(findings.domains)
-    console.print(
-        f"{findings.model}: {findings.tokens_M.sum():,} tokens of {domains} "
-        f"{'domain' if domains == 1 else 'domains'}",
-        markup=False,
-        soft_wrap=True,
-    )
-    print_findings(console, findings, layer, answers.ablations, answers.saturation)
-    if answers.written is not None:
-        generated = study.trace.generated_T.sum()
-        on = f"what the model read and the {generated:,} tokens that it wrote"
-        print_comparison(console, answers.written, on, "read", "written")
-    for sentence in answers.summary:
-        console.print(f"• {printable(sentence)}", markup=False)
-    for note in findings.notes:
-        console.print(f"note: {printable(note)}", markup=False)
-    for line in files:
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def _compare(
@@ -300,7 +333,6 @@ def _compare(
     """Compare two models or traces; print the table, and write compare.json with --out."""
     from rich.console import Console
 
-    from moestro.cli.probe_tables import print_comparison
     from moestro.probe.measures.measure import to_json
     from moestro.probe.measures.versus import compare
     from moestro.probe.report.table import save_text
@@ -330,11 +362,13 @@ def _both(path: str, other: str, how: Recording) -> tuple[Study, Study]:
     from moestro.probe.study import same_tokens
 
     files = [_is_trace(each) for each in (path, other)]
-    of_trace = how._replace(sources=(), generate=0)  # nothing is run
-    first, _ = _study(path, of_trace if files[0] else how)
+    # What was given of text and of running is for the one that is run, if there is one.
+    first_how, second_how = (Recording() if file and not all(files) else how for file in files)
+    first = _study(path, None if files[0] else _open(path, how), first_how, Questions())
     if how.sources or any(files):
-        return first, _study(other, of_trace if files[1] else how)[0]
-    second, _ = _study(other, how, first.passages)
+        opened = None if files[1] else _open(other, how)
+        return first, _study(other, opened, second_how, Questions())
+    second = _record(_open(other, how), how, first.passages)
     if not same_tokens(first.require_tokenizer(), second.require_tokenizer()):
         raise ConfigError(
             f"{path} and {other} have different tokenizers, so the tokens that one held out mean "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moestro.probe.measures.saturation import Saturation
     from moestro.probe.measures.versus import Comparison, Quantity
     from moestro.probe.report.table import Grid, Table
+    from moestro.probe.study import Answers, Study
 
 ORDER = ("layers", "specialisation", "experts_by_domain", "repetition", "ablation", "saturation")
 MEANING = {
@@ -27,6 +28,31 @@ MEANING = {
     "margin": "lead of last choice",
     "specialisation": "domains apart",
 }
+
+
+def print_study(study: Study, answers: Answers, layer: int | None, files: list[str]) -> None:
+    """The tables and the summary of a study, and where its files are."""
+    from rich.console import Console
+
+    console, findings = Console(highlight=False), answers.findings
+    domains = len(findings.domains)
+    console.print(
+        f"{findings.model}: {findings.tokens_M.sum():,} tokens of {domains} "
+        f"{'domain' if domains == 1 else 'domains'}",
+        markup=False,
+        soft_wrap=True,
+    )
+    print_findings(console, findings, layer, answers.ablations, answers.saturation)
+    if answers.written is not None:
+        generated = study.trace.generated_T.sum()
+        on = f"what the model read and the {generated:,} tokens that it wrote"
+        print_comparison(console, answers.written, on, "read", "written")
+    for sentence in answers.summary:
+        console.print(f"• {printable(sentence)}", markup=False)
+    for note in findings.notes:
+        console.print(f"note: {printable(note)}", markup=False)
+    for line in files:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_findings(

@@ -11,6 +11,7 @@ from moestro.cli.calibrating import Family, Seed, Target
 from moestro.cli.convert import check_new, writing
 from moestro.cli.opening import AcceptField, ModelName
 from moestro.cli.options import AsJson
+from moestro.errors import ConfigError
 
 Experts = Annotated[int, typer.Option(min=2, help="Experts in each layer, slices counted.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts that each token goes to.")]
@@ -23,7 +24,10 @@ Method = Annotated[
         help="Exact copies, copies with noise, or with a share of their hidden units drawn again."
     ),
 ]
-Share = Annotated[float, typer.Option(help="Of the weights or units that noise and drop change.")]
+Share = Annotated[
+    float | None,
+    typer.Option(help="Of the weights or units that noise and drop change; default 0.5."),
+]
 Shared = Annotated[bool, typer.Option("--shared", help="Add a shared expert, a copy too.")]
 
 
@@ -34,7 +38,7 @@ def upcycle(
     top_k: TopK = 2,
     granularity: Granularity = 1,
     method: Method = "copy",
-    share: Share = 0.5,
+    share: Share = None,
     shared: Shared = False,
     family: Family = None,
     seed: Seed = 0,
@@ -52,9 +56,15 @@ def upcycle(
     from moestro.surgery.layers import Layers
     from moestro.surgery.upcycle import Recipe, rounds_to, upcycled
 
+    if method == "copy" and share is not None:
+        raise ConfigError(
+            "--share is what --method noise and drop change, and copies are exact; leave it out, "
+            "or choose one of the two"
+        )
+    changed = 0.5 if share is None else share
     check_new(target)
     layers = Layers(find_checkpoint(path), accept_field or ())
-    recipe = Recipe(experts, top_k, granularity, method, share, shared, seed)
+    recipe = Recipe(experts, top_k, granularity, method, changed, shared, seed)
     change, name = upcycled(layers, recipe, family)
     with writing(target):
         layers.write(change, target, name)
@@ -68,7 +78,7 @@ def upcycle(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    same = "the dense model's outputs" if method == "copy" else f"{method} on {100 * share:.3g}%"
+    same = "the dense model's outputs" if method == "copy" else f"{method} on {100 * changed:.3g}%"
     if method == "copy" and rounded is not None:
         same += f" up to rounding to {str(rounded).removeprefix('torch.')}"
     typer.echo(

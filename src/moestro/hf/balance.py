@@ -137,6 +137,8 @@ class Balance:
     def valid(self, mask: Tensor) -> None:
         """Say which tokens of the next forward pass are real, where its attention mask does not.
 
+        It holds for that pass alone, in training or not.
+
         Args:
             mask: nonzero for real tokens, one place for each token that is routed, sequence by
                 sequence: [B, S] or [T].

@@ -66,7 +66,10 @@ class Watch:
         self._hooks.close()
 
     def valid(self, mask: Tensor) -> None:
-        """Say which tokens of the next forward pass are real, whatever its attention mask says."""
+        """Say which tokens of the next forward pass are real, whatever its attention mask says.
+
+        The next one, whether it is watched or not: a mask never waits for a later batch.
+        """
         self._given_T = mask.bool().flatten()
 
     def _start(self, model: nn.Module, _: Any) -> None:
@@ -109,9 +112,9 @@ class Watch:
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         choices, self._choices = self._choices, None
+        valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if choices is None:
             return
-        valid_T, self._valid_T, self._given_T = self._valid_T, None, None
         if output is None:  # the forward pass failed: nothing of it may be held on to
             return
         missing = [tap.name for place, tap in enumerate(self._mixtures) if place not in choices]

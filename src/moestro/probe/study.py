@@ -13,9 +13,10 @@ import numpy as np
 from torch import nn
 
 from moestro.errors import DataError, MoestroError
+from moestro.models.decoder import Decoder
 from moestro.probe.ablation.ablate import ablate
 from moestro.probe.ablation.effects import Ablations
-from moestro.probe.ablation.targets import targets
+from moestro.probe.ablation.targets import require_token_choice, targets
 from moestro.probe.measures.measure import Findings, measure, to_json
 from moestro.probe.measures.saturation import Saturation, saturation
 from moestro.probe.measures.specialise import Grouping
@@ -219,19 +220,38 @@ def read_study(path: Path) -> Study:
     return Study(trace, tokenizer)
 
 
+def require_ablatable(model: nn.Module, passages: Iterable[Passage]) -> None:
+    """Refuse a model or its text for `Study.ablate` before anything is recorded.
+
+    Raises:
+        MoestroError: the model's experts choose the tokens.
+        DataError: as `halves`; every passage is expected to name its document.
+    """
+    moe = model.cfg.moe if isinstance(model, Decoder) else None
+    if moe is not None:
+        require_token_choice(moe.router.kind != "expert_choice")
+    _require_halves((each.domain, each.document) for each in passages)
+
+
+def _require_halves(names: Iterable[tuple[str, str]]) -> None:
+    """Refuse text, by the names of domains and documents, that has too few to be halved."""
+    sizes = Counter(domain for domain, _ in set(names))
+    if sum(size > 1 for size in sizes.values()) < 2:
+        raise DataError(
+            "ablation chooses experts on some documents and measures them on others: it needs two "
+            "domains of at least two documents each; give more text"
+        )
+
+
 def halves(trace: Trace) -> tuple[set[str], set[str]]:
     """Names of every other document of each domain, and of the others; lone ones are left out.
 
     Raises:
         DataError: fewer than two domains have two documents.
     """
+    _require_halves(trace.names_N)
     pairs = sorted(set(zip(trace.domain_N.tolist(), trace.document_N.tolist(), strict=True)))
     sizes = Counter(domain for domain, _ in pairs)
-    if sum(size > 1 for size in sizes.values()) < 2:
-        raise DataError(
-            "ablation chooses experts on some documents and measures them on others: it needs two "
-            "domains of at least two documents each; give more text"
-        )
     sides: tuple[set[str], set[str]] = (set(), set())
     turn: Counter[int] = Counter()
     for domain, document in pairs:

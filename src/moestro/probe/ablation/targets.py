@@ -85,6 +85,15 @@ def every(trace: Trace, layer: int) -> list[Target]:
     return _with_controls(trace, share_LME, chosen, False, 0)
 
 
+def require_token_choice(token_choice: bool) -> None:
+    """Refuse a model for ablation whose tokens do not choose their experts."""
+    if not token_choice:
+        raise MoestroError(
+            "experts choose the tokens in this model (expert choice), so taking one away changes "
+            "who is chosen elsewhere; ablation needs a model whose tokens choose"
+        )
+
+
 def _lifts(trace: Trace) -> tuple[Floats, Floats]:
     """Shares of each domain's assignments, and scores to rank them by. Both [L, M, E].
 
@@ -96,11 +105,7 @@ def _lifts(trace: Trace) -> tuple[Floats, Floats]:
             f"an expert is special to a domain beside others, but the trace has only "
             f"{', '.join(trace.domains) or 'none'}; give text with at least two labels"
         )
-    if not trace.subject.top_k:
-        raise MoestroError(
-            "experts choose the tokens in this model (expert choice), so taking one away changes "
-            "who is chosen elsewhere; ablation needs a model whose tokens choose"
-        )
+    require_token_choice(trace.subject.top_k > 0)
     domain_P, documents = document_domains(trace), len(trace.documents)
     document_T = np.where(trace.generated_T, -1, trace.document_T)
     counts_LPE = trace.counts(document_T, documents).astype(np.float64)

@@ -133,7 +133,7 @@ def expert_table(trace: Trace, *, draws: int = 999, seed: int = 0) -> DomainTabl
     if (~alone_M).sum() > 1:
         dealt_P = (domain_P >= 0) & ~np.isin(domain_P, np.flatnonzero(alone_M))
         p_value_MLE[~alone_M] = _cells(
-            domain_P[dealt_P], counts_PLE[dealt_P], share_MLE, draws, seed
+            domain_P[dealt_P], counts_PLE[dealt_P], domains, draws, seed
         )[~alone_M]
     return DomainTable(
         share_LME=share_MLE.swapaxes(0, 1),
@@ -196,9 +196,14 @@ def _by_domain(
     return *together, apart_LM, ends_LM2
 
 
-def _cells(domain_P: Ints, counts_PLE: Floats, share_MLE: Floats, draws: int, seed: int) -> Floats:
-    """Corrected p-value of each cell's distance from random deals, by the largest of any cell."""
-    member_MP = membership(domain_P, len(share_MLE))
+def _cells(domain_P: Ints, counts_PLE: Floats, domains: int, draws: int, seed: int) -> Floats:
+    """Corrected p-value of each cell's distance from random deals, by the largest of any cell.
+
+    The deal that was measured is one of them: if the others alone said where the middle is and how
+    far is far, it would lie farther out than they do by chance, the more so the fewer they are.
+    """
+    member_MP = membership(domain_P, domains)
+    share_MLE = shares(np.tensordot(member_MP, counts_PLE, 1))
 
     def deals() -> Iterator[Floats]:
         rng = np.random.default_rng(seed)
@@ -206,12 +211,12 @@ def _cells(domain_P: Ints, counts_PLE: Floats, share_MLE: Floats, draws: int, se
             yield shares(np.tensordot(rng.permutation(member_MP, axis=1), counts_PLE, 1))
 
     # Two passes over the same deals: all of them together would not fit for a large model.
-    total_MLE, squares_MLE = np.zeros_like(share_MLE), np.zeros_like(share_MLE)
+    total_MLE, squares_MLE = share_MLE.copy(), np.square(share_MLE)
     for dealt_MLE in deals():
         total_MLE += dealt_MLE
         squares_MLE += np.square(dealt_MLE)
-    mean_MLE = total_MLE / draws
-    scale_MLE = np.sqrt(np.maximum(squares_MLE / draws - np.square(mean_MLE), 0))
+    mean_MLE = total_MLE / (draws + 1)
+    scale_MLE = np.sqrt(np.maximum(squares_MLE / (draws + 1) - np.square(mean_MLE), 0))
     varies_MLE = scale_MLE > 1e-9
     scale_MLE = np.where(varies_MLE, scale_MLE, 1.0)
 

@@ -29,10 +29,10 @@ class Repetition(NamedTuple):
     any_error_LM: Floats
     first_uniform: float  # if experts were drawn uniformly: 1 / E
     any_uniform: float  # 1 − C(E − K, K) / C(E, K)
-    # With the domain's tokens in random order: Σ p² over its loads p; the fair comparison, since
-    # uneven loads repeat by themselves.
+    # With the domain's N tokens in random order: Σ n (n − 1) / N (N − 1) over the loads n, for no
+    # token is its own neighbour; the fair comparison, since uneven loads repeat by themselves.
     first_shuffled_LM: Floats
-    any_shuffled_LM: Floats  # from random pairs of the domain's tokens
+    any_shuffled_LM: Floats  # from some such orders
 
 
 def repetition(trace: Trace, *, seed: int = 0) -> Repetition:
@@ -63,9 +63,12 @@ def repetition(trace: Trace, *, seed: int = 0) -> Repetition:
             first[at], first_error[at] = _rate(same_T, document_T)
             any_[at], any_error[at] = _rate(shared_T, document_T)
             used_E = np.bincount(experts_TK[own, 0], minlength=num_experts)
-            shuffled[at] = np.square(used_E / used_E.sum()).sum()
-            others = (experts_TK[rng.permutation(own)] for _ in range(4))
-            drawn = [_repeats(experts_TK[own], other_TK)[1].mean() for other_TK in others]
+            shuffled[at] = (used_E * (used_E - 1)).sum() / (len(own) * (len(own) - 1))
+            orders = (rng.permutation(own) for _ in range(4))
+            drawn = [
+                _repeats(experts_TK[order], experts_TK[np.roll(order, 1)])[1].mean()
+                for order in orders
+            ]
             shuffled_any[at] = shuffled[at] if top_k == 1 else np.mean(drawn)
     return Repetition(
         first_LM=first,

@@ -38,7 +38,7 @@ class Saturation(NamedTuple):
     mean_interval_J2: Floats
     random: float  # if both chose at random, all experts alike: mean experts per token / E
     # If they chose independently of each other, but with the loads that they have: what dealing
-    # the choices to other tokens gives on average.
+    # one's choices to the tokens at random gives on average.
     loads_JL: Floats
     documents: int
 
