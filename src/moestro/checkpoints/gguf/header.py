@@ -93,14 +93,18 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field, or that of the file's architecture where the key begins with a dot."""
-        name = f"{self.architecture}{key}" if key.startswith(".") else key
-        return self.fields.get(name, default)
+        """A field, of whatever type the file gives it; `fields.py` reads those of one type."""
+        return self.fields.get(self.name(key), default)
+
+    def name(self, key: str) -> str:
+        """A field's name: where it begins with a dot, that of the file's architecture."""
+        return f"{self.architecture}{key}" if key.startswith(".") else key
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the network."""
-        return str(self.fields.get("general.architecture"))
+        """llama.cpp's name of the network; "None" where the file has no such text."""
+        name = self.fields.get("general.architecture")
+        return name if isinstance(name, str) else "None"
 
 
 def is_gguf(path: Path) -> bool:
@@ -362,6 +366,8 @@ def read_parts(path: Path, texts: bool = True) -> list[Header]:
     if twice:
         raise CheckpointError(f"{path} and its other files hold {sorted(twice)[0]} twice")
     said = headers[0].get("split.tensors.count", len(names))
-    if said != len(names):
-        raise CheckpointError(f"{path} and its other files hold {len(names)} of {said} tensors")
+    if type(said) is not int or said != len(names):
+        raise CheckpointError(
+            f"{path} and its other files hold {len(names)} of {said!r:.80} tensors"
+        )
     return headers
