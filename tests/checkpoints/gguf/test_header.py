@@ -3,6 +3,7 @@
 import random
 import resource
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,35 @@ def test_parts(tmp_path: Path) -> None:
         read_parts(tmp_path / "m-00002-of-00002.gguf")
     with pytest.raises(CheckpointError, match="one of 2 files"):
         read_parts(tmp_path / "other.gguf")
+
+
+def test_tensors_in_two_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hold t\.weight twice"):
+        read_parts(parts(tmp_path, "t.weight", "t.weight"))
+
+
+def test_very_many_tensors_in_two_files_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names are compared no more than a few times each."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    header, times = read(write(tmp_path / "a.gguf")), 1000
+    infos = [header.tensors[0]._replace(name=Name(f"t{each}")) for each in range(times)]
+    headers = [replace(header, tensors=tuple(infos)), replace(header, tensors=tuple(infos))]
+    monkeypatch.setattr(header_module, "read", lambda path, texts: headers.pop())
+    with pytest.raises(CheckpointError, match="hold t0 twice"):
+        read_parts(parts(tmp_path, "a", "b"))
+    assert compared < 10 * times
 
 
 @pytest.mark.parametrize("said", [3, [2, 2], ["2"]])

@@ -359,15 +359,13 @@ def read_parts(path: Path, texts: bool = True) -> list[Header]:
             f"{path} is one of {count} files of a model; keep the names that they had, "
             "NAME-00001-of-0000N.gguf"
         )
-    names = [info.name for header in headers for info in header.tensors]
-    twice = (
-        {each for each in names if names.count(each) > 1} if len(set(names)) < len(names) else ()
-    )
+    names = Counter(info.name for header in headers for info in header.tensors)
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
-        raise CheckpointError(f"{path} and its other files hold {sorted(twice)[0]} twice")
-    said = headers[0].get("split.tensors.count", len(names))
-    if type(said) is not int or said != len(names):
+        raise CheckpointError(f"{path} and its other files hold {twice[0]} twice")
+    said = headers[0].get("split.tensors.count", names.total())
+    if type(said) is not int or said != names.total():
         raise CheckpointError(
-            f"{path} and its other files hold {len(names)} of {said!r:.80} tensors"
+            f"{path} and its other files hold {names.total()} of {said!r:.80} tensors"
         )
     return headers
