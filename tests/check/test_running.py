@@ -69,6 +69,7 @@ def test_the_command_line_reports_and_says_so_by_its_code(capsys, tmp_path):
         ([f"{MADE}:ours", "--implementation", "eager"], "is to compute transformers' experts"),
         (["missing.json"], "there is no missing.json"),
         ([f"{MADE}:clean", "--only", "output"], "did you mean outputs?"),
+        ([f"{MADE}:clean", "--only", "outputs", "--skip", "outputs"], "no check is left"),
         ([], "give what to check"),
     ],
 )
