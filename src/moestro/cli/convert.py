@@ -88,26 +88,20 @@ def convert(
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
     shard_bytes = parse_bytes("5GB" if shard_size is None else shard_size)
-    if family is not None and to == "moestro":
-        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
-    if shard_size is not None and to != "hf":
-        raise ConfigError("--shard-size is about Hugging Face's layout; add --to hf")
-    if fused_experts and to != "hf":
-        raise ConfigError("--fused-experts is about Hugging Face's layout; add --to hf")
-    if kind is not None and to != "gguf":
-        raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
-    if to == "gguf" and SPLIT.fullmatch(target.name):
-        raise ConfigError(
-            f"{target.name} names one of several files, and one is written; rename it"
-        )
-    if per_expert and to != "peft":
-        raise ConfigError("--per-expert is about PEFT's format; add --to peft")
+    _check_layout(
+        to, family=family, shard_size=shard_size, fused_experts=fused_experts, kind=kind,
+        per_expert=per_expert,
+    )  # fmt: skip
     if to == "peft" and (adapter or dtype or accept_field):
         raise ConfigError(
             "--to peft writes a run's adapters as they are; leave out --adapter, "
             "--dtype and --accept-field"
         )
     check_new(target)
+    if to == "gguf" and SPLIT.fullmatch(target.name):
+        raise ConfigError(
+            f"{target.name} names one of several files, and one is written; rename it"
+        )
     folder = find_checkpoint(source)
     if to == "peft":
         typer.echo(_write_peft(folder, target, family, per_expert))
@@ -124,6 +118,25 @@ def convert(
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
+
+
+def _check_layout(
+    to: str, *, family: str | None, shard_size: str | None, fused_experts: bool,
+    kind: str | None, per_expert: bool,
+) -> None:  # fmt: skip
+    """Refuse options that are about another layout than the one to write."""
+    if family is not None and to == "moestro":
+        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
+    for name, given in (
+        ("--shard-size", shard_size is not None),
+        ("--fused-experts", fused_experts),
+    ):
+        if given and to != "hf":
+            raise ConfigError(f"{name} is about Hugging Face's layout; add --to hf")
+    if kind is not None and to != "gguf":
+        raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
+    if per_expert and to != "peft":
+        raise ConfigError("--per-expert is about PEFT's format; add --to peft")
 
 
 @contextmanager
