@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from moestro.check import Description, ExpertNames, RouterRule, check
+from moestro.checkpoints.gguf.writing import write_gguf
 from moestro.cli.main import main
 from moestro.config import ModelConfig
 from moestro.errors import ConfigError, MoestroError
+from moestro.files import write_json
 from moestro.models.decoder import Decoder
 
 from .made import adapted, doubled, ours
@@ -69,12 +71,56 @@ def test_the_command_line_reports_and_says_so_by_its_code(capsys, tmp_path):
         ([f"{MADE}:ours", "--implementation", "eager"], "is to compute transformers' experts"),
         (["missing.json"], "there is no missing.json"),
         ([f"{MADE}:clean", "--only", "output"], "did you mean outputs?"),
+        ([f"{MADE}:clean", "--only", "outputs", "--skip", "outputs"], "no check is left"),
+        ([f"{MADE}:clean", "--junit", "no/such/folder.xml"], "cannot write --junit no/such/"),
+        ([f"{MADE}:clean", "--junit", "."], "cannot write --junit ."),
         ([], "give what to check"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, capsys):
     assert main(["check", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Names of a mixture's settings: a run and its checkpoint, a GGUF file and its folder."""
+    cfg = ModelConfig(dim=32, num_layers=1, moe={"hidden_dim": 32, "num_experts": 4, "top_k": 2})
+    step = tmp_path / "run" / "checkpoints" / "step-000001"
+    step.mkdir(parents=True)
+    write_json(step / "config.json", cfg.model_dump(mode="json"))
+    write_json(tmp_path / "run" / "config.json", {"model": cfg.model_dump(mode="json")})
+    (tmp_path / "gguf").mkdir()
+    file = tmp_path / "gguf" / "tiny.gguf"
+    untied = cfg.model_copy(update={"head": cfg.head.model_copy(update={"tied": False})})
+    write_gguf(Decoder(untied), file, family="mixtral", kind="bf16")
+    return {
+        "run": tmp_path / "run", "settings of a run": tmp_path / "run" / "config.json",
+        "checkpoint": step, "GGUF": file, "folder of GGUF": file.parent,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "settings of a run", "checkpoint", "GGUF", "folder of GGUF"]
+)
+def test_whatever_says_what_a_model_is_can_be_checked(name, places, capsys):
+    pytest.importorskip("transformers")
+    assert main(["check", str(places[name]), "--only", "outputs", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert [row["outcome"] for row in report["checks"]] == ["ok"]
+
+
+def test_a_run_without_settings_of_its_own_is_checked_by_its_newest_checkpoint(places, capsys):
+    (places["run"] / "config.json").unlink()
+    assert main(["check", str(places["run"]), "--only", "outputs", "--json"]) == 0
+    assert "step-000001" in json.loads(capsys.readouterr().out)[0]["title"]
+
+
+def test_weights_are_no_settings(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"\x80" * 16)
+    for verb in ("check", "plan"):
+        assert main([verb, str(tmp_path / "model.safetensors")]) == 2
+        assert "model.safetensors is no file of settings; give" in capsys.readouterr().err
 
 
 def test_a_description_that_does_not_fit_is_refused():

@@ -8,6 +8,7 @@ import torch
 
 from moestro.checkpoints.adapters import own_file
 from moestro.checkpoints.folders import atomic_folder
+from moestro.checkpoints.gguf.header import read
 from moestro.checkpoints.gguf.writing import write_gguf
 from moestro.checkpoints.hub import find_checkpoint
 from moestro.checkpoints.opening import open_checkpoint
@@ -76,6 +77,18 @@ def test_what_was_converted_says_the_same(
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 0
     assert (tmp_path / "b.gguf").read_bytes() == Path(plain).read_bytes()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"), [(["q4_0"], "Q4_0 and F32"), (["f32", "--dtype", "fp16"], "F32")]
+)
+def test_what_is_said_of_the_weights_is_how_they_are_stored(
+    words: list[str], kinds: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new.gguf"
+    assert main(["convert", str(file), str(new), "--to", "gguf", "--kind", *words]) == 0
+    assert f"parameters in {kinds}, " in capsys.readouterr().out
+    assert {info.kind.name for info in read(new).tensors} == set(kinds.split(" and "))
 
 
 @pytest.mark.filterwarnings("ignore:.*packed in another form")

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from torch import nn
 from moestro.check.foreign_models import has_loss, subjects
 from moestro.check.subject import Subject
 from moestro.check.targets import of_moe
-from moestro.checkpoints.families import OWN
-from moestro.checkpoints.hub import find_settings
-from moestro.checkpoints.reading import read_settings
+from moestro.checkpoints.folders import is_pretrained, read_json
+from moestro.checkpoints.gguf.header import is_gguf, read_parts
+from moestro.checkpoints.gguf.settings import config_json
+from moestro.checkpoints.hub import find_settings, settings_of
 from moestro.config import ModelConfig, MoEConfig
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.foreign import routers
 from moestro.foreign.classes import kind
 from moestro.moe.layer import MoE
+from moestro.plan.subject import from_file
 
 # Widths that settings may have, and what they are made: multiples of 8, as grouped_mm wants them
 # in bf16, none of them equal to another.
@@ -66,30 +67,23 @@ def of_foreign(target: Any, implementation: str = "", title: str = "") -> list[S
 
 
 def find_config(name: str) -> Path:
-    """A config.json: a file, in a folder, or of a model on the hub.
+    """A file of settings, or that of a folder, a run or a model on the hub; GGUF too.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError, CheckpointError: there is none.
     """
     path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.exists() and "/" in name and path.suffix != ".json":
+    if path.exists():
+        return settings_of(path)
+    if "/" in name and path.suffix != ".json":
         return find_settings(name)
-    if not path.is_file():
-        raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
-    return path
+    raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
 
 
 def _of_file(path: Path, implementation: str) -> list[Subject]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds no settings, which are an object of names and values")
-    if "model_type" not in fields:
+    if not (is_gguf(path) or (path.suffix == ".json" and is_pretrained(path))):
         return _of_ours(path)
+    fields = config_json(read_parts(path)[0]) if is_gguf(path) else read_json(path, finite=False)
     if fields["model_type"] not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers {transformers.__version__} has no model_type {fields['model_type']!r}; "
@@ -104,10 +98,9 @@ def _of_file(path: Path, implementation: str) -> list[Subject]:
 
 
 def _of_ours(path: Path) -> list[Subject]:
-    """The mixture of a model of this project."""
-    described = read_settings(path)
-    cfg = described.cfg
-    if described.family is not OWN or not isinstance(cfg, ModelConfig) or cfg.moe is None:
+    """The mixture of a model of this project, or of a run's."""
+    cfg = from_file(path).cfg
+    if not isinstance(cfg, ModelConfig) or cfg.moe is None:
         raise MoestroError(f"{path} describes no decoder with a mixture of experts")
     made = MoE(MoEConfig(**{**cfg.moe.model_dump(), "dim": 40, "hidden_dim": 16}))
     randomise(made)

@@ -14,12 +14,14 @@ from moestro.checkpoints.folders import (
     CHECKPOINTS,
     CONFIG,
     MANIFEST,
+    checkpoints,
     is_pretrained,
     newest_checkpoint,
     read_json,
     verify_folder,
 )
 from moestro.checkpoints.gguf import folder as gguf
+from moestro.checkpoints.gguf.header import is_gguf
 from moestro.checkpoints.tensor_files import INDEX, SINGLE
 from moestro.errors import CheckpointError
 
@@ -105,6 +107,32 @@ def find_settings(name: str) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{name} has no {CONFIG} on the Hugging Face hub")
     return path
+
+
+def settings_of(path: Path) -> Path:
+    """The file that says what model is at a path: a config.json, a .toml or GGUF.
+
+    Args:
+        path: the file itself, or a folder: a model's, or a run's, whose own settings or those of
+            its newest checkpoint are taken.
+
+    Raises:
+        CheckpointError: there is none; or see `check_kind`.
+    """
+    if path.is_file():
+        if path.suffix in (".json", ".toml") or is_gguf(path):
+            return path
+        raise CheckpointError(
+            f"{path} is no file of settings; give a config.json, a .toml, a GGUF file, or the "
+            "folder that it is in"
+        )
+    for place in (path, *reversed(checkpoints(path))):
+        if (place / CONFIG).is_file():
+            return place / CONFIG
+    if (file := gguf.find(path)) is not None:
+        return file
+    check_kind(path)
+    raise CheckpointError(f"{path} holds no {CONFIG}, no GGUF file and no checkpoints of a run")
 
 
 def _holds_weights(path: Path) -> bool:

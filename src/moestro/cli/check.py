@@ -27,8 +27,8 @@ HANGS_S = 20  # what a rank waits for another
 Targets = Annotated[
     list[str] | None,
     typer.Argument(
-        help="A model's folder, a config.json, org/model on the Hugging Face hub, or "
-        "module:factory, a function that returns (module, Description)."
+        help="A folder of a model or run, a config.json, a GGUF file, org/model on the Hugging "
+        "Face hub, or module:factory, a function that returns (module, Description)."
     ),
 ]
 Only = Annotated[list[str] | None, typer.Option(help="A check to do, no other; may be repeated.")]
@@ -75,6 +75,8 @@ def check(
     if not (targets or implementation):
         raise ConfigError("give what to check: a model, a config.json or module:factory")
     checks = chosen(only or (), skip or (), slow)
+    if junit is not None:
+        _check_place(junit)
     if "" not in sys.path:
         sys.path.insert(0, "")  # factories of the working directory, as `python -m` finds them
     with _ranks():
@@ -124,6 +126,17 @@ def _layouts(implementation: str, seed: int) -> list[Subject]:
 
     torch.manual_seed(seed)
     return of_layouts(implementation)
+
+
+def _check_place(file: Path) -> None:
+    """Refuse a file that cannot be written, before any check is done."""
+    from moestro.errors import ConfigError
+
+    place = file if file.exists() else file.parent
+    if file.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"cannot write --junit {file}; name a file in a folder that is there and can be written"
+        )
 
 
 def _show(reports: list[Report], as_json: bool, file: Path | None) -> None:

@@ -42,7 +42,8 @@ Kind = Annotated[
     typer.Option("--kind", help="With --to gguf: how weights are stored; default bf16."),
 ]
 ShardSize = Annotated[
-    str, typer.Option(help="With --to hf: most bytes in a file, such as 500MB or 5GB.")
+    str | None,
+    typer.Option(help="With --to hf: most bytes in a file, such as 500MB; default 5GB."),
 ]
 Fused = Annotated[
     bool,
@@ -68,7 +69,7 @@ def convert(
     to: Layout,
     dtype: Dtype = None,
     family: Family = None,
-    shard_size: ShardSize = "5GB",
+    shard_size: ShardSize = None,
     fused_experts: Fused = False,
     kind: Kind = None,
     adapter: AdapterName = None,
@@ -80,26 +81,27 @@ def convert(
     Tokenizer, chat template and generation settings are copied too. The target
     appears whole or not at all, and nothing is overwritten.
     """
+    from moestro.checkpoints.gguf.header import SPLIT
     from moestro.checkpoints.hub import find_checkpoint
     from moestro.checkpoints.opening import in_blocks, pick_dtype
     from moestro.plan.sizes import parse_bytes
 
     pick_dtype(dtype)  # a wrong one is refused before anything is fetched or read
-    shard_bytes = parse_bytes(shard_size)
-    if family is not None and to == "moestro":
-        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
-    if fused_experts and to != "hf":
-        raise ConfigError("--fused-experts is about Hugging Face's layout; add --to hf")
-    if kind is not None and to != "gguf":
-        raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
-    if per_expert and to != "peft":
-        raise ConfigError("--per-expert is about PEFT's format; add --to peft")
+    shard_bytes = parse_bytes("5GB" if shard_size is None else shard_size)
+    _check_layout(
+        to, family=family, shard_size=shard_size, fused_experts=fused_experts, kind=kind,
+        per_expert=per_expert,
+    )  # fmt: skip
     if to == "peft" and (adapter or dtype or accept_field):
         raise ConfigError(
             "--to peft writes a run's adapters as they are; leave out --adapter, "
             "--dtype and --accept-field"
         )
     check_new(target)
+    if to == "gguf" and SPLIT.fullmatch(target.name):
+        raise ConfigError(
+            f"{target.name} names one of several files, and one is written; rename it"
+        )
     folder = find_checkpoint(source)
     if to == "peft":
         typer.echo(_write_peft(folder, target, family, per_expert))
@@ -116,6 +118,25 @@ def convert(
     for note in notes:
         typer.echo(f"moestro: {note}", err=True)
     typer.echo(_summary(opened, target, to))
+
+
+def _check_layout(
+    to: str, *, family: str | None, shard_size: str | None, fused_experts: bool,
+    kind: str | None, per_expert: bool,
+) -> None:  # fmt: skip
+    """Refuse options that are about another layout than the one to write."""
+    if family is not None and to == "moestro":
+        raise ConfigError("--family is a name of Hugging Face's layout; add --to hf or --to gguf")
+    for name, given in (
+        ("--shard-size", shard_size is not None),
+        ("--fused-experts", fused_experts),
+    ):
+        if given and to != "hf":
+            raise ConfigError(f"{name} is about Hugging Face's layout; add --to hf")
+    if kind is not None and to != "gguf":
+        raise ConfigError(f"--kind {kind} is for --to gguf; leave it out")
+    if per_expert and to != "peft":
+        raise ConfigError("--per-expert is about PEFT's format; add --to peft")
 
 
 @contextmanager
@@ -254,11 +275,15 @@ def _write_own(opened: Opened, made: Make, target: Path) -> list[str]:
 def _summary(opened: Opened, target: Path, to: str) -> str:
     """What was written, in one sentence."""
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
+    stored = f"in {str(next(opened.model.parameters()).dtype).removeprefix('torch.')}"
+    if to == "gguf":
+        from moestro.checkpoints.gguf.header import kinds_of
+
+        stored = kinds_of(target)
     files = [target] if target.is_file() else [*target.rglob("*")]
     size = sum(path.stat().st_size for path in files if path.is_file())
     layout = {"hf": "Hugging Face's layout", "gguf": "GGUF"}.get(to, "this project's layout")
     return (
-        f"{target}: {parameters:,} parameters in {dtype}, {size / 1e6:,.1f} MB, {layout}, "
+        f"{target}: {parameters:,} parameters {stored}, {size / 1e6:,.1f} MB, {layout}, "
         f"from {opened.folder}"
     )

@@ -46,18 +46,16 @@ def open_subject(name: str, accept_fields: Sequence[str] = ()) -> PlannedModel:
     # They import torch, which a preset does not need.
     from moestro.checkpoints.folders import is_pretrained
     from moestro.checkpoints.gguf.header import is_gguf
-    from moestro.checkpoints.hub import check_kind, find_settings
+    from moestro.checkpoints.hub import find_settings, settings_of
 
-    if path.is_dir():
-        path = _config_in(path)
-    elif not path.exists():
+    if path.exists():
+        path = settings_of(path)
+    else:
         path, title = find_settings(name), name
     if title is None:
         title = path.parent.resolve().name if path.name == "config.json" else path.stem
     if is_gguf(path) or (path.suffix == ".json" and is_pretrained(path)):
         return _published(title, path, accept_fields)
-    if path.suffix not in (".json", ".toml"):
-        check_kind(path)
     return from_file(path, title)
 
 
@@ -73,19 +71,3 @@ def _published(title: str, path: Path, accept_fields: Sequence[str]) -> PlannedM
     words = kinds_of(path) if is_gguf(path) else stored and f"quantised by {stored.words}"
     note = f"Its weights are stored {words}." if words else ""
     return from_settings(title, described.cfg, str(path), note)
-
-
-def _config_in(folder: Path) -> Path:
-    """The settings in a model's folder, or in a run's newest checkpoint."""
-    from moestro.checkpoints.folders import CONFIG, checkpoints
-    from moestro.checkpoints.gguf.folder import find
-    from moestro.checkpoints.hub import check_kind
-    from moestro.errors import ConfigError
-
-    for place in (folder, *reversed(checkpoints(folder))):
-        if (place / CONFIG).is_file():
-            return place / CONFIG
-    if (file := find(folder)) is not None:
-        return file
-    check_kind(folder)
-    raise ConfigError(f"{folder} holds no {CONFIG}, no GGUF file and no checkpoints of a run")

@@ -3,6 +3,7 @@
 import random
 import resource
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,23 +194,66 @@ def mutate(folder: Path, times: int) -> None:
     assert after - before < 64 * 1024  # KiB
 
 
-def test_parts(tmp_path: Path) -> None:
-    for number in (1, 2):
-        writer = GGUFWriter(tmp_path / f"m-{number:05d}-of-00002.gguf", "llama")
-        writer.add_uint16("split.count", 2)
-        writer.add_int32("split.tensors.count", 2)
-        writer.add_tensor(f"t{number}.weight", np.ones(4, np.float32))
+def parts(folder: Path, *names: str, said: Any = 2) -> Path:
+    """A model in files of one tensor each; the first."""
+    for number, name in enumerate(names, 1):
+        path = folder / f"m-{number:05d}-of-{len(names):05d}.gguf"
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.count", len(names))
+        add = writer.add_array if isinstance(said, list) else writer.add_int32
+        add("split.tensors.count", said)
+        writer.add_tensor(name, np.ones(4, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    parts = read_parts(tmp_path / "m-00002-of-00002.gguf")
-    assert [info.name for part in parts for info in part.tensors] == ["t1.weight", "t2.weight"]
-    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "other.gguf")
+    return folder / f"m-00001-of-{len(names):05d}.gguf"
+
+
+def test_parts(tmp_path: Path) -> None:
+    first = parts(tmp_path, "t1.weight", "t2.weight")
+    found = read_parts(tmp_path / "m-00002-of-00002.gguf")
+    assert [info.name for part in found for info in part.tensors] == ["t1.weight", "t2.weight"]
+    first.rename(tmp_path / "other.gguf")
     with pytest.raises(CheckpointError, match=r"m-00001-of-00002\.gguf is missing"):
         read_parts(tmp_path / "m-00002-of-00002.gguf")
     with pytest.raises(CheckpointError, match="one of 2 files"):
         read_parts(tmp_path / "other.gguf")
+
+
+def test_tensors_in_two_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hold t\.weight twice"):
+        read_parts(parts(tmp_path, "t.weight", "t.weight"))
+
+
+def test_very_many_tensors_in_two_files_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names are compared no more than a few times each."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    header, times = read(write(tmp_path / "a.gguf")), 1000
+    infos = [header.tensors[0]._replace(name=Name(f"t{each}")) for each in range(times)]
+    headers = [replace(header, tensors=tuple(infos)), replace(header, tensors=tuple(infos))]
+    monkeypatch.setattr(header_module, "read", lambda path, texts: headers.pop())
+    with pytest.raises(CheckpointError, match="hold t0 twice"):
+        read_parts(parts(tmp_path, "a", "b"))
+    assert compared < 10 * times
+
+
+@pytest.mark.parametrize("said", [3, [2, 2], ["2"]])
+def test_a_wrong_count_of_tensors(said: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hold 2 of .* tensors"):
+        read_parts(parts(tmp_path, "t1.weight", "t2.weight", said=said))
 
 
 def test_a_count_of_parts_that_is_no_number(tmp_path: Path) -> None:

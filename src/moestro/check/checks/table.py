@@ -34,7 +34,7 @@ def chosen(
         slow: the slow ones too.
 
     Raises:
-        ConfigError: no check has such a name.
+        ConfigError: no check has such a name, or none is left.
     """
     for name in (*only, *skip):
         if name not in CHECKS:
@@ -42,4 +42,7 @@ def chosen(
             hint = f"did you mean {near[0]}?" if near else "`moestro check --list` names them"
             raise ConfigError(f"there is no check {name!r}; {hint}")
     names = only or [each.name for each in CHECKS.values() if slow or not each.slow]
-    return [CHECKS[name] for name in CHECKS if name in names and name not in skip]
+    found = [CHECKS[name] for name in CHECKS if name in names and name not in skip]
+    if not found:
+        raise ConfigError(f"no check is left: {', '.join(skip)} are skipped; leave out fewer")
+    return found

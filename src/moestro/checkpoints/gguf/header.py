@@ -93,14 +93,18 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field, or that of the file's architecture where the key begins with a dot."""
-        name = f"{self.architecture}{key}" if key.startswith(".") else key
-        return self.fields.get(name, default)
+        """A field, of whatever type the file gives it; `fields.py` reads those of one type."""
+        return self.fields.get(self.name(key), default)
+
+    def name(self, key: str) -> str:
+        """A field's name: where it begins with a dot, that of the file's architecture."""
+        return f"{self.architecture}{key}" if key.startswith(".") else key
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the network."""
-        return str(self.fields.get("general.architecture"))
+        """llama.cpp's name of the network; "None" where the file has no such text."""
+        name = self.fields.get("general.architecture")
+        return name if isinstance(name, str) else "None"
 
 
 def is_gguf(path: Path) -> bool:
@@ -355,13 +359,13 @@ def read_parts(path: Path, texts: bool = True) -> list[Header]:
             f"{path} is one of {count} files of a model; keep the names that they had, "
             "NAME-00001-of-0000N.gguf"
         )
-    names = [info.name for header in headers for info in header.tensors]
-    twice = (
-        {each for each in names if names.count(each) > 1} if len(set(names)) < len(names) else ()
-    )
+    names = Counter(info.name for header in headers for info in header.tensors)
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
-        raise CheckpointError(f"{path} and its other files hold {sorted(twice)[0]} twice")
-    said = headers[0].get("split.tensors.count", len(names))
-    if said != len(names):
-        raise CheckpointError(f"{path} and its other files hold {len(names)} of {said} tensors")
+        raise CheckpointError(f"{path} and its other files hold {twice[0]} twice")
+    said = headers[0].get("split.tensors.count", names.total())
+    if type(said) is not int or said != names.total():
+        raise CheckpointError(
+            f"{path} and its other files hold {names.total()} of {said!r:.80} tensors"
+        )
     return headers

@@ -7,9 +7,9 @@ here, and what the file leaves out is what llama.cpp takes instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moestro.checkpoints.gguf.fields import Fields, given, number, rotary
+from moestro.checkpoints.gguf.fields import Fields, flag, given, number, rotary, texts, whole
 from moestro.checkpoints.gguf.header import Header
 from moestro.errors import ConfigError
 
@@ -41,7 +41,7 @@ def config_json(header: Header) -> Fields:
     name = header.architecture
     if name not in NETWORKS:
         raise ConfigError(
-            f"{header.file}: the network {name!r} is not read from GGUF; read are "
+            f"{header.file}: the network {name!r:.80} is not read from GGUF; read are "
             f"{', '.join(sorted(NETWORKS))}. Give the model that it was made from, in Hugging "
             "Face's layout, or run the file with llama.cpp"
         )
@@ -54,18 +54,18 @@ def config_json(header: Header) -> Fields:
 
 
 def _common(header: Header) -> Fields:
-    dim, heads = number(header, ".embedding_length"), number(header, ".attention.head_count")
-    kv_heads = number(header, ".attention.head_count_kv", heads)
+    dim, heads = whole(header, ".embedding_length"), whole(header, ".attention.head_count")
+    kv_heads = whole(header, ".attention.head_count_kv", heads)
     if not heads or not dim:
         raise ConfigError(f"{header.file} says that it has {heads} heads and a width of {dim}")
-    head_dim = number(header, ".attention.key_length", dim // heads)
+    head_dim = whole(header, ".attention.key_length", dim // heads)
     turned = head_dim  # of latent attention only the part that has positions
     if header.get(".attention.kv_lora_rank") is not None:
-        turned = number(header, ".rope.dimension_count")
+        turned = whole(header, ".rope.dimension_count")
     rows = {info.name: info.shape for info in header.tensors}
     # Layers for multi-token prediction follow the others, and are not run here.
-    layers = number(header, ".block_count") - number(header, ".nextn_predict_layers", 0)
-    vocab = rows.get("token_embd.weight", (len(header.get("tokenizer.ggml.tokens", ())),))[0]
+    layers = whole(header, ".block_count") - whole(header, ".nextn_predict_layers", 0)
+    vocab = rows.get("token_embd.weight", (len(texts(header, "tokenizer.ggml.tokens") or ()),))[0]
     return {
         "vocab_size": vocab,
         "hidden_size": dim,
@@ -73,8 +73,8 @@ def _common(header: Header) -> Fields:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "intermediate_size": number(header, ".feed_forward_length", 0),
-        "max_position_embeddings": number(header, ".context_length"),
+        "intermediate_size": whole(header, ".feed_forward_length", 0),
+        "max_position_embeddings": whole(header, ".context_length"),
         "rms_norm_eps": number(header, ".attention.layer_norm_rms_epsilon", 0.0),
         "tie_word_embeddings": "output.weight" not in rows and "token_embd.weight" in rows,
         "rope_parameters": rotary(header, turned),
@@ -83,20 +83,20 @@ def _common(header: Header) -> Fields:
 
 
 def _experts(header: Header, count: str, width: str) -> Fields:
-    hidden = given(header, ".expert_feed_forward_length")
+    hidden = given(header, ".expert_feed_forward_length", whole)
     if hidden is None:
-        hidden = number(header, ".feed_forward_length")
+        hidden = whole(header, ".feed_forward_length")
     return {
-        count: number(header, ".expert_count"),
-        "num_experts_per_tok": number(header, ".expert_used_count"),
+        count: whole(header, ".expert_count"),
+        "num_experts_per_tok": whole(header, ".expert_used_count"),
         width: hidden,
     }
 
 
 def _llama(header: Header) -> Fields:
-    window = given(header, ".attention.sliding_window")
+    window = given(header, ".attention.sliding_window", whole)
     names = {info.name for info in header.tensors}
-    if header.get(".expert_count", 0):
+    if whole(header, ".expert_count", 0):
         return _experts(header, "num_local_experts", "intermediate_size") | {
             "sliding_window": window
         }
@@ -105,32 +105,32 @@ def _llama(header: Header) -> Fields:
 
 def _qwen3_moe(header: Header) -> Fields:
     # Qwen3's files do not say that weights are divided by their sum; llama.cpp does it always.
-    norm = bool(header.get(".expert_weights_norm", True))
+    norm = flag(header, ".expert_weights_norm", True)
     return _experts(header, "num_experts", "moe_intermediate_size") | {"norm_topk_prob": norm}
 
 
 def _qwen2_moe(header: Header) -> Fields:
-    shared = given(header, ".expert_shared_feed_forward_length")
+    shared = given(header, ".expert_shared_feed_forward_length", whole)
     shapes = {info.name: info.shape for info in header.tensors}
     if shared is None and "blk.0.ffn_up_shexp.weight" in shapes:
         shared = shapes["blk.0.ffn_up_shexp.weight"][0]
     return _experts(header, "num_experts", "moe_intermediate_size") | {
-        "norm_topk_prob": bool(header.get(".expert_weights_norm", False)),
+        "norm_topk_prob": flag(header, ".expert_weights_norm", False),
         "shared_expert_intermediate_size": shared,
     }
 
 
 def _olmoe(header: Header) -> Fields:
     return _experts(header, "num_experts", "intermediate_size") | {
-        "norm_topk_prob": bool(header.get(".expert_weights_norm", False)),
+        "norm_topk_prob": flag(header, ".expert_weights_norm", False),
     }
 
 
 def _deepseek(header: Header) -> Fields:
     return _experts(header, "n_routed_experts", "moe_intermediate_size") | {
-        "first_k_dense_replace": number(header, ".leading_dense_block_count", 0),
-        "n_shared_experts": number(header, ".expert_shared_count", 0),
-        "norm_topk_prob": bool(header.get(".expert_weights_norm", False)),
+        "first_k_dense_replace": whole(header, ".leading_dense_block_count", 0),
+        "n_shared_experts": whole(header, ".expert_shared_count", 0),
+        "norm_topk_prob": flag(header, ".expert_weights_norm", False),
     }
 
 
@@ -145,8 +145,8 @@ def _has(header: Header, name: str) -> bool:
 
 def _groups(header: Header) -> Fields:
     return {
-        "n_group": number(header, ".expert_group_count", 1),
-        "topk_group": number(header, ".expert_group_used_count", 1),
+        "n_group": whole(header, ".expert_group_count", 1),
+        "topk_group": whole(header, ".expert_group_used_count", 1),
         "routed_scaling_factor": number(header, ".expert_weights_scale", 1.0) or 1.0,
     }
 
@@ -174,13 +174,13 @@ def _minimax_m2(header: Header) -> Fields:
 
 def _ernie4_5_moe(header: Header) -> Fields:
     return {
-        "moe_num_experts": number(header, ".expert_count"),
-        "moe_k": number(header, ".expert_used_count"),
-        "moe_intermediate_size": number(header, ".expert_feed_forward_length"),
-        "moe_num_shared_experts": number(header, ".expert_shared_count", 0),
-        "moe_layer_start_index": number(header, ".leading_dense_block_count", 0),
+        "moe_num_experts": whole(header, ".expert_count"),
+        "moe_k": whole(header, ".expert_used_count"),
+        "moe_intermediate_size": whole(header, ".expert_feed_forward_length"),
+        "moe_num_shared_experts": whole(header, ".expert_shared_count", 0),
+        "moe_layer_start_index": whole(header, ".leading_dense_block_count", 0),
         "moe_layer_end_index": -1,
-        "moe_layer_interval": number(header, ".interleave_moe_layer_step", 1),
+        "moe_layer_interval": whole(header, ".interleave_moe_layer_step", 1),
     }
 
 
@@ -199,7 +199,7 @@ def _hunyuan_moe(header: Header) -> Fields:
     found = _experts(header, "num_experts", "intermediate_size")
     return found | {
         "moe_topk": found.pop("num_experts_per_tok"),
-        "num_shared_expert": number(header, ".expert_shared_count", 1),
+        "num_shared_expert": whole(header, ".expert_shared_count", 1),
         "attention_bias": _biased(header, "attn_q"),
     }
 
@@ -209,9 +209,9 @@ def _bailing_moe(header: Header) -> Fields:
         _experts(header, "num_experts", "moe_intermediate_size")
         | _groups(header)
         | {
-            "first_k_dense_replace": number(header, ".leading_dense_block_count", 0),
-            "num_shared_experts": number(header, ".expert_shared_count", 0),
-            "norm_topk_prob": bool(header.get(".expert_weights_norm", False)),
+            "first_k_dense_replace": whole(header, ".leading_dense_block_count", 0),
+            "num_shared_experts": whole(header, ".expert_shared_count", 0),
+            "norm_topk_prob": flag(header, ".expert_weights_norm", False),
             "score_function": "sigmoid" if _gates(header) == _SIGMOID else "softmax",
             "use_qkv_bias": _biased(header, "attn_qkv"),
         }
@@ -222,43 +222,45 @@ def _phimoe(header: Header) -> Fields:
     return _experts(header, "num_local_experts", "intermediate_size") | {
         "attention_bias": _biased(header, "attn_q"),
         "lm_head_bias": _has(header, "output.bias"),
-        "sliding_window": given(header, ".attention.sliding_window") or None,
+        "sliding_window": given(header, ".attention.sliding_window", whole) or None,
     }
 
 
 def _qwen3_next(header: Header) -> Fields:
-    heads = number(header, ".ssm.time_step_rank")
+    heads = whole(header, ".ssm.time_step_rank")
     return _qwen3_moe(header) | {
-        "shared_expert_intermediate_size": number(header, ".expert_shared_feed_forward_length"),
-        "full_attention_interval": number(header, ".full_attention_interval", 4),
-        "linear_conv_kernel_dim": number(header, ".ssm.conv_kernel"),
-        "linear_key_head_dim": number(header, ".ssm.state_size"),
-        "linear_num_key_heads": number(header, ".ssm.group_count"),
+        "shared_expert_intermediate_size": whole(header, ".expert_shared_feed_forward_length"),
+        "full_attention_interval": whole(header, ".full_attention_interval", 4),
+        "linear_conv_kernel_dim": whole(header, ".ssm.conv_kernel"),
+        "linear_key_head_dim": whole(header, ".ssm.state_size"),
+        "linear_num_key_heads": whole(header, ".ssm.group_count"),
         "linear_num_value_heads": heads,
-        "linear_value_head_dim": number(header, ".ssm.inner_size") // max(heads, 1),
+        "linear_value_head_dim": whole(header, ".ssm.inner_size") // max(heads, 1),
     }
 
 
-def _gates(header: Header) -> Any:
-    return header.get(".expert_gating_func")
+def _gates(header: Header) -> int:
+    return whole(header, ".expert_gating_func", 0)
 
 
 def _deepseek2(header: Header) -> Fields:
-    rope = number(header, ".rope.dimension_count")
-    width = given(header, ".attention.key_length_mla") or number(header, ".attention.key_length")
-    value = given(header, ".attention.value_length_mla") or number(
+    rope = whole(header, ".rope.dimension_count")
+    width = given(header, ".attention.key_length_mla", whole) or whole(
+        header, ".attention.key_length"
+    )
+    value = given(header, ".attention.value_length_mla", whole) or whole(
         header, ".attention.value_length"
     )
     found = (
         _deepseek(header)
         | _groups(header)
         | {
-            "q_lora_rank": given(header, ".attention.q_lora_rank"),
-            "kv_lora_rank": number(header, ".attention.kv_lora_rank"),
+            "q_lora_rank": given(header, ".attention.q_lora_rank", whole),
+            "kv_lora_rank": whole(header, ".attention.kv_lora_rank"),
             "qk_rope_head_dim": rope,
             "qk_nope_head_dim": width - rope,
             "v_head_dim": value,
-            "num_key_value_heads": number(header, ".attention.head_count"),
+            "num_key_value_heads": whole(header, ".attention.head_count"),
         }
     )
     if _deepseek_type(header) == "deepseek_v3":
@@ -272,16 +274,16 @@ def _deepseek_type(header: Header) -> str:
 
 
 def _gpt_oss(header: Header) -> Fields:
-    layers = number(header, ".block_count")
+    layers = whole(header, ".block_count")
     kinds = ("sliding_attention", "full_attention")
-    positions = rotary(header, number(header, ".attention.key_length"))
+    positions = rotary(header, whole(header, ".attention.key_length"))
     if positions["rope_type"] == "yarn":
         positions["truncate"] = False
     return (
         {"rope_parameters": positions}
         | _experts(header, "num_local_experts", "intermediate_size")
         | {
-            "sliding_window": number(header, ".attention.sliding_window", 128),
+            "sliding_window": whole(header, ".attention.sliding_window", 128),
             "layer_types": [kinds[layer % 2] for layer in range(min(layers, 1 << 12))],
         }
     )
@@ -296,7 +298,7 @@ def _called(name: str) -> Callable[[Header], str]:
 
 
 def _llama_type(header: Header) -> str:
-    return "mixtral" if header.get(".expert_count", 0) else "llama"
+    return "mixtral" if whole(header, ".expert_count", 0) else "llama"
 
 
 NETWORKS: Mapping[str, Network] = {

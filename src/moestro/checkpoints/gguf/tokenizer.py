@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from moestro.checkpoints.gguf.fields import flag, given, numbers, text, texts, whole
 from moestro.checkpoints.gguf.header import Header
 from moestro.errors import ConfigError
 
@@ -67,10 +68,10 @@ def tokenizer_files(header: Header) -> dict[str, Any]:
     """tokenizer.json and the files beside it, by name, each an object or a text.
 
     Raises:
-        ConfigError: there is no tokenizer, or one that is not read; says what to do.
+        ConfigError: it is one that is not read, or a field of it is; says what to do.
     """
-    tokens = header.get(f"{_KEY}tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = texts(header, f"{_KEY}tokens")
+    if not tokens:
         return {}
     made = _tokenizer(header, tokens)
     names = {name: _token(header, tokens, key) for name, key in _IDS.items()}
@@ -81,29 +82,31 @@ def tokenizer_files(header: Header) -> dict[str, Any]:
         "tokenizer_config.json": settings | {"tokenizer_class": "PreTrainedTokenizerFast"},
         "generation_config.json": {"eos_token_id": ends},
     }
-    template = header.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    template = text(header, "tokenizer.chat_template")
+    if template is not None:
         files["chat_template.jinja"] = template
     return files
 
 
 def _tokenizer(header: Header, tokens: Sequence[str]) -> Tokenizer:
-    model = header.get(f"{_KEY}model")
+    model = text(header, f"{_KEY}model")
     if model == "gpt2":
         made = _byte_level(header, tokens)
     elif model == "llama":
         made = _sentencepiece(header, tokens)
     else:
         raise ConfigError(
-            f"{header.file}: its tokenizer is {model!r}; read are gpt2 (BPE) and llama "
+            f"{header.file}: its tokenizer is {model!r:.80}; read are gpt2 (BPE) and llama "
             f"(SentencePiece). {_instead(header)}"
         )
     _add_tokens(made, header, tokens)
     first = _token(header, tokens, "bos")
     if first is not None and _begins(header, model):
-        number = header.get(f"{_KEY}bos_token_id")
+        number = whole(header, f"{_KEY}bos_token_id")
+        # By a name of our own: of a token's text, "$A" and ":1" would have a meaning.
+        mark = {"id": "bos", "ids": [number], "tokens": [first]}
         made.post_processor = TemplateProcessing(
-            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, number)]
+            single="bos $A", pair="bos $A bos $B", special_tokens=[mark]
         )
     return made
 
@@ -117,20 +120,20 @@ def _instead(header: Header) -> str:
 
 def _begins(header: Header, model: str) -> bool:
     """Whether a text begins with a mark, where the file does not say by llama.cpp's defaults."""
-    usual = model == "llama" or header.get(f"{_KEY}pre") in _WHOLE_WORDS
-    return bool(header.get(f"{_KEY}add_bos_token", usual))
+    usual = model == "llama" or text(header, f"{_KEY}pre") in _WHOLE_WORDS
+    return flag(header, f"{_KEY}add_bos_token", usual)
 
 
 def _byte_level(header: Header, tokens: Sequence[str]) -> Tokenizer:
-    name, merges = header.get(f"{_KEY}pre"), header.get(f"{_KEY}merges")
-    if name not in RULES:
+    name, merges = text(header, f"{_KEY}pre"), texts(header, f"{_KEY}merges")
+    if name is None or name not in RULES:
         raise ConfigError(
-            f"{header.file}: its tokenizer cuts texts by the rule {name!r}, which is not known "
+            f"{header.file}: its tokenizer cuts texts by the rule {name!r:.80}, which is not known "
             f"here; known are {', '.join(sorted(RULES))}. {_instead(header)}"
         )
-    if not isinstance(merges, list):
+    if merges is None:
         raise ConfigError(f"{header.file} has tokens but no {_KEY}merges. {_instead(header)}")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     vocab = _vocabulary(header, tokens)
     wrong = [p for p in pairs if len(p) != 2 or not {*p, p[0] + p[-1]} <= vocab.keys()]
     if wrong:
@@ -170,7 +173,8 @@ def rule_of(tokenizer_json: Mapping[str, Any]) -> str | None:
 
 def _sentencepiece(header: Header, tokens: Sequence[str]) -> Tokenizer:
     vocab = _vocabulary(header, tokens)
-    scores = np.asarray(header.get(f"{_KEY}scores", np.zeros(len(tokens))), np.float64)
+    stated = numbers(header, f"{_KEY}scores")
+    scores = np.zeros(len(tokens)) if stated is None else stated.astype(np.float64)
     if len(scores) != len(tokens):
         raise ConfigError(f"{header.file} has {len(scores)} scores for {len(tokens)} tokens")
     merges: list[tuple[float, int, int, str, str]] = []
@@ -186,7 +190,7 @@ def _sentencepiece(header: Header, tokens: Sequence[str]) -> Tokenizer:
     made = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
     after: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if header.get(f"{_KEY}add_space_prefix", True):
+    if flag(header, f"{_KEY}add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(_SPACE))
         after.append(decoders.Strip(" ", 1, 0))
     made.normalizer, made.decoder = normalizers.Sequence(steps), decoders.Sequence(after)
@@ -202,26 +206,32 @@ def _vocabulary(header: Header, tokens: Sequence[str]) -> dict[str, int]:
 
 def _add_tokens(made: Tokenizer, header: Header, tokens: Sequence[str]) -> None:
     """Control tokens are special; tokens that users defined stay whole and are shown."""
-    kinds = np.asarray(header.get(f"{_KEY}token_type", ()))
-    if len(kinds) not in (0, len(tokens)):
-        raise ConfigError(f"{header.file} has {len(kinds)} kinds for {len(tokens)} tokens")
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        found = [tokens[number] for number in np.flatnonzero(kinds == kind).tolist()]
+        found = [tokens[number] for number in _of_kind(header, tokens, kind)]
         added = [AddedToken(name, normalized=False, special=special) for name in found if name]
         (made.add_special_tokens if special else made.add_tokens)(added)
 
 
+def _of_kind(header: Header, tokens: Sequence[str], kind: int) -> list[int]:
+    """The numbers of the tokens of a kind; of a file that says no kinds, none."""
+    kinds = numbers(header, f"{_KEY}token_type")
+    if kinds is None or not len(kinds):
+        return []
+    if len(kinds) != len(tokens):
+        raise ConfigError(f"{header.file} has {len(kinds)} kinds for {len(tokens)} tokens")
+    return np.flatnonzero(kinds == kind).tolist()
+
+
 def _token(header: Header, tokens: Sequence[str], key: str) -> str | None:
-    number = header.get(f"{_KEY}{key}_token_id")
-    if type(number) is not int or not 0 <= number < len(tokens):
-        return None
-    return tokens[number]
+    """The token that a file states for a use; a number of no token states none, as in llama.cpp."""
+    number = given(header, f"{_KEY}{key}_token_id", whole)
+    return None if number is None or not 0 <= number < len(tokens) else tokens[number]
 
 
 def _ends(header: Header, tokens: Sequence[str]) -> list[int]:
-    stated = [header.get(f"{_KEY}{key}_token_id") for key in ("eos", "eot", "eom")]
-    kinds = np.asarray(header.get(f"{_KEY}token_type", ()))
-    control = {tokens[number]: number for number in np.flatnonzero(kinds == _CONTROL).tolist()}
+    keys = [f"{_KEY}{key}_token_id" for key in ("eos", "eot", "eom")]
+    stated = [given(header, key, whole) for key in keys]
+    control = {tokens[number]: number for number in _of_kind(header, tokens, _CONTROL)}
     known = [control[name] for name in _ENDS if name in control]
-    found = [each for each in stated if type(each) is int and 0 <= each < len(tokens)]
+    found = [each for each in stated if each is not None and 0 <= each < len(tokens)]
     return list(dict.fromkeys(found + known))
