@@ -47,7 +47,7 @@ def whole(header: Header, key: str, default: int | None = None) -> int:
     """A whole number, of layers as `number` takes them.
 
     Raises:
-        ConfigError: see `number`; or it is a fraction, or a whole number stored as one.
+        ConfigError: see `number`; or it is stored as a fraction, even one like 2.0.
     """
     value = number(header, key, default)
     if not isinstance(value, int):
