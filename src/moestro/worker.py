@@ -10,6 +10,7 @@ import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -55,8 +56,9 @@ class Worker:
             start_new_session=True,  # Ctrl-C is not for it
         )
         self._owner = os.getpid()
+        self._pipes = threading.RLock()
         # Also called when nothing refers to the worker any more, and before Python exits.
-        self.close = weakref.finalize(self, _end, self._process, self._owner)
+        self.close = weakref.finalize(self, _end, self._process, self._owner, self._pipes)
 
     def is_ready(self) -> bool:
         """Whether it still runs; a fork of this process must not talk to it."""
@@ -73,9 +75,15 @@ class Worker:
         Raises:
             EndedError: there is no answer.
         """
+        with self._pipes:
+            return self._ask(line, wait_s, most)
+
+    def _ask(self, line: bytes, wait_s: float, most: int) -> bytes:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        if not self.close.alive:
+            raise EndedError(self._code())
         with suppress(BrokenPipeError):  # it ended, as is read next
             stdin.write(line)
             stdin.flush()
@@ -100,13 +108,19 @@ class Worker:
             return None
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], owner: int, pipes: threading.RLock) -> None:
     """End a worker and leave no zombie; in a fork of its owner, only let go of it."""
     if owner != os.getpid():
         process.returncode = 0  # not this process's child
-    else:
-        process.kill()
-        process.wait()
+        _close(process)
+        return
+    process.kill()
+    process.wait()
+    with pipes:  # a thread that asks finds that it ended, and lets go of them first
+        _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):

@@ -1,16 +1,22 @@
 """Schemas that would take an age to compile: refused, and nothing else waits for them."""
 
+import asyncio
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import torch
 
+from moestro.infer.writing import Constraint
 from moestro.serve import grammars
 from moestro.serve.constraints import of_json
 from moestro.serve.errors import ApiError
 from moestro.serve.grammars import Grammars
+from moestro.serve.running import bind, server
 from moestro.serve.served import Served
 from moestro.text import ByteTokenizer
 
@@ -94,3 +100,137 @@ def test_the_servers_end_closes_its_grammars(served: Served) -> None:
         assert state.grammars.constraint(of_json({}), "tools")
     with pytest.raises(ApiError, match="about to end"):
         state.grammars.constraint(of_json({}), "tools")
+
+
+def test_a_grammar_that_is_kept_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And texts of one grammar do not share their place in it."""
+    found, grammar, asked = Grammars(ByteTokenizer()), of_json({"const": "ab"}), []
+    compiled = grammars.compiled
+    monkeypatch.setattr(
+        grammars, "compiled", lambda words, text: asked.append(text) or compiled(words, text)
+    )
+
+    async def make() -> tuple[Constraint, Constraint]:
+        first, second = await found.make(grammar, "tools"), await found.make(grammar, "text")
+        return first(), second()
+
+    first, second = asyncio.run(make())
+    found.close()
+    assert asked == [grammar]
+    first.push(ord('"'))
+    assert torch.equal(second.allowed().nonzero()[:, 0], torch.tensor([ord('"')]))
+    assert torch.equal(first.allowed().nonzero()[:, 0], torch.tensor([ord("a")]))
+
+
+def test_a_grammar_that_is_kept_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "MOST_SECONDS", 60.0)
+    found, plain = Grammars(ByteTokenizer()), of_json({"type": "null"})
+
+    async def make() -> None:
+        await found.make(plain, "tools")
+        costly = asyncio.ensure_future(found.make(of_json(ENDLESS), "tools"))
+        while found._pool._work_queue.qsize():  # until it has begun
+            await asyncio.sleep(0.01)
+        assert (await found.make(plain, "tools"))().allowed().any()
+        assert not costly.done()
+        found.close()
+        with pytest.raises(ApiError, match="about to end"):
+            await costly
+
+    asyncio.run(make())
+
+
+def test_grammars_are_kept_up_to_a_sum_of_seconds_the_last_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammars, "MOST_KEPT_S", 3 * grammars._LEAST_S + 1e-9)
+    monkeypatch.setattr(grammars.time, "thread_time", lambda: 0.0)
+    found = Grammars(ByteTokenizer())
+    texts = [of_json({"const": number}) for number in range(4)]
+
+    async def make() -> None:
+        for number in (0, 1, 2, 0, 3):
+            await found.make(texts[number], "tools")
+
+    asyncio.run(make())
+    found.close()
+    assert list(found._kept) == [texts[2], texts[0], texts[3]]
+
+
+def test_what_is_refused_is_not_kept() -> None:
+    found, wrong = Grammars(ByteTokenizer()), of_json({"type": "nothing"})
+
+    async def make(param: str) -> None:
+        with pytest.raises(ApiError, match=f"^{param} cannot be kept to"):
+            await found.make(wrong, param)
+
+    asyncio.run(make("tools"))
+    asyncio.run(make("response_format"))
+    found.close()
+    assert not found._kept
+
+
+def test_a_client_that_leaves_while_its_schema_waits_is_let_go(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its schema is not compiled, once it is its turn."""
+    monkeypatch.setattr(grammars, "MOST_SECONDS", 60.0)
+    state, gone = state_of(served), threading.Event()
+    begun: list[str] = []
+    make, compile_one = Grammars.make, Grammars._compile
+
+    async def noting_the_end(self: Grammars, grammar: str, param: str) -> Any:
+        try:
+            return await make(self, grammar, param)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+
+    def noting_the_start(self: Grammars, grammar: str, param: str) -> Any:
+        begun.append(grammar)
+        return compile_one(self, grammar, param)
+
+    monkeypatch.setattr(Grammars, "make", noting_the_end)
+    monkeypatch.setattr(Grammars, "_compile", noting_the_start)
+
+    def ask(address: str, schema: dict[str, Any], wait_s: float = 60) -> httpx.Response:
+        form = {"type": "json_object", "schema": schema}
+        body = {"messages": HELLO, "max_tokens": 1, "response_format": form}
+        return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=wait_s)
+
+    with at_work(state) as address, ThreadPoolExecutor(1) as clients:
+        held = clients.submit(ask, address, ENDLESS)
+        while not begun:
+            time.sleep(0.01)
+        with pytest.raises(httpx.ReadTimeout):
+            ask(address, {"const": "left"}, 0.5)
+        assert gone.wait(30)
+        assert state.grammars._worker is not None
+        state.grammars._worker.close()
+        assert held.result().status_code == 400
+        assert ask(address, {"const": "next"}).status_code == 200
+    assert [("left" in text, "next" in text) for text in begun] == [(False, False), (False, True)]
+
+
+def test_a_signal_ends_what_waits_for_its_schema(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and in words; a text that is being written goes on."""
+    monkeypatch.setattr(grammars, "MOST_SECONDS", 60.0)
+    state = state_of(served)
+    bound, ready = bind("127.0.0.1", 0), threading.Event()
+    loop = server(state, ready.set)
+    thread = threading.Thread(target=loop.run, args=([bound],))
+    thread.start()
+    assert ready.wait(30)
+    path = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/chat/completions"
+    body = {"messages": HELLO, "response_format": {"type": "json_object", "schema": ENDLESS}}
+    with ThreadPoolExecutor(1) as clients:
+        held = clients.submit(httpx.post, path, json=body, timeout=60)
+        while state.grammars._worker is None:
+            time.sleep(0.01)
+        loop.handle_exit(signal.SIGTERM, None)
+        assert held.result().status_code == 503
+        assert held.result().json()["error"]["code"] == "shutting_down"
+    thread.join(30)
+    assert not thread.is_alive()

@@ -23,7 +23,7 @@ from moestro.serve.turns import Turn, prepare
 
 async def chat(request: Request, state: State, wanted: ChatRequest) -> Response:
     """Answer one request."""
-    turn = await prepare(state, wanted)
+    turn = await while_connected(request, prepare(state, wanted))
     job = state.submit(turn.asks)
     kind = "chat.completion.chunk" if wanted.stream else "chat.completion"
     start = head("chatcmpl", kind, state.served.check_name(wanted.model))

@@ -7,9 +7,11 @@ import json
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import llguidance
 import torch
@@ -25,6 +27,10 @@ from moestro.worker import EndedError, Worker
 # Of most schemas it is some milliseconds; 1 s is a prime multipleOf between 100,000 and 200,000.
 MOST_SECONDS = 1.0
 LONGEST_WAIT_S = 30.0
+# Grammars are kept for later requests up to this sum of their seconds, each counted as _LEAST_S or
+# more. The memory that one holds grows with them, by some 35 MB for a second.
+MOST_KEPT_S = 4.0
+_LEAST_S = 0.02
 _START = "from moestro.serve.compiling import serve; serve()"
 # The bits of every byte, the lowest first, packed into one number so that a look-up copies it.
 _BITS = (
@@ -38,6 +44,7 @@ class Grammars:
 
     Some short schemas would take hours and all memory to compile, and nothing stops llguidance
     once it has begun. So each is first compiled in a process that is ended when it takes too long.
+    Those used last are kept: clients send the same schema again and again.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -45,14 +52,29 @@ class Grammars:
         self._pool = ThreadPoolExecutor(1, "moestro-grammars")
         self._words: llguidance.LLTokenizer | None = None
         self._worker: Worker | None = None
+        self._kept: dict[str, _Compiled] = {}  # the one used last is last
         self._closed = False
 
     async def make(self, grammar: str, param: str) -> Callable[[], Constraint]:
-        """`constraint`, one after the other in a thread of their own, so that all else goes on."""
+        """`constraint`, one after the other in a thread of their own, so that all else goes on.
+
+        One that is kept waits for no other.
+        """
         if self._closed:
             raise errors.closing()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self.constraint, grammar, param)
+        found = self._kept.pop(grammar, None)
+        if found is None:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._pool, self._compile, grammar, param)
+        self._keep(grammar, found)
+        return found.new
+
+    def _keep(self, grammar: str, found: _Compiled) -> None:
+        self._kept[grammar] = found
+        total_s = sum(each.seconds for each in self._kept.values())
+        while total_s > MOST_KEPT_S:
+            oldest = next(iter(self._kept))
+            total_s -= self._kept.pop(oldest).seconds
 
     def constraint(self, grammar: str, param: str) -> Callable[[], Constraint]:
         """Makes a constraint for each text that a grammar describes; for one thread at a time.
@@ -64,10 +86,14 @@ class Grammars:
         Raises:
             ApiError: it holds what llguidance does not know, and says what; or takes too long.
         """
+        return self._compile(grammar, param).new
+
+    def _compile(self, grammar: str, param: str) -> _Compiled:
         if self._words is None:
             text, ends = _file_of(self._tokenizer)
             self._words = words(text, ends)
         self._try(grammar, param)
+        began = time.thread_time()
         matcher = compiled(self._words, grammar)
         wrong = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
         if wrong:
@@ -76,7 +102,7 @@ class Grammars:
             _Matched(matcher.deep_copy()).allowed()
         except errors.GrammarError as error:
             raise errors.refused(f"{param} cannot be kept to: {error}", param) from None
-        return lambda: _Matched(matcher.deep_copy())
+        return _Compiled(matcher, max(_LEAST_S, time.thread_time() - began))
 
     def close(self) -> None:
         """End what is being compiled; that, and what waits for it, is told so."""
@@ -141,6 +167,17 @@ class _Matched:
                 "the text cannot go on: its schema refers to itself without end, or allows more "
                 "at this place than can be followed; make the schema smaller"
             )
+
+
+class _Compiled(NamedTuple):
+    """A grammar, and the seconds of processor time that it counts for."""
+
+    matcher: llguidance.LLMatcher
+    seconds: float
+
+    def new(self) -> Constraint:
+        """For one more text."""
+        return _Matched(self.matcher.deep_copy())
 
 
 def _reason(text: str) -> str:

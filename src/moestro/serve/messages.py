@@ -28,7 +28,7 @@ async def message(request: Request, state: State, wanted: MessagesRequest) -> Re
     """Answer one request."""
     with errors.explaining():
         asked = wanted.as_chat()
-    turn = await prepare(state, asked)
+    turn = await while_connected(request, prepare(state, asked))
     job = state.submit(turn.asks)
     start: dict[str, Any] = {
         "id": f"msg_{uuid.uuid4().hex}",

@@ -30,7 +30,7 @@ async def respond(request: Request, state: State, wanted: ResponsesRequest) -> R
     with errors.renaming(_NAMES):
         with errors.explaining():
             asked = wanted.as_chat()
-        turn = await prepare(state, asked)
+        turn = await while_connected(request, prepare(state, asked))
     job = state.submit(turn.asks)
     start = _start(wanted, state.served.check_name(wanted.model))
     if wanted.stream:

@@ -111,6 +111,7 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to end; asked every tenth of a second."""
         if self._asked_at is not None and not self.should_exit:
+            self._state.grammars.close()  # what waits for one has not begun
             engine, waited_s = self._state.engine, time.monotonic() - self._asked_at
             late = waited_s > self._state.settings.drain_s + _LAST_S
             self.should_exit = late or not engine.running
