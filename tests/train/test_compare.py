@@ -7,6 +7,7 @@ from math import nan
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from moestro.config import OptimConfig, RunConfig
 from moestro.errors import ConfigError
@@ -222,6 +223,24 @@ def test_figure_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "compare.png"
     comparison_figure(curves([5.0, 3.0, 2.0], [5.0, 4.0, 3.0]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_a_model_are_drawn_alike_and_models_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    kinds = [*(f"experts{2**n}" for n in range(2, 12)), "dense"]
+    runs = [Curve(kind, seed, points(5.0, 3.0)) for seed in (0, 1) for kind in kinds]
+    comparison_figure(runs, tmp_path / "compare.png")
+    for axes in drawn[0].axes:
+        first, second = axes.lines[: len(kinds)], axes.lines[len(kinds) : 2 * len(kinds)]
+        looks = [(line.get_color(), line.get_marker()) for line in first]
+        assert looks == [(line.get_color(), line.get_marker()) for line in second]
+        assert len(set(looks)) == len(kinds)
+    legend = drawn[0].axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [*kinds[:-1], "dense twin"]
 
 
 class _OneSecond:

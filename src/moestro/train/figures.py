@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from moestro.config import RunConfig
 from moestro.data.domains import ALL
 from moestro.train.compare import (
+    MIXTURE,
     TWIN,
     Comparison,
     Curve,
@@ -22,22 +23,21 @@ from moestro.train.compare import (
 )
 from moestro.train.scaling import Axis, Law, Mixture, mixture_of, predict
 
-# Okabe and Ito's blue and vermilion: apart for every kind of colour vision.
+# Okabe and Ito's colours: apart for every kind of colour vision. Vermilion is the twin's.
 BLUE, VERMILION = "#0072B2", "#D55E00"
-STYLES: dict[str, dict[str, Any]] = {
-    "moe": {"color": BLUE, "marker": "o", "label": "mixture of experts"},
-    "dense": {"color": VERMILION, "marker": "s", "label": "dense twin"},
-}
+COLORS, MARKERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "o^vD"
 
 
 def comparison_figure(curves: list[Curve], path: Path) -> None:
     """Draw both panels and write a PNG."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    styles = _styles(curves)
     for curve in curves:
         bits = [point.bits_per_byte[ALL] for point in curve.points]
-        _line(left, curve, [point.train_flops / 1e12 for point in curve.points], bits)
-        _line(right, curve, [point.seconds / 60 for point in curve.points], bits)
+        compute = [point.train_flops / 1e12 for point in curve.points]
+        _line(left, styles[curve.kind], compute, bits)
+        _line(right, styles[curve.kind], [point.seconds / 60 for point in curve.points], bits)
     goals = [curve.final.bits_per_byte[ALL] for curve in curves if curve.kind == TWIN]
     for axes in (left, right):
         for goal in goals:
@@ -52,10 +52,23 @@ def comparison_figure(curves: list[Curve], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _line(axes: Axes, curve: Curve, cost: list[float], bits: list[float]) -> None:
-    style = dict(STYLES.get(curve.kind) or {"marker": ".", "label": curve.kind})
-    if axes.lines and any(line.get_label() == style["label"] for line in axes.lines):
-        style["label"] = "_again"
+def _styles(curves: list[Curve]) -> dict[str, dict[str, Any]]:
+    """How each kind of model is drawn, the same for all its seeds."""
+    styles = {TWIN: {"color": VERMILION, "marker": "s", "label": "dense twin"}}
+    kinds = [kind for kind in dict.fromkeys(curve.kind for curve in curves) if kind != TWIN]
+    for number, kind in enumerate(kinds):
+        styles[kind] = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[number // len(COLORS) % len(MARKERS)],
+            "label": "mixture of experts" if kind == MIXTURE else kind,
+        }
+    return styles
+
+
+def _line(axes: Axes, style: dict[str, Any], cost: list[float], bits: list[float]) -> None:
+    """One run's; a kind is named once."""
+    if any(line.get_label() == style["label"] for line in axes.lines):
+        style = {**style, "label": "_again"}
     axes.plot(cost, bits, ms=3.5, lw=1.6, **style)
 
 
