@@ -62,7 +62,7 @@ class Grammars:
         """
         if self._closed:
             raise errors.closing()
-        found = self._kept.pop(grammar, None)
+        found = self._kept.get(grammar)
         if found is None:
             loop = asyncio.get_running_loop()
             found = await loop.run_in_executor(self._pool, self._compile, grammar, param)
@@ -70,6 +70,7 @@ class Grammars:
         return found.new
 
     def _keep(self, grammar: str, found: _Compiled) -> None:
+        self._kept.pop(grammar, None)  # so that it comes last
         self._kept[grammar] = found
         total_s = sum(each.seconds for each in self._kept.values())
         while total_s > MOST_KEPT_S:
