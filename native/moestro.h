@@ -227,8 +227,8 @@ typedef struct {
 
 /* New tokens of b sequences, T = all their rows, sequence by sequence. x [T, D] fp32 are their
  * embeddings; cosines and sines [T, A'/2]; logits [N, V], N = all their `told`, sequence by
- * sequence, and the routing, experts and weights [layers, T, K], are written. A token gets the same bits however its
- * sequence is cut, and whatever runs beside it. */
+ * sequence, and the routing, experts and weights [layers, T, K], are written. With the same
+ * angles a token gets the same bits however its sequence is cut, and whatever runs beside it. */
 MOESTRO_API int32_t moestro_step(const moestro_decoder *d, int64_t b, const float *x, const float *cosines,
                                  const float *sines, const moestro_past *past, float *logits, int64_t *experts,
                                  float *weights);

@@ -78,6 +78,17 @@ def test_a_conversation_that_is_too_long_is_refused_and_taken_back() -> None:
     assert talk.messages == []
 
 
+def test_a_message_that_the_model_cannot_read_is_taken_back() -> None:
+    """Its tokens are beyond the model's vocabulary; the conversation goes on without it."""
+    talk = Conversation(model(vocab_size=128), ByteTokenizer(), TEMPLATE, SETTINGS)
+    with pytest.raises(DataError, match="token 195"):
+        say(talk, "é")
+    assert talk.messages == []
+    with pytest.raises(DataError, match="token 195"):
+        say(talk, "é")
+    assert talk.messages == []
+
+
 def test_saved(tmp_path: Path) -> None:
     talk = Conversation(model(), ByteTokenizer(), TEMPLATE, SETTINGS, "be brief")
     answer = say(talk, "hello")

@@ -121,3 +121,27 @@ def test_a_failed_step_leaves_nothing_to_go_on_from(monkeypatch: Any) -> None:
     assert not session.live
     assert run(session, again := session.add(text, SETTINGS))[again] == alone
     assert session.cached[again] == 0
+
+
+LONG = {
+    "kind": "longrope", "original_context": 80,
+    "short_factor": (1.0,) * 4, "long_factor": (3.0,) * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_longrope_texts_of_all_lengths_get_what_they_get_alone(cache_bytes: int) -> None:
+    """After longer ones, beside them, and before a text that goes on with theirs."""
+    model = decoder(positions={"scaling": LONG})
+    texts = [SYSTEM, SYSTEM[:40], SYSTEM * 2, SYSTEM[:30], SYSTEM + SYSTEM[:30]]
+    alone = []
+    for text in texts:
+        session = Session(model, ByteTokenizer())
+        alone.append(run(session, session.add(text, SETTINGS))[0])
+    session = Session(model, ByteTokenizer(), cache_bytes=cache_bytes)
+    for text, want in zip(texts, alone, strict=True):
+        number = session.add(text, SETTINGS)
+        assert run(session, number)[number] == want
+    numbers = [session.add(text, SETTINGS) for text in texts]
+    together = run(session, *numbers)
+    assert [together[number] for number in numbers] == alone

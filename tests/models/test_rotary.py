@@ -13,6 +13,7 @@ from moestro import Decoder, ModelConfig
 from moestro.config import RopeConfig
 from moestro.errors import ConfigError
 from moestro.kernels.pointwise import rotate
+from moestro.models import rotary as rotary_module
 from moestro.models.rotary import (
     RotaryTable,
     frequencies,
@@ -177,13 +178,18 @@ def test_rotation_keeps_lengths_and_depends_on_distance(position, shift):
     torch.testing.assert_close(turned.norm(), q.norm())
 
 
+@pytest.mark.parametrize("most", [1, 4, 64])
 @pytest.mark.parametrize("name", ["none", "yarn", "longrope"])
-def test_the_table_gives_the_same_angles(name, monkeypatch):
-    """Forwards, backwards, across what it knows, and across longrope's border at 10."""
-    monkeypatch.setattr(RotaryTable, "AHEAD", 6)
+def test_the_table_gives_the_same_angles(name, most, monkeypatch):
+    """Forwards, backwards, across what it keeps, and across longrope's border at 10.
+
+    As one text asks for them, and texts of all lengths by turns.
+    """
+    monkeypatch.setattr(RotaryTable, "BLOCK", 6)
     cfg = cfg_of(SCALINGS[name])
-    table = RotaryTable(cfg)
+    table = RotaryTable(cfg, most)
     spans = [(0, 3), (3, 1), (4, 1), (5, 2), (7, 1), (8, 1), (9, 1), (10, 1), (11, 9), (2, 3)]
+    spans += [(0, 11), (0, 10), (0, 40), (0, 3), (39, 1), (9, 1), (5, 0), (6, 6), (7, 5), (0, 24)]
     for start, length in spans:
         for dtype in (torch.float32, torch.float64):
             actual = table.at(start, length, CPU, dtype)
@@ -192,15 +198,27 @@ def test_the_table_gives_the_same_angles(name, monkeypatch):
 
 
 def test_the_table_is_computed_once_for_many_tokens(monkeypatch):
-    calls = []
-    plain = rotary
-    monkeypatch.setattr(
-        "moestro.models.rotary.rotary", lambda *args: calls.append(args) or plain(*args)
-    )
+    """Also of many texts, each at a place of its own."""
+    calls, plain = [], rotary_module._angles
+    monkeypatch.setattr(rotary_module, "_angles", lambda *args: calls.append(args) or plain(*args))
     table = RotaryTable(cfg_of(None))
     for position in range(600):
         table.at(position, 1, CPU, torch.float32)
     assert len(calls) == 3
+    calls.clear()
+    table = RotaryTable(cfg_of(None), 16)
+    for step in range(200):
+        for text in range(16):
+            table.at(1000 * text + step, 1, CPU, torch.float32)
+    assert len(calls) <= 32
+
+
+def test_the_table_keeps_no_more_blocks_than_it_may():
+    table = RotaryTable(cfg_of(None), 5)
+    for position in range(0, 10_000, 256):
+        table.at(position, 1, CPU, torch.float32)
+    table.at(0, 10_000, CPU, torch.float32)
+    assert len(table._blocks) == 5
 
 
 def test_the_latent_part_alone_turns():

@@ -62,17 +62,16 @@ class Conversation:
         Whoever leaves the loop early keeps what came until then as the answer.
 
         Raises:
-            DataError: the template refuses the conversation, or it is longer than the model's
-                context; the message is then taken back.
+            DataError: the template refuses the conversation, it is longer than the model's
+                context, or has tokens that the model does not know; the message is then taken back.
             MoestroError: the logits allow no choice.
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            tokens = self._tokens()
+            number = self._session.add(self._tokens(), self.sampling)
         except DataError:
             self.messages.pop()
             raise
-        number = self._session.add(tokens, self.sampling)
         answer = ""
         try:
             while self._session.live:

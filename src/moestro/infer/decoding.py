@@ -2,7 +2,8 @@
 
 Each sequence gets the same bits whatever runs beside it: a step is either native, where no row
 depends on another, or taken sequence by sequence. Native steps also give the same bits however a
-prompt is cut, so a past can be continued and forked at any token.
+prompt is cut, so a past can be continued and forked at any token; not where angles depend on the
+length of the text.
 """
 
 from __future__ import annotations
@@ -165,10 +166,9 @@ class EncDecDecoding(Decoding):
 class NativeDecoding(Decoding):
     """Prompts and steps in native code, tokens of all sequences together."""
 
-    cuts_exactly = True
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        self.cuts_exactly = chunked(model.cfg)
         self._native = NativeDecoder(model)
         # Counting takes as long as a layer, so single tokens wait for others.
         self._uncounted: list[Tensor] = []

@@ -149,7 +149,7 @@ class Session:
             most: Requests that run together; others wait for their turn.
             cache_bytes: Memory for the pasts of earlier texts: what a prompt shares with one of
                 them is not computed again, which changes no bit; 0: no memory. A model without
-                native steps keeps none, since there its numbers would change.
+                native steps keeps none, nor does one with longrope, since its numbers would change.
             adapted: The model with adapters, by what `add` calls them; in eval mode.
 
         Raises:

@@ -32,6 +32,9 @@ from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
 from moestro.moe.routers import SparseMixerRouter, TopKRouter
 
+# Blocks of angles that all sequences share: some MB, and each at a place of its own finds its block.
+MOST_ANGLES = 64
+
 
 class Stepped(NamedTuple):
     """T new tokens of B sequences; L mixtures in the order of `model.moe_layers`."""
@@ -85,7 +88,7 @@ class NativeDecoder:
         if reason is not None:
             raise MoestroError(f"this model cannot decode natively: {reason}")
         self.model, cfg = model, model.cfg
-        self._rotary = RotaryTable(cfg)
+        self._rotary = RotaryTable(cfg, MOST_ANGLES)
         self._pasts: WeakKeyDictionary[KVCache, StepPast] = WeakKeyDictionary()
         shape, head = _shape(model), model.head.native()
         self._step = StepDecoder(
@@ -110,7 +113,8 @@ class NativeDecoder:
     ) -> Stepped:
         """New tokens of each sequence, at least one.
 
-        A token gets the same bits however its sequence is cut, and whatever runs beside it.
+        A token gets the same bits whatever runs beside it, and however its sequence is cut, except
+        where angles depend on its length (longrope).
 
         Args:
             tokens: of each sequence, those that follow its past.

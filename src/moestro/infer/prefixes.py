@@ -1,7 +1,7 @@
 """Texts that were read before, so that what several requests begin with is computed once.
 
-Native steps give the same bits however a text is cut, so a past can be taken up at any token, and
-what a request gets does not depend on whether its beginning was known.
+Where a decoding `cuts_exactly`, a past can be taken up at any token, and what a request gets does
+not depend on whether its beginning was known.
 """
 
 from __future__ import annotations

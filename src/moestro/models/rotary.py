@@ -160,9 +160,21 @@ def rotary(
         device: of the result.
         dtype: of the result.
     """
-    rope, total = _rope_of(cfg), start + length
+    return _angles(start, length, start + length, cfg, device, dtype)
+
+
+def _angles(
+    start: int,
+    length: int,
+    total: int,
+    cfg: NetworkConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Rotary:
+    """Angles of these positions in a text of `total` tokens."""
+    rope = _rope_of(cfg)
     turns_A = frequencies(rope, turning_width(cfg), total).to(device)
-    positions_S = torch.arange(start, total, device=device, dtype=torch.float64)
+    positions_S = torch.arange(start, start + length, device=device, dtype=torch.float64)
     angles_SA = positions_S[:, None] * turns_A
     scale = magnitude(rope, total)
     return Rotary((angles_SA.cos() * scale).to(dtype), (angles_SA.sin() * scale).to(dtype))
@@ -199,33 +211,61 @@ def _rope_of(cfg: NetworkConfig) -> RopeConfig:
 
 
 class RotaryTable:
-    """Angles computed a stretch ahead, so that decoding one token only takes a row of them.
+    """Angles computed a block of positions at a time, so that decoding a token only takes a row.
+
+    Texts of any length may share one.
 
     Args:
         cfg: of a model with rotary positions.
+        most: blocks that are kept, those used last.
     """
 
-    AHEAD = 256
+    BLOCK = 256
+    # More at once, as of a prompt that passes whole, are computed for that call alone.
+    MOST_AT_ONCE = 4
 
-    def __init__(self, cfg: NetworkConfig) -> None:
-        self.cfg = cfg
-        self._start = self._stop = 0
-        self._rows: Rotary | None = None
+    def __init__(self, cfg: NetworkConfig, most: int = MOST_AT_ONCE) -> None:
+        self.cfg, self._most = cfg, most
+        scaling = _rope_of(cfg).scaling
+        self._scaling = scaling if isinstance(scaling, LongRopeScaling) else None
+        self._blocks: dict[_Block, Rotary] = {}
 
     def at(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
         """`rotary` of these positions."""
-        rows, inside = self._rows, self._start <= start and start + length <= self._stop
-        if not inside or rows is None or (rows[0].dtype, rows[0].device) != (dtype, device):
-            rows = self._compute(start, length, device, dtype)
-        first = start - self._start
-        return Rotary(rows.cos_SA[first : first + length], rows.sin_SA[first : first + length])
+        total = start + length
+        first, last = start // self.BLOCK, max(start, total - 1) // self.BLOCK
+        if last - first >= self.MOST_AT_ONCE:
+            return rotary(start, length, self.cfg, device, dtype)
+        beyond = self._scaling is not None and _beyond(self._scaling, total)
+        blocks = [
+            self._block(_Block(number, beyond, device, dtype)) for number in range(first, last + 1)
+        ]
+        cos_SA, sin_SA = blocks[0]
+        if len(blocks) > 1:
+            cos_SA, sin_SA = (torch.cat(each) for each in zip(*blocks, strict=True))
+        start -= first * self.BLOCK
+        return Rotary(cos_SA[start : start + length], sin_SA[start : start + length])
 
-    def _compute(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
-        stop = start + length + self.AHEAD
-        scaling = _rope_of(self.cfg).scaling
-        if isinstance(scaling, LongRopeScaling) and start + length <= scaling.original_context:
-            # Beyond it, the angles are others.
-            stop = min(stop, scaling.original_context)
-        self._rows = rotary(start, stop - start, self.cfg, device, dtype)
-        self._start, self._stop = start, stop
-        return self._rows
+    def _block(self, block: _Block) -> Rotary:
+        found = self._blocks.pop(block, None)
+        if found is None:
+            start = block.number * self.BLOCK
+            # Of longrope, a text of another length has other angles at the same positions.
+            total = start + self.BLOCK
+            if self._scaling is not None:
+                border = self._scaling.original_context
+                total = max(total, border + 1) if block.beyond else min(total, border)
+            found = _angles(start, self.BLOCK, total, self.cfg, block.device, block.dtype)
+            if len(self._blocks) >= self._most:
+                del self._blocks[next(iter(self._blocks))]
+        self._blocks[block] = found  # the one used last is last
+        return found
+
+
+class _Block(NamedTuple):
+    """Which angles a block of a `RotaryTable` has: positions, longrope's factors, and form."""
+
+    number: int
+    beyond: bool
+    device: torch.device
+    dtype: torch.dtype
