@@ -100,17 +100,17 @@ void DeltaNet::remember(const Batch &batch, const moestro_delta &w, int64_t l, i
         std::copy_n(projected_.data() + (first_[size_t(s) + 1] - kept + i) * projected(w), width, inputs + i * width);
 }
 
-void DeltaNet::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
+bool DeltaNet::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
     const moestro_decoder &d = batch.d;
     const moestro_layer &layer = d.layer[l];
     const moestro_delta &w = *layer.delta;
     const int64_t values = w.value_heads * w.value_dim, tasks = w.value_heads + 1;
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) {
+    const bool room = team.once([&] {
         rows_.shape(w.qkvz.kind, w.qkvz.group, batch.t, d.dim);
         out_rows_.shape(layer.out.kind, layer.out.group, batch.t, values);
-    }
-    team.wait();
+    });
+    if (!room) return false;
     while (team.take(batch.t, 1, &from, &to)) {
         const float *row = before_attention(batch, layer, from, memory);
         kernels().scores(row, w.ba, true, {1, 2 * w.value_heads, d.dim, d.dim, 2 * w.value_heads, 1.0f},
@@ -128,6 +128,7 @@ void DeltaNet::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
     }
     team.wait();
     project(team, batch, layer, mixed_, values, out_rows_, memory);
+    return true;
 }
 
 }  // namespace moestro

@@ -186,14 +186,14 @@ void GroupedAttention::attend(const Batch &batch, int64_t l, const Part &part, i
     }
 }
 
-void GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
+bool GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
     const moestro_layer &layer = batch.d.layer[l];
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) {
+    const bool room = team.once([&] {
         rows_.shape(layer.qkv.kind, layer.qkv.group, batch.t, batch.d.dim);
         inner_rows_.shape(layer.out.kind, layer.out.group, batch.t, inner_);
-    }
-    team.wait();
+    });
+    if (!room) return false;
     while (team.take(batch.t, 1, &from, &to))
         set(rows_, from, before_attention(batch, layer, from, memory), batch.d.dim, memory);
     team.wait(ahead_of(team, layer.qkv));
@@ -204,6 +204,7 @@ void GroupedAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) 
         attend(batch, l, parts_[size_t(from / groups_)], from % groups_, memory);
     team.wait(ahead_of(team, layer.out));
     project(team, batch, layer, mixed_, inner_, inner_rows_, memory);
+    return true;
 }
 
 }  // namespace moestro

@@ -110,20 +110,20 @@ void LatentAttention::attend(const Batch &batch, const moestro_latent &w, int64_
                   mixed_.begin() + ((part.first + r) * d.heads + first) * w.kv_rank);
 }
 
-void LatentAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
+bool LatentAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
     const moestro_decoder &d = batch.d;
     const moestro_layer &layer = d.layer[l];
     const moestro_latent &w = *layer.latent;
     const moestro_matrix &first = w.q_rank ? w.q_down : w.q;
     const int64_t blocks = (batch.t + ROWS - 1) / ROWS, across = (d.heads + HEADS - 1) / HEADS;
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) {
+    const bool room = team.once([&] {
         rows_.shape(first.kind, first.group, batch.t, d.dim);
         kv_rows_.shape(w.kv_down.kind, w.kv_down.group, batch.t, d.dim);
         if (w.q_rank) low_rows_.shape(w.q.kind, w.q.group, batch.t, w.q_rank);
         out_rows_.shape(layer.out.kind, layer.out.group, batch.t, d.heads * w.value);
-    }
-    team.wait();
+    });
+    if (!room) return false;
     while (team.take(batch.t, 1, &from, &to)) {
         const float *row = before_attention(batch, layer, from, memory);
         set(rows_, from, row, d.dim, memory);
@@ -157,6 +157,7 @@ void LatentAttention::run(Team &team, Batch &batch, int64_t l, Memory &memory) {
     }
     team.wait();
     project(team, batch, layer, values_, d.heads * w.value, out_rows_, memory);
+    return true;
 }
 
 }  // namespace moestro

@@ -62,8 +62,9 @@ void keep(const float *from, int32_t dtype, void *to, float *scales, int64_t row
 class GroupedAttention {
 public:
     static bool good(const moestro_layer &layer, const moestro_decoder &d);
-    void plan(const Batch &batch);                                  // by one thread; throws std::bad_alloc
-    void run(Team &team, Batch &batch, int64_t l, Memory &memory);  // all threads; ends with a wait
+    void plan(const Batch &batch);  // by one thread; throws std::bad_alloc
+    // All threads; ends with a wait. False: see `Team::once`.
+    bool run(Team &team, Batch &batch, int64_t l, Memory &memory);
 
 private:
     void place(const Batch &batch, int64_t l, int64_t t);
@@ -81,8 +82,9 @@ private:
 class LatentAttention {
 public:
     static bool good(const moestro_layer &layer, const moestro_decoder &d);
-    void plan(const Batch &batch);                                  // by one thread; throws std::bad_alloc
-    void run(Team &team, Batch &batch, int64_t l, Memory &memory);  // all threads; ends with a wait
+    void plan(const Batch &batch);  // by one thread; throws std::bad_alloc
+    // All threads; ends with a wait. False: see `Team::once`.
+    bool run(Team &team, Batch &batch, int64_t l, Memory &memory);
 
 private:
     void place(const Batch &batch, const moestro_latent &w, int64_t l, int64_t t);
@@ -105,8 +107,9 @@ private:
 class DeltaNet {
 public:
     static bool good(const moestro_layer &layer, const moestro_decoder &d);
-    void plan(const Batch &batch);                                  // by one thread; throws std::bad_alloc
-    void run(Team &team, Batch &batch, int64_t l, Memory &memory);  // all threads; ends with a wait
+    void plan(const Batch &batch);  // by one thread; throws std::bad_alloc
+    // All threads; ends with a wait. False: see `Team::once`.
+    bool run(Team &team, Batch &batch, int64_t l, Memory &memory);
 
 private:
     void convolve(const Batch &batch, const moestro_delta &w, int64_t l, int64_t t, Memory &memory);

@@ -30,8 +30,11 @@ public:
     Ahead ahead(const Team &team) const;
     // All threads: gate and up, activation, down; ends with a wait. False, to all alike: an expert could not be read.
     bool compute(Team &team);
+    void forget() { file_ = nullptr; }  // that of an earlier call, which may be gone
     // By one thread, after that: what was to be read is not wanted any more.
-    void give_up() { file_->end(); }
+    void give_up() {
+        if (file_) file_->end();
+    }
     // y [dim] += Σ weight · expert over the assignments of one token, in their order.
     void add(int64_t token, const float *weights, float *y) const;
 

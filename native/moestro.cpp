@@ -80,6 +80,7 @@ int32_t moestro_path(void) {
 
 int32_t moestro_use_path(int32_t wanted) {
     if (wanted < -1 || !runs(wanted)) return MOESTRO_EPATH;
+    Lock lock(one_at_a_time());  // what computes goes on with its own
     path = wanted;
     return 0;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <new>
 
 namespace moestro {
 
@@ -33,6 +34,21 @@ public:
         *to = at + chunk;
         return true;
     }
+    // A phase of one thread, which makes room for the next ones; ends with a wait. False, to all alike: there is not
+    // enough memory.
+    template <class Make> bool once(const Make &make) {
+        int64_t from, to;
+        if (take(1, 1, &from, &to)) {
+            try {
+                make();
+            } catch (const std::bad_alloc &) {
+                out_of_memory_.store(true, std::memory_order_relaxed);
+            }
+        }
+        wait();
+        return !out_of_memory();
+    }
+    bool out_of_memory() const { return out_of_memory_.load(std::memory_order_relaxed); }
     // Where the second thread's first chunk of a phase begins; the end or beyond it: there is none.
     int64_t second(int64_t tasks, int64_t max_chunk) const { return chunk_of(tasks, max_chunk); }
     void wait(Ahead next = {});  // end of a phase: until all threads are here
@@ -44,6 +60,7 @@ private:
     }
 
     std::atomic<int> threads_;
+    std::atomic<bool> out_of_memory_{false};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> round_{0};
@@ -56,7 +73,8 @@ using Job = std::function<void(Team &, int thread)>;
 using Lock = std::lock_guard<std::mutex>;
 std::mutex &one_at_a_time();
 
-// On at most `max_threads` threads. What a job throws ends the process: the others would wait forever.
+// On at most `max_threads` threads. What a job throws, but for `Team::once`, ends the process: the others would wait
+// forever.
 void run(int64_t max_threads, const Job &job);
 int threads();
 int use_threads(int threads, void *team);

@@ -17,7 +17,7 @@ class Step {
 public:
     // Throws std::bad_alloc.
     void plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts);
-    // False, to all threads alike: experts could not be read.
+    // False, to all threads alike: experts could not be read, or there is not enough memory.
     bool run(Team &team, float *logits, Memory &memory);
     void give_up() { routed_.give_up(); }
 
@@ -26,12 +26,12 @@ public:
     float *weights;
 
 private:
-    void attention(Team &team, int64_t l, Memory &memory);
+    bool attention(Team &team, int64_t l, Memory &memory);
     bool feed_forward(Team &team, int64_t l, Memory &memory);
     void route(Team &team, const moestro_layer &layer, int64_t *chosen, float *given);
     void choose(const moestro_layer &layer, int64_t t, int64_t *to, float *weight) const;
     bool mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given);
-    void predict(Team &team, float *logits, Memory &memory);
+    bool predict(Team &team, float *logits, Memory &memory);
     void limit_groups(std::vector<float> &wanted) const;
     void choose_among_rivals(const float *logits, int64_t count, int64_t *to, float *weight) const;
     void scale_weights(float *weight) const;
@@ -49,6 +49,7 @@ private:
 
 void Step::plan(const moestro_decoder &decoder, int64_t b, const moestro_past *pasts) {
     batch.plan(decoder, b, pasts);
+    routed_.forget();
     grouped_.plan(batch);
     latent_.plan(batch);
     delta_.plan(batch);
@@ -160,12 +161,12 @@ void Step::route(Team &team, const moestro_layer &layer, int64_t *chosen, float 
 bool Step::mix(Team &team, const moestro_layer &layer, const int64_t *chosen, const float *given) {
     const bool shared = layer.shared.data != nullptr;
     const std::vector<int64_t> &assigned = layer.router ? assigned_ : tokens_;
-    int64_t from, to;
-    if (team.take(1, 1, &from, &to)) {
+    const bool room = team.once([&] {
         routed_.plan(layer.experts, assigned.data(), chosen, int64_t(assigned.size()));
         if (shared) shared_.plan(layer.shared, tokens_.data(), zeros_.data(), t_);
-    }
-    team.wait();
+    });
+    if (!room) return false;
+    int64_t from, to;
     while (team.take(int64_t(assigned.size()), 4, &from, &to))
         for (; from < to; from++) routed_.set(from, expert_rows_);
     team.wait(routed_.ahead(team));
@@ -187,11 +188,11 @@ bool Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     const moestro_layer &layer = d_.layer[l];
     int64_t from, to, *chosen = experts + l * t_ * d_.top_k;
     float *given = weights + l * t_ * d_.top_k;
-    if (team.take(1, 1, &from, &to)) {
+    const bool room = team.once([&] {
         expert_rows_.shape(layer.experts.kind, layer.experts.group, t_, d_.dim);
         if (layer.shared.data) shared_rows_.shape(layer.shared.kind, layer.shared.group, t_, d_.dim);
-    }
-    team.wait();
+    });
+    if (!room) return false;
     while (team.take(t_, 1, &from, &to)) {
         float *row = batch.x.data() + from * d_.dim, *normed = normed_.data() + from * d_.dim;
         kernels().add(1.0f, batch.added.data() + from * d_.dim, row, d_.dim);
@@ -207,11 +208,10 @@ bool Step::feed_forward(Team &team, int64_t l, Memory &memory) {
     return mix(team, layer, layer.router ? chosen : zeros_.data(), given);
 }
 
-void Step::predict(Team &team, float *logits, Memory &memory) {
+bool Step::predict(Team &team, float *logits, Memory &memory) {
     const auto count = int64_t(batch.told.size());
+    if (!team.once([&] { rows_.shape(d_.head.kind, d_.head.group, count, d_.dim); })) return false;
     int64_t from, to;
-    if (team.take(1, 1, &from, &to)) rows_.shape(d_.head.kind, d_.head.group, count, d_.dim);
-    team.wait();
     while (team.take(count, 1, &from, &to)) {
         float *row = normed_.data() + from * d_.dim;
         norm(batch.residual(batch.told[size_t(from)]), d_.norm, d_.norm_bias, d_.dim, d_.eps, row);
@@ -220,21 +220,19 @@ void Step::predict(Team &team, float *logits, Memory &memory) {
     }
     team.wait(ahead_of(team, d_.head));
     multiply_all(team, d_.head, rows_, d_.head_bias, logits, d_.vocab);
+    return true;
 }
 
-void Step::attention(Team &team, int64_t l, Memory &memory) {
-    if (d_.layer[l].latent) latent_.run(team, batch, l, memory);
-    else if (d_.layer[l].delta) delta_.run(team, batch, l, memory);
-    else grouped_.run(team, batch, l, memory);
+bool Step::attention(Team &team, int64_t l, Memory &memory) {
+    if (d_.layer[l].latent) return latent_.run(team, batch, l, memory);
+    return d_.layer[l].delta ? delta_.run(team, batch, l, memory) : grouped_.run(team, batch, l, memory);
 }
 
 bool Step::run(Team &team, float *logits, Memory &memory) {
     for (int64_t l = 0; l < d_.layers; l++) {
-        attention(team, l, memory);
-        if (!feed_forward(team, l, memory)) return false;
+        if (!attention(team, l, memory) || !feed_forward(team, l, memory)) return false;
     }
-    predict(team, logits, memory);
-    return true;
+    return predict(team, logits, memory);
 }
 
 // Whether a router can choose of so many experts.
@@ -294,7 +292,7 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
     Lock lock(one_at_a_time());
     // Never destroyed: a thread may still compute when the process ends.
     static Step &step = *new Step;
-    std::atomic<bool> whole{true};
+    std::atomic<bool> whole{true}, room{true};
     try {
         step.experts = experts, step.weights = weights;
         step.plan(*d, b, past);
@@ -303,11 +301,12 @@ extern "C" int32_t moestro_step(const moestro_decoder *d, int64_t b, const float
         run(INT32_MAX, [&](Team &team, int) {
             static thread_local Memory memory;
             if (!step.run(team, logits, memory)) whole.store(false);
+            if (team.out_of_memory()) room.store(false);
         });
     } catch (const std::bad_alloc &) {
         return MOESTRO_EMEMORY;
     }
     if (whole) return 0;
     step.give_up();
-    return MOESTRO_EREAD;
+    return room ? MOESTRO_EREAD : MOESTRO_EMEMORY;
 }

@@ -192,10 +192,10 @@ bool valid_width(int64_t width) { return width >= 32 && width % 32 == 0; }
 // Check what all functions are given, then compute alone; `arguments` says whether the rest is good.
 template <class Compute>
 int32_t train(const moestro_groups *g, int32_t dtype, int64_t a, int64_t b, bool arguments, const Compute &compute) {
-    if (!moestro_trains()) return MOESTRO_EPATH;
     try {
-        if (!valid_groups(g, dtype) || !valid_width(a) || !valid_width(b) || !arguments) return MOESTRO_EBAD;
         Lock lock(one_at_a_time());
+        if (!moestro_trains()) return MOESTRO_EPATH;
+        if (!valid_groups(g, dtype) || !valid_width(a) || !valid_width(b) || !arguments) return MOESTRO_EBAD;
         compute(Groups(*g));
     } catch (const std::bad_alloc &) {
         return MOESTRO_EMEMORY;

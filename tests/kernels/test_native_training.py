@@ -5,6 +5,9 @@ Odd shapes, other activations and biases: see BACKENDS in test_torch_grouped.py.
 
 import copy
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -337,3 +340,47 @@ def test_the_products_alone_equal_the_definition():
     parts = [(0, 40), (40, 40), (40, 63)]
     expected = torch.stack([grad_RH[a:b].double().T @ x_RD[a:b].double() for a, b in parts])
     torch.testing.assert_close(grad_EHD.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+CHANGES = """
+import threading, time, torch
+from moestro.errors import BackendError
+from moestro.kernels import native_library, native_training
+
+torch.set_num_threads(1)
+x_RD = torch.randn(512, 256, dtype=torch.bfloat16)
+up_EHD, down_EDF = (torch.randn(4, h, 256, dtype=torch.bfloat16) for h in (512, 256))
+offsets_E, until = torch.tensor([128, 256, 384, 512]), time.monotonic() + 2
+native, done = native_library.library(), 0
+best = native.moestro_path()
+
+def change():
+    while time.monotonic() < until:
+        for path in (0, best):
+            native.moestro_use_path(path)
+            time.sleep(0.001)
+
+thread = threading.Thread(target=change)
+thread.start()
+while time.monotonic() < until:
+    try:
+        native_training.expert_ffn(x_RD, up_EHD, down_EDF, offsets_E, "swiglu")
+        done += 1
+    except BackendError as error:
+        assert "path changed to one without bf16 products" in str(error)
+thread.join()
+print(done > 0)
+"""
+
+
+def test_a_path_that_changes_while_another_thread_trains_is_refused(path):
+    """In a process of its own, which a fault would end."""
+    environment = {**os.environ, PATH_VARIABLE: path}
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

@@ -32,7 +32,7 @@ from moestro.moe.layer import MoE
 from moestro.moe.lora import Adapter
 from moestro.moe.routers import SparseMixerRouter, TopKRouter
 
-# Blocks of angles that all sequences share: some MB, and each at a place of its own finds its block.
+# Blocks of angles that all sequences share, some MB: each finds its own, wherever it stands.
 MOST_ANGLES = 64
 
 
