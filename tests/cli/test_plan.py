@@ -162,6 +162,33 @@ def test_sizes_beyond_any_model_are_planned_or_refused_at_once(
     assert time.process_time() - start < 10
 
 
+def test_any_context_is_planned_at_once(told) -> None:
+    """Counted in closed form: the attention of 24 layers has four million blocks of queries."""
+    start = time.process_time()
+    (model,) = told("t5-base", "--context", str(10**9))["models"]
+    assert model["context"] == 10**9
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("how", [["--ep", "2"], ["--shard", "2"], ["--parallel", "expert"]])
+def test_what_is_left_out_of_a_plan_of_ranks_is_said(how: list[str], told, capsys) -> None:
+    words = ["mixtral-8x7b", "--against", "dbrx", "--against", "llama-2-7b", "--ranks", "4", *how]
+    known, counted, dense = told(*words)["models"]
+    assert known["rank"] is not None
+    assert "its ranks" not in known["note"]
+    assert counted["rank"] is None
+    left_out = "what its ranks hold and send is left out"
+    assert counted["note"].endswith(f"With counts alone, {left_out}.")
+    if how[0] == "--parallel":
+        assert dense["note"] == f"Without experts to split, {left_out}."
+    else:
+        assert (dense["rank"] is None, dense["note"]) == (False, "")
+    assert left_out in " ".join(said(capsys, *words).split())
+    (counted,) = told("dbrx", "--ranks", "4", "--parallel", "fsdp")["models"]
+    assert counted["rank"] is not None
+    assert left_out not in counted["note"]
+
+
 @pytest.mark.parametrize("name", ["mistral", "mistral/config.json"])
 def test_a_hugging_face_folder(name: str, tmp_path: Path, told) -> None:
     (tmp_path / "mistral").mkdir()
@@ -269,6 +296,8 @@ def test_a_figure(tmp_path: Path, capsys) -> None:
         (["gpt-3", "--device", "h100", "--price-per-hour", "nan"], "must be more than 0"),
         (["gpt-3", "--parallel", "fsdp"], "add --ranks N"),
         (["gpt-3", "--parallel", "expert", "--ranks", "2"], "gpt-3 has no experts"),
+        (["gpt-3", "--ep", "2", "--ranks", "8"], "gpt-3 has no experts to split; leave --ep out"),
+        (["gpt-3", "--against", "t5-base", "--ep", "2", "--ranks", "8"], "gpt-3 has no experts"),
         (["mixtral-8x7b", "--parallel", "expert", "--ranks", "9"], "lower --ranks to 8"),
         (["gpt-3", "--figure", "plan.jpg"], "writes a .png file"),
         (["gpt-3", "--figure", "no/such/folder.png"], "cannot write"),

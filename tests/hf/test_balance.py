@@ -275,6 +275,17 @@ def test_models_and_coefficients_that_cannot_be():
         hf.balance(torch.nn.DataParallel(training("qwen3_moe")), switch=0.1)
 
 
+def test_a_familys_coefficient_of_zero_stands_where_something_else_is_asked_for():
+    """An explicit zero too: to use a trained model, whose biases are loaded."""
+    for name in ("mixtral", "qwen3_moe"):
+        model = training(name, router_aux_loss_coef=0.0)
+        with pytest.raises(ConfigError, match="is 0; give switch="):
+            hf.balance(model)
+        for settings in ({"z": 0.1}, {"bias_rate": 0.1}, {"switch": 0.0}):
+            with hf.balance(model, **settings) as balancer:
+                assert balancer.cfg.switch == 0
+
+
 def test_a_loss_that_cannot_reach_anything_is_refused():
     model = training("qwen3_moe")
     model.requires_grad_(False)

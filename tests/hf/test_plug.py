@@ -1,8 +1,10 @@
 """Installing, refusing what would run other code, and counting what really ran."""
 
+import re
 import runpy
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,12 @@ def test_install_says_what_it_did():
         assert (done.native, done.reason) == (native_cpu.path(), None)
     else:
         assert (done.native, done.reason) == (None, native_cpu.available())
+
+
+def test_the_page_names_the_version_that_is_tested():
+    root = Path(__file__).parents[2]
+    pinned = re.search(r"^transformers==(\d+\.\d+)", (root / "constraints.txt").read_text(), re.M)
+    assert f"Tested with transformers {pinned[1]}." in (root / "docs/transformers.md").read_text()
 
 
 def test_install_twice_wraps_once():

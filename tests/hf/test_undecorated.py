@@ -8,6 +8,7 @@ import torch
 
 import moestro.hf as hf
 from moestro.errors import BackendError
+from moestro.foreign import taps
 from moestro.hf import forward
 from moestro.kernels import native_cpu
 
@@ -159,6 +160,31 @@ def test_gradients(name):
     for key, grad in theirs.items():
         bound = 1e-5 * float(grad.abs().max()) + 1e-9
         torch.testing.assert_close(ours[key], grad, rtol=1e-4, atol=bound, msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_choice_that_is_changed_is_used(name):
+    """Ablation and replay see and change the same choices as with transformers' own experts."""
+    hf.install()
+    model, ids = build(name), tokens()
+
+    def changed(place, choice):
+        seen.append(choice.experts_TK.sort(-1).values)
+        experts_TK = (choice.experts_TK + 1) % 4
+        return experts_TK, choice.weights_TK * torch.linspace(0.1, 0.9, experts_TK.shape[1])
+
+    found = {}
+    for kind in ("eager", "moestro"):
+        model.set_experts_implementation(kind)
+        seen = []
+        plain = output(model, ids)
+        with taps.tapped(taps.taps(model), changed):
+            found[kind] = output(model, ids), seen
+        assert (found[kind][0] - plain).abs().max() > 1e-2
+    (theirs, chosen), (ours, again) = found.values()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(chosen) == 2
+    assert all(torch.equal(one, other) for one, other in zip(chosen, again, strict=True))
 
 
 @pytest.mark.parametrize("gradients", [False, True])

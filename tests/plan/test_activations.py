@@ -112,6 +112,22 @@ def test_a_delta_layer_keeps_matrices_of_chunks(seq_len):
     assert planned == pytest.approx(saved(KINDS["delta"], seq_len), rel=WITHIN)
 
 
+def by_blocks(context, window):
+    """The mean over queries of the keys that their block sees, and over keys, block by block."""
+    pairs = keys = 0
+    for start in range(0, context, activations.ROWS):
+        end = min(start + activations.ROWS, context)
+        visible = end - max(0, start + 1 - (window or context))
+        pairs, keys = pairs + visible * (end - start), keys + visible
+    return pairs / context, keys / context
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 255, 256, 257, 258, 512, 513, 700, 4096])
+def test_keys_seen_are_those_of_each_block(window):
+    for context in (1, 2, 255, 256, 257, 511, 512, 513, 769, 1024, 1500, 4096, 5000):
+        assert activations._seen(context, window) == by_blocks(context, window), context
+
+
 def test_blocks_are_those_of_the_kernels():
     assert activations.ROWS == kernels.ROWS
     assert activations.CHUNK == delta.CHUNK

@@ -125,6 +125,44 @@ def test_a_window_spares_arithmetic_and_cache():
     assert far.read_bytes - near.read_bytes == 2 * 3 * 2 * 32 * (S - 5)
 
 
+def pieces(size: int, **attention) -> ModelConfig:
+    return decoder(window={"size": size, "full_every": 3, "chunked": True}, **attention)
+
+
+@pytest.mark.parametrize("earlier", [3, 6, 7, 11, 12, 20, 62])
+def test_a_token_looks_at_the_earlier_ones_of_its_own_piece(earlier):
+    """Counted one by one; the cache in memory still holds a whole piece."""
+    size, wide, cfg = 6, decoder(), pieces(6)
+    seen = sum(place // size == earlier // size for place in range(earlier))
+    far, near = (decode(each, earlier, 7, "bf16", "int8") for each in (wide, cfg))
+    spared = 2 * (earlier - seen)  # in two of three layers
+    assert far.flops - near.flops == 7 * count(wide).attention / 3 * spared
+    row = 2 * 4 * (8 + 4)  # of a position: keys and values, four heads of 8 bytes and a scale
+    assert far.read_bytes - near.read_bytes == pytest.approx(7 * row * spared)
+    held = [cache_bytes(each, earlier, 7, "bf16", "int8") for each in (wide, cfg)]
+    assert held[0] - held[1] == 7 * row * 2 * max(0, earlier - size)
+
+
+@pytest.mark.parametrize("size", [64, 65, 1000])
+def test_a_piece_as_long_as_the_context_spares_nothing_before_its_end(size):
+    earlier = 63 if size == 64 else 64
+    assert decode(pieces(size), earlier, 2, "bf16") == decode(decoder(), earlier, 2, "bf16")
+
+
+def test_an_indexer_spares_reading_the_vectors_that_it_does_not_choose():
+    """It reads its own key of every position."""
+    latent = {"q_rank": 16, "kv_rank": 24, "nope_dim": 16, "rope_dim": 4, "value_dim": 16}
+    index = {"num_heads": 2, "head_dim": 8, "top_k": 5}
+    cfg = decoder(latent={**latent, "indexer": index})
+    for earlier, cache, row in ((5, "as-is", 56), (20, "as-is", 56), (20, "int8", 28 + 4)):
+        held = cache_bytes(cfg, earlier, 2, "bf16", cache)
+        read = decode(cfg, earlier, 2, "bf16", cache).read_bytes
+        all_weights = decode(cfg, earlier, 1, "bf16", cache)
+        one = cache_bytes(cfg, earlier, 1, "bf16", cache)
+        spared = 3 * row * (earlier - 5)  # each of three layers
+        assert (read - held) - (all_weights.read_bytes - one) == pytest.approx(-spared)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 40])
 def test_experts_hit_by_a_batch(batch):
     draw = random.Random(0)

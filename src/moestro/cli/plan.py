@@ -147,7 +147,7 @@ def plan(
     subjects = open_subjects([model, *(against or ())], accept_field or ())
     spreads = (ep or shard) is not None
     kind = "spread" if spreads else parallel or "data"
-    _check(subjects, device, price_per_hour, ranks, parallel, spreads)
+    _check(subjects, device, price_per_hour, ranks, parallel, spreads, ep or 1)
     question = Question(
         context=context, batch=batch, dtype=dtype, cache=cache, embeddings=CONVENTIONS[convention],
         memory_bytes=None if memory is None else parse_bytes(memory),
@@ -173,6 +173,7 @@ def _check(
     ranks: int,
     parallel: str | None,
     spreads: bool,
+    ep: int,
 ) -> None:
     """Refuse options that mean nothing without each other."""
     from moestro.errors import ConfigError
@@ -188,8 +189,9 @@ def _check(
         )
     if parallel is not None and ranks == 1:
         raise ConfigError(f"--parallel {parallel} needs several ranks; add --ranks N")
-    if parallel == "expert" and not any(s.count.expert for s in subjects):
-        raise ConfigError(f"{subjects[0].name} has no experts to split; choose --parallel fsdp")
+    if (parallel == "expert" or ep > 1) and not any(s.count.expert for s in subjects):
+        instead = "choose --parallel fsdp" if ep == 1 else "leave --ep out"
+        raise ConfigError(f"{subjects[0].name} has no experts to split; {instead}")
 
 
 def _device(name: str) -> Device:

@@ -56,7 +56,7 @@ def balance(
 
     Raises:
         MoestroError: no mixture, a router that is not known, or a bias that cannot be added.
-        ConfigError: a coefficient is negative, or the family names none.
+        ConfigError: a coefficient is negative; or none is given, and the family names none or 0.
     """
     if isinstance(model, nn.DataParallel):
         raise ConfigError(
@@ -69,12 +69,16 @@ def balance(
     hooks.drop_copied(model)
     if any(isinstance(getattr(each, "__self__", None), Watch) for each in hooks.functions(model)):
         raise MoestroError("this model is balanced already; call remove() on the first balancer")
-    switch = own_switch(model, found) if switch is None else switch
-    if switch is None and not (z or bias_rate):
-        raise ConfigError(
-            f"the configuration of {type(model).__name__} names no coefficient for a balance loss; "
-            "give switch= (0.01 is usual), z= or bias_rate="
-        )
+    if switch is None:
+        switch = own_switch(model, found)
+        if not (switch or z or bias_rate):
+            what = "names no coefficient for a balance loss"
+            if switch is not None:
+                what = "says that the coefficient of the balance loss is 0"
+            raise ConfigError(
+                f"the configuration of {type(model).__name__} {what}; "
+                "give switch= (0.01 is usual), z= or bias_rate="
+            )
     cfg = BalanceConfig(switch=switch or 0.0, scope=scope, z=z, bias_rate=bias_rate)
     return Balance(model, found, cfg)
 

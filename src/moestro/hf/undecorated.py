@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moestro.foreign import undecorated
-from moestro.foreign.classes import kind
+from moestro.foreign.classes import core, kind
+from moestro.foreign.routers import ROUTERS
 from moestro.hf.forward import PACKED, mixture
 
 Forward = Callable[..., Any]
@@ -35,9 +36,10 @@ def _llama4_block(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     """JetMoE's mixture of feed-forward networks, whose sum has a bias."""
     x_TD = layer_input.reshape(-1, layer_input.shape[-1])
-    logits_TE = self.router(x_TD)[-1]
-    best_TK, experts_TK = logits_TE.topk(self.router.top_k, dim=1)
-    weights_TK = best_TK.softmax(1).to(x_TD.dtype)
+    output = ROUTERS["JetMoeTopKGating"].output
+    assert output is not None
+    # Not by the logits: a probe may have written another choice into what the router returns.
+    experts_TK, weights_TK, _ = output[0](core(self.router), self.router(x_TD))
     y_TD = mixture(self, x_TD, experts_TK, weights_TK)
     biased: Tensor = y_TD.view_as(layer_input) + self.bias
     return biased

@@ -321,6 +321,15 @@ def _row(cfg: NetworkConfig) -> tuple[int, list[int]]:
     return 1, widths
 
 
+def position_bytes(cfg: NetworkConfig, number: int, cache: CacheKind = "as-is") -> list[int]:
+    """What a layer with attention keeps of a position: its keys and values together.
+
+    Of latent attention its vector; and where there is an indexer, the key of that.
+    """
+    rows, widths = _row(cfg)
+    return [rows * (width + 4 if cache == "int8" else width * number) for width in widths]
+
+
 def cache_bytes(
     cfg: NetworkConfig, context: int, batch: int, number: int, cache: CacheKind = "as-is"
 ) -> int:
@@ -344,8 +353,8 @@ def cache_bytes(
         if stack.cross:
             crossed += context * len(stack.layers)
     rows, widths = _row(cfg)
-    row = sum(width + 4 if cache == "int8" else width * number for width in widths)
-    kept = rows * (positions * row + crossed * widths[0] * number)
+    kept = positions * sum(position_bytes(cfg, number, cache))
+    kept += crossed * rows * widths[0] * number
     delta = cfg.attention.delta
     if delta is not None:
         inputs = (delta.conv_width - 1) * delta.conv_channels

@@ -98,11 +98,15 @@ def _layers(cfg: NetworkConfig, context: int, number: int) -> list[float]:
 
 def _seen(context: int, window: int | None) -> Seen:
     """Of a causal layer, which takes its queries in blocks of `ROWS`."""
-    pairs = keys = 0
-    for start in range(0, context, ROWS):
-        end = min(start + ROWS, context)
-        visible = end - max(0, start + 1 - (window or context))
-        pairs, keys = pairs + visible * (end - start), keys + visible
+    window = window or context
+    whole, rest = divmod(context, ROWS)
+    # The first blocks see all before them, later ones the window of their first query on.
+    first = min(whole, (window - 1) // ROWS + 1)
+    keys = ROWS * first * (first + 1) // 2 + (whole - first) * (window - 1 + ROWS)
+    pairs = keys * ROWS
+    if rest:
+        last = context if whole * ROWS < window else window - 1 + rest
+        keys, pairs = keys + last, pairs + last * rest
     return Seen(pairs / context, keys / context)
 
 

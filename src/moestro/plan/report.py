@@ -104,15 +104,12 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
     memory = question.memory_bytes or (question.device and question.device.memory_bytes)
     if memory:
         fitting = fit(cfg, counted, training, context, batch, dtype, memory, question.cache)
-    notes = [subject.note] if subject.note else []
-    if question.context is not None and context < question.context:
-        notes.append(f"Planned for {context:,} tokens, the most that it looks back on.")
     dense = dense_models(subject) if with_dense else []
     return Report(
         name=subject.name,
         rumour=RUMOUR if subject.rumour else None,
         source=subject.source,
-        note=" ".join(notes),
+        note=_note(subject, question, context, ranks_left_out=question.ranks > 1 and not shared),
         context=context,
         total=total,
         active=active,
@@ -127,6 +124,17 @@ def report(subject: PlannedModel, question: Question, with_dense: bool = True) -
         fit=fitting,
         dense=tuple(report(model, question, with_dense=False) for model in dense),
     )
+
+
+def _note(subject: PlannedModel, question: Question, context: int, ranks_left_out: bool) -> str:
+    """The model's own note, and what differs from the question."""
+    notes = [subject.note] if subject.note else []
+    if question.context is not None and context < question.context:
+        notes.append(f"Planned for {context:,} tokens, the most that it looks back on.")
+    if ranks_left_out:
+        why = "With counts alone" if subject.cfg is None else "Without experts to split"
+        notes.append(f"{why}, what its ranks hold and send is left out.")
+    return " ".join(notes)
 
 
 def context_of(subject: PlannedModel, asked: int | None) -> int:

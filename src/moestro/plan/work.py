@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moestro.config import CacheKind, NetworkConfig
+from moestro.config import CacheKind, NetworkConfig, WindowConfig
+from moestro.models.budget import position_bytes
 from moestro.models.count import Count, sides
-from moestro.plan.memory import DTYPES, cache_bytes
+from moestro.plan.memory import DTYPES, cache_bytes, number_bytes
 
 
 class StepWork(NamedTuple):
@@ -55,7 +56,9 @@ def decode(
     decoder alone, with S source and S target tokens behind it.
     """
     counted, latent = sides(cfg)[-1], cfg.attention.latent
-    attention = float(sum(s.flops * min(context, s.window or context) for s in counted.spans))
+    attention = float(
+        sum(s.flops * _looked_at(cfg, s.window, s.chunked, context) for s in counted.spans)
+    )
     if latent is not None:
         width, layers = 2 * latent.kv_rank + latent.rope_dim, len(cfg.stacks()[-1].layers)
         index, looked_at = latent.indexer, context
@@ -66,7 +69,32 @@ def decode(
         attention = layers * (2.0 * cfg.attention.num_heads * width * looked_at + scores)
     flops = batch * (2 * counted.matmul + attention)
     read_bytes = _bytes(cfg, counted, dtype, batch, tables=cfg.vocab_size * cfg.dim)
-    return StepWork(batch, flops, read_bytes + cache_bytes(cfg, context, batch, dtype, cache))
+    return StepWork(batch, flops, read_bytes + _cache_read(cfg, context, batch, dtype, cache))
+
+
+def _looked_at(cfg: NetworkConfig, window: int | None, chunked: bool, context: int) -> int:
+    """Of S earlier positions, those that the next token attends to."""
+    mix = cfg.attention.window
+    if chunked and isinstance(mix, WindowConfig):
+        return context % mix.size  # `window` may be cut to the model's context
+    return min(context, window or context)
+
+
+def _cache_read(cfg: NetworkConfig, context: int, batch: int, dtype: str, cache: CacheKind) -> int:
+    """Bytes of the cache that the next token of each sequence cannot do without.
+
+    All, but for earlier chunks, and for latent vectors that an indexer does not choose.
+    """
+    each, latent = position_bytes(cfg, number_bytes(dtype), cache), cfg.attention.latent
+    index = None if latent is None else latent.indexer
+    unread = 0
+    for layer in cfg.stacks()[-1].layers:
+        if layer.state is None:
+            held = min(context, layer.window or context)
+            wanted = _looked_at(cfg, layer.window, layer.chunk is not None, context)
+            unread += (held - wanted) * sum(each)
+            unread += 0 if index is None else max(0, wanted - index.top_k) * each[0]
+    return cache_bytes(cfg, context, batch, dtype, cache) - batch * unread
 
 
 def _bytes(cfg: NetworkConfig, counted: Count, dtype: str, tokens: int, tables: int) -> float:
