@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # Before pytester restores sys.modules: what torch.distributed registers, it registers once.
 import moestro.check.running  # noqa: F401
 
@@ -65,6 +67,64 @@ def test_bad_use_is_one_sentence(pytester):
     done.assert_outcomes(errors=2)
     done.stdout.fnmatch_lines(
         ["*raises raised KeyError: 'experts'*", "*needs @pytest.mark.moestro*"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('clean, onyl=["outputs"]', "has no option 'onyl'; it has only, skip, seed, slow, impl"),
+        ("clean, ours", "takes one target; it was given 2"),
+    ],
+)
+def test_a_mark_that_would_be_misread_is_an_error(given, words, pytester):
+    pytester.makepyfile(
+        f"""
+        import pytest
+        from tests.check.made import clean, ours
+
+        @pytest.mark.moestro({given})
+        def test_mine(moestro_finding):
+            pass
+        """
+    )
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    assert done.parseoutcomes()["errors"] == 1
+    done.stdout.fnmatch_lines([f"*{words}*"])
+
+
+def test_what_could_not_be_checked_does_not_pass(pytester, monkeypatch):
+    """A fixture fails; of two mixtures one of which could not be looked at, the test is skipped."""
+    monkeypatch.syspath_prepend(str(pytester.path))
+    pytester.makepyfile(
+        """
+        import dataclasses
+
+        import pytest
+
+        from moestro.check import targets
+        from tests.check.made import ours
+
+        clean = targets.of_moe(ours(), "clean")
+        lost = dataclasses.replace(clean, title="lost", unreached="it was not reached")
+
+        @pytest.fixture
+        def moestro_trials(monkeypatch):
+            monkeypatch.setattr(targets, "of_anything", lambda *_: [clean, lost])
+            return {}
+
+        @pytest.mark.moestro("both", only=["outputs"])
+        def test_both(moestro_finding):
+            pass
+
+        def test_fixture(moestro_check):
+            moestro_check(lost, only=["outputs"])
+        """
+    )
+    done = pytester.runpytest_inprocess("-rA", "-p", "no:cacheprovider")
+    done.assert_outcomes(skipped=1, failed=1)
+    done.stdout.fnmatch_lines(
+        ["*outputs could not be done: it was not reached*", "SKIPPED *lost: it was not reached"]
     )
 
 

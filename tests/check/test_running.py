@@ -1,12 +1,14 @@
 """Subjects of all kinds, the command line, several processes, and what is refused."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from moestro.check import Description, ExpertNames, RouterRule, check
+from moestro.check.targets import of_moe
 from moestro.checkpoints.gguf.writing import write_gguf
 from moestro.cli.main import main
 from moestro.config import ModelConfig
@@ -15,7 +17,7 @@ from moestro.files import write_json
 from moestro.models.decoder import Decoder
 
 from .made import adapted, doubled, ours
-from .plain_layer import SHAPES, factory
+from .plain_layer import SHAPES, PlainLayer, describe, factory
 
 MADE = "tests.check.made"
 
@@ -75,6 +77,8 @@ def test_the_command_line_reports_and_says_so_by_its_code(capsys, tmp_path):
         ([f"{MADE}:clean", "--junit", "no/such/folder.xml"], "cannot write --junit no/such/"),
         ([f"{MADE}:clean", "--junit", "."], "cannot write --junit ."),
         ([], "give what to check"),
+        ([f"{MADE}:clean", "--seed", str(2**63)], "--seed"),
+        ([f"{MADE}:clean", "--seed", "-1"], "--seed"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, capsys):
@@ -138,6 +142,102 @@ def test_a_description_that_does_not_fit_is_refused():
         check(3)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_groups", "words"),
+    [(3, 1, "hold 2"), (5, 2, "hold 4"), (2, 5, "give at most num_groups"), (9, 4, "do not fit")],
+)
+def test_more_experts_than_the_top_groups_hold_are_refused(top_k, top_groups, words):
+    layer, about = factory(SHAPES["deepseek"])()
+    rule = about.router.model_dump() | {"num_groups": 4, "top_k": top_k, "top_groups": top_groups}
+    with pytest.raises(ConfigError, match=words):
+        check((layer, about.model_copy(update={"router": RouterRule(**rule)})), only=["outputs"])
+
+
+@pytest.mark.parametrize("error", [IndexError, ValueError])
+def test_a_definition_that_cannot_run_is_one_sentence(error):
+    def define(*_):
+        raise error("no such expert")
+
+    subject = replace(of_moe(ours()), define=define)
+    with pytest.raises(MoestroError, match=r"its definition cannot run \(no such expert\)"):
+        check(subject, only=["outputs"])
+
+
+def test_a_layer_with_fixed_groups_has_no_other_number_of_experts():
+    def make(dim=16, hidden_dim=8, num_experts=8, top_k=3):
+        shape = SHAPES["deepseek"]._replace(
+            dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, top_k=top_k
+        )
+        torch.manual_seed(0)
+        return PlainLayer(shape), describe(shape)
+
+    report = check(make, only=["odd-widths", "all-experts", "single-expert"])
+    assert [each.finding.outcome for each in report.found] == ["ok", "skipped", "skipped"]
+    assert "its groups of experts have no such size" in report.found[1].finding.words
+
+
+@pytest.mark.parametrize("name", ["run", "checkpoint"])
+def test_an_implementation_of_transformers_is_refused_for_models_of_our_own(name, places, capsys):
+    pytest.importorskip("transformers")
+    for given in ("grouped_mm", "none", "eager"):
+        assert main(["check", str(places[name]), "--implementation", given]) == 2
+        assert f"{given} is to compute transformers' experts" in capsys.readouterr().err
+
+
+def test_a_title_is_the_report_s_whatever_is_given(places):
+    pytest.importorskip("transformers")
+    targets = (of_moe(ours()), ours(), f"{MADE}:ours", str(places["run"]), doubled)
+    for target in targets:
+        assert check(target, only=["outputs"], title="mine").title == "mine"
+    assert "mine" in check(str(places["GGUF"]), only=["outputs"], title="mine").title
+
+
+def test_a_report_is_right_only_where_all_could_be_checked():
+    lost = replace(of_moe(ours()), unreached="it was not reached")
+    report = check(lost, only=["outputs", "choice"])
+    assert (report.ok, report.wrong, report.exit_code) == (False, [], 3)
+    assert report.unchecked == ["outputs", "choice"]
+    assert report.text().splitlines()[1:] == [
+        f"{name} could not be done: it was not reached" for name in report.unchecked
+    ]
+    assert "0 wrong, 2 could not be done" in report.text()
+    assert report.as_json()["ok"] is False
+    clean = check(ours(), only=["outputs", "adapter-merge"])  # one right, one does not apply
+    assert clean.ok
+    assert "could not" not in clean.text()
+
+
+class Scaled(PlainLayer):
+    """Its scale of weights is a tensor of one number, as a parameter or a buffer."""
+
+    def __init__(self, shape, keep):
+        super().__init__(shape)
+        keep(self, torch.tensor(shape.scale))
+
+    def weigh(self, scores_TE, experts_TK, logits_TE):
+        weights_TK = scores_TE.gather(1, experts_TK)
+        return weights_TK / weights_TK.sum(1, keepdim=True) * self.factor
+
+
+def test_a_number_in_the_state_is_saved_and_one_that_is_not_is_named():
+    def parameter(layer, number):
+        layer.factor = torch.nn.Parameter(number, requires_grad=False)
+
+    def buffer(layer, number):
+        layer.register_buffer("factor", number)
+
+    def constant(layer, number):
+        layer.register_buffer("factor", number, persistent=False)
+        layer.register_buffer("unused", number.clone(), persistent=False)
+
+    shape = SHAPES["deepseek"]
+    for keep, outcome in ((parameter, "ok"), (buffer, "ok"), (constant, "wrong")):
+        torch.manual_seed(0)
+        report = check((Scaled(shape, keep), describe(shape)), only=["outputs", "save-load"])
+        assert [each.finding.outcome for each in report.found] == ["ok", outcome], keep
+    assert report.found[1].finding.words.endswith("output: 'factor' is not in it")
+
+
 def test_a_defect_is_told_from_what_follows_of_it():
     assert check(doubled).wrong == ["expert-gradients"]
 
@@ -187,6 +287,22 @@ def test_a_model_whose_loss_supposes_another_choice_is_told(monkeypatch):
         (explained,) = check(model, only=[name]).found
         assert explained.finding.outcome == "wrong"
         assert words in explained.finding.words
+
+
+@pytest.mark.parametrize("frozen", ["bias", "router"])
+def test_a_model_s_frozen_tensors_are_not_accused(frozen):
+    """Ernie's bias never has a gradient; K = E, so that its loss counts the right experts."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.Ernie4_5_MoeConfig(
+        hidden_size=16, moe_num_experts=4, moe_k=4, num_hidden_layers=2, vocab_size=50,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, head_dim=8,
+        moe_intermediate_size=8, moe_layer_start_index=0, moe_num_shared_experts=0,
+    )  # fmt: skip
+    model = transformers.Ernie4_5_MoeForCausalLM(settings)
+    if frozen == "router":
+        for name, each in model.named_parameters():
+            each.requires_grad_(".gate." not in name)
+    assert check(model, only=["model-balance"]).ok
 
 
 def test_our_own_settings_and_models_are_targets(tmp_path):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from moestro.check import definition
 from moestro.check.definition import Choice, Weights
-from moestro.check.description import AdapterNames, Description, ExpertNames
-from moestro.check.subject import Adapters, Ran, Subject
+from moestro.check.description import AdapterNames, Description, ExpertNames, RouterRule
+from moestro.check.subject import Adapters, Ran, Subject, named_tensors
 from moestro.errors import ConfigError
 from moestro.kernels.reference import GATED, Biases
 
@@ -19,7 +19,7 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
     Raises:
         ConfigError: the description does not fit the layer.
     """
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     weight = _named(tensors, about.router.weight)
     if weight.dim() != 2:
         raise ConfigError(f"{about.router.weight} is {list(weight.shape)}; a router is [E, D]")
@@ -35,8 +35,7 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
             f"{list(weights.up_EHD.shape)} and {list(weights.down_EDF.shape)}"
         )
     rule = about.router
-    if rule.top_k > num_experts or num_experts % rule.num_groups:
-        raise ConfigError(f"top_k and num_groups do not fit {num_experts} experts")
+    _fit(rule, num_experts)
 
     pairs = _pair_names(about, num_experts)
 
@@ -55,18 +54,33 @@ def described(module: nn.Module, about: Description, title: str = "") -> Subject
         lambda module, x, valid: _run(about, module, x, valid),
         lambda module, x: _define(about, num_experts, module, x),
         part,
-        lambda module, x_TD: _choose(about, _tensors(module), x_TD),
+        lambda module, x_TD: _choose(about, named_tensors(module), x_TD),
         None if pairs else lambda module, order: _relabel(about, module, order),
-        lambda module: _experts(_tensors(module), about, num_experts),
+        lambda module: _experts(named_tensors(module), about, num_experts),
         rule, about.training, about.takes_mask, about.capacity is not None,
         adapters=_adapters(about, num_experts), spread=about.spread,
-        norm=about.norm,
+        norm=about.norm, choice_biases=(rule.choice_bias,) if rule.choice_bias else (),
+        score=rule.score, zeros=_zeros(about, num_experts, pairs),
     )  # fmt: skip
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    named = dict(module.named_parameters(remove_duplicate=False))
-    return {**named, **dict(module.named_buffers(remove_duplicate=False))}
+def _fit(rule: RouterRule, num_experts: int) -> None:
+    if rule.top_k > num_experts or num_experts % rule.num_groups:
+        raise ConfigError(f"top_k and num_groups do not fit {num_experts} experts")
+    if rule.top_groups > rule.num_groups:
+        raise ConfigError(f"top_groups is {rule.top_groups}; give at most num_groups")
+    size = num_experts // rule.num_groups
+    if rule.top_k > rule.top_groups * size:
+        raise ConfigError(
+            f"top_k is {rule.top_k}; top_groups = {rule.top_groups} of {size} experts each hold "
+            f"{rule.top_groups * size}: lower top_k, or raise top_groups"
+        )
+
+
+def _zeros(about: Description, num_experts: int, pairs: set[str]) -> tuple[str, ...]:
+    """All that is learned of the router, the experts and their adapters."""
+    router = {name for name in (about.router.weight, about.router.logit_bias) if name}
+    return tuple(sorted(router | _expert_names(about.experts, num_experts) | pairs))
 
 
 def _named(tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -96,7 +110,7 @@ def _adapters(about: Description, num_experts: int) -> Adapters | None:
         return None
 
     def isolate(module: nn.Module, weight: str, expert: int | None) -> None:
-        tensors = _tensors(module)
+        tensors = named_tensors(module)
         with torch.no_grad():
             for names in about.adapters:
                 for e in range(num_experts):
@@ -132,7 +146,7 @@ def _delta(tensors: dict[str, Tensor], names: AdapterNames, num_experts: int) ->
 
 def _merge(about: Description, module: nn.Module, num_experts: int) -> None:
     """Add every pair to its weight, and zero its B."""
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     with torch.no_grad():
         for names in about.adapters:
             added = _delta(tensors, names, num_experts)
@@ -206,7 +220,7 @@ def _choose(about: Description, tensors: dict[str, Tensor], x_TD: Tensor) -> Cho
 
 
 def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) -> Ran:
-    tensors = _tensors(module)
+    tensors = named_tensors(module)
     x_TD = x.reshape(-1, x.shape[-1])
     choice = _choose(about, tensors, x_TD)
     capacity = about.capacity
@@ -223,7 +237,7 @@ def _define(about: Description, num_experts: int, module: nn.Module, x: Tensor) 
 
 
 def _relabel(about: Description, module: nn.Module, order: list[int]) -> None:
-    tensors, names = _tensors(module), about.experts
+    tensors, names = named_tensors(module), about.experts
     router = about.router
     given = (router.logit_bias, router.choice_bias, names.gate_up, names.gate,
              names.up, names.down, names.up_bias, names.down_bias)  # fmt: skip

@@ -21,7 +21,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moestro.check import definition
 from moestro.check.definition import Choice, Weights
 from moestro.check.description import RouterRule
-from moestro.check.subject import Ran, Subject
+from moestro.check.filling import is_choice_bias
+from moestro.check.subject import Ran, Subject, named_tensors
 from moestro.check.targets import imported
 from moestro.errors import ConfigError, MoestroError
 from moestro.foreign import layouts, routers
@@ -99,6 +100,9 @@ def _subject(block: nn.Module, tap: Tap, implementation: str, title: str) -> Sub
         partial(_define, find=find, rule=rule, loop=loop),
         partial(_part, experts=tap.name, router=_name_of(block, tap.router)),
         training=False, unreached=_unreached(experts, implementation),
+        choice_biases=tuple(name for name in named_tensors(block) if is_choice_bias(name)),
+        score=tap.scoring if tap.scoring in ("softmax", "sigmoid") else "",
+        zeros=tuple(name for name, _ in block.named_parameters() if not is_choice_bias(name)),
     )  # fmt: skip
 
 

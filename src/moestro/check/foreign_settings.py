@@ -14,16 +14,16 @@ import torch
 import transformers
 from torch import nn
 
+from moestro.check.filling import SPREAD, is_choice_bias
 from moestro.check.foreign_models import has_loss, subjects
 from moestro.check.subject import Subject
-from moestro.check.targets import of_moe
+from moestro.check.targets import of_moe, refuse_implementation
 from moestro.checkpoints.folders import is_pretrained, read_json
 from moestro.checkpoints.gguf.header import is_gguf, read_parts
 from moestro.checkpoints.gguf.settings import config_json
 from moestro.checkpoints.hub import find_settings, settings_of
 from moestro.config import ModelConfig, MoEConfig
 from moestro.errors import CheckpointError, ConfigError, MoestroError
-from moestro.foreign import routers
 from moestro.foreign.classes import kind
 from moestro.moe.layer import MoE
 from moestro.plan.subject import from_file
@@ -60,10 +60,9 @@ def of_foreign(target: Any, implementation: str = "", title: str = "") -> list[S
     if isinstance(target, nn.Module):
         set_to = getattr(getattr(target, "config", None), "_experts_implementation", None)
         return subjects(target, implementation or set_to or "eager", title)
-    implementation = implementation or "eager"
     if isinstance(target, str | Path):
-        return _of_file(find_config(str(target)), implementation)
-    return of_settings(target, implementation, title)
+        return _of_file(find_config(str(target)), implementation, title)
+    return of_settings(target, implementation or "eager", title)
 
 
 def find_config(name: str) -> Path:
@@ -80,9 +79,10 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"there is no {path}; give a config.json, its folder or module:factory")
 
 
-def _of_file(path: Path, implementation: str) -> list[Subject]:
+def _of_file(path: Path, implementation: str, title: str) -> list[Subject]:
     if not (is_gguf(path) or (path.suffix == ".json" and is_pretrained(path))):
-        return _of_ours(path)
+        refuse_implementation(implementation)
+        return _of_ours(path, title)
     fields = config_json(read_parts(path)[0]) if is_gguf(path) else read_json(path, finite=False)
     if fields["model_type"] not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -94,17 +94,17 @@ def _of_file(path: Path, implementation: str) -> list[Subject]:
     except Exception as error:  # each class of settings refuses in its own way
         first = str(error).split("\n")[0]
         raise CheckpointError(f"transformers cannot read {path}: {first}") from error
-    return of_settings(settings, implementation)
+    return of_settings(settings, implementation or "eager", title)
 
 
-def _of_ours(path: Path) -> list[Subject]:
+def _of_ours(path: Path, title: str) -> list[Subject]:
     """The mixture of a model of this project, or of a run's."""
     cfg = from_file(path).cfg
     if not isinstance(cfg, ModelConfig) or cfg.moe is None:
         raise MoestroError(f"{path} describes no decoder with a mixture of experts")
     made = MoE(MoEConfig(**{**cfg.moe.model_dump(), "dim": 40, "hidden_dim": 16}))
     randomise(made)
-    return [of_moe(made, f"{path.parent.name}: MoE, {made.experts.backend}")]
+    return [of_moe(made, title or f"{path.parent.name}: MoE, {made.experts.backend}")]
 
 
 def of_layouts(implementation: str) -> list[Subject]:
@@ -155,8 +155,8 @@ def randomise(module: nn.Module) -> None:
             if each.dim() == 1 and "norm" in name:
                 each.add_(1.0)
         for name, buffer in module.named_buffers():
-            if name.split(".")[-1] in routers.BIASES:
-                buffer.normal_(0, 0.1)
+            if is_choice_bias(name) or name == "router.bias":  # transformers', or of an MoE
+                buffer.normal_(0, SPREAD)
 
 
 def _tiny(subject: Subject, implementation: str, model: nn.Module, settings: Any) -> Subject:

@@ -109,7 +109,9 @@ def of_packed(layer: MoE, title: str = "", resident: MoE | None = None) -> Subje
         eps = 1 / 127  # rows are rounded to 8 bits
     elif not passes and kind == "bfloat16":
         eps = torch.finfo(torch.bfloat16).eps
+    made = of_moe(plain, title or f"MoE, packed as {kind}")
+    zeros = tuple(name for name in made.zeros if name.startswith("router."))  # others are packed
     return replace(
-        of_moe(plain, title or f"MoE, packed as {kind}"), run=run, trains=passes, eps=eps,
-        only=GRADIENTS if passes else OUTPUTS, resized=None, relabel=None, spread=None,
+        made, run=run, trains=passes, eps=eps, only=GRADIENTS if passes else OUTPUTS, resized=None,
+        relabel=None, spread=None, zeros=zeros,
     )  # fmt: skip

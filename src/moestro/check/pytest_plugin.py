@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from moestro.check.report import Finding, Report
 
 FOUND: pytest.StashKey[Report] = pytest.StashKey()
-MARK = "moestro(target, *, only=(), skip=(), seed=0, slow=False, implementation=''): every check"
+OPTIONS = {"only": (), "skip": (), "seed": 0, "slow": False, "implementation": ""}
+MARK = f"moestro(target, *, {', '.join(f'{name}={value!r}' for name, value in OPTIONS.items())})"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
-    config.addinivalue_line("markers", f"{MARK} of this mixture is a test of its own.")
+    config.addinivalue_line("markers", f"{MARK}: every check of this mixture is a test of its own.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,9 +34,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is None or "moestro_finding" not in metafunc.fixturenames:
         return
     chosen = import_module("moestro.check.checks.table").chosen
-    options = mark.kwargs
-    checks = chosen(options.get("only", ()), options.get("skip", ()), options.get("slow", False))
+    options = _options(mark)
+    checks = chosen(options["only"], options["skip"], options["slow"])
     metafunc.parametrize("moestro_finding", [each.name for each in checks], indirect=True)
+
+
+def _options(mark: pytest.Mark) -> dict[str, Any]:
+    """Those of a mark; the test fails where it gives others, or no target."""
+    if len(mark.args) != 1:
+        pytest.fail(
+            "moestro_finding needs @pytest.mark.moestro(target), which takes one target; it was "
+            f"given {len(mark.args)}",
+            pytrace=False,
+        )
+    for name in mark.kwargs:
+        if name not in OPTIONS:
+            pytest.fail(
+                f"@pytest.mark.moestro has no option {name!r}; it has {', '.join(OPTIONS)}",
+                pytrace=False,
+            )
+    return {**OPTIONS, **mark.kwargs}
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +68,13 @@ def moestro_finding(
 ) -> list[Finding]:
     """What one check found in the mixture of the mark; the test fails where it is wrong.
 
-    It is skipped where the check does not apply, or could not be done.
+    It is skipped where the check does not apply, or could not be done in one of its mixtures.
     """
     mark = request.node.get_closest_marker("moestro")
-    if mark is None or not mark.args:
+    if mark is None:
         pytest.fail("moestro_finding needs @pytest.mark.moestro(target)", pytrace=False)
-    target, options = mark.args[0], mark.kwargs
-    key = id(target), options.get("seed", 0), options.get("implementation", "")
+    target, options = mark.args[0], _options(mark)
+    key = id(target), options["seed"], options["implementation"]
     running = import_module("moestro.check.running")
     if key not in moestro_trials:  # the target is kept: its id is its own as long as it lives
         subjects = import_module("moestro.check.targets").of_anything(target, "", key[2])
@@ -66,8 +84,9 @@ def moestro_finding(
     report: Report = import_module("moestro.check.report").joined(reports)
     request.node.stash[FOUND] = report
     findings = [each.finding for each in report.found]
-    if not {"ok", "wrong"} & {each.outcome for each in findings}:
-        pytest.skip(findings[0].words)  # does not apply, or could not be done: the words say why
+    unchecked = [each for each in findings if each.outcome == "unchecked"]
+    if not report.wrong and (unchecked or not any(each.outcome == "ok" for each in findings)):
+        pytest.skip((unchecked or findings)[0].words)
     return findings
 
 
@@ -81,11 +100,11 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 @pytest.fixture
 def moestro_check() -> Callable[..., Report]:
-    """`moestro.check.check`, and the test fails where something is wrong."""
+    """`moestro.check.check`, and the test fails where something is wrong or unchecked."""
 
     def checked(target: Any, **options: Any) -> Report:
         report: Report = import_module("moestro.check.running").check(target, **options)
-        if report.wrong:
+        if not report.ok:
             pytest.fail(report.text(), pytrace=False)
         return report
 

@@ -69,16 +69,21 @@ class Report(NamedTuple):
         return [each.check for each in self.found if each.finding.outcome == "wrong"]
 
     @property
+    def unchecked(self) -> list[str]:
+        """Names of the checks that could not be done."""
+        return [each.check for each in self.found if each.finding.outcome == "unchecked"]
+
+    @property
     def ok(self) -> bool:
-        """Nothing is wrong."""
-        return not self.wrong
+        """Nothing is wrong, and nothing was left unchecked."""
+        return not self.exit_code
 
     @property
     def exit_code(self) -> int:
         """1: something is wrong; 3: nothing is, but something could not be checked; else 0."""
         if self.wrong:
             return 1
-        return 3 if any(each.finding.outcome == "unchecked" for each in self.found) else 0
+        return 3 if self.unchecked else 0
 
     def reasons(self) -> dict[str, list[str]]:
         """Why checks were skipped: the reason, and the names of those that it kept from running."""
@@ -95,13 +100,21 @@ class Report(NamedTuple):
         return ", ".join(f"{count} {words}" for count, words in counts if count)
 
     def text(self) -> str:
-        """One line for what is wrong, or that nothing is."""
+        """How many are wrong and unchecked, and one line for each of them."""
+        counts = f"{len(self.wrong)} wrong"
+        if self.unchecked:
+            counts += f", {len(self.unchecked)} could not be done"
         lines = [
             f"{each.check}: {each.sentence()}"
             for each in self.found
             if each.finding.outcome == "wrong"
         ]
-        return "\n".join([f"{self.title}: {len(lines)} wrong", *lines])
+        lines += [
+            f"{each.check} could not be done: {each.finding.words}"
+            for each in self.found
+            if each.finding.outcome == "unchecked"
+        ]
+        return "\n".join([f"{self.title}: {counts}", *lines])
 
     def as_json(self) -> dict[str, Any]:
         """Names and plain values; a difference that is infinite becomes null."""

@@ -80,7 +80,7 @@ def begun(subject: Subject, seed: int = 0) -> Trial:
         try:
             trial = Trial(subject, seed)
             _ = trial.exact
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
             raise MoestroError(
                 f"{subject.title}: its definition cannot run ({first}); a layer takes "

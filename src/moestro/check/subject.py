@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,12 @@ class Adapters(NamedTuple):
     isolate: Callable[[nn.Module, str, int | None], None]
 
 
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, under each of their names."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return {**named, **dict(module.named_buffers(remove_duplicate=False))}
+
+
 @dataclass(frozen=True)
 class Subject:
     """A mixture, and what is needed to check it.
@@ -75,6 +81,10 @@ class Subject:
         only: names of the checks that mean something of it; empty: all.
         eps: of its own rounding, which is more than its dtype's; see `compare`.
         unreached: why the experts did not run as was asked for; empty: they did.
+        choice_biases: names of tensors that are added to the scores to choose only.
+        score: what these scores are, softmax or sigmoid of the logits; empty: not known.
+        zeros: names of other tensors that, while they are zero, hide what is done with them.
+        filled: what copies have in place of such zeros, by name; see `filling`.
     """
 
     title: str
@@ -103,12 +113,29 @@ class Subject:
     only: frozenset[str] = frozenset()
     eps: float = 0.0
     unreached: str = ""
+    choice_biases: tuple[str, ...] = ()
+    score: str = ""
+    zeros: tuple[str, ...] = ()
+    filled: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def copied(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The module again, in a dtype, in the mode to be checked, without gradients so far."""
-        module = copy.deepcopy(self.module).to(dtype).train(self.training)
+        module = copy.deepcopy(self.module)
+        tensors = named_tensors(module) if self.filled else {}
+        with torch.no_grad():
+            for name, values in self.filled.items():
+                tensors[name].copy_(values.bfloat16())  # the same numbers in every dtype
+        module = module.to(dtype).train(self.training)
         module.zero_grad(set_to_none=True)
         return module
+
+    def chosen(self, exact: nn.Module, x_TD: Tensor) -> Choice:
+        """What the definition chooses, of a float64 copy."""
+        if self.choose is not None:
+            return self.choose(exact, x_TD)
+        choice = self.define(exact, x_TD[None]).choice
+        assert choice is not None
+        return choice
 
     @property
     def terms(self) -> int:

@@ -121,7 +121,7 @@ def _norm(layer: nn.Module) -> Tensor:
     return squared.sqrt()
 
 
-def of_factory(words: str) -> Subject:
+def of_factory(words: str, title: str = "") -> Subject:
     """What `module:factory` returns: a layer and its description, an MoE, or a Subject.
 
     Raises:
@@ -131,7 +131,7 @@ def of_factory(words: str) -> Subject:
     factory = getattr(imported(place), name, None)
     if not callable(factory):
         raise ConfigError(f"{place} has no function {name!r}; give module:factory")
-    return made_by(factory, words)
+    return made_by(factory, title or words)
 
 
 def imported(name: str) -> Any:
@@ -194,19 +194,16 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         MoestroError: it is none of these, or an implementation is asked of something else.
     """
     named = isinstance(target, str) and ":" in target and not Path(target).exists()
-    if implementation and (named or not _foreign(target)):
-        raise ConfigError(
-            f"{implementation} is to compute transformers' experts; give one of its models, or "
-            "leave the implementation out"
-        )
+    if named or not _foreign(target):
+        refuse_implementation(implementation)
     if isinstance(target, Subject):
-        return [target]
+        return [replace(target, title=title or target.title)]
     if isinstance(target, MoE):
         return [_of_own(target, title)]
     if isinstance(target, Network):
         return _of_network(target, title)
     if named:
-        return [of_factory(target)]
+        return [of_factory(target, title)]
     if _foreign(target):
         models = import_module("moestro.check.foreign_settings")
         found: list[Subject] = models.of_foreign(target, implementation, title)
@@ -217,6 +214,19 @@ def of_anything(target: Any, title: str = "", implementation: str = "") -> list[
         f"cannot check a {type(target).__name__}; give (module, Description), a factory that "
         "returns them, its name as module:factory, an MoE, or a model of transformers"
     )
+
+
+def refuse_implementation(implementation: str) -> None:
+    """Of a mixture that is not transformers'.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    if implementation:
+        raise ConfigError(
+            f"{implementation} is to compute transformers' experts; give one of its models, or "
+            "leave the implementation out"
+        )
 
 
 def _of_own(layer: MoE, title: str) -> Subject:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moestro.check.compare import Difference, difference, tolerance
 from moestro.check.definition import Choice
+from moestro.check.filling import filled
 from moestro.check.report import Finding, skipped
 from moestro.check.subject import Ran, Subject
 
@@ -43,7 +44,7 @@ class Trial:
     """A subject and the inputs of a seed.
 
     Attributes:
-        subject: what is checked.
+        subject: what is checked, with numbers in place of zeros; see `filling`.
         slow: checks that take long may run.
         x: [2, S, D] in float64; tokens whose choice is clear, see `clear`.
         up: gradient of y.
@@ -52,7 +53,7 @@ class Trial:
     def __init__(
         self, subject: Subject, seed: int = 0, length: int = 6, slow: bool = False
     ) -> None:
-        self.subject, self.seed, self.slow = subject, seed, slow
+        self.subject, self.seed, self.slow = filled(subject), seed, slow
         self.generator = torch.Generator().manual_seed(seed)
         x_TD = self.clear(2 * length)
         self.x = x_TD[: len(x_TD) // 2 * 2].view(2, -1, subject.dim)
@@ -91,7 +92,7 @@ class Trial:
 
     def normal(self, *shape: int) -> Tensor:
         """Random numbers of the seed in float64, each exact in bf16."""
-        made = torch.randn(*shape, generator=self.generator, device="cpu", dtype=torch.float64)
+        made = torch.randn(shape, generator=self.generator, device="cpu", dtype=torch.float64)
         return made.bfloat16().double()
 
     def clear(self, count: int, wanted: Callable[[Choice], Tensor] | None = None) -> Tensor:
@@ -119,11 +120,7 @@ class Trial:
 
     def choice(self, exact: nn.Module, x_TD: Tensor) -> Choice:
         """What the definition chooses."""
-        if self.subject.choose is not None:
-            return self.subject.choose(exact, x_TD)
-        choice = self.subject.define(exact, x_TD[None]).choice
-        assert choice is not None
-        return choice
+        return self.subject.chosen(exact, x_TD)
 
     def defined(self, x: Tensor, up: Tensor, module: nn.Module | None = None) -> Result:
         """The definition in float64, of a module or a copy of the subject's."""

@@ -41,6 +41,7 @@ Implementation = Annotated[
         "families with all layouts of experts are checked."
     ),
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of inputs and random weights.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
 
 
@@ -49,7 +50,7 @@ def check(
     only: Only = None,
     skip: Skip = None,
     implementation: Implementation = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of inputs and random weights.")] = 0,
+    seed: Seed = 0,
     slow: Annotated[bool, typer.Option("--slow", help="torch.compile too.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Explain every check.")] = False,
     as_json: AsJson = False,

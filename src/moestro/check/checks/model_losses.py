@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from moestro.check.checks.check import Check
 from moestro.check.compare import difference
+from moestro.check.filling import SPREAD, drawn, is_choice_bias
 from moestro.check.report import Finding, skipped, wrong
+from moestro.check.subject import named_tensors
 from moestro.check.trial import Trial
 from moestro.errors import MoestroError
 from moestro.foreign.classes import core
@@ -52,6 +54,8 @@ def value(trial: Trial) -> Finding:
     if finding.outcome == "wrong":
         return finding._replace(words=finding.words + _guess(trial, passed, loss))
     weights = [each for tap in passed.found for each in _weights(tap)]
+    if not weights:  # all of them are frozen
+        return finding
     meant = torch.autograd.grad(exact, weights, retain_graph=True, allow_unused=True)
     if not loss.requires_grad:
         return wrong("aux_loss has no gradient")
@@ -122,7 +126,12 @@ def _of_model(function: Callable[[Trial], Finding]) -> Callable[[Trial], Finding
 def _copied(trial: Trial) -> Any:
     model = trial.subject.whole
     assert model is not None  # see `_of_model`
-    return copy.deepcopy(model).float().eval()
+    made = copy.deepcopy(model).float().eval()
+    with torch.no_grad():  # a bias of zero hides a loss that supposes a choice without it
+        tensors = named_tensors(made)
+        for name, values in drawn(made, [*filter(is_choice_bias, tensors)], spread=SPREAD).items():
+            tensors[name].copy_(values)
+    return made
 
 
 def _ids(trial: Trial) -> Tensor:
@@ -221,7 +230,7 @@ def _coefficient(model: nn.Module) -> float | None:
 
 def _weights(tap: Tap) -> list[nn.Parameter]:
     assert tap.router is not None
-    return [each for each in core(tap.router).parameters() if each.dim() > 1]
+    return [each for each in core(tap.router).parameters() if each.dim() > 1 and each.requires_grad]
 
 
 CHECKS = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moestro.check.checks.check import Check
 from moestro.check.compare import difference
 from moestro.check.report import Finding, skipped, wrong
-from moestro.check.subject import Ran
+from moestro.check.subject import Ran, named_tensors
 from moestro.check.trial import Result, Trial, differentiate
 from moestro.errors import MoestroError
 
@@ -139,15 +140,32 @@ def saved(trial: Trial) -> Finding:
     """What state_dict holds is all: loaded into other values, it gives the same bits."""
     module, other = trial.subject.copied(), trial.subject.copied()
     state = {name: each.clone() for name, each in module.state_dict().items()}
-    with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
-            if tensor.is_floating_point():
-                tensor.add_(trial.normal(*tensor.shape).to(tensor.dtype))
+    _move(trial, (*other.parameters(), *other.buffers()))
     other.load_state_dict(state)
-    y = trial.subject.run(other, trial.x.float(), None).y
-    if not torch.equal(y, trial.subject.run(module, trial.x.float(), None).y):
-        return wrong("a layer that loaded the state gives another output: something is not in it")
-    return Finding("ok")
+    y = trial.subject.run(module, trial.x.float(), None).y
+    if torch.equal(y, trial.subject.run(other, trial.x.float(), None).y):
+        return Finding("ok")
+    lost = [name for name in named_tensors(module) if name not in state and _used(trial, name, y)]
+    words = "a layer that loaded the state gives another output: "
+    if not lost:
+        return wrong(words + "something is not in it")
+    return wrong(
+        f"{words}{', '.join(map(repr, lost))} {'is' if len(lost) == 1 else 'are'} not in it"
+    )
+
+
+def _used(trial: Trial, name: str, y: Tensor) -> bool:
+    """Whether another value of a tensor gives another output."""
+    module = trial.subject.copied()
+    _move(trial, [named_tensors(module)[name]])
+    return not torch.equal(trial.subject.run(module, trial.x.float(), None).y, y)
+
+
+def _move(trial: Trial, tensors: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        for each in tensors:
+            if each.is_floating_point():
+                each.add_(trial.normal(*each.shape).to(each.dtype))
 
 
 def dead_state(trial: Trial) -> Finding:
