@@ -113,14 +113,14 @@ def values_of(annotation: object) -> str:
 
 
 def limits(metadata: Iterable[object]) -> str:
-    """The limits of a number, as in ` ≥ 1`; without the one that all whole numbers have."""
+    """The limits of a number, as in ` ≥ 1`; without those that no one meets."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     single = [part for item in metadata for part in (item, *getattr(item, "metadata", ()))]
     found = [
         f"{sign} {limit:,g}"
         for part in single
         for name, sign in signs.items()
-        if (limit := getattr(part, name, None)) is not None and limit != MOST
+        if (limit := getattr(part, name, None)) is not None and abs(limit) < MOST
     ]
     return f" {', '.join(found)}" if found else ""
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -196,3 +197,12 @@ def test_unreadable_settings_file(tmp_path, name, text):
 def test_missing_settings_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
         load_settings(RunConfig, tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("name", ["train", "data"])
+def test_a_seed_is_what_torch_takes(name):
+    for seed in (-(2**63), 2**63 - 1):
+        torch.Generator().manual_seed(getattr(RunConfig(**{name: {"seed": seed}}), name).seed)
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(ConfigError, match=rf"{name}\.seed"):
+            RunConfig(**{name: {"seed": seed}})

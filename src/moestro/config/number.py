@@ -12,6 +12,7 @@ MOST = 2**40
 MOST_LAYERS = 10_000
 
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch's generators take
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from moestro.config.model import EncDecConfig, ModelConfig
-from moestro.config.number import Coefficient, Fraction, Positive, PositiveFloat
+from moestro.config.number import Coefficient, Fraction, Positive, PositiveFloat, Seed
 from moestro.config.parallel import ParallelConfig
 from moestro.settings import Settings
 
@@ -48,7 +48,7 @@ class DataConfig(Settings):
     domain_bytes: Positive | None = Field(
         None, description="Most bytes taken of one domain, so that none dominates."
     )
-    seed: int = 0
+    seed: Seed = 0
     chat: ChatConfig | None = Field(
         None, description="Sources are .jsonl files of conversations; see docs/tuning.md."
     )
@@ -148,7 +148,7 @@ class TrainConfig(Settings):
     eval_tokens: Positive = 65_536
     save_every: Positive = 250
     keep: Positive = Field(2, description="Checkpoints kept; the newest good one always is.")
-    seed: int = 0
+    seed: Seed = 0
     runtime: RuntimeConfig = RuntimeConfig()
 
 
