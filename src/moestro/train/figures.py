@@ -48,7 +48,8 @@ def comparison_figure(curves: list[Curve], path: Path) -> None:
     left.set_ylabel("held-out bits per byte")
     _zoom(left, curves)
     left.legend(frameon=False)
-    figure.suptitle("A mixture of experts and its dense twin on the same text")
+    what = "A mixture of experts and its" if len(styles) < 3 else "Mixtures of experts and their"
+    figure.suptitle(f"{what} dense twin on the same text")
     figure.savefig(path, dpi=150)
 
 
