@@ -55,7 +55,9 @@ def drawn(
         each = tensors[name]
         if each.is_meta or not each.is_floating_point() or each.any() or not each.numel():
             continue
-        made = torch.randn(tuple(each.shape), generator=generator, device="cpu")
+        made = torch.randn(
+            tuple(each.shape), generator=generator, device="cpu", dtype=torch.float32
+        )
         usual = each.shape[-1] ** -0.5 if each.dim() > 1 else SPREAD
         found[name] = made * (usual if spread is None else spread)
     return found

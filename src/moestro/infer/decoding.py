@@ -57,17 +57,16 @@ class Passed(NamedTuple):
 
 
 class Decoding:
-    """Tokens through the model's own forward, sequence by sequence.
-
-    Attributes:
-        cuts_exactly: whether a prompt gives the same bits however it is cut.
-    """
-
-    cuts_exactly = False
+    """Tokens through the model's own forward, sequence by sequence."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._load_LE: Tensor | None = None
+
+    @property
+    def cuts_exactly(self) -> bool:
+        """Whether a prompt gives the same bits however it is cut."""
+        return False
 
     @property
     def load_LE(self) -> Tensor | None:
@@ -168,11 +167,15 @@ class NativeDecoding(Decoding):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.cuts_exactly = chunked(model.cfg)
         self._native = NativeDecoder(model)
         # Counting takes as long as a layer, so single tokens wait for others.
         self._uncounted: list[Tensor] = []
         self._counting = Lock()
+
+    @property
+    def cuts_exactly(self) -> bool:
+        """See `Decoding`; not where angles depend on the length of the text."""
+        return chunked(self.model.cfg)
 
     @property
     def load_LE(self) -> Tensor | None:
